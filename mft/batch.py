@@ -1,0 +1,111 @@
+"""The nouns that data, losses and engines share.
+
+Shape legend, used as name suffixes everywhere: B rows of a micro-batch, T positions of a row, S tokens of one sample,
+N samples in a batch, K tasks, V vocabulary, H hidden width. `nll_BT` is a tensor of shape [B, T].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+IGNORE = -100
+"""Value of `target_BT` where no loss is taken (the ignore index of torch's cross entropy)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `role` is system, user or assistant; `train` says whether an assistant turn carries loss."""
+
+    role: str
+    content: str
+    train: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One tokenised training sample.
+
+    ids_S: int32 token ids; trained_S: bool, True where the token is a training target; task: index of its task (0..K-1);
+    index: its number inside the task's store, by which reports name its file and line.
+    """
+
+    ids_S: numpy.ndarray
+    trained_S: numpy.ndarray
+    task: int
+    index: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch of one rank. A row may hold samples of several tasks.
+
+    ids_BT:      int64 token ids (the pad id where sample_BT is -1)
+    target_BT:   int64 the next token of the same sample where it is trained, IGNORE elsewhere
+    task_BT:     int64 task of the token, -1 = padding
+    sample_BT:   int64 number of the sample inside this batch (0..N-1), -1 = padding
+    position_BT: int64 position inside the sample, from 0
+    samples:     (task, index) of each of the N samples, to name them in errors
+    """
+
+    ids_BT: torch.Tensor
+    target_BT: torch.Tensor
+    task_BT: torch.Tensor
+    sample_BT: torch.Tensor
+    position_BT: torch.Tensor
+    samples: tuple[tuple[int, int], ...] = ()
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Returns the batch with its tensors on `device`."""
+        names = ("ids_BT", "target_BT", "task_BT", "sample_BT", "position_BT")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one optimizer step holds, the denominators of its losses; global over ranks once summed with `Engine.sum`.
+
+    tokens_K:  float64 [K] trained tokens of each task
+    samples_K: float64 [K] samples of each task that have a trained token
+    micro_batches: micro-batches that have a trained token; stop: ranks that were asked to stop
+    """
+
+    tokens_K: torch.Tensor
+    samples_K: torch.Tensor
+    micro_batches: float
+    stop: float = 0.0
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch], tasks: int, stop: bool = False) -> Counts:
+        """Counts the micro-batches of one rank; `tasks` is K."""
+        import torch
+
+        tokens_K = torch.zeros(tasks, dtype=torch.float64)
+        samples_K = torch.zeros(tasks, dtype=torch.float64)
+        micro_batches = 0
+        for batch in batches:
+            trained_BT = batch.target_BT != IGNORE
+            task_n = batch.task_BT[trained_BT].cpu()
+            tokens_K += torch.bincount(task_n, minlength=tasks).double()
+            pairs = torch.stack([task_n, batch.sample_BT[trained_BT].cpu()])
+            samples_K += torch.bincount(torch.unique(pairs, dim=1)[0], minlength=tasks).double()
+            micro_batches += int(task_n.numel() > 0)
+        return cls(tokens_K, samples_K, float(micro_batches), float(stop))
+
+    def tensor(self) -> torch.Tensor:
+        """Returns the float64 vector [2K + 2] that one all-reduce sums over the ranks."""
+        import torch
+
+        tail = torch.tensor([self.micro_batches, self.stop], dtype=torch.float64)
+        return torch.cat([self.tokens_K.cpu(), self.samples_K.cpu(), tail])
+
+    @classmethod
+    def from_tensor(cls, vector: torch.Tensor) -> Counts:
+        """Inverse of `tensor`; tokens_K and samples_K stay on the vector's device."""
+        tasks = (vector.numel() - 2) // 2
+        return cls(vector[:tasks], vector[tasks : 2 * tasks], float(vector[-2]), float(vector[-1]))

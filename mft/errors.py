@@ -1,0 +1,29 @@
+"""Errors a person can act on: the key or file:line, the value, what is allowed, the nearest match."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in the input of a run (config, data, paths, machine), told in a sentence the person can act on.
+
+    Entry points print its text alone, without a traceback; everything else that is raised is a defect of ours.
+    """
+
+
+def nearest(value: object, allowed: Iterable[object]) -> str:
+    """Returns "; did you mean X?" for the closest allowed value, or "" when none is close."""
+    options = [str(option) for option in allowed]
+    matches = difflib.get_close_matches(str(value), options, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def shortened(value: object, limit: int = 80) -> str:
+    """Returns repr(value), cut in the middle to at most `limit` characters."""
+    text = repr(value)
+    if len(text) <= limit:
+        return text
+    half = (limit - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"

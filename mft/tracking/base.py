@@ -1,0 +1,90 @@
+"""The contract of experiment trackers, the JSON-lines log every run keeps, and the fan-out to several trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Tracker:
+    """Receives what a run wants to be remembered by. Only rank 0 has one. Order: open, log and artifact, close.
+
+    A tracker never raises into training: what it cannot deliver it reports once as a warning and keeps.
+    """
+
+    def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
+        """Starts, or on resume continues, the record of this run.
+
+        config: the resolved config, nested; tags: identity, git commit, versions, overrides; step: the optimizer step the
+        run continues from (0 = fresh), so that a tracker can drop points of steps that will be logged again.
+        """
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Records metrics of one optimizer step; names as in docs/architecture.md, e.g. `valid/loss/<task>`."""
+
+    def artifact(self, path: Path) -> None:
+        """Keeps a file (or a folder) of the run folder."""
+
+    def close(self, status: str) -> None:
+        """Ends the record; status is finished, failed or stopped."""
+
+    def where(self) -> str:
+        """Returns one line that tells a person how to look at the record, or ""."""
+        return ""
+
+
+class Jsonl(Tracker):
+    """`metrics.jsonl` in the run folder: one object a logged step, `{"step": 10, "train/loss": 1.23, ...}`.
+
+    On resume the lines of steps after the checkpoint are cut off, so that no step appears twice.
+    Non-finite values are written as null, which every JSON reader understands.
+    """
+
+    def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue  # a line half written when the process was killed; its step is trained and logged again
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class FanOut(Tracker):
+    """Hands everything to several trackers in turn."""
+
+    def __init__(self, trackers: Sequence[Tracker]):
+        self.trackers = list(trackers)
+
+    def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
+        for tracker in self.trackers:
+            tracker.open(run_dir, config, tags, step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(step, values)
+
+    def artifact(self, path: Path) -> None:
+        for tracker in self.trackers:
+            tracker.artifact(path)
+
+    def close(self, status: str) -> None:
+        for tracker in self.trackers:
+            tracker.close(status)
+
+    def where(self) -> str:
+        return "\n".join(line for line in (tracker.where() for tracker in self.trackers) if line)
