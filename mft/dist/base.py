@@ -1,7 +1,355 @@
 """The contract between a distribution backend and the training loop, and the two backends without sharding.
 
 A backend (`Single`, `Ddp`, ...) is a dataclass of plain values from conf/dist; its `start` returns the live `Engine`
-of this rank, which wraps an `accelerate.Accelerator`.
+of this rank, which wraps an `accelerate.Accelerator`. A backend that shards overrides the methods of `Engine` that
+differ; the loop does not know which one it has.
 """
 
 from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mft.dist.state import load_parameters, load_rng, read, save_parameters, save_rng, write
+from mft.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+PRECISIONS = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
+"""`train.precision` -> accelerate's mixed_precision."""
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Engine:
+    """One rank's live view of the distributed run: devices, gradients, sums over ranks, state.
+
+    Used by the loop as: `prepare` once; for each micro-batch forward and `backward(share)` inside `accumulating(last)`;
+    then `step`. Every rank makes the same calls in the same order.
+    """
+
+    name = "single"
+    kinds: tuple[str, ...] = ("NO",)
+    """Names of accelerate's DistributedType that this backend may come up as."""
+    wrapper: str | None = None
+    """Class name of the module that `prepare` returns; None: the module itself."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        # accelerate numbers CPUs by rank ("cpu:1"), which compares unequal to where tensors really are
+        self.device: torch.device = accelerator.device if accelerator.device.type != "cpu" else _cpu()
+        self.rank: int = accelerator.process_index
+        self.local_rank: int = max(accelerator.local_process_index, 0)
+        self.world: int = accelerator.num_processes
+        self.skipped = False
+        """Whether the last `step` was skipped by the fp16 loss scaler (an overflow it has answered; not an error)."""
+        self._module: torch.nn.Module | None = None
+        self._optimizer: Any = None
+        kind, world = accelerator.distributed_type.name, int(os.environ.get("WORLD_SIZE", 1))
+        if kind not in self.kinds or self.world != world:
+            raise UserError(
+                f"dist={self.name} did not come up as asked: accelerate reports {kind} with {self.world} processes "
+                f"where {' or '.join(self.kinds)} with {world} was expected"
+            )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes files and talks to the person."""
+        return self.rank == 0
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Context for `from_pretrained`; without sharding every rank simply loads."""
+        return nullcontext()
+
+    def prepare(self, module: torch.nn.Module, optimizer: Any) -> tuple[torch.nn.Module, Any]:
+        """Returns module and optimizer, placed on the device and wrapped; call the returned module, not its parts.
+
+        Raises UserError when what came back is not what the backend stands for.
+        """
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise UserError("nothing to train: no parameter of the model requires a gradient")
+        with warnings.catch_warnings():  # the new name of broadcast_buffers does not exist in torch 2.6 to 2.12
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            self._module, self._optimizer = self.accelerator.prepare(module, optimizer)
+        found = type(self._module).__name__
+        expected = self.wrapper or type(module).__name__
+        if found != expected:
+            raise UserError(f"dist={self.name} did not come up as asked: the model is a {found}, not a {expected}")
+        self._prove(next(self._module.parameters()))
+        return self._module, self._optimizer
+
+    def _prove(self, first: torch.nn.Parameter) -> None:
+        """Raises UserError unless the first parameter is whole: no DTensor (FSDP2), not partitioned by ZeRO-3."""
+        import torch
+        from torch.distributed.tensor import DTensor
+
+        data = getattr(first, "data", first)
+        if not isinstance(first, torch.nn.Parameter) or isinstance(data, DTensor) or hasattr(first, "ds_id"):
+            raise UserError(f"dist={self.name} keeps parameters whole, but the first one is a {type(first).__name__}")
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Context around forward and backward of one micro-batch; ranks exchange gradients only in the last one."""
+        assert self._module is not None, "prepare first"
+        return nullcontext() if last else self.accelerator.no_sync(self._module)
+
+    def backward(self, share: torch.Tensor) -> None:
+        """Adds the gradient of this micro-batch's share (a scalar). Multiplies by `world`: DDP's mean becomes a sum."""
+        self.accelerator.backward(share * self.world)
+
+    def step(self, max_norm: float | None = None) -> float:
+        """Clips to `max_norm` (None or 0: no clipping), updates, zeroes the gradients; returns the norm before clipping.
+
+        A non-finite norm means that nothing was updated: on fp16 with `skipped` True when the loss scaler answered an
+        overflow (go on), else it is an error for the loop to report. The gradients are equal on all ranks after the
+        exchange, so all ranks see the same norm and take the same way; sharding backends must agree explicitly.
+        """
+        import torch
+
+        assert self._module is not None, "prepare first"
+        self.accelerator.unscale_gradients(self._optimizer)
+        trained = [p for p in self._module.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        norm = float(total)
+        finite = norm - norm == 0.0
+        if finite and max_norm:
+            torch.nn.utils.clip_grads_with_norm_(trained, max_norm, total)
+        self.skipped = False
+        if finite or self.accelerator.scaler is not None:  # the scaler sees the overflow too, skips, lowers its scale
+            self._optimizer.step()
+            self.skipped = bool(self._optimizer.step_was_skipped)
+        self._optimizer.zero_grad()
+        return norm
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the sum over all ranks, on this rank's device; the argument stays as it is. float64 keeps its type."""
+        import torch
+
+        total = tensor.detach().to(self.device, copy=True)
+        if self.world > 1:
+            torch.distributed.all_reduce(total)
+        return total
+
+    def broadcast_object(self, value: T) -> T:
+        """Returns rank 0's value on every rank (pickled: only between our own ranks)."""
+        import torch
+
+        box = [value]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.world > 1:
+            self.accelerator.wait_for_everyone()
+
+    def unwrap(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Returns the module that was given to `prepare`."""
+        return module.module if type(module).__name__ == self.wrapper else module  # accelerate's imports deepspeed
+
+    def full_state(self, module: torch.nn.Module, trainable: bool = False, prefix: str = "") -> dict[str, torch.Tensor]:
+        """Returns whole tensors by name, for saving; complete on rank 0, on other ranks a backend may return less.
+
+        All ranks call it. trainable: only parameters that are trained (an adapter), else the whole state dict;
+        prefix: keep the names that begin with it, without it (`full_state(module, prefix="model.")`).
+        """
+        inner = self.unwrap(module)
+        if trainable:
+            state = {name: p.detach() for name, p in inner.named_parameters() if p.requires_grad}
+        else:
+            state = {name: value.detach() for name, value in inner.state_dict().items()}
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    def save_state(self, folder: Path | str) -> None:
+        """Writes what an exact resume needs: trained parameters, optimizer, loss scaler, random states of each rank.
+
+        All ranks call it, after `prepare`. Layout: trainable.safetensors and engine.pt by rank 0, rng-<rank>.pt by
+        each rank. Parameters that are not trained are not written: they come from the base model. Not atomic: the
+        caller writes into a temporary folder and renames it after all ranks have returned.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save_weights(folder)
+        save_rng(folder / f"rng-{self.rank}.pt")
+        self.barrier()
+
+    def _save_weights(self, folder: Path) -> None:
+        if self.is_main:
+            assert self._module is not None, "prepare first"
+            save_parameters(self.unwrap(self._module), folder / "trainable.safetensors")
+            scaler = self.accelerator.scaler
+            write(
+                folder / "engine.pt",
+                {
+                    "dist": self.name,
+                    "world": self.world,
+                    "optimizer": self._optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler else None,
+                },
+            )
+
+    def load_state(self, folder: Path | str) -> bool:
+        """Restores what `save_state` wrote, into the prepared module and optimizer. All ranks call it.
+
+        Call it last before training goes on: anything random in between would be drawn from the restored states.
+        Returns whether the layout is the same, so that the run goes on bit-identically; with another number of ranks
+        parameters and optimizer are restored, and ranks without a saved random state keep the one they have.
+        """
+        folder = Path(folder)
+        same = self._load_weights(folder)
+        rng = folder / f"rng-{self.rank}.pt"
+        if rng.exists():
+            load_rng(rng)
+        self.barrier()
+        return same and rng.exists()
+
+    def _load_weights(self, folder: Path) -> bool:
+        assert self._module is not None, "prepare first"
+        load_parameters(self.unwrap(self._module), folder / "trainable.safetensors")
+        state = read(folder / "engine.pt")
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return state["dist"] == self.name and state["world"] == self.world
+
+    def close(self) -> None:
+        """Ends the process group and frees what accelerate holds, so that a process may start another engine."""
+        import torch
+        from accelerate.state import AcceleratorState, GradientState
+
+        self._module = self._optimizer = None
+        self.accelerator.free_memory()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        # accelerate keeps its state in process-wide singletons and offers no public way to end them
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+class DdpEngine(Engine):
+    """Every rank holds the whole model; gradients are exchanged in the last micro-batch of a step."""
+
+    name = "ddp"
+    kinds = ("MULTI_CPU", "MULTI_GPU")
+    wrapper = "DistributedDataParallel"
+
+
+@dataclass
+class Single:
+    """One process on one device, without a process group."""
+
+    def start(self, precision: str, cpu: bool | None = None) -> Engine:
+        """Returns the engine. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.
+
+        Raises UserError when there is more than one rank, or when the device cannot do the precision.
+        """
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if world > 1:
+            raise UserError(f"dist=single with {world} ranks: choose dist=ddp, or launch.nproc=1")
+        with environment(dict.fromkeys(RANK_VARIABLES)):  # with them, accelerate would make a process group of one
+            return Engine(accelerator(precision, cpu))
+
+
+@dataclass
+class Ddp:
+    """torch's DistributedDataParallel. Works with one rank too: a process group of one, the same code path."""
+
+    find_unused_parameters: bool = False
+
+    def start(self, precision: str, cpu: bool | None = None) -> DdpEngine:
+        """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.
+
+        Ranks are read from the environment (RANK, WORLD_SIZE, ...); without them this is a group of one.
+        Raises UserError when the device cannot do the precision or the group is not what was asked.
+        """
+        from accelerate import DistributedDataParallelKwargs
+
+        # the buffers of a language model are constants: broadcasting them before every forward would be wasted; and
+        # gradients as views of the exchange buffers save one copy of all gradients
+        options = DistributedDataParallelKwargs(
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=self.find_unused_parameters,
+        )
+        alone: dict[str, str | None] = {}
+        if "WORLD_SIZE" not in os.environ:
+            ours = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+            alone = {name: str(value) for name, value in ours.items()}
+            alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        with environment(alone):
+            return DdpEngine(accelerator(precision, cpu, options))
+
+
+def accelerator(precision: str, cpu: bool | None, *handlers: Any, **options: Any) -> Accelerator:
+    """Builds the Accelerator that every engine wraps: conf/dist is its only source, not the environment."""
+    import torch
+    from accelerate import Accelerator
+
+    precision = getattr(precision, "value", precision)
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"train.precision={precision}: choose one of {', '.join(PRECISIONS)}{nearest(precision, PRECISIONS)}"
+        )
+    if cpu is None:
+        cpu = not torch.cuda.is_available()  # cpu=False on a machine without GPU would be no distribution at all
+    if cpu and precision == "fp16":
+        raise UserError("train.precision=fp16 needs a GPU; on the CPU choose bf16 or fp32")
+    if not cpu and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("train.precision=bf16 is not supported by this GPU; choose fp16 or fp32")
+    forget_foreign_settings()
+    return Accelerator(mixed_precision=PRECISIONS[precision], cpu=cpu, kwargs_handlers=list(handlers), **options)
+
+
+def _cpu() -> torch.device:
+    import torch
+
+    return torch.device("cpu")
+
+
+def forget_foreign_settings() -> None:
+    """Removes accelerate's own settings from the environment, with one warning: they would overrule conf/dist silently."""
+    foreign = [
+        name
+        for name in sorted(os.environ)
+        if name.startswith(("ACCELERATE_", "FSDP_")) and name != "ACCELERATE_DEBUG_MODE"
+    ]
+    for name in foreign:
+        del os.environ[name]
+    if foreign:
+        warnings.warn(f"ignored environment variables, since conf/dist decides: {', '.join(foreign)}", stacklevel=2)
+
+
+@contextmanager
+def environment(values: dict[str, str | None]) -> Iterator[None]:
+    """Sets (None: removes) environment variables for the duration of the block."""
+    before = {name: os.environ.get(name) for name in values}
+    _assign(values)
+    try:
+        yield
+    finally:
+        _assign(before)
+
+
+def _assign(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def free_port() -> int:
+    """Returns a TCP port that is free on 127.0.0.1 at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
