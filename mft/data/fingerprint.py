@@ -1,0 +1,74 @@
+"""Hashes of file contents, remembered so that unchanged files are not read again at the next start."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import xxhash
+from filelock import FileLock
+
+from mft.errors import UserError
+
+# A file changed twice within one tick of the file system's clock keeps its time stamp; hashes of files this young are
+# therefore not remembered (the rule git uses for its index).
+YOUNG_SECONDS = 2.0
+
+
+def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
+    """Returns the xxh3-128 of each file's content, in order.
+
+    `<cache_dir>/fingerprints.json` remembers them by absolute path, size and mtime_ns; it is replaced atomically under
+    a lock, so several processes may share it. Raises UserError for a file that cannot be read.
+    """
+    memo_path = cache_dir / "fingerprints.json"
+    memo = _read(memo_path)
+    fresh: dict[str, list[int | str]] = {}
+    digests = []
+    for file in files:
+        key = str(file.absolute())
+        try:
+            stat = file.stat()
+            known = memo.get(key)
+            if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
+                digests.append(str(known[2]))
+                continue
+            digests.append(_digest(file))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+        if time.time() - stat.st_mtime > YOUNG_SECONDS:
+            fresh[key] = [stat.st_size, stat.st_mtime_ns, digests[-1]]
+    if fresh:
+        make_folder(cache_dir)
+        with FileLock(memo_path.with_suffix(".lock")):
+            temporary = memo_path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(_read(memo_path) | fresh), encoding="utf-8")
+            temporary.replace(memo_path)
+    return digests
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder of the cache; raises UserError naming `cache_dir` where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache_dir: cannot make the folder {folder}: {error.strerror}") from error
+
+
+def _digest(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read(memo_path: Path) -> dict[str, list[int | str]]:
+    try:
+        memo = json.loads(memo_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # absent or damaged: it is only a memory, the files are hashed again
+    return memo if isinstance(memo, dict) else {}

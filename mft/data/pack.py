@@ -1,0 +1,85 @@
+"""Samples → rows, and rows → the tensors of a micro-batch."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mft.batch import IGNORE, Batch, Sample
+from mft.data.settings import PadTo
+
+
+class RowBuilder:
+    """Groups samples into rows of at most `seq_length` tokens. Subclasses are dataclasses of plain values."""
+
+    def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[list[int]]:
+        """Returns rows of indices into `lengths`: every index exactly once, no row longer than `seq_length` tokens."""
+        raise NotImplementedError
+
+    def width(self, longest: int, seq_length: int) -> int:
+        """Returns T of a micro-batch whose longest row has `longest` tokens."""
+        return longest
+
+    def collate(self, rows: Sequence[Sequence[Sample]], pad_id: int, seq_length: int) -> Batch:
+        """Returns the Batch of the rows, B = len(rows). A row without samples is all padding; T is 1 at least."""
+        import torch
+
+        longest = max((sum(len(sample.ids_S) for sample in row) for row in rows), default=0)
+        shape = (len(rows), max(1, self.width(longest, seq_length)))
+        ids_BT = np.full(shape, pad_id, np.int64)
+        target_BT = np.full(shape, IGNORE, np.int64)
+        task_BT = np.full(shape, -1, np.int64)
+        sample_BT = np.full(shape, -1, np.int64)
+        position_BT = np.zeros(shape, np.int64)
+        named: list[tuple[int, int]] = []
+        for b, row in enumerate(rows):
+            start = 0
+            for sample in row:
+                stop = start + len(sample.ids_S)
+                ids_BT[b, start:stop] = sample.ids_S
+                target_BT[b, start : stop - 1] = np.where(sample.trained_S[1:], sample.ids_S[1:], IGNORE)
+                task_BT[b, start:stop] = sample.task
+                sample_BT[b, start:stop] = len(named)
+                position_BT[b, start:stop] = np.arange(stop - start)
+                named.append((sample.task, sample.index))
+                start = stop
+        return Batch(*map(torch.from_numpy, (ids_BT, target_BT, task_BT, sample_BT, position_BT)), tuple(named))
+
+
+@dataclass
+class Pad(RowBuilder):
+    """A sample a row, padded on the right. pad_to: longest (of the micro-batch) or seq_length (always that width)."""
+
+    pad_to: PadTo = PadTo.longest
+
+    def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[list[int]]:
+        return [[i] for i in range(len(lengths))]
+
+    def width(self, longest: int, seq_length: int) -> int:
+        return longest if self.pad_to == PadTo.longest else seq_length
+
+
+@dataclass
+class Pack(RowBuilder):
+    """Whole samples side by side in a row, best-fit decreasing; `sample_BT` keeps them apart in attention."""
+
+    def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[list[int]]:
+        lengths = np.asarray(lengths)
+        assert not (lengths > seq_length).any(), "the store deals with samples longer than seq_length"
+        rows: list[list[int]] = []
+        spaces: list[tuple[int, int]] = []  # (free tokens, row), sorted
+        for i in np.argsort(-lengths, kind="stable").tolist():
+            length = int(lengths[i])
+            best = bisect_left(spaces, (length, -1))  # the fullest row that still takes it
+            if best < len(spaces):
+                free, row = spaces.pop(best)
+                rows[row].append(i)
+            else:
+                free, row = seq_length, len(rows)
+                rows.append([i])
+            if free > length:
+                insort(spaces, (free - length, row))
+        return rows

@@ -1,0 +1,76 @@
+"""The account given before training: what became of the rows of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mft.data.split import SPLITS
+from mft.data.store import Store
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def as_json(stores: Sequence[Store], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns each task's report (see Store) with its lengths in tokens: mean, p50, p95, max."""
+    return {name: store.report | {"length": _lengths(store)} for store, name in zip(stores, names, strict=True)}
+
+
+def table(stores: Sequence[Store], names: Sequence[str]) -> Table:
+    """Returns a line for each task and one for all of them; rows = kept + dropped in every line."""
+    from rich.table import Table
+
+    result = Table(title="data", title_justify="left")
+    result.add_column("task")
+    for header in ("rows", "kept", *SPLITS, "tokens", "trained", "%", "mean", "p95", "max"):
+        result.add_column(header, justify="right")
+    result.add_column("dropped and cut")
+    for store, name in zip(stores, names, strict=True):
+        length = _lengths(store)
+        shown = (f"{length[k]:,.0f}" for k in ("mean", "p95", "max"))
+        result.add_row(name, *_cells(store.report), *shown, _lost(store.report))
+    if len(stores) > 1:
+        total = _total([store.report for store in stores])
+        result.add_section()
+        result.add_row("all", *_cells(total), f"{total['tokens'] / max(1, total['kept']):,.0f}", "", "", _lost(total))
+    return result
+
+
+def dropped_lines(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
+    """Returns a line for each dropped row that is known by name (the first 20 of a task)."""
+    return [
+        f"{name}: {d['where']}: {d['reason']}: {d['problem']}"
+        for store, name in zip(stores, names, strict=True)
+        for d in store.report["first_dropped"]
+    ]
+
+
+def _lengths(store: Store) -> dict[str, float]:
+    if not len(store):
+        return {"mean": 0.0, "p50": 0.0, "p95": 0.0, "max": 0.0}
+    p50, p95, top = np.percentile(store.lengths_N, [50, 95, 100])
+    return {"mean": float(store.lengths_N.mean()), "p50": float(p50), "p95": float(p95), "max": float(top)}
+
+
+def _cells(report: dict[str, Any]) -> list[str]:
+    tokens, trained = report["tokens"], report["trained_tokens"]
+    counts = [report["rows"], report["kept"], *(report["splits"][s] for s in SPLITS), tokens, trained]
+    return [*(f"{count:,}" for count in counts), f"{100 * trained / max(1, tokens):.0f}"]
+
+
+def _lost(report: dict[str, Any]) -> str:
+    parts = [f"{count:,} {reason}" for reason, count in report["dropped"].items() if count]
+    if report["truncated"]:
+        parts.append(f"{report['truncated']:,} cut")
+    return ", ".join(parts) or "-"
+
+
+def _total(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    numbers = ("rows", "kept", "tokens", "trained_tokens", "truncated")
+    total: dict[str, Any] = {k: sum(r[k] for r in reports) for k in numbers}
+    for k in ("splits", "dropped"):
+        total[k] = {name: sum(r[k][name] for r in reports) for name in reports[0][k]}
+    return total

@@ -1,0 +1,125 @@
+"""Which samples come next: a function of (seed, epoch, position) that knows no rank; and how ranks share a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import numpy as np
+
+from mft.data.pack import RowBuilder
+from mft.data.store import Samples
+from mft.errors import UserError
+
+Row = list[int]
+"""Numbers of the samples in one row; [] is a row of padding."""
+
+T = TypeVar("T")
+
+
+class Sampler:
+    """The rows of each optimizer step, for the whole world.
+
+    An epoch is a permutation of all samples, each exactly once, cut into windows of at least `window` samples (one
+    where there are fewer). A window is made into rows and its rows are shuffled, because a row builder's own order
+    runs from long samples to short ones. The state is (epoch, position), position = rows of the
+    epoch already handed out.
+    """
+
+    def __init__(
+        self, samples: Samples, rows: RowBuilder, seq_length: int, rows_per_step: int, seed: int = 0, window: int = 4096
+    ):
+        """rows_per_step: rows of one optimizer step, over all ranks and micro-batches. No samples: UserError."""
+        if not len(samples):
+            raise UserError("data.split: no sample is left for training; give train a larger part, e.g. [95,5,0]")
+        if seed < 0:
+            raise UserError(f"train.seed: {seed} is negative; allowed: 0 or more")
+        self.samples, self.builder, self.seq_length = samples, rows, seq_length
+        self.rows_per_step, self.seed, self.window = rows_per_step, seed, window
+        self._rows_in_epoch: dict[int, int] = {}
+
+    def rows_in_epoch(self, epoch: int) -> int:
+        """Returns the number of rows of an epoch; under packing it may differ by a few from epoch to epoch."""
+        if epoch not in self._rows_in_epoch:
+            self._rows_in_epoch[epoch] = sum(len(rows) for rows in self._windows(epoch))
+        return self._rows_in_epoch[epoch]
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Returns the number of steps of an epoch, the incomplete last one included."""
+        return -(-self.rows_in_epoch(epoch) // self.rows_per_step)
+
+    def steps(self, epoch: int = 0, position: int = 0) -> Iterator[tuple[list[Row], tuple[int, int]]]:
+        """Yields (rows, (epoch, position) after them), `rows_per_step` rows each, epoch after epoch without end.
+
+        Starting from a yielded (epoch, position) continues with the very next step. A step never spans two epochs: the
+        last one of an epoch is filled with empty rows, and the state after it is (epoch + 1, 0).
+        """
+        while True:
+            waiting: list[Row] = []
+            total, skip = self.rows_in_epoch(epoch), position
+            for rows in self._windows(epoch):
+                waiting += rows[skip:]
+                skip = max(0, skip - len(rows))
+                while len(waiting) >= self.rows_per_step:
+                    step, waiting = waiting[: self.rows_per_step], waiting[self.rows_per_step :]
+                    position += len(step)
+                    yield step, (epoch, position) if position < total else (epoch + 1, 0)
+            if waiting:
+                yield waiting + [[] for _ in range(self.rows_per_step - len(waiting))], (epoch + 1, 0)
+            epoch, position = epoch + 1, 0
+
+    def _windows(self, epoch: int) -> Iterator[list[Row]]:
+        random = np.random.default_rng([self.seed, epoch])
+        order_N = random.permutation(len(self.samples))
+        for part in np.array_split(order_N, max(1, len(order_N) // self.window)):
+            rows = self.builder.rows(self.samples.lengths_N[part], self.seq_length)
+            yield [part[rows[r]].tolist() for r in random.permutation(len(rows))]
+
+
+def deal(rows: list[T], rank: int, world: int, accumulation: int) -> list[list[T]]:
+    """Returns the micro-batches of one rank: `accumulation` lists of equally many rows.
+
+    Over all ranks and micro-batches every row is dealt exactly once; len(rows) is a multiple of world × accumulation.
+    Rows go round like cards, so that the empty rows of an incomplete step spread over the ranks.
+    """
+    hands = world * accumulation
+    assert len(rows) % hands == 0, f"{len(rows)} rows do not divide into {world} ranks × {accumulation} micro-batches"
+    return [rows[micro * world + rank :: hands] for micro in range(accumulation)]
+
+
+def spread(samples: Samples, per_task: int) -> np.ndarray:
+    """Returns the numbers of at most `per_task` samples of each task (0 or less: all), evenly spaced over its files.
+
+    Evenly, because files are often sorted: the first ones would stand for one source only.
+    """
+    chosen = []
+    for task in range(len(samples.stores)):
+        numbers = np.flatnonzero(samples.task_N == task)
+        if 0 < per_task < len(numbers):
+            numbers = numbers[np.arange(per_task) * len(numbers) // per_task]
+        chosen.append(numbers)
+    return np.concatenate([*chosen, np.empty(0, np.int64)]).astype(np.int64)
+
+
+def eval_batches(
+    samples: Samples,
+    rows: RowBuilder,
+    seq_length: int,
+    per_task: int,
+    per_device: int,
+    rank: int = 0,
+    world: int = 1,
+    window: int = 4096,
+) -> list[list[Row]]:
+    """Returns the micro-batches of one rank over `spread(samples, per_task)`, `per_device` rows each.
+
+    Every rank gets equally many (collective backends need that), the last ones filled with empty rows.
+    """
+    numbers = spread(samples, per_task)
+    chosen: list[Row] = []
+    for part in np.array_split(numbers, max(1, len(numbers) // window)):
+        chosen += [part[row].tolist() for row in rows.rows(samples.lengths_N[part], seq_length)]
+    per_round = world * per_device
+    rounds = -(-len(chosen) // per_round)
+    chosen += [[] for _ in range(rounds * per_round - len(chosen))]
+    return deal(chosen, rank, world, rounds) if rounds else []

@@ -1,0 +1,60 @@
+"""The settings under `data`: what the data floor reads that is not a component of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Optional
+
+from mft.errors import UserError, shortened
+
+
+class LongSamples(str, Enum):  # noqa: UP042  (values come back from yaml as plain strings; str keeps them equal)
+    """What happens to a sample of more than `seq_length` tokens; either way it is counted in the report."""
+
+    drop = "drop"
+    truncate_right = "truncate_right"
+
+
+class BadRows(str, Enum):  # noqa: UP042
+    """What happens to a row that cannot be understood: stop at it, or count it and go on."""
+
+    error = "error"
+    skip = "skip"
+
+
+class PadTo(str, Enum):  # noqa: UP042
+    """Width of a padded micro-batch: its longest sample, or always `seq_length`."""
+
+    longest = "longest"
+    seq_length = "seq_length"
+
+
+@dataclass
+class DataSettings:
+    """How rows become samples, and samples the rows of a step. conf/data/base.yaml says how to choose each value."""
+
+    paths: list[str] = field(default_factory=list)
+    template: str = "mft"
+    role_markers: Optional[dict[str, str]] = None  # noqa: UP045  (OmegaConf 2.3 reads Optional in every Python)
+    seq_length: int = 1024
+    long_samples: LongSamples = LongSamples.drop
+    split: list[float] = field(default_factory=lambda: [95.0, 5.0, 0.0])
+    bad_rows: BadRows = BadRows.error
+    pad_to: PadTo = PadTo.longest
+    rows: Any = None
+    window: int = 4096
+
+    def check(self) -> None:
+        """Raises UserError for values that types alone cannot refuse."""
+        if self.seq_length < 2:
+            raise UserError(f"data.seq_length: {self.seq_length} is too small; allowed: 2 or more tokens")
+        if self.window < 1:
+            raise UserError(f"data.window: {self.window} is too small; allowed: 1 or more samples")
+        parts = list(self.split)
+        if len(parts) != 3 or any(not math.isfinite(p) or p < 0 for p in parts) or sum(parts) <= 0:
+            raise UserError(
+                f"data.split: {shortened(parts)} is not a split; allowed: three proportions for train, valid and test, "
+                "none negative and not all zero, e.g. [95,5,0]"
+            )

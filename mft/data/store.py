@@ -1,0 +1,187 @@
+"""The token cache: each task is tokenised once, and every rank and every later run reads it memory-mapped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+from filelock import FileLock
+
+from mft.batch import Sample
+from mft.data import writer
+from mft.data.fingerprint import make_folder
+from mft.data.settings import BadRows, DataSettings, LongSamples
+from mft.data.split import SPLITS
+from mft.data.task import Task
+from mft.errors import UserError
+
+if TYPE_CHECKING:
+    from mft.data.tokenize import Encoder
+
+WAIT_SECONDS = 24 * 3600.0  # the last resort: when the building rank fails, the waiting ones are ended with it
+
+
+class Store:
+    """The samples of one task, in all splits. N is the number of samples.
+
+    lengths_N: tokens of each; trained_N: tokens that carry loss; split_N: index in SPLITS.
+    report: rows, kept, splits, tokens, trained_tokens, truncated, dropped {reason: count}, first_dropped.
+    fingerprint: hash of contents, tokenizer, template and options.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Path]):
+        """files: `Task.files()`, by which samples are traced to file and line."""
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.fingerprint = folder.name
+        self.files = list(files)
+        column = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in meta["dtypes"].items()}
+        self._ids, self._trained, self._offsets = column["ids"], column["trained"], column["offsets"]
+        self._file_N, self._line_N = column["file"], column["line"]
+        self.split_N, self.trained_N = column["split"], column["trained_counts"]
+        self.lengths_N = np.diff(self._offsets).astype(np.int32)
+        self.report: dict[str, Any] = meta["report"]
+        self.report["first_dropped"] = [
+            {"where": self._where(d["file"], d["line"]), "reason": d["reason"], "problem": d["problem"]}
+            for d in self.report["first_dropped"]
+        ]
+
+    def __len__(self) -> int:
+        return len(self.lengths_N)
+
+    def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns ids_S int32 and trained_S bool of sample i, in constant time."""
+        start, stop = self._offsets[i], self._offsets[i + 1]
+        return self._ids[start:stop].astype(np.int32), self._trained[start:stop].astype(bool)
+
+    def origin(self, i: int) -> str:
+        """Returns `file:line` of sample i."""
+        return self._where(self._file_N[i], self._line_N[i])
+
+    def _where(self, file: int, line: int) -> str:
+        return f"{self.files[file]}:{line}"
+
+
+class Samples:
+    """The samples of all tasks in one split, numbered through: N of them, task after task.
+
+    lengths_N: tokens of each; task_N: index of its store; `sample(i).index` is its number inside that store.
+    """
+
+    def __init__(self, stores: Sequence[Store], split: str = "train"):
+        self.stores = list(stores)
+        chosen = [np.flatnonzero(store.split_N == SPLITS.index(split)) for store in self.stores]
+        self.task_N = np.repeat(np.arange(len(chosen), dtype=np.int32), [len(c) for c in chosen])
+        self.index_N = np.concatenate([*chosen, np.empty(0, np.int64)]).astype(np.int64)
+        lengths = [store.lengths_N[c] for store, c in zip(self.stores, chosen, strict=True)]
+        self.lengths_N = np.concatenate([*lengths, np.empty(0, np.int32)]).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.index_N)
+
+    def sample(self, i: int) -> Sample:
+        """Returns sample i."""
+        task, index = int(self.task_N[i]), int(self.index_N[i])
+        ids_S, trained_S = self.stores[task].sample(index)
+        return Sample(ids_S, trained_S, task, index)
+
+    def load(self, rows: Sequence[Sequence[int]]) -> list[list[Sample]]:
+        """Returns the samples of rows of numbers, ready for `collate`."""
+        return [[self.sample(i) for i in row] for row in rows]
+
+    def origin(self, i: int) -> str:
+        """Returns `file:line` of sample i."""
+        return self.stores[self.task_N[i]].origin(int(self.index_N[i]))
+
+
+def prepare(
+    task: Task, encoder: Encoder, settings: DataSettings, cache_dir: str | os.PathLike[str], first: bool = True
+) -> Store:
+    """Returns the store of a task, tokenising it where the cache does not have it.
+
+    first: this process builds a missing store (only one does, when several try); otherwise it waits until another one
+    has. Raises UserError for missing files, a bad row under bad_rows=error, a task of which no row is left.
+    """
+    settings.check()
+    files = task.files()
+    tokens_dir = Path(cache_dir) / "tokens"
+    folder = tokens_dir / store_fingerprint(task, encoder, settings, cache_dir)
+    if not _complete(folder):
+        if first:
+            _build(folder, task, encoder, settings)
+        else:
+            _wait(folder, task)
+    store = Store(folder, files)
+    dropped = store.report["dropped"]
+    if settings.bad_rows == BadRows.error and dropped[writer.BAD_ROW]:  # built by a run that skipped them
+        bad = next((d for d in store.report["first_dropped"] if d["reason"] == writer.BAD_ROW), None)
+        example = f", e.g. {bad['where']}: {bad['problem']}" if bad else ""
+        raise UserError(
+            f"task.{task.name}: {dropped[writer.BAD_ROW]} bad rows{example} "
+            "(data.bad_rows=skip counts such rows and goes on)"
+        )
+    if not len(store):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "the files are empty"
+        places = "".join(f"\n  {d['where']}: {d['problem']}" for d in store.report["first_dropped"][:3])
+        raise UserError(f"task.{task.name}: none of its {store.report['rows']} rows is left ({reasons}){places}")
+    return store
+
+
+def store_fingerprint(task: Task, encoder: Encoder, settings: DataSettings, cache_dir: str | os.PathLike[str]) -> str:
+    """Returns the hash of all that decides the samples of a task; not of what only decides whether to stop."""
+    options = [settings.seq_length, LongSamples(settings.long_samples).value, [float(part) for part in settings.split]]
+    parts = [writer.VERSION, task.fingerprint(cache_dir), repr(task.format), encoder.fingerprint(), options]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+
+def _build(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) -> None:
+    make_folder(folder.parent)
+    with FileLock(f"{folder}.lock"):
+        if _complete(folder):  # another process was faster
+            return
+        for left in [folder, *folder.parent.glob(f"{folder.name}.tmp*")]:  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
+        try:
+            temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private; caches are shared
+            writer.write(temporary, task, encoder, settings)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _wait(folder: Path, task: Task) -> None:
+    start = time.monotonic()
+    while not _complete(folder):
+        if time.monotonic() - start > WAIT_SECONDS:
+            hours = WAIT_SECONDS / 3600
+            raise UserError(f"task.{task.name}: waited {hours:.0f} hours for the first rank to write {folder}")
+        time.sleep(0.1)
+
+
+def _complete(folder: Path) -> bool:
+    """Whether meta.json is there and every file has the size it states (a full disk or a bad copy leaves less)."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        return all((folder / f"{name}.bin").stat().st_size == size for name, size in meta["sizes"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _mapped(path: Path, dtype: str) -> np.ndarray:
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype, mode="r"))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

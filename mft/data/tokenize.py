@@ -1,0 +1,97 @@
+"""Messages → token ids, the same way for training and for inference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from mft.batch import Message
+from mft.data.template import Piece, Template
+from mft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Encoded = tuple[np.ndarray, np.ndarray]
+"""ids_S int32, trained_S bool."""
+
+
+class Encoder:
+    """Encodes conversations piece by piece; the end of sequence enters as its id, not as text.
+
+    Raises UserError for a tokenizer without an end-of-sequence token: without it no answer would ever end.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template):
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "model.eos_token: the tokenizer has no end-of-sequence token, so answers would never end; name one of "
+                "its tokens, e.g. model.eos_token='<|endoftext|>'"
+            )
+        self.tokenizer = tokenizer
+        self.template = template
+        self.eos_id = int(tokenizer.eos_token_id)
+        self.vocab_size = max(max(tokenizer.get_vocab().values(), default=0) + 1, len(tokenizer), self.eos_id + 1)
+
+    def encode(self, messages: Sequence[Message]) -> Encoded:
+        """Returns the training ids of one conversation (ids_S int32) and which of them carry loss (trained_S bool)."""
+        return self.encode_batch([messages])[0]
+
+    def encode_batch(self, conversations: Iterable[Sequence[Message]]) -> list[Encoded]:
+        """Encodes many conversations in one call of the tokenizer. The arrays are views of two flat ones."""
+        return self._assemble([self.template.pieces(messages) for messages in conversations])
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the ids after which the model is to answer: a prefix of the training ids of the same conversation."""
+        return self._assemble([self.template.pieces(messages, generation=True)])[0][0].tolist()
+
+    def fingerprint(self) -> str:
+        """Returns a hash of all that decides the ids: tokenizer, its special tokens, template."""
+        if self.tokenizer.is_fast:
+            state = self._backend().to_str()
+        else:
+            state = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        special = json.dumps(self.tokenizer.special_tokens_map, sort_keys=True, default=str)
+        parts = [type(self.tokenizer).__name__, state, special, str(self.eos_id), self.template.fingerprint()]
+        return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+
+    def _assemble(self, conversations: list[list[Piece]]) -> list[Encoded]:
+        pieces = [piece for conversation in conversations for piece in conversation]
+        flat: list[int] = []
+        length_P, trained_P = [], []
+        for piece, ids in zip(pieces, self._ids([piece.text for piece in pieces]), strict=True):
+            flat += ids
+            if piece.eos:
+                flat.append(self.eos_id)
+            length_P.append(len(ids) + piece.eos)
+            trained_P.append(piece.trained)
+        ids_all = np.array(flat, dtype=np.int32)
+        trained_all = np.repeat(np.array(trained_P, dtype=bool), length_P)
+        border_P = np.concatenate([[0], np.cumsum(length_P, dtype=np.int64)])
+        encoded = []
+        first_piece = 0
+        for conversation in conversations:
+            start, stop = border_P[first_piece], border_P[first_piece + len(conversation)]
+            trained_S = trained_all[start:stop]
+            trained_S[:1] = False  # nothing comes before the first token, so nothing can predict it
+            encoded.append((ids_all[start:stop], trained_S))
+            first_piece += len(conversation)
+        return encoded
+
+    def _ids(self, texts: list[str]) -> Iterable[list[int]]:
+        if not texts:
+            return []
+        if self.tokenizer.is_fast:
+            return (e.ids for e in self._backend().encode_batch_fast(texts, add_special_tokens=False))
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def _backend(self):
+        """Returns the Rust tokenizer without the truncation or padding that an earlier call may have left in it."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return backend

@@ -1,0 +1,72 @@
+"""A tokenizer, tasks and stores made in code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mft.data.settings import DataSettings
+from mft.data.store import prepare
+from mft.data.task import Task
+from mft.data.template import Template
+from mft.data.tokenize import Encoder
+
+CORPUS = [
+    "def area(width, height):\n    return width * height\n",
+    "Write the body of this function.\n<s>system\n<s>human\n<s>bot\n",
+    "    for line in lines:\n        print(line.strip())\n",
+    "Was ist größer? 長さ\n",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE of 400 entries in which blanks merge with the newline before them."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    lines = pre_tokenizers.Split(Regex(r"\s+|\S+"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [lines, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer) -> Encoder:
+    return Encoder(tokenizer, Template())
+
+
+def chat(*turns: str, system: str = "") -> dict:
+    """A row: human and bot turns alternating."""
+    rounds = [{"role": ("human", "bot")[i % 2], "content": text} for i, text in enumerate(turns)]
+    return {"id": 7, "chat_rounds": ([{"role": "system", "content": system}] if system else []) + rounds}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_store(tmp_path, encoder):
+    """Builds the store of a task from rows."""
+
+    def make(rows: list[dict], name: str = "docs", **settings):
+        write(tmp_path / name / "rows.jsonl", rows)
+        task = Task(name=name, paths=[str(tmp_path / name)])
+        return prepare(task, encoder, DataSettings(**settings), tmp_path / "cache")
+
+    return make

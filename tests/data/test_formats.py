@@ -1,0 +1,72 @@
+import math
+
+import pytest
+
+from mft.batch import Message
+from mft.data.formats import Chat, RowError
+from tests.data.conftest import chat
+
+
+def test_both_sets_of_roles_and_other_fields():
+    rounds = [("system", "s"), ("human", "q"), ("bot", "a"), ("user", "r"), ("assistant", "b")]
+    row = {"id": math.nan, "chat_rounds": [{"role": role, "content": text, "time": 1} for role, text in rounds]}
+    assert Chat().messages(row) == [
+        Message("system", "s"),
+        Message("user", "q"),
+        Message("assistant", "a"),
+        Message("user", "r"),
+        Message("assistant", "b"),
+    ]
+
+
+def test_a_turn_can_be_left_out_of_the_loss():
+    row = chat("q", "a", "r", "b")
+    row["chat_rounds"][1]["train"] = False
+    assert [m.train for m in Chat().messages(row)] == [True, False, True, True]
+
+
+def rounds(*turns):
+    return {"chat_rounds": [dict(zip(("role", "content"), turn, strict=False)) for turn in turns]}
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "says"),
+    [
+        ([1], "", "is the list [1]; allowed: an object"),
+        (None, "", "is the value None"),
+        ({}, "chat_rounds", "is missing; the row's fields: 'none'"),
+        ({"chat_round": []}, "chat_rounds", "did you mean chat_round?"),
+        ({"chat_rounds": "x"}, "chat_rounds", "is the text 'x'"),
+        ({"chat_rounds": []}, "chat_rounds", "at least one round"),
+        ({"chat_rounds": [3]}, "chat_rounds[0]", "is the number 3; allowed: an object with role and content"),
+        (rounds(("human",)), "chat_rounds[0].content", "is missing; the round's fields: 'role'"),
+        (rounds(("human", None)), "chat_rounds[0].content", "is the value None; allowed: text"),
+        (rounds((["human"], "q")), "chat_rounds[0].role", "is the list"),
+        (
+            rounds(("human", "q"), ("bto", "a")),
+            "chat_rounds[1].role",
+            "'bto' is not allowed here; allowed: bot, assistant",
+        ),
+        (rounds(("human", "q"), ("bto", "a")), "chat_rounds[1].role", "did you mean bot?"),
+        (rounds(("human", "q"), ("user", "a")), "chat_rounds[1].role", "human and bot turns alternate"),
+        (rounds(("bot", "a")), "chat_rounds[0].role", "allowed: system, human, user"),
+        (rounds(("human", "q"), ("bot", "a"), ("system", "s")), "chat_rounds[2].role", "allowed: human, user"),
+        (rounds(("system", "s"), ("system", "s")), "chat_rounds[1].role", "allowed: human, user"),
+        (rounds(("system", "s")), "chat_rounds", "holds only a system turn"),
+        (rounds(("human", "q"), ("bot", "")), "chat_rounds[1].content", "is empty"),
+        (rounds(("human", "a\ud800")), "chat_rounds[0].content", "half of a surrogate pair at character 1"),
+        ({"chat_rounds": [{"role": "human", "content": "q", "train": 0}]}, "chat_rounds[0].train", "the number 0"),
+    ],
+)
+def test_wrong_rows_name_the_field(row, field, says):
+    with pytest.raises(RowError) as raised:
+        Chat().messages(row)
+    assert raised.value.field == field
+    assert says in str(raised.value)
+    assert len(str(raised.value)) < 300
+
+
+def test_long_values_are_shortened():
+    with pytest.raises(RowError) as raised:
+        Chat().messages({"chat_rounds": "x" * 10_000})
+    assert len(str(raised.value)) < 200
