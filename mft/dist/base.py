@@ -44,8 +44,9 @@ class Engine:
     wrapper: str | None = None
     """Class name of the module that `prepare` returns; None: the module itself."""
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, owns_group: bool):
         self.accelerator = accelerator
+        self._owns_group = owns_group
         # accelerate numbers CPUs by rank ("cpu:1"), which compares unequal to where tensors really are
         self.device: torch.device = accelerator.device if accelerator.device.type != "cpu" else _cpu()
         self.rank: int = accelerator.process_index
@@ -223,13 +224,13 @@ class Engine:
         return state["dist"] == self.name and state["world"] == self.world
 
     def close(self) -> None:
-        """Ends the process group and frees what accelerate holds, so that a process may start another engine."""
+        """Ends the process group that it made and frees what accelerate holds; the process may start another engine."""
         import torch
         from accelerate.state import AcceleratorState, GradientState
 
         self._module = self._optimizer = None
         self.accelerator.free_memory()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self._owns_group and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         # accelerate keeps its state in process-wide singletons and offers no public way to end them
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -257,7 +258,7 @@ class Single:
         if world > 1:
             raise UserError(f"dist=single with {world} ranks: choose dist=ddp, or launch.nproc=1")
         with environment(dict.fromkeys(RANK_VARIABLES)):  # with them, accelerate would make a process group of one
-            return Engine(accelerator(precision, cpu))
+            return Engine(accelerator(precision, cpu), owns_group=False)
 
 
 @dataclass
@@ -272,6 +273,7 @@ class Ddp:
         Ranks are read from the environment (RANK, WORLD_SIZE, ...); without them this is a group of one.
         Raises UserError when the device cannot do the precision or the group is not what was asked.
         """
+        import torch
         from accelerate import DistributedDataParallelKwargs
 
         # the buffers of a language model are constants: broadcasting them before every forward would be wasted; and
@@ -286,8 +288,9 @@ class Ddp:
             ours = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
             alone = {name: str(value) for name, value in ours.items()}
             alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        owns_group = not torch.distributed.is_initialized()
         with environment(alone):
-            return DdpEngine(accelerator(precision, cpu, options))
+            return DdpEngine(accelerator(precision, cpu, options), owns_group)
 
 
 def accelerator(precision: str, cpu: bool | None, *handlers: Any, **options: Any) -> Accelerator:
