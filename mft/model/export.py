@@ -1,0 +1,259 @@
+"""Writing what was trained as a folder that transformers and peft load, and merging an adapter into its base.
+
+Beside the weights lies `mft.json`: the base model with its fingerprint, the dtype and the quantisation it was trained
+in.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mft.errors import UserError
+from mft.model.family import CausalLM
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+NOTE = "mft.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a trained folder was made from. quantization: arguments of BitsAndBytesConfig, None for an unquantised base;
+    dtype: of the base's unquantised weights while training, e.g. bfloat16."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    fingerprint: str = ""
+    dtype: str = "float32"
+    quantization: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, folder: Path, base: str | None = None) -> Origin:
+        """Returns the origin of a trained folder; `base` replaces the base's path where it has moved.
+
+        An adapter made elsewhere has no mft.json: its base is taken from adapter_config.json, unquantised.
+        """
+        note, config = folder / NOTE, folder / "adapter_config.json"
+        if note.exists():
+            values = json.loads(note.read_text(encoding="utf-8"))["origin"]
+            origin = cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
+        elif config.exists():
+            values = json.loads(config.read_text(encoding="utf-8"))
+            origin = cls(values.get("base_model_name_or_path") or "", values.get("revision"))
+        else:
+            raise UserError(f"{folder} holds neither {NOTE} nor adapter_config.json, so its base model is unknown")
+        return cls(**{**origin.__dict__, "path": base}) if base else origin
+
+    def family(self) -> CausalLM:
+        """Returns the base model; raises UserError when it is missing or is not the one that was trained on."""
+        family = CausalLM(self.path, self.revision, trust_remote_code=self.trust_remote_code)
+        try:
+            family.check()
+        except UserError as error:
+            raise UserError(
+                f"the base model of this adapter cannot be used: {error}; give another with base="
+            ) from error
+        if self.fingerprint and family.fingerprint() != self.fingerprint:
+            raise UserError(
+                f"the base model {self.path} is not the one the adapter was trained on: its fingerprint is "
+                f"{family.fingerprint()}, not {self.fingerprint}; give the right one with base="
+            )
+        return family
+
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.dtype)
+
+    def load(self) -> nn.Module:
+        """Returns the base model in the dtype and quantisation it was trained in."""
+        from transformers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(**self.quantization) if self.quantization else None
+        return self.family().model(self.torch_dtype(), quantization)
+
+
+def save_final(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path | str,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    family: CausalLM | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes an adapter folder (peft) or a model folder (transformers), safetensors, with the tokenizer and its chat
+    template.
+
+    model: a TokenLoss, or the plain or peft model inside it (then give `family`); state_dict: of `model`, as gathered
+    by the engine from all ranks (default: its own); dtype: of a full model's weights on disk (default: as they are).
+    Only one rank may call it.
+    """
+    from mft.model.forward import TokenLoss, base_of
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, TokenLoss):
+        family = family or model.family
+        model = model.model
+        if state_dict is not None:
+            state_dict = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+    base = base_of(model)
+    if base is not model:
+        # Without this peft asks the hub for the base's config, to see whether its vocabulary was resized.
+        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+    else:
+        state_dict = model.state_dict() if state_dict is None else state_dict
+        if dtype is not None:
+            state_dict = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
+        model.save_pretrained(str(folder), state_dict=state_dict)
+        if dtype is not None:
+            _edit_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
+    tokenizer.save_pretrained(str(folder))
+    if family is not None:
+        kind = "full" if base is model else "adapter"
+        note = {"format": 1, "kind": kind, "origin": _origin(base, family).__dict__}
+        (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def _edit_json(path: Path, **values: Any) -> None:
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | values, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+def _origin(base: nn.Module, family: CausalLM) -> Origin:
+    config = getattr(base.config, "quantization_config", None)
+    quantization = None
+    if config is not None:
+        names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+        settings = config.to_dict()
+        quantization = {name: settings[name] for name in names}
+    # The dtype of what is not quantised: norms are never, and adapters do not count.
+    dtype = next(p.dtype for n, p in base.named_parameters() if p.is_floating_point() and "lora_" not in n)
+    return Origin(
+        family.source(),
+        family.revision,
+        family.trust_remote_code,
+        family.fingerprint(),
+        str(dtype).removeprefix("torch."),
+        quantization,
+    )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Result of a merge. difference: largest absolute difference of its logits to base + adapter, on a few sequences;
+    bound: what it had to stay below; effect: largest absolute difference the adapter makes to the base's logits, to
+    compare with."""
+
+    folder: Path
+    difference: float
+    bound: float
+    effect: float
+
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+"""Largest accepted difference of merged logits, as a share of the largest logit. A half-precision weight rounds the
+update it takes up by up to 2**-9 (bf16) or 2**-12 (fp16) of itself in every layer; a wrong merge is off by its whole
+effect."""
+
+PROBES = ("def add(a, b):\n    return a + b\n", "Explain what a hash table is.", "for i in range(10):\n    print(i)\n")
+
+
+def merge(
+    adapter: Path | str,
+    out: Path | str,
+    base: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Merged:
+    """Writes base + adapter as one plain Hugging Face folder and compares its logits with theirs.
+
+    base: where the base model is, if not where mft.json says; tokenizer: default is the adapter folder's own.
+    The adapter of a 4-bit base is merged into the dequantised 4-bit weights, which it was trained to correct: on the
+    original weights it would be slightly off, and merged into 4 bits most of it would be rounded away.
+    Raises UserError for an empty or untrained adapter, an existing `out`, and logits beyond the bound.
+    """
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    adapter, out = Path(adapter), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out} exists already; give a folder that does not")
+    refuse_untrained(adapter)
+    origin = Origin.read(adapter, base)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(adapter))
+    probes = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[:, :64] for text in PROBES]
+
+    model = PeftModel.from_pretrained(origin.load(), str(adapter)).eval()
+    expected = _logits(model, probes)
+    with model.disable_adapter():
+        effect = _difference(expected, _logits(model, probes))
+    del model  # before the second copy is loaded
+
+    plain = origin.load()
+    if origin.quantization:
+        plain = plain.dequantize(origin.torch_dtype())
+    # safe_merge: refuses an adapter whose weights are not finite
+    plain = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload(safe_merge=True)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    plain.save_pretrained(str(part))
+    tokenizer.save_pretrained(str(part))
+    del plain
+
+    written = CausalLM(str(part)).model(origin.torch_dtype()).eval()
+    difference = _difference(expected, _logits(written, probes))
+    bound = TOLERANCE[origin.dtype] * max(logits.abs().max().item() for logits in expected)
+    if not difference <= bound:  # also for NaN
+        raise UserError(
+            f"the merged model differs from base + adapter by {difference:.3g} in its logits, more than {bound:.3g} "
+            f"(the adapter's whole effect is {effect:.3g}); it was left in {part}"
+        )
+    if out.exists():
+        out.rmdir()
+    part.rename(out)
+    return Merged(out, difference, bound, effect)
+
+
+def refuse_untrained(adapter: Path) -> None:
+    """Raises UserError for an adapter folder without weights, with empty tensors, or whose B matrices are all zero."""
+    from safetensors import safe_open
+
+    file = adapter / "adapter_model.safetensors"
+    if not file.exists():
+        raise UserError(f"{adapter} has no adapter_model.safetensors")
+    with safe_open(str(file), "pt") as tensors:
+        names = list(tensors.keys())
+        if not names or any(0 in tensors.get_slice(name).get_shape() for name in names):
+            raise UserError(
+                f"the adapter in {adapter} is empty: it was saved without gathering its weights from all ranks"
+            )
+        outputs = [name for name in names if "lora_B" in name or "lora_embedding_B" in name]
+        if outputs and not any(tensors.get_tensor(name).any() for name in outputs):
+            raise UserError(
+                f"the adapter in {adapter} is untrained: all its B matrices are zero, so merging changes nothing"
+            )
+
+
+def _logits(model: nn.Module, probes: list[torch.Tensor]) -> list[torch.Tensor]:
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return [model(input_ids=ids.to(device), use_cache=False).logits.float().cpu() for ids in probes]
+
+
+def _difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    # torch's max, unlike Python's, lets a NaN through
+    import torch
+
+    return torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()

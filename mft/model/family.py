@@ -1,0 +1,337 @@
+"""A causal language model and its tokenizer, from a folder or the hub, and what its family does differently.
+
+A family is a yaml of conf/model; code only where a family has a quirk: subclass CausalLM and override the method in
+question.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mft.errors import UserError, nearest, shortened
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTING_ABOVE = 1_000_000_000
+"""Parameters above which gradient_checkpointing=auto turns checkpointing on."""
+
+
+class Attention(StrEnum):
+    """Implementations of attention a user can ask for; auto = flash_attention_2 where it can run, else sdpa."""
+
+    auto = "auto"
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+@dataclass
+class CausalLM:
+    """Any causal LM of transformers.
+
+    path: folder or hub name; revision: branch, tag or commit of a hub name; attention: see Attention;
+    gradient_checkpointing: auto | true | false; eos_token, pad_token: override the tokenizer's; lora_targets: module
+    names adapted by default ([] = all linear layers); shard_layers: class names of decoder layers ([] = the model's own
+    list); router_coef: weight of a mixture of experts' balance loss (None = the model's own); trust_remote_code: run
+    code that comes with the checkpoint; hint: what to do when a local path is missing.
+    """
+
+    path: str
+    revision: str | None = None
+    attention: Attention = Attention.auto
+    gradient_checkpointing: Any = "auto"
+    eos_token: str | None = None
+    pad_token: str | None = None
+    lora_targets: list[str] = field(default_factory=list)
+    shard_layers: list[str] = field(default_factory=list)
+    router_coef: float | None = None
+    trust_remote_code: bool = False
+    hint: str = ""
+
+    # ── checks, before anything is loaded ──
+
+    def check(self) -> None:
+        """Raises UserError for what can be known without loading: the path, the attention, gradient checkpointing."""
+        self.checkpointing(parameters=0)
+        if self.attention not in Attention.__members__:
+            raise UserError(
+                f"model.attention={self.attention!r} is not one of {', '.join(Attention.__members__)}"
+                f"{nearest(self.attention, Attention.__members__)}"
+            )
+        if self.attention == "flash_attention_2" and (why := flash_attention_missing()):
+            raise UserError(
+                f"model.attention=flash_attention_2 cannot run here: {why}; use model.attention=auto or sdpa"
+            )
+        if self.trust_remote_code:
+            log.warning("model.trust_remote_code=true: Python code that comes with %s will be run", self.path)
+        self._check_path()
+
+    def _check_path(self) -> None:
+        path = Path(self.path).expanduser()
+        if path.is_dir():
+            self._check_folder(path)
+        elif path.exists():
+            raise UserError(f"model.path={self.path} is a file; give the folder that holds config.json")
+        elif looks_local(self.path):
+            parent = path.parent
+            siblings = [str(parent / p.name) for p in parent.iterdir()] if parent.is_dir() else []
+            hint = f"; {self.hint}" if self.hint else nearest(path, siblings)
+            raise UserError(f"model.path={self.path} does not exist{hint}")
+        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.path):
+            raise UserError(f"model.path={shortened(self.path)} is neither a folder nor a hub name such as owner/name")
+
+    def _check_folder(self, path: Path) -> None:
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+            raise UserError(
+                f"model.path={self.path} holds an adapter; give its base model, and the adapter as peft.path"
+            )
+        if not (path / "config.json").exists():
+            raise UserError(f"model.path={self.path} has no config.json, so it is not a Hugging Face model folder")
+        if not any(path.glob("*.safetensors")):
+            raise UserError(
+                f"model.path={self.path} has no *.safetensors file; pickled weights are not loaded, convert them first"
+            )
+
+    # ── where it comes from ──
+
+    def source(self) -> str:
+        """Returns what from_pretrained takes: an absolute folder, or the hub name."""
+        path = Path(self.path).expanduser()
+        return str(path.resolve()) if path.is_dir() else self.path
+
+    def fingerprint(self) -> str:
+        """Returns a string that differs for different weights: a hash of config, file names, sizes, safetensors headers
+        and samples of their bytes for a folder; name@revision for a hub name."""
+        source = Path(self.source())
+        return folder_fingerprint(source) if source.is_dir() else f"{self.path}@{self.revision or 'main'}"
+
+    def _from_pretrained(self, factory: Any, **arguments: Any) -> Any:
+        try:
+            return factory.from_pretrained(
+                self.source(), revision=self.revision, trust_remote_code=self.trust_remote_code, **arguments
+            )
+        except (OSError, ValueError) as error:
+            # transformers reports what a person got wrong (name, network, licence, no safetensors) as these two.
+            raise UserError(f"model.path={self.path} cannot be loaded: {error}") from error
+
+    # ── tokenizer ──
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Returns the tokenizer with its EOS and pad token set.
+
+        EOS: model.eos_token, else the tokenizer's, else that of the model's config. Raises UserError when none is
+        known.
+        """
+        from transformers import AutoTokenizer
+
+        tokenizer = self._from_pretrained(AutoTokenizer)
+        eos = self.eos_token or tokenizer.eos_token or self._config_eos(tokenizer)
+        if eos is None:
+            raise UserError(
+                f"model.eos_token: neither the tokenizer nor config.json of {self.path} names a token that ends an "
+                "answer; set it here"
+            )
+        tokenizer.eos_token = known_token(tokenizer, eos, "model.eos_token")
+        # Padding is tracked by sample_BT, never by id: a pad token that equals EOS hides no trained EOS here. It still
+        # matters to whoever loads the checkpoint and masks by id, so EOS is the last choice.
+        pad = self.pad_token or tokenizer.pad_token or tokenizer.unk_token or eos
+        tokenizer.pad_token = known_token(tokenizer, pad, "model.pad_token")
+        return tokenizer
+
+    def _config_eos(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        ids = getattr(self.config(), "eos_token_id", None)
+        first = ids[0] if isinstance(ids, list) and ids else ids
+        return tokenizer.convert_ids_to_tokens(first) if isinstance(first, int) else None
+
+    def config(self) -> Any:
+        """Returns the transformers config of the model."""
+        from transformers import AutoConfig
+
+        return self._from_pretrained(AutoConfig)
+
+    # ── model ──
+
+    def model(
+        self,
+        dtype: torch.dtype,
+        quantization: BitsAndBytesConfig | None = None,
+        device_map: Any = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> PreTrainedModel:
+        """Returns the model in train mode, its weights in `dtype` or quantised.
+
+        compute_dtype: what autocast will compute in, where that differs from dtype (float32 master weights under bf16);
+        attention=auto needs it, since flash attention has no float32 kernel.
+        """
+        from transformers import AutoModelForCausalLM
+
+        model = self._from_pretrained(
+            AutoModelForCausalLM,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map=device_map,
+            attn_implementation=self.attention_for(compute_dtype or dtype),
+            use_safetensors=True,
+        )
+        # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place at the first evaluation, after which
+        # training gradients are wrong (relative error 0.73) while the loss looks right. from_pretrained returns eval
+        # mode.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        model.train()
+        return model
+
+    def attention_for(self, dtype: torch.dtype) -> str:
+        """Returns the attention implementation for computing in `dtype`, with auto resolved."""
+        if self.attention != "auto":
+            return str(Attention(self.attention).value)
+        half = str(dtype) in ("torch.bfloat16", "torch.float16")
+        return "flash_attention_2" if half and not flash_attention_missing() else "sdpa"
+
+    def checkpointing(self, parameters: int) -> bool:
+        """Returns gradient_checkpointing with auto resolved for a model of that many parameters."""
+        options = {"auto": parameters > CHECKPOINTING_ABOVE, "true": True, "false": False}
+        asked = str(self.gradient_checkpointing).lower()
+        if asked not in options:
+            raise UserError(
+                f"model.gradient_checkpointing={self.gradient_checkpointing!r} is not one of auto, true, false"
+                f"{nearest(asked, options)}"
+            )
+        return options[asked]
+
+    def checkpoint(self, model: nn.Module) -> bool:
+        """Turns gradient checkpointing on where asked, on a plain or peft model, and returns whether it is on."""
+        from mft.model.forward import base_of
+
+        on = self.checkpointing(parameter_count(model))
+        if on:
+            # Non-reentrant: the reentrant kind loses gradients of adapters behind a frozen embedding and breaks DDP.
+            base_of(model).activation_checkpointing_enable({"use_reentrant": False})
+        return on
+
+    def layer_classes(self, model: nn.Module) -> list[str]:
+        """Returns the class names of the decoder layers, the unit of sharding; model: plain or peft."""
+        from mft.model.forward import base_of
+
+        return list(self.shard_layers) or sorted(base_of(model)._no_split_modules or [])
+
+    # ── the head ──
+
+    def logits(self, model: nn.Module, hidden_nH: torch.Tensor) -> torch.Tensor:
+        """Returns the logits [n, V] of final hidden states [n, H], as the model's own forward makes them."""
+        import torch
+
+        from mft.model.forward import base_of
+
+        base = base_of(model)
+        logits_nV = base.get_output_embeddings()(hidden_nH)
+        for name, value in head_quirks(base).items():
+            if name == "logits_scaling":
+                logits_nV = logits_nV / value
+            elif name == "logit_scale":
+                logits_nV = logits_nV * value
+            else:
+                logits_nV = torch.tanh(logits_nV / value) * value
+        return logits_nV
+
+    def plain_head(self, base: nn.Module) -> bool:
+        """Whether the logits are `hidden @ weight.T` and nothing else, so that the fused cross entropy may be used."""
+        from torch import nn
+
+        head = base.get_output_embeddings()
+        return type(head) is nn.Linear and head.bias is None and not head_quirks(base)
+
+    def router_weight(self, base: nn.Module) -> float:
+        """Returns the coefficient of the router's auxiliary loss, 0 for models that have none."""
+        import sys
+
+        own = getattr(base.config, "router_aux_loss_coef", None)
+        if own is None or not hasattr(sys.modules[type(base).__module__], "load_balancing_loss_func"):
+            if self.router_coef:
+                raise UserError(
+                    f"model.router_coef={self.router_coef}: {type(base).__name__} has no router loss; remove it"
+                )
+            return 0.0
+        return float(own if self.router_coef is None else self.router_coef)
+
+
+def head_quirks(base: nn.Module) -> dict[str, float]:
+    """Returns what a config does to the logits after the head: granite divides, cohere multiplies, gemma 2 caps
+    softly."""
+    names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    values = {name: getattr(base.config, name, None) for name in names}
+    return {n: float(v) for n, v in values.items() if isinstance(v, int | float) and not (v == 1 and n != names[2])}
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Returns the number of parameters; a 4-bit weight holds two in a byte, a weight sharded by ZeRO-3 counts in
+    full."""
+    return sum(weight_count(parameter) for parameter in model.parameters())
+
+
+def weight_count(parameter: Any) -> int:
+    """Returns how many weights a parameter stands for, also when it is packed to 4 bits or sharded by ZeRO-3."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None and hasattr(state, "shape"):
+        return state.shape.numel()
+    return getattr(parameter, "ds_numel", None) or parameter.numel()
+
+
+def known_token(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> str:
+    """Returns `token` if the vocabulary has it; assigning an unknown one would silently train on the unk token."""
+    vocabulary = tokenizer.get_vocab()
+    if token not in vocabulary:
+        special = [str(t) for t in tokenizer.all_special_tokens] + list(tokenizer.get_added_vocab())
+        raise UserError(
+            f"{key}={token!r} is not in the tokenizer's vocabulary; its special tokens are "
+            f"{', '.join(dict.fromkeys(special)) or 'none'}{nearest(token, vocabulary)}"
+        )
+    return token
+
+
+def flash_attention_missing() -> str:
+    """Returns why flash attention 2 cannot run on this machine, or "" if it can."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    import torch
+
+    return "" if torch.cuda.is_available() else "there is no CUDA device"
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path that does not exist was meant as a folder rather than as a hub name `owner/name`."""
+    if path.startswith(("/", "./", "../", "~", "\\")) or path.count("/") > 1:
+        return True
+    return "/" in path and Path(path).parent.is_dir()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Returns a hash over the config and weight files of a folder; of each safetensors file its header and 64 samples
+    of 4 KiB, so that another training of the same architecture differs, in milliseconds instead of a full read."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    digest.update((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(json.dumps([file.name, size]).encode())
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(header))
+            for i in range(64):
+                stream.seek(8 + header + (size - 8 - header) * i // 64)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()

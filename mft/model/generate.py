@@ -1,0 +1,128 @@
+"""Answers of a trained folder through its own chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mft.batch import Message
+from mft.errors import UserError
+from mft.model.export import Origin
+from mft.model.family import CausalLM
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+Conversation = str | Sequence[Message | Mapping[str, str]]
+"""A prompt of one user turn, or messages with `role` (system, user or human, assistant or bot) and `content`."""
+
+ROLES = {"human": "user", "bot": "assistant"}
+
+
+class Answerer:
+    """A trained folder, ready to answer: a run folder (its final/), a checkpoint, an adapter or a model folder.
+
+    base: where the adapter's base model is, if not where mft.json says; tokenizer: another one than the folder's, to
+    ask an untrained base in the form of a fine-tuned model; device: default cuda if there is one; dtype: of a full
+    model's weights (default: as saved). An adapter runs on the base as it was trained: same dtype, same quantisation.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        base: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        import torch
+
+        self.folder = model_folder(Path(folder))
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = tokenizer or CausalLM(str(self.folder)).tokenizer()
+        if self.tokenizer.chat_template is None:
+            raise UserError(f"the tokenizer in {self.folder} has no chat template, so it is not known how to ask")
+        self.model = self._model(base, dtype).to(self.device).eval()
+
+    def _model(self, base: str | None, dtype: torch.dtype | None) -> nn.Module:
+        if (self.folder / "adapter_config.json").exists():
+            from peft import PeftModel
+
+            return PeftModel.from_pretrained(Origin.read(self.folder, base).load(), str(self.folder))
+        return CausalLM(str(self.folder)).model(dtype or saved_dtype(self.folder))
+
+    def answer(
+        self,
+        conversations: Sequence[Conversation],
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        top_p: float = 0.95,
+        temperature: float = 0.1,
+        do_sample: bool = True,
+        num_beams: int = 1,
+        repetition_penalty: float = 1.0,
+    ) -> list[str]:
+        """Returns one answer for each conversation, all generated as one batch; system: a system message put before
+        each."""
+        import torch
+
+        if not conversations:
+            return []
+        # Left padding: the answers of all rows start in the same column. The pieces are encoded as in training, where
+        # the text is split at the start of each answer: a prompt alone therefore encodes to exactly the ids that were
+        # seen.
+        prompts = [self.prompt(conversation, system) for conversation in conversations]
+        side, self.tokenizer.padding_side = self.tokenizer.padding_side, "left"
+        inputs = self.tokenizer(
+            prompts, add_special_tokens=False, padding=True, return_tensors="pt", return_token_type_ids=False
+        ).to(self.device)
+        self.tokenizer.padding_side = side
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if do_sample else {}
+        with torch.no_grad():
+            ids = self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=do_sample,
+                num_beams=num_beams,
+                repetition_penalty=repetition_penalty,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+                **sampling,
+            )
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        # Not stripped: a function's body begins with its indentation.
+        return self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def prompt(self, conversation: Conversation, system: str | None = None) -> str:
+        """Returns the text the model is asked with: the chat template up to where the assistant begins."""
+        turns = [Message("user", conversation)] if isinstance(conversation, str) else conversation
+        messages = [
+            {"role": t.role, "content": t.content}
+            if isinstance(t, Message)
+            else {"role": ROLES.get(t["role"], t["role"]), "content": t["content"]}
+            for t in turns
+        ]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def model_folder(folder: Path) -> Path:
+    """Returns the folder with the weights: the one given, or the final/ or model/ inside a run or checkpoint folder."""
+    for candidate in (folder, folder / "final", folder / "model"):
+        if any((candidate / name).exists() for name in ("adapter_config.json", "config.json")):
+            return candidate
+    raise UserError(f"{folder} holds no model: neither it nor its final/ has a config.json or an adapter_config.json")
+
+
+def saved_dtype(folder: Path) -> torch.dtype:
+    """Returns the dtype a model folder's config names, float32 if none."""
+    import torch
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -1,0 +1,130 @@
+"""A random llama with its tokenizer, made in code: an ordinary checkpoint folder without a download, for tests and dry
+runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mft.errors import UserError
+from mft.model.family import CausalLM
+
+TEXT = (
+    "def add(a, b):\n    return a + b\n",
+    "import os\nfrom pathlib import Path\n\nclass Point:\n    def __init__(self, x, y):\n        self.x = x\n",
+    "for i in range(10):\n    if i % 2 == 0:\n        print(i)\n    else:\n        continue\n",
+    "<s>system\nYou are a helpful assistant.\n<s>human\nWrite a test for this function.<s>bot\n",
+    "assert add(1, 2) == 3, 'the sum of one and two is three'\n",
+    "The quick brown fox jumps over the lazy dog. Explain what the following code does, and name the function.\n",
+)
+"""What the tokenizer's merges are learnt from."""
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+
+
+@dataclass
+class Tiny(CausalLM):
+    """A llama with random weights under `<cache_dir>/tiny/<hash of its fields>`, made when it is first used.
+
+    Widths are in tokens and units: keep hidden_size and intermediate_size multiples of 64, which 4-bit weights on CPU
+    need. `path` is not used.
+    """
+
+    path: str = ""
+    cache_dir: str = ""
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    vocab_size: int = 512
+    max_positions: int = 4096
+    tied: bool = True
+    seed: int = 0
+
+    def _check_path(self) -> None:
+        if not self.cache_dir:
+            raise UserError("model.cache_dir is empty; the tiny model needs a folder to be made in")
+        if self.hidden_size % self.heads or self.heads % self.kv_heads:
+            raise UserError(
+                f"model.hidden_size={self.hidden_size} must be a multiple of model.heads={self.heads}, "
+                f"and that of model.kv_heads={self.kv_heads}"
+            )
+        if self.vocab_size < 258:
+            raise UserError(f"model.vocab_size={self.vocab_size} is less than 256 bytes and two special tokens")
+
+    def folder(self) -> Path:
+        """Returns the checkpoint folder, made under a lock if it is not there yet."""
+        from filelock import FileLock
+
+        names = (
+            "hidden_size",
+            "intermediate_size",
+            "layers",
+            "heads",
+            "kv_heads",
+            "vocab_size",
+            "max_positions",
+            "tied",
+        )
+        recipe = {name: getattr(self, name) for name in (*names, "seed")} | {"text": TEXT, "version": 1}
+        digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+        folder = Path(self.cache_dir).expanduser().resolve() / "tiny" / digest
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    temporary = folder.with_name(f"{digest}.{os.getpid()}.tmp")
+                    shutil.rmtree(temporary, ignore_errors=True)  # left by a process of that number that was killed
+                    self._make(temporary)
+                    temporary.rename(folder)  # a folder under its own name is therefore complete
+        return folder
+
+    def source(self) -> str:
+        return str(self.folder())
+
+    def _make(self, folder: Path) -> None:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        tokenizer = byte_tokenizer(self.vocab_size)
+        config = LlamaConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.max_positions,
+            tie_word_embeddings=self.tied,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def byte_tokenizer(vocab_size: int):  # type: ignore[no-untyped-def]
+    """Returns a byte-level BPE tokenizer of at most `vocab_size` tokens: the two special ones, 256 bytes, merges of
+    TEXT."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)

@@ -1,0 +1,33 @@
+"""Fixtures that several parts of the tests share: small real things, made in code once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mft.model.tiny import Tiny
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of this session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny(cache_dir: Path) -> Tiny:
+    """The family of a random 2-layer llama (hidden 64, vocabulary 512)."""
+    return Tiny(cache_dir=str(cache_dir))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny: Tiny) -> Path:
+    """Its checkpoint folder."""
+    return tiny.folder()
+
+
+@pytest.fixture
+def tokenizer(tiny: Tiny):
+    """Its byte-level tokenizer (EOS and pad token set, no chat template); a fresh one, so that a test may change it."""
+    return tiny.tokenizer()
