@@ -72,6 +72,10 @@ class Engine:
         """Context for `from_pretrained`; without sharding every rank simply loads."""
         return nullcontext()
 
+    def autocast(self) -> AbstractContextManager[None]:
+        """Returns the context in which a module computes in the run's precision outside `prepare`'s own forward."""
+        return self.accelerator.autocast()
+
     def prepare(self, module: torch.nn.Module, optimizer: Any) -> tuple[torch.nn.Module, Any]:
         """Returns module and optimizer, placed on the device and wrapped; call the returned module, not its parts.
 
