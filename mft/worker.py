@@ -90,7 +90,10 @@ def worker(run_dir: str, entry: str = ENTRY, allow_targets: Sequence[str] = ()) 
 
 
 def enter(
-    reports: str, function: Callable[..., Any], arguments: Sequence[Any] = (), variables: Mapping[str, str] | None = None
+    reports: str,
+    function: Callable[..., Any],
+    arguments: Sequence[Any] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> Any:
     """Calls function(*arguments) as one rank of a group, and sees to it that a failure is reported and nothing is left.
 

@@ -1,0 +1,26 @@
+"""Hydra's launcher for `mft train -m`. Hydra finds launchers only in `hydra_plugins`; the work is in `mft.sweep`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.launcher import Launcher
+
+
+class MftLauncher(Launcher):
+    """Hands the jobs of a sweep to `mft.sweep.run_jobs`; how jobs run is said in `launch`."""
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.hydra_context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+        from mft.sweep import run_jobs
+
+        return run_jobs(self.config, self.hydra_context.config_loader, job_overrides)
+
+
+# a plain dict: Hydra executes this module without registering it, and dataclasses look their module up
+NODE = {"_target_": "hydra_plugins.mft_launcher.MftLauncher"}
+ConfigStore.instance().store(group="hydra/launcher", name="mft", node=NODE, provider="mft")

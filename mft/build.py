@@ -1,0 +1,167 @@
+"""From config nodes to objects: `check` judges a composed config in the parent, `build` makes one component.
+
+`build` is the only caller of `hydra.utils.instantiate`, and builds only targets of an allow-list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+from mft.config import batch_sizes
+from mft.errors import UserError, nearest, shortened
+
+ALLOWED_TARGETS = ("mft.", "torch.optim.", "bitsandbytes.optim.")
+"""Prefixes of `_target_` that may be built; `train.allow_targets` adds to them from the command line."""
+
+COMPONENTS = ("data.rows", "model", "peft", "dist", "loss", "optimizer", "scheduler")
+"""Single component nodes; every entry of `task` and `tracking` is one too."""
+
+
+def component_paths(cfg: DictConfig) -> list[str]:
+    """Returns the yaml paths of all component nodes, tasks first."""
+    return [f"task.{name}" for name in cfg.task] + list(COMPONENTS) + [f"tracking.{name}" for name in cfg.tracking]
+
+
+def component_class(node: Any, path: str, allowed: Sequence[str] = ALLOWED_TARGETS) -> type:
+    """Returns the class that a component node names in `_target_`.
+
+    Raises UserError when there is none, when it is not on the allow-list, or when it cannot be imported.
+    """
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if not isinstance(target, str):
+        raise UserError(f"{path} has no _target_: it names a component to build, got {shortened(node)}.")
+    if not target.startswith(tuple(allowed)):
+        raise UserError(
+            f"{path}._target_={target} may not be built: allowed are {', '.join(p + '*' for p in allowed)}; "
+            f"add a prefix with train.allow_targets=[{target.split('.')[0]}.] on the command line."
+        )
+    module_name, _, name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}._target_={target}: there is no module {error.name}.") from error
+    found = getattr(module, name, None)
+    if found is None:
+        raise UserError(f"{path}._target_={target}: {module_name} has no {name}{nearest(name, vars(module))}")
+    return found
+
+
+def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """Yields a component node and the component nodes inside it."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield path, node
+        for key in node:
+            yield from _nodes(node._get_node(key), f"{path}.{key}")
+    elif isinstance(node, ListConfig):
+        for number in range(len(node)):
+            yield from _nodes(node._get_node(number), f"{path}[{number}]")
+
+
+def _check_fields(node: DictConfig, cls: type, path: str) -> None:
+    """Merges the node into its class, so that unknown keys and wrong types are told by yaml path."""
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    schema = OmegaConf.structured(cls)
+    for key in (str(key) for key in node if not str(key).startswith("_")):
+        if key not in fields:
+            raise UserError(
+                f"{path}.{key}: {cls.__name__} has no such field{nearest(key, fields) or '.'} Its fields: {', '.join(fields)}."
+            )
+        if OmegaConf.is_missing(node, key):
+            continue
+        value = node[key]
+        if isinstance(value, DictConfig) and "_target_" in value:
+            continue  # a component inside; checked on its own
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value)
+        try:
+            OmegaConf.update(schema, key, value, merge=True)
+        except (ValidationError, ConfigKeyError) as error:
+            raise UserError(f"{path}.{key}={shortened(value)}: {_first_line(error)}") from error
+
+
+def _check_nothing_missing(node: DictConfig, path: str) -> None:
+    for key in node:
+        if OmegaConf.is_missing(node, key):
+            raise UserError(f"{path}.{key} is missing: give it on the command line, {path}.{key}=…, or in a yaml.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def resolved(cfg: DictConfig) -> DictConfig:
+    """Returns the config with every interpolation replaced; UserError names the one that cannot be."""
+    try:
+        copy = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, structured_config_mode=SCMode.DICT))
+    except MissingMandatoryValue as error:
+        raise UserError(f"{_first_line(error)}.") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {_first_line(error)}") from error
+    assert isinstance(copy, DictConfig)
+    return copy
+
+
+def build(node: DictConfig, path: str = "", allowed: Sequence[str] = ALLOWED_TARGETS, **runtime: Any) -> Any:
+    """Instantiates a component node; nested nodes are built first. `runtime` values override the node's."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    for inner_path, inner in _nodes(node, path or "component"):
+        component_class(inner, inner_path, allowed)
+    try:
+        return instantiate(node, **runtime, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> None:
+    """Judges a resolved, typed config before any process starts or model loads; raises UserError with a sentence.
+
+    Field names and types of every component come first, then what a component itself can tell (`check` methods: missing
+    paths, an attention that cannot run here), then what only the whole can tell.
+    """
+    allowed = (*ALLOWED_TARGETS, *allow_targets)
+    nodes = [pair for path in component_paths(cfg) for pair in _nodes(OmegaConf.select(cfg, path), path)]
+    for path, node in nodes:
+        cls = component_class(node, path, allowed)
+        if dataclasses.is_dataclass(cls):
+            _check_fields(node, cls, path)
+    for path, node in nodes:
+        _check_nothing_missing(node, path)
+    if not cfg.task and not cfg.data.paths:
+        raise UserError(
+            "No task is chosen. Choose from conf/task with task=[completion,docstring] (`mft demo` makes the demo's five), "
+            "or name folders of JSONL files: data.paths=[dir1,dir2]."
+        )
+    for settings in (cfg.train, cfg.data):
+        OmegaConf.to_object(settings).check()  # type: ignore[union-attr]
+    batch_sizes(cfg.train, world)
+    components = {path: build(OmegaConf.select(cfg, path), path, allowed) for path in component_paths(cfg)}
+    for component in components.values():
+        if hasattr(component, "check"):
+            component.check()
+    _check_together(cfg, components)
+
+
+def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
+    """What no single component can judge."""
+    optimizer, scheduler, peft = components["optimizer"], components["scheduler"], components["peft"]
+    lr = learning_rate(optimizer, peft)
+    scheduler.lr(1, 2, lr)  # a min_lr above the learning rate is refused here
+    negative = [name for name in cfg.task if cfg.task[name].weight < 0]
+    if negative:
+        raise UserError(f"task.{negative[0]}.weight={cfg.task[negative[0]].weight} must not be negative.")
+
+
+def learning_rate(optimizer: Any, peft: Any) -> float:
+    """Returns optimizer.lr, or the default of the peft mode where it is null."""
+    return peft.default_lr if optimizer.lr is None else optimizer.lr

@@ -1,0 +1,106 @@
+"""Checkpoints that are whole or absent: written to a temporary folder, marked complete, renamed.
+
+step-N/ holds the model as transformers or peft load it, and in state/ what an exact resume needs besides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mft.errors import UserError
+from mft.loop import State
+from mft.loss.base import TaskLoss
+
+COMPLETE = "COMPLETE"
+"""Marker file, written last; a folder without it is never read."""
+
+
+class Checkpoints:
+    """The `checkpoints/step-N` folders of one run. All ranks call `save`; rank 0 alone renames and removes.
+
+    export: writes the model to a folder (all ranks call it); keep: newest ones that stay beside the best, None = all.
+    """
+
+    def __init__(self, run_dir: Path, engine: Any, loss: TaskLoss, export: Callable[[Path], None], keep: int | None):
+        self.folder = run_dir / "checkpoints"
+        self.engine, self.loss, self.export, self.keep = engine, loss, export, keep
+
+    def save(self, state: State) -> Path:
+        """Writes the checkpoint of `state.step`, makes it count, and prunes."""
+        import torch
+
+        final = self.folder / f"step-{state.step}"
+        temporary = self.folder / f".step-{state.step}.tmp"
+        if self.engine.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "state").mkdir(parents=True)
+        self.engine.barrier()
+        self.export(temporary)
+        self.engine.save_state(temporary / "state")
+        if self.engine.is_main:
+            torch.save(self.loss.state_dict(), temporary / "state" / "loss.pt")
+            (temporary / "state" / "loop.json").write_text(json.dumps(state.as_dict(), indent=2), encoding="utf-8")
+        self.engine.barrier()
+        if self.engine.is_main:
+            _mark_complete(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            self._prune(protect={state.step, state.best_saved_step})
+        self.engine.barrier()
+        return final
+
+    def _prune(self, protect: set[int]) -> None:
+        """Removes the oldest complete checkpoints over the limit, and what killed saves left behind."""
+        for leftover in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for step in complete_steps(self.folder)[: -self.keep] if self.keep else ():
+            if step not in protect:
+                shutil.rmtree(self.folder / f"step-{step}")
+
+
+def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> None:
+    """Puts a checkpoint back into the state, the engine's module and optimizer, the loss's memory and the random states.
+
+    All ranks call it, last before training goes on. Raises UserError when the checkpoint does not fit.
+    """
+    import torch
+
+    values = json.loads((folder / "state" / "loop.json").read_text(encoding="utf-8"))
+    unknown = set(values) - set(state.as_dict())
+    if unknown:
+        raise UserError(f"{folder} was written by another version of mft: it knows {', '.join(sorted(unknown))}.")
+    for name, value in values.items():
+        setattr(state, name, value)
+    loss.load_state_dict(torch.load(folder / "state" / "loss.pt", weights_only=True))
+    engine.load_state(folder / "state")
+
+
+def _mark_complete(folder: Path) -> None:
+    """Flushes the files to disk before the marker, so that a power cut cannot leave a marker over missing data."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    with (folder / COMPLETE).open("w") as marker:
+        marker.write("all files of this checkpoint are written\n")
+        marker.flush()
+        os.fsync(marker.fileno())
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in a `checkpoints` folder, ascending."""
+    if not folder.is_dir():
+        return []
+    names = (p.name.removeprefix("step-") for p in folder.glob("step-*") if (p / COMPLETE).is_file())
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def newest(run_dir: Path) -> Path | None:
+    """Returns the newest complete checkpoint of a run, or None."""
+    steps = complete_steps(run_dir / "checkpoints")
+    return run_dir / "checkpoints" / f"step-{steps[-1]}" if steps else None

@@ -1,0 +1,242 @@
+"""The `mft` command. Heavy imports stay inside functions: `mft --help` and config errors answer within about a second."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mft import __version__
+from mft.errors import UserError, nearest
+
+HELP = """\
+mft: fine-tune large language models on several tasks at once
+
+  mft train [overrides]           compose a run from conf/, check it, run it   (-m sweeps, --cfg job prints)
+  mft merge RUN                   merge a run's adapter into its base model, and check the logits
+  mft merge base=… adapter=… out=…
+  mft generate RUN "a question"   answer through the checkpoint's own chat template
+  mft demo                        make the demo's model and its five code tasks, once, in the cache folder
+
+  mft COMMAND --help says more. Start here: mft demo && mft train experiment=demo
+"""
+
+TRAIN_HELP = """\
+mft train [overrides] [-m] [--cfg job] [--config-dir DIR]
+
+  mft train model.path=… data.paths=[dir1,dir2] peft=lora optimizer.lr=2e-4
+  mft train experiment=demo train.max_steps=20
+  mft train -m experiment=demo loss=token_mean,task_token_mean optimizer.lr=1e-4,2e-4      a sweep: every combination
+
+  -m, --multirun      comma-separated values are swept
+  --cfg job           print the composed config (--resolve: with interpolations replaced)
+  --config-dir DIR    a folder of your own yaml files beside conf/ (task/mine.yaml, experiment/mine.yaml, …)
+
+Config groups (GROUP=OPTION) and their options:
+{groups}
+
+Every key of an option can be set: `mft train peft=lora --cfg job` shows them, conf/ explains them.
+"""
+
+GENERATE_OPTIONS: dict[str, Any] = {
+    "max_new_tokens": 512,
+    "top_p": 0.95,
+    "temperature": 0.1,
+    "do_sample": True,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "system": "",
+    "seed": 0,
+}
+
+MERGE_OPTIONS: dict[str, Any] = {"base": "", "adapter": "", "out": "", "trust_remote_code": False}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; exits with 0, 1 (an error), 2 (a wrong command line), 75, 130 or 143."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"train": train, "merge": merge, "generate": generate, "demo": demo}
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return
+    if args[0] in ("-V", "--version", "version"):
+        print(f"mft {__version__}")
+        return
+    try:
+        if args[0] not in commands:
+            fail(
+                f"mft has no command {args[0]!r}{nearest(args[0], commands) or '.'} Commands: {', '.join(commands)}.", 2
+            )
+        commands[args[0]](args[1:])
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt as stopped:
+        sys.exit(getattr(stopped, "code", 130))  # launch.Stopped knows whether there is a checkpoint to resume from
+
+
+def fail(message: str, code: int = 1) -> None:
+    """Prints one error for a person and exits."""
+    print(f"mft: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def train(args: list[str]) -> None:
+    """mft train: see TRAIN_HELP."""
+    if "-h" in args or "--help" in args:
+        print(TRAIN_HELP.format(groups=config_groups()), end="")
+        return
+    overrides, config_dirs, hydra_flags = split_flags(args)
+    from mft.compose import compose_resolved
+
+    if hydra_flags:
+        from mft.sweep import through_hydra
+
+        through_hydra(overrides, config_dirs, hydra_flags)
+        return
+    from mft import job, rundir
+
+    cfg = compose_resolved(overrides, config_dirs)
+    checked = job.checked(cfg, overrides)
+    dated = not any(o.split("=", 1)[0].lstrip("+") == "output_dir" for o in overrides)
+    folder, _ = rundir.choose(Path(cfg.output_dir), dated, cfg.train.resume, checked.identity)
+    job.run(checked, folder)
+
+
+def split_flags(args: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
+    """Returns (overrides, --config-dir folders, the flags that Hydra itself has to serve)."""
+    overrides, config_dirs, flags = [], [], []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        name, equals, value = arg.partition("=")
+        if name in ("--config-dir", "-cd"):
+            if not equals and not rest:
+                raise UserError("--config-dir needs a folder.")
+            config_dirs.append(Path(value if equals else rest.pop(0)))
+        elif name in ("--cfg", "-c", "--info", "-i", "--package", "-p"):
+            flags += [arg] if equals or not rest else [arg, rest.pop(0)]
+        elif arg in ("-m", "--multirun", "--resolve", "--hydra-help"):
+            flags.append(arg)
+        elif arg.startswith("-") and not arg.lstrip("-")[:1].isdigit():
+            allowed = ["-m", "--multirun", "--cfg", "--resolve", "--package", "--info", "--config-dir", "--help"]
+            raise UserError(f"mft train has no flag {arg}{nearest(arg, allowed) or '.'} Flags: {', '.join(allowed)}.")
+        elif "=" not in arg and not arg.startswith("~"):
+            raise UserError(
+                f"{arg!r} is no override; overrides are written key=value (a group: peft=lora, a value: optimizer.lr=2e-4)."
+            )
+        else:
+            overrides.append(arg)
+    return overrides, config_dirs, flags
+
+
+def config_groups() -> str:
+    """Returns a line per config group with its options, read from the folder names."""
+    from mft.compose import group_options
+    from mft.config import config_dir
+
+    groups = sorted(p.name for p in config_dir().iterdir() if p.is_dir() and p.name != "local")
+    return "\n".join(f"  {group:<11} {' · '.join(group_options(group))}" for group in groups)
+
+
+def options(args: Sequence[str], allowed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Splits arguments into key=value options, typed like their defaults, and the rest; UserError for an unknown key."""
+    values, rest = dict(allowed), []
+    for arg in args:
+        key, equals, text = arg.partition("=")
+        if not equals or not key.isidentifier():
+            rest.append(arg)
+            continue
+        if key not in allowed:
+            raise UserError(f"There is no option {key!r}{nearest(key, allowed) or '.'} Options: {', '.join(allowed)}.")
+        values[key] = _typed(key, text, allowed[key])
+    return values, rest
+
+
+def _typed(key: str, text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{key}={text}: allowed are true and false.")
+        return text.lower() == "true"
+    try:
+        return type(default)(text)
+    except ValueError:
+        raise UserError(f"{key}={text}: a number is needed, for example {key}={default}.") from None
+
+
+def final_folder(run: str) -> Path:
+    """Returns the folder of a run's model: its `final`, else its newest checkpoint, else the folder itself if it holds a model."""
+    from mft.checkpoint import newest
+
+    folder = Path(run)
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise UserError(f"{run} is not a folder{nearest(folder.name, siblings) or '.'}")
+    if (folder / "final").is_dir():
+        return folder / "final"
+    if (checkpoint := newest(folder)) is not None:
+        return checkpoint
+    if any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+        return folder
+    raise UserError(
+        f"{run} holds no model: neither final/ nor a complete checkpoint, adapter_config.json or config.json."
+    )
+
+
+def merge(args: list[str]) -> None:
+    """mft merge RUN [out=…]  |  mft merge base=… adapter=… out=…"""
+    if "-h" in args or "--help" in args or not args:
+        print(f"{merge.__doc__}\n\n  Writes a plain Hugging Face folder and compares its logits with base + adapter.")
+        return
+    values, rest = options(args, MERGE_OPTIONS)
+    from mft.model.export import merge as merge_adapter
+
+    if rest:
+        adapter = final_folder(rest[0])
+        out = Path(values["out"] or Path(rest[0]) / "merged")
+    else:
+        missing = [key for key in ("adapter", "out") if not values[key]]
+        if missing:
+            raise UserError(f"mft merge needs {' and '.join(k + '=…' for k in missing)}, or a run folder.")
+        adapter, out = Path(values["adapter"]), Path(values["out"])
+    result = merge_adapter(adapter, out, base=values["base"] or None, trust_remote_code=values["trust_remote_code"])
+    print(f"merged into {out}\n{result}")
+
+
+def generate(args: list[str]) -> None:
+    """mft generate RUN "prompt" ["prompt" …] [max_new_tokens=512 top_p=0.95 temperature=0.1 do_sample=true num_beams=1 \
+repetition_penalty=1.0 system=… seed=0]"""
+    if "-h" in args or "--help" in args or not args:
+        print(generate.__doc__)
+        return
+    values, rest = options(args, GENERATE_OPTIONS)
+    if len(rest) < 2:
+        raise UserError(
+            'mft generate needs a run folder and at least one prompt: mft generate outputs/demo/… "def quick_sort(".'
+        )
+    from mft.model.generate import Answerer
+
+    answerer = Answerer(final_folder(rest[0]))
+    for answer in answerer.answer(rest[1:], **values):
+        print(answer)
+
+
+def demo(args: list[str]) -> None:
+    """mft demo: makes the demo's model and its five code tasks in the cache folder; the second call returns at once."""
+    if "-h" in args or "--help" in args:
+        print(demo.__doc__)
+        return
+    if args:
+        raise UserError(f"mft demo takes no arguments, got {' '.join(args)}; the cache folder is $MFT_CACHE.")
+    from mft.config import default_cache_dir
+    from mft.demo import describe, make
+
+    cache_dir = Path(default_cache_dir())
+    folder = make(cache_dir, progress=print)
+    for row in describe(cache_dir):
+        print("  ".join(str(cell) for cell in row))
+    print(f"the demo's input is in {folder}; train on it with: mft train experiment=demo")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The settings of a run: their schema, where conf/ lies, and how a resolved config is frozen, read back and identified.
+
+Settings (`name`, `train`, `launch`, `data`) are read by the code and typed here; components (`model`, `peft`, ...) are
+built by `mft.build`, their schema is their class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from mft.data.settings import DataSettings
+from mft.errors import UserError
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward and backward pass."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class LaunchMode(StrEnum):
+    """processes: every run in worker processes of its own; inline: in this process, for a debugger."""
+
+    processes = "processes"
+    inline = "inline"
+
+
+@dataclass
+class Train:
+    """Settings of the training loop; conf/train.yaml explains every one."""
+
+    epochs: float = 3.0
+    max_steps: int | None = None
+    per_device_batch_size: int = 4
+    per_device_eval_batch_size: int = 4
+    global_batch_size: int | None = None
+    gradient_accumulation_steps: int | None = None
+    precision: Precision = Precision.bf16
+    max_grad_norm: float | None = 1.0
+    seed: int = 42
+    log_every: int = 10
+    eval_every: int | None = 100
+    eval_at_start: bool = True
+    eval_samples: int | None = None
+    save_every: int | None = 100
+    keep: int | None = None
+    early_stopping: bool = False
+    early_stopping_stall_num: int = 3
+    resume: str = "auto"
+    prompts: str | None = None
+    prompts_max_new_tokens: int = 64
+    peak_tflops: float | None = None
+    allow_targets: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises UserError for values that types alone cannot refuse."""
+        for key in (
+            "max_steps",
+            "eval_samples",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep",
+            "early_stopping_stall_num",
+        ):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"train.{key}={value} must be at least 1{'' if key == 'log_every' else ', or null'}.")
+        if not self.epochs > 0:
+            raise UserError(f"train.epochs={self.epochs} must be above 0.")
+
+
+@dataclass
+class Launch:
+    """Where the ranks come from; conf/launch explains every field."""
+
+    mode: LaunchMode = LaunchMode.processes
+    nproc: Any = "auto"
+    shutdown_seconds: int = 600
+
+
+@dataclass
+class Config:
+    """The whole config. Component groups are checked against their classes by `mft.build.check`."""
+
+    name: str = "mft"
+    output_dir: str = MISSING
+    cache_dir: str = MISSING
+    task: dict[str, Any] = field(default_factory=dict)
+    data: DataSettings = field(default_factory=DataSettings)
+    model: Any = MISSING
+    peft: Any = MISSING
+    dist: Any = MISSING
+    loss: Any = MISSING
+    optimizer: Any = MISSING
+    scheduler: Any = MISSING
+    tracking: dict[str, Any] = field(default_factory=dict)
+    train: Train = field(default_factory=Train)
+    launch: Launch = field(default_factory=Launch)
+
+
+CANNOT_CHANGE_THE_RESULT = (
+    "name",
+    "output_dir",
+    "cache_dir",
+    "launch",
+    "tracking",
+    "train.resume",
+    "train.keep",
+    "train.log_every",
+    "train.save_every",
+    "train.prompts",
+    "train.prompts_max_new_tokens",
+    "train.peak_tflops",
+    "train.allow_targets",
+    "train.per_device_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.global_batch_size",
+    "train.per_device_eval_batch_size",
+    "data.paths",
+    "data.bad_rows",
+)
+"""Config paths left out of a run's identity. The batch sizes enter as the derived global batch; data as fingerprints."""
+
+EXTENDABLE = ("train.max_steps", "train.epochs")
+"""A run with larger values of these is the same run, trained further."""
+
+
+def config_dir() -> Path:
+    """Returns the folder of the yaml tree: `mft/conf` in an installed wheel, else the repository's `conf`."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def default_cache_dir() -> str:
+    """Returns $MFT_CACHE, else `mft` in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
+    if os.environ.get("MFT_CACHE"):
+        return os.path.abspath(os.environ["MFT_CACHE"])
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mft")
+
+
+def register() -> None:
+    """Makes the schema and the `mft_cache` resolver known to Hydra. Safe to call twice."""
+    from hydra.core.config_store import ConfigStore
+
+    OmegaConf.register_new_resolver("mft_cache", default_cache_dir, replace=True)
+    ConfigStore.instance().store(name="schema", node=Config, provider="mft")
+
+
+def freeze(cfg: DictConfig, path: Path) -> None:
+    """Writes the resolved config atomically; every rank reads this file and nothing else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    temporary.replace(path)
+
+
+def load(run_dir: Path) -> DictConfig:
+    """Reads back a frozen config, typed by the schema."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml.")
+    return typed(OmegaConf.load(path))
+
+
+def typed(cfg: Any) -> DictConfig:
+    """Returns a plain config under the schema, so that choices are enums again."""
+    merged = OmegaConf.merge(OmegaConf.structured(Config), cfg)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Rows (packed) or samples (padded) of one optimizer step: global = per_device x accumulation x world."""
+
+    per_device: int
+    accumulation: int
+    world: int
+
+    @property
+    def total(self) -> int:
+        """The global batch."""
+        return self.per_device * self.accumulation * self.world
+
+
+def batch_sizes(train: Any, world: int) -> BatchSizes:
+    """Derives accumulation from the global batch or the other way round.
+
+    Raises UserError when both are given, when a size is not positive or when the global batch does not divide.
+    """
+    for key in (
+        "per_device_batch_size",
+        "per_device_eval_batch_size",
+        "global_batch_size",
+        "gradient_accumulation_steps",
+    ):
+        value = getattr(train, key)
+        if value is not None and value < 1:
+            raise UserError(f"train.{key}={value} must be at least 1.")
+    per_device, accumulation, total = (
+        train.per_device_batch_size,
+        train.gradient_accumulation_steps,
+        train.global_batch_size,
+    )
+    if total is None:
+        return BatchSizes(per_device, accumulation or 1, world)
+    if accumulation is not None:
+        raise UserError(
+            f"train.global_batch_size={total} and train.gradient_accumulation_steps={accumulation} are both given; "
+            "set one of them, the other follows."
+        )
+    unit = per_device * world
+    if total % unit:
+        below, above = total // unit * unit, (total // unit + 1) * unit
+        values = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"train.global_batch_size={total} is no multiple of train.per_device_batch_size={per_device} x {world} ranks; "
+            f"the nearest values that are: {values}."
+        )
+    return BatchSizes(per_device, total // unit, world)
+
+
+def identity(cfg: DictConfig, world: int, fingerprints: dict[str, str], extended: bool = True) -> str:
+    """Returns the hash that says whether two runs are the same experiment (40 hex digits).
+
+    cfg: resolved; world: number of ranks; fingerprints: of the data and the base model, by name.
+    With `extended` False the length of the run is left out, so that a longer run is recognised as the same.
+    """
+    plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    for path in CANNOT_CHANGE_THE_RESULT + (() if extended else EXTENDABLE):
+        node = plain
+        *parents, last = path.split(".")
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(last, None)
+    for task in plain["task"].values():
+        task.pop("paths", None)  # the fingerprint of their content stands for them
+        task.pop("hint", None)
+    for key in ("path", "hint", "cache_dir"):
+        plain["model"].pop(key, None)
+    plain["global_batch"] = batch_sizes(cfg.train, world).total
+    plain["fingerprints"] = fingerprints
+    return hashlib.sha1(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,73 @@
+"""The data as one rank's loop sees it: the micro-batches of each step, of a validation and of a probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mft.batch import Batch
+from mft.config import BatchSizes
+from mft.data.sampler import Row, Sampler, deal, draw, eval_batches, spread
+from mft.data.store import Samples, Store
+from mft.loop import State, StepData
+
+
+class Feed:
+    """Turns stores into micro-batches.
+
+    rows: the row builder; sizes: of a step; rank: this one; train, data: the settings of these names.
+    """
+
+    def __init__(
+        self, stores: Sequence[Store], rows: Any, sizes: BatchSizes, rank: int, pad_id: int, train: Any, data: Any
+    ):
+        self.rows, self.sizes, self.rank, self.pad_id, self.settings, self.data = rows, sizes, rank, pad_id, train, data
+        self.train_samples = Samples(stores, "train", data.limit)
+        self.valid_samples = Samples(stores, "valid")
+        self.sampler = Sampler(
+            self.train_samples, rows, data.seq_length, sizes.total, seed=train.seed, window=data.window
+        )
+
+    def total_steps(self) -> int:
+        """Returns the optimizer steps of the run: train.epochs passes, at most train.max_steps."""
+        limit = self.settings.max_steps or math.inf
+        whole, fraction = int(self.settings.epochs), self.settings.epochs % 1
+        total = 0
+        for epoch in range(whole):
+            total += self.sampler.steps_in_epoch(epoch)
+            if total >= limit:
+                return int(limit)
+        if fraction:
+            total += math.ceil(fraction * self.sampler.steps_in_epoch(whole))
+        return int(min(total, limit))
+
+    def steps(self, state: State) -> Iterator[StepData]:
+        """Yields this rank's micro-batches of every step from where the state stands, without end."""
+        for rows, (epoch, position) in self.sampler.steps(state.epoch, state.position):
+            dealt = deal(rows, self.rank, self.sizes.world, self.sizes.accumulation)
+            passes = epoch + position / self.sampler.rows_in_epoch(epoch)
+            yield StepData(self._batches(self.train_samples, dealt), epoch, position, passes)
+
+    def validation(self) -> list[Batch]:
+        """Returns this rank's micro-batches of a validation, the same every time."""
+        return self._evaluation(spread(self.valid_samples, self.settings.eval_samples or 0))
+
+    def probe(self, step: int, per_task: int) -> list[Batch]:
+        """Returns this rank's micro-batches of a probe: validation samples drawn anew for every step."""
+        return self._evaluation(draw(self.valid_samples, per_task, self.settings.seed, step))
+
+    def _evaluation(self, numbers: Any) -> list[Batch]:
+        dealt = eval_batches(
+            self.valid_samples,
+            numbers,
+            self.rows,
+            self.data.seq_length,
+            self.settings.per_device_eval_batch_size,
+            self.rank,
+            self.sizes.world,
+        )
+        return self._batches(self.valid_samples, dealt)
+
+    def _batches(self, samples: Samples, dealt: Sequence[Sequence[Row]]) -> list[Batch]:
+        return [self.rows.collate(samples.load(rows), self.pad_id, self.data.seq_length) for rows in dealt]

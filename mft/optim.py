@@ -1,0 +1,94 @@
+"""Optimizers as dataclasses of plain values; `build` makes the live one for a model's trained parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mft.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    Named = Iterable[tuple[str, torch.nn.Parameter]]
+
+
+def groups(named_parameters: Named, weight_decay: float) -> list[dict[str, Any]]:
+    """Returns the trained parameters as a group with and a group without weight decay; empty groups are left out.
+
+    Decay is for matrices, LoRA's A and B among them; norms and biases (one dimension) have none, since pulling them
+    to 0 takes away what they are for. Raises UserError when nothing is trained.
+    """
+    trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    if not trained:
+        raise UserError(
+            "no parameter of the model is trained; check peft.targets (LoRA, QLoRA) or what peft=full freezes"
+        )
+    # Under ZeRO-3 a parameter here is an empty placeholder; ds_shape is its true shape.
+    flat = {name: len(getattr(parameter, "ds_shape", parameter.shape)) < 2 for name, parameter in trained}
+    decayed = [parameter for name, parameter in trained if not flat[name]]
+    spared = [parameter for name, parameter in trained if flat[name]]
+    both = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in both if group["params"]]
+
+
+@dataclass
+class Adam:
+    """The fields both optimizers have; raises UserError for values no Adam can run with."""
+
+    lr: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
+            raise UserError(f"optimizer.lr is {self.lr}; it must be above 0, or null to follow the peft mode")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"optimizer.{key} is {getattr(self, key)}; it must be 0 or larger and below 1")
+        for key in ("eps", "weight_decay"):
+            if not getattr(self, key) >= 0:
+                raise UserError(f"optimizer.{key} is {getattr(self, key)}; it must be 0 or larger")
+
+    def base_lr(self, default_lr: float) -> float:
+        """Returns the peak learning rate: `lr`, or what the peft mode suggests when it is null."""
+        return default_lr if self.lr is None else self.lr
+
+    def arguments(self, default_lr: float) -> dict[str, Any]:
+        return {"lr": self.base_lr(default_lr), "betas": (self.beta1, self.beta2), "eps": self.eps}
+
+
+@dataclass
+class AdamW(Adam):
+    """torch.optim.AdamW."""
+
+    fused: bool = True
+
+    def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
+        """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is null."""
+        import torch
+
+        parameters = groups(named_parameters, self.weight_decay)
+        return torch.optim.AdamW(parameters, **self.arguments(default_lr), fused=self.fused)
+
+
+@dataclass
+class AdamW8bit(Adam):
+    """bitsandbytes.optim.AdamW8bit: states in 8 bits, block by block (tensors below 4,096 values keep 32 bits)."""
+
+    def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
+        """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is null.
+
+        Raises UserError when bitsandbytes cannot be loaded on this machine.
+        """
+        try:
+            from bitsandbytes.optim import AdamW8bit as Optimizer
+        except (ImportError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"optimizer=adamw8bit needs bitsandbytes, which cannot be loaded here ({error}); use optimizer=adamw"
+            ) from error
+        return Optimizer(groups(named_parameters, self.weight_decay), **self.arguments(default_lr))

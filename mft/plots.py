@@ -1,0 +1,181 @@
+"""Pictures of one run, drawn from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+Series = tuple[list[int], list[float]]  # steps, values
+
+# Okabe and Ito: told apart by the colour-blind and in grey; yellow, invisible as a line, left out.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MANY = 60  # from this many points on, train losses are drawn pale with their moving mean over them
+
+
+def loss_curves(metrics: Sequence[Row] | Path, folder: Path, title: str = "") -> Path | None:
+    """Draws `losses.png` into folder: validation losses of all tasks together, then train and valid in a panel a task.
+
+    metrics: rows of metrics.jsonl (`{"step": 10, "train/loss/<task>": 1.2, ...}`), or that file. Losses in nats/token.
+    Returns the file, or None where no loss was logged.
+    """
+    rows = _rows(metrics)
+    tasks = _names(rows, ("train/loss/", "valid/loss/"))
+    panels = [(task, f"train/loss/{task}", f"valid/loss/{task}") for task in tasks]
+    if len(tasks) != 1 and any(key in row for row in rows for key in ("train/loss", "valid/loss")):
+        panels.insert(0, ("objective of all tasks" if tasks else "loss", "train/loss", "valid/loss"))
+    if not panels:
+        return None
+    together = [task for task in tasks if _series(rows, f"valid/loss/{task}")[0]]
+    first = 1 if len(together) > 1 else 0
+    figure, axes = _grid(first + len(panels), title or "Losses")
+    if first:
+        axes[0].set_title("validation, every task", fontsize=10)
+        for task in together:
+            steps, values = _series(rows, f"valid/loss/{task}")
+            axes[0].plot(steps, values, marker="o", markersize=3, color=_color(task, tasks), label=task)
+        _legend(axes[0], len(together))
+    for axis, (name, train, valid) in zip(axes[first:], panels, strict=True):
+        axis.set_title(name, fontsize=10)
+        _panel(axis, _series(rows, train), _series(rows, valid), _color(name, tasks))
+    _label(axes, "loss (nats/token)")
+    return _save(figure, folder / "losses.png")
+
+
+def task_weights(metrics: Sequence[Row] | Path, folder: Path, title: str = "") -> Path | None:
+    """Draws `task_weights.png` into folder: the weights an adaptive loss mode gave the tasks (`train/weight/<task>`).
+
+    Returns the file, or None where no weights were logged.
+    """
+    rows = _rows(metrics)
+    weighted = _names(rows, ("train/weight/",))
+    if not weighted:
+        return None
+    tasks = _names(rows, ("train/loss/", "valid/loss/")) or weighted  # the colours of losses.png
+    figure, axes = _grid(1, title or "Weights of the tasks in the loss", size=(7.2, 4.0))
+    for task in weighted:
+        steps, values = _series(rows, f"train/weight/{task}")
+        marker = "o" if len(steps) < MANY else None
+        axes[0].plot(steps, values, marker=marker, markersize=3, color=_color(task, tasks), label=task)
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    _label(axes, "weight")
+    return _save(figure, folder / "task_weights.png")
+
+
+def _rows(metrics: Sequence[Row] | Path) -> list[Row]:
+    if not isinstance(metrics, str | Path):
+        return list(metrics)
+    rows = []
+    for line in Path(metrics).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue  # a line that is being written, or was when its process was killed
+    return rows
+
+
+def _names(rows: Iterable[Row], prefixes: Sequence[str]) -> list[str]:
+    """Returns the tasks of these metrics in the order in which they appear."""
+    found: dict[str, None] = {}
+    for row in rows:
+        for key in row:
+            for prefix in prefixes:
+                if key.startswith(prefix):
+                    found[key.removeprefix(prefix)] = None
+    return list(found)
+
+
+def _series(rows: Iterable[Row], key: str) -> Series:
+    """Returns steps and values; null, as non-finite values are written, becomes a gap."""
+    points = sorted((int(row["step"]), row[key]) for row in rows if key in row and "step" in row)
+    return [step for step, _ in points], [math.nan if value is None else float(value) for _, value in points]
+
+
+def _color(task: str, tasks: Sequence[str]) -> Any:
+    if task not in tasks:
+        return "#444444"
+    if len(tasks) <= len(COLORS):
+        return COLORS[tasks.index(task)]
+    import matplotlib
+
+    return matplotlib.colormaps["turbo"](0.05 + 0.9 * tasks.index(task) / (len(tasks) - 1))
+
+
+def _grid(count: int, title: str, size: tuple[float, float] = (4.2, 3.0)) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure  # without pyplot: no window system, no state shared with anybody
+
+    columns = min(count, min((4, 3), key=lambda width: -count % width))  # whichever leaves fewer places empty
+    lines = math.ceil(count / columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * lines + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    axes = [figure.add_subplot(lines, columns, place + 1) for place in range(count)]
+    for axis in axes:
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.locator_params(axis="x", integer=True, nbins=6)
+    return figure, axes
+
+
+def _panel(axis: Axes, train: Series, valid: Series, color: Any) -> None:
+    """One task: train pale, with its moving mean where there are many points; valid in full colour, last value told."""
+    steps, values = train
+    if steps:
+        many = len(steps) >= MANY
+        style: dict[str, Any] = {} if many else {"marker": ".", "markersize": 5}
+        label = None if many else "train"
+        axis.plot(steps, values, color=color, alpha=0.25 if many else 0.45, linewidth=1, label=label, **style)
+        if many:
+            axis.plot(steps, _smooth(values), color=color, alpha=0.6, linewidth=1.4, label="train, moving mean")
+    steps, values = valid
+    if steps:
+        axis.plot(steps, values, color=color, marker="o", markersize=4, linewidth=1.8, label="valid")
+        if math.isfinite(values[-1]):
+            axis.annotate(
+                f"{values[-1]:.3f}",
+                (steps[-1], values[-1]),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
+            )
+    _legend(axis, 2)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Returns the exponential moving mean over about a twentieth of the points, exact from the first one on."""
+    keep = 1 - 1 / max(5, len(values) / 20)
+    total = weight = 0.0
+    smooth = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = keep * total + value, keep * weight + 1
+        smooth.append(total / weight if weight else math.nan)
+    return smooth
+
+
+def _legend(axis: Axes, entries: int) -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8 if entries <= 8 else 6, frameon=False, loc="upper right", ncols=1 if entries <= 8 else 2)
+
+
+def _label(axes: Sequence[Axes], unit: str) -> None:
+    for axis in axes:
+        axis.set_xlabel("optimizer step", fontsize=8)
+        axis.set_ylabel(unit, fontsize=8)
+        axis.margins(y=0.12)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path

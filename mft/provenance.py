@@ -1,0 +1,37 @@
+"""Where a run comes from: commit, versions, host. Kept as tags with the run."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "hydra-core", "mlflow")
+
+
+def tags() -> dict[str, str]:
+    """Returns git commit and dirty flag of the working directory, package versions, python and host. Never raises."""
+    found = {"host": socket.gethostname(), "python": platform.python_version(), "mft": _version("mft")}
+    found |= {f"version.{name}": _version(name) for name in PACKAGES}
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        found["git.commit"] = commit
+        found["git.dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, cwd=Path.cwd())
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

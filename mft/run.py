@@ -1,0 +1,198 @@
+"""One run, top to bottom: data, engine, model, loop, final model, summary. Every rank executes it."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mft import rundir, summary
+from mft.answers import Answers, read_prompts
+from mft.build import ALLOWED_TARGETS, build, learning_rate
+from mft.checkpoint import Checkpoints, newest, restore
+from mft.config import Train, batch_sizes, typed
+from mft.data import report
+from mft.data.settings import DataSettings
+from mft.data.store import prepare
+from mft.data.task import all_tasks
+from mft.data.template import named
+from mft.data.tokenize import Encoder
+from mft.evaluate import Evaluator
+from mft.feed import Feed
+from mft.loop import Training, fit
+from mft.metrics import Meter, flops_per_token
+from mft.progress import Silent, Terminal, settings_table
+from mft.provenance import tags
+from mft.tracking.base import FanOut, Jsonl, Tracker
+
+
+def run(
+    cfg: DictConfig,
+    run_dir: Path,
+    stop: Callable[[], bool],
+    allow_targets: Sequence[str] = (),
+) -> str:
+    """Runs, or goes on with, the run of a frozen config; returns finished or stopped.
+
+    stop: whether this rank was asked to end after the current step; allow_targets: further prefixes of `_target_` that
+    may be built (they come from the command line, never from the frozen config).
+    """
+    from mft.model import generate
+    from mft.model.export import save_final
+    from mft.model.forward import TokenLoss
+    from mft.model.peft import audit_table, compute_dtype
+
+    started = time.perf_counter()
+    quiet_libraries()
+    cfg = typed(cfg)
+    train, data = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)  # plain values for the floors below
+    assert isinstance(train, Train) and isinstance(data, DataSettings)
+
+    def make(path: str) -> Any:
+        return build(OmegaConf.select(cfg, path), path, (*ALLOWED_TARGETS, *allow_targets))
+
+    family, peft, optim, scheduler, loss = (make(p) for p in ("model", "peft", "optimizer", "scheduler", "loss"))
+    precision = train.precision.value
+    tokenizer = family.tokenizer()
+    template = named(data.template, data.role_markers)
+    tokenizer.chat_template = template.jinja()
+    tasks = all_tasks({name: make(f"task.{name}") for name in cfg.task}, list(data.paths))
+    names = [task.name for task in tasks]
+    encoder = Encoder(tokenizer, template)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of each machine tokenises, before any process group
+    stores = [prepare(task, encoder, data, cfg.cache_dir, first) for task in tasks]
+    prompts = read_prompts(Path(train.prompts)) if train.prompts else []
+
+    engine = make("dist").start(precision)
+    progress = Terminal(names) if engine.is_main else Silent()
+    progress.show(report.table(stores, names))
+    sizes = batch_sizes(train, engine.world)
+    feed = Feed(stores, make("data.rows"), sizes, engine.rank, tokenizer.pad_token_id, train, data)
+    total = feed.total_steps()
+
+    seed_everything(train.seed)  # the same first adapters on every rank
+    computing = compute_dtype(precision)
+    with engine.loading():
+        model = family.model(peft.dtype(precision), peft.quantization(computing), compute_dtype=computing)
+    model = peft.attach(model, family)
+    checkpointing = family.checkpoint(model)
+    base_lr = learning_rate(optim, peft)
+    module = TokenLoss(model, family)
+    module, optimizer = engine.prepare(module, optim.build(module.named_parameters(), base_lr))
+    loss.start(names, [task.weight for task in tasks])
+
+    def export(folder: Path) -> None:
+        weights = engine.full_state(module)
+        if engine.is_main:
+            save_final(engine.unwrap(module), tokenizer, folder, state_dict=weights)
+
+    keep = train.keep if train.keep is not None else peft.keep_default
+    checkpoints = Checkpoints(run_dir, engine, loss, export, keep)
+    tracker = FanOut([Jsonl(), *(make(f"tracking.{name}") for name in cfg.tracking)]) if engine.is_main else Tracker()
+    t = Training(
+        engine=engine,
+        module=module,
+        optimizer=optimizer,
+        loss=loss,
+        names=names,
+        data=feed.steps,
+        learning_rate=lambda step: scheduler.lr(step, total, base_lr),
+        validation=Evaluator(engine, names, feed.validation),
+        probe=lambda step: Evaluator(engine, names, lambda: feed.probe(step, loss.probe_samples)).losses(module),
+        save=checkpoints.save,
+        meter=Meter(names, engine.device, flops_per_token(engine.unwrap(module)), train.peak_tflops),
+        tracker=tracker,
+        progress=progress,
+        settings=train,
+        total=total,
+        stop=stop,
+        origin=lambda sample: stores[sample[0]].origin(sample[1]),
+    )
+
+    def answer(conversations: list[list[dict[str, str]]]) -> list[str]:
+        model.eval()
+        with engine.autocast():
+            said = generate.answer(
+                model, tokenizer, conversations, do_sample=False, max_new_tokens=train.prompts_max_new_tokens
+            )
+        model.train()
+        return said
+
+    answers = Answers(prompts if engine.is_main else [], answer)
+    progress.show(audit_table(peft.audit(model)))
+    facts = {
+        "steps": f"{total:,} of {sizes.total} rows = {sizes.per_device} x {sizes.accumulation} micro-batches x {sizes.world} ranks",
+        "loss": type(loss).__name__,
+        "learning rate": f"{base_lr:g}, {type(scheduler).__name__}",
+        "precision": f"{precision} on {engine.device}, attention {family.attention_for(computing)}",
+        "gradient checkpointing": "on" if checkpointing else "off",
+    }
+    progress.show(settings_table(list(facts.items()), "training"))
+
+    answers.ask("before")
+    if (resumed := newest(run_dir)) is None:
+        seed_everything(train.seed + 1 + engine.rank)  # dropout differs from rank to rank
+    else:
+        progress.show(f"going on from {resumed.name}")
+        restore(resumed, t.state, engine, loss)
+    status = "failed"
+    tracker.open(run_dir, plain(cfg), run_tags(run_dir), t.state.step)
+    try:
+        progress.start(t.state.step, total)
+        status = fit(t)
+        progress.close()
+        if status == "finished":
+            export(run_dir / "final")
+            answers.ask("after")
+        found = summary.summarise(t, status, run_dir, time.perf_counter() - started)
+        if engine.is_main:
+            summary.write(found, run_dir)
+            answers.write(run_dir / "report" / "answers.md")
+            for path in ("config.yaml", "summary.json", "report"):
+                tracker.artifact(run_dir / path)
+    finally:
+        progress.close()
+        tracker.close(status)
+    if answers.prompts:
+        progress.show(answers.table())
+    summary.show(found, t, run_dir)
+    engine.close()
+    return status
+
+
+def quiet_libraries() -> None:
+    """Silences what libraries say on every start and a person can do nothing about; errors stay."""
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\.")
+    transformers.utils.logging.disable_progress_bar()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds python, numpy and torch on every device."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Returns the config as nested dicts of plain values."""
+    container = OmegaConf.to_container(cfg, enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def run_tags(run_dir: Path) -> dict[str, str]:
+    """Returns what a tracker keeps beside the config: identity, overrides, commit, versions, host."""
+    overrides = rundir.read_json(run_dir / "overrides.json").get("overrides", [])
+    identity = rundir.Identity.read(run_dir)
+    return tags() | {"overrides": " ".join(overrides), "identity": identity.extended if identity else ""}

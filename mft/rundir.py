@@ -1,0 +1,137 @@
+"""The run folder: the names in it, which run it belongs to, and which folder a command line goes on with.
+
+config.yaml · identity.json · metrics.jsonl · summary.json · checkpoints/step-N/ · final/ · log/ · report/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mft.errors import UserError
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """extended: hash of everything that can change the result; base: the same without the run's length."""
+
+    extended: str
+    base: str
+
+    def write(self, run_dir: Path) -> None:
+        """Leaves the identity in the run folder."""
+        write_json(run_dir / "identity.json", {"identity": self.extended, "base": self.base})
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Identity | None:
+        """Returns the identity of the run in a folder, or None."""
+        values = read_json(run_dir / "identity.json")
+        return cls(values["identity"], values["base"]) if values else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file, {} when there is no such file or it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def status(run_dir: Path) -> str:
+    """Returns finished, stopped, failed, or unfinished where the run left no word."""
+    return read_json(run_dir / "summary.json").get("status", "unfinished")
+
+
+def is_finished(run_dir: Path, identity: Identity) -> bool:
+    """Whether the folder holds the finished run of exactly this length."""
+    return status(run_dir) == "finished" and Identity.read(run_dir) == identity
+
+
+def lock(run_dir: Path) -> FileLock:
+    """Takes the run folder for this process; UserError when another process is writing it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    taken = FileLock(run_dir / LOCK)
+    try:
+        taken.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{run_dir} is being written by another process; wait for it, or choose another output_dir."
+        ) from None
+    return taken
+
+
+def choose(output_dir: Path, dated: bool, resume: str, identity: Identity) -> tuple[Path, bool]:
+    """Returns (folder, whether its run is to be gone on with).
+
+    output_dir: where a fresh run would go; dated: whether that folder was made up from the date, so that with
+    resume=auto the newest unfinished run of this identity beside it is taken instead.
+    Raises UserError when the folder holds another run, or when `resume` names a folder that cannot be continued.
+    """
+    if resume not in ("auto", "never"):
+        return _named(Path(os.path.abspath(os.path.expanduser(resume))), identity), True
+    if not dated:
+        return output_dir, _in_place(output_dir, resume, identity)
+    if resume == "auto":
+        for folder in sorted(output_dir.parent.glob("*"), reverse=True):
+            found = Identity.read(folder)
+            if found and found.base == identity.base and status(folder) != "finished" and not _busy(folder):
+                return folder, True
+    number, folder = 1, output_dir
+    while folder.exists():  # two runs started within one second
+        number += 1
+        folder = output_dir.with_name(f"{output_dir.name}-{number}")
+    return folder, False
+
+
+def _named(folder: Path, identity: Identity) -> Path:
+    found = Identity.read(folder)
+    if found is None:
+        raise UserError(
+            f"train.resume={folder} is not a run folder (no identity.json in it); allowed: auto, never, or a run folder."
+        )
+    if found.base != identity.base:
+        raise UserError(
+            f"train.resume={folder} holds a run of another config; `diff` its config.yaml with what `mft train --cfg job` prints."
+        )
+    return folder
+
+
+def _in_place(folder: Path, resume: str, identity: Identity) -> bool:
+    found = Identity.read(folder)
+    entries = [p for p in folder.iterdir() if p.name != LOCK] if folder.is_dir() else []
+    if found is None and entries:
+        raise UserError(f"output_dir={folder} is not empty and holds no run; choose another folder.")
+    if found is None:
+        return False
+    if found.base != identity.base:
+        raise UserError(f"output_dir={folder} holds a run of another config; choose another folder, or remove it.")
+    if resume == "never":
+        raise UserError(
+            f"output_dir={folder} already holds this run and train.resume=never; choose another folder, or remove it."
+        )
+    return True
+
+
+def _busy(folder: Path) -> bool:
+    probe = FileLock(folder / LOCK)
+    try:
+        probe.acquire(timeout=0)
+    except Timeout:
+        return True
+    probe.release()
+    return False

@@ -1,0 +1,132 @@
+"""Learning-rate schedules: plain functions of the step; nothing to save, nothing to multiply by the world size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from mft.errors import UserError
+
+FLOOR = 0.1
+"""The default `min_lr` as a part of the peak."""
+
+
+class Schedule(Protocol):
+    """What the loop asks before each optimizer step."""
+
+    def lr(self, step: int, total: int, base_lr: float) -> float:
+        """Returns the learning rate of optimizer step `step` of 1..`total`; base_lr: the peak."""
+        ...
+
+
+def check_warmup(warmup: float) -> None:
+    """Raises UserError unless `warmup` is 0, a fraction below 1 or a whole number of steps."""
+    if not (warmup >= 0 and math.isfinite(warmup) and (warmup < 1 or warmup == int(warmup))):
+        raise UserError(
+            f"scheduler.warmup is {warmup}; it must be 0, a fraction of all steps below 1, or a whole number of steps"
+        )
+
+
+def warmup_steps(warmup: float, total: int) -> int:
+    """Returns the number of warm-up steps: a fraction of `total` (rounded) below 1, else the number itself."""
+    return round(warmup * total) if warmup < 1 else int(warmup)
+
+
+@dataclass
+class Constant:
+    """The peak in every step after an optional linear warm-up."""
+
+    warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_warmup(self.warmup)
+
+    def lr(self, step: int, total: int, base_lr: float) -> float:
+        # Step `warm` has the peak, so that with no warm-up the first step has it, and no step trains with 0.
+        return base_lr * min(1.0, step / max(1, warmup_steps(self.warmup, total)))
+
+
+@dataclass
+class Decay:
+    """A linear warm-up to the peak, then a fall along the subclass's curve; the last step has `min_lr`."""
+
+    warmup: float = 0.03
+    min_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        check_warmup(self.warmup)
+        if self.min_lr is not None and not (self.min_lr >= 0 and math.isfinite(self.min_lr)):
+            raise UserError(
+                f"scheduler.min_lr is {self.min_lr}; it must be 0 or larger, or null for a tenth of the peak"
+            )
+
+    def curve(self, progress: float) -> float:
+        """Returns the part of the way from `min_lr` (0) to the peak (1); progress runs from 0 to 1."""
+        raise NotImplementedError
+
+    def lowest(self, base_lr: float) -> float:
+        """Returns `min_lr`, by default a tenth of the peak; raises UserError when it is above the peak."""
+        if self.min_lr is None:
+            return FLOOR * base_lr
+        if self.min_lr > base_lr:
+            raise UserError(
+                f"scheduler.min_lr is {self.min_lr:g}, above the learning rate {base_lr:g} (optimizer.lr); "
+                "lower it, or set it to null for a tenth of the learning rate"
+            )
+        return self.min_lr
+
+    def lr(self, step: int, total: int, base_lr: float) -> float:
+        lowest = self.lowest(base_lr)
+        peak = max(1, warmup_steps(self.warmup, total))
+        if step <= peak:
+            return base_lr * (step / peak)
+        if step >= total:
+            return lowest
+        return lowest + (base_lr - lowest) * self.curve((step - peak) / (total - peak))
+
+
+@dataclass
+class Linear(Decay):
+    """A straight line."""
+
+    def curve(self, progress: float) -> float:
+        return 1 - progress
+
+
+@dataclass
+class Cosine(Decay):
+    """Half a cosine."""
+
+    def curve(self, progress: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass
+class CosineRestarts(Decay):
+    """`cycles` half cosines of equal length, each from the peak."""
+
+    cycles: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cycles < 1:
+            raise UserError(f"scheduler.cycles is {self.cycles}; it must be 1 or more")
+
+    def curve(self, progress: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * (self.cycles * progress % 1.0)))
+
+
+@dataclass
+class Polynomial(Decay):
+    """(1 - progress) ^ power."""
+
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.power > 0:
+            raise UserError(f"scheduler.power is {self.power}; it must be above 0")
+
+    def curve(self, progress: float) -> float:
+        return (1 - progress) ** self.power

@@ -1,0 +1,97 @@
+"""What is left when a run ends: summary.json, pictures, and the tables a person reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from mft import plots, rundir
+from mft.loop import Training
+from mft.metrics import mean_of_tasks, peak_memory_gib
+from mft.progress import losses_table, settings_table
+
+
+def summarise(t: Training, status: str, run_dir: Path, seconds: float) -> dict[str, Any]:
+    """Returns the content of summary.json. All ranks call it (peak memory is the largest of all)."""
+    import torch
+
+    state = t.state
+    peaks = torch.zeros(t.engine.world, dtype=torch.float64)
+    peaks[t.engine.rank] = peak_memory_gib(t.engine.device)
+    peak = float(t.engine.sum(peaks).max())
+    last_train = _last_logged(run_dir / "metrics.jsonl", "train/loss")
+    return {
+        "status": status,
+        "steps": state.step,
+        "total_steps": t.total,
+        "epochs": round(state.passes, 4),
+        "seconds": round(seconds, 1),
+        "peak_memory_gib": round(peak, 3),
+        "first": _losses(state.first_valid),
+        "last": _losses(state.last_valid),
+        "best": _losses(state.best_valid) | ({"step": state.best_step} if state.best_valid else {}),
+        "train/loss": last_train,
+        "best_checkpoint": _existing(run_dir / "checkpoints" / f"step-{state.best_saved_step}"),
+        "final": _existing(run_dir / "final"),
+    }
+
+
+def write(summary: dict[str, Any], run_dir: Path) -> None:
+    """Writes summary.json and the pictures of report/."""
+    plots.loss_curves(run_dir / "metrics.jsonl", run_dir / "report")
+    plots.task_weights(run_dir / "metrics.jsonl", run_dir / "report")
+    rundir.write_json(run_dir / "summary.json", summary)
+
+
+def failed(run_dir: Path, error: BaseException, t: Training | None = None) -> None:
+    """Writes the summary of a run that ended in an error."""
+    steps = t.state.step if t else 0
+    rundir.write_json(
+        run_dir / "summary.json", {"status": "failed", "steps": steps, "error": f"{type(error).__name__}: {error}"}
+    )
+
+
+def show(summary: dict[str, Any], t: Training, run_dir: Path) -> None:
+    """Prints the losses of every task, where the model is, how to load it and how to look at the tracker."""
+    state, progress = t.state, t.progress
+    if state.last_valid:
+        progress.show(losses_table(state.first_valid, state.last_valid, state.best_valid, state.best_step))
+    folder = _shown(run_dir)
+    rows = [("run folder", folder)]
+    if summary["final"]:
+        rows.append(("model", f"{folder}/final"))
+        rows.append(("ask it", f'mft generate {folder} "Write a function that reverses a list."'))
+        if (run_dir / "final" / "adapter_config.json").exists():
+            rows.append(("merge it", f"mft merge {folder}"))
+    if summary["best_checkpoint"]:
+        rows.append(("best checkpoint", _shown(Path(summary["best_checkpoint"]))))
+    if summary["status"] == "stopped":
+        rows.append(("go on", "the same command again (train.resume=auto)"))
+    if where := t.tracker.where():
+        rows.append(("tracker", where))
+    rows.append(("took", f"{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB at most"))
+    progress.show(settings_table(rows, f"{summary['status']} after {summary['steps']} steps"))
+
+
+def _losses(by_task: dict[str, float]) -> dict[str, float]:
+    named = {f"valid/loss/{name}": value for name, value in by_task.items()}
+    mean = mean_of_tasks(by_task)
+    return named if math.isnan(mean) else {"valid/loss": mean} | named
+
+
+def _last_logged(path: Path, key: str) -> float | None:
+    found = None
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        found = json.loads(line).get(key, found)
+    return found
+
+
+def _existing(path: Path) -> str | None:
+    return str(path) if path.is_dir() else None
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
