@@ -7,31 +7,56 @@ depend on the number of ranks, on accumulation or on how samples are packed into
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mft.batch import IGNORE, Batch, Counts
+from mft.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-    from mft.batch import Batch, Counts
+
+def task_sums(nll_BT: torch.Tensor, batch: Batch, tasks: int) -> torch.Tensor:
+    """Returns float64 [2, K] on the device of `nll_BT`: per task the sum of token losses and the trained tokens."""
+    import torch
+
+    trained_BT = batch.target_BT != IGNORE
+    task_n = torch.where(trained_BT, batch.task_BT, tasks).flatten()
+    value_2n = torch.stack([nll_BT.detach().flatten().double(), torch.ones_like(task_n, dtype=torch.float64)])
+    sums_2K = torch.zeros(2, tasks + 1, dtype=torch.float64, device=nll_BT.device)
+    return sums_2K.scatter_add_(1, task_n.expand(2, -1), value_2n)[:, :tasks]
 
 
 class TaskLoss:
     """Turns per-token losses into this micro-batch's share of the step's objective.
 
     Subclasses are dataclasses of plain values (their yaml lists every field). Order of calls:
-    `start` once; then in every optimizer step `probe` data if `wants_probe` -> `learn(valid_K=...)`; `statistics` over all
-    micro-batches if the mode has them; `share` for each micro-batch; after the update `learn(train_K=...)`, and
-    `learn(repeat_K=...)` if `wants_repeat`. `state_dict` goes into checkpoints.
+    `start` once; then in every optimizer step `probe` data if `wants_probe` -> `learn(valid_K=...)`; `statistics` over
+    all micro-batches if `needs_statistics`; `share` for each micro-batch; after the update `learn(train_K=...)` if
+    `wants_train`, then `learn(repeat_K=...)` if `wants_repeat`. `state_dict` goes into checkpoints. Steps are numbered
+    from 1: a probe before step s measures the model after s - 1 updates, and its weights hold from step s on.
+
+    needs_statistics: whether the mode has `statistics`; probe_samples: samples of each task that one probe reads, all
+    ranks together (0 = the mode makes no probes).
     """
 
     names: Sequence[str] = ()
-    weight_K: torch.Tensor
+    weight_K: Any  # float64 [K]; Any, because OmegaConf reads annotations where torch is not imported
+    needs_statistics: ClassVar[bool] = False
+    probe_samples: int = 0
 
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        """Receives the K task names and the user's static weights (`task.<name>.weight`). Called once, before training."""
+        """Receives the K task names and the user's static weights (`task.<name>.weight`). Called once, before training.
+
+        Raises UserError for a weight that is negative or not finite.
+        """
         import torch
 
+        for name, weight in zip(names, weights, strict=True):
+            if not (weight >= 0 and math.isfinite(weight)):
+                raise UserError(f"task.{name}.weight is {weight}; a weight in the loss is a finite number, 0 or larger")
         self.names = tuple(names)
         self.weight_K = torch.tensor(list(weights), dtype=torch.float64)
 
@@ -40,21 +65,27 @@ class TaskLoss:
     ) -> torch.Tensor:
         """Returns the scalar share of this micro-batch, differentiable in `nll_BT`.
 
-        nll_BT: float32 (or float64) token losses, 0 where `batch.target_BT` is IGNORE; counts: of the whole step, all ranks;
-        statistics: the summed result of `statistics`, None unless the mode has them. A batch without a trained token gives 0.
+        nll_BT: float32 (or float64) token losses, 0 where `batch.target_BT` is IGNORE
+        counts: of the whole step, all ranks
+        statistics: the summed result of `statistics`, None unless the mode has them
+        A batch without a trained token gives 0.
         """
         raise NotImplementedError
 
-    def statistics(self, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor | None:
-        """Returns a float64 [K, S] of sums that modes non-linear in a task's loss need of the whole step, or None.
+    def statistics(self, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Returns a float64 [K, S] of sums that modes non-linear in a task's loss need of the whole step.
 
-        When it is not None the loop runs the micro-batches once without gradient (same dropout masks), sums over
-        micro-batches and ranks, and hands the result to `share`.
+        Only with `needs_statistics`: the loop runs the micro-batches once without gradient (same dropout masks), sums
+        over micro-batches and ranks, and hands the result to `share`.
         """
-        return None
+        raise NotImplementedError
 
     def wants_probe(self, step: int) -> bool:
         """Whether a small validation is to be made before step `step` (its per-task losses arrive in `learn`)."""
+        return False
+
+    def wants_train(self, step: int) -> bool:
+        """Whether `learn` wants the per-task training losses of step `step` (one small all-reduce)."""
         return False
 
     def wants_repeat(self, step: int) -> bool:
@@ -68,7 +99,10 @@ class TaskLoss:
         train_K: torch.Tensor | None = None,
         repeat_K: torch.Tensor | None = None,
     ) -> dict[str, float]:
-        """Takes per-task token-mean losses (float64 [K], NaN = task absent) and returns values to log, e.g. `train/weight/<task>`."""
+        """Takes per-task token-mean losses (float64 [K], NaN = task absent) and returns values to log.
+
+        The losses are sums over all ranks, so that every rank learns the same; names as in `train/weight/<task>`.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:

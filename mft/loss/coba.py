@@ -1,0 +1,154 @@
+"""CoBa, convergence balance (MFTCoder's second adaptive mode): as in the paper, and as its code computes it.
+
+A probe gives the ratios L_i^val(t) / L_i^val(0). With alpha_i(t) the slope of task i's ratio over the last N probes,
+alpha_max(t) = max_i alpha_i(t), and n the number of slopes remembered (at most N), the paper (its equations from a
+secondary source) has
+
+    RCS_i = softmax_i( K alpha_i / sum_j |alpha_j| )                  large for tasks slower than the others
+    ACS_i = softmax_i( -n alpha_i / sum_{window} |alpha_i(j)| )       large for tasks faster than their own past
+    DF    = min( n softmax_j( -tau n alpha_max(j) / sum_{window} |alpha_max(j)| )[last], 1 )
+    w     = DF RCS + (1 - DF) ACS,        w = 1/K before warm-up ends
+
+The variant `mftcoder` is the public code: DF without the cap (up to 25 seen), a further softmax(K w), then the floor
+w <- 0.9 w + 1/(10 K) when a weight falls below 1/(10 K), alpha_max = slope of the largest ratio, missing probes skipped
+on the x axis, windows that count steps as if they were columns. It remembers every probe, since those windows grow.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mft.errors import UserError
+from mft.loss.adaptive import Adaptive, History, arrays, check_probing, chosen, line_slope, measured, softmax, tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Variant(enum.Enum):
+    """paper: the published equations with safeguards; mftcoder: the original code, to reproduce its runs."""
+
+    paper = "paper"
+    mftcoder = "mftcoder"
+
+
+def scores(slope_K: np.ndarray, slope_cK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns RCS and ACS, float64 [K]; slope_cK: the window of slopes, the newest last, NaN = unknown."""
+    total = np.abs(slope_K).sum()
+    rcs_K = softmax(len(slope_K) * slope_K / total) if total > 0 else np.full(len(slope_K), 1 / len(slope_K))
+    known_K = np.isfinite(slope_cK).sum(axis=0)
+    past_K = np.nansum(np.abs(slope_cK), axis=0)
+    acs_K = softmax(np.where(past_K > 0, -known_K * slope_K / np.where(past_K > 0, past_K, 1.0), 0.0))
+    return rcs_K, acs_K
+
+
+def divergence_factor(largest_c: np.ndarray, tau: float) -> float:
+    """Returns DF without its cap: below 1 when the largest slope is above those of the past."""
+    total = np.abs(largest_c).sum()
+    scaled_c = largest_c / total if total > 0 else np.zeros_like(largest_c)
+    return float(len(largest_c) * softmax(-tau * len(largest_c) * scaled_c)[-1])
+
+
+@dataclass
+class Coba(Adaptive):
+    """Weights from how fast each task's validation loss falls; the fields are explained in conf/loss/coba.yaml.
+
+    Safeguards of `paper`: a task without two probes keeps the weight 1/K and takes no part in the others' scores;
+    slopes within rounding are 0; equal slopes give equal weights; losses that are not finite are dropped and counted.
+    """
+
+    variant: Variant = Variant.paper
+    warmup_steps: int = 100
+    history_length: int = 200
+    tau: float = 5.0
+    update_interval: int = 1
+    probe_samples: int = 2
+
+    def __post_init__(self) -> None:
+        self.variant = chosen(Variant, self.variant, "loss.variant")
+        if not self.tau > 0:
+            raise UserError(f"loss.tau is {self.tau}; it must be above 0 (the paper wants it above 1)")
+        check_probing("coba", self.warmup_steps, self.history_length, self.update_interval, self.probe_samples)
+
+    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().start(names, weights)
+        length = self.history_length if self.variant is Variant.paper else None
+        self.first_K = np.full(len(self.names), np.nan)
+        self.ratios, self.slopes, self.largest = History(length), History(length), History(length)
+
+    def wants_probe(self, step: int) -> bool:
+        return (step - 1) % self.update_interval == 0
+
+    def learn(
+        self,
+        step: int,
+        valid_K: torch.Tensor | None = None,
+        train_K: torch.Tensor | None = None,
+        repeat_K: torch.Tensor | None = None,
+    ) -> dict[str, float]:
+        if valid_K is None:
+            return {}
+        row_K = measured(valid_K, self.dropped_K)
+        self.first_K = np.where(np.isnan(self.first_K), row_K, self.first_K)
+        update = step - 1
+        if update == 0:
+            return (
+                self.logged()
+            )  # the probe before training is the unit of the ratios and, as in the original, in no fit
+        self.ratios.append(update, row_K / self.first_K)
+        if update + self.update_interval < self.warmup_steps:
+            return self.logged()
+        return self._paper(update) if self.variant is Variant.paper else self._mftcoder(update)
+
+    def _paper(self, update: int) -> dict[str, float]:
+        slope_K = self.ratios.slopes()
+        self.slopes.append(update, slope_K)
+        known_K = np.isfinite(slope_K)
+        if not known_K.any():
+            return self.logged()
+        self.largest.append(update, np.array([np.nanmax(slope_K)]))
+        rcs_k, acs_k = scores(slope_K[known_K], self.slopes.array()[:, known_K])
+        df = min(divergence_factor(self.largest.array()[:, 0], self.tau), 1.0)
+        weight_K = np.full(len(slope_K), 1 / len(slope_K))
+        weight_K[known_K] = (df * rcs_k + (1 - df) * acs_k) * known_K.mean()
+        self.weigh(weight_K)
+        rcs_K, acs_K = np.full_like(weight_K, np.nan), np.full_like(weight_K, np.nan)
+        rcs_K[known_K], acs_K[known_K] = rcs_k, acs_k
+        return self.logged(slope=slope_K, rcs=rcs_K, acs=acs_K) | {"coba/df": df}
+
+    def _mftcoder(self, update: int) -> dict[str, float]:
+        step = update + self.update_interval  # the original's count when it computes weights from this probe
+        start = max(0, step // self.update_interval - self.history_length)
+        window_cK = np.nan_to_num(self.ratios.array(), nan=0.0)[-(step - start) :]
+        slope_K = np.array([self._packed_slope(column) for column in window_cK.T])
+        self.slopes.append(update, slope_K)
+        self.largest.append(update, np.array([self._packed_slope(window_cK.max(axis=1))]))
+        # Column 0 of the slopes is the end of warm-up, yet the original cuts it with `start`, a number of probes.
+        rcs_K, acs_K = scores(slope_K, self.slopes.array()[min(start, len(self.slopes) - 1) :])
+        df = divergence_factor(self.largest.array()[:, 0], self.tau)
+        weight_K = softmax(len(slope_K) * (df * rcs_K + (1 - df) * acs_K))
+        if weight_K.min() < 1 / (10 * len(slope_K)):
+            weight_K = 0.9 * weight_K + 1 / (10 * len(slope_K))
+        self.weigh(weight_K)
+        return self.logged(slope=slope_K, rcs=rcs_K, acs=acs_K) | {"coba/df": df}
+
+    @staticmethod
+    def _packed_slope(value_c: np.ndarray) -> float:
+        """Slope of the values that are not 0 over 0, 1, 2, ...; 0 with fewer than two."""
+        value_c = value_c[value_c != 0]
+        return float(np.nan_to_num(line_slope(np.arange(len(value_c), dtype=np.float64), value_c), nan=0.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        histories = {name: getattr(self, name).state_dict() for name in ("ratios", "slopes", "largest")}
+        return super().state_dict() | tensors(first=self.first_K) | histories
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        (self.first_K,) = arrays(state, "first")
+        for name in ("ratios", "slopes", "largest"):
+            getattr(self, name).load_state_dict(state[name])

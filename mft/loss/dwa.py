@@ -1,0 +1,78 @@
+"""Dynamic weight average (Liu et al. 2019): tasks whose training loss falls slowly get more weight.
+
+Training losses are averaged over windows of steps. With r_i = mean of the last window / mean of the window before,
+w_i = K softmax_i(r_i / T). The paper takes epochs as windows; windows of 25 steps are those of the FAMO
+authors' comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mft.errors import UserError
+from mft.loss.adaptive import Adaptive, arrays, measured, softmax, tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Dwa(Adaptive):
+    """Weights from the ratio of two windows' training losses; the static weights hold for the first two windows.
+
+    A task absent from one of the two windows counts as neither faster nor slower (r = 1).
+    """
+
+    window: int = 25
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise UserError(f"loss.window is {self.window}; it must be 1 or more optimizer steps")
+        if not self.temperature > 0:
+            raise UserError(f"loss.temperature is {self.temperature}; it must be above 0")
+
+    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().start(names, weights)
+        self.sum_K, self.count_K = np.zeros(len(self.names)), np.zeros(len(self.names))
+        self.last_K, self.windows = np.full(len(self.names), np.nan), 0
+
+    def wants_train(self, step: int) -> bool:
+        return True
+
+    def learn(
+        self,
+        step: int,
+        valid_K: torch.Tensor | None = None,
+        train_K: torch.Tensor | None = None,
+        repeat_K: torch.Tensor | None = None,
+    ) -> dict[str, float]:
+        if train_K is None:
+            return {}
+        row_K = measured(train_K, self.dropped_K)
+        self.sum_K += np.nan_to_num(row_K, nan=0.0)
+        self.count_K += np.isfinite(row_K)
+        values = self.logged()
+        if step % self.window == 0:
+            mean_K = np.where(self.count_K > 0, self.sum_K / np.maximum(self.count_K, 1), np.nan)
+            self.windows += 1
+            if self.windows > 1:
+                ratio_K = np.nan_to_num(mean_K / np.where(self.last_K > 0, self.last_K, np.nan), nan=1.0)
+                self.weigh(softmax(ratio_K / self.temperature))
+                values |= {f"dwa/ratio/{name}": ratio for name, ratio in zip(self.names, ratio_K.tolist(), strict=True)}
+            self.last_K = mean_K
+            self.sum_K, self.count_K = np.zeros(len(self.names)), np.zeros(len(self.names))
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        own = tensors(sum=self.sum_K, count=self.count_K, last=self.last_K) | {"windows": self.windows}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.sum_K, self.count_K, self.last_K = arrays(state, "sum", "count", "last")
+        self.windows = int(state["windows"])

@@ -1,0 +1,159 @@
+"""FAMO, fast adaptive multitask optimization (Liu et al. 2023), as in the authors' code.
+
+With z = softmax(xi) over the tasks present, D_i = L_i - b_i + eps and c = sum_i z_i / D_i (taken as a constant),
+
+    objective = sum_i z_i log(D_i) / c,   so dL/dL_i = z_i / (c D_i), coefficients that sum to 1
+    after the update, on the same batch: delta_i = log D_i(old) - log D_i(new),  gradient of xi = J_softmax(xi)^T delta
+
+and one step of Adam on xi (the paper writes a plain gradient step; the authors' code has Adam with coupled weight
+decay). `source=valid` takes delta from successive validation probes instead, our practical form of MFTCoder's Eq. 4
+(from memory of that paper, not in its public code): noisier, since two probes read different samples, and without the
+repeated forward pass.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from mft.batch import Batch, Counts
+from mft.errors import UserError
+from mft.loss.adaptive import Adam, Adaptive, arrays, chosen, measured, softmax, tensors
+from mft.loss.base import task_sums
+from mft.loss.focal import by_task
+from mft.loss.mean import inverse, weighted_sum
+
+if TYPE_CHECKING:
+    import torch
+
+EPS = 1e-8
+
+
+class Source(enum.Enum):
+    """train: the step's own batch, forwarded again after the update; valid: successive validation probes."""
+
+    train = "train"
+    valid = "valid"
+
+
+@dataclass
+class Famo(Adaptive):
+    """Equal relative progress of all tasks.
+
+    The coefficients depend on the task losses of the whole step, hence `statistics`: one more forward pass without
+    gradient.
+    """
+
+    needs_statistics: ClassVar[bool] = True
+
+    source: Source = Source.train
+    lr: float = 0.025
+    weight_decay: float = 0.01
+    min_loss: float = 0.0
+    min_loss_by_task: dict[str, float] = field(default_factory=dict)
+    probe_samples: int = 2
+
+    def __post_init__(self) -> None:
+        self.source = chosen(Source, self.source, "loss.source")
+        if not self.lr > 0:
+            raise UserError(f"loss.lr is {self.lr}; the learning rate of the task weights must be above 0")
+        if self.source is Source.valid and self.probe_samples < 1:
+            raise UserError(f"loss.probe_samples is {self.probe_samples}; loss.source=valid needs 1 or more")
+
+    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        if len(set(weights)) > 1:
+            warnings.warn("loss=famo starts from equal task weights; task.<name>.weight does nothing", stacklevel=2)
+        super().start(names, [1.0] * len(names))
+        self.min_loss_K = by_task("loss.min_loss", self.names, self.min_loss, self.min_loss_by_task).numpy()
+        self.xi_K = np.zeros(len(self.names))
+        self.before_K = np.full(len(self.names), np.nan)
+        self.adam = Adam(len(self.names), self.lr, self.weight_decay)
+
+    def wants_probe(self, step: int) -> bool:
+        return self.source is Source.valid
+
+    def wants_train(self, step: int) -> bool:
+        return True
+
+    def wants_repeat(self, step: int) -> bool:
+        return self.source is Source.train
+
+    def statistics(self, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Returns float64 [K, 2]: the sum of token losses and the trained tokens of each task."""
+        return task_sums(nll_BT, batch, len(self.names)).T
+
+    def distance(self, loss_K: np.ndarray) -> np.ndarray:
+        """Returns D: how far each loss is above its lower bound, at least eps."""
+        return np.maximum(loss_K - self.min_loss_K + EPS, EPS)
+
+    def coefficients(self, loss_K: np.ndarray) -> tuple[np.ndarray, float]:
+        """Returns dL/dL_i (float64 [K], 0 for tasks whose loss is NaN) and the value of the objective."""
+        here_K = np.isfinite(loss_K)
+        slope_K = np.zeros(len(loss_K))
+        if not here_K.any():
+            return slope_K, 0.0
+        z_k, distance_k = softmax(self.xi_K[here_K]), self.distance(loss_K)[here_K]
+        c = (z_k / distance_k).sum()
+        slope_K[here_K] = z_k / (c * distance_k)
+        return slope_K, float((z_k * np.log(distance_k)).sum() / c)
+
+    def share(
+        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The linearisation at the step's losses; each token carries its part of what makes the values add up."""
+        import torch
+
+        assert statistics is not None, "famo needs the statistics of the step"
+        sum_K, count_K = statistics.double().cpu().unbind(1)
+        loss_K = torch.where(count_K > 0, sum_K / count_K.clamp(min=1), torch.nan).numpy()
+        slope_K, objective = self.coefficients(loss_K)
+        rest = objective - float((slope_K * np.nan_to_num(loss_K, nan=0.0)).sum())
+        linear = weighted_sum(nll_BT, batch, torch.from_numpy(slope_K) * inverse(counts.tokens_K))
+        every_K = inverse(counts.tokens_K.sum()).expand(len(slope_K))
+        return linear + rest * weighted_sum(torch.ones_like(nll_BT), batch, every_K)
+
+    def learn(
+        self,
+        step: int,
+        valid_K: torch.Tensor | None = None,
+        train_K: torch.Tensor | None = None,
+        repeat_K: torch.Tensor | None = None,
+    ) -> dict[str, float]:
+        values: dict[str, float] = {}
+        if train_K is not None:
+            row_K = measured(train_K, self.dropped_K)
+            if np.isfinite(row_K).any():
+                self.weigh(self.coefficients(row_K)[0])
+            values = self.logged(z=softmax(self.xi_K))
+            if self.source is Source.train:
+                self.before_K = row_K
+        after_K = repeat_K if self.source is Source.train else valid_K
+        if after_K is not None:
+            self.progress(measured(after_K, self.dropped_K))
+        return values
+
+    def progress(self, after_K: np.ndarray) -> None:
+        """One step of Adam on xi from the losses before and after an update, for the tasks that have both."""
+        here_K = np.isfinite(self.before_K) & np.isfinite(after_K)
+        if here_K.sum() > 1:
+            delta_K = np.log(self.distance(self.before_K)) - np.log(self.distance(after_K))
+            z_k = softmax(self.xi_K[here_K])
+            gradient_K = np.zeros(len(here_K))
+            gradient_K[here_K] = z_k * (delta_K[here_K] - z_k @ delta_K[here_K])
+            self.xi_K = self.adam.stepped(self.xi_K, gradient_K, here_K)
+        if self.source is Source.valid:
+            self.before_K = np.where(np.isfinite(after_K), after_K, self.before_K)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = tensors(xi=self.xi_K, before=self.before_K) | {"adam": self.adam.state_dict()}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.xi_K, self.before_K = arrays(state, "xi", "before")
+        self.adam.load_state_dict(state["adam"])

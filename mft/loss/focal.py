@@ -1,0 +1,147 @@
+"""Focal losses of the MFTCoder paper (section 3.5, Eq. 2 and 3).
+
+The equations are given from memory of the paper: no public revision of its code holds them. With P_ij the mean
+probability and Q_ij the mean log-probability of the trained tokens of sample j of task i, and M_i samples of task i in
+the step,
+
+    sample level (Eq. 2)   L = sum_ij -alpha_i (1 - P_ij)^gamma_i Q_ij / sum_i M_i
+    task level   (Eq. 3)   P_i = sum_j P_ij / M_i,  Q_i = sum_j Q_ij / M_i,
+                           L = sum_i v_i * -alpha_i (1 - P_i)^gamma_i Q_i
+
+where v_i = 1 / (tasks present) in the paper; here v are the static task weights, normalised over the tasks present,
+which is the same when they are equal. The factor (1 - P)^gamma is differentiated, as in Lin et al. 2017. P is a mean of
+token probabilities, not the exponential of the mean log-probability. gamma = 0 with alpha = 1 is sample_mean and
+task_sample_mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from mft.batch import IGNORE, Batch, Counts
+from mft.errors import UserError, nearest
+from mft.loss.base import TaskLoss
+from mft.loss.mean import Unweighted, inverse, present_weights, sample_slots, sample_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+CERTAIN = 1e-6
+"""Smallest 1 - P: below it float32 has no digits left, and for gamma < 1 the derivative would be infinite."""
+
+
+def by_task(key: str, names: Sequence[str], default: float, values: Mapping[str, float]) -> torch.Tensor:
+    """Returns float64 [K]: the value of each task, `default` where `values` has none.
+
+    Raises UserError naming `key` for an unknown task and for a value that is negative.
+    """
+    import torch
+
+    for name, value in [(None, default), *values.items()]:
+        where = key if name is None else f"{key}_by_task.{name}"
+        if name is not None and name not in names:
+            raise UserError(f"{where}: no such task; the tasks are {', '.join(names)}{nearest(name, names)}")
+        if not value >= 0:
+            raise UserError(f"{where} is {value}; it must be 0 or larger")
+    return torch.tensor([float(values.get(name, default)) for name in names], dtype=torch.float64)
+
+
+def sample_means(nll_BT: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns P_n, Q_n (dtype of nll, differentiable) and the int64 task_n of each sample slot, n up to B * T + 1.
+
+    Slots without a trained token have P = Q = 0 (and task 0), so that they add nothing to any sum.
+    """
+    import torch
+
+    trained_BT = batch.target_BT != IGNORE
+    slot_BT = sample_slots(batch)
+    slot_m, size = slot_BT.flatten(), slot_BT.numel() + 1
+    tokens_n = sample_tokens(slot_BT).clamp(min=1)
+    zero_n = nll_BT.new_zeros(size)
+    log_m = (-nll_BT * trained_BT).flatten()
+    P_n = zero_n.scatter_add(0, slot_m, log_m.exp() * trained_BT.flatten()) / tokens_n
+    Q_n = zero_n.scatter_add(0, slot_m, log_m) / tokens_n
+    task_n = torch.zeros(size, dtype=torch.int64, device=nll_BT.device)
+    task_n.scatter_(0, slot_m, torch.where(trained_BT, batch.task_BT, 0).flatten())
+    return P_n, Q_n, task_n
+
+
+@dataclass
+class SampleFocal(Unweighted):
+    """Samples that the model already predicts well count less (Eq. 2, from memory of the paper)."""
+
+    gamma: float = 2.0
+    alpha: float = 1.0
+    gamma_by_task: dict[str, float] = field(default_factory=dict)
+    alpha_by_task: dict[str, float] = field(default_factory=dict)
+
+    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().start(names, weights)
+        self.gamma_K = by_task("loss.gamma", self.names, self.gamma, self.gamma_by_task)
+        self.alpha_K = by_task("loss.alpha", self.names, self.alpha, self.alpha_by_task)
+
+    def share(
+        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        P_n, Q_n, task_n = sample_means(nll_BT, batch)
+        gamma_n = self.gamma_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
+        scale_K = self.alpha_K * inverse(counts.samples_K.sum())
+        scale_n = scale_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
+        return -(scale_n * (1 - P_n).clamp(min=CERTAIN) ** gamma_n * Q_n).sum()
+
+
+@dataclass
+class TaskFocal(TaskLoss):
+    """Tasks that the model already predicts well count less (Eq. 3, from memory of the paper).
+
+    P_i and Q_i are those of the whole step over all ranks. The objective is not linear in them, so they must be known
+    before the first backward pass: `statistics` costs one more forward pass without gradient. The statistics of the
+    last step would be free but belong to other samples, and the gradient would no longer be that of any objective.
+
+    With p_i = sum_j P_ij and q_i = sum_j Q_ij of the step and p'_i, q'_i those of one micro-batch (they add up to
+    p, q), the share is the linearisation at the step's statistics
+
+        share = sum_i dL/dq_i * q'_i + dL/dp_i * (p'_i - constant p'_i)
+        dL/dq_i = -v_i alpha_i (1 - P_i)^gamma_i / M_i
+        dL/dp_i = v_i alpha_i gamma_i (1 - P_i)^(gamma_i - 1) Q_i / M_i
+
+    whose gradient summed over micro-batches is that of L by the chain rule. Its value adds up to L as well, since L is
+    linear in q for fixed p and the second term has the value 0.
+    """
+
+    needs_statistics: ClassVar[bool] = True
+
+    gamma: float = 2.0
+    alpha: float = 1.0
+    gamma_by_task: dict[str, float] = field(default_factory=dict)
+    alpha_by_task: dict[str, float] = field(default_factory=dict)
+
+    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().start(names, weights)
+        self.gamma_K = by_task("loss.gamma", self.names, self.gamma, self.gamma_by_task)
+        self.alpha_K = by_task("loss.alpha", self.names, self.alpha, self.alpha_by_task)
+
+    def statistics(self, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Returns float64 [K, 2]: sum_j P_ij and sum_j Q_ij."""
+        P_n, Q_n, task_n = sample_means(nll_BT.detach().double(), batch)
+        both_n2 = P_n.new_zeros(P_n.numel(), 2)
+        both_n2[:, 0], both_n2[:, 1] = P_n, Q_n
+        return both_n2.new_zeros(len(self.names), 2).index_add(0, task_n, both_n2)
+
+    def share(
+        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        assert statistics is not None, "task_focal needs the statistics of the step"
+        present_K, per_sample_K = counts.samples_K > 0, inverse(counts.samples_K)
+        P_K, Q_K = (statistics.double().cpu() * per_sample_K[:, None]).unbind(1)
+        scale_K = present_weights(self.weight_K, present_K, self.names) * self.alpha_K * per_sample_K
+        miss_K = (1 - P_K).clamp(min=CERTAIN)
+        slope_q_K = -scale_K * miss_K**self.gamma_K
+        slope_p_K = scale_K * self.gamma_K * miss_K ** (self.gamma_K - 1) * Q_K
+        slope_p_K = slope_p_K * (1 - P_K > CERTAIN)
+        P_n, Q_n, task_n = sample_means(nll_BT, batch)
+        slope_q_n = slope_q_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
+        slope_p_n = slope_p_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
+        return (slope_q_n * Q_n + slope_p_n * (P_n - P_n.detach())).sum()

@@ -1,0 +1,68 @@
+"""Loss-balanced task weighting (Liu et al. 2019): tasks that are far from done get more weight.
+
+w_i = (L_i / L_i(0))^alpha, normalised. The authors take L_i(0) anew at the first batch of each epoch and L_i of the
+batch at hand; here L_i is the training loss of the last step that held the task, which spares a forward pass, and
+`reset_every` counts steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mft.errors import UserError
+from mft.loss.adaptive import Adaptive, arrays, measured, tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Lbtw(Adaptive):
+    """See the module for the formula, conf/loss/lbtw.yaml for the fields. A task not seen yet has the ratio 1."""
+
+    alpha: float = 0.5
+    reset_every: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.alpha >= 0:
+            raise UserError(f"loss.alpha is {self.alpha}; it must be 0 or larger")
+        if self.reset_every < 0:
+            raise UserError(f"loss.reset_every is {self.reset_every}; it must be a number of steps, or 0 for never")
+
+    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().start(names, weights)
+        self.first_K, self.last_K = np.full((2, len(self.names)), np.nan)
+
+    def wants_train(self, step: int) -> bool:
+        return True
+
+    def learn(
+        self,
+        step: int,
+        valid_K: torch.Tensor | None = None,
+        train_K: torch.Tensor | None = None,
+        repeat_K: torch.Tensor | None = None,
+    ) -> dict[str, float]:
+        if train_K is None:
+            return {}
+        values = self.logged()
+        row_K = measured(train_K, self.dropped_K)
+        if self.reset_every and step > 1 and (step - 1) % self.reset_every == 0:
+            self.first_K = np.full(len(self.names), np.nan)
+        self.first_K = np.where(np.isnan(self.first_K), row_K, self.first_K)
+        self.last_K = np.where(np.isnan(row_K), self.last_K, row_K)
+        ratio_K = np.nan_to_num(self.last_K / np.where(self.first_K > 0, self.first_K, np.nan), nan=1.0)
+        # A floor, because a task whose loss reached exactly 0 must keep a place in a step that holds no other task.
+        self.weigh(np.maximum(ratio_K, 1e-12) ** self.alpha)
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | tensors(first=self.first_K, last=self.last_K)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.first_K, self.last_K = arrays(state, "first", "last")

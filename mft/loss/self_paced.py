@@ -1,0 +1,80 @@
+"""Self-paced task weights: the older adaptive mode of MFTCoder (removed there after v0.3).
+
+A probe gives each task's validation loss. With alpha_i its slope over the last N probes and K tasks,
+
+    a_i = K alpha_i / sum_j |alpha_j|,   q_i = -a_i softmax(a)_i,   w = softmax(s q)
+
+so a task whose loss rises (a > 0) gets a weight near 0, and among falling ones the score is highest at a = -1. There is
+no floor: weights below 1e-5 are usual. Unlike the original, fits use real step numbers and float64 (its float32 fit is
+50 % off at step 100,000), an absent task is no zero, and the history is part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mft.errors import UserError
+from mft.loss.adaptive import Adaptive, History, check_probing, measured, softmax
+
+if TYPE_CHECKING:
+    import torch
+
+
+def self_paced_weights(slope_K: np.ndarray, scale: float) -> np.ndarray:
+    """Returns float64 [K] weights that sum to 1; uniform when every slope is 0. NaN (unknown) counts as 0."""
+    slope_K = np.nan_to_num(slope_K, nan=0.0)
+    total = np.abs(slope_K).sum()
+    if total == 0:
+        return np.full(len(slope_K), 1 / len(slope_K))
+    a_K = len(slope_K) * slope_K / total
+    return softmax(scale * -a_K * softmax(a_K))
+
+
+@dataclass
+class SelfPaced(Adaptive):
+    """Weights from the slopes of the validation losses; the fields are explained in conf/loss/self_paced.yaml."""
+
+    scale: float = 50.0
+    warmup_steps: int = 100
+    history_length: int = 100
+    update_interval: int = 1
+    probe_samples: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.scale >= 0:
+            raise UserError(f"loss.scale is {self.scale}; it must be 0 or larger")
+        check_probing("self_paced", self.warmup_steps, self.history_length, self.update_interval, self.probe_samples)
+
+    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().start(names, weights)
+        self.history = History(self.history_length)
+
+    def wants_probe(self, step: int) -> bool:
+        return (step - 1) % self.update_interval == 0
+
+    def learn(
+        self,
+        step: int,
+        valid_K: torch.Tensor | None = None,
+        train_K: torch.Tensor | None = None,
+        repeat_K: torch.Tensor | None = None,
+    ) -> dict[str, float]:
+        if valid_K is None:
+            return {}
+        self.history.append(step - 1, measured(valid_K, self.dropped_K))
+        if step - 1 + self.update_interval < self.warmup_steps:
+            return self.logged()
+        slope_K = self.history.slopes()
+        self.weigh(self_paced_weights(slope_K, self.scale))
+        return self.logged(slope=slope_K)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"history": self.history.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.history.load_state_dict(state["history"])

@@ -1,0 +1,72 @@
+"""Uncertainty weighting (Kendall et al. 2018) with one learned log-variance s_i per task.
+
+The objective is sum_i 0.5 (exp(-s_i) L_i + s_i). Its gradient for s_i, 0.5 (1 - exp(-s_i) L_i), needs only the task's
+loss, so s is stepped here with Adam after each update and the model sees weights exp(-s_i), normalised over the tasks
+present like those of every other mode: the learning rate keeps its meaning, and only the ratios of the weights are this
+method's.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mft.errors import UserError
+from mft.loss.adaptive import Adam, Adaptive, arrays, measured, tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Uncertainty(Adaptive):
+    """See the module for the formula, conf/loss/uncertainty.yaml for the fields."""
+
+    lr: float = 0.025
+    start_value: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"loss.lr is {self.lr}; the learning rate of the log-variances must be above 0")
+        if not math.isfinite(self.start_value):
+            raise UserError(f"loss.start_value is {self.start_value}; it must be a finite number")
+
+    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        if len(set(weights)) > 1:
+            warnings.warn("loss=uncertainty learns the weights; task.<name>.weight does nothing", stacklevel=2)
+        super().start(names, [1.0] * len(names))
+        self.s_K = np.full(len(self.names), self.start_value)
+        self.adam = Adam(len(self.names), self.lr)
+
+    def wants_train(self, step: int) -> bool:
+        return True
+
+    def learn(
+        self,
+        step: int,
+        valid_K: torch.Tensor | None = None,
+        train_K: torch.Tensor | None = None,
+        repeat_K: torch.Tensor | None = None,
+    ) -> dict[str, float]:
+        if train_K is None:
+            return {}
+        values = self.logged(s=self.s_K)
+        row_K = measured(train_K, self.dropped_K)
+        here_K = np.isfinite(row_K)
+        gradient_K = 0.5 * (1 - np.exp(-self.s_K) * np.where(here_K, row_K, 0.0))
+        self.s_K = self.adam.stepped(self.s_K, gradient_K, here_K)
+        self.weigh(np.exp(-(self.s_K - self.s_K.min())))
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | tensors(s=self.s_K) | {"adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        (self.s_K,) = arrays(state, "s")
+        self.adam.load_state_dict(state["adam"])
