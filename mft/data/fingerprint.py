@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -42,20 +43,18 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
         if time.time() - stat.st_mtime > YOUNG_SECONDS:
             fresh[key] = [stat.st_size, stat.st_mtime_ns, digests[-1]]
     if fresh:
-        make_folder(cache_dir)
-        with FileLock(memo_path.with_suffix(".lock")):
-            temporary = memo_path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(_read(memo_path) | fresh), encoding="utf-8")
-            temporary.replace(memo_path)
+        # A cache that can only be read still serves the stores in it; these files are then hashed at every start.
+        with suppress(OSError):
+            _remember(memo_path, fresh)
     return digests
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder of the cache; raises UserError naming `cache_dir` where that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cache_dir: cannot make the folder {folder}: {error.strerror}") from error
+def _remember(memo_path: Path, fresh: dict[str, list[int | str]]) -> None:
+    memo_path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(memo_path.with_suffix(".lock")):
+        temporary = memo_path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(_read(memo_path) | fresh), encoding="utf-8")
+        temporary.replace(memo_path)
 
 
 def _digest(file: Path) -> str:

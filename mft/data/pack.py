@@ -46,7 +46,14 @@ class RowBuilder:
                 position_BT[b, start:stop] = np.arange(stop - start)
                 named.append((sample.task, sample.index))
                 start = stop
-        return Batch(*map(torch.from_numpy, (ids_BT, target_BT, task_BT, sample_BT, position_BT)), tuple(named))
+        return Batch(
+            torch.from_numpy(ids_BT),
+            torch.from_numpy(target_BT),
+            torch.from_numpy(task_BT),
+            torch.from_numpy(sample_BT),
+            torch.from_numpy(position_BT),
+            tuple(named),
+        )
 
 
 @dataclass

@@ -101,21 +101,30 @@ def spread(samples: Samples, per_task: int) -> np.ndarray:
     return np.concatenate([*chosen, np.empty(0, np.int64)]).astype(np.int64)
 
 
+def draw(samples: Samples, per_task: int, seed: int, step: int) -> np.ndarray:
+    """Returns the numbers of at most `per_task` samples of each task, a function of (seed, step)."""
+    random = np.random.default_rng([seed, step])
+    chosen = []
+    for task in range(len(samples.stores)):
+        numbers = np.flatnonzero(samples.task_N == task)
+        chosen.append(random.choice(numbers, min(per_task, len(numbers)), replace=False))
+    return np.concatenate([*chosen, np.empty(0, np.int64)]).astype(np.int64)
+
+
 def eval_batches(
     samples: Samples,
+    numbers: np.ndarray,
     rows: RowBuilder,
     seq_length: int,
-    per_task: int,
     per_device: int,
     rank: int = 0,
     world: int = 1,
     window: int = 4096,
 ) -> list[list[Row]]:
-    """Returns the micro-batches of one rank over `spread(samples, per_task)`, `per_device` rows each.
+    """Returns the micro-batches of one rank over the samples of these numbers, `per_device` rows each.
 
     Every rank gets equally many (collective backends need that), the last ones filled with empty rows.
     """
-    numbers = spread(samples, per_task)
     chosen: list[Row] = []
     for part in np.array_split(numbers, max(1, len(numbers) // window)):
         chosen += [part[row].tolist() for row in rows.rows(samples.lengths_N[part], seq_length)]

@@ -45,6 +45,7 @@ class DataSettings:
     pad_to: PadTo = PadTo.longest
     rows: Any = None
     window: int = 4096
+    limit: Optional[int] = None  # noqa: UP045
 
     def check(self) -> None:
         """Raises UserError for values that types alone cannot refuse."""
@@ -52,6 +53,8 @@ class DataSettings:
             raise UserError(f"data.seq_length: {self.seq_length} is too small; allowed: 2 or more tokens")
         if self.window < 1:
             raise UserError(f"data.window: {self.window} is too small; allowed: 1 or more samples")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"data.limit: {self.limit} is too small; allowed: 1 or more samples a task, or null")
         parts = list(self.split)
         if len(parts) != 3 or any(not math.isfinite(p) or p < 0 for p in parts) or sum(parts) <= 0:
             raise UserError(

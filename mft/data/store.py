@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ from filelock import FileLock
 
 from mft.batch import Sample
 from mft.data import writer
-from mft.data.fingerprint import make_folder
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS
 from mft.data.task import Task
@@ -73,11 +71,12 @@ class Samples:
     """The samples of all tasks in one split, numbered through: N of them, task after task.
 
     lengths_N: tokens of each; task_N: index of its store; `sample(i).index` is its number inside that store.
+    limit: only the first so many of each task.
     """
 
-    def __init__(self, stores: Sequence[Store], split: str = "train"):
+    def __init__(self, stores: Sequence[Store], split: str = "train", limit: int | None = None):
         self.stores = list(stores)
-        chosen = [np.flatnonzero(store.split_N == SPLITS.index(split)) for store in self.stores]
+        chosen = [np.flatnonzero(store.split_N == SPLITS.index(split))[:limit] for store in self.stores]
         self.task_N = np.repeat(np.arange(len(chosen), dtype=np.int32), [len(c) for c in chosen])
         self.index_N = np.concatenate([*chosen, np.empty(0, np.int64)]).astype(np.int64)
         lengths = [store.lengths_N[c] for store, c in zip(self.stores, chosen, strict=True)]
@@ -142,19 +141,24 @@ def store_fingerprint(task: Task, encoder: Encoder, settings: DataSettings, cach
 
 
 def _build(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) -> None:
-    make_folder(folder.parent)
-    with FileLock(f"{folder}.lock"):
-        if _complete(folder):  # another process was faster
-            return
-        for left in [folder, *folder.parent.glob(f"{folder.name}.tmp*")]:  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
-        try:
-            temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private; caches are shared
-            writer.write(temporary, task, encoder, settings)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if _complete(folder):  # another process was faster
+                return
+            temporary = Path(f"{folder}.tmp")
+            for left in (folder, temporary):  # damaged, and of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            try:
+                temporary.mkdir()
+                writer.write(temporary, task, encoder, settings)
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"cache_dir: cannot write the tokens of task {task.name} to {folder}: {error.strerror}"
+        ) from error
 
 
 def _wait(folder: Path, task: Task) -> None:
@@ -179,9 +183,3 @@ def _mapped(path: Path, dtype: str) -> np.ndarray:
     if path.stat().st_size == 0:  # which cannot be mapped
         return np.empty(0, dtype)
     return np.asarray(np.memmap(path, dtype, mode="r"))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -75,7 +75,7 @@ class Task:
         files: list[Path] = []
         others: set[str] = set()
         visited: set[str] = set()
-        for folder, folders, names in os.walk(path, followlinks=True):
+        for folder, folders, names in os.walk(path, followlinks=True, onerror=self._unreadable):
             real = os.path.realpath(folder)
             if real in visited:  # a link back to a folder already read
                 folders.clear()
@@ -91,6 +91,9 @@ class Task:
             found = f" (it holds: {', '.join(sorted(others)[:8])})" if others else " (it is empty)"
             raise UserError(f"task.{self.name}.paths: no *.jsonl file in the folder {path}{found}{self._advice()}")
         return sorted(files)
+
+    def _unreadable(self, error: OSError) -> None:
+        raise UserError(f"task.{self.name}.paths: {error.filename} cannot be read: {error.strerror}") from error
 
     def _advice(self) -> str:
         return f"; {self.hint}" if self.hint else ""

@@ -1,6 +1,8 @@
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mft.batch import Message
 from mft.data.formats import Chat, RowError
@@ -70,3 +72,22 @@ def test_long_values_are_shortened():
     with pytest.raises(RowError) as raised:
         Chat().messages({"chat_rounds": "x" * 10_000})
     assert len(str(raised.value)) < 200
+
+
+LEAF = (
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from(["human", "bot", "system", "user"])
+)
+KEYS = st.sampled_from(["chat_rounds", "role", "content", "train", "id"])
+JSON = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4))
+TURN = st.dictionaries(st.sampled_from(["role", "content"]), LEAF) | JSON
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON | st.fixed_dictionaries({"chat_rounds": st.lists(TURN, max_size=4) | JSON}))
+def test_any_row_becomes_messages_or_a_row_error(row):
+    try:
+        messages = Chat().messages(row)
+    except RowError as error:
+        assert str(error)
+    else:
+        assert messages and all(isinstance(m.content, str) for m in messages)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mft.data.pack import Pack, Pad
-from mft.data.sampler import Sampler, deal, eval_batches, spread
+from mft.data.sampler import Sampler, deal, draw, eval_batches, spread
 from mft.data.store import Samples
 from mft.errors import UserError
 from tests.data.conftest import chat
@@ -121,9 +121,20 @@ def test_evaluation_takes_evenly_spaced_samples_of_each_task(samples):
 @pytest.mark.parametrize("builder", [Pack(), Pad()])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_is_shared_evenly_and_completely(samples, builder, world):
-    ranks = [eval_batches(samples, builder, 128, 20, 4, rank, world) for rank in range(world)]
+    chosen = spread(samples, 20)
+    ranks = [eval_batches(samples, chosen, builder, 128, 4, rank, world) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     assert all(len(batch) == 4 for batches in ranks for batch in batches)
     numbers = sorted(i for batches in ranks for batch in batches for row in batch for i in row)
-    assert numbers == sorted(spread(samples, 20).tolist())
-    assert eval_batches(Samples(samples.stores, "valid"), builder, 128, 20, 4) == []
+    assert numbers == sorted(chosen.tolist())
+    empty = Samples(samples.stores, "valid")
+    assert eval_batches(empty, spread(empty, 20), builder, 128, 4) == []
+
+
+def test_a_draw_follows_seed_and_step_and_takes_some_of_each_task(samples):
+    numbers = draw(samples, 60, seed=1, step=5)
+    assert len(set(numbers.tolist())) == 110
+    assert np.bincount(samples.task_N[numbers]).tolist() == [60, 50]
+    assert numbers.tolist() == draw(samples, 60, seed=1, step=5).tolist()
+    assert numbers.tolist() != draw(samples, 60, seed=1, step=6).tolist() != draw(samples, 60, seed=2, step=6).tolist()
+    assert draw(Samples(samples.stores, "valid"), 60, seed=1, step=5).tolist() == []

@@ -89,7 +89,7 @@ def test_a_damaged_store_is_built_again(tmp_path, encoder):
 def test_what_a_killed_process_left_is_removed(tmp_path, encoder):
     task, cache = Task("docs", [str(write(tmp_path / "x.jsonl", ROWS[:5]))]), tmp_path / "cache"
     fingerprint = prepare(task, encoder, DataSettings(), cache).fingerprint
-    (cache / "tokens" / fingerprint).rename(cache / "tokens" / f"{fingerprint}.tmpdead")
+    (cache / "tokens" / fingerprint).rename(cache / "tokens" / f"{fingerprint}.tmp")
     prepare(task, encoder, DataSettings(), cache)
     assert sorted(p.name for p in (cache / "tokens").iterdir()) == [fingerprint, f"{fingerprint}.lock"]
 
@@ -160,7 +160,7 @@ def test_a_task_of_which_nothing_is_left_is_refused(tmp_path, encoder):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"split": [95, 5]}, {"split": [0, 0, 0]}, {"split": [95, -5, 0]}, {"seq_length": 1}]
+    "settings", [{"split": [95, 5]}, {"split": [0, 0, 0]}, {"split": [95, -5, 0]}, {"seq_length": 1}, {"limit": 0}]
 )
 def test_impossible_settings_are_refused(tmp_path, encoder, settings):
     with pytest.raises(UserError, match=rf"data\.{next(iter(settings))}: .* allowed: "):
@@ -169,7 +169,7 @@ def test_impossible_settings_are_refused(tmp_path, encoder, settings):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, encoder):
     file = write(tmp_path / "x.jsonl", ROWS[:5])
-    with pytest.raises(UserError, match="cache_dir: cannot make the folder"):
+    with pytest.raises(UserError, match="cache_dir: cannot write the tokens of task docs"):
         prepare(Task("docs", [str(file)]), encoder, DataSettings(), file)
 
 
@@ -240,6 +240,13 @@ def test_the_train_samples_of_all_tasks_are_numbered_through(make_store):
         [],
     ]
     assert len(Samples(stores, "test")) == 0
+
+
+def test_a_limit_takes_the_first_samples_of_each_task(make_store):
+    stores = [make_store(ROWS, "a"), make_store(ROWS[:3], "b", split=[1, 0, 0])]
+    few, whole = Samples(stores, "train", limit=5), Samples(stores, "train")
+    assert few.task_N.tolist() == [0] * 5 + [1] * 3
+    assert [few.origin(i) for i in range(5)] == [whole.origin(i) for i in range(5)]
 
 
 def test_the_same_rows_stay_in_their_split_when_rows_are_added(make_store):
