@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from mft import rundir
 from mft.errors import UserError
@@ -81,7 +81,7 @@ def worker(run_dir: str, entry: str = ENTRY, allow_targets: Sequence[str] = ()) 
         module, _, function = entry.partition(":")
         getattr(importlib.import_module(module), function)(cfg, folder, stop, tuple(allow_targets))
     except Exception as error:
-        explained = explain(error, OmegaConf.to_container(cfg))
+        explained = explain(error, cast("dict[str, Any]", OmegaConf.to_container(cfg)))
         if explained is None:
             raise
         raise explained from error
@@ -168,7 +168,7 @@ def _require_untouched_gpu() -> None:
 
 
 def _watch(report: Path, started: float) -> None:
-    """Ends this rank when the launching process is gone (kill -9 leaves no other trace), or soon after a peer failed."""
+    """Ends this rank when the launching process is gone (kill -9 leaves no other trace), or a peer has failed."""
     parent = multiprocessing.parent_process()
     started_by = os.getppid()
     failed_since: float | None = None

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mft import launch as launching
 from mft.errors import UserError
 from mft.launch import Place, Stopped, WorkerError, launch, place, ranks
+from mft.processes import loopback
 from mft.worker import Stop, exit_code
 
 LIGHT = ("mft.worker", "omegaconf", "torch")
@@ -203,7 +203,11 @@ def test_torchrun_replays_a_run(run_dir: Path) -> None:
     )
     (run_dir / "replay.py").write_text(code)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(run_dir / "replay.py")],
+        [
+            sys.executable,
+            *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+            str(run_dir / "replay.py"),
+        ],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -268,7 +272,7 @@ def test_launching_is_importable_without_torch() -> None:
 def test_the_store_of_the_ranks_is_reached_over_loopback_alone() -> None:
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-    handler = launching.loopback(RendezvousParameters("loopback", "", "test", 1, 1))
+    handler = loopback(RendezvousParameters("loopback", "", "test", 1, 1))
     port = handler.next_rendezvous().bootstrap_store_info.master_port
     listening = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert [address.ip for address in listening if address.port == port] == ["127.0.0.1"]

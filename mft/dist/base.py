@@ -8,25 +8,21 @@ differ; the loop does not know which one it has.
 from __future__ import annotations
 
 import os
-import socket
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from mft.dist.accelerator import accelerator, environment, free_port
 from mft.dist.state import load_parameters, load_rng, read, save_parameters, save_rng, write
-from mft.errors import UserError, nearest
+from mft.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
 T = TypeVar("T")
-
-PRECISIONS = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
-"""`train.precision` -> accelerate's mixed_precision."""
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -45,10 +41,13 @@ class Engine:
     """Class name of the module that `prepare` returns; None: the module itself."""
 
     def __init__(self, accelerator: Accelerator, owns_group: bool):
+        import torch
+
         self.accelerator = accelerator
         self._owns_group = owns_group
         # accelerate numbers CPUs by rank ("cpu:1"), which compares unequal to where tensors really are
-        self.device: torch.device = accelerator.device if accelerator.device.type != "cpu" else _cpu()
+        on_cpu = accelerator.device.type == "cpu"
+        self.device: torch.device = torch.device("cpu") if on_cpu else accelerator.device
         self.rank: int = accelerator.process_index
         self.local_rank: int = max(accelerator.local_process_index, 0)
         self.world: int = accelerator.num_processes
@@ -112,7 +111,7 @@ class Engine:
         self.accelerator.backward(share * self.world)
 
     def step(self, max_norm: float | None = None) -> float:
-        """Clips to `max_norm` (None or 0: no clipping), updates, zeroes the gradients; returns the norm before clipping.
+        """Clips to `max_norm` (None or 0: not), updates, zeroes the gradients; returns the norm before clipping.
 
         A non-finite norm means that nothing was updated: on fp16 with `skipped` True when the loss scaler answered an
         overflow (go on), else it is an error for the loop to report. The gradients are equal on all ranks after the
@@ -123,7 +122,7 @@ class Engine:
         assert self._module is not None, "prepare first"
         self.accelerator.unscale_gradients(self._optimizer)
         trained = [p for p in self._module.parameters() if p.grad is not None]
-        total = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        total = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         norm = float(total)
         finite = norm - norm == 0.0
         if finite and max_norm:
@@ -136,7 +135,7 @@ class Engine:
         return norm
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the sum over all ranks, on this rank's device; the argument stays as it is. float64 keeps its type."""
+        """Returns the sum over all ranks, on this rank's device and of the same type; the argument stays as it is."""
         import torch
 
         total = tensor.detach().to(self.device, copy=True)
@@ -160,7 +159,8 @@ class Engine:
 
     def unwrap(self, module: torch.nn.Module) -> torch.nn.Module:
         """Returns the module that was given to `prepare`."""
-        return module.module if type(module).__name__ == self.wrapper else module  # accelerate's imports deepspeed
+        wrapped = type(module).__name__ == self.wrapper
+        return cast("torch.nn.Module", module.module) if wrapped else module  # accelerate's own imports deepspeed
 
     def full_state(self, module: torch.nn.Module, trainable: bool = False, prefix: str = "") -> dict[str, torch.Tensor]:
         """Returns whole tensors by name, for saving; complete on rank 0, on other ranks a backend may return less.
@@ -295,68 +295,3 @@ class Ddp:
         owns_group = not torch.distributed.is_initialized()
         with environment(alone):
             return DdpEngine(accelerator(precision, cpu, options), owns_group)
-
-
-def accelerator(precision: str, cpu: bool | None, *handlers: Any, **options: Any) -> Accelerator:
-    """Builds the Accelerator that every engine wraps: conf/dist is its only source, not the environment."""
-    import torch
-    from accelerate import Accelerator
-
-    precision = getattr(precision, "value", precision)
-    if precision not in PRECISIONS:
-        raise UserError(
-            f"train.precision={precision}: choose one of {', '.join(PRECISIONS)}{nearest(precision, PRECISIONS)}"
-        )
-    if cpu is None:
-        cpu = not torch.cuda.is_available()  # cpu=False on a machine without GPU would be no distribution at all
-    if cpu and precision == "fp16":
-        raise UserError("train.precision=fp16 needs a GPU; on the CPU choose bf16 or fp32")
-    if not cpu and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError("train.precision=bf16 is not supported by this GPU; choose fp16 or fp32")
-    forget_foreign_settings()
-    return Accelerator(mixed_precision=PRECISIONS[precision], cpu=cpu, kwargs_handlers=list(handlers), **options)
-
-
-def _cpu() -> torch.device:
-    import torch
-
-    return torch.device("cpu")
-
-
-def forget_foreign_settings() -> None:
-    """Removes accelerate's own settings from the environment, with one warning: they would overrule conf/dist silently."""
-    foreign = [
-        name
-        for name in sorted(os.environ)
-        if name.startswith(("ACCELERATE_", "FSDP_")) and name != "ACCELERATE_DEBUG_MODE"
-    ]
-    for name in foreign:
-        del os.environ[name]
-    if foreign:
-        warnings.warn(f"ignored environment variables, since conf/dist decides: {', '.join(foreign)}", stacklevel=2)
-
-
-@contextmanager
-def environment(values: dict[str, str | None]) -> Iterator[None]:
-    """Sets (None: removes) environment variables for the duration of the block."""
-    before = {name: os.environ.get(name) for name in values}
-    _assign(values)
-    try:
-        yield
-    finally:
-        _assign(before)
-
-
-def _assign(values: dict[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
-def free_port() -> int:
-    """Returns a TCP port that is free on 127.0.0.1 at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

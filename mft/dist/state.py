@@ -64,13 +64,13 @@ def save_rng(path: Path) -> None:
     import numpy
     import torch
 
-    kind, keys, position, has_gauss, cached = numpy.random.get_state()
+    kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     write(
         path,
         {
             "python": [version, list(internal), gauss],
-            "numpy": [kind, keys.tolist(), position, has_gauss, cached],
+            "numpy": [kind, numpy.asarray(keys).tolist(), position, has_gauss, cached],
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         },

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mft.launch import start
+from mft.processes import start
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, shutdown_seconds: int = 10) -> list[Any]:

@@ -11,7 +11,8 @@ import numpy
 import pytest
 import torch
 
-from mft.dist.base import Ddp, DdpEngine, Engine, Single, environment
+from mft.dist.accelerator import environment
+from mft.dist.base import Ddp, DdpEngine, Engine, Single
 from mft.errors import UserError
 from tests.dist.ranks import run_ranks
 
@@ -244,15 +245,15 @@ def check_resumed(found: dict[str, Any]) -> None:
 def test_another_layout_is_restored_but_not_called_exact(tmp_path: Path) -> None:
     interrupted(Single(), str(tmp_path))
     engine = Ddp().start("fp32", cpu=True)
-    module, _ = prepared(engine)
+    prepared(engine)
     assert engine.load_state(tmp_path) is False
     engine.close()
 
 
 def test_a_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     engine = Single().start("fp32", cpu=True)
-    module, optimizer = prepared(engine)
-    with pytest.raises(UserError, match="trainable.safetensors is missing"):
+    module, _ = prepared(engine)
+    with pytest.raises(UserError, match=r"trainable\.safetensors is missing"):
         engine.load_state(tmp_path)
     engine.save_state(tmp_path)
     module.base.requires_grad_(True)
@@ -278,6 +279,23 @@ def test_bf16_computes_under_autocast_and_returns_fp32(backend: Single | Ddp) ->
     assert rounded["norm"] == pytest.approx(exact["norm"], rel=0.05)
 
 
+def test_an_overflow_that_the_loss_scaler_answers_is_skipped_and_no_error() -> None:
+    engine = Single().start("fp32", cpu=True)
+    # accelerate makes a scaler on GPUs only; torch's works on a CPU, so the path is walked here by giving it one
+    engine.accelerator.state._mixed_precision, engine.accelerator.native_amp = "fp16", True
+    engine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    module = torch.nn.Linear(3, 1, bias=False)
+    torch.nn.init.ones_(module.weight)
+    model, _ = engine.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    found = []
+    for factor in (1.0, float("inf"), 1.0):
+        engine.backward(model(torch.ones(1, 3)).sum() * factor)
+        norm = engine.step(1.0)
+        found.append((round(norm, 4), engine.skipped, engine.accelerator.scaler.get_scale()))
+    assert found == [(1.7321, False, 8.0), (float("inf"), True, 4.0), (1.7321, False, 4.0)]
+    engine.close()
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf61"])
 def test_a_precision_that_cannot_be_is_refused(precision: str) -> None:
     with pytest.raises(UserError, match=f"train.precision={precision}"):
@@ -287,7 +305,7 @@ def test_a_precision_that_cannot_be_is_refused(precision: str) -> None:
 
 def test_single_refuses_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="dist=single with 4 ranks: choose dist=ddp, or launch.nproc=1"):
+    with pytest.raises(UserError, match=r"dist=single with 4 ranks: choose dist=ddp, or launch\.nproc=1"):
         Single().start("fp32", cpu=True)
 
 

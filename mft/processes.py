@@ -1,0 +1,267 @@
+"""Worker processes of this command: forked from a server with the heavy imports done, watched by torch's elastic agent.
+
+The server lives as long as this process, so the second and later jobs of a sweep start in well under a second.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from mft import worker
+from mft.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+
+PRELOAD = (
+    "mft.worker",
+    "omegaconf",
+    "torch",
+    "accelerate",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "peft",
+)
+"""Modules the fork server imports once. None may initialise CUDA: forked workers could not use a GPU."""
+
+TOUCHES_CUDA = ("peft", "bitsandbytes")
+"""Left out of the preload where there is a GPU: peft imports bitsandbytes, which asks every GPU for its capability."""
+
+
+class WorkerError(Exception):
+    """A defect, or a failure of the machine, in a rank: `sentence` says which; `traceback` is that rank's."""
+
+    def __init__(self, sentence: str, traceback: str = ""):
+        super().__init__(sentence, traceback)
+        self.sentence = sentence
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.traceback.rstrip()}\n\n{self.sentence}" if self.traceback else self.sentence
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run; the process is to leave with `code` (see `mft.worker.exit_code`).
+
+    A KeyboardInterrupt and no Exception, so that nothing on the way (Hydra) takes it for one failed job of a sweep and
+    starts the next.
+    """
+
+    def __init__(self, signum: int, code: int):
+        super().__init__(signum, code)
+        self.signum = signum
+        self.code = code
+
+
+def start(
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    nproc: int,
+    reports: Path,
+    shutdown_seconds: int = 600,
+    preload: Sequence[str] = PRELOAD,
+) -> dict[int, Any]:
+    """Calls function(*arguments) in nproc ranks on this machine; returns what each rank returned, by rank.
+
+    function must be importable by name; reports: folder for the ranks' logs and error reports. Raises as `launch`.
+    """
+    reports.mkdir(parents=True, exist_ok=True)
+    for old in reports.glob("rank*.error.json"):
+        old.unlink()
+    warm(preload)  # first, so that the server's imports run beside our own
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    register_loopback()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id="mft",
+        rdzv_backend="loopback",
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        max_restarts=0,
+        start_method="forkserver",
+        signals_to_handle="SIGQUIT",  # the others are ours
+        shutdown_timeout=shutdown_seconds,
+    )
+    silence_elastic()
+    try:
+        with signals_end_workers(SignalException):
+            return elastic_launch(config, worker.enter)(str(reports), function, tuple(arguments), variables())
+    except SignalException as error:
+        raise Stopped(error.sigval, 128 + error.sigval) from None
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    stopped = {code for code in codes.values() if code in (worker.SAVED, worker.INTERRUPTED, worker.UNSAVED)}
+    if stopped:  # the ranks were signalled, this process was not
+        raise Stopped(signal.SIGINT if worker.INTERRUPTED in stopped else signal.SIGTERM, max(stopped))
+    raise failure_of(reports, nproc, codes)
+
+
+def warm(preload: Sequence[str] = PRELOAD) -> None:
+    """Starts the fork server if there is none yet, without waiting for its imports. Its environment is today's."""
+    gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+    multiprocessing.set_forkserver_preload([name for name in preload if not (gpu and name in TOUCHES_CUDA)])
+    # torch then counts GPUs without initialising CUDA; and does not warn about every host name it cannot look up
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    multiprocessing.forkserver.ensure_running()
+
+
+def variables() -> dict[str, str]:
+    """Returns this process's environment for the workers, which talk over the loopback interface alone."""
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    found = dict(os.environ)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if loopback:
+            found.setdefault(name, loopback)
+    return {name: value for name, value in found.items() if not name.startswith("TORCHELASTIC_")}
+
+
+def failure_of(reports: Path, nproc: int, codes: dict[int, int]) -> Exception:
+    """Returns the error of the rank that failed first, from its report, or from its exit code when it left none."""
+    found = []
+    for path in sorted(reports.glob("rank*.error.json")):
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+    found.sort(key=lambda report: (_lost_a_peer(report), report["time"]))
+    silent = sorted(set(range(nproc)) - {report["rank"] for report in found})
+    if found and not (_lost_a_peer(found[0]) and silent):
+        first = found[0]
+        if first["user"]:
+            return UserError(first["message"])
+        line = (first["message"].strip().splitlines() or [""])[0]
+        return WorkerError(f"rank {first['rank']} failed: {first['type']}: {line}", first["traceback"])
+    rank = next((rank for rank in silent if codes.get(rank)), silent[0] if silent else 0)
+    code = codes.get(rank)
+    if code is None or code == -signal.SIGKILL:
+        return UserError(
+            f"Rank {rank} was killed from outside, probably because the machine's memory ran out. Lower "
+            f"train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now {nproc})."
+        )
+    how = f"died of {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+    return WorkerError(f"rank {rank} {how} without a word; its output is in {reports}")
+
+
+def _lost_a_peer(report: dict[str, Any]) -> bool:
+    """Whether a rank failed only because another one was gone: then the other one is the cause."""
+    signs = r"Connection (closed|reset|refused)|Broken pipe|failed to connect|remote process exited|NCCL|Gloo"
+    return report["type"].startswith("Dist") or re.search(signs, report["message"], re.IGNORECASE) is not None
+
+
+@contextmanager
+def signals_end_workers(exception: type[Exception]) -> Iterator[None]:
+    """The first SIGINT, SIGTERM or SIGHUP lets elastic pass it on to the workers and wait; a second one ends at once.
+
+    At once is safe: each worker's watchdog sees this process gone.
+    """
+    asked: list[int] = []
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        if asked:
+            os._exit(128 + signum)
+        asked.append(signum)
+        raise exception(f"signal {signum}", signal.Signals(signum))
+
+    with handlers(ask):
+        yield
+
+
+@contextmanager
+def handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Handles SIGINT, SIGTERM and SIGHUP by `handler` inside the block; outside the main thread it does nothing."""
+    try:
+        before = {
+            name: signal.signal(name, handler) for name in worker.SIGNALS if signal.getsignal(name) != signal.SIG_IGN
+        }
+    except ValueError:  # signal only works in main thread
+        before = {}
+    quit_before = signal.getsignal(signal.SIGQUIT)
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            signal.signal(name, old)
+        if before:
+            signal.signal(signal.SIGQUIT, quit_before)  # elastic leaves its own behind
+
+
+def silence_elastic() -> None:
+    """Keeps elastic's own account of a failure off the terminal: the rank's report says it better."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+def register_loopback() -> None:
+    """Registers the rendezvous of one machine, `loopback`, with elastic."""
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+
+    if "loopback" not in rendezvous_handler_registry._registry:
+        rendezvous_handler_registry.register("loopback", loopback)
+
+
+def loopback(parameters: RendezvousParameters) -> RendezvousHandler:
+    """Returns a rendezvous whose store listens on 127.0.0.1 only, on a port that the kernel picks.
+
+    torch's own (static, c10d) listen on every interface, where anybody who reaches the port could talk to the ranks.
+    """
+    from datetime import timedelta
+
+    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+
+    class Loopback(RendezvousHandler):
+        def __init__(self) -> None:
+            listener = socket.socket()
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+            self.info = RendezvousStoreInfo("127.0.0.1", port)
+            self.store = TCPStore(
+                "127.0.0.1",
+                port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=900),
+                master_listen_fd=listener.detach(),
+            )
+
+        def get_backend(self) -> str:
+            return "loopback"
+
+        @property
+        def use_agent_store(self) -> bool:
+            return True
+
+        def next_rendezvous(self) -> RendezvousInfo:
+            return RendezvousInfo(PrefixStore(parameters.run_id, self.store), 0, 1, self.info)
+
+        def is_closed(self) -> bool:
+            return False
+
+        def set_closed(self) -> None:
+            pass
+
+        def num_nodes_waiting(self) -> int:
+            return 0
+
+        def get_run_id(self) -> str:
+            return parameters.run_id
+
+        def shutdown(self) -> bool:
+            return True
+
+    return Loopback()
