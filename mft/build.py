@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from mft.config import batch_sizes
+from mft.data.task import all_tasks
 from mft.errors import UserError, nearest, shortened
 
 ALLOWED_TARGETS = ("mft.", "torch.optim.", "bitsandbytes.optim.")
@@ -149,6 +150,9 @@ def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> Non
     for component in components.values():
         if hasattr(component, "check"):
             component.check()
+    chosen = {name: components[f"task.{name}"] for name in cfg.task}
+    for task in all_tasks(chosen, list(cfg.data.paths)):
+        task.files()  # a missing folder, a folder without rows
     _check_together(cfg, components)
 
 

@@ -70,6 +70,10 @@ def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -
         return _missing_option(match.group(1))
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match.group(1).removeprefix("/"), search, overrides)
+    if match := re.search(r"Error merging override ([^=\s]+)", text):
+        key, reason = match.group(1), next((line for line in text.splitlines() if "Value" in line or "Invalid" in line), "")
+        given = next((o for o in overrides if o.split("=", 1)[0].lstrip("+") == key), key)
+        return f"{given}: {reason.strip()}" if reason else _unknown_key(key, search, overrides)
     if match := re.search(r"full_key: (\S+)", text):
         value = next((o.split("=", 1)[1] for o in overrides if o.split("=", 1)[0].lstrip("+") == match.group(1)), None)
         reason = next(
