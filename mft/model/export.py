@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,7 @@ from mft.model.family import CausalLM
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 NOTE = "mft.json"
 
@@ -30,10 +29,17 @@ class Origin:
 
     path: str
     revision: str | None = None
-    trust_remote_code: bool = False
     fingerprint: str = ""
     dtype: str = "float32"
     quantization: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, base: Any, family: CausalLM) -> Origin:
+        """Returns the origin of what is trained from `base`, a loaded transformers model of that family."""
+        # The first parameter belongs to the embedding, which is neither quantised nor an adapter's.
+        dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
+        quantization = quantization_settings(getattr(base.config, "quantization_config", None))
+        return cls(family.source(), family.revision, family.fingerprint(), dtype, quantization)
 
     @classmethod
     def read(cls, folder: Path, base: str | None = None) -> Origin:
@@ -50,11 +56,11 @@ class Origin:
             origin = cls(values.get("base_model_name_or_path") or "", values.get("revision"))
         else:
             raise UserError(f"{folder} holds neither {NOTE} nor adapter_config.json, so its base model is unknown")
-        return cls(**{**origin.__dict__, "path": base}) if base else origin
+        return replace(origin, path=base) if base else origin
 
-    def family(self) -> CausalLM:
+    def family(self, trust_remote_code: bool = False) -> CausalLM:
         """Returns the base model; raises UserError when it is missing or is not the one that was trained on."""
-        family = CausalLM(self.path, self.revision, trust_remote_code=self.trust_remote_code)
+        family = CausalLM(self.path, self.revision, trust_remote_code=trust_remote_code)
         try:
             family.check()
         except UserError as error:
@@ -73,35 +79,39 @@ class Origin:
 
         return getattr(torch, self.dtype)
 
-    def load(self) -> nn.Module:
-        """Returns the base model in the dtype and quantisation it was trained in."""
+    def load(self, trust_remote_code: bool = False) -> Any:
+        """Returns the base model in the dtype and quantisation it was trained in.
+
+        Whether its own code may run is for the person at hand to say, never for the folder of the adapter.
+        """
         from transformers import BitsAndBytesConfig
 
         quantization = BitsAndBytesConfig(**self.quantization) if self.quantization else None
-        return self.family().model(self.torch_dtype(), quantization)
+        return self.family(trust_remote_code).model(self.torch_dtype(), quantization)
 
 
 def save_final(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path | str,
     state_dict: dict[str, torch.Tensor] | None = None,
-    family: CausalLM | None = None,
+    origin: Origin | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Writes an adapter folder (peft) or a model folder (transformers), safetensors, with the tokenizer and its chat
     template.
 
-    model: a TokenLoss, or the plain or peft model inside it (then give `family`); state_dict: of `model`, as gathered
-    by the engine from all ranks (default: its own); dtype: of a full model's weights on disk (default: as they are).
-    Only one rank may call it.
+    model: a TokenLoss, or the plain or peft model inside it; state_dict: of `model`, as gathered by the engine from all
+    ranks (default: its own); origin: goes into mft.json (default: known from a TokenLoss, else none is written);
+    dtype: of a full model's weights on disk (default: as they are). One rank calls it.
     """
-    from mft.model.forward import TokenLoss, base_of
+    from mft.model.forward import TokenLoss
+    from mft.model.parts import base_of
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, TokenLoss):
-        family = family or model.family
+        origin = origin or Origin.of(base_of(model.model), model.family)
         model = model.model
         if state_dict is not None:
             state_dict = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
@@ -117,9 +127,8 @@ def save_final(
         if dtype is not None:
             _edit_json(folder / "config.json", dtype=str(dtype).removeprefix("torch."))
     tokenizer.save_pretrained(str(folder))
-    if family is not None:
-        kind = "full" if base is model else "adapter"
-        note = {"format": 1, "kind": kind, "origin": _origin(base, family).__dict__}
+    if origin is not None:
+        note = {"format": 1, "kind": "full" if base is model else "adapter", "origin": asdict(origin)}
         (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
@@ -129,23 +138,13 @@ def _edit_json(path: Path, **values: Any) -> None:
     )
 
 
-def _origin(base: nn.Module, family: CausalLM) -> Origin:
-    config = getattr(base.config, "quantization_config", None)
-    quantization = None
-    if config is not None:
-        names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
-        settings = config.to_dict()
-        quantization = {name: settings[name] for name in names}
-    # The dtype of what is not quantised: norms are never, and adapters do not count.
-    dtype = next(p.dtype for n, p in base.named_parameters() if p.is_floating_point() and "lora_" not in n)
-    return Origin(
-        family.source(),
-        family.revision,
-        family.trust_remote_code,
-        family.fingerprint(),
-        str(dtype).removeprefix("torch."),
-        quantization,
-    )
+def quantization_settings(config: BitsAndBytesConfig | None) -> dict[str, Any] | None:
+    """Returns the arguments that make an equal BitsAndBytesConfig, as plain values; None for none."""
+    if config is None:
+        return None
+    settings = config.to_dict()
+    names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+    return {name: settings[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,12 @@ class Merged:
     difference: float
     bound: float
     effect: float
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference of its logits to base + adapter: {self.difference:.2g} "
+            f"(allowed: {self.bound:.2g}; the adapter's whole effect: {self.effect:.2g})"
+        )
 
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
@@ -173,6 +178,7 @@ def merge(
     out: Path | str,
     base: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
 ) -> Merged:
     """Writes base + adapter as one plain Hugging Face folder and compares its logits with theirs.
 
@@ -192,13 +198,13 @@ def merge(
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(adapter))
     probes = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[:, :64] for text in PROBES]
 
-    model = PeftModel.from_pretrained(origin.load(), str(adapter)).eval()
+    model = PeftModel.from_pretrained(origin.load(trust_remote_code), str(adapter)).eval()
     expected = _logits(model, probes)
     with model.disable_adapter():
         effect = _difference(expected, _logits(model, probes))
     del model  # before the second copy is loaded
 
-    plain = origin.load()
+    plain = origin.load(trust_remote_code)
     if origin.quantization:
         plain = plain.dequantize(origin.torch_dtype())
     # safe_merge: refuses an adapter whose weights are not finite
@@ -210,7 +216,7 @@ def merge(
     tokenizer.save_pretrained(str(part))
     del plain
 
-    written = CausalLM(str(part)).model(origin.torch_dtype()).eval()
+    written = CausalLM(str(part), trust_remote_code=trust_remote_code).model(origin.torch_dtype()).eval()
     difference = _difference(expected, _logits(written, probes))
     bound = TOLERANCE[origin.dtype] * max(logits.abs().max().item() for logits in expected)
     if not difference <= bound:  # also for NaN
@@ -244,7 +250,7 @@ def refuse_untrained(adapter: Path) -> None:
             )
 
 
-def _logits(model: nn.Module, probes: list[torch.Tensor]) -> list[torch.Tensor]:
+def _logits(model: Any, probes: list[torch.Tensor]) -> list[torch.Tensor]:
     import torch
 
     device = next(model.parameters()).device

@@ -7,15 +7,15 @@ question.
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft.errors import UserError, nearest, shortened
+from mft.errors import UserError, nearest
+from mft.model.parts import base_of, head_quirks, parameter_count
+from mft.model.source import check_path, folder_fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -79,30 +79,7 @@ class CausalLM:
         self._check_path()
 
     def _check_path(self) -> None:
-        path = Path(self.path).expanduser()
-        if path.is_dir():
-            self._check_folder(path)
-        elif path.exists():
-            raise UserError(f"model.path={self.path} is a file; give the folder that holds config.json")
-        elif looks_local(self.path):
-            parent = path.parent
-            siblings = [str(parent / p.name) for p in parent.iterdir()] if parent.is_dir() else []
-            hint = f"; {self.hint}" if self.hint else nearest(path, siblings)
-            raise UserError(f"model.path={self.path} does not exist{hint}")
-        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.path):
-            raise UserError(f"model.path={shortened(self.path)} is neither a folder nor a hub name such as owner/name")
-
-    def _check_folder(self, path: Path) -> None:
-        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-            raise UserError(
-                f"model.path={self.path} holds an adapter; give its base model, and the adapter as peft.path"
-            )
-        if not (path / "config.json").exists():
-            raise UserError(f"model.path={self.path} has no config.json, so it is not a Hugging Face model folder")
-        if not any(path.glob("*.safetensors")):
-            raise UserError(
-                f"model.path={self.path} has no *.safetensors file; pickled weights are not loaded, convert them first"
-            )
+        check_path(self.path, self.hint)
 
     # ── where it comes from ──
 
@@ -153,7 +130,7 @@ class CausalLM:
     def _config_eos(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         ids = getattr(self.config(), "eos_token_id", None)
         first = ids[0] if isinstance(ids, list) and ids else ids
-        return tokenizer.convert_ids_to_tokens(first) if isinstance(first, int) else None
+        return str(tokenizer.convert_ids_to_tokens(first)) if isinstance(first, int) else None
 
     def config(self) -> Any:
         """Returns the transformers config of the model."""
@@ -214,8 +191,6 @@ class CausalLM:
 
     def checkpoint(self, model: nn.Module) -> bool:
         """Turns gradient checkpointing on where asked, on a plain or peft model, and returns whether it is on."""
-        from mft.model.forward import base_of
-
         on = self.checkpointing(parameter_count(model))
         if on:
             # Non-reentrant: the reentrant kind loses gradients of adapters behind a frozen embedding and breaks DDP.
@@ -224,8 +199,6 @@ class CausalLM:
 
     def layer_classes(self, model: nn.Module) -> list[str]:
         """Returns the class names of the decoder layers, the unit of sharding; model: plain or peft."""
-        from mft.model.forward import base_of
-
         return list(self.shard_layers) or sorted(base_of(model)._no_split_modules or [])
 
     # ── the head ──
@@ -234,10 +207,8 @@ class CausalLM:
         """Returns the logits [n, V] of final hidden states [n, H], as the model's own forward makes them."""
         import torch
 
-        from mft.model.forward import base_of
-
         base = base_of(model)
-        logits_nV = base.get_output_embeddings()(hidden_nH)
+        logits_nV: torch.Tensor = base.get_output_embeddings()(hidden_nH)
         for name, value in head_quirks(base).items():
             if name == "logits_scaling":
                 logits_nV = logits_nV / value
@@ -247,14 +218,14 @@ class CausalLM:
                 logits_nV = torch.tanh(logits_nV / value) * value
         return logits_nV
 
-    def plain_head(self, base: nn.Module) -> bool:
+    def plain_head(self, base: Any) -> bool:
         """Whether the logits are `hidden @ weight.T` and nothing else, so that the fused cross entropy may be used."""
         from torch import nn
 
         head = base.get_output_embeddings()
         return type(head) is nn.Linear and head.bias is None and not head_quirks(base)
 
-    def router_weight(self, base: nn.Module) -> float:
+    def router_weight(self, base: Any) -> float:
         """Returns the coefficient of the router's auxiliary loss, 0 for models that have none."""
         import sys
 
@@ -266,28 +237,6 @@ class CausalLM:
                 )
             return 0.0
         return float(own if self.router_coef is None else self.router_coef)
-
-
-def head_quirks(base: nn.Module) -> dict[str, float]:
-    """Returns what a config does to the logits after the head: granite divides, cohere multiplies, gemma 2 caps
-    softly."""
-    names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
-    values = {name: getattr(base.config, name, None) for name in names}
-    return {n: float(v) for n, v in values.items() if isinstance(v, int | float) and not (v == 1 and n != names[2])}
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Returns the number of parameters; a 4-bit weight holds two in a byte, a weight sharded by ZeRO-3 counts in
-    full."""
-    return sum(weight_count(parameter) for parameter in model.parameters())
-
-
-def weight_count(parameter: Any) -> int:
-    """Returns how many weights a parameter stands for, also when it is packed to 4 bits or sharded by ZeRO-3."""
-    state = getattr(parameter, "quant_state", None)
-    if state is not None and hasattr(state, "shape"):
-        return state.shape.numel()
-    return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
 def known_token(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> str:
@@ -309,29 +258,3 @@ def flash_attention_missing() -> str:
     import torch
 
     return "" if torch.cuda.is_available() else "there is no CUDA device"
-
-
-def looks_local(path: str) -> bool:
-    """Whether a path that does not exist was meant as a folder rather than as a hub name `owner/name`."""
-    if path.startswith(("/", "./", "../", "~", "\\")) or path.count("/") > 1:
-        return True
-    return "/" in path and Path(path).parent.is_dir()
-
-
-def folder_fingerprint(folder: Path) -> str:
-    """Returns a hash over the config and weight files of a folder; of each safetensors file its header and 64 samples
-    of 4 KiB, so that another training of the same architecture differs, in milliseconds instead of a full read."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    digest.update((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(json.dumps([file.name, size]).encode())
-        with file.open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
-            digest.update(stream.read(header))
-            for i in range(64):
-                stream.seek(8 + header + (size - 8 - header) * i // 64)
-                digest.update(stream.read(4096))
-    return digest.hexdigest()

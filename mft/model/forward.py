@@ -7,21 +7,17 @@ only inside the wrapped module's forward.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from mft.batch import IGNORE
 from mft.model.cross_entropy import chunk_rows, linear_nll, module_nll
+from mft.model.parts import base_of
 
 if TYPE_CHECKING:
     from mft.model.family import CausalLM
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """Returns the transformers model inside a peft model (adapters stay in place), or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 class TokenLoss(nn.Module):
@@ -72,13 +68,13 @@ class TokenLoss(nn.Module):
         nll_BT = nll_n.new_zeros(target_BT.shape).index_put((where_n,), nll_n).view(shape)
         return nll_BT, self._router(base, outputs, sample_BT, trained=len(where_n) > 0)
 
-    def _nll(self, base: nn.Module, hidden_nH: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
+    def _nll(self, base: Any, hidden_nH: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
         head = base.get_output_embeddings()
         if self.family.plain_head(base):
             return linear_nll(hidden_nH, head.weight, target_n, self.rows)
         return module_nll(lambda hidden_rH: self.family.logits(self.model, hidden_rH), hidden_nH, target_n, self.rows)
 
-    def _router(self, base: nn.Module, outputs, sample_BT: torch.Tensor, trained: bool) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def _router(self, base: Any, outputs: Any, sample_BT: torch.Tensor, trained: bool) -> torch.Tensor:
         if not self.router_coef:
             return outputs[0].new_zeros((), dtype=torch.float32)
         # The step divides router losses by the number of micro-batches that have a trained token: the others add

@@ -14,7 +14,6 @@ from mft.model.family import CausalLM
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 Conversation = str | Sequence[Message | Mapping[str, str]]
@@ -26,90 +25,113 @@ ROLES = {"human": "user", "bot": "assistant"}
 class Answerer:
     """A trained folder, ready to answer: a run folder (its final/), a checkpoint, an adapter or a model folder.
 
-    base: where the adapter's base model is, if not where mft.json says; tokenizer: another one than the folder's, to
-    ask an untrained base in the form of a fine-tuned model; device: default cuda if there is one; dtype: of a full
-    model's weights (default: as saved). An adapter runs on the base as it was trained: same dtype, same quantisation.
+    tokenizer: instead of the folder's own, to ask an untrained base in the form of a fine-tuned one; base: where the
+    adapter's base model is, if not where mft.json says; device: default cuda if there is one; dtype: of a full model's
+    weights (default: as saved). An adapter runs on the base as it was trained: same dtype, same quantisation.
     """
 
     def __init__(
         self,
         folder: Path | str,
-        base: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        base: str | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
     ):
         import torch
 
         self.folder = model_folder(Path(folder))
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = tokenizer or CausalLM(str(self.folder)).tokenizer()
+        self.tokenizer = tokenizer or CausalLM(str(self.folder), trust_remote_code=trust_remote_code).tokenizer()
         if self.tokenizer.chat_template is None:
             raise UserError(f"the tokenizer in {self.folder} has no chat template, so it is not known how to ask")
-        self.model = self._model(base, dtype).to(self.device).eval()
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load(self.folder, base, dtype, trust_remote_code).to(device).eval()
 
-    def _model(self, base: str | None, dtype: torch.dtype | None) -> nn.Module:
-        if (self.folder / "adapter_config.json").exists():
-            from peft import PeftModel
+    def answer(self, conversations: Sequence[Conversation], **options: Any) -> list[str]:
+        """Returns one answer for each conversation; the options are those of `answer`."""
+        return answer(self.model, self.tokenizer, conversations, **options)
 
-            return PeftModel.from_pretrained(Origin.read(self.folder, base).load(), str(self.folder))
-        return CausalLM(str(self.folder)).model(dtype or saved_dtype(self.folder))
 
-    def answer(
-        self,
-        conversations: Sequence[Conversation],
-        system: str | None = None,
-        max_new_tokens: int = 512,
-        top_p: float = 0.95,
-        temperature: float = 0.1,
-        do_sample: bool = True,
-        num_beams: int = 1,
-        repetition_penalty: float = 1.0,
-    ) -> list[str]:
-        """Returns one answer for each conversation, all generated as one batch; system: a system message put before
-        each."""
-        import torch
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    top_p: float = 0.95,
+    temperature: float = 0.1,
+    do_sample: bool = True,
+    num_beams: int = 1,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+) -> list[str]:
+    """Returns one answer for each conversation, all generated as one batch by a plain or peft model in eval mode.
 
-        if not conversations:
-            return []
-        # Left padding: the answers of all rows start in the same column. The pieces are encoded as in training, where
-        # the text is split at the start of each answer: a prompt alone therefore encodes to exactly the ids that were
-        # seen.
-        prompts = [self.prompt(conversation, system) for conversation in conversations]
-        side, self.tokenizer.padding_side = self.tokenizer.padding_side, "left"
-        inputs = self.tokenizer(
+    system: a system message put before each; seed: makes sampling repeatable, and keeps the random state outside.
+    """
+    import torch
+
+    if not conversations:
+        return []
+    device = next(model.parameters()).device
+    inputs = encode(tokenizer, [prompt(tokenizer, conversation, system) for conversation in conversations]).to(device)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if do_sample else {}
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            num_beams=num_beams,
+            repetition_penalty=repetition_penalty,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            **sampling,
+        )
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    # Not stripped: a function's body begins with its indentation.
+    return tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> Any:
+    """Returns ids and mask, padded on the left so that the answers of all rows start in the same column.
+
+    Training encodes a conversation in pieces split at the start of each answer: a prompt alone encodes to the ids seen.
+    """
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        return tokenizer(
             prompts, add_special_tokens=False, padding=True, return_tensors="pt", return_token_type_ids=False
-        ).to(self.device)
-        self.tokenizer.padding_side = side
-        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if do_sample else {}
-        with torch.no_grad():
-            ids = self.model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=do_sample,
-                num_beams=num_beams,
-                repetition_penalty=repetition_penalty,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.pad_token_id,
-                use_cache=True,
-                **sampling,
-            )
-        new = ids[:, inputs["input_ids"].shape[1] :]
-        # Not stripped: a function's body begins with its indentation.
-        return self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+    finally:
+        tokenizer.padding_side = side
 
-    def prompt(self, conversation: Conversation, system: str | None = None) -> str:
-        """Returns the text the model is asked with: the chat template up to where the assistant begins."""
-        turns = [Message("user", conversation)] if isinstance(conversation, str) else conversation
-        messages = [
-            {"role": t.role, "content": t.content}
-            if isinstance(t, Message)
-            else {"role": ROLES.get(t["role"], t["role"]), "content": t["content"]}
-            for t in turns
-        ]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+def prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, system: str | None = None) -> str:
+    """Returns the text the model is asked with: the chat template up to where the assistant begins."""
+    turns = [Message("user", conversation)] if isinstance(conversation, str) else conversation
+    messages = [
+        {"role": t.role, "content": t.content}
+        if isinstance(t, Message)
+        else {"role": ROLES.get(t["role"], t["role"]), "content": t["content"]}
+        for t in turns
+    ]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def load(folder: Path, base: str | None, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
+    """Returns the model of a folder, adapters on their base."""
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(Origin.read(folder, base).load(trust_remote_code), str(folder))
+    return CausalLM(str(folder), trust_remote_code=trust_remote_code).model(dtype or saved_dtype(folder))
 
 
 def model_folder(folder: Path) -> Path:

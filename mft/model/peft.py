@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
-from mft.model.family import CausalLM, weight_count
+from mft.model.parts import weight_count
 
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
     from torch import nn
     from transformers import BitsAndBytesConfig
+
+    from mft.model.family import CausalLM
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +137,7 @@ class Lora(Full):
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # a float is fine, and what rsLoRA needs
             lora_dropout=self.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
         )

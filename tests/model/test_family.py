@@ -1,4 +1,4 @@
-"""Loading by path: checks before anything heavy, tokens, attention, checkpointing, fingerprints; the tiny checkpoint."""
+"""Loading by path: checks before anything heavy, tokens, attention, fingerprints; the tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def without_special_tokens(folder: Path) -> None:
 
 def test_missing_path_names_the_nearest_sibling(tmp_path: Path) -> None:
     (tmp_path / "llama-7b").mkdir()
-    with pytest.raises(UserError, match="llama-7c does not exist; did you mean .*llama-7b"):
+    with pytest.raises(UserError, match=r"llama-7c does not exist; did you mean .*llama-7b"):
         CausalLM(str(tmp_path / "llama-7c")).check()
     with pytest.raises(UserError, match="does not exist; run `mft demo` first"):
         CausalLM(str(tmp_path / "demo/model"), hint="run `mft demo` first").check()
@@ -100,7 +100,7 @@ def test_eos_comes_from_yaml_tokenizer_config_in_turn(tiny_folder: Path, tmp_pat
     assert CausalLM(str(folder), pad_token=PAD).tokenizer().pad_token == PAD
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    with pytest.raises(UserError, match="model.eos_token: neither"):
+    with pytest.raises(UserError, match=r"model.eos_token: neither"):
         CausalLM(str(folder)).tokenizer()
     with pytest.raises(UserError, match=r"model.eos_token='<\|endoftxt\|>' is not in .*; did you mean <\|endoftext\|>"):
         CausalLM(str(folder), eos_token="<|endoftxt|>").tokenizer()

@@ -11,12 +11,13 @@ from mft.batch import Message
 from mft.errors import UserError
 from mft.model.export import save_final
 from mft.model.forward import TokenLoss
-from mft.model.generate import Answerer
+from mft.model.generate import Answerer, prompt
 from mft.model.peft import Full, Lora, QLora
 from mft.model.tiny import Tiny
 
 TEMPLATE = (
-    "{% for m in messages %}<s>{{ {'user': 'human', 'assistant': 'bot'}.get(m['role'], m['role']) }}\n{{ m['content'] }}"
+    "{% for m in messages %}<s>{{ {'user': 'human', 'assistant': 'bot'}.get(m['role'], m['role']) }}\n"
+    "{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token + '\n' }}{% elif m['role'] == 'system' %}{{ '\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<s>bot\n' }}{% endif %}"
 )
@@ -46,7 +47,7 @@ def test_batch_equals_single(run: Path) -> None:
 
 def test_greedy_is_the_argmax_of_the_forward(run: Path) -> None:
     answerer = Answerer(run)
-    ids = answerer.tokenizer(answerer.prompt("hi"), add_special_tokens=False, return_tensors="pt").input_ids
+    ids = answerer.tokenizer(prompt(answerer.tokenizer, "hi"), add_special_tokens=False, return_tensors="pt").input_ids
     with torch.no_grad():
         for _ in range(6):
             following = answerer.model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1)
@@ -57,12 +58,14 @@ def test_greedy_is_the_argmax_of_the_forward(run: Path) -> None:
 
 def test_prompt_is_the_template(run: Path) -> None:
     answerer = Answerer(run)
-    assert answerer.prompt("hi") == "<s>human\nhi<s>bot\n"
-    assert answerer.prompt("hi", system="Be short.") == "<s>system\nBe short.\n<s>human\nhi<s>bot\n"
+    assert prompt(answerer.tokenizer, "hi") == "<s>human\nhi<s>bot\n"
+    assert prompt(answerer.tokenizer, "hi", system="Be short.") == "<s>system\nBe short.\n<s>human\nhi<s>bot\n"
     turns = [{"role": "human", "content": "a"}, {"role": "bot", "content": "b"}, {"role": "user", "content": "c"}]
     expected = "<s>human\na<s>bot\nb<|endoftext|>\n<s>human\nc<s>bot\n"
-    assert answerer.prompt(turns) == expected
-    assert answerer.prompt([Message("user", "a"), Message("assistant", "b"), Message("user", "c")]) == expected
+    assert prompt(answerer.tokenizer, turns) == expected
+    assert (
+        prompt(answerer.tokenizer, [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]) == expected
+    )
 
 
 def test_sampling_options_reach_the_model(run: Path) -> None:
@@ -72,6 +75,9 @@ def test_sampling_options_reach_the_model(run: Path) -> None:
     assert len(set(hot)) > 1
     cold = answerer.answer(["hi"] * 4, temperature=1e-4, max_new_tokens=8)
     assert set(cold) == set(answerer.answer(["hi"], do_sample=False, max_new_tokens=8))
+    state = torch.random.get_rng_state()
+    seeded = [answerer.answer(["hi"], temperature=5.0, top_p=1.0, max_new_tokens=8, seed=s) for s in (1, 2, 1)]
+    assert seeded[0] == seeded[2] != seeded[1] and torch.equal(state, torch.random.get_rng_state())
     beams = answerer.answer(["hi"], do_sample=False, num_beams=3, repetition_penalty=1.3, max_new_tokens=8)
     assert len(beams) == 1
 

@@ -1,0 +1,35 @@
+"""What is inside a loaded model: the model beneath peft, what it does after its head, how many weights it has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def base_of(model: Any) -> Any:
+    """Returns the transformers model inside a peft model (adapters stay in place), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_quirks(base: nn.Module) -> dict[str, float]:
+    """Returns what a config does to the logits after the head: granite divides, cohere multiplies, gemma 2 caps
+    softly."""
+    names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    values = {name: getattr(base.config, name, None) for name in names}
+    return {n: float(v) for n, v in values.items() if isinstance(v, int | float) and not (v == 1 and n != names[2])}
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Returns the number of parameters; a 4-bit weight holds two in a byte, a weight sharded by ZeRO-3 counts in
+    full."""
+    return sum(weight_count(parameter) for parameter in model.parameters())
+
+
+def weight_count(parameter: Any) -> int:
+    """Returns how many weights a parameter stands for, also when it is packed to 4 bits or sharded by ZeRO-3."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None and hasattr(state, "shape"):
+        return state.shape.numel()
+    return getattr(parameter, "ds_numel", None) or parameter.numel()

@@ -1,0 +1,62 @@
+"""Where a model lies: a folder of ours or a name on the hub, told apart and checked without loading anything."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from mft.errors import UserError, nearest, shortened
+
+
+def check_path(path: str, hint: str = "") -> None:
+    """Raises UserError unless `path` is a model folder or may be a hub name; hint: what to do when a folder is
+    missing."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        _check_folder(path, folder)
+    elif folder.exists():
+        raise UserError(f"model.path={path} is a file; give the folder that holds config.json")
+    elif looks_local(path):
+        parent = folder.parent
+        siblings = [str(parent / p.name) for p in parent.iterdir()] if parent.is_dir() else []
+        raise UserError(f"model.path={path} does not exist{f'; {hint}' if hint else nearest(folder, siblings)}")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise UserError(f"model.path={shortened(path)} is neither a folder nor a hub name such as owner/name")
+
+
+def _check_folder(path: str, folder: Path) -> None:
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise UserError(f"model.path={path} holds an adapter; give its base model, and the adapter as peft.path")
+    if not (folder / "config.json").exists():
+        raise UserError(f"model.path={path} has no config.json, so it is not a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model.path={path} has no *.safetensors file; pickled weights are not loaded, convert them first"
+        )
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path that does not exist was meant as a folder rather than as a hub name `owner/name`."""
+    if path.startswith(("/", "./", "../", "~", "\\")) or path.count("/") > 1:
+        return True
+    return "/" in path and Path(path).parent.is_dir()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Returns a hash over the config and weight files of a folder; of each safetensors file its header and 64 samples
+    of 4 KiB, so that another training of the same architecture differs, in milliseconds instead of a full read."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    digest.update((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(json.dumps([file.name, size]).encode())
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(header))
+            for i in range(64):
+                stream.seek(8 + header + (size - 8 - header) * i // 64)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
