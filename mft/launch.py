@@ -6,6 +6,7 @@ torch is imported only when something is launched.
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from mft.errors import UserError
 from mft.processes import PRELOAD, Stopped, WorkerError, handlers, start, warm
 
 __all__ = ["Place", "Stopped", "WorkerError", "launch", "place", "ranks", "share", "warm"]
+
+_stores: list[Any] = []
+"""The store of the placed ranks and its prefixes used so far; kept, since rank 0's serves the others."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +87,24 @@ def visible_gpus() -> int:
 
 
 def share(value: Any) -> Any:
-    """Returns rank 0's value on every placed rank, before any engine is up; else the value itself."""
+    """Returns rank 0's value on every placed rank, before any engine is up; else the value itself.
+
+    All ranks call it equally often; the value must pickle (it goes between our own ranks only).
+    """
     placed = place()
     if placed is None or placed.world == 1:
         return value
-    import torch.distributed
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
-    torch.distributed.init_process_group("gloo")
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    torch.distributed.destroy_process_group()
-    return box[0]
+    # over the store itself: a process group here would leave its addresses behind for the engine's to stumble over
+    if not _stores:
+        _stores.append(next(rendezvous("env://"))[0])
+    store = PrefixStore(f"mft/share/{len(_stores)}", _stores[0])
+    _stores.append(store)
+    if placed.rank == 0:
+        store.set("value", pickle.dumps(value).hex())
+    return pickle.loads(bytes.fromhex(store.get("value").decode()))
 
 
 def launch(

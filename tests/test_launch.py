@@ -196,9 +196,11 @@ def test_inline_runs_in_this_process(run_dir: Path, capfd: pytest.CaptureFixture
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_torchrun_replays_a_run(run_dir: Path) -> None:
+def test_torchrun_replays_a_run_and_its_ranks_share_what_rank_0_decides(run_dir: Path) -> None:
     code = (
-        "from mft import worker\n"
+        "import os\nfrom mft import worker\nfrom mft.dist.base import Ddp\nfrom mft.launch import share\n"
+        "for time in range(2):\n    assert share([time, os.environ['RANK']]) == [time, '0']\n"
+        "Ddp().start('fp32', cpu=True).close()\n"
         f"worker.worker.__defaults__ = ('tests.dist.entries:tell', ())\nworker.main([{str(run_dir)!r}])\n"
     )
     (run_dir / "replay.py").write_text(code)
