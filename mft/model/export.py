@@ -103,7 +103,8 @@ def save_final(
 
     model: a TokenLoss, or the plain or peft model inside it; state_dict: of `model`, as gathered by the engine from all
     ranks (default: its own); origin: goes into mft.json (default: known from a TokenLoss, else none is written);
-    dtype: of a full model's weights on disk (default: as they are). One rank calls it.
+    dtype: of a full model's weights on disk (default: as they are).
+    Rank 0 calls it: inside a process group transformers writes nothing on the others, without an error.
     """
     from mft.model.forward import TokenLoss
     from mft.model.parts import base_of

@@ -71,7 +71,7 @@ class Tiny(CausalLM):
             "max_positions",
             "tied",
         )
-        recipe = {name: getattr(self, name) for name in (*names, "seed")} | {"text": TEXT, "version": 1}
+        recipe = {name: getattr(self, name) for name in (*names, "seed")} | {"text": TEXT, "version": 2}
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
         folder = Path(self.cache_dir).expanduser().resolve() / "tiny" / digest
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +89,7 @@ class Tiny(CausalLM):
 
     def _make(self, folder: Path) -> None:
         import torch
+        from safetensors.torch import save_file
         from transformers import LlamaConfig, LlamaForCausalLM
 
         tokenizer = byte_tokenizer(self.vocab_size)
@@ -104,11 +105,19 @@ class Tiny(CausalLM):
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            architectures=["LlamaForCausalLM"],
+            dtype="float32",
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            LlamaForCausalLM(config).save_pretrained(folder)
+            weights = LlamaForCausalLM(config).state_dict()
+        if self.tied:
+            del weights["lm_head.weight"]
+        # Not the model's save_pretrained: inside a process group it writes nothing on any rank but 0, without an error.
+        folder.mkdir()
+        config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def byte_tokenizer(vocab_size: int):  # type: ignore[no-untyped-def]

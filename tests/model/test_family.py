@@ -137,6 +137,14 @@ def test_tiny_is_made_once(tmp_path: Path) -> None:
     assert other != folder and other.exists()
 
 
+def test_tiny_is_made_by_any_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.distributed import mixin
+
+    monkeypatch.setattr(mixin, "_is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr(mixin, "_get_torch_distributed_rank", lambda: 1)
+    assert Tiny(cache_dir=str(tmp_path)).model(torch.float32).config.vocab_size == 512
+
+
 def test_tiny_is_deterministic(tmp_path: Path) -> None:
     one, two = (Tiny(cache_dir=str(tmp_path / name)) for name in "ab")
     assert one.fingerprint() == two.fingerprint()
