@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 
 class Tracker:
-    """Receives what a run wants to be remembered by. Only rank 0 has one. Order: open, log and artifact, close.
+    """Receives what a run wants to be remembered by. Only rank 0 has one. Order: open; log, artifact, model; close.
 
-    A tracker never raises into training: what it cannot deliver it reports once as a warning and keeps.
+    A tracker never raises into training: what it cannot deliver it reports once as a warning and keeps. Only `prepare`
+    and `open` may raise, and only a UserError (a missing package, an address that cannot be one).
     """
+
+    def prepare(self) -> None:
+        """Makes what several runs share (a database), once, before jobs start side by side. Not needed for one run."""
 
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         """Starts, or on resume continues, the record of this run.
 
-        config: the resolved config, nested; tags: identity, git commit, versions, overrides; step: the optimizer step the
-        run continues from (0 = fresh), so that a tracker can drop points of steps that will be logged again.
+        config: the resolved config, nested; tags: identity, git_commit, versions, overrides; step: the optimizer
+        step the run continues from (0 = fresh), so that a tracker can drop points of steps that will be logged again.
         """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -27,6 +34,9 @@ class Tracker:
 
     def artifact(self, path: Path) -> None:
         """Keeps a file (or a folder) of the run folder."""
+
+    def model(self, folder: Path) -> None:
+        """Is told where the final model lies; keeps a copy only if configured to, since it may be large."""
 
     def close(self, status: str) -> None:
         """Ends the record; status is finished, failed or stopped."""
@@ -65,26 +75,40 @@ class Jsonl(Tracker):
 
 
 class FanOut(Tracker):
-    """Hands everything to several trackers in turn."""
+    """Hands everything to several trackers in turn; one that breaks is reported once and does not stop the others."""
 
     def __init__(self, trackers: Sequence[Tracker]):
         self.trackers = list(trackers)
+        self.reported: set[int] = set()
+
+    def prepare(self) -> None:
+        for tracker in self.trackers:
+            tracker.prepare()
 
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         for tracker in self.trackers:
             tracker.open(run_dir, config, tags, step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for tracker in self.trackers:
-            tracker.log(step, values)
+        self._each(lambda tracker: tracker.log(step, values))
 
     def artifact(self, path: Path) -> None:
-        for tracker in self.trackers:
-            tracker.artifact(path)
+        self._each(lambda tracker: tracker.artifact(path))
+
+    def model(self, folder: Path) -> None:
+        self._each(lambda tracker: tracker.model(folder))
 
     def close(self, status: str) -> None:
-        for tracker in self.trackers:
-            tracker.close(status)
+        self._each(lambda tracker: tracker.close(status))
 
     def where(self) -> str:
         return "\n".join(line for line in (tracker.where() for tracker in self.trackers) if line)
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in self.trackers:
+            try:
+                call(tracker)
+            except Exception as error:  # a full disk, a defect in a tracker: not a reason to lose a training
+                if id(tracker) not in self.reported:
+                    self.reported.add(id(tracker))
+                    log.warning("%s: %s: %s; training goes on", type(tracker).__name__, type(error).__name__, error)

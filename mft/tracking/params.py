@@ -1,0 +1,71 @@
+"""What of a run becomes text in a tracker: flattened parameters, names a tracker accepts, and no passwords."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+KEY_LIMIT = 250  # MLflow refuses longer keys
+VALUE_LIMIT = 500  # what MLflow servers of every age take (3.x takes 6,000); the whole config is kept as an artifact
+TAG_LIMIT = 5000  # likewise (3.x takes 8,000)
+
+# user:password@ of an address, and passwords in its query. Rather too much is hidden than too little.
+_USERINFO = re.compile(r"(?<=://)[^/\s'\"]+@")
+_QUERY = re.compile(r"(?<=[?&])(password|passwd|pwd|token|secret)=[^&\s'\"]+", re.IGNORECASE)
+_REFUSED = re.compile(r"[^\w/.\- :]")
+
+
+def hidden(text: str) -> str:
+    """Returns text with the credentials of all addresses in it replaced by ***."""
+    return _QUERY.sub(r"\1=***", _USERINFO.sub("***@", text))
+
+
+def without_credentials(uri: str) -> str:
+    """Returns an address without its user and password, so that it is still one."""
+    return _QUERY.sub(r"\1=", _USERINFO.sub("", uri))
+
+
+def safe_name(name: str) -> str:
+    """Returns a name of a metric, parameter or tag that MLflow accepts; most names stay as they are.
+
+    `@` becomes `_at_` (`pass@1` -> `pass_at_1`). Where another character is replaced, or the name is cut, a digest of
+    the name is appended, so that two names never become one.
+    """
+    clean = _REFUSED.sub("_", name.replace("@", "_at_"))
+    if clean.startswith("/") or posixpath.normpath(clean) != clean or clean.split("/")[0] in ("", ".", ".."):
+        clean = clean.replace("/", "_").strip(".") or "_"  # names that would leave their folder
+    if clean != name.replace("@", "_at_") or len(clean) > KEY_LIMIT:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:6]
+        half = (KEY_LIMIT - 10) // 2
+        clean = (clean if len(clean) <= 2 * half else f"{clean[:half]}..{clean[-half:]}") + f"-{digest}"
+    return clean
+
+
+def cut(text: str, limit: int) -> str:
+    """Returns text of at most `limit` characters, the middle left out where it is longer."""
+    if len(text) <= limit:
+        return text
+    half = (limit - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def flattened(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {dotted key: value as YAML would write it}, names and values as MLflow takes them, credentials hidden."""
+    return {safe_name(hidden(key)): cut(hidden(_text(value)), VALUE_LIMIT) for key, value in _leaves(config, "")}
+
+
+def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    """true, null, 1e-05, text as it is; lists and empty mappings as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

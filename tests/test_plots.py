@@ -1,0 +1,44 @@
+"""Pictures of a run: there, readable in number of panels, and nothing drawn from nothing."""
+
+import json
+import struct
+
+import pytest
+
+from mft.plots import loss_curves, task_weights
+
+
+def size(path):
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    return struct.unpack(">II", data[16:24])
+
+
+def rows(tasks, steps):
+    return [
+        {"step": step, "train/loss": 2.0, "valid/loss": None if step == 1 else 2.0}
+        | {f"{split}/loss/t{i}": 2.0 / (step + 1) + i for i in range(tasks) for split in ("train", "valid")}
+        | {f"train/weight/t{i}": 1.0 for i in range(tasks)}
+        for step in range(steps)
+    ]
+
+
+@pytest.mark.parametrize(("tasks", "steps"), [(0, 2), (1, 1), (2, 2), (5, 200), (12, 3)])
+def test_losses_and_weights_of_any_number_of_tasks(tmp_path, tasks, steps):
+    path = loss_curves(rows(tasks, steps), tmp_path / "report", title="x")
+    assert path == tmp_path / "report" / "losses.png"
+    assert size(path)[0] >= 400
+    weights = task_weights(rows(tasks, steps), tmp_path / "report")
+    assert weights is None if tasks == 0 else size(weights)
+
+
+def test_from_the_file_of_a_run_that_was_killed(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(2, 3)) + '{"step": 9, "tr')
+    assert loss_curves(file, tmp_path).exists()
+
+
+def test_no_losses_no_picture(tmp_path):
+    assert loss_curves([], tmp_path) is None
+    assert task_weights([{"step": 1, "lr": 0.1}], tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
