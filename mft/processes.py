@@ -33,6 +33,8 @@ PRELOAD = (
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "peft",
+    "mft.run",
+    "matplotlib.figure",
 )
 """Modules the fork server imports once. None may initialise CUDA: forked workers could not use a GPU."""
 
