@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +130,8 @@ class Lora(Full):
         from peft import LoraConfig, PeftModel, get_peft_model
 
         if self.path:
-            model = PeftModel.from_pretrained(model, str(Path(self.path).expanduser()), is_trainable=True)
+            with without_renaming_notice():
+                model = PeftModel.from_pretrained(model, str(Path(self.path).expanduser()), is_trainable=True)
             self._tell_ignored(model.peft_config["default"])
             return model
         targets = self.targets or list(family.lora_targets) or "all-linear"
@@ -141,7 +144,8 @@ class Lora(Full):
             lora_dropout=self.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
         )
-        return get_peft_model(model, config)
+        with without_renaming_notice():
+            return get_peft_model(model, config)
 
     def _tell_ignored(self, config: Any) -> None:
         own = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
@@ -174,6 +178,14 @@ class QLora(Lora):
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=compute_dtype,
         )
+
+
+@contextmanager
+def without_renaming_notice() -> Iterator[None]:
+    """Keeps transformers from telling our users that peft asks for an attribute by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 # ── targets ──
