@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,14 @@ Config groups (GROUP=OPTION) and their options:
 Every key of an option can be set: `mft train peft=lora --cfg job` shows them, conf/ explains them.
 """
 
+COMMANDS = {
+    "train": "mft.cli:train",
+    "merge": "mft.cli:merge",
+    "generate": "mft.cli:generate",
+    "demo": "mft.cli:demo",
+}
+"""Command -> module:function(arguments); imported only when it is asked for."""
+
 GENERATE_OPTIONS: dict[str, Any] = {
     "max_new_tokens": 512,
     "top_p": 0.95,
@@ -56,7 +65,6 @@ MERGE_OPTIONS: dict[str, Any] = {"base": "", "adapter": "", "out": "", "trust_re
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; exits with 0, 1 (an error), 2 (a wrong command line), 75, 130 or 143."""
     args = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": train, "merge": merge, "generate": generate, "demo": demo}
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return
@@ -64,12 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"mft {__version__}")
         return
     try:
-        if args[0] not in commands:
-            fail(
-                f"mft has no command {args[0]!r}{nearest(args[0], commands) or '.'} Commands: {', '.join(commands)}.", 2
-            )
-        commands[args[0]](args[1:])
+        if args[0] not in COMMANDS:
+            known = ", ".join(COMMANDS)
+            fail(f"there is no command {args[0]!r}{nearest(args[0], COMMANDS) or '.'} Commands: {known}.", 2)
+        module, _, function = COMMANDS[args[0]].partition(":")
+        getattr(importlib.import_module(module), function)(args[1:])
     except UserError as error:
+        fail(str(error))
+    except Exception as error:
+        if type(error).__name__ != "WorkerError":  # which carries the traceback of the rank that failed, not ours
+            raise
         fail(str(error))
     except KeyboardInterrupt as stopped:
         sys.exit(getattr(stopped, "code", 130))  # launch.Stopped knows whether there is a checkpoint to resume from

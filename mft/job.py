@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mft import rundir
 from mft.build import ALLOWED_TARGETS, build, check
-from mft.config import freeze, identity
+from mft.config import LaunchMode, Precision, fast_precision, freeze, identity
 from mft.data.task import all_tasks
 from mft.errors import UserError
-from mft.launch import launch, ranks
+from mft.launch import launch, ranks, warm
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,15 @@ def checked(cfg: DictConfig, overrides: Sequence[str]) -> Job:
     Reads the task files once to fingerprint them; loads no model and starts no process.
     """
     allow_targets = tuple(cfg.train.allow_targets)
-    world = ranks(cfg.launch.nproc)
+    if cfg.train.precision is Precision.auto:
+        cfg.train.precision = fast_precision()
+    world = ranks(cfg.launch.nproc, cfg.launch.mode.value)
     check(cfg, world, allow_targets)
     allowed = (*ALLOWED_TARGETS, *allow_targets)
     chosen = {name: build(cfg.task[name], f"task.{name}", allowed) for name in cfg.task}
     tasks = all_tasks(chosen, list(cfg.data.paths))
+    if cfg.launch.mode is LaunchMode.processes:
+        warm()  # the fork server imports while the data is read here
     fingerprints = {f"task.{task.name}": task.fingerprint(cfg.cache_dir) for task in tasks}
     fingerprints["model"] = build(cfg.model, "model", allowed).fingerprint()
     return Job(
@@ -70,7 +74,7 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = print) -> dict[str,
         launch(
             folder,
             nproc=job.world,
-            mode=str(OmegaConf.to_container(job.cfg.launch, enum_to_str=True)["mode"]),
+            mode=job.cfg.launch.mode.value,
             shutdown_seconds=job.cfg.launch.shutdown_seconds,
             allow_targets=job.allow_targets,
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mft import worker
+from mft.config import visible_gpus
 from mft.errors import UserError
 from mft.processes import PRELOAD, Stopped, WorkerError, handlers, start, warm
 
@@ -75,15 +76,6 @@ def ranks(nproc: int | str, mode: str = "processes") -> int:
     if gpus and int(nproc) > gpus:
         raise UserError(f"launch.nproc={nproc}, but {gpus} GPUs are visible; a rank needs one of its own")
     return int(nproc)
-
-
-def visible_gpus() -> int:
-    """Returns the number of GPUs that CUDA would show. Imports torch only on a machine that has some."""
-    if not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()):
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def share(value: Any) -> Any:

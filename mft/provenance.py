@@ -17,8 +17,8 @@ def tags() -> dict[str, str]:
     found |= {f"version.{name}": _version(name) for name in PACKAGES}
     commit = _git("rev-parse", "HEAD")
     if commit:
-        found["git.commit"] = commit
-        found["git.dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
+        found["git_commit"] = commit
+        found["git_dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
     return found
 
 

@@ -156,6 +156,7 @@ def run(
             answers.write(run_dir / "report" / "answers.md")
             for path in ("config.yaml", "summary.json", "report"):
                 tracker.artifact(run_dir / path)
+            tracker.model(run_dir / "final")
     finally:
         progress.close()
         tracker.close(status)
