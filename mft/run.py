@@ -71,6 +71,8 @@ def run(
 
     engine = make("dist").start(precision)
     progress = Terminal(names) if engine.is_main else Silent()
+    if engine.is_main:
+        rundir.write_json(run_dir / "report" / "data.json", report.as_json(stores, names))
     progress.show(report.table(stores, names))
     sizes = batch_sizes(train, engine.world)
     feed = Feed(stores, make("data.rows"), sizes, engine.rank, tokenizer.pad_token_id, train, data)
@@ -157,6 +159,10 @@ def run(
             for path in ("config.yaml", "summary.json", "report"):
                 tracker.artifact(run_dir / path)
             tracker.model(run_dir / "final")
+    except Exception as error:
+        if engine.is_main:
+            summary.failed(run_dir, error, t.state.step)
+        raise
     finally:
         progress.close()
         tracker.close(status)

@@ -46,12 +46,10 @@ def write(summary: dict[str, Any], run_dir: Path) -> None:
     rundir.write_json(run_dir / "summary.json", summary)
 
 
-def failed(run_dir: Path, error: BaseException, t: Training | None = None) -> None:
-    """Writes the summary of a run that ended in an error."""
-    steps = t.state.step if t else 0
-    rundir.write_json(
-        run_dir / "summary.json", {"status": "failed", "steps": steps, "error": f"{type(error).__name__}: {error}"}
-    )
+def failed(run_dir: Path, error: BaseException, steps: int) -> None:
+    """Writes the summary of a run that ended in an error after `steps` steps."""
+    values = {"status": "failed", "steps": steps, "error": f"{type(error).__name__}: {error}"}
+    rundir.write_json(run_dir / "summary.json", values)
 
 
 def show(summary: dict[str, Any], t: Training, run_dir: Path) -> None:

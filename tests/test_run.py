@@ -1,0 +1,182 @@
+"""One run from end to end: what it leaves behind, exact resume, longer runs, early stop, what a person is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mft.checkpoint import COMPLETE, complete_steps, newest
+from mft.errors import UserError
+from tests.training import logged, train, two_tasks, write_task
+
+pytestmark = pytest.mark.slow
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    name = "adapter_model.safetensors" if (folder / "adapter_config.json").exists() else "model.safetensors"
+    return load_file(folder / name)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_run_folder_holds_what_it_promises(tmp_path: Path, cache_dir: Path) -> None:
+    summary, run_dir = train(tmp_path, cache_dir)
+    for name in ("config.yaml", "identity.json", "metrics.jsonl", "summary.json", "report/data.json", "report/losses.png"):
+        assert (run_dir / name).is_file(), name
+    assert (run_dir / "checkpoints" / "step-3" / COMPLETE).is_file()
+    assert (run_dir / "final" / "adapter_config.json").is_file()
+    assert summary["status"] == "finished" and summary["steps"] == 3
+    assert set(summary["last"]) == {"valid/loss", "valid/loss/adding", "valid/loss/naming"}
+    assert summary["last"]["valid/loss"] == pytest.approx(
+        (summary["last"]["valid/loss/adding"] + summary["last"]["valid/loss/naming"]) / 2
+    )
+    steps = [row for row in logged(run_dir) if "train/loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert {"lr", "grad_norm", "epoch", "train/loss"} <= set(steps[0])
+
+
+@pytest.mark.parametrize("peft", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("data", ["pack", "pad"])
+def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
+    peft: str, data: str, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"peft={peft}", f"data={data}", "train.max_steps=7", "train.save_every=3", "train.eval_every=2"]
+    settings += ["optimizer.lr=1e-3", "train.gradient_accumulation_steps=2"]
+    settings += ["peft.dropout=0.1"] if peft != "full" else []
+    _, whole = train(tmp_path, cache_dir, *settings, out="whole")
+
+    import mft.run
+
+    fit = mft.run.fit
+
+    def stopped_after_four(t):  # as a signal would: the flag is seen at the start of step 4
+        t.stop = lambda: t.state.step >= 3
+        return fit(t)
+
+    monkeypatch.setattr(mft.run, "fit", stopped_after_four)
+    summary, parts = train(tmp_path, cache_dir, *settings, out="parts")
+    assert summary["status"] == "stopped" and complete_steps(parts / "checkpoints")[-1] == 4
+    monkeypatch.setattr(mft.run, "fit", fit)
+    summary, _ = train(tmp_path, cache_dir, *settings, out="parts")
+    assert summary["status"] == "finished" and summary["steps"] == 7
+
+    assert same(weights(whole / "final"), weights(parts / "final"))
+    # the interrupted run logs at the step it stops, too; from then on the two logs are equal
+    assert [r for r in logged(whole) if r["step"] > 4] == [r for r in logged(parts) if r["step"] > 4]
+
+
+def test_killed_in_the_middle_of_a_save_the_older_checkpoint_is_taken(tmp_path: Path, cache_dir: Path) -> None:
+    settings = ["train.max_steps=4", "train.save_every=2"]
+    _, run_dir = train(tmp_path, cache_dir, *settings)
+    (run_dir / "checkpoints" / "step-4" / COMPLETE).unlink()
+    (run_dir / "checkpoints" / ".step-6.tmp").mkdir()
+    assert newest(run_dir) == run_dir / "checkpoints" / "step-2"
+    (run_dir / "summary.json").unlink()
+    before = weights(run_dir / "final")
+    summary, _ = train(tmp_path, cache_dir, *settings)
+    assert summary["steps"] == 4 and same(before, weights(run_dir / "final"))
+    assert not (run_dir / "checkpoints" / ".step-6.tmp").exists()
+
+
+def test_finished_run_is_skipped_and_a_longer_one_goes_on(tmp_path: Path, cache_dir: Path) -> None:
+    first, run_dir = train(tmp_path, cache_dir)
+    metrics = (run_dir / "metrics.jsonl").stat().st_mtime_ns
+    again, _ = train(tmp_path, cache_dir)
+    assert again == first and (run_dir / "metrics.jsonl").stat().st_mtime_ns == metrics
+    longer, _ = train(tmp_path, cache_dir, "train.max_steps=5")
+    assert longer["steps"] == 5
+    assert [row["step"] for row in logged(run_dir) if "train/loss" in row] == [1, 2, 3, 4, 5]
+
+
+def test_folder_of_another_config_is_refused(tmp_path: Path, cache_dir: Path) -> None:
+    train(tmp_path, cache_dir)
+    with pytest.raises(UserError, match="another config"):
+        train(tmp_path, cache_dir, "optimizer.lr=3e-3")
+    with pytest.raises(UserError, match=r"train\.resume=never"):
+        train(tmp_path, cache_dir, "train.resume=never")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        train(tmp_path, cache_dir, out="other")
+
+
+def test_what_cannot_change_the_result_keeps_the_identity(tmp_path: Path, cache_dir: Path) -> None:
+    first, _ = train(tmp_path, cache_dir, "train.per_device_batch_size=4")
+    again, run_dir = train(
+        tmp_path, cache_dir, "train.per_device_batch_size=2", "train.gradient_accumulation_steps=2", "train.keep=7"
+    )
+    assert again == first
+    with pytest.raises(UserError, match="another config"):
+        train(tmp_path, cache_dir, "train.per_device_batch_size=2")
+
+
+def test_early_stopping_ends_the_run_and_pruning_keeps_the_best(tmp_path: Path, cache_dir: Path) -> None:
+    summary, run_dir = train(
+        tmp_path,
+        cache_dir,
+        "optimizer.lr=3.0",  # diverges at once
+        "scheduler=constant",
+        "train.max_steps=12",
+        "train.eval_every=1",
+        "train.save_every=1",
+        "train.keep=1",
+        "train.early_stopping=true",
+        "train.early_stopping_stall_num=3",
+    )
+    assert summary["status"] == "finished" and summary["steps"] < 12
+    kept = complete_steps(run_dir / "checkpoints")
+    assert kept[-1] == summary["steps"] and len(kept) <= 2
+    assert summary["best"]["valid/loss"] <= summary["last"]["valid/loss"]
+    if summary["best"]["step"]:
+        assert summary["best"]["step"] in kept
+
+
+def test_starting_from_an_adapter_goes_on_from_its_weights(tmp_path: Path, cache_dir: Path) -> None:
+    _, first = train(tmp_path, cache_dir, "optimizer.lr=1e-2", out="first")
+    again, second = train(tmp_path, cache_dir, f"peft.path={first / 'final'}", "train.max_steps=1", out="second")
+    last = json.loads((first / "summary.json").read_text())["last"]["valid/loss"]
+    assert again["first"]["valid/loss"] == pytest.approx(last, abs=1e-6)
+
+
+def test_broken_row_is_told_by_file_and_line_before_any_model_loads(tmp_path: Path, cache_dir: Path) -> None:
+    task = write_task(tmp_path / "broken", 5)
+    with (task / "rows.jsonl").open("a") as file:
+        file.write('{"chat_rounds": [{"role": "human", "content": "x"\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:6: .*JSON"):
+        train(tmp_path, cache_dir, f"data.paths=[{task}]")
+    summary, run_dir = train(tmp_path, cache_dir, f"data.paths=[{task}]", "data.bad_rows=skip", out="skipping")
+    assert summary["status"] == "finished"
+    assert json.loads((run_dir / "report" / "data.json").read_text())["broken"]["dropped"]["bad row"] == 1
+
+
+def test_exploding_run_stops_with_the_step_and_the_samples_named(tmp_path: Path, cache_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"Step \d+ has a non-finite.*optimizer.lr"):
+        train(tmp_path, cache_dir, "optimizer.lr=1e30", "scheduler=constant", "peft=full", "train.max_grad_norm=null")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and "non-finite" in summary["error"]
+
+
+def test_answers_before_and_after_are_kept_side_by_side(tmp_path: Path, cache_dir: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    turns = [{"role": "human", "content": "what comes next?"}, {"role": "bot", "content": "it is 3"}]
+    prompts.write_text(json.dumps({"data_name": "adding", "chat_rounds": turns}) + "\n")
+    _, run_dir = train(tmp_path, cache_dir, f"train.prompts={prompts}", "train.prompts_max_new_tokens=4")
+    text = (run_dir / "report" / "answers.md").read_text()
+    assert "**before**" in text and "**after**" in text and "it is 3" in text
+
+
+def test_same_seed_same_loss_other_seed_other_loss(tmp_path: Path, cache_dir: Path) -> None:
+    runs = [train(tmp_path, cache_dir, f"train.seed={seed}", out=f"{n}")[1] for n, seed in enumerate((1, 1, 2))]
+    first, again, other = ([r.get("train/loss") for r in logged(folder)] for folder in runs)
+    assert first == again != other
+
+
+def test_two_tasks_helper_names_both(tmp_path: Path) -> None:
+    assert "adding" in two_tasks(tmp_path) and "naming" in two_tasks(tmp_path)
