@@ -16,6 +16,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from mft.config import batch_sizes
 from mft.data.task import all_tasks
 from mft.errors import UserError, nearest, shortened
+from mft.metrics import BEST
 
 ALLOWED_TARGETS = ("mft.", "torch.optim.", "bitsandbytes.optim.")
 """Prefixes of `_target_` that may be built; `train.allow_targets` adds to them from the command line."""
@@ -82,7 +83,7 @@ def _check_fields(node: DictConfig, cls: type, path: str) -> None:
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value)
         try:
-            OmegaConf.update(schema, key, value, merge=True)
+            OmegaConf.update(schema, key, value, merge=False)
         except (ValidationError, ConfigKeyError) as error:
             raise UserError(f"{path}.{key}={shortened(value)}: {_first_line(error)}") from error
 
@@ -151,9 +152,19 @@ def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> Non
         if hasattr(component, "check"):
             component.check()
     chosen = {name: components[f"task.{name}"] for name in cfg.task}
-    for task in all_tasks(chosen, list(cfg.data.paths)):
+    tasks = all_tasks(chosen, list(cfg.data.paths))
+    for task in tasks:
         task.files()  # a missing folder, a folder without rows
+    _check_best(cfg.train.best, [task.name for task in tasks])
     _check_together(cfg, components)
+
+
+def _check_best(best: str, names: Sequence[str]) -> None:
+    allowed = [*BEST, *names]
+    if best not in allowed:
+        raise UserError(
+            f"train.best={best}: allowed are {', '.join(BEST)} or a task ({', '.join(names)}){nearest(best, allowed)}"
+        )
 
 
 def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:

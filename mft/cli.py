@@ -228,9 +228,10 @@ repetition_penalty=1.0 system=… seed=0]"""
         )
     from mft.model.generate import Answerer
 
-    answerer = Answerer(final_folder(rest[0]))
-    for answer in answerer.answer(rest[1:], **values):
-        print(answer)
+    values["system"] = values["system"] or None
+    answers = Answerer(final_folder(rest[0])).answer(rest[1:], **values)
+    for number, answer in enumerate(answers):
+        print(f"── {rest[1 + number]}\n{answer}" if len(answers) > 1 else answer)
 
 
 def demo(args: list[str]) -> None:

@@ -37,7 +37,7 @@ class DataSettings:
 
     paths: list[str] = field(default_factory=list)
     template: str = "mft"
-    role_markers: Optional[dict[str, str]] = None  # noqa: UP045  (OmegaConf 2.3 reads Optional in every Python)
+    role_markers: Any = None  # dict of role -> marker; Any, since a typed dict takes no new key from the command line
     seq_length: int = 1024
     long_samples: LongSamples = LongSamples.drop
     split: list[float] = field(default_factory=lambda: [95.0, 5.0, 0.0])
@@ -53,6 +53,11 @@ class DataSettings:
             raise UserError(f"data.seq_length: {self.seq_length} is too small; allowed: 2 or more tokens")
         if self.window < 1:
             raise UserError(f"data.window: {self.window} is too small; allowed: 1 or more samples")
+        if self.role_markers is not None and not isinstance(self.role_markers, dict):
+            raise UserError(
+                f"data.role_markers: {shortened(self.role_markers)} is no mapping; allowed: "
+                '{system: "...", user: "...", assistant: "..."}, or null'
+            )
         if self.limit is not None and self.limit < 1:
             raise UserError(f"data.limit: {self.limit} is too small; allowed: 1 or more samples a task, or null")
         parts = list(self.split)

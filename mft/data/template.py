@@ -47,7 +47,7 @@ class Template:
             if role in given:
                 raise UserError(f"data.role_markers: {given[role]} and {key} are the same role; give one of them")
             given[role] = key
-            self.markers[role] = marker
+            self.markers[role] = marker.replace("\\n", "\n")  # Hydra's command line has no escape for a line break
 
     def pieces(self, messages: Sequence[Message], generation: bool = False) -> list[Piece]:
         """Returns the text in pieces, with a border at the start of each bot target and after it.
