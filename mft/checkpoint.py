@@ -23,12 +23,22 @@ COMPLETE = "COMPLETE"
 class Checkpoints:
     """The `checkpoints/step-N` folders of one run. All ranks call `save`; rank 0 alone renames and removes.
 
-    export: writes the model to a folder (all ranks call it); keep: newest ones that stay beside the best, None = all.
+    export: writes the model to a folder (all ranks call it); keep: newest ones that stay beside the best, None = all;
+    keep_task_best: whether the best one of each task stays, too.
     """
 
-    def __init__(self, run_dir: Path, engine: Any, loss: TaskLoss, export: Callable[[Path], None], keep: int | None):
+    def __init__(
+        self,
+        run_dir: Path,
+        engine: Any,
+        loss: TaskLoss,
+        export: Callable[[Path], None],
+        keep: int | None,
+        keep_task_best: bool = False,
+    ):
         self.folder = run_dir / "checkpoints"
         self.engine, self.loss, self.export, self.keep = engine, loss, export, keep
+        self.keep_task_best = keep_task_best
 
     def save(self, state: State) -> Path:
         """Writes the checkpoint of `state.step`, makes it count, and prunes."""
@@ -50,7 +60,8 @@ class Checkpoints:
             _mark_complete(temporary)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
-            self._prune(protect={state.step, state.best_saved_step})
+            best_of_tasks = state.task_saved_step.values() if self.keep_task_best else ()
+            self._prune(protect={state.step, state.best_saved_step, *best_of_tasks})
         self.engine.barrier()
         return final
 

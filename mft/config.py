@@ -55,6 +55,9 @@ class Train:
     eval_samples: int | None = None
     save_every: int | None = 100
     keep: int | None = None
+    best: str = "mean"
+    keep_task_best: bool = False
+    skip_nonfinite_steps: int = 0
     early_stopping: bool = False
     early_stopping_stall_num: int = 3
     resume: str = "auto"
@@ -81,6 +84,8 @@ class Train:
             raise UserError(f"train.epochs={self.epochs} must be above 0.")
 
 
+        if self.skip_nonfinite_steps < 0:
+            raise UserError(f"train.skip_nonfinite_steps={self.skip_nonfinite_steps} must be 0 (stop at once) or more.")
 @dataclass
 class Launch:
     """Where the ranks come from; conf/launch explains every field."""
@@ -132,6 +137,8 @@ CANNOT_CHANGE_THE_RESULT = (
     "data.bad_rows",
 )
 """Config paths left out of a run's identity. The batch sizes enter as the derived global batch; data as fingerprints."""
+    "train.keep_task_best",
+    "train.skip_nonfinite_steps",  # a run that ends without a skipped step is the same for all values
 
 EXTENDABLE = ("train.max_steps", "train.epochs")
 """A run with larger values of these is the same run, trained further."""

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from mft.batch import Batch
 from mft.config import BatchSizes
 from mft.data.sampler import Row, Sampler, deal, draw, eval_batches, spread
@@ -41,6 +43,10 @@ class Feed:
         if fraction:
             total += math.ceil(fraction * self.sampler.steps_in_epoch(whole))
         return int(min(total, limit))
+
+    def valid_counts(self, tasks: int) -> list[int]:
+        """Returns the number of validation samples of each task."""
+        return np.bincount(self.valid_samples.task_N, minlength=tasks).tolist()
 
     def steps(self, state: State) -> Iterator[StepData]:
         """Yields this rank's micro-batches of every step from where the state stands, without end."""

@@ -84,8 +84,11 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = print) -> dict[str,
 
 
 def objective(summary: dict[str, Any]) -> float:
-    """Returns what a sweeper minimises: the best mean validation loss, else the last training loss; UserError without either."""
-    value = summary.get("best", {}).get("valid/loss", summary.get("train/loss"))
+    """Returns what a sweeper minimises: the best validation by train.best, else the last training loss.
+
+    Raises UserError without either.
+    """
+    value = summary.get("best", {}).get("value", summary.get("train/loss"))
     if value is None:
         raise UserError("The run has neither a validation nor a training loss to compare it by.")
     return float(value)

@@ -1,8 +1,9 @@
-"""The order of events in a training step. Everything the loop calls is named here, in the open; there are no callbacks."""
+"""The order of events in a training step. Everything the loop calls is named here; there are no callbacks."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mft.batch import Batch, Counts
 from mft.errors import UserError
 from mft.loss.base import TaskLoss, task_sums
-from mft.metrics import mean_of_tasks, task_means
+from mft.metrics import criterion, mean_of_tasks, perplexity, task_means
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,8 @@ class State:
     epoch: int = 0
     position: int = 0  # rows of this epoch's order that are done
     passes: float = 0.0  # epochs done, with fraction
-    best_loss: float = math.inf
+    skipped: int = 0  # steps that were not applied because their loss or gradient was not finite
+    best_loss: float = math.inf  # by train.best, like best_step, best_valid and best_saved
     best_step: int = 0
     stalled: int = 0  # validations since the best one
     first_valid: dict[str, float] = field(default_factory=dict)
@@ -34,6 +36,10 @@ class State:
     best_valid: dict[str, float] = field(default_factory=dict)
     best_saved_loss: float = math.inf  # of the checkpoints whose step was validated
     best_saved_step: int = 0
+    task_best_loss: dict[str, float] = field(default_factory=dict)
+    task_best_step: dict[str, int] = field(default_factory=dict)
+    task_saved_loss: dict[str, float] = field(default_factory=dict)  # of the checkpoints whose step was validated
+    task_saved_step: dict[str, int] = field(default_factory=dict)
 
     as_dict = asdict
 
@@ -57,6 +63,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     loss: TaskLoss
     names: Sequence[str]
+    weights: Sequence[float]  # task.<name>.weight, for train.best=weighted
     data: Callable[[State], Iterator[StepData]]  # from where the state stands, without end
     learning_rate: Callable[[int], float]
     validation: Any  # an Evaluator
@@ -73,14 +80,16 @@ class Training:
 
 
 def fit(t: Training) -> str:
-    """Runs the steps that are left; returns "finished", or "stopped" when a rank was asked to stop (a checkpoint is saved).
+    """Runs the steps that are left; returns "finished", or "stopped" when a rank was asked to stop (and all saved).
 
-    Order of events in a step: counts over all ranks, probe, statistics, forward and backward of each share, update, repeat,
-    report, validate, save. Raises UserError on a non-finite loss or gradient, on all ranks.
+    Order of events in a step: counts over all ranks, probe, statistics, forward and backward of each share, update,
+    repeat, report, validate, save. Raises UserError on a non-finite loss or gradient, on all ranks.
     """
+    import torch
+
     state, settings, status = t.state, t.settings, "finished"
-    if state.step == 0 and settings.eval_at_start:
-        validate(t)
+    if state.step == 0 and settings.eval_at_start and validate(t):
+        t.loss.begin(torch.tensor([state.last_valid.get(n, math.nan) for n in t.names], dtype=torch.float64))
     learned: dict[str, float] = {}
     t.module.train()
     for data in t.data(state) if state.step < t.total else ():
@@ -94,25 +103,28 @@ def fit(t: Training) -> str:
         lr = t.learning_rate(step)
         for group in t.optimizer.param_groups:
             group["lr"] = lr
-        losses, sums_2K = [], 0.0
+        nll: list[torch.Tensor] = []
+        sums_2K = torch.zeros(2, len(t.names), dtype=torch.float64, device=t.engine.device)
+        losses_2 = torch.zeros(2, dtype=torch.float64, device=t.engine.device)  # objective, router
         for i, batch in enumerate(batches):
             with t.engine.accumulating(last=i == len(batches) - 1):
                 nll_BT, router = forward(t, batch)
                 share = t.loss.share(nll_BT, batch, counts, statistics)
-                t.engine.backward(share + router / max(1.0, counts.micro_batches))
-            losses.append(nll_BT.detach())
-            micro_2K = task_sums(losses[-1], batch, len(t.names))
-            sums_2K = sums_2K + micro_2K
-            t.meter.micro_batch(share, micro_2K, batch)
+                router = router / max(1.0, counts.micro_batches)
+                t.engine.backward(marked(share + router))
+            nll.append(nll_BT.detach())
+            sums_2K += task_sums(nll[-1], batch, len(t.names))
+            losses_2 += torch.stack([share.detach(), router.detach()])
         grad_norm = t.engine.step(settings.max_grad_norm)
-        if not math.isfinite(grad_norm) and not t.engine.skipped:
-            raise UserError(non_finite(t, step, batches, losses))
-        t.meter.step(grad_norm, counts)
 
-        if t.loss.wants_train(step):
-            learned |= t.loss.learn(step, train_K=task_means(t.engine.sum(sums_2K)).cpu())
-        if t.loss.wants_repeat(step):
-            learned |= t.loss.learn(step, repeat_K=repeated(t, batches))
+        if applied(t, step, grad_norm, batches, nll):
+            t.meter.step(grad_norm, counts, data.batches, losses_2, sums_2K)
+            if t.loss.wants_train(step):
+                learned |= t.loss.learn(step, train_K=task_means(t.engine.sum(sums_2K)).cpu())
+            if t.loss.wants_repeat(step):
+                learned |= t.loss.learn(step, repeat_K=repeated(t, batches))
+        else:
+            t.meter.skip(data.batches)
 
         state.step, state.epoch, state.position, state.passes = step, data.epoch, data.position, data.passes
         if counts.stop:
@@ -127,9 +139,9 @@ def fit(t: Training) -> str:
         if status == "finished" and (ending or every(step, settings.eval_every)):
             improved = validate(t)
             ending = ending or (settings.early_stopping and state.stalled >= settings.early_stopping_stall_num)
-        if ending or every(step, settings.save_every) or (improved and settings.early_stopping):
-            if state.valid_step == step and mean_of_tasks(state.last_valid) < state.best_saved_loss:
-                state.best_saved_loss, state.best_saved_step = mean_of_tasks(state.last_valid), step
+        keeping = (improved and settings.early_stopping) or (settings.keep_task_best and step in task_bests(state))
+        if ending or every(step, settings.save_every) or keeping:
+            note_saved(t)
             t.save(state)
         if ending:
             break
@@ -138,7 +150,7 @@ def fit(t: Training) -> str:
 
 def every(step: int, interval: int | None) -> bool:
     """Whether something done every `interval` steps (null = never) is due."""
-    return bool(interval) and step % interval == 0
+    return interval is not None and step % interval == 0
 
 
 def forward(t: Training, batch: Batch) -> tuple[torch.Tensor, Any]:
@@ -157,7 +169,7 @@ def step_statistics(t: Training, batches: Sequence[Batch]) -> torch.Tensor:
 
 
 def repeated(t: Training, batches: Sequence[Batch]) -> torch.Tensor:
-    """Returns the per-task losses of the same micro-batches after the update; draws no random number that training sees."""
+    """Returns the per-task losses of the same micro-batches after the update; training sees no random number of it."""
     import torch
 
     devices = [t.engine.device] if t.engine.device.type == "cuda" else []
@@ -167,38 +179,105 @@ def repeated(t: Training, batches: Sequence[Batch]) -> torch.Tensor:
 
 
 def validate(t: Training) -> bool:
-    """Validates every task, logs it, keeps count of the best and of the stall; returns whether it is the best so far."""
+    """Validates every task, logs it, keeps count of the best and of the stall; returns whether it is the best yet."""
     state = t.state
     with t.progress.validating():
         losses = t.validation.by_name(t.module)
     if not losses:
         return False
-    mean = mean_of_tasks(losses)
-    t.tracker.log(state.step, {"valid/loss": mean} | {f"valid/loss/{name}": value for name, value in losses.items()})
+    judged = criterion(losses, t.settings.best, dict(zip(t.names, t.weights, strict=True)))
+    values = {"valid/loss": mean_of_tasks(losses)}
+    if t.settings.best in ("worst", "weighted"):
+        values[f"valid/{t.settings.best}"] = judged
+    for name, loss in losses.items():
+        values |= {f"valid/loss/{name}": loss, f"valid/perplexity/{name}": perplexity(loss)}
+        if loss < state.task_best_loss.get(name, math.inf):
+            state.task_best_loss[name], state.task_best_step[name] = loss, state.step
+    t.tracker.log(state.step, values)
     t.progress.validated(state.step, losses)
     state.first_valid = state.first_valid or losses
     state.last_valid, state.valid_step = losses, state.step
-    if mean < state.best_loss:
-        state.best_loss, state.best_step, state.stalled, state.best_valid = mean, state.step, 0, losses
+    if judged < state.best_loss:
+        state.best_loss, state.best_step, state.stalled, state.best_valid = judged, state.step, 0, losses
         return True
     state.stalled += 1
     return False
 
 
-def non_finite(t: Training, step: int, batches: Sequence[Batch], losses: Sequence[torch.Tensor]) -> str:
-    """Returns the sentence for a non-finite step: the tasks and samples whose loss is not finite on this rank."""
+def task_bests(state: State) -> set[int]:
+    """Returns the steps at which a task has its best validation loss so far."""
+    return set(state.task_best_step.values())
+
+
+def note_saved(t: Training) -> None:
+    """Notes which of the checkpoints is the best, and the best of each task, if the step being saved was validated."""
+    state = t.state
+    if state.valid_step != state.step or not state.last_valid:
+        return
+    judged = criterion(state.last_valid, t.settings.best, dict(zip(t.names, t.weights, strict=True)))
+    if judged < state.best_saved_loss:
+        state.best_saved_loss, state.best_saved_step = judged, state.step
+    for name, loss in state.last_valid.items():
+        if loss < state.task_saved_loss.get(name, math.inf):
+            state.task_saved_loss[name], state.task_saved_step[name] = loss, state.step
+
+
+def marked(objective: torch.Tensor) -> torch.Tensor:
+    """Returns the objective, with a gradient that is not finite where the objective is not.
+
+    The gradient of a loss of inf may be finite. This way the exchange of gradients tells every rank, without another
+    exchange and without waiting for the device; a finite objective and its gradient are multiplied by exactly 1.
+    """
+    return objective * (1 + 0 * objective.detach())
+
+
+def applied(t: Training, step: int, grad_norm: float, batches: Sequence[Batch], nll: Sequence[torch.Tensor]) -> bool:
+    """Returns whether the step's update happened; all ranks agree.
+
+    A non-finite step is not applied. Of those at most train.skip_nonfinite_steps are passed over with a warning, the
+    next one raises UserError on all ranks. An overflow of the gradients that the fp16 loss scaler answers is neither.
+    """
+    if math.isfinite(grad_norm):
+        return True
+    culprits = non_finite_samples(t, batches, nll)
+    if t.engine.skipped and not culprits:
+        return False
+    message = non_finite(t, step, culprits)
+    if t.state.skipped >= t.settings.skip_nonfinite_steps:
+        raise UserError(message)
+    t.state.skipped += 1
+    if t.engine.is_main:
+        warnings.warn(f"{message} Skipped, {t.state.skipped} of {t.settings.skip_nonfinite_steps}.", stacklevel=2)
+    return False
+
+
+NAMED = 5
+"""Samples of each rank that an error names at most."""
+
+
+def non_finite_samples(t: Training, batches: Sequence[Batch], nll: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Returns (task, index) of samples whose loss is not finite, of all ranks; all ranks call it and get the same."""
     import torch
 
-    culprits: dict[tuple[int, int], None] = {}
-    for batch, nll_BT in zip(batches, losses, strict=True):
+    found: dict[tuple[int, int], None] = {}
+    for batch, nll_BT in zip(batches, nll, strict=True):
         for number in torch.unique(batch.sample_BT[~torch.isfinite(nll_BT)]).tolist():
-            culprits[batch.samples[number]] = None
-    named = "; ".join(f"task {t.names[task]}, {t.origin((task, index))}" for task, index in list(culprits)[:5])
-    if named:
-        reason = f"the loss is not finite for: {named}"
-    else:
-        reason = "the losses of this rank are finite, the gradient is not (overflow, or a loss on another rank)"
+            found[batch.samples[number]] = None
+    table = torch.zeros(t.engine.world, NAMED, 2, dtype=torch.float64)
+    for place, (task, index) in enumerate(list(found)[:NAMED]):
+        table[t.engine.rank, place] = torch.tensor([task + 1, index])
+    rows = t.engine.sum(table).flatten(0, 1).long().tolist()
+    return [(task - 1, index) for task, index in rows if task]
+
+
+def non_finite(t: Training, step: int, culprits: Sequence[tuple[int, int]]) -> str:
+    """Returns the sentence for a non-finite step."""
+    named = "; ".join(f"task {t.names[task]}, {t.origin((task, index))}" for task, index in culprits)
+    reason = (
+        f"the loss is not finite for: {named}" if named else "every loss is finite, the gradient is not (an overflow)"
+    )
     return (
         f"Step {step} has a non-finite loss or gradient and was not applied: {reason}. "
-        "A lower optimizer.lr, longer scheduler.warmup or train.precision=fp32 often helps; the last checkpoint is intact."
+        "A lower optimizer.lr, longer scheduler.warmup or train.precision=fp32 often helps; the last checkpoint is "
+        "intact."
     )

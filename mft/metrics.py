@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from mft.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +20,18 @@ PEAK_BF16_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 12
 
 
 def task_means(sums_2K: torch.Tensor) -> torch.Tensor:
-    """Returns token means [K] of ([nll sums, token counts]); NaN where a task has no token."""
-    return sums_2K[0] / sums_2K[1]
+    """Returns token means [K] of ([nll sums, token counts]): NaN where a task has no token, inf where not finite.
+
+    So NaN always means absent, and a loss that overflowed stays visible and is never the best.
+    """
+    import torch
+
+    mean_K = sums_2K[0] / sums_2K[1]
+    return torch.where((sums_2K[1] > 0) & ~torch.isfinite(mean_K), torch.inf, mean_K)
 
 
 class Meter:
-    """Sums what happened since the last `read`. Adding costs no device synchronisation."""
+    """Sums what happened since the last `read`. Adding a step costs no device synchronisation."""
 
     def __init__(
         self, names: Sequence[str], device: Any, flops_per_token: float = 0.0, peak_tflops: float | None = None
@@ -32,45 +40,70 @@ class Meter:
 
         self.names = list(names)
         self.sums_2K = torch.zeros(2, len(names), dtype=torch.float64, device=device)
-        self.objective = torch.zeros((), dtype=torch.float64, device=device)
+        self.losses_2 = torch.zeros(2, dtype=torch.float64, device=device)  # the objective and the router's loss
         self.flops_per_token = flops_per_token
         self.peak_flops = (peak_tflops or known_peak(device) or 0.0) * 1e12
         self._restart()
 
     def _restart(self) -> None:
         self.sums_2K.zero_()
-        self.objective.zero_()
-        self.steps, self.tokens, self.padding = 0, 0, 0
-        self.grad_norm = 0.0
+        self.losses_2.zero_()
+        self.steps, self.tokens, self.padding, self.skipped = 0, 0, 0, 0
+        self.grad_norm = math.nan
         self.samples_K = [0.0] * len(self.names)
         self.started = time.perf_counter()
 
-    def micro_batch(self, share: torch.Tensor, sums_2K: torch.Tensor, batch: Batch) -> None:
-        """Adds one micro-batch of this rank: its share, its per-task sums, the tokens it holds."""
-        self.objective += share.detach()
-        self.sums_2K += sums_2K
-        filled = int((batch.sample_BT >= 0).sum())
-        self.tokens += filled
-        self.padding += batch.sample_BT.numel() - filled
+    def step(
+        self,
+        grad_norm: float,
+        counts: Counts,
+        batches: Sequence[Batch],
+        losses_2: torch.Tensor,
+        sums_2K: torch.Tensor,
+    ) -> None:
+        """Adds one optimizer step.
 
-    def step(self, grad_norm: float, counts: Counts) -> None:
-        """Adds one optimizer step."""
+        counts: of all ranks; the rest of this rank: its micro-batches (on the CPU), float64 [2] the sum of its shares
+        and of its router losses, and [2, K] as from `task_sums`.
+        """
         self.steps += 1
         self.grad_norm = grad_norm
         self.samples_K = [a + b for a, b in zip(self.samples_K, counts.samples_K.tolist(), strict=True)]
+        self.losses_2 += losses_2
+        self.sums_2K += sums_2K
+        self._count(batches)
+
+    def skip(self, batches: Sequence[Batch]) -> None:
+        """Adds a step that was not applied: its time and tokens count, its losses do not."""
+        self.skipped += 1
+        self._count(batches)
+
+    def _count(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            filled = int((batch.sample_BT >= 0).sum())
+            self.tokens += filled
+            self.padding += batch.sample_BT.numel() - filled
 
     def read(self, engine: Any) -> dict[str, float]:
         """Returns the metrics since the last read, summed over ranks, and starts again. All ranks must call it."""
         import torch
 
-        if not self.steps:
+        done = self.steps + self.skipped
+        if not done:
             return {}
         seconds = time.perf_counter() - self.started
         local = torch.tensor([self.tokens, self.padding], dtype=torch.float64, device=self.sums_2K.device)
-        summed = engine.sum(torch.cat([self.sums_2K.flatten(), self.objective.reshape(1), local])).cpu()
+        summed = engine.sum(torch.cat([self.sums_2K.flatten(), self.losses_2, local])).cpu()
         tasks = len(self.names)
-        sums_2K, (objective, tokens, padding) = summed[: 2 * tasks].reshape(2, tasks), summed[2 * tasks :].tolist()
-        values = {"train/loss": objective / self.steps, "grad_norm": self.grad_norm}
+        sums_2K, (objective, router, tokens, padding) = (
+            summed[: 2 * tasks].reshape(2, tasks),
+            summed[2 * tasks :].tolist(),
+        )
+        values = {"train/loss": objective / self.steps if self.steps else math.nan, "grad_norm": self.grad_norm}
+        if router:
+            values["train/router"] = router / self.steps
+        if self.skipped:
+            values["train/skipped_steps"] = float(self.skipped)
         means_K = task_means(sums_2K).tolist()
         for name, mean, trained, samples in zip(self.names, means_K, sums_2K[1].tolist(), self.samples_K, strict=True):
             if trained:
@@ -78,7 +111,7 @@ class Meter:
             values[f"train/tokens/{name}"] = trained
             values[f"train/samples/{name}"] = samples
         values["speed/tokens_per_second"] = tokens / seconds
-        values["speed/seconds_per_step"] = seconds / self.steps
+        values["speed/seconds_per_step"] = seconds / done
         values["data/fill"] = tokens / max(1.0, tokens + padding)
         if self.peak_flops and self.flops_per_token:
             values["speed/mfu"] = tokens / seconds * self.flops_per_token / (self.peak_flops * engine.world)
@@ -98,8 +131,11 @@ def known_peak(device: Any) -> float | None:
 
 
 def flops_per_token(model: torch.nn.Module) -> float:
-    """Returns the matrix work of one token in one training step: 2 N forward, 2 N back through the activations, and 2 more
-    for every trained weight. N leaves out the embedding table, attention's quadratic part and recomputation."""
+    """Returns the matrix work of one token in one training step.
+
+    2 N forward, 2 N back through the activations, and 2 more for every trained weight. N leaves out the embedding
+    table, attention's quadratic part and recomputation.
+    """
     embeddings = {
         id(p) for m in model.modules() if type(m).__name__ == "Embedding" for p in m.parameters(recurse=False)
     }
@@ -121,7 +157,37 @@ def peak_memory_gib(device: Any) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def mean_of_tasks(losses: dict[str, float]) -> float:
-    """Returns the plain mean over the tasks that have a loss; NaN when none has."""
-    values = [v for v in losses.values() if not math.isnan(v)]
-    return sum(values) / len(values) if values else math.nan
+def mean_of_tasks(losses: Mapping[str, float]) -> float:
+    """Returns the plain mean of the tasks' losses; NaN when there is none."""
+    return sum(losses.values()) / len(losses) if losses else math.nan
+
+
+BEST = ("mean", "worst", "weighted")
+"""What train.best may be besides the name of a task."""
+
+
+def criterion(losses: Mapping[str, float], best: str, weights: Mapping[str, float]) -> float:
+    """Returns the number by which a validation is judged, the smaller the better; NaN when no task has a loss.
+
+    best: mean of the tasks | worst of them | weighted mean by `weights` (task.<name>.weight) | the name of one task.
+    Raises UserError for a task without validation samples, and where every task that has some has weight 0.
+    """
+    if not losses:
+        return math.nan
+    if best == "mean":
+        return mean_of_tasks(losses)
+    if best == "worst":
+        return max(losses.values())
+    if best == "weighted":
+        total = sum(weights[name] for name in losses)
+        if not total > 0:
+            raise UserError("train.best=weighted: every task with validation samples has weight 0; use train.best=mean")
+        return sum(weights[name] * loss for name, loss in losses.items() if weights[name]) / total
+    if best not in losses:
+        raise UserError(f"train.best={best}: this task has no validation samples; those that have: {', '.join(losses)}")
+    return losses[best]
+
+
+def perplexity(loss: float) -> float:
+    """Returns exp(loss in nats per token), inf where that is beyond a float."""
+    return math.exp(loss) if loss < 709 else math.inf

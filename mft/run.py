@@ -77,6 +77,8 @@ def run(
     sizes = batch_sizes(train, engine.world)
     feed = Feed(stores, make("data.rows"), sizes, engine.rank, tokenizer.pad_token_id, train, data)
     total = feed.total_steps()
+    if engine.is_main:
+        rundir.write_json(run_dir / "plan.json", {"total_steps": total, "tasks": names})
 
     seed_everything(train.seed)  # the same first adapters on every rank
     computing = compute_dtype(precision)
@@ -87,7 +89,9 @@ def run(
     base_lr = learning_rate(optim, peft)
     module = TokenLoss(model, family)
     module, optimizer = engine.prepare(module, optim.build(module.named_parameters(), base_lr))
-    loss.start(names, [task.weight for task in tasks])
+    weights = [task.weight for task in tasks]
+    loss.start(names, weights)
+    loss.planned(total, feed.valid_counts(len(tasks)))
 
     def export(folder: Path) -> None:
         weights = engine.full_state(module)
@@ -95,7 +99,7 @@ def run(
             save_final(engine.unwrap(module), tokenizer, folder, state_dict=weights)
 
     keep = train.keep if train.keep is not None else peft.keep_default
-    checkpoints = Checkpoints(run_dir, engine, loss, export, keep)
+    checkpoints = Checkpoints(run_dir, engine, loss, export, keep, train.keep_task_best)
     tracker = FanOut([Jsonl(), *(make(f"tracking.{name}") for name in cfg.tracking)]) if engine.is_main else Tracker()
     t = Training(
         engine=engine,
@@ -103,6 +107,7 @@ def run(
         optimizer=optimizer,
         loss=loss,
         names=names,
+        weights=weights,
         data=feed.steps,
         learning_rate=lambda step: scheduler.lr(step, total, base_lr),
         validation=Evaluator(engine, names, feed.validation),
@@ -144,7 +149,7 @@ def run(
         progress.show(f"going on from {resumed.name}")
         restore(resumed, t.state, engine, loss)
     status = "failed"
-    tracker.open(run_dir, plain(cfg), run_tags(run_dir), t.state.step)
+    tracker.open(run_dir, plain(cfg), run_tags(cfg, run_dir), t.state.step)
     try:
         progress.start(t.state.step, total)
         status = fit(t)
@@ -198,8 +203,17 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def run_tags(run_dir: Path) -> dict[str, str]:
-    """Returns what a tracker keeps beside the config: identity, overrides, commit, versions, host."""
-    overrides = rundir.read_json(run_dir / "overrides.json").get("overrides", [])
+def run_tags(cfg: DictConfig, run_dir: Path) -> dict[str, str]:
+    """Returns what a tracker keeps beside the config: what ran, in which sweep, on which data, commit, versions, host."""
+    known = rundir.read_json(run_dir / "overrides.json")
     identity = rundir.Identity.read(run_dir)
-    return tags() | {"overrides": " ".join(overrides), "identity": identity.extended if identity else ""}
+    found = tags() | {
+        "overrides": " ".join(known.get("overrides", [])),
+        "identity": identity.extended if identity else "",
+        "data_fingerprint": known.get("data", ""),
+        "run_folder": str(run_dir),
+    }
+    found |= {group: option for group, option in cfg.choices.items() if group in ("model", "peft", "dist", "loss")}
+    if known.get("sweep"):
+        found |= {"sweep": known["sweep"], "job": known.get("label") or found["overrides"]}
+    return found

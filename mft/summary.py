@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mft import plots, rundir
-from mft.loop import Training
+from mft.loop import State, Training
 from mft.metrics import mean_of_tasks, peak_memory_gib
 from mft.progress import losses_table, settings_table
 
@@ -32,7 +32,9 @@ def summarise(t: Training, status: str, run_dir: Path, seconds: float) -> dict[s
         "peak_memory_gib": round(peak, 3),
         "first": _losses(state.first_valid),
         "last": _losses(state.last_valid),
-        "best": _losses(state.best_valid) | ({"step": state.best_step} if state.best_valid else {}),
+        "best": _losses(state.best_valid) | _best(t),
+        "best_by_task": {name: _task_best(state, name, run_dir) for name in t.names if name in state.task_best_loss},
+        "skipped_steps": state.skipped,
         "train/loss": last_train,
         "best_checkpoint": _existing(run_dir / "checkpoints" / f"step-{state.best_saved_step}"),
         "final": _existing(run_dir / "final"),
@@ -78,6 +80,18 @@ def _losses(by_task: dict[str, float]) -> dict[str, float]:
     named = {f"valid/loss/{name}": value for name, value in by_task.items()}
     mean = mean_of_tasks(by_task)
     return named if math.isnan(mean) else {"valid/loss": mean} | named
+
+
+def _best(t: Training) -> dict[str, Any]:
+    state = t.state
+    return {"step": state.best_step, "by": t.settings.best, "value": state.best_loss} if state.best_valid else {}
+
+
+def _task_best(state: State, name: str, run_dir: Path) -> dict[str, Any]:
+    """Returns a task's best validation, and its best checkpoint among those whose step was validated."""
+    saved = state.task_saved_step.get(name)
+    checkpoint = _existing(run_dir / "checkpoints" / f"step-{saved}")
+    return {"valid/loss": state.task_best_loss[name], "step": state.task_best_step[name], "checkpoint": checkpoint}
 
 
 def _last_logged(path: Path, key: str) -> float | None:

@@ -7,6 +7,7 @@ exchanging them.
 from __future__ import annotations
 
 import enum
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -131,7 +132,8 @@ def arrays(state: Mapping[str, Any], *names: str) -> list[np.ndarray]:
 
 
 def measured(loss_K: torch.Tensor, dropped_K: np.ndarray) -> np.ndarray:
-    """Returns the losses as float64 numpy, NaN where not finite; infinite ones are counted in `dropped_K`."""
+    """Returns the losses as float64 numpy, NaN where not finite; infinite ones (measured, not finite: see `task_means`)
+    are counted in `dropped_K`."""
     row_K = loss_K.detach().double().cpu().numpy().copy()
     dropped_K += np.isinf(row_K)
     row_K[~np.isfinite(row_K)] = np.nan
@@ -159,6 +161,28 @@ def check_probing(mode: str, warmup_steps: int, history_length: int, update_inte
         raise UserError(
             f"loss.history_length is {n} probes; {mode} needs at least "
             f"loss.warmup_steps / loss.update_interval = {w // u}: raise loss.history_length or lower loss.warmup_steps"
+        )
+
+
+def check_probes(mode: str, names: Sequence[str], valid_samples: Sequence[int]) -> None:
+    """Raises UserError when no task has a validation sample to probe; warns of the tasks that have none."""
+    without = [name for name, count in zip(names, valid_samples, strict=True) if not count]
+    if len(without) == len(names):
+        raise UserError(
+            f"loss={mode} learns its weights from validation samples, and no task has any; give data.split a "
+            "validation part, e.g. data.split=[95,5,0]"
+        )
+    if without:
+        warnings.warn(f"loss={mode} cannot judge tasks without validation samples: {', '.join(without)}", stacklevel=2)
+
+
+def warn_of_a_short_run(mode: str, steps: int, still: int, key: str, value: int, largest: int) -> None:
+    """Warns when the weights hold still in all of the run's steps; still: steps before the first with new weights."""
+    if steps <= still:
+        advice = f"set {key} to {largest} or less" if largest >= 1 else "train longer"
+        warnings.warn(
+            f"loss={mode} will not move its weights: {key} is {value} and the run has {steps} steps; {advice}",
+            stacklevel=2,
         )
 
 

@@ -32,11 +32,12 @@ def task_sums(nll_BT: torch.Tensor, batch: Batch, tasks: int) -> torch.Tensor:
 class TaskLoss:
     """Turns per-token losses into this micro-batch's share of the step's objective.
 
-    Subclasses are dataclasses of plain values (their yaml lists every field). Order of calls:
-    `start` once; then in every optimizer step `probe` data if `wants_probe` -> `learn(valid_K=...)`; `statistics` over
-    all micro-batches if `needs_statistics`; `share` for each micro-batch; after the update `learn(train_K=...)` if
-    `wants_train`, then `learn(repeat_K=...)` if `wants_repeat`. `state_dict` goes into checkpoints. Steps are numbered
-    from 1: a probe before step s measures the model after s - 1 updates, and its weights hold from step s on.
+    Subclasses are dataclasses of plain values (their yaml lists every field). Order of calls: `start` and `planned`
+    once, `begin` if there is a validation before the first step; then in every optimizer step `probe` data if
+    `wants_probe` -> `learn(valid_K=...)`; `statistics` over all micro-batches if `needs_statistics`; `share` for each
+    micro-batch; after the update `learn(train_K=...)` if `wants_train`, then `learn(repeat_K=...)` if `wants_repeat`.
+    `state_dict` goes into checkpoints. Steps are numbered from 1: a probe before step s measures the model after s - 1
+    updates, and its weights hold from step s on.
 
     needs_statistics: whether the mode has `statistics`; probe_samples: samples of each task that one probe reads, all
     ranks together (0 = the mode makes no probes).
@@ -59,6 +60,15 @@ class TaskLoss:
                 raise UserError(f"task.{name}.weight is {weight}; a weight in the loss is a finite number, 0 or larger")
         self.names = tuple(names)
         self.weight_K = torch.tensor(list(weights), dtype=torch.float64)
+
+    def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
+        """Is told, after `start`, how many optimizer steps the run has and how many validation samples each task has.
+
+        Raises UserError where the mode cannot work with that; warns where its weights would never move.
+        """
+
+    def begin(self, valid_K: torch.Tensor) -> None:
+        """Takes the per-task losses of the validation before the first step, if there is one (train.eval_at_start)."""
 
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
@@ -99,9 +109,10 @@ class TaskLoss:
         train_K: torch.Tensor | None = None,
         repeat_K: torch.Tensor | None = None,
     ) -> dict[str, float]:
-        """Takes per-task token-mean losses (float64 [K], NaN = task absent) and returns values to log.
+        """Takes per-task token-mean losses and returns values to log.
 
-        The losses are sums over all ranks, so that every rank learns the same; names as in `train/weight/<task>`.
+        Losses are float64 [K]: NaN = task absent, inf = not finite. They come from sums over all ranks, so
+        that every rank learns the same. Names of the values as in `train/weight/<task>`.
         """
         return {}
 

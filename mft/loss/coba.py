@@ -24,7 +24,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mft.errors import UserError
-from mft.loss.adaptive import Adaptive, History, arrays, check_probing, chosen, line_slope, measured, softmax, tensors
+from mft.loss.adaptive import (
+    Adaptive,
+    History,
+    arrays,
+    check_probes,
+    check_probing,
+    chosen,
+    line_slope,
+    measured,
+    softmax,
+    tensors,
+    warn_of_a_short_run,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +93,17 @@ class Coba(Adaptive):
         self.first_K = np.full(len(self.names), np.nan)
         self.ratios, self.slopes, self.largest = History(length), History(length), History(length)
 
+    def begin(self, valid_K: torch.Tensor) -> None:
+        """Takes L_i^val(0), the unit of the ratios, as in the original; else the first probe of a task is it."""
+        self.first_K = measured(valid_K, self.dropped_K)
+
+    def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
+        check_probes("coba", self.names, valid_samples)
+        still, u = self.warmup_steps - self.update_interval, self.update_interval
+        largest = (steps - 1 + u) // u * u
+        largest = largest if largest >= 3 * u else 0
+        warn_of_a_short_run("coba", steps, still, "loss.warmup_steps", self.warmup_steps, largest)
+
     def wants_probe(self, step: int) -> bool:
         return (step - 1) % self.update_interval == 0
 
@@ -96,10 +119,8 @@ class Coba(Adaptive):
         row_K = measured(valid_K, self.dropped_K)
         self.first_K = np.where(np.isnan(self.first_K), row_K, self.first_K)
         update = step - 1
-        if update == 0:
-            return (
-                self.logged()
-            )  # the probe before training is the unit of the ratios and, as in the original, in no fit
+        if update == 0:  # as in the original, the probe before training is in no fit
+            return self.logged()
         self.ratios.append(update, row_K / self.first_K)
         if update + self.update_interval < self.warmup_steps:
             return self.logged()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mft.errors import UserError
-from mft.loss.adaptive import Adaptive, arrays, measured, softmax, tensors
+from mft.loss.adaptive import Adaptive, arrays, measured, softmax, tensors, warn_of_a_short_run
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,9 @@ class Dwa(Adaptive):
         super().start(names, weights)
         self.sum_K, self.count_K = np.zeros(len(self.names)), np.zeros(len(self.names))
         self.last_K, self.windows = np.full(len(self.names), np.nan), 0
+
+    def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
+        warn_of_a_short_run("dwa", steps, 2 * self.window, "loss.window", self.window, (steps - 1) // 2)
 
     def wants_train(self, step: int) -> bool:
         return True

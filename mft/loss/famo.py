@@ -23,7 +23,7 @@ import numpy as np
 
 from mft.batch import Batch, Counts
 from mft.errors import UserError
-from mft.loss.adaptive import Adam, Adaptive, arrays, chosen, measured, softmax, tensors
+from mft.loss.adaptive import Adam, Adaptive, arrays, check_probes, chosen, measured, softmax, tensors
 from mft.loss.base import task_sums
 from mft.loss.focal import by_task
 from mft.loss.mean import inverse, weighted_sum
@@ -73,6 +73,10 @@ class Famo(Adaptive):
         self.xi_K = np.zeros(len(self.names))
         self.before_K = np.full(len(self.names), np.nan)
         self.adam = Adam(len(self.names), self.lr, self.weight_decay)
+
+    def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
+        if self.source is Source.valid:
+            check_probes("famo with loss.source=valid", self.names, valid_samples)
 
     def wants_probe(self, step: int) -> bool:
         return self.source is Source.valid

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mft.errors import UserError
-from mft.loss.adaptive import Adaptive, History, check_probing, measured, softmax
+from mft.loss.adaptive import Adaptive, History, check_probes, check_probing, measured, softmax, warn_of_a_short_run
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,13 @@ class SelfPaced(Adaptive):
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().start(names, weights)
         self.history = History(self.history_length)
+
+    def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
+        check_probes("self_paced", self.names, valid_samples)
+        still, u = self.warmup_steps - self.update_interval, self.update_interval
+        largest = (steps - 1 + u) // u * u
+        largest = largest if largest >= 3 * u else 0
+        warn_of_a_short_run("self_paced", steps, still, "loss.warmup_steps", self.warmup_steps, largest)
 
     def wants_probe(self, step: int) -> bool:
         return (step - 1) % self.update_interval == 0
