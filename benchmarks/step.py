@@ -1,0 +1,130 @@
+"""The demo's training step: token losses only where a token carries loss, against full logits.
+
+    python -m benchmarks.step [repeats]
+
+Both variants take turns on the same packed rows of the demo's tasks (2 rows of 1,024 tokens, LoRA, the machine's fast
+precision); time is CPU seconds of the process. Memory is the peak of a fresh process for each variant, above what it held
+before its first step. Needs `mft demo`.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROWS, SEQ_LENGTH = 2, 1024
+
+
+def setting() -> tuple[Callable[[str], None], int]:
+    """Returns (a function that runs one step of a variant, the non-padding tokens of a step)."""
+    import torch
+
+    from mft.batch import Counts
+    from mft.compose import compose_resolved
+    from mft.config import fast_precision
+    from mft.data.pack import Pack
+    from mft.data.sampler import Sampler
+    from mft.data.settings import DataSettings
+    from mft.data.store import Samples, prepare
+    from mft.data.task import all_tasks
+    from mft.data.template import named
+    from mft.data.tokenize import Encoder
+    from mft.dist.base import Single
+    from mft.loss.mean import TaskTokenMean
+    from mft.build import build
+    from mft.model.forward import TokenLoss
+    from mft.model.peft import compute_dtype
+
+    cfg = compose_resolved(["experiment=demo"])
+    precision = fast_precision().value
+    family, peft = build(cfg.model), build(cfg.peft)
+    tokenizer = family.tokenizer()
+    tasks = all_tasks({name: build(cfg.task[name]) for name in cfg.task}, [])
+    encoder = Encoder(tokenizer, named("mft"))
+    stores = [prepare(task, encoder, DataSettings(seq_length=SEQ_LENGTH), cfg.cache_dir) for task in tasks]
+    samples = Samples(stores)
+    rows, _ = next(Sampler(samples, Pack(), SEQ_LENGTH, ROWS, seed=1).steps())
+    batch = Pack().collate(samples.load(rows), tokenizer.pad_token_id, SEQ_LENGTH)
+    engine = Single().start(precision)
+    model = peft.attach(family.model(peft.dtype(precision), compute_dtype=compute_dtype(precision)), family)
+    module = TokenLoss(model, family)
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
+    module, optimizer = engine.prepare(module, optimizer)
+    loss = TaskTokenMean()
+    loss.start([task.name for task in tasks], [1.0] * len(tasks))
+    counts = Counts.of([batch], len(tasks))
+
+    def step(variant: str) -> None:
+        if variant == "where trained":
+            nll_BT, _ = module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
+        else:
+            with engine.autocast():
+                logits = model(
+                    input_ids=batch.ids_BT, position_ids=batch.position_BT, attention_mask=None, use_cache=False
+                ).logits
+            flat = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), batch.target_BT.flatten(), ignore_index=-100, reduction="none"
+            )
+            nll_BT = flat.view(batch.ids_BT.shape)
+        engine.backward(loss.share(nll_BT, batch, counts))
+        engine.step(1.0)
+
+    return step, int((batch.sample_BT >= 0).sum())
+
+
+VARIANTS = ("where trained", "full logits")
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory(variant: str) -> None:
+    """Prints the peak of two steps above what the process held before, in GiB."""
+    step, _ = setting()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+    step(variant)
+    step(variant)
+    print(json.dumps(peak_gib() - before))
+
+
+def main(repeats: int) -> None:
+    """Prints the table."""
+    step, tokens = setting()
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    walls: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for round_number in range(repeats + 1):
+        for variant in VARIANTS:
+            started, wall = time.process_time(), time.perf_counter()
+            step(variant)
+            if round_number:  # the first warms up
+                seconds[variant].append(time.process_time() - started)
+                walls[variant].append(time.perf_counter() - wall)
+    print(f"{tokens} tokens a step, {repeats} steps each, taking turns")
+    base = statistics.median(seconds["full logits"])
+    peaks = {}
+    for variant in VARIANTS:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.step", "--memory", variant], capture_output=True, text=True, check=True
+        )
+        peaks[variant] = float(done.stdout.strip().splitlines()[-1])
+    for variant in VARIANTS:
+        median, wall = statistics.median(seconds[variant]), statistics.median(walls[variant])
+        print(
+            f"{variant:<14} {tokens / median:6.0f} tokens per CPU second ({base / median:.2f} x)  "
+            f"{tokens / wall:6.0f} tokens/s  step memory {peaks[variant]:.2f} GiB "
+            f"({peaks[variant] / peaks['full logits']:.2f} x)"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--memory"]:
+        memory(sys.argv[2])
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
