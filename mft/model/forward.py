@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from mft.batch import IGNORE
+from mft.model.attention import attend_per_sample, row_of_samples
 from mft.model.cross_entropy import chunk_rows, linear_nll, module_nll
-from mft.model.parts import base_of
+from mft.model.parts import base_of, decoder_of
 
 if TYPE_CHECKING:
     from mft.model.family import CausalLM
@@ -32,11 +33,12 @@ class TokenLoss(nn.Module):
         self.model = model
         self.family = family
         base = base_of(model)
-        self.rows = rows or chunk_rows(base.get_output_embeddings().weight.shape[0])
+        self.rows = rows or chunk_rows(vocabulary(base.get_output_embeddings()))
         self.router_coef = family.router_weight(base)
+        self.per_sample = attend_per_sample(base)
         # transformers' flash attention sees sample borders in position ids only in a batch of one row: with more rows,
         # packed samples would attend to each other without an error. As one long row the borders hold everywhere.
-        self.one_row = "flash" in (getattr(base.config, "_attn_implementation", None) or "")
+        self.one_row = self.per_sample or "flash" in (getattr(base.config, "_attn_implementation", None) or "")
 
     def forward(
         self, ids_BT: torch.Tensor, target_BT: torch.Tensor, position_BT: torch.Tensor, sample_BT: torch.Tensor
@@ -49,24 +51,38 @@ class TokenLoss(nn.Module):
         no token is trained, with zero gradient, so that every rank takes part in the exchange of gradients.
         """
         base = base_of(self.model)
-        shape = ids_BT.shape
-        position_BT = trailing_positions(position_BT, sample_BT)
-        if self.one_row:
-            ids_BT, position_BT = ids_BT.reshape(1, -1), position_BT.reshape(1, -1)
-        router_logits = {"output_router_logits": True} if self.router_coef else {}
         # Without a mask and without a cache transformers builds the block-diagonal mask from restarting positions. A
         # mask of ones or use_cache=True would let the samples of a row see each other, silently.
-        outputs = base.get_decoder()(
-            input_ids=ids_BT, attention_mask=None, position_ids=position_BT, use_cache=False, **router_logits
-        )
-        hidden_BTH = outputs[0]
+        arguments: dict[str, Any] = {"attention_mask": None, "use_cache": False}
+        if self.router_coef:
+            arguments["output_router_logits"] = True
+        present_BT = sample_BT >= 0
+        if self.one_row:  # the samples of all rows one after the other, without padding
+            if not present_BT.any():
+                present_BT[0, 0] = True  # a batch of padding still takes part, with one token
+            ids_BT, position_BT = ids_BT[present_BT][None], position_BT[present_BT][None]
+            if self.per_sample:
+                arguments |= row_of_samples(position_BT[0])
+        else:
+            position_BT = trailing_positions(position_BT, sample_BT)
+        outputs = decoder_of(base)(input_ids=ids_BT, position_ids=position_BT, **arguments)
+        hidden_mH = outputs[0].reshape(-1, outputs[0].shape[-1])
 
-        target_BT = target_BT.reshape(-1)
-        where_n = (target_BT != IGNORE).nonzero().squeeze(-1)
-        hidden_nH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, where_n)
-        nll_n = self._nll(base, hidden_nH, target_BT[where_n])
-        nll_BT = nll_n.new_zeros(target_BT.shape).index_put((where_n,), nll_n).view(shape)
-        return nll_BT, self._router(base, outputs, sample_BT, trained=len(where_n) > 0)
+        flat_m = target_BT[present_BT] if self.one_row else target_BT.reshape(-1)
+        where_n = (flat_m != IGNORE).nonzero().squeeze(-1)
+        nll_n = self._nll(base, hidden_mH.index_select(0, where_n), flat_m[where_n])
+        nll_BT = nll_n.new_zeros(target_BT.shape).masked_scatter(target_BT != IGNORE, nll_n)
+        mask_BT = None if self.one_row else present_BT.to(torch.int64)
+        return nll_BT, self._router(base, outputs, mask_BT, trained=len(where_n) > 0)
+
+    def direct_weights(self) -> list[nn.Parameter]:
+        """Returns the weights that are read without calling their module: ZeRO-3 has to be told of them."""
+        base = base_of(self.model)
+        return [base.get_output_embeddings().weight] if self.family.plain_head(base) else []
+
+    def layer_classes(self) -> list[str]:
+        """Returns the class names of the decoder layers, the unit of sharding."""
+        return self.family.layer_classes(self.model)
 
     def _nll(self, base: Any, hidden_nH: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
         head = base.get_output_embeddings()
@@ -74,7 +90,7 @@ class TokenLoss(nn.Module):
             return linear_nll(hidden_nH, head.weight, target_n, self.rows)
         return module_nll(lambda hidden_rH: self.family.logits(self.model, hidden_rH), hidden_nH, target_n, self.rows)
 
-    def _router(self, base: Any, outputs: Any, sample_BT: torch.Tensor, trained: bool) -> torch.Tensor:
+    def _router(self, base: Any, outputs: Any, mask_BT: torch.Tensor | None, trained: bool) -> torch.Tensor:
         if not self.router_coef:
             return outputs[0].new_zeros((), dtype=torch.float32)
         # The step divides router losses by the number of micro-batches that have a trained token: the others add
@@ -82,8 +98,13 @@ class TokenLoss(nn.Module):
         if not trained:
             return sum(logits.sum() for logits in outputs.router_logits).float() * 0
         balance = sys.modules[type(base).__module__].load_balancing_loss_func
-        mask_BT = (sample_BT >= 0).to(torch.int64)
         return self.router_coef * balance(outputs.router_logits, base.num_experts, base.num_experts_per_tok, mask_BT)
+
+
+def vocabulary(head: nn.Module) -> int:
+    """Returns the rows of a head's weight, also where ZeRO-3 has left an empty placeholder."""
+    weight = head.weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])  # type: ignore[union-attr, arg-type]
 
 
 def trailing_positions(position_BT: torch.Tensor, sample_BT: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,12 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def decoder_of(base: Any) -> Any:
+    """Returns what makes the hidden states of a transformers model: the model without its head."""
+    decoder = base.get_decoder()
+    return base.model if decoder is base else decoder  # llama 4 keeps it under a name that get_decoder does not try
+
+
 def head_quirks(base: nn.Module) -> dict[str, float]:
     """Returns what a config does to the logits after the head: granite divides, cohere multiplies, gemma 2 caps
     softly."""
