@@ -3,8 +3,8 @@
     python -m benchmarks.step [repeats]
 
 Both variants take turns on the same packed rows of the demo's tasks (2 rows of 1,024 tokens, LoRA, the machine's fast
-precision); time is CPU seconds of the process. Memory is the peak of a fresh process for each variant, above what it held
-before its first step. Needs `mft demo`.
+precision); time is CPU seconds of the process. Memory is the peak of a fresh process for each variant, above what it
+held before its first step. Needs `mft demo`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def setting() -> tuple[Callable[[str], None], int]:
     import torch
 
     from mft.batch import Counts
+    from mft.build import build
     from mft.compose import compose_resolved
     from mft.config import fast_precision
     from mft.data.pack import Pack
@@ -37,7 +38,6 @@ def setting() -> tuple[Callable[[str], None], int]:
     from mft.data.tokenize import Encoder
     from mft.dist.base import Single
     from mft.loss.mean import TaskTokenMean
-    from mft.build import build
     from mft.model.forward import TokenLoss
     from mft.model.peft import compute_dtype
 

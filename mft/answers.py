@@ -15,7 +15,10 @@ ROLES = {"human": "user", "bot": "assistant"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation to be answered. task: where it is from; messages: role and content; expected: a reference answer or ""."""
+    """A conversation to be answered.
+
+    task: where it is from; messages: role and content; expected: a reference answer or "".
+    """
 
     task: str
     messages: list[dict[str, str]]

@@ -20,18 +20,23 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `role` is system, user or assistant; `train` says whether an assistant turn carries loss."""
+    """One turn of a conversation, or a whole text.
+
+    role: system, user, assistant, or text (continued pretraining; such a message stands alone);
+    train: whether an assistant turn carries loss; final: the answer of a row that can hold no further turn.
+    """
 
     role: str
     content: str
     train: bool = True
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One tokenised training sample.
 
-    ids_S: int32 token ids; trained_S: bool, True where the token is a training target; task: index of its task (0..K-1);
+    ids_S: int32 token ids; trained_S: bool, True where the token is a training target; task: its index (0..K-1);
     index: its number inside the task's store, by which reports name its file and line.
     """
 

@@ -73,7 +73,8 @@ def _check_fields(node: DictConfig, cls: type, path: str) -> None:
     for key in (str(key) for key in node if not str(key).startswith("_")):
         if key not in fields:
             raise UserError(
-                f"{path}.{key}: {cls.__name__} has no such field{nearest(key, fields) or '.'} Its fields: {', '.join(fields)}."
+                f"{path}.{key}: {cls.__name__} has no such field{nearest(key, fields) or '.'} "
+                f"Its fields: {', '.join(fields)}."
             )
         if OmegaConf.is_missing(node, key):
             continue
@@ -141,8 +142,8 @@ def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> Non
         _check_nothing_missing(node, path)
     if not cfg.task and not cfg.data.paths:
         raise UserError(
-            "No task is chosen. Choose from conf/task with task=[completion,docstring] (`mft demo` makes the demo's five), "
-            "or name folders of JSONL files: data.paths=[dir1,dir2]."
+            "No task is chosen. Choose from conf/task with task=[completion,docstring] (`mft demo` makes the demo's "
+            "five), or name folders of JSONL files: data.paths=[dir1,dir2]."
         )
     for settings in (cfg.train, cfg.data):
         OmegaConf.to_object(settings).check()  # type: ignore[union-attr]

@@ -75,7 +75,7 @@ class Checkpoints:
 
 
 def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> None:
-    """Puts a checkpoint back into the state, the engine's module and optimizer, the loss's memory and the random states.
+    """Puts a checkpoint back into state, module, optimizer, the loss's memory and the random states.
 
     All ranks call it, last before training goes on. Raises UserError when the checkpoint does not fit.
     """

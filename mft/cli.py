@@ -1,4 +1,4 @@
-"""The `mft` command. Heavy imports stay inside functions: `mft --help` and config errors answer within about a second."""
+"""The `mft` command. Heavy imports stay inside functions, so that help and config errors answer within about a second."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ HELP = """\
 mft: fine-tune large language models on several tasks at once
 
   mft train [overrides]           compose a run from conf/, check it, run it   (-m sweeps, --cfg job prints)
+  mft sweep resume DIR            go on with a sweep that was ended by whatever
   mft merge RUN                   merge a run's adapter into its base model, and check the logits
   mft merge base=… adapter=… out=…
   mft generate RUN "a question"   answer through the checkpoint's own chat template
@@ -31,6 +32,7 @@ mft train [overrides] [-m] [--cfg job] [--config-dir DIR]
   mft train -m experiment=demo loss=token_mean,task_token_mean optimizer.lr=1e-4,2e-4      a sweep: every combination
 
   -m, --multirun      comma-separated values are swept
+  --dry-run           say what would run, with all jobs checked, and start nothing
   --cfg job           print the composed config (--resolve: with interpolations replaced)
   --config-dir DIR    a folder of your own yaml files beside conf/ (task/mine.yaml, experiment/mine.yaml, …)
 
@@ -44,6 +46,7 @@ COMMANDS = {
     "train": "mft.cli:train",
     "merge": "mft.cli:merge",
     "generate": "mft.cli:generate",
+    "sweep": "mft.sweep:resume",
     "demo": "mft.cli:demo",
 }
 """Command -> module:function(arguments); imported only when it is asked for."""
@@ -98,20 +101,27 @@ def train(args: list[str]) -> None:
     if "-h" in args or "--help" in args:
         print(TRAIN_HELP.format(groups=config_groups()), end="")
         return
-    overrides, config_dirs, hydra_flags = split_flags(args)
+    dry_run = "--dry-run" in args
+    overrides, config_dirs, hydra_flags = split_flags([arg for arg in args if arg != "--dry-run"])
     from mft.compose import compose_resolved
 
     if hydra_flags:
         from mft.sweep import through_hydra
 
-        through_hydra(overrides, config_dirs, hydra_flags)
+        through_hydra(overrides, config_dirs, hydra_flags, dry_run)
         return
     from mft import job, rundir
 
     cfg = compose_resolved(overrides, config_dirs)
     checked = job.checked(cfg, overrides)
     dated = not any(o.split("=", 1)[0].lstrip("+") == "output_dir" for o in overrides)
-    folder, _ = rundir.choose(Path(cfg.output_dir), dated, cfg.train.resume, checked.identity)
+    folder, goes_on = rundir.choose(Path(cfg.output_dir), dated, cfg.train.resume, checked.identity)
+    if dry_run:
+        done = rundir.is_finished(folder, checked.identity)
+        print(
+            f"{folder}: {'finished already' if done else 'would go on' if goes_on else 'would run'}; nothing was started"
+        )
+        return
     job.run(checked, folder)
 
 
@@ -131,11 +141,22 @@ def split_flags(args: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
         elif arg in ("-m", "--multirun", "--resolve", "--hydra-help"):
             flags.append(arg)
         elif arg.startswith("-") and not arg.lstrip("-")[:1].isdigit():
-            allowed = ["-m", "--multirun", "--cfg", "--resolve", "--package", "--info", "--config-dir", "--help"]
+            allowed = [
+                "-m",
+                "--multirun",
+                "--dry-run",
+                "--cfg",
+                "--resolve",
+                "--package",
+                "--info",
+                "--config-dir",
+                "--help",
+            ]
             raise UserError(f"mft train has no flag {arg}{nearest(arg, allowed) or '.'} Flags: {', '.join(allowed)}.")
         elif "=" not in arg and not arg.startswith("~"):
             raise UserError(
-                f"{arg!r} is no override; overrides are written key=value (a group: peft=lora, a value: optimizer.lr=2e-4)."
+                f"{arg!r} is no override; overrides are written key=value "
+                "(a group: peft=lora, a value: optimizer.lr=2e-4)."
             )
         else:
             overrides.append(arg)
@@ -152,7 +173,7 @@ def config_groups() -> str:
 
 
 def options(args: Sequence[str], allowed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Splits arguments into key=value options, typed like their defaults, and the rest; UserError for an unknown key."""
+    """Splits arguments into key=value options, typed like their defaults, and the rest; refuses unknown keys."""
     values, rest = dict(allowed), []
     for arg in args:
         key, equals, text = arg.partition("=")
@@ -177,7 +198,7 @@ def _typed(key: str, text: str, default: Any) -> Any:
 
 
 def final_folder(run: str) -> Path:
-    """Returns the folder of a run's model: its `final`, else its newest checkpoint, else the folder itself if it holds a model."""
+    """Returns where a run's model is: its `final`, else its newest checkpoint, else the folder itself."""
     from mft.checkpoint import newest
 
     folder = Path(run)
@@ -216,8 +237,8 @@ def merge(args: list[str]) -> None:
 
 
 def generate(args: list[str]) -> None:
-    """mft generate RUN "prompt" ["prompt" …] [max_new_tokens=512 top_p=0.95 temperature=0.1 do_sample=true num_beams=1 \
-repetition_penalty=1.0 system=… seed=0]"""
+    """mft generate RUN "prompt" ["prompt" …] [max_new_tokens=512 top_p=0.95 temperature=0.1 do_sample=true \
+num_beams=1 repetition_penalty=1.0 system=… seed=0]"""
     if "-h" in args or "--help" in args or not args:
         print(generate.__doc__)
         return

@@ -1,4 +1,4 @@
-"""From command-line overrides to a resolved config, with Hydra's messages turned into sentences that name the nearest match."""
+"""From command-line overrides to a resolved config; Hydra's messages become sentences that name the nearest match."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mft.build import resolved
@@ -17,7 +17,7 @@ from mft.errors import UserError, nearest
 
 
 def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
-    """Returns the config that `overrides` compose from conf/ (and from further folders of yaml files), not yet resolved.
+    """Returns the config that `overrides` compose from conf/ and further folders of yaml files, not yet resolved.
 
     Raises UserError for unknown groups, options and keys, and for values of the wrong type.
     """
@@ -60,18 +60,28 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
     from hydra import initialize_config_dir
 
     with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
-        return hydra_compose("config", overrides=list(overrides))
+        cfg = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+    return without_hydra(cfg)
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """Takes Hydra's own node out of a composed config; what it knows of the options taken stays in `choices`."""
+    with open_dict(cfg):
+        groups = cfg.pop("hydra").runtime.choices
+    cfg.choices = {name: str(option) for name, option in groups.items() if name in cfg and name != "choices"}
+    return cfg
 
 
 def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -> str:
-    """Returns a sentence for what Hydra or OmegaConf said of a composition: the key, what is allowed, the nearest match."""
+    """Returns a sentence for what Hydra or OmegaConf said: the key, what is allowed, the nearest match."""
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
     if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
         return _missing_option(match.group(1))
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match.group(1).removeprefix("/"), search, overrides)
     if match := re.search(r"Error merging override ([^=\s]+)", text):
-        key, reason = match.group(1), next((line for line in text.splitlines() if "Value" in line or "Invalid" in line), "")
+        key = match.group(1)
+        reason = next((line for line in text.splitlines() if "Value" in line or "Invalid" in line), "")
         given = next((o for o in overrides if o.split("=", 1)[0].lstrip("+") == key), key)
         return f"{given}: {reason.strip()}" if reason else _unknown_key(key, search, overrides)
     if match := re.search(r"full_key: (\S+)", text):
@@ -94,7 +104,8 @@ def _missing_option(option: str) -> str:
         else ""
     )
     allowed = f" Allowed: {', '.join(options)}." if options else ""
-    return f"{group}={name}: there is no {name!r} in the config group {group!r}{nearest(name, options) or '.'}{allowed}{more}"
+    hint = nearest(name, options) or "."
+    return f"{group}={name}: there is no {name!r} in the config group {group!r}{hint}{allowed}{more}"
 
 
 def group_options(group: str) -> list[str]:

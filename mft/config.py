@@ -64,6 +64,9 @@ class Train:
     prompts: str | None = None
     prompts_max_new_tokens: int = 64
     peak_tflops: float | None = None
+    fail_fast: bool = False
+    prune: bool = False
+    prune_after: int = 2
     allow_targets: list[str] = field(default_factory=list)
 
     def check(self) -> None:
@@ -76,16 +79,17 @@ class Train:
             "save_every",
             "keep",
             "early_stopping_stall_num",
+            "prune_after",
         ):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"train.{key}={value} must be at least 1{'' if key == 'log_every' else ', or null'}.")
+        if self.skip_nonfinite_steps < 0:
+            raise UserError(f"train.skip_nonfinite_steps={self.skip_nonfinite_steps} must be 0 (stop at once) or more.")
         if not self.epochs > 0:
             raise UserError(f"train.epochs={self.epochs} must be above 0.")
 
 
-        if self.skip_nonfinite_steps < 0:
-            raise UserError(f"train.skip_nonfinite_steps={self.skip_nonfinite_steps} must be 0 (stop at once) or more.")
 @dataclass
 class Launch:
     """Where the ranks come from; conf/launch explains every field."""
@@ -93,6 +97,12 @@ class Launch:
     mode: LaunchMode = LaunchMode.processes
     nproc: Any = "auto"
     shutdown_seconds: int = 600
+    jobs: int = 1
+
+    def check(self) -> None:
+        """Raises UserError for values that types alone cannot refuse."""
+        if self.jobs < 1:
+            raise UserError(f"launch.jobs={self.jobs} must be at least 1.")
 
 
 @dataclass
@@ -100,6 +110,8 @@ class Config:
     """The whole config. Component groups are checked against their classes by `mft.build.check`."""
 
     name: str = "mft"
+    sweep: str | None = None
+    choices: dict[str, str] = field(default_factory=dict)
     output_dir: str = MISSING
     cache_dir: str = MISSING
     task: dict[str, Any] = field(default_factory=dict)
@@ -117,17 +129,24 @@ class Config:
 
 CANNOT_CHANGE_THE_RESULT = (
     "name",
+    "sweep",
+    "choices",
     "output_dir",
     "cache_dir",
     "launch",
     "tracking",
     "train.resume",
     "train.keep",
+    "train.keep_task_best",
+    "train.skip_nonfinite_steps",  # a run that ends without a skipped step is the same for all values
     "train.log_every",
     "train.save_every",
     "train.prompts",
     "train.prompts_max_new_tokens",
     "train.peak_tflops",
+    "train.fail_fast",
+    "train.prune",
+    "train.prune_after",
     "train.allow_targets",
     "train.per_device_batch_size",
     "train.gradient_accumulation_steps",
@@ -136,9 +155,7 @@ CANNOT_CHANGE_THE_RESULT = (
     "data.paths",
     "data.bad_rows",
 )
-"""Config paths left out of a run's identity. The batch sizes enter as the derived global batch; data as fingerprints."""
-    "train.keep_task_best",
-    "train.skip_nonfinite_steps",  # a run that ends without a skipped step is the same for all values
+"""Config paths left out of a run's identity. The batch sizes enter as the global batch, data as fingerprints."""
 
 EXTENDABLE = ("train.max_steps", "train.epochs")
 """A run with larger values of these is the same run, trained further."""
@@ -258,7 +275,8 @@ def batch_sizes(train: Any, world: int) -> BatchSizes:
         below, above = total // unit * unit, (total // unit + 1) * unit
         values = f"{below} or {above}" if below else f"{above}"
         raise UserError(
-            f"train.global_batch_size={total} is no multiple of train.per_device_batch_size={per_device} x {world} ranks; "
+            f"train.global_batch_size={total} is no multiple of train.per_device_batch_size={per_device} x {world} "
+            "ranks; "
             f"the nearest values that are: {values}."
         )
     return BatchSizes(per_device, total // unit, world)

@@ -134,7 +134,8 @@ def run(
     answers = Answers(prompts if engine.is_main else [], answer)
     progress.show(audit_table(peft.audit(model)))
     facts = {
-        "steps": f"{total:,} of {sizes.total} rows = {sizes.per_device} x {sizes.accumulation} micro-batches x {sizes.world} ranks",
+        "steps": f"{total:,}",
+        "a step": f"{sizes.total} rows = {sizes.per_device} x {sizes.accumulation} micro-batches x {sizes.world} ranks",
         "loss": type(loss).__name__,
         "learning rate": f"{base_lr:g}, {type(scheduler).__name__}",
         "precision": f"{precision} on {engine.device}, attention {family.attention_for(computing)}",

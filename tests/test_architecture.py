@@ -22,16 +22,17 @@ HEAVY = {"torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbyt
 
 
 def modules() -> dict[str, ast.Module]:
-    return {
-        ".".join(("mft", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): ast.parse(path.read_text())
-        for path in sorted(ROOT.rglob("*.py"))
-    }
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        name = ".".join(("mft", *path.relative_to(ROOT).with_suffix("").parts))
+        found[name.removesuffix(".__init__")] = ast.parse(path.read_text())
+    return found
 
 
 def imports(tree: ast.AST, top_only: bool = False) -> set[str]:
     found = set()
-    nodes = [n for n in tree.body if not isinstance(n, ast.If)] if top_only and isinstance(tree, ast.Module) else ast.walk(tree)
-    for node in nodes:
+    top = [node for node in tree.body if not isinstance(node, ast.If)] if isinstance(tree, ast.Module) else []
+    for node in top if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

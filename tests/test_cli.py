@@ -13,8 +13,8 @@ from mft import cli
 from tests.training import train, two_tasks
 
 
-def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "mft.cli", *args], capture_output=True, text=True, **options)  # type: ignore[call-overload]
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "mft.cli", *args], capture_output=True, text=True)
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
@@ -70,7 +70,8 @@ def test_generate_and_merge_a_run(tmp_path: Path, cache_dir: Path, capsys: pytes
     assert str(run_dir / "merged") in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(run_dir / "merged")
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "merged")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    turns = [{"role": "user", "content": "hi"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == "<s>human\nhi<s>bot\n"
     assert torch.isfinite(merged(torch.tensor([[1, 2, 3]])).logits).all()
 

@@ -56,7 +56,8 @@ def test_several_tasks_may_be_chosen_and_each_of_their_fields_set() -> None:
 
 
 def targets() -> list[Path]:
-    found = [path for path in sorted(config_dir().rglob("*.yaml")) if re.search(r"^\s*_target_:", path.read_text(), re.M)]
+    paths = sorted(config_dir().rglob("*.yaml"))
+    found = [path for path in paths if re.search(r"^\s*_target_:", path.read_text(), re.M)]
     assert len(found) > 20
     return found
 

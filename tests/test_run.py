@@ -27,7 +27,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_run_folder_holds_what_it_promises(tmp_path: Path, cache_dir: Path) -> None:
     summary, run_dir = train(tmp_path, cache_dir)
-    for name in ("config.yaml", "identity.json", "metrics.jsonl", "summary.json", "report/data.json", "report/losses.png"):
+    names = ("config.yaml", "identity.json", "metrics.jsonl", "summary.json", "report/data.json", "report/losses.png")
+    for name in names:
         assert (run_dir / name).is_file(), name
     assert (run_dir / "checkpoints" / "step-3" / COMPLETE).is_file()
     assert (run_dir / "final" / "adapter_config.json").is_file()

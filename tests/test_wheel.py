@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_wheel_composes_as_the_checkout_does(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("mft-*.whl")
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
