@@ -1,4 +1,4 @@
-"""The `mft` command. Heavy imports stay inside functions, so that help and config errors answer within about a second."""
+"""The `mft` command. Heavy imports stay inside functions: help and config errors answer within about a second."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def run_tags(cfg: DictConfig, run_dir: Path) -> dict[str, str]:
-    """Returns what a tracker keeps beside the config: what ran, in which sweep, on which data, commit, versions, host."""
+    """Returns what a tracker keeps beside the config: what ran, in which sweep, on which data, versions, host."""
     known = rundir.read_json(run_dir / "overrides.json")
     identity = rundir.Identity.read(run_dir)
     found = tags() | {

@@ -13,40 +13,16 @@ from mft.compose import compose_resolved
 from mft.data.template import named
 
 PAGE = Path(__file__).parent.parent / "docs" / "migrating.md"
+# fmt: off
 SEED_ARGUMENTS = [
-    "load_raw_dataset",
-    "data_paths",
-    "output_dir",
-    "tb_dir",
-    "model_type",
-    "attn_implementation",
-    "peft_type",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "quantization",
-    "pretrained_model_path",
-    "weighted_loss_mode",
-    "padding_mode",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "min_lr",
-    "seq_length",
-    "log_interval",
-    "checkpointing_steps",
-    "evaluation_steps",
-    "early_stopping",
-    "early_stopping_stall_num",
-    "lr_scheduler_type",
-    "num_warmup_steps",
-    "seed",
-    "saving_limit",
-    "role_markers",
+    "load_raw_dataset", "data_paths", "output_dir", "tb_dir", "model_type", "attn_implementation", "peft_type",
+    "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "quantization", "pretrained_model_path",
+    "weighted_loss_mode", "padding_mode", "num_train_epochs", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "learning_rate", "min_lr", "seq_length",
+    "log_interval", "checkpointing_steps", "evaluation_steps", "early_stopping", "early_stopping_stall_num",
+    "lr_scheduler_type", "num_warmup_steps", "seed", "saving_limit", "role_markers",
 ]
+# fmt: on
 
 # argument -> (what the built object must hold, a way to it); `get("peft.rank")` builds `peft` and reads `rank`
 EXPECTED: dict[str, tuple[str, Any]] = {

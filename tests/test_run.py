@@ -110,7 +110,7 @@ def test_folder_of_another_config_is_refused(tmp_path: Path, cache_dir: Path) ->
 
 def test_what_cannot_change_the_result_keeps_the_identity(tmp_path: Path, cache_dir: Path) -> None:
     first, _ = train(tmp_path, cache_dir, "train.per_device_batch_size=4")
-    again, run_dir = train(
+    again, _ = train(
         tmp_path, cache_dir, "train.per_device_batch_size=2", "train.gradient_accumulation_steps=2", "train.keep=7"
     )
     assert again == first
@@ -141,7 +141,7 @@ def test_early_stopping_ends_the_run_and_pruning_keeps_the_best(tmp_path: Path, 
 
 def test_starting_from_an_adapter_goes_on_from_its_weights(tmp_path: Path, cache_dir: Path) -> None:
     _, first = train(tmp_path, cache_dir, "optimizer.lr=1e-2", out="first")
-    again, second = train(tmp_path, cache_dir, f"peft.path={first / 'final'}", "train.max_steps=1", out="second")
+    again, _ = train(tmp_path, cache_dir, f"peft.path={first / 'final'}", "train.max_steps=1", out="second")
     last = json.loads((first / "summary.json").read_text())["last"]["valid/loss"]
     assert again["first"]["valid/loss"] == pytest.approx(last, abs=1e-6)
 
