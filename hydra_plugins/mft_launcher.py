@@ -10,7 +10,14 @@ from hydra.plugins.launcher import Launcher
 
 
 class MftLauncher(Launcher):
-    """Hands the jobs of a sweep to `mft.sweep.run_jobs`; how jobs run is said in `launch`."""
+    """Hands the jobs of a sweep to `mft.sweep.run_jobs`; how jobs run is said in `launch`.
+
+    search: set by a sweeper that goes on after failures; it finds them in what `launch` returns.
+    """
+
+    def __init__(self, dry_run: bool = False) -> None:
+        self.dry_run = dry_run
+        self.search = False
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -18,9 +25,9 @@ class MftLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         from mft.sweep import run_jobs
 
-        return run_jobs(self.config, self.hydra_context.config_loader, job_overrides)
+        return run_jobs(self.config, self.hydra_context.config_loader, job_overrides, self.dry_run, self.search)
 
 
 # a plain dict: Hydra executes this module without registering it, and dataclasses look their module up
-NODE = {"_target_": "hydra_plugins.mft_launcher.MftLauncher"}
+NODE = {"_target_": "hydra_plugins.mft_launcher.MftLauncher", "dry_run": False}
 ConfigStore.instance().store(group="hydra/launcher", name="mft", node=NODE, provider="mft")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mft import rundir
 from mft.build import ALLOWED_TARGETS, build, check
-from mft.config import LaunchMode, Precision, fast_precision, freeze, identity
+from mft.config import LaunchMode, Precision, fast_precision, freeze, identity, visible_gpus
 from mft.data.task import all_tasks
 from mft.errors import UserError
 from mft.launch import launch, ranks, warm
+from mft.metrics import criterion
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,53 @@ class Job:
     world: int
     identity: rundir.Identity
     allow_targets: tuple[str, ...] = ()
+    label: str = ""  # what tells it from the other jobs of its sweep
+    data: str = ""  # fingerprint of all tasks
+
+    def judged(self, row: Mapping[str, Any]) -> float | None:
+        """Returns the objective (`train.best`) of a row of metrics.jsonl, None where it is no validation."""
+        prefix = "valid/loss/"
+        losses = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
+        if not losses or None in losses.values():
+            return None
+        weights = {name: task.weight for name, task in self.cfg.task.items()}
+        return criterion(losses, self.cfg.train.best, dict.fromkeys(losses, 1.0) | weights)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what is left in its run folder beside the config (`overrides.json`)."""
+        return {
+            "overrides": self.overrides,
+            "label": self.label,
+            "sweep": self.cfg.sweep or "",
+            "data": self.data,
+            "folder": str(Path.cwd()),
+        }
 
 
-def checked(cfg: DictConfig, overrides: Sequence[str]) -> Job:
+def share_of_gpus(nproc: int | str, jobs: int) -> int | str:
+    """Returns launch.nproc, with auto = the GPUs of one of `jobs` jobs side by side; UserError if too few."""
+    gpus = visible_gpus() if jobs > 1 else 0
+    if gpus and str(nproc) == "auto":
+        return max(1, gpus // jobs)
+    if gpus and str(nproc).isdigit() and jobs * int(nproc) > gpus:
+        raise UserError(
+            f"launch.jobs={jobs} jobs of launch.nproc={nproc} ranks need more than the {gpus} visible GPUs."
+        )
+    return nproc
+
+
+def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "") -> Job:
     """Judges a resolved config (UserError with a sentence) and finds out which experiment it is.
 
+    label: what tells the job from the others of its sweep.
     Reads the task files once to fingerprint them; loads no model and starts no process.
     """
     allow_targets = tuple(cfg.train.allow_targets)
     if cfg.train.precision is Precision.auto:
         cfg.train.precision = fast_precision()
-    world = ranks(cfg.launch.nproc, cfg.launch.mode.value)
+    launch_settings: Any = OmegaConf.to_object(cfg.launch)
+    launch_settings.check()
+    world = ranks(share_of_gpus(cfg.launch.nproc, cfg.launch.jobs), cfg.launch.mode.value)
     check(cfg, world, allow_targets)
     allowed = (*ALLOWED_TARGETS, *allow_targets)
     chosen = {name: build(cfg.task[name], f"task.{name}", allowed) for name in cfg.task}
@@ -45,6 +83,7 @@ def checked(cfg: DictConfig, overrides: Sequence[str]) -> Job:
     if cfg.launch.mode is LaunchMode.processes:
         warm()  # the fork server imports while the data is read here
     fingerprints = {f"task.{task.name}": task.fingerprint(cfg.cache_dir) for task in tasks}
+    data = hashlib.sha1(repr(sorted(fingerprints.items())).encode()).hexdigest()[:12]
     fingerprints["model"] = build(cfg.model, "model", allowed).fingerprint()
     return Job(
         cfg,
@@ -52,6 +91,8 @@ def checked(cfg: DictConfig, overrides: Sequence[str]) -> Job:
         world,
         rundir.Identity(identity(cfg, world, fingerprints), identity(cfg, world, fingerprints, extended=False)),
         allow_targets,
+        label,
+        data,
     )
 
 
@@ -70,7 +111,7 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = print) -> dict[str,
         job.cfg.output_dir = str(folder)
         freeze(job.cfg, folder / "config.yaml")
         job.identity.write(folder)
-        rundir.write_json(folder / "overrides.json", {"overrides": job.overrides})
+        rundir.write_json(folder / "overrides.json", job.describe())
         launch(
             folder,
             nproc=job.world,

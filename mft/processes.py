@@ -96,7 +96,7 @@ def start(
         rdzv_backend="loopback",
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         max_restarts=0,
-        start_method="forkserver",
+        start_method=start_method(),
         signals_to_handle="SIGQUIT",  # the others are ours
         shutdown_timeout=shutdown_seconds,
     )
@@ -116,12 +116,22 @@ def start(
 
 def warm(preload: Sequence[str] = PRELOAD) -> None:
     """Starts the fork server if there is none yet, without waiting for its imports. Its environment is today's."""
+    if start_method() == "fork":
+        return
     gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
     multiprocessing.set_forkserver_preload([name for name in preload if not (gpu and name in TOUCHES_CUDA)])
     # torch then counts GPUs without initialising CUDA; and does not warn about every host name it cannot look up
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     multiprocessing.forkserver.ensure_running()
+
+
+def start_method() -> str:
+    """Returns how this process starts ranks: from the fork server, or, where it came from that itself, by plain fork.
+
+    Such a process (the supervisor of a job) has the imports already; a fork server of its own would do them again.
+    """
+    return "forkserver" if multiprocessing.parent_process() is None else "fork"
 
 
 def variables() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The run folder: the names in it, which run it belongs to, and which folder a command line goes on with.
 
-config.yaml · identity.json · metrics.jsonl · summary.json · checkpoints/step-N/ · final/ · log/ · report/
+config.yaml · identity.json · overrides.json · plan.json · metrics.jsonl · summary.json · checkpoints/step-N/ · final/ ·
+log/ · report/
 """
 
 from __future__ import annotations
@@ -57,6 +58,53 @@ def status(run_dir: Path) -> str:
     return read_json(run_dir / "summary.json").get("status", "unfinished")
 
 
+def state(run_dir: Path) -> str:
+    """Returns how things stand: running, finished, pruned, stopped, failed, or killed (it ended without a word)."""
+    if _busy(run_dir):
+        return "running"
+    said = status(run_dir)
+    if said != "finished" and (run_dir / "pruned.json").exists():
+        return "pruned"
+    return "killed" if said == "unfinished" else said
+
+
+def rows_from(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Returns the rows of metrics.jsonl from a byte on, and the byte behind the last whole one.
+
+    A file that has become shorter (a resumed run cuts off what it trains again) is read from its start.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            offset = offset if offset <= size else 0
+            file.seek(offset)
+            text = file.read()
+    except OSError:
+        return [], 0
+    rows = []
+    whole = text[: text.rfind(b"\n") + 1]
+    for line in whole.splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if "step" in row], offset + len(whole)
+
+
+def runs_under(folder: Path) -> list[Path]:
+    """Returns the run folders in a folder and below it (or the folder itself), oldest first."""
+    if (folder / "identity.json").exists():
+        return [folder]
+    found = []
+    for path, folders, files in os.walk(folder):
+        if "identity.json" in files:
+            found.append(Path(path))
+            folders.clear()
+        else:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+    return sorted(found, key=lambda run: (run / "identity.json").stat().st_mtime)
+
+
 def is_finished(run_dir: Path, identity: Identity) -> bool:
     """Whether the folder holds the finished run of exactly this length."""
     return status(run_dir) == "finished" and Identity.read(run_dir) == identity
@@ -102,11 +150,12 @@ def _named(folder: Path, identity: Identity) -> Path:
     found = Identity.read(folder)
     if found is None:
         raise UserError(
-            f"train.resume={folder} is not a run folder (no identity.json in it); allowed: auto, never, or a run folder."
+            f"train.resume={folder} is no run folder (no identity.json in it); allowed: auto, never, or a run folder."
         )
     if found.base != identity.base:
         raise UserError(
-            f"train.resume={folder} holds a run of another config; `diff` its config.yaml with what `mft train --cfg job` prints."
+            f"train.resume={folder} holds a run of another config; `diff` its config.yaml with what "
+            "`mft train --cfg job` prints."
         )
     return folder
 
@@ -128,6 +177,8 @@ def _in_place(folder: Path, resume: str, identity: Identity) -> bool:
 
 
 def _busy(folder: Path) -> bool:
+    if not (folder / LOCK).exists():
+        return False
     probe = FileLock(folder / LOCK)
     try:
         probe.acquire(timeout=0)
