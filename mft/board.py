@@ -94,7 +94,7 @@ def live(tasks: Sequence[Task], folder: Path) -> Iterator[Callable[[Task], None]
     with (
         Live(running(), console=console, refresh_per_second=2, transient=True)
         if console.is_terminal
-        else _nothing() as board
+        else _nothing() as screen
     ):
 
         def changed(task: Task) -> None:
