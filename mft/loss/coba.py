@@ -76,9 +76,9 @@ class Coba(Adaptive):
 
     variant: Variant = Variant.paper
     warmup_steps: int = 100
-    history_length: int = 200
+    history_length: int = 40
     tau: float = 5.0
-    update_interval: int = 1
+    update_interval: int = 5
     probe_samples: int = 2
 
     def __post_init__(self) -> None:

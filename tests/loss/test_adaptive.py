@@ -91,7 +91,7 @@ def paper_coba(table, warmup, length, tau):
 @pytest.mark.parametrize("length", [12, 100])
 def test_coba_paper_is_its_equations(path, length):
     table = np.array(json.loads(path.read_text())["val_loss_ratio"])
-    loss = started(Coba(warmup_steps=12, history_length=length, tau=2.0), table.shape[1])
+    loss = started(Coba(warmup_steps=12, history_length=length, tau=2.0, update_interval=1), table.shape[1])
     loss.learn(1, valid_K=torch.ones(table.shape[1]))
     for update in range(1, len(table)):
         loss.learn(update + 1, valid_K=losses(table[update]))
@@ -103,7 +103,7 @@ def test_coba_paper_is_its_equations(path, length):
 @fixtures("coba_*.json")
 def test_coba_paper_caps_df_and_stays_finite(path):
     record = json.loads(path.read_text())
-    loss = started(Coba(warmup_steps=10, history_length=30), record["K"])
+    loss = started(Coba(warmup_steps=10, history_length=30, update_interval=1), record["K"])
     for update, row in enumerate(record["val_loss_ratio"]):
         logged = loss.learn(update + 1, valid_K=original_probe(row))
         assert logged.get("coba/df", 0) <= 1
@@ -112,7 +112,7 @@ def test_coba_paper_caps_df_and_stays_finite(path):
 
 @pytest.mark.parametrize("kind", [Coba, SelfPaced])
 def test_absent_infinite_and_flat_tasks_do_no_harm(kind):
-    loss = started(kind(warmup_steps=3, history_length=5), 4)
+    loss = started(kind(warmup_steps=3, history_length=5, update_interval=1), 4)
     for update in range(30):
         falling = 1 / (1 + 0.1 * update)
         infinite = math.inf if update % 7 == 3 else 2 * falling
@@ -126,7 +126,7 @@ def test_absent_infinite_and_flat_tasks_do_no_harm(kind):
 
 @pytest.mark.parametrize("kind", [Coba, SelfPaced])
 def test_all_flat_histories_give_equal_weights(kind):
-    loss = started(kind(warmup_steps=3, history_length=5), 3)
+    loss = started(kind(warmup_steps=3, history_length=5, update_interval=1), 3)
     for update in range(10):
         loss.learn(update + 1, valid_K=losses([0.1, 0.7, 1 / 3]))
     assert loss.weight_K.tolist() == pytest.approx([1 / 3] * 3)
@@ -134,7 +134,7 @@ def test_all_flat_histories_give_equal_weights(kind):
 
 @pytest.mark.parametrize("kind", [Coba, SelfPaced])
 def test_missing_probes_keep_the_slope(kind):
-    loss = started(kind(warmup_steps=3, history_length=40), 2)
+    loss = started(kind(warmup_steps=3, history_length=40, update_interval=1), 2)
     for update in range(40):
         value = 2 - 0.01 * update if update % 2 == 0 or update == 39 else None
         logged = loss.learn(update + 1, valid_K=losses([value, 1 + 0.02 * update]))
@@ -194,7 +194,10 @@ def test_line_slope_by_hand():
     [
         ({"warmup_steps": 10, "update_interval": 3}, r"loss\.warmup_steps is 10.*set loss\.warmup_steps to 9 or 12"),
         ({"warmup_steps": 4, "update_interval": 2}, r"loss\.warmup_steps is 4.*at least 3 x loss\.update_interval = 6"),
-        ({"warmup_steps": 100, "history_length": 50}, r"loss\.history_length is 50.*update_interval = 100"),
+        (
+            {"warmup_steps": 100, "history_length": 50, "update_interval": 1},
+            r"loss\.history_length is 50.*update_interval = 100",
+        ),
         ({"update_interval": 0}, r"loss\.update_interval is 0"),
         ({"probe_samples": 0}, r"loss\.probe_samples is 0"),
     ],

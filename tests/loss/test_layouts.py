@@ -33,7 +33,7 @@ LAYOUTS = {
 WHOLE = [[list(range(8))]]
 TASKS = [0, 1, 1, 0, 2, 1, 0, 2]
 LENGTHS = [7, 2, 5, 1, 3, 9, 4, 6]
-SHORT = {"warmup_steps": 3, "history_length": 4, "window": 2}
+SHORT = {"warmup_steps": 3, "history_length": 4, "window": 2, "update_interval": 1}
 
 
 def config(name: str):

@@ -1,0 +1,129 @@
+"""What the adaptive loss modes cost over task_token_mean, on the demo's model, tasks and batch.
+
+    mft demo && python -m benchmarks.loss_cost [rounds] [mode ...]
+
+One process, one compute thread, fp32. In every round each mode takes one optimizer step on the same micro-batches of
+the same model, through the training loop itself, so that load and cache are shared; CPU time is compared round by round and
+the median of the ratios is printed. The step that is timed is one with a probe: with a probe every u steps, the cost of
+the other u - 1 is that of the control.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CONTROL = "task_token_mean"
+
+
+def assembled(folder: Path):  # type: ignore[no-untyped-def]
+    """Returns what the steps share: engine, module, optimizer, feed, names, the settings of the demo."""
+    from omegaconf import OmegaConf
+
+    from mft.build import build, learning_rate
+    from mft.compose import compose_resolved
+    from mft.config import batch_sizes, typed
+    from mft.data.store import prepare
+    from mft.data.task import all_tasks
+    from mft.data.template import named
+    from mft.data.tokenize import Encoder
+    from mft.feed import Feed
+    from mft.model.forward import TokenLoss
+
+    cfg = typed(compose_resolved(["experiment=demo", f"output_dir={folder}", "train.precision=fp32"]))
+    train, data = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)
+    family, peft, optim = (build(cfg[name], name) for name in ("model", "peft", "optimizer"))
+    tokenizer = family.tokenizer()
+    tasks = all_tasks({name: build(cfg.task[name], f"task.{name}") for name in cfg.task}, [])
+    encoder = Encoder(tokenizer, named(data.template, data.role_markers))
+    stores = [prepare(task, encoder, data, cfg.cache_dir) for task in tasks]
+    engine = build(cfg.dist).start("fp32")
+    sizes = batch_sizes(train, engine.world)
+    feed = Feed(stores, build(cfg.data.rows), sizes, engine.rank, tokenizer.pad_token_id, train, data)
+    module = TokenLoss(peft.attach(family.model(peft.dtype("fp32"), None), family), family)
+    module, optimizer = engine.prepare(module, optim.build(module.named_parameters(), learning_rate(optim, peft)))
+    return engine, module, optimizer, feed, [task.name for task in tasks], train
+
+
+class NoValidation:
+    """Steps alone are timed."""
+
+    def by_name(self, module: Any) -> dict[str, float]:
+        return {}
+
+
+def main(rounds: int, modes: list[str]) -> None:
+    """Prints the ratio of each mode's step (with a probe, if it makes any) to the control's, and at its interval."""
+    import torch
+
+    from mft.build import build
+    from mft.compose import compose_resolved
+    from mft.evaluate import Evaluator
+    from mft.loop import State, Training, fit
+    from mft.metrics import Meter
+    from mft.progress import Silent
+    from mft.tracking.base import Tracker
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        engine, module, optimizer, feed, names, settings = assembled(Path(folder))
+    settings.eval_at_start = False
+
+    def training(mode: str) -> Training:
+        loss = build(compose_resolved([f"loss={mode}"]).loss, "loss")
+        loss.start(names, [1.0] * len(names))
+        return Training(
+            engine=engine,
+            module=module,
+            optimizer=optimizer,
+            loss=loss,
+            names=names,
+            weights=[1.0] * len(names),
+            data=feed.steps,
+            learning_rate=lambda step: 1e-5,
+            validation=NoValidation(),
+            probe=lambda step: Evaluator(engine, names, lambda: feed.probe(step, loss.probe_samples)).losses(module),
+            save=lambda state: Path(),
+            meter=Meter(names, engine.device),
+            tracker=Tracker(),
+            progress=Silent(),
+            settings=settings,
+            total=0,
+            stop=lambda: False,
+            origin=str,
+        )
+
+    trainings = {mode: training(mode) for mode in [CONTROL, *modes]}
+    place = State()
+    seconds: dict[str, list[float]] = {mode: [] for mode in trainings}
+    for number in range(rounds + 1):
+        interval = max(getattr(t.loss, "update_interval", 1) for t in trainings.values())
+        for mode, t in trainings.items():
+            t.state = State(step=number * interval, epoch=place.epoch, position=place.position)
+            t.total = t.state.step + 1
+            started = time.process_time()
+            fit(t)
+            seconds[mode].append(time.process_time() - started)
+        place = t.state
+        if number == 0:  # warms up allocator and caches
+            seconds = {mode: [] for mode in trainings}
+            continue
+        print(f"round {number}: " + ", ".join(f"{mode} {seconds[mode][-1]:.1f} s" for mode in trainings), flush=True)
+    for mode in modes:
+        loss = trainings[mode].loss
+        ratio = statistics.median(a / b for a, b in zip(seconds[mode], seconds[CONTROL], strict=True))
+        interval = getattr(loss, "update_interval", 1)
+        line = f"{mode}: {ratio:.3f} x the CPU time of {CONTROL} in a step"
+        if interval > 1:
+            overall = 1 + (ratio - 1) / interval
+            line += f" with a probe of {loss.probe_samples} samples a task; "
+            line += f"{overall:.3f} with one every {interval} steps"
+        print(line)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 4, sys.argv[2:] or ["coba", "famo", "task_focal"])
