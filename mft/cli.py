@@ -16,6 +16,10 @@ mft: fine-tune large language models on several tasks at once
 
   mft train [overrides]           compose a run from conf/, check it, run it   (-m sweeps, --cfg job prints)
   mft sweep resume DIR            go on with a sweep that was ended by whatever
+  mft runs [DIR …]                runs and sweeps: state, age, best loss, folder
+  mft show RUN                    a run's config beside the defaults, its losses, where things are
+  mft compare DIR                 ranked table and HTML report of a sweep (or of an MLflow experiment)
+  mft tracking sync [DIR …]       send what MLflow has missed; mark runs that were killed
   mft merge RUN                   merge a run's adapter into its base model, and check the logits
   mft merge base=… adapter=… out=…
   mft generate RUN "a question"   answer through the checkpoint's own chat template
@@ -47,6 +51,10 @@ COMMANDS = {
     "merge": "mft.cli:merge",
     "generate": "mft.cli:generate",
     "sweep": "mft.sweep:resume",
+    "compare": "mft.compare:command",
+    "runs": "mft.runs:runs",
+    "show": "mft.runs:show",
+    "tracking": "mft.runs:tracking",
     "demo": "mft.cli:demo",
 }
 """Command -> module:function(arguments); imported only when it is asked for."""

@@ -14,7 +14,7 @@ FLOOR = {
     **dict.fromkeys(("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "provenance"), 2),
     **dict.fromkeys(("config", "build", "compose", "rundir", "feed", "run", "summary"), 3),
     **dict.fromkeys(("memory", "worker", "processes", "launch", "job", "sweep", "cli", "demo"), 4),
-    **dict.fromkeys(("pool", "board"), 4),
+    **dict.fromkeys(("pool", "board", "compare", "comparereport", "runs"), 4),
 }
 COMPONENTS = {name for name, floor in FLOOR.items() if floor == 1}
 CONTRACTS = {"mft.loss.base", "mft.dist.base", "mft.tracking.base"}

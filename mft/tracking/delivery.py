@@ -308,6 +308,19 @@ def sync(run_dir: Path, uri: str | None = None) -> int:
         lock.release()
 
 
+def mark_killed(run_dir: Path) -> bool:
+    """Ends the record of a run whose process is gone without a word as failed; returns whether there was need to."""
+    spool = Spool(run_dir)
+    last = None
+    for record, _ in spool.records(0):
+        if record["kind"] in ("open", "close"):
+            last = record["kind"]
+    if last != "open":
+        return False
+    spool.append({"kind": "close", "status": "failed", "time": int(spool.path.stat().st_mtime * 1000)})
+    return True
+
+
 def cause(error: Exception) -> str:
     """Returns the first line of what went wrong, short and without credentials."""
     return f"{type(error).__name__}: {cut(hidden(str(error)).strip().splitlines()[0] if str(error) else '', 200)}"

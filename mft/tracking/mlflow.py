@@ -90,7 +90,7 @@ class Mlflow(Tracker):
                 "key": self._key,
                 "experiment": self.experiment,
                 "run_name": cut(self.run_name or tags.get("job") or run_dir.resolve().name, 200),
-                "params": flattened(config),
+                "params": flattened(config) | {f"{k}": str(v) for k, v in config.get("choices", {}).items()},
                 "tags": tags,
             }
         )

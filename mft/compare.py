@@ -1,0 +1,362 @@
+"""`mft compare`: the runs of a folder or of an MLflow experiment, ranked, with the noise between seeds beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+
+from mft import rundir
+from mft.config import CANNOT_CHANGE_THE_RESULT, EXTENDABLE
+from mft.errors import UserError, nearest
+from mft.metrics import criterion
+
+SEED = "train.seed"
+NOT_COMPARED = tuple(key for key in CANNOT_CHANGE_THE_RESULT if "batch_size" not in key)
+STANDARD_ERRORS = 2.0
+"""A difference of means smaller than so many standard errors counts as noise between seeds."""
+
+
+@dataclass
+class Run:
+    """What one run folder says. values: flat config with the option taken of every group; rows: metrics.jsonl."""
+
+    name: str
+    values: dict[str, str]
+    rows: list[dict[str, Any]]
+    state: str
+    seconds: float | None = None
+    memory: float | None = None
+    command: str = ""
+
+    @property
+    def tasks(self) -> list[str]:
+        """The validated tasks, in the order in which they appear."""
+        prefix = "valid/loss/"
+        return list(dict.fromkeys(k.removeprefix(prefix) for row in self.rows for k in row if k.startswith(prefix)))
+
+    def series(self, metric: str) -> list[tuple[int, float]]:
+        """Returns (step, value) of a metric: mean, worst, a task (validation losses), or a name in metrics.jsonl."""
+        found = []
+        for row in self.rows:
+            losses = {t: row[f"valid/loss/{t}"] for t in self.tasks if row.get(f"valid/loss/{t}") is not None}
+            if metric in ("mean", "worst"):
+                value = criterion(losses, metric, {}) if losses and len(losses) == len(self.tasks) else None
+            else:
+                value = losses.get(metric, row.get(metric))
+            if value is not None and math.isfinite(value):
+                found.append((int(row["step"]), float(value)))
+        return found
+
+    def best(self, metric: str) -> float | None:
+        """Returns the lowest value of a metric, None where it was not logged."""
+        return min((value for _, value in self.series(metric)), default=None)
+
+
+@dataclass
+class Group:
+    """Runs that differ by their seed alone. keys: what tells them from the other groups."""
+
+    keys: dict[str, str]
+    runs: list[Run]
+    metric: str
+
+    @property
+    def label(self) -> str:
+        """The keys in one line."""
+        return " ".join(f"{key}={value}" for key, value in self.keys.items()) or "(all as given)"
+
+    def numbers(self, metric: str = "") -> list[float]:
+        """Returns the best value of every run that has one."""
+        return [v for v in (run.best(metric or self.metric) for run in self.runs) if v is not None]
+
+    def mean(self, metric: str = "") -> float:
+        """Returns the mean over seeds, NaN without any."""
+        values = self.numbers(metric)
+        return fmean(values) if values else math.nan
+
+    def spread(self, metric: str = "") -> float | None:
+        """Returns the standard deviation between seeds, None below two."""
+        values = self.numbers(metric)
+        return stdev(values) if len(values) > 1 else None
+
+
+def read_run(folder: Path) -> Run:
+    """Returns what a run folder says."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    except OSError:
+        config = {}
+    known, summary = rundir.read_json(folder / "overrides.json"), rundir.read_json(folder / "summary.json")
+    command = shlex.join(["mft", "train", *known.get("overrides", [])])
+    return Run(
+        name=os.path.relpath(folder),
+        values=flat(config),
+        rows=rundir.rows_from(folder / "metrics.jsonl")[0],
+        state=rundir.state(folder),
+        seconds=summary.get("seconds"),
+        memory=summary.get("peak_memory_gib"),
+        command=command,
+    )
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {dotted key: text} of what can change a result; `loss: coba` stands beside loss.tau and so on."""
+    found: dict[str, str] = dict(config.get("choices", {}))
+
+    def walk(node: Mapping[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            path = f"{prefix}{key}"
+            if key == "_target_" or any(path == p or path.startswith(f"{p}.") for p in NOT_COMPARED):
+                continue
+            if isinstance(value, Mapping):
+                walk(value, f"{path}.")
+            else:
+                found[path] = f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
+
+    walk(config, "")
+    return {k: v for k, v in found.items() if k.split(".")[0] not in ("tracking", "launch", "debug", "experiment")}
+
+
+def read_experiment(name: str, uri: str) -> list[Run]:
+    """Returns the runs of an MLflow experiment, from the store alone."""
+    from mft.tracking.delivery import client_for
+
+    client = client_for(uri)
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        names = [e.name for e in client.search_experiments()]
+        raise UserError(f"{name} is neither a folder nor an experiment of {uri}{nearest(name, names) or '.'}")
+    runs = []
+    for run in client.search_runs([experiment.experiment_id], max_results=1000):
+        rows: dict[int, dict[str, Any]] = {}
+        for metric in run.data.metrics:
+            if metric.startswith(("valid/", "train/weight/", "train/loss")):
+                for point in client.get_metric_history(run.info.run_id, metric):
+                    rows.setdefault(point.step, {"step": point.step})[metric] = point.value
+        start, end = run.info.start_time, run.info.end_time
+        skipped = (*NOT_COMPARED, "tracking", "launch")
+        params = run.data.params.items()
+        values = {k: v for k, v in params if not k.endswith("_target_") and not k.startswith(skipped)}
+        command = f"mft train {run.data.tags.get('overrides', '')}"
+        seconds = (end - start) / 1000 if end else None
+        by_step = [rows[step] for step in sorted(rows)]
+        runs.append(Run(run.info.run_name, values, by_step, run.info.status.lower(), seconds, None, command))
+    return runs
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Returns the keys whose values differ, options of groups first; not those that follow from a group's option."""
+    keys = dict.fromkeys(key for run in runs for key in run.values)
+    found = []
+    for key in keys:
+        group = key.split(".")[0]
+        by_option: dict[str, set[str]] = {}
+        for run in runs:
+            if key in run.values:
+                by_option.setdefault(run.values.get(group, "") if "." in key else "", set()).add(run.values[key])
+        follows = (
+            "." in key and any(group in run.values for run in runs) and all(len(v) == 1 for v in by_option.values())
+        )
+        missing = "." not in key and any(key not in run.values for run in runs)
+        if not follows and (missing or len(set().union(*by_option.values())) > 1):
+            found.append(key)
+    return sorted(found, key=lambda key: ("." in key, key in EXTENDABLE))
+
+
+def grouped(runs: Sequence[Run], keys: Sequence[str], metric: str) -> list[Group]:
+    """Returns the groups of runs with equal values of the keys, the best mean first; runs without a value come last."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run.values.get(key, "-") for key in keys), []).append(run)
+    made = [Group(dict(zip(keys, values, strict=True)), members, metric) for values, members in groups.items()]
+    return sorted(made, key=lambda group: (math.isnan(group.mean()), group.mean()))
+
+
+def pooled(groups: Sequence[Group]) -> float | None:
+    """Returns the standard deviation between seeds, pooled over the groups that have several; None without any."""
+    pairs = [(len(group.numbers()) - 1, group.spread()) for group in groups]
+    known = [(n, s) for n, s in pairs if s is not None]
+    weight = sum(n for n, _ in known)
+    return math.sqrt(sum(n * s * s for n, s in known) / weight) if weight else None
+
+
+def verdicts(groups: Sequence[Group]) -> tuple[list[str], str]:
+    """Returns a word for every group and a sentence on the whole; a winner is named only where seeds tell it apart."""
+    noise = pooled(groups)
+    counts = [len(group.numbers()) for group in groups]
+    ranked = [i for i, count in enumerate(counts) if count]
+    if not ranked:
+        return ["no value"] * len(groups), "No run has a value of this metric yet."
+    words = ["no value"] * len(groups)
+    words[ranked[0]] = "lowest"
+    for i in ranked[1:]:
+        if noise is None or counts[i] < 2 or counts[ranked[0]] < 2:
+            words[i] = (
+                "one seed: not told apart" if noise is None or counts[i] < 2 else "not told apart: lowest has one seed"
+            )
+            continue
+        error = noise * math.sqrt(1 / counts[i] + 1 / counts[ranked[0]])
+        within = groups[i].mean() - groups[ranked[0]].mean() <= STANDARD_ERRORS * error
+        words[i] = "within seed noise" if within else "higher"
+    if noise is None or counts[ranked[0]] < 2:
+        return (
+            words,
+            "No winner: the lowest mean is of one seed (n = 1). Repeat with train.seed=1,2,3 to know the noise.",
+        )
+    told = f"Noise between seeds: {noise:.4f} (standard deviation, pooled)."
+    if len(ranked) == 1:
+        return words, f"{told} One setting only: nothing to compare it with."
+    if any(words[i] != "higher" for i in ranked[1:]):
+        near = sum(words[i] != "higher" for i in ranked[1:])
+        return words, f"{told} No winner: {near} more are not told apart from the lowest (less than 2 standard errors)."
+    return words, f"{told} {groups[ranked[0]].label} is lower than all others by more than 2 standard errors."
+
+
+def prepare(runs: Sequence[Run], metric: str, by: Sequence[str]) -> list[Group]:
+    """Returns the groups to compare; UserError for keys or metrics that no run has."""
+    known = sorted({key for run in runs for key in run.values})
+    for key in by:
+        if key not in known:
+            raise UserError(f"--group-by {key}: no run has this key{nearest(key, known) or '.'}")
+    keys = list(by) or [key for key in differing(runs) if key != SEED]
+    groups = grouped(runs, keys, metric)
+    if all(not group.numbers() for group in groups) and any(run.rows for run in runs):
+        options = ["mean", "worst", *dict.fromkeys(k for run in runs for row in run.rows for k in row)]
+        raise UserError(f"--metric {metric}: no run has logged it{nearest(metric, options) or '.'}")
+    return groups
+
+
+def columns(groups: Sequence[Group], metric: str) -> tuple[list[str], list[list[str]]]:
+    """Returns the head and the rows of the ranked table, as text."""
+    tasks = list(dict.fromkeys(task for group in groups for run in group.runs for task in run.tasks))
+    keys = list(groups[0].keys) if groups else []
+    head = [
+        "rank",
+        *keys,
+        "n",
+        metric,
+        "spread",
+        *(["worst"] if metric != "worst" else []),
+        *tasks,
+        "seconds",
+        "GiB",
+        "verdict",
+    ]
+    words, _ = verdicts(groups)
+    rows = []
+    for rank, (group, word) in enumerate(zip(groups, words, strict=True), start=1):
+        spread = group.spread()
+        row = [str(rank), *group.keys.values(), str(len(group.numbers())), _number(group.mean())]
+        row.append("n = 1" if spread is None else f"± {spread:.4f}")
+        row += [_number(group.mean(m)) for m in ([] if metric == "worst" else ["worst"]) + tasks]
+        row += [
+            _mean([run.seconds for run in group.runs], ".0f"),
+            _mean([run.memory for run in group.runs], ".2f"),
+            word,
+        ]
+        rows.append(row)
+    return head, rows
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"
+
+
+def _mean(values: Sequence[float | None], how: str) -> str:
+    known = [value for value in values if value is not None]
+    return format(fmean(known), how) if known else ""
+
+
+def leave_report(folder: Path) -> Path | None:
+    """Writes `report.html` into the folder of a sweep, of what is finished there; None where nothing has a value."""
+    from mft.comparereport import write
+
+    runs = [read_run(path) for path in rundir.runs_under(folder)]
+    runs = [run for run in runs if run.best("mean") is not None]
+    if not runs:
+        return None
+    return write(prepare(runs, "mean", ()), "mean", folder / "report.html", str(folder.name))
+
+
+def command(args: Sequence[str]) -> None:
+    """mft compare DIR [DIR …] | EXPERIMENT [--metric mean|worst|TASK|NAME] [--group-by KEY,KEY] [--csv FILE]
+             [--out FILE] [--uri ADDRESS]
+
+    Ranks the runs in folders (multirun/<name>, one sweep, outputs/<name>) or of an MLflow experiment, by their lowest
+    validation loss, and writes a report with pictures (report.html in the folder; --out says where).
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from mft.comparereport import write
+
+    if not args or "-h" in args or "--help" in args:
+        print(command.__doc__)
+        return
+    places, chosen = options(args)
+    runs = [run for place in places for run in _runs(place, chosen["uri"])]
+    if not runs:
+        raise UserError(f"There is no run in {', '.join(places)}.")
+    by = [key for key in chosen["group-by"].split(",") if key]
+    groups = prepare(runs, chosen["metric"], by)
+    head, rows = columns(groups, chosen["metric"])
+    table = Table(title=f"{len(runs)} runs, {len(groups)} settings", title_justify="left")
+    for name in head:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False, highlight=False)
+    console.print(table) if console.is_terminal else Console(markup=False, highlight=False, width=200).print(table)
+    print(verdicts(groups)[1])
+    unfinished = [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]
+    if unfinished:
+        print(f"not finished, counted as far as they came: {', '.join(unfinished)}")
+    if chosen["csv"]:
+        with open(chosen["csv"], "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([head, *rows])
+        print(f"table: {chosen['csv']}")
+    first = Path(places[0])
+    out = Path(chosen["out"]) if chosen["out"] else (first if first.is_dir() else Path(".")) / "report.html"
+    print(f"report: {write(groups, chosen['metric'], out, ', '.join(places))}")
+
+
+def _runs(place: str, uri: str) -> list[Run]:
+    if Path(place).is_dir():
+        return [read_run(path) for path in rundir.runs_under(Path(place))]
+    if not uri and not Path("mlflow.db").exists():
+        raise UserError(
+            f"{place} is no folder, and there is no MLflow store here (mlflow.db) to look for an experiment in."
+        )
+    return read_experiment(place, uri or f"sqlite:///{Path('mlflow.db').resolve()}")
+
+
+def options(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Splits the command line into places and flags; UserError for a flag that is none, or has no value."""
+    chosen = {"metric": "mean", "group-by": "", "csv": "", "out": "", "uri": ""}
+    places, rest = [], list(args)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("--"):
+            places.append(arg)
+            continue
+        name, equals, value = arg[2:].partition("=")
+        if name not in chosen:
+            raise UserError(
+                f"mft compare has no --{name}{nearest(name, chosen) or '.'} Flags: --{', --'.join(chosen)}."
+            )
+        if not equals and not rest:
+            raise UserError(f"--{name} needs a value.")
+        chosen[name] = value if equals else rest.pop(0)
+    if not places:
+        raise UserError("mft compare needs a folder or the name of an MLflow experiment.")
+    return places, chosen

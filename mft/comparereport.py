@@ -1,0 +1,198 @@
+"""The report of a comparison: one HTML file with its pictures inside, without scripts and without the network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mft import plots
+from mft.compare import SEED, Group, columns, differing, verdicts
+
+MOST_CURVES = 12
+"""Settings drawn in a picture of curves, the best first; the table has all."""
+
+HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<link rel="icon" href="data:,">
+<style>
+body{{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:76em;padding:0 1em;color:#222}}
+table{{border-collapse:collapse;margin:1em 0;font-size:13px;display:block;overflow-x:auto}}
+td,th{{border:1px solid #ccc;padding:3px 8px;text-align:left;white-space:nowrap}} th{{background:#f3f3f3}}
+img{{max-width:100%}} code{{background:#f3f3f3;padding:1px 4px;white-space:pre-wrap}} h2{{margin-top:2em}}
+.say{{background:#fff7e0;border-left:4px solid #e69f00;padding:.6em 1em}}
+</style></head><body>
+"""
+
+
+def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
+    """Writes the report; returns its file."""
+    runs = [run for group in groups for run in group.runs]
+    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    head, rows = columns(groups, metric)
+    sentence = verdicts(groups)[1]
+    parts = [
+        HEAD.format(title=escape(f"mft compare: {title}")),
+        f"<h1>{escape(title)}</h1><p>{len(runs)} runs, {len(groups)} settings. Each run's lowest validation "
+        f"loss (nats per token), ranked by <b>{escape(metric)}</b>, mean over n seeds.</p>",
+        f"<p class=say>{escape(sentence)}</p>",
+        _table(head, rows),
+        "<h2>Settings and seeds</h2>" + _image(_dots(groups, metric), "every seed, mean and spread"),
+        "<h2>Validation loss of every task</h2>" + _note(groups) + _image(_curves(groups, tasks), "learning curves"),
+    ]
+    if maps := _heat(groups, ["worst", *tasks]):
+        parts.append("<h2>Heat maps</h2>" + _image(maps, "heat maps"))
+    if weights := _weights(groups, tasks):
+        parts.append("<h2>Weights of the tasks over time</h2>" + _image(weights, "task weights"))
+    parts.append("<h2>Time and memory</h2>" + _image(_cost(groups), "seconds and memory of a run"))
+    keys = differing(runs)
+    differences = [[run.name, run.state, *(run.values.get(key, "-") for key in keys)] for run in runs]
+    parts.append("<h2>What differs between the runs</h2>" + _table(["run", "state", *keys], differences))
+    commands = "".join(f"<tr><td>{escape(r.name)}</td><td><code>{escape(r.command)}</code></td></tr>" for r in runs)
+    parts.append(f"<h2>To reproduce a run</h2><table>{commands}</table></body></html>\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return path
+
+
+def _note(groups: Sequence[Group]) -> str:
+    return f"<p>The best {MOST_CURVES} of {len(groups)} settings.</p>" if len(groups) > MOST_CURVES else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>{body}</table>"
+
+
+def _image(figure: Any, alt: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=90, format="png")
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def _dots(groups: Sequence[Group], metric: str) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.34 * len(groups)), layout="constrained")
+    axis = figure.add_subplot()
+    for place, group in enumerate(groups):
+        values = group.numbers()
+        axis.plot(values, [place] * len(values), "o", color="#0072B2", alpha=0.5, markersize=6)
+        if values:
+            axis.errorbar(group.mean(), place, xerr=group.spread() or 0.0, fmt="|", color="#000000", capsize=4)
+    axis.set_yticks(
+        range(len(groups)), [f"{group.label}  (n = {len(group.numbers())})" for group in groups], fontsize=8
+    )
+    axis.invert_yaxis()
+    axis.set_xlabel(
+        f"lowest {metric} validation loss (nats/token); dots: seeds, bar: mean ± standard deviation", fontsize=8
+    )
+    axis.grid(alpha=0.25, axis="x")
+    return figure
+
+
+def _by_step(group: Group, metric: str) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Returns steps, means, lowest and highest over the seeds of a group."""
+    points: dict[int, list[float]] = {}
+    for run in group.runs:
+        for step, value in run.series(metric):
+            points.setdefault(step, []).append(value)
+    steps = sorted(points)
+    values = [points[step] for step in steps]
+    return steps, [fmean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
+
+
+def _curves(groups: Sequence[Group], tasks: Sequence[str]) -> Any:
+    shown = groups[:MOST_CURVES]
+    panels = ["mean", *tasks]
+    figure, axes = plots._grid(len(panels), "mean over seeds, band: lowest to highest seed")
+    labels = [group.label for group in shown]
+    for axis, metric in zip(axes, panels, strict=True):
+        axis.set_title(metric, fontsize=10)
+        for group in shown:
+            steps, means, low, high = _by_step(group, metric)
+            color = plots._color(group.label, labels)
+            axis.plot(steps, means, color=color, marker="o", markersize=2.5, linewidth=1.3, label=group.label)
+            axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
+    plots._label(axes, "loss (nats/token)")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def _weights(groups: Sequence[Group], tasks: Sequence[str]) -> Any | None:
+    shown = [g for g in groups if any(k.startswith("train/weight/") for run in g.runs for row in run.rows for k in row)]
+    if not shown:
+        return None
+    shown = shown[:MOST_CURVES]
+    figure, axes = plots._grid(len(shown), "mean over seeds")
+    for axis, group in zip(axes, shown, strict=True):
+        axis.set_title(group.label, fontsize=8)
+        for task in tasks:
+            steps, means, _, _ = _by_step(group, f"train/weight/{task}")
+            axis.plot(steps, means, color=plots._color(task, tasks), marker="o", markersize=2.5, label=task)
+        axis.set_ylim(bottom=0)
+    plots._label(axes, "weight")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _heat(groups: Sequence[Group], metrics: Sequence[str]) -> Any | None:
+    """The grid of the loss mode and the learning rate, or of the first two keys that differ; None below two keys."""
+    keys = [key for key in (groups[0].keys if groups else {}) if key != SEED]
+    keys.sort(key=lambda key: {"loss": 0, "optimizer.lr": 1}.get(key, 2))
+    if len(keys) < 2:
+        return None
+    rows = sorted({g.keys[keys[0]] for g in groups}, key=_order)
+    cols = sorted({g.keys[keys[1]] for g in groups}, key=_order)
+    figure, axes = plots._grid(
+        len(metrics), f"{keys[0]} × {keys[1]}: mean of all their runs", size=(4.2, 1.4 + 0.4 * len(rows))
+    )
+    for axis, metric in zip(axes, metrics, strict=True):
+        cells = [[_cell(groups, {keys[0]: row, keys[1]: col}, metric) for col in cols] for row in rows]
+        axis.grid(False)
+        axis.imshow(cells, cmap="viridis_r", aspect="auto")
+        axis.set_title(f"{metric} task" if metric == "worst" else metric, fontsize=10)
+        axis.set_xticks(range(len(cols)), cols, fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        known = [value for line in cells for value in line if not math.isnan(value)]
+        middle = (min(known) + max(known)) / 2 if known else 0.0
+        for y, line in enumerate(cells):
+            for x, value in enumerate(line):
+                text, color = (
+                    ("", "black") if math.isnan(value) else (f"{value:.3f}", "white" if value > middle else "black")
+                )
+                axis.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
+    return figure
+
+
+def _order(value: str) -> tuple[bool, float, str]:
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value
+
+
+def _cell(groups: Sequence[Group], keys: dict[str, str], metric: str) -> float:
+    values = [v for g in groups if keys.items() <= g.keys.items() for v in g.numbers(metric)]
+    return fmean(values) if values else math.nan
+
+
+def _cost(groups: Sequence[Group]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.2 + 0.3 * len(groups)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, name, attribute in ((axes[0], "seconds", "seconds"), (axes[1], "peak memory (GiB)", "memory")):
+        known = [[v for run in group.runs if (v := getattr(run, attribute)) is not None] for group in groups]
+        axis.barh(range(len(groups)), [fmean(values) if values else 0.0 for values in known], color="#56B4E9")
+        axis.set_xlabel(name, fontsize=8)
+    axes[0].set_yticks(range(len(groups)), [group.label for group in groups], fontsize=8)
+    axes[0].invert_yaxis()
+    return figure
