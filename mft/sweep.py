@@ -160,10 +160,10 @@ def checked_jobs(
     from omegaconf.errors import OmegaConfBaseException
 
     OverridesParser.create()
-    fixed = [o for o in cfg.hydra.overrides.task if not _is_sweep(o)]
+    fixed = {_key(o) for o in cfg.hydra.overrides.task if not _is_sweep(o)}  # keys: Hydra writes true as True
     jobs, told = [], time.monotonic()
     for number, overrides in enumerate(job_overrides):
-        label = " ".join(o for o in overrides if o not in fixed) or "(all as given)"
+        label = " ".join(o for o in overrides if _key(o) not in fixed) or "(all as given)"
         try:
             composed = without_hydra(loader.load_sweep_config(cfg, list(overrides)))
             ours = [o for o in overrides if _key(o) != "sweep"]
