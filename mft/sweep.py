@@ -1,4 +1,4 @@
-"""Sweeps: all jobs are checked before the first starts, each has the folder of its identity, a failure ends its job only."""
+"""Sweeps: all jobs are checked before the first starts, each has its identity's folder, a failure ends one job."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Shown(Exception):
 def through_hydra(
     overrides: Sequence[str], config_dirs: Sequence[Path], flags: Sequence[str], dry_run: bool = False
 ) -> None:
-    """Serves what needs Hydra's application: `-m` (the launcher calls `run_jobs`), `--cfg`, `--info`, `--hydra-help`."""
+    """Serves what needs Hydra's own application: `-m` (calls `run_jobs`), `--cfg`, `--info`, `--hydra-help`."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -97,7 +97,7 @@ def resume(args: Sequence[str]) -> None:
 
 
 def the_sweep(folder: Path) -> Path:
-    """Returns the sweep folder meant by `multirun/<name>/<id>` or, where it has one sweep only, by `multirun/<name>`."""
+    """Returns the sweep folder meant by `multirun/<name>/<id>` or, with one sweep in it, by `multirun/<name>`."""
     if (folder / RECORD).exists():
         return folder
     found = sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
@@ -184,8 +184,8 @@ def run_jobs(
     """Runs the jobs of a sweep and returns Hydra's JobReturn of each.
 
     Finished jobs are skipped and unfinished ones resumed. A failed job leaves its traceback in its folder and the
-    others run; at the end a table says what became of each. Raises UserError if any failed (a search goes on: it sees the
-    failures in the returns), Stopped after a signal.
+    others run; at the end a table says what became of each. Raises UserError if any failed (a search goes on: it
+    sees the failures in the returns), Stopped after a signal.
     """
     folder = Path(cfg.hydra.sweep.dir).absolute()
     try:
