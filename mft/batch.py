@@ -23,13 +23,13 @@ class Message:
     """One turn of a conversation, or a whole text.
 
     role: system, user, assistant, or text (continued pretraining; such a message stands alone);
-    train: whether an assistant turn carries loss; final: the answer of a row that can hold no further turn.
+    train: whether an assistant turn carries loss; pair: the row is a question and its answer, and can hold no more.
     """
 
     role: str
     content: str
     train: bool = True
-    final: bool = False
+    pair: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mft.build import resolved
 from mft.config import config_dir, register, typed
+from mft.data.template import is_file
 from mft.errors import UserError, nearest
 
 
@@ -45,13 +46,18 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
     """Makes the config independent of the folder it was composed in; `~` is expanded."""
 
     def absolute(path: str) -> str:
+        if path.startswith("hf:"):  # a data set of the hub
+            return path
         return os.path.abspath(os.path.expanduser(path))
 
     cfg.output_dir, cfg.cache_dir = absolute(cfg.output_dir), absolute(cfg.cache_dir)
     cfg.data.paths = [absolute(path) for path in cfg.data.paths]
+    if is_file(cfg.data.template):
+        cfg.data.template = absolute(cfg.data.template)
     for task in cfg.task.values():
-        if isinstance(task, DictConfig) and OmegaConf.is_list(task.get("paths")):
-            task.paths = [absolute(path) for path in task.paths]
+        for key in ("paths", "valid"):
+            if isinstance(task, DictConfig) and OmegaConf.is_list(task.get(key)):
+                task[key] = [absolute(path) for path in task[key]]
     return cfg
 
 

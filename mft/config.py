@@ -296,6 +296,7 @@ def identity(cfg: DictConfig, world: int, fingerprints: dict[str, str], extended
             node = node.get(parent, {})
         node.pop(last, None)
     for task in plain["task"].values():
+        task.pop("valid", None)
         task.pop("paths", None)  # the fingerprint of their content stands for them
         task.pop("hint", None)
     for key in ("path", "hint", "cache_dir"):

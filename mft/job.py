@@ -14,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from mft import rundir
 from mft.build import ALLOWED_TARGETS, build, check
 from mft.config import LaunchMode, Precision, fast_precision, freeze, identity, visible_gpus
+from mft.data.fingerprint import file_digests
 from mft.data.task import all_tasks
+from mft.data.template import is_file
 from mft.errors import UserError
-from mft.launch import launch, ranks, warm
+from mft.launch import launch, place, ranks, share, warm
 from mft.metrics import criterion
 
 
@@ -84,6 +86,8 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "") -> Job:
         warm()  # the fork server imports while the data is read here
     fingerprints = {f"task.{task.name}": task.fingerprint(cfg.cache_dir) for task in tasks}
     data = hashlib.sha1(repr(sorted(fingerprints.items())).encode()).hexdigest()[:12]
+    if is_file(cfg.data.template):
+        fingerprints["template"] = file_digests([Path(cfg.data.template)], Path(cfg.cache_dir))[0]
     fingerprints["model"] = build(cfg.model, "model", allowed).fingerprint()
     return Job(
         cfg,
@@ -101,8 +105,14 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = print) -> dict[str,
 
     A finished run of the same length is skipped; a longer one goes on from its last checkpoint.
     """
+    placed = place()
+    if placed is not None and placed.rank > 0:  # rank 0 chooses the folder and writes it
+        if there := share(None):
+            launch(there, mode=job.cfg.launch.mode.value, allow_targets=job.allow_targets)
+        return {}
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
     if rundir.is_finished(folder, job.identity):
+        share(None)
         say(f"{shown} is finished already; its summary.json says how it went.")
         return rundir.read_json(folder / "summary.json")
     held = rundir.lock(folder)
@@ -112,6 +122,7 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = print) -> dict[str,
         freeze(job.cfg, folder / "config.yaml")
         job.identity.write(folder)
         rundir.write_json(folder / "overrides.json", job.describe())
+        share(str(folder))
         launch(
             folder,
             nproc=job.world,

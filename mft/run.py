@@ -21,7 +21,7 @@ from mft.data import report
 from mft.data.settings import DataSettings
 from mft.data.store import prepare
 from mft.data.task import all_tasks
-from mft.data.template import named
+from mft.data.template import adopt, named
 from mft.data.tokenize import Encoder
 from mft.evaluate import Evaluator
 from mft.feed import Feed
@@ -60,8 +60,8 @@ def run(
     family, peft, optim, scheduler, loss = (make(p) for p in ("model", "peft", "optimizer", "scheduler", "loss"))
     precision = train.precision.value
     tokenizer = family.tokenizer()
-    template = named(data.template, data.role_markers)
-    tokenizer.chat_template = template.jinja()
+    template = named(data.template, data.role_markers, tokenizer)
+    adopt(tokenizer, template)
     tasks = all_tasks({name: make(f"task.{name}") for name in cfg.task}, list(data.paths))
     names = [task.name for task in tasks]
     encoder = Encoder(tokenizer, template)
@@ -99,7 +99,7 @@ def run(
             save_final(engine.unwrap(module), tokenizer, folder, state_dict=weights)
 
     keep = train.keep if train.keep is not None else peft.keep_default
-    checkpoints = Checkpoints(run_dir, engine, loss, export, keep, train.keep_task_best)
+    checkpoints = Checkpoints(run_dir, engine, loss, export if engine.gather_on_save else ignore, keep, train.keep_task_best)
     tracker = FanOut([Jsonl(), *(make(f"tracking.{name}") for name in cfg.tracking)]) if engine.is_main else Tracker()
     t = Training(
         engine=engine,
@@ -131,7 +131,9 @@ def run(
         model.train()
         return said
 
-    answers = Answers(prompts if engine.is_main else [], answer)
+    if prompts and engine.sharded:
+        progress.show(f"train.prompts is left out: dist={engine.name} divides the model; ask its final/ with mft generate")
+    answers = Answers(prompts if engine.is_main and not engine.sharded else [], answer)
     progress.show(audit_table(peft.audit(model)))
     facts = {
         "steps": f"{total:,}",
@@ -177,6 +179,10 @@ def run(
     summary.show(found, t, run_dir)
     engine.close()
     return status
+
+
+def ignore(folder: Path) -> None:
+    """Exports nothing."""
 
 
 def quiet_libraries() -> None:

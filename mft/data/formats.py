@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mft.batch import Message
 from mft.errors import UserError, nearest, shortened
@@ -13,17 +14,18 @@ from mft.errors import UserError, nearest, shortened
 class RowError(UserError):
     """A row that cannot be understood: where it is, which field, what is wrong with it.
 
-    file and line are None until the reader of the file fills them in with `at`; field is "" for the row as a whole.
+    file and line are None until the reader of the file fills them in with `at`; field is "" for the row as a whole;
+    text: the row as it stands in the file, where it could not even be parsed.
     """
 
-    def __init__(self, field: str, problem: str, file: Path | None = None, line: int | None = None):
-        self.field, self.problem, self.file, self.line = field, problem, file, line
+    def __init__(self, field: str, problem: str, file: Path | None = None, line: int | None = None, text: str = ""):
+        self.field, self.problem, self.file, self.line, self.text = field, problem, file, line, text
         place = f"{file}:{line}: " if file is not None else ""
         super().__init__(f"{place}{field}: {problem}" if field else f"{place}{problem}")
 
     def at(self, file: Path, line: int) -> RowError:
         """Returns the same error with its place."""
-        return RowError(self.field, self.problem, file, line)
+        return RowError(self.field, self.problem, file, line, self.text)
 
 
 class Format:
@@ -36,70 +38,262 @@ class Format:
         """Returns the conversation of a row, roles system, user and assistant; raises RowError naming the field."""
         raise NotImplementedError
 
+    def describe(self) -> str:
+        """Returns the name by which reports call it."""
+        return type(self).__name__.lower()
 
-ROLES = {"system": "system", "human": "user", "user": "user", "bot": "assistant", "assistant": "assistant"}
-"""Role names in rows → roles of messages."""
+    def fits(self, row: Any) -> bool:
+        """Whether a row has the fields that mark this format; says nothing about their values."""
+        raise NotImplementedError
 
 
-@dataclass
-class Chat(Format):
-    """chatML: `chat_rounds` is a list of `{"role", "content"}`, roles system/human/bot or system/user/assistant.
+class Turns(Format):
+    """A list of turns, one object each. The class variables say how the fields and the roles are called.
 
-    An optional system turn comes first, then user and assistant turns alternate. A bot turn with `"train": false`
-    carries no loss. Other fields are ignored.
+    An optional system turn comes first, then user and assistant turns alternate. A turn of the assistant with
+    `"train": false` or `"weight": 0` carries no loss. Other fields are ignored.
     """
+
+    FIELD: ClassVar[str]
+    ROLE: ClassVar[str] = "role"
+    CONTENT: ClassVar[str] = "content"
+    ONE: ClassVar[str] = "turn"
+    SYSTEM: ClassVar[Sequence[str]] = ("system",)
+    USER: ClassVar[Sequence[str]] = ("user",)
+    ASSISTANT: ClassVar[Sequence[str]] = ("assistant",)
+
+    def fits(self, row: Any) -> bool:
+        return isinstance(row, dict) and isinstance(row.get(self.FIELD), list)
 
     def messages(self, row: Any) -> list[Message]:
         if not isinstance(row, dict):
-            raise RowError("", f"is {_kind(row)} {shortened(row)}; allowed: an object with the field chat_rounds")
-        if "chat_rounds" not in row:
-            fields = ", ".join(list(row)[:8]) or "none"
-            raise RowError("chat_rounds", f"is missing; the row's fields: {shortened(fields)}{_instead(row)}")
-        rounds = row["chat_rounds"]
-        if not isinstance(rounds, list) or not rounds:
-            raise RowError(
-                "chat_rounds", f"is {_kind(rounds)} {shortened(rounds)}; allowed: a list of at least one round"
-            )
+            raise RowError("", f"is {_kind(row)} {shortened(row)}; allowed: an object with the field {self.FIELD}")
+        turns = _field(row, self.FIELD)
+        if not isinstance(turns, list) or not turns:
+            problem = f"is {_kind(turns)} {shortened(turns)}; allowed: a list of at least one {self.ONE}"
+            raise RowError(self.FIELD, problem)
         messages: list[Message] = []
-        for number, turn in enumerate(rounds):
-            messages.append(self._message(turn, f"chat_rounds[{number}]", messages))
+        for number, turn in enumerate(turns):
+            messages.append(self._message(turn, f"{self.FIELD}[{number}]", messages))
         if messages[-1].role == "system":
-            raise RowError("chat_rounds", "holds only a system turn; a human turn must follow")
+            raise RowError(self.FIELD, f"holds only a system turn; a {self.USER[0]} turn must follow")
         return messages
 
     def _message(self, turn: Any, field: str, before: list[Message]) -> Message:
         if not isinstance(turn, dict):
-            raise RowError(field, f"is {_kind(turn)} {shortened(turn)}; allowed: an object with role and content")
-        for key in ("role", "content"):
+            problem = f"is {_kind(turn)} {shortened(turn)}; allowed: an object with {self.ROLE} and {self.CONTENT}"
+            raise RowError(field, problem)
+        for key in (self.ROLE, self.CONTENT):
             if key not in turn:
-                raise RowError(f"{field}.{key}", f"is missing; the round's fields: {shortened(', '.join(turn))}")
-            if not isinstance(turn[key], str):
-                raise RowError(f"{field}.{key}", f"is {_kind(turn[key])} {shortened(turn[key])}; allowed: text")
-        role, content, train = turn["role"], turn["content"], turn.get("train", True)
-        expected = ["human", "user"] if not before or before[-1].role != "user" else ["bot", "assistant"]
-        allowed = expected if before else ["system", *expected]
+                fields = shortened(", ".join(turn))
+                raise RowError(f"{field}.{key}", f"is missing; the {self.ONE}'s fields: {fields}")
+        role = turn[self.ROLE]
+        if not isinstance(role, str):
+            raise RowError(f"{field}.{self.ROLE}", f"is {_kind(role)} {shortened(role)}; allowed: text")
+        content = self._content(turn[self.CONTENT], f"{field}.{self.CONTENT}")
+        assistant = bool(before) and before[-1].role == "user"
+        expected = self.ASSISTANT if assistant else self.USER
+        allowed = list(expected) if before else [*self.SYSTEM, *expected]
         if role not in allowed:
-            hint = nearest(role, allowed) if role not in ROLES else "; human and bot turns alternate"
+            known = role in (*self.SYSTEM, *self.USER, *self.ASSISTANT)
+            hint = f"; {self.USER[0]} and {self.ASSISTANT[0]} turns alternate" if known else nearest(role, allowed)
             problem = f"{shortened(role)} is not allowed here; allowed: {', '.join(allowed)}{hint}"
-            raise RowError(f"{field}.role", problem)
-        if not isinstance(train, bool):
-            raise RowError(f"{field}.train", f"is {_kind(train)} {shortened(train)}; allowed: true, false")
-        if ROLES[role] == "assistant" and not content:
-            raise RowError(f"{field}.content", "is empty; a bot turn needs text to learn")
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise RowError(
-                f"{field}.content", f"holds half of a surrogate pair at character {error.start}, which is no text"
-            ) from None
-        return Message(ROLES[role], content, train)
+            raise RowError(f"{field}.{self.ROLE}", problem)
+        train = _trained(turn, field)
+        if assistant and not content:
+            raise RowError(f"{field}.{self.CONTENT}", f"is empty; a {self.ASSISTANT[0]} turn needs text to learn")
+        meaning = "assistant" if assistant else "system" if role in self.SYSTEM else "user"
+        return Message(meaning, content, train)
+
+    def _content(self, value: Any, field: str) -> str:
+        return _text(value, field)
+
+
+@dataclass
+class Chat(Turns):
+    """chatML: `chat_rounds` is a list of `{"role", "content"}`, roles system/human/bot or system/user/assistant."""
+
+    FIELD = "chat_rounds"
+    ONE = "round"
+    USER = ("human", "user")
+    ASSISTANT = ("bot", "assistant")
+
+
+@dataclass
+class Messages(Turns):
+    """OpenAI's form: `messages` is a list of `{"role", "content"}`, roles system (or developer)/user/assistant.
+
+    content may be a list of text parts, `[{"type": "text", "text": "..."}]`, which are joined.
+    """
+
+    FIELD = "messages"
+    ONE = "message"
+    SYSTEM = ("system", "developer")
+
+    def _content(self, value: Any, field: str) -> str:
+        if not isinstance(value, list):
+            return _text(value, field)
+        texts = []
+        for number, part in enumerate(value):
+            if not isinstance(part, dict) or part.get("type") != "text" or "text" not in part:
+                problem = f'is {_kind(part)} {shortened(part)}; allowed: {{"type": "text", "text": "..."}}'
+                raise RowError(f"{field}[{number}]", problem)
+            texts.append(_text(part["text"], f"{field}[{number}].text"))
+        return "".join(texts)
+
+
+@dataclass
+class ShareGPT(Turns):
+    """ShareGPT: `conversations` is a list of `{"from", "value"}`, from = system, human (or user), gpt (or assistant).
+
+    A field `system` beside the list is the system turn.
+    """
+
+    FIELD = "conversations"
+    ROLE = "from"
+    CONTENT = "value"
+    USER = ("human", "user")
+    ASSISTANT = ("gpt", "assistant", "bot", "chatgpt")
+
+    def messages(self, row: Any) -> list[Message]:
+        messages = super().messages(row)
+        system = _optional(row, "system")
+        if system and messages[0].role == "system":
+            raise RowError("system", "stands beside a system turn in conversations; one of them must go")
+        return [Message("system", system), *messages] if system else messages
+
+
+@dataclass
+class Pair(Format):
+    """A question and its answer in two fields, e.g. prompt and answer; the names of the fields are the values.
+
+    system: field of an optional system text; input: field of optional further input, put on a new line below the
+    question ("" = there is none). Other fields are ignored.
+    """
+
+    prompt: str = "prompt"
+    answer: str = "answer"
+    system: str = "system"
+    input: str = ""
+
+    def describe(self) -> str:
+        return f"{self.prompt}/{self.answer}"
+
+    def fits(self, row: Any) -> bool:
+        return isinstance(row, dict) and self.prompt in row and self.answer in row
+
+    def messages(self, row: Any) -> list[Message]:
+        if not isinstance(row, dict):
+            problem = f"is {_kind(row)} {shortened(row)}; allowed: an object with {self.prompt} and {self.answer}"
+            raise RowError("", problem)
+        question = _text(_field(row, self.prompt), self.prompt)
+        answer = _text(_field(row, self.answer), self.answer)
+        if not answer:
+            raise RowError(self.answer, "is empty; an answer needs text to learn")
+        if self.input and (further := _optional(row, self.input)):
+            question = f"{question}\n{further}" if question else further
+        train = _trained(row, "")
+        system = _optional(row, self.system) if self.system else ""
+        turns = [("system", system, True)] if system else []
+        turns += [("user", question, True), ("assistant", answer, train)]
+        return [Message(role, content, trained, pair=True) for role, content, trained in turns]
+
+
+@dataclass
+class Text(Format):
+    """Plain text for continued pretraining; every token carries loss. field: the name of its field."""
+
+    field: str = "text"
+
+    def fits(self, row: Any) -> bool:
+        return isinstance(row, dict) and self.field in row
+
+    def messages(self, row: Any) -> list[Message]:
+        if not isinstance(row, dict):
+            raise RowError("", f"is {_kind(row)} {shortened(row)}; allowed: an object with the field {self.field}")
+        text = _text(_field(row, self.field), self.field)
+        if not text:
+            raise RowError(self.field, "is empty; there is nothing to learn")
+        return [Message("text", text)]
+
+
+KNOWN: dict[str, Format] = {
+    "chat": Chat(),
+    "messages": Messages(),
+    "sharegpt": ShareGPT(),
+    "prompt_answer": Pair("prompt", "answer"),
+    "prompt_response": Pair("prompt", "response"),
+    "instruction_output": Pair("instruction", "output", input="input"),
+    "instruction_response": Pair("instruction", "response", input="input"),
+    "input_output": Pair("input", "output"),
+    "question_response": Pair("question", "response"),
+    "question_answer": Pair("question", "answer"),
+    "query_answer": Pair("query", "answer"),
+    "text": Text(),
+}
+"""The formats of conf/format by name. Where the fields of a row fit several, the first one is meant."""
+
+
+@dataclass
+class Auto(Format):
+    """The format is found once for a task: the first of KNOWN that its first recognisable row fits."""
+
+    def settled(self, row: Any) -> tuple[str, Format] | None:
+        """Returns the name and format that a row fits; None for a row that fits none."""
+        return next(((name, known) for name, known in KNOWN.items() if known.fits(row)), None)
+
+    def messages(self, row: Any) -> list[Message]:
+        raise AssertionError("the format of a task is settled before its rows are read")
+
+
+def no_format(fields: Sequence[str]) -> str:
+    """Returns what is said where no row of a task fits a known format; fields: those of its first object."""
+    marks = [known.FIELD if isinstance(known, Turns) else known.describe() for known in KNOWN.values()]
+    return (
+        f"no format fits its rows; fields of the first one: {shortened(', '.join(fields[:12]) or 'none')}. Known: "
+        f"{', '.join(marks)}. For other names choose one in the task's yaml, e.g. format: {{_target_: "
+        "mft.data.formats.Pair, prompt: my_question, answer: my_answer}"
+    )
+
+
+def _field(row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        fields = ", ".join(list(row)[:8]) or "none"
+        raise RowError(name, f"is missing; the row's fields: {shortened(fields)}{nearest(name, row)}")
+    return row[name]
+
+
+def _optional(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    return "" if value is None else _text(value, name)
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(field, f"is {_kind(value)} {shortened(value)}; allowed: text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        problem = f"holds half of a surrogate pair at character {error.start}, which is no text"
+        raise RowError(field, problem) from None
+    return value
+
+
+def _trained(turn: Mapping[str, Any], field: str) -> bool:
+    """Returns what `train` and `weight` say; null is as good as absent (tables have a value in every row)."""
+    prefix = f"{field}." if field else ""
+    train = turn.get("train")
+    if train is not None and not isinstance(train, bool):
+        raise RowError(f"{prefix}train", f"is {_kind(train)} {shortened(train)}; allowed: true, false")
+    weight = turn.get("weight")
+    if weight is None or not field:
+        return train is not False
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
+        raise RowError(f"{prefix}weight", f"is {_kind(weight)} {shortened(weight)}; allowed: 0 (no loss) and 1")
+    return train is not False and weight == 1
 
 
 def _kind(value: Any) -> str:
     """Returns what JSON calls the type of a value."""
     names = {dict: "the object", list: "the list", str: "the text", bool: "the boolean", type(None): "the value"}
     return names.get(type(value), "the number")
-
-
-def _instead(row: dict[str, Any]) -> str:
-    return nearest("chat_rounds", row)

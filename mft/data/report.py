@@ -25,17 +25,20 @@ def table(stores: Sequence[Store], names: Sequence[str]) -> Table:
 
     result = Table(title="data", title_justify="left")
     result.add_column("task")
+    result.add_column("format")
     for header in ("rows", "kept", *SPLITS, "tokens", "trained", "%", "mean", "p95", "max"):
         result.add_column(header, justify="right")
     result.add_column("dropped and cut")
     for store, name in zip(stores, names, strict=True):
         length = _lengths(store)
         shown = (f"{length[k]:,.0f}" for k in ("mean", "p95", "max"))
-        result.add_row(name, *_cells(store.report), *shown, _lost(store.report))
+        result.add_row(name, store.report["format"], *_cells(store.report), *shown, _lost(store.report))
     if len(stores) > 1:
         total = _total([store.report for store in stores])
         result.add_section()
-        result.add_row("all", *_cells(total), f"{total['tokens'] / max(1, total['kept']):,.0f}", "", "", _lost(total))
+        result.add_row(
+            "all", "", *_cells(total), f"{total['tokens'] / max(1, total['kept']):,.0f}", "", "", _lost(total)
+        )
     return result
 
 
@@ -69,7 +72,7 @@ def _lost(report: dict[str, Any]) -> str:
 
 
 def _total(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    numbers = ("rows", "kept", "tokens", "trained_tokens", "truncated")
+    numbers = ("rows", "kept", "samples", "tokens", "trained_tokens", "truncated")
     total: dict[str, Any] = {k: sum(r[k] for r in reports) for k in numbers}
     for k in ("splits", "dropped"):
         total[k] = {name: sum(r[k][name] for r in reports) for name in reports[0][k]}

@@ -7,14 +7,18 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional
 
+from mft.data.template import check_name
 from mft.errors import UserError, shortened
 
 
 class LongSamples(str, Enum):  # noqa: UP042  (values come back from yaml as plain strings; str keeps them equal)
-    """What happens to a sample of more than `seq_length` tokens; either way it is counted in the report."""
+    """What happens to a sample of more than `seq_length` tokens; in every case it is counted in the report."""
 
     drop = "drop"
+    truncate_left = "truncate_left"
     truncate_right = "truncate_right"
+    split_turns = "split_turns"
+    error = "error"
 
 
 class BadRows(str, Enum):  # noqa: UP042
@@ -51,6 +55,7 @@ class DataSettings:
         """Raises UserError for values that types alone cannot refuse."""
         if self.seq_length < 2:
             raise UserError(f"data.seq_length: {self.seq_length} is too small; allowed: 2 or more tokens")
+        check_name(self.template)
         if self.window < 1:
             raise UserError(f"data.window: {self.window} is too small; allowed: 1 or more samples")
         if self.role_markers is not None and not isinstance(self.role_markers, dict):

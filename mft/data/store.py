@@ -46,6 +46,7 @@ class Store:
         self.split_N, self.trained_N = column["split"], column["trained_counts"]
         self.lengths_N = np.diff(self._offsets).astype(np.int32)
         self.report: dict[str, Any] = meta["report"]
+        self.report["format"] = meta["format"]
         self.report["first_dropped"] = [
             {"where": self._where(d["file"], d["line"]), "reason": d["reason"], "problem": d["problem"]}
             for d in self.report["first_dropped"]

@@ -1,77 +1,101 @@
-"""A task: a name, the files that hold its rows, what a row means, and its weight in the loss."""
+"""A task: a name, the files of its rows, what a row means, and its weight in the loss."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from mft.data import hub
+from mft.data.files import SUFFIXES, Rows, is_data, stem
 from mft.data.fingerprint import file_digests
-from mft.data.formats import Chat, Format, RowError
+from mft.data.formats import KNOWN, Auto, Format, RowError, no_format
 from mft.errors import UserError, nearest
 
-BOM = b"\xef\xbb\xbf"
+_ENDINGS = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
 
 
 @dataclass
 class Task:
     """One of the tasks that are learned together.
 
-    name: its name in reports and metrics; "" = its key under `task`. paths: folders (searched for *.jsonl, also below)
-    and files, each line a JSON row. weight: weight in the loss. format: a Format. hint: what to do when one is missing.
+    name: its name in reports and metrics; "" = its key under `task`. paths: folders (searched for data files, also
+    below), files, or names of hub data sets. valid: the same for rows that only validate; where it is given, none of
+    `paths` does. weight: weight in the loss. format: a Format. hint: what to do when a path is missing.
     """
 
     name: str = ""
     paths: list[str] = field(default_factory=list)
+    valid: list[str] = field(default_factory=list)
     weight: float = 1.0
-    format: Any = field(default_factory=Chat)
+    format: Any = field(default_factory=Auto)
     hint: str = ""
 
     def files(self) -> list[Path]:
-        """Returns the task's JSONL files: paths in the given order, the files of a folder sorted.
+        """Returns the files of `paths` and then those of `valid`: in the given order, the files of a folder sorted.
 
-        Raises UserError for a missing path (with the nearest existing name beside it), a folder without a *.jsonl file,
-        a file named twice.
+        A hub data set is one file, named as it was given. Raises UserError for a missing path (with the nearest
+        existing name beside it), a folder without a data file, a file named twice.
         """
         if not self.paths:
-            raise UserError(f"task.{self.name}.paths: is empty; allowed: folders with *.jsonl files, or such files")
-        files = [file for path in self.paths for file in self._files_of(Path(path).expanduser())]
+            raise UserError(f"task.{self.name}.paths: is empty; allowed: folders with {_ENDINGS} files, or such files")
+        files = self._files("paths") + self._files("valid")
         seen: set[str] = set()
         for file in files:
-            real = os.path.realpath(file)
+            real = str(file) if hub.is_name(file) else os.path.realpath(file)
             if real in seen:
                 raise UserError(f"task.{self.name}.paths: {file} is named twice; its rows would count double")
             seen.add(real)
         return files
 
-    def rows(self) -> Iterator[tuple[Path, int, Any]]:
-        """Yields (file, line number from 1, parsed row) of every line that is not blank.
+    def training_files(self) -> int:
+        """Returns how many of `files()` are of `paths`; the others only validate."""
+        return len(self._files("paths"))
 
-        Where a line is not valid JSON in UTF-8 the third is the RowError that says so, instead of being raised: the
-        caller decides whether to stop. A byte order mark at the start of a file and CRLF line ends are accepted.
+    def rows(self) -> Rows:
+        """Returns the rows of all files: (file, line, parsed row or RowError)."""
+        return Rows(self.files())
+
+    def settled_format(self) -> tuple[str, Format]:
+        """Returns the name of the format and the format, which Auto finds by the task's first recognisable row.
+
+        Raises UserError where no row fits any; a task without a single object is left to the account of its rows.
         """
-        for file in self.files():
-            with file.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if number == 1:
-                        line = line.removeprefix(BOM)
-                    if line.strip():
-                        yield file, number, _parsed(line, file, number)
+        if not isinstance(self.format, Auto):
+            return self.format.describe(), self.format
+        first: dict[str, Any] | None = None
+        for _, _, row in self.rows():
+            if not isinstance(row, RowError) and (found := self.format.settled(row)):
+                return found
+            if first is None and isinstance(row, dict):
+                first = row
+        if first is not None:
+            raise UserError(f"task.{self.name}: {no_format(list(first))}")
+        return next(iter(KNOWN.items()))
 
     def fingerprint(self, cache_dir: str | os.PathLike[str]) -> str:
         """Returns a hash of the contents of all files in order; names and places of the files do not enter."""
-        return xxhash.xxh3_128_hexdigest("\n".join(file_digests(self.files(), Path(cache_dir))).encode())
+        files = self.files()
+        digests = iter(file_digests([file for file in files if not hub.is_name(file)], Path(cache_dir)))
+        parts = [hub.digest(str(file)) if hub.is_name(file) else next(digests) for file in files]
+        if self.valid:
+            parts.insert(self.training_files(), "valid")
+        return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
-    def _files_of(self, path: Path) -> list[Path]:
+    def _files(self, key: str) -> list[Path]:
+        paths = self.paths if key == "paths" else self.valid
+        return [f for path in paths for f in ([Path(path)] if hub.is_name(path) else self._files_of(path, key))]
+
+    def _files_of(self, given: str, key: str) -> list[Path]:
+        path = Path(given).expanduser()
         if path.is_file():
             return [path]
         if not path.is_dir():
-            raise UserError(f"task.{self.name}.paths: {path} does not exist{_beside(path)}{self._advice()}")
+            raise UserError(f"task.{self.name}.{key}: {path} does not exist{_beside(path)}{self._advice()}")
         files: list[Path] = []
         others: set[str] = set()
         visited: set[str] = set()
@@ -82,14 +106,13 @@ class Task:
                 continue
             visited.add(real)
             for name in names:
-                suffix = os.path.splitext(name)[1].lower()
-                if suffix == ".jsonl":
+                if is_data(name):
                     files.append(Path(folder, name))
                 else:
-                    others.add(suffix or name)
+                    others.add(os.path.splitext(name)[1].lower() or name)
         if not files:
             found = f" (it holds: {', '.join(sorted(others)[:8])})" if others else " (it is empty)"
-            raise UserError(f"task.{self.name}.paths: no *.jsonl file in the folder {path}{found}{self._advice()}")
+            raise UserError(f"task.{self.name}.{key}: no {_ENDINGS} file in the folder {path}{found}{self._advice()}")
         return sorted(files)
 
     def _unreadable(self, error: OSError) -> None:
@@ -120,38 +143,23 @@ def all_tasks(chosen: Mapping[str, Task], paths: Sequence[str]) -> list[Task]:
 
 
 def tasks_from_paths(paths: Sequence[str], taken: Sequence[Task], format: Format | None = None) -> list[Task]:
-    """Returns a task for each folder or JSONL file of `data.paths`, named after it (a file without its suffix).
+    """Returns a task for each folder, file or data set of `data.paths`, named after it (a file without its suffixes).
 
     taken: the tasks there already are. Raises UserError with both origins where a name comes twice.
     """
     origins = {task.name: f"task.{task.name} ({', '.join(task.paths)})" for task in taken}
     tasks = []
     for path in paths:
-        place = Path(path).expanduser().absolute()
-        name = place.stem if place.suffix.lower() == ".jsonl" else Path(os.path.normpath(place)).name
+        place = Path(os.path.normpath(Path(path).expanduser().absolute()))
+        name = hub.task_name(path) if hub.is_name(path) else stem(place)
         if name in origins:
             raise UserError(
                 f"data.paths: {path} would be a second task named {name!r}, beside {origins[name]}; rename the folder, "
                 "or choose one of them"
             )
         origins[name] = f"data.paths ({path})"
-        tasks.append(Task(name=name, paths=[str(path)], format=format or Chat()))
+        tasks.append(Task(name=name, paths=[str(path)], format=format or Auto()))
     return tasks
-
-
-def _parsed(line: bytes, file: Path, number: int) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        problem = f"is not UTF-8: byte {line[error.start : error.start + 1]!r} at byte {error.start} of the line"
-    except json.JSONDecodeError as error:
-        around = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
-        problem = f"is not JSON: {error.msg} at character {error.pos}, near {around!r}"
-    except RecursionError:
-        problem = "is not usable: its JSON is nested too deeply"
-    except ValueError as error:  # e.g. an integer of more digits than Python converts
-        problem = f"is not usable: {error}"
-    return RowError("", problem, file, number)
 
 
 def _beside(path: Path) -> str:

@@ -23,6 +23,9 @@ Encoded = tuple[np.ndarray, np.ndarray]
 class Encoder:
     """Encodes conversations piece by piece; the end of sequence enters as its id, not as text.
 
+    No token is added at the start: a template that wants a BOS writes it. A first token may be marked as trained (in
+    plain text every token is), though nothing comes before it to predict it.
+
     Raises UserError for a tokenizer without an end-of-sequence token: without it no answer would ever end.
     """
 
@@ -43,11 +46,16 @@ class Encoder:
 
     def encode_batch(self, conversations: Iterable[Sequence[Message]]) -> list[Encoded]:
         """Encodes many conversations in one call of the tokenizer. The arrays are views of two flat ones."""
-        return self._assemble([self.template.pieces(messages) for messages in conversations])
+        return self.encode_pieces([self.template.pieces(messages) for messages in conversations])
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids after which the model is to answer: a prefix of the training ids of the same conversation."""
-        return self._assemble([self.template.pieces(messages, generation=True)])[0][0].tolist()
+        return self.encode_pieces([self.template.pieces(messages, generation=True)])[0][0].tolist()
+
+    def encode_whole(self, pieces: Sequence[Piece]) -> list[int]:
+        """Returns the ids of the text as one string, as `apply_chat_template(tokenize=True)` encodes it."""
+        eos = str(self.tokenizer.eos_token)
+        return next(iter(self._ids(["".join(p.text + eos * p.eos for p in pieces)])))
 
     def fingerprint(self) -> str:
         """Returns a hash of all that decides the ids: tokenizer, its special tokens, template."""
@@ -59,7 +67,8 @@ class Encoder:
         parts = [type(self.tokenizer).__name__, state, special, str(self.eos_id), self.template.fingerprint()]
         return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
-    def _assemble(self, conversations: list[list[Piece]]) -> list[Encoded]:
+    def encode_pieces(self, conversations: Sequence[Sequence[Piece]]) -> list[Encoded]:
+        """Encodes conversations given in pieces, in one call of the tokenizer."""
         pieces = [piece for conversation in conversations for piece in conversation]
         flat: list[int] = []
         length_P, trained_P = [], []
@@ -76,9 +85,7 @@ class Encoder:
         first_piece = 0
         for conversation in conversations:
             start, stop = border_P[first_piece], border_P[first_piece + len(conversation)]
-            trained_S = trained_all[start:stop]
-            trained_S[:1] = False  # nothing comes before the first token, so nothing can predict it
-            encoded.append((ids_all[start:stop], trained_S))
+            encoded.append((ids_all[start:stop], trained_all[start:stop]))
             first_piece += len(conversation)
         return encoded
 

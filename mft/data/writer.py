@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mft.batch import Message
 from mft.data.formats import RowError
+from mft.data.long import Encoded, fitted
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS, split_of
 from mft.data.task import Task
+from mft.errors import UserError
 
 if TYPE_CHECKING:
+    from mft.batch import Message
+    from mft.data.template import Piece
     from mft.data.tokenize import Encoder
 
-VERSION = 1
+VERSION = 2
 """Part of the fingerprint of every store: a change of layout, splitting or encoding raises it."""
 
 COLUMNS = {"offsets": "int64", "trained_counts": "int32", "split": "uint8", "file": "int32", "line": "int64"}
@@ -48,7 +51,7 @@ class Writer:
         self.dropped: Counter[str] = Counter()
         self.named: list[dict[str, Any]] = []
         self.splits: Counter[int] = Counter()
-        self.kept = self.truncated = self.tokens = self.trained_tokens = 0
+        self.kept = self.samples = self.truncated = self.tokens = self.trained_tokens = 0
         self.pending: dict[str, list[Any]] = {name: [] for name in self.dtypes}
 
     def __enter__(self) -> Writer:
@@ -66,20 +69,26 @@ class Writer:
         if len(self.named) < DROPPED_NAMED:
             self.named.append({"file": place[0], "line": place[1], "reason": reason, "problem": problem})
 
-    def add(self, place: Place, messages: Sequence[Message], ids_S: np.ndarray, trained_S: np.ndarray) -> None:
-        """Takes a sample, or drops it where it is too long or would teach nothing."""
-        length, limit = len(ids_S), self.settings.seq_length
-        if length > limit:
-            if self.settings.long_samples == LongSamples.drop:
-                return self.drop(place, TOO_LONG, f"{length} tokens, data.seq_length is {limit}")
-            ids_S, trained_S = ids_S[:limit], trained_S[:limit]
-        trained = int(trained_S.sum())
-        if not trained:
+    def add(self, place: Place, parts: Sequence[Encoded], length: int, split: int) -> None:
+        """Takes the samples of one row, or drops the row where none is left or none would teach anything.
+
+        parts: what `fitted` made of the row; length: its tokens before.
+        """
+        limit = self.settings.seq_length
+        if not parts:
+            return self.drop(place, TOO_LONG, f"{length} tokens, data.seq_length is {limit}")
+        counted = [(ids_S, trained_S, int(trained_S[1:].sum())) for ids_S, trained_S in parts]
+        taught = [part for part in counted if part[2]]  # nothing predicts a first token, so it does not count
+        if not taught:
             cut = f" left after cutting {length} tokens to data.seq_length {limit}" if length > limit else ""
             return self.drop(place, UNTRAINED, f"no token that carries loss{cut}")
-        split = split_of(messages, self.settings.split)
         self.kept += 1
         self.truncated += length > limit
+        for ids_S, trained_S, trained in taught:
+            self._sample(place, ids_S, trained_S, trained, split)
+
+    def _sample(self, place: Place, ids_S: np.ndarray, trained_S: np.ndarray, trained: int, split: int) -> None:
+        self.samples += 1
         self.splits[split] += 1
         self.tokens += len(ids_S)
         self.trained_tokens += trained
@@ -98,10 +107,11 @@ class Writer:
                 parts.clear()
 
     def report(self) -> dict[str, Any]:
-        """Returns the account of all rows: rows = kept + the sum of dropped."""
+        """Returns the account: rows = kept + the sum of dropped. split_turns makes several samples of a row."""
         return {
             "rows": self.kept + self.dropped.total(),
             "kept": self.kept,
+            "samples": self.samples,
             "splits": {name: self.splits[index] for index, name in enumerate(SPLITS)},
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
@@ -127,41 +137,54 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
     columns = (SpinnerColumn(), TextColumn("tokenising {task.description}: {task.completed} rows"), TimeElapsedColumn())
     console = Console(stderr=True)
     numbers = {file: number for number, file in enumerate(task.files())}
+    of_paths = task.training_files()
+    train, valid, test = settings.split
+    proportions = [train + valid, 0.0, test] if task.valid else settings.split
+    format_name, row_format = task.settled_format()
+    rows = task.rows()
     with (
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
         Writer(folder, encoder.vocab_size, settings) as writer,
     ):
         line_of_task = progress.add_task(task.name, total=None)
-        batch: list[tuple[Place, list[Message]]] = []
+        batch: list[tuple[Place, list[Message], list[Piece]]] = []
         characters = 0
 
         def encode() -> None:
-            for (place, messages), (ids_S, trained_S) in zip(
-                batch, encoder.encode_batch(messages for _, messages in batch), strict=True
-            ):
-                writer.add(place, messages, ids_S, trained_S)
+            encoded = encoder.encode_pieces([pieces for _, _, pieces in batch])
+            for (place, messages, _), (ids_S, trained_S) in zip(batch, encoded, strict=True):
+                length = len(ids_S)
+                if length > settings.seq_length and settings.long_samples == LongSamples.error:
+                    files = task.files()
+                    raise UserError(
+                        f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is {settings.seq_length}; a "
+                        "larger one or another data.long_samples (drop, truncate_left, truncate_right, split_turns) takes it"
+                    )
+                split = SPLITS.index("valid") if place[0] >= of_paths else split_of(messages, proportions)
+                writer.add(place, fitted(messages, (ids_S, trained_S), encoder, settings), length, split)
             writer.flush()
             batch.clear()
 
-        for count, (file, line, row) in enumerate(task.rows(), start=1):
+        for count, (file, line, row) in enumerate(rows, start=1):
             place = numbers[file], line
             try:
                 if isinstance(row, RowError):
                     raise row
-                messages = task.format.messages(row)
+                messages = row_format.messages(row)
+                pieces = encoder.template.pieces(messages)
             except RowError as error:
                 if settings.bad_rows == BadRows.error:
                     raise _explained(error.at(file, line)) from None
                 writer.drop(place, BAD_ROW, f"{error.field}: {error.problem}" if error.field else error.problem)
                 continue
-            batch.append((place, messages))
+            batch.append((place, messages, pieces))
             characters += sum(len(message.content) for message in messages)
             if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
                 encode()
                 characters = 0
                 progress.update(line_of_task, completed=count)
         encode()
-        writer.finish({"task": task.name})
+        writer.finish({"task": task.name, "format": format_name})
 
 
 def _explained(error: RowError) -> RowError:

@@ -61,5 +61,5 @@ def test_a_task_of_the_users_own(tmp_path):
     mine = {"defaults": [{"/format@format": "chat"}], "_target_": "mft.data.task.Task", "paths": ["/mine"]}
     (tmp_path / "task" / "mine.yaml").write_text("# @package task.mine\n" + yaml.safe_dump(mine))
     cfg = composed("task=[mine,docstring]", more=tmp_path)
-    assert instantiate(cfg.task.mine) == Task(paths=["/mine"])
+    assert instantiate(cfg.task.mine) == Task(paths=["/mine"], format=Chat())
     assert list(cfg.task) == ["mine", "docstring"]

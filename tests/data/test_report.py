@@ -18,9 +18,9 @@ def test_the_table_accounts_for_every_row(make_store):
         for line in text.splitlines()
         if "│" in line
     }
-    assert cells["a"][1:3] == ["32", "30"] and cells["a"][-1] == "1 too long, 1 no trained token"
+    assert cells["a"][1:4] == ["chat", "32", "30"] and cells["a"][-1] == "1 too long, 1 no trained token"
     assert cells["b"][-1] == "1 cut"
-    assert cells["all"][1:3] == ["33", "31"]
+    assert cells["all"][1:4] == ["", "33", "31"]
     lines = dropped_lines([a, b], ["a", "b"])
     assert lines[0].startswith("a: ") and "rows.jsonl:31: no trained token" in lines[0]
     assert "rows.jsonl:32: too long: " in lines[1]

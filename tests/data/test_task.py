@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from mft.data.formats import Chat, RowError
+from mft.data.formats import Auto, RowError
 from mft.data.task import Task, all_tasks, tasks_from_paths
 from mft.errors import UserError
 from tests.data.conftest import chat, write
@@ -32,7 +32,7 @@ def test_missing_paths_name_the_nearest_and_the_advice(tmp_path):
     )
     with pytest.raises(UserError, match=r"nor does .*gone"):
         Task("docs", [str(tmp_path / "gone" / "x")]).files()
-    with pytest.raises(UserError, match=r"no \*\.jsonl file .*it is empty"):
+    with pytest.raises(UserError, match=r"no \*\.jsonl, .* file .*it is empty"):
         Task("docs", [str(tmp_path / "docstring")]).files()
     (tmp_path / "docstring" / "x.json").touch()
     with pytest.raises(UserError, match=r"it holds: \.json"):
@@ -103,7 +103,7 @@ def test_tasks_from_paths_are_named_after_them(tmp_path):
     write(tmp_path / "two.jsonl", [])
     tasks = tasks_from_paths([f"{tmp_path}/one.d/", f"{tmp_path}/two.jsonl"], [])
     assert [task.name for task in tasks] == ["one.d", "two"]
-    assert tasks[0].format == Chat()
+    assert tasks[0].format == Auto()
 
 
 def test_duplicate_names_are_refused_with_both_origins():

@@ -39,10 +39,10 @@ def test_a_turn_without_loss(tokenizer, encoder):
     assert ids_S[-2] == tokenizer.eos_token_id and not trained_S.any()
 
 
-def test_the_first_token_is_no_target(tokenizer):
+def test_the_first_token_keeps_its_mark(tokenizer):
     encoder = Encoder(tokenizer, Template({"bot": "", "user": ""}))
     ids_S, trained_S = encoder.encode([Message("user", ""), Message("assistant", "ab")])
-    assert trained_S.tolist() == [False] + [True] * (len(ids_S) - 2) + [False]
+    assert trained_S.tolist() == [True] * (len(ids_S) - 1) + [False]
 
 
 def test_batches_equal_single_calls_and_the_slow_way(tokenizer, encoder):

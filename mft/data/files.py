@@ -1,0 +1,171 @@
+"""Files of rows: JSON lines, plain or compressed, Parquet, and data sets of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO, Any
+
+from mft.data import hub
+from mft.data.formats import RowError
+from mft.errors import UserError
+
+BOM = b"\xef\xbb\xbf"
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+"""Endings of the files that a folder is searched for."""
+
+SHOWN_CHARACTERS = 2000
+"""Characters of an unreadable line that are kept to show it."""
+
+
+def is_data(name: str) -> bool:
+    """Whether a file of this name is read when its folder is given."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def stem(path: Path) -> str:
+    """Returns the name of a data file without its suffixes."""
+    suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
+    return path.name.removesuffix(path.name[len(path.name) - len(suffix) :]) if suffix else path.name
+
+
+class Rows:
+    """The rows of files in order: iterating yields (file, line number from 1, parsed row).
+
+    Where a line is not valid JSON in UTF-8 the third is the RowError that says so, instead of being raised: the caller
+    decides whether to stop. Blank lines are no rows; a byte order mark and CRLF line ends are accepted. In Parquet
+    files and data sets the line is the number of the row. Raises UserError for a file that cannot be read to its end.
+
+    total, done: bytes of all files, and those read so far (as they lie on disk).
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = list(files)
+        self.total = sum(file.stat().st_size for file in self.files if not hub.is_name(file))
+        self.done = 0
+
+    def __iter__(self) -> Iterator[tuple[Path, int, Any]]:
+        before = 0
+        for file in self.files:
+            try:
+                if hub.is_name(file):
+                    yield from ((file, number, row) for number, row in enumerate(hub.load(str(file)), start=1))
+                    continue
+                size = file.stat().st_size
+                if file.name.lower().endswith(".parquet"):
+                    yield from self._parquet(file, before, size)
+                else:
+                    yield from self._lines(file, before)
+            except (OSError, EOFError, zlib.error) as error:
+                raise UserError(f"{file}: cannot be read to its end: {error}") from error
+            before += size
+            self.done = before
+
+    def _lines(self, file: Path, before: int) -> Iterator[tuple[Path, int, Any]]:
+        with file.open("rb") as raw, _decompressed(file, raw) as lines:
+            for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    line = line.removeprefix(BOM)
+                if number % 256 == 0:
+                    self.done = before + raw.tell()
+                if line.strip():
+                    yield file, number, _parsed(line, file, number)
+
+    def _parquet(self, file: Path, before: int, size: int) -> Iterator[tuple[Path, int, Any]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        number = 0
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield file, number, row
+                self.done = before + size * number // max(1, table.metadata.num_rows)
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{file}: is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def row_text(row: Any) -> str:
+    """Returns a row to be shown, at most SHOWN_CHARACTERS of it."""
+    if isinstance(row, RowError):
+        return row.text
+    return json.dumps(row, ensure_ascii=False, default=str)[:SHOWN_CHARACTERS]
+
+
+class _Zst(io.RawIOBase):
+    """Decompressed bytes of a .zst file. Unlike zstandard's own reader it does not take a cut file for a short one."""
+
+    def __init__(self, raw: IO[bytes]):
+        import zstandard
+
+        self.raw, self.zstandard = raw, zstandard
+        self.frame: Any = None
+        self.ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            rest = self.frame.unused_data if self.frame is not None and self.frame.eof else b""
+            block = rest or self.raw.read(1 << 17)
+            if not block:
+                if self.frame is not None and not self.frame.eof:
+                    raise EOFError("the compressed file ends in the middle; it was cut")
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self.ready = self.frame.decompress(block)
+            except self.zstandard.ZstdError as error:
+                raise OSError(f"it is not zstandard data ({error})") from error
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+
+def _decompressed(file: Path, raw: IO[bytes]) -> AbstractContextManager[Any]:
+    name = file.name.lower()
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if name.endswith(".zst"):
+        return io.BufferedReader(_Zst(raw), 1 << 17)
+    return io.BufferedReader(raw, 1 << 17) if not isinstance(raw, io.BufferedReader) else raw
+
+
+class _Twice(ValueError):
+    """A key that an object names twice; JSON readers keep the last one without a word."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _Twice(f"the key {twice!r} comes twice in one object")
+    return result
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _parsed(line: bytes, file: Path, number: int) -> Any:
+    try:
+        return _DECODER.decode(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8: byte {line[error.start : error.start + 1]!r} at byte {error.start} of the line"
+    except json.JSONDecodeError as error:
+        around = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
+        problem = f"is not JSON: {error.msg} at character {error.pos}, near {around!r}"
+    except RecursionError:
+        problem = "is not usable: its JSON is nested too deeply"
+    except ValueError as error:  # a key that comes twice, an integer of more digits than Python converts
+        problem = f"is not usable: {error}"
+    return RowError("", problem, file, number, line[:SHOWN_CHARACTERS].decode("utf-8", "replace").rstrip("\r\n"))

@@ -1,0 +1,133 @@
+"""Chat templates in Jinja, a tokenizer's own or a file; the trained part is found by rendering prefixes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mft.batch import Message
+from mft.data.formats import RowError
+from mft.data.template import Piece, Template
+from mft.errors import UserError, shortened
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROBE = (Message("user", "What is 1+1?"), Message("assistant", "It is two."))
+
+
+class Jinja(Template):
+    """A chat template of which only the rendered text is known.
+
+    The part that carries loss is what the model has to write itself: from the end of the generation prompt up to the
+    first special token after the answer, that one included. Raises UserError for a template that cannot be rendered,
+    that writes no such token, or whose generation prompt is not how it begins an answer.
+    """
+
+    NAME = "jinja"
+
+    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, name: str):
+        """name: how `data.template` calls it."""
+        super().__init__()
+        self.source, self.tokenizer, self.name = source, tokenizer, name
+        special = {str(token) for token in tokenizer.get_added_vocab()} | {str(t) for t in tokenizer.all_special_tokens}
+        longest_first = sorted(filter(None, special), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first))) if special else None
+        try:
+            self.tail, self.closing, self.end = self._ending()
+            self.pieces(PROBE)
+        except RowError as error:
+            raise UserError(f"data.template={name}: {error.problem}") from error
+
+    def pieces(self, messages: Sequence[Message], generation: bool = False) -> list[Piece]:
+        if messages and messages[0].role == "text":
+            return self._plain(messages)
+        whole = self._render(messages, generation)
+        eos = str(self.tokenizer.eos_token or "")
+        pieces, done = [], 0
+        for i, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            start, stop = self._trained(messages, i, whole)
+            pieces.append(Piece(whole[done:start], False, False))
+            answer = whole[start:stop]
+            if eos and answer.endswith(eos):
+                pieces.append(Piece(answer.removesuffix(eos), message.train, True))
+            else:
+                pieces.append(Piece(answer, message.train, False))
+            done = stop
+        return [*pieces, Piece(whole[done:], False, False)] if done < len(whole) else pieces
+
+    def jinja(self) -> str:
+        return self.source
+
+    def fingerprint(self) -> str:
+        return json.dumps([type(self).__qualname__, self.source])
+
+    def give_end(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        before = tokenizer.eos_token
+        if self.end == before:
+            return
+        text = self._render(PROBE, False)
+        tokenizer.eos_token = self.end
+        if self._render(PROBE, False) != text:  # the template writes its EOS elsewhere; then both must stay
+            tokenizer.eos_token = before
+
+    def _trained(self, messages: Sequence[Message], i: int, whole: str) -> tuple[int, int]:
+        """Returns where the part of answer i that carries loss begins and ends in the whole text."""
+        prompt = self._render(messages[:i], True)
+        if not whole.startswith(prompt):
+            raise RowError(
+                "",
+                f"the generation prompt (it ends in {shortened(prompt[-30:])}) is not how the chat template begins an "
+                "answer in training, so the model would be asked in another form than it was taught",
+            )
+        until = self._render(messages[: i + 1], False)
+        forms = _forms(messages[i].content)
+        form = next((form for form in forms if until.endswith(form + self.tail)), None)
+        if form is None:
+            raise RowError("", f"the chat template does not write out the answer {shortened(messages[i].content)}")
+        stop = len(until) - len(self.tail) + len(self.closing)
+        if whole.startswith(until[:stop]):
+            return len(prompt), stop
+        # Some templates write an earlier answer shorter than the last one, e.g. without its empty thoughts.
+        at = whole.find(form + self.closing, len(prompt))
+        if at < 0:
+            problem = f"the chat template writes the answer {shortened(form)} differently once turns follow"
+            raise RowError("", problem)
+        return len(prompt), at + len(form) + len(self.closing)
+
+    def _ending(self) -> tuple[str, str, str]:
+        """Returns what follows an answer: all of it, up to and with the end-of-turn token, and that token."""
+        text = self._render(PROBE, False)
+        answer = PROBE[-1].content
+        if answer not in text:
+            raise RowError("", "it does not write out the answer of an assistant's turn")
+        tail = text[text.rindex(answer) + len(answer) :]
+        found = self.special.search(tail) if self.special else None
+        if found is None:
+            raise RowError(
+                "",
+                "it writes no end-of-turn token after an answer, so answers would never end; add {{ eos_token }}",
+            )
+        return tail, tail[: found.end()], found.group()
+
+    def _render(self, messages: Sequence[Message], generation: bool) -> str:
+        from jinja2 import TemplateError
+
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns, chat_template=self.source, tokenize=False, add_generation_prompt=generation
+                )
+            )
+        except (TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
+            raise RowError("", f"the chat template cannot write it: {error}") from error
+
+
+def _forms(content: str) -> list[str]:
+    """Returns an answer as it may stand in the text: templates often strip it."""
+    return [form for form in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip())) if form]
