@@ -157,8 +157,8 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
                 if length > settings.seq_length and settings.long_samples == LongSamples.error:
                     files = task.files()
                     raise UserError(
-                        f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is {settings.seq_length}; a "
-                        "larger one or another data.long_samples (drop, truncate_left, truncate_right, split_turns) takes it"
+                        f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is {settings.seq_length}; "
+                        "allowed: a larger one, or data.long_samples = drop, truncate_left, truncate_right, split_turns"
                     )
                 split = SPLITS.index("valid") if place[0] >= of_paths else split_of(messages, proportions)
                 writer.add(place, fitted(messages, (ids_S, trained_S), encoder, settings), length, split)
