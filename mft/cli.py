@@ -113,15 +113,28 @@ def train(args: list[str]) -> None:
     overrides, config_dirs, hydra_flags = split_flags([arg for arg in args if arg != "--dry-run"])
     from mft.compose import compose_resolved
 
+    if {"-m", "--multirun"} & set(hydra_flags):
+        from mft.launch import place
+
+        if place() is not None:
+            raise UserError(
+                "A sweep (-m) starts the ranks of its jobs itself: run `mft train -m …` without torchrun, accelerate "
+                "launch or srun, or one job at a time with them."
+            )
     if hydra_flags:
         from mft.sweep import through_hydra
 
         through_hydra(overrides, config_dirs, hydra_flags, dry_run)
         return
     from mft import job, rundir
+    from mft.launch import place
 
     cfg = compose_resolved(overrides, config_dirs)
     checked = job.checked(cfg, overrides)
+    placed = place()
+    if placed is not None and placed.rank > 0:
+        job.run(checked, Path(cfg.output_dir))  # rank 0 says which folder it is
+        return
     dated = not any(o.split("=", 1)[0].lstrip("+") == "output_dir" for o in overrides)
     folder, goes_on = rundir.choose(Path(cfg.output_dir), dated, cfg.train.resume, checked.identity)
     if dry_run:

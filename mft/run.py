@@ -99,7 +99,8 @@ def run(
             save_final(engine.unwrap(module), tokenizer, folder, state_dict=weights)
 
     keep = train.keep if train.keep is not None else peft.keep_default
-    checkpoints = Checkpoints(run_dir, engine, loss, export if engine.gather_on_save else ignore, keep, train.keep_task_best)
+    write_model = export if engine.gather_on_save else ignore
+    checkpoints = Checkpoints(run_dir, engine, loss, write_model, keep, train.keep_task_best)
     tracker = FanOut([Jsonl(), *(make(f"tracking.{name}") for name in cfg.tracking)]) if engine.is_main else Tracker()
     t = Training(
         engine=engine,
@@ -132,7 +133,7 @@ def run(
         return said
 
     if prompts and engine.sharded:
-        progress.show(f"train.prompts is left out: dist={engine.name} divides the model; ask its final/ with mft generate")
+        progress.show(f"train.prompts is left out: dist={engine.name} divides the model; ask with mft generate")
     answers = Answers(prompts if engine.is_main and not engine.sharded else [], answer)
     progress.show(audit_table(peft.audit(model)))
     facts = {

@@ -39,6 +39,10 @@ class Engine:
     """Names of accelerate's DistributedType that this backend may come up as."""
     wrapper: str | None = None
     """Class name of the module that `prepare` returns; None: the module itself."""
+    sharded = False
+    """Whether parameters are divided over the ranks: then all ranks must run every forward together."""
+    gather_on_save = True
+    """Whether checkpoints hold the whole model besides the sharded state."""
 
     def __init__(self, accelerator: Accelerator, owns_group: bool):
         import torch
@@ -80,17 +84,22 @@ class Engine:
 
         Raises UserError when what came back is not what the backend stands for.
         """
-        if not any(parameter.requires_grad for parameter in module.parameters()):
-            raise UserError("nothing to train: no parameter of the model requires a gradient")
+        self._require_trained(module)
         with warnings.catch_warnings():  # the new name of broadcast_buffers does not exist in torch 2.6 to 2.12
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
             self._module, self._optimizer = self.accelerator.prepare(module, optimizer)
-        found = type(self._module).__name__
-        expected = self.wrapper or type(module).__name__
-        if found != expected:
-            raise UserError(f"dist={self.name} did not come up as asked: the model is a {found}, not a {expected}")
+        self._require_wrapper(type(module).__name__)
         self._prove(next(self._module.parameters()))
         return self._module, self._optimizer
+
+    def _require_trained(self, module: torch.nn.Module) -> None:
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise UserError("nothing to train: no parameter of the model requires a gradient")
+
+    def _require_wrapper(self, unwrapped: str = "") -> None:
+        found, expected = type(self._module).__name__, self.wrapper or unwrapped
+        if found != expected:
+            raise UserError(f"dist={self.name} did not come up as asked: the model is a {found}, not a {expected}")
 
     def _prove(self, first: torch.nn.Parameter) -> None:
         """Raises UserError unless the first parameter is whole: no DTensor (FSDP2), not partitioned by ZeRO-3."""
@@ -122,7 +131,7 @@ class Engine:
         assert self._module is not None, "prepare first"
         self.accelerator.unscale_gradients(self._optimizer)
         trained = [p for p in self._module.parameters() if p.grad is not None]
-        total = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        total = self._norm([p.grad for p in trained if p.grad is not None])
         norm = float(total)
         finite = norm - norm == 0.0
         if finite and max_norm:
@@ -133,6 +142,12 @@ class Engine:
             self.skipped = bool(self._optimizer.step_was_skipped)
         self._optimizer.zero_grad()
         return norm
+
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Returns the norm of all gradients as one vector, the same number on every rank."""
+        import torch
+
+        return torch.nn.utils.get_total_norm(gradients)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the sum over all ranks, on this rank's device and of the same type; the argument stays as it is."""
@@ -249,6 +264,23 @@ class DdpEngine(Engine):
     wrapper = "DistributedDataParallel"
 
 
+def grouped(precision: str, cpu: bool | None, *handlers: Any) -> tuple[Accelerator, bool]:
+    """Returns the Accelerator of this rank inside a process group, and whether the group was made here.
+
+    Ranks are read from the environment (RANK, WORLD_SIZE, ...); without them this is a group of one.
+    """
+    import torch
+
+    alone: dict[str, str | None] = {}
+    if "WORLD_SIZE" not in os.environ:
+        ours = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        alone = {name: str(value) for name, value in ours.items()}
+        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    owns_group = not torch.distributed.is_initialized()
+    with environment(alone):
+        return accelerator(precision, cpu, *handlers), owns_group
+
+
 @dataclass
 class Single:
     """One process on one device, without a process group."""
@@ -277,7 +309,6 @@ class Ddp:
         Ranks are read from the environment (RANK, WORLD_SIZE, ...); without them this is a group of one.
         Raises UserError when the device cannot do the precision or the group is not what was asked.
         """
-        import torch
         from accelerate import DistributedDataParallelKwargs
 
         # the buffers of a language model are constants: broadcasting them before every forward would be wasted; and
@@ -287,11 +318,4 @@ class Ddp:
             gradient_as_bucket_view=True,
             find_unused_parameters=self.find_unused_parameters,
         )
-        alone: dict[str, str | None] = {}
-        if "WORLD_SIZE" not in os.environ:
-            ours = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-            alone = {name: str(value) for name, value in ours.items()}
-            alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        owns_group = not torch.distributed.is_initialized()
-        with environment(alone):
-            return DdpEngine(accelerator(precision, cpu, options), owns_group)
+        return DdpEngine(*grouped(precision, cpu, options))

@@ -1,0 +1,88 @@
+"""Whole runs inside ranks that are already up: what `mft train` does, without its start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SETTINGS = (
+    "model=tiny",
+    "train.precision=fp32",
+    "train.max_steps=20",
+    "train.eval_every=10",
+    "train.eval_samples=8",
+    "train.save_every=null",
+    "train.log_every=1",
+    "train.resume=never",
+    "train.max_grad_norm=0.5",
+    "data.seq_length=96",
+    "optimizer.lr=2e-3",
+    "optimizer.eps=1e-5",  # with 1e-8 a rounding error of a gradient near 0 becomes an update of the size of lr
+    "tracking=[]",
+)
+"""Overrides of every run: small, in exact arithmetic, every step logged, clipping in most steps."""
+
+LAYOUTS = {
+    "pad": ("data=pad", "train.per_device_batch_size=2", "train.global_batch_size=8"),
+    "pack": ("data=pack", "train.per_device_batch_size=1", "train.global_batch_size=4"),
+}
+"""Settings of padded and of packed rows, with the same global batch on any number of ranks."""
+
+
+def write_tasks(folder: Path) -> list[Path]:
+    """Writes two tasks of short conversations of very different lengths; returns their folders."""
+    words = ["def", "add", "return", "value", "list", "of", "names", "for", "in", "range", "import", "test", "the"]
+    paths = []
+    for task in ("left", "right"):
+        path = folder / task
+        path.mkdir(parents=True)
+        lines = []
+        for i in range(48):
+            ask = " ".join(words[(i * 7 + k) % len(words)] for k in range(2 + i % 5))
+            say = " ".join(
+                words[(i * 3 + k * (2 if task == "left" else 5)) % len(words)] for k in range(1 + (i * i) % 13)
+            )
+            turns = [{"role": "human", "content": ask}, {"role": "bot", "content": say}]
+            lines.append(json.dumps({"chat_rounds": turns}))
+        (path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+        paths.append(path)
+    return paths
+
+
+def frozen(run_dir: Path, overrides: Sequence[str]) -> Path:
+    """Composes and checks a run, writes its config into `run_dir` and returns that."""
+    from mft import job
+    from mft.compose import compose_resolved
+    from mft.config import freeze
+
+    settings = [*SETTINGS, *overrides]
+    cfg = job.checked(compose_resolved(settings), settings).cfg
+    cfg.output_dir = str(run_dir)
+    freeze(cfg, run_dir / "config.yaml")
+    return run_dir
+
+
+def play(run_dirs: Sequence[Path]) -> None:
+    """Runs each frozen run in this rank."""
+    from omegaconf import OmegaConf
+
+    from mft.run import run
+
+    for run_dir in run_dirs:
+        status = run(OmegaConf.load(run_dir / "config.yaml"), run_dir, lambda: False)  # type: ignore[arg-type]
+        assert status == "finished"
+
+
+def logged(run_dir: Path, name: str) -> list[float]:
+    """Returns the values of one metric, in the order of steps."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Returns the tensors of a folder's safetensors files."""
+    from safetensors.torch import load_file
+
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}

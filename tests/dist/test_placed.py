@@ -1,0 +1,66 @@
+"""`mft train` in ranks that torchrun or accelerate launch started: one folder, one config, written by rank 0."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.dist.runs import LAYOUTS, SETTINGS, logged, write_tasks
+
+REPOSITORY = Path(__file__).parents[2]
+DS_CONFIG = """\
+compute_environment: LOCAL_MACHINE
+deepspeed_config: {gradient_clipping: 1.0, zero_stage: 2}
+distributed_type: DEEPSPEED
+mixed_precision: bf16
+num_machines: 1
+num_processes: 2
+use_cpu: true
+"""
+FSDP_CONFIG = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config: {fsdp_version: 1, fsdp_sharding_strategy: FULL_SHARD, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}
+mixed_precision: bf16
+num_machines: 1
+num_processes: 2
+use_cpu: true
+"""
+
+
+def launched(launcher: list[str], overrides: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "mft.cli", "train", *overrides],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("how", ["torchrun", "accelerate ds", "accelerate fsdp"])
+def test_placed_ranks_share_one_run_and_conf_dist_decides(tmp_path: Path, how: str) -> None:
+    if how == "torchrun":
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    else:
+        file = tmp_path / "accelerate.yaml"
+        file.write_text(DS_CONFIG if how == "accelerate ds" else FSDP_CONFIG)
+        launcher = ["accelerate.commands.launch", "--config_file", str(file)]
+    data = f"data.paths=[{','.join(map(str, write_tasks(tmp_path / 'tasks')))}]"
+    backend = {"torchrun": "ddp", "accelerate ds": "zero2", "accelerate fsdp": "fsdp"}[how]
+    overrides = [*SETTINGS, *LAYOUTS["pad"], data, f"cache_dir={tmp_path / 'cache'}", "train.max_steps=3"]
+    done = launched(launcher, [*overrides, f"output_dir={tmp_path / 'run'}", f"dist={backend}", "peft=lora"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "run"
+    assert len(logged(folder, "train/loss")) == 3 and (folder / "final" / "adapter_model.safetensors").exists()
+    assert (folder / "log" / "rank1.log").exists()
+    if how == "torchrun":
+        refused = launched(launcher, ["-m", *overrides])
+        assert refused.returncode != 0 and "A sweep (-m) starts the ranks of its jobs itself" in refused.stderr
