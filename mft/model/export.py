@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
 from mft.model.family import CausalLM
+from mft.model.legacy import Original, from_options
 
 if TYPE_CHECKING:
     import torch
@@ -24,14 +25,19 @@ NOTE = "mft.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a trained folder was made from. quantization: arguments of BitsAndBytesConfig, None for an unquantised base;
-    dtype: of the base's unquantised weights while training, e.g. bfloat16."""
+    """What a trained folder was made from.
+
+    quantization: arguments of BitsAndBytesConfig, None for an unquantised base; dtype: of the base's unquantised
+    weights while training, e.g. bfloat16; original: how a base in an original format is read (Original.options), None
+    for a native one.
+    """
 
     path: str
     revision: str | None = None
     fingerprint: str = ""
     dtype: str = "float32"
     quantization: dict[str, Any] | None = None
+    original: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, base: Any, family: CausalLM) -> Origin:
@@ -39,7 +45,8 @@ class Origin:
         # The first parameter belongs to the embedding, which is neither quantised nor an adapter's.
         dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
         quantization = quantization_settings(getattr(base.config, "quantization_config", None))
-        return cls(family.source(), family.revision, family.fingerprint(), dtype, quantization)
+        original = family.options() if isinstance(family, Original) else None
+        return cls(family.source(), family.revision, family.fingerprint(), dtype, quantization, original)
 
     @classmethod
     def read(cls, folder: Path, base: str | None = None) -> Origin:
@@ -60,7 +67,11 @@ class Origin:
 
     def family(self, trust_remote_code: bool = False) -> CausalLM:
         """Returns the base model; raises UserError when it is missing or is not the one that was trained on."""
-        family = CausalLM(self.path, self.revision, trust_remote_code=trust_remote_code)
+        family = (
+            from_options(self.original, path=self.path, revision=self.revision)
+            if self.original
+            else CausalLM(self.path, self.revision, trust_remote_code=trust_remote_code)
+        )
         try:
             family.check()
         except UserError as error:
@@ -107,6 +118,7 @@ def save_final(
     Rank 0 calls it: inside a process group transformers writes nothing on the others, without an error.
     """
     from mft.model.forward import TokenLoss
+    from mft.model.native import plain_rows
     from mft.model.parts import base_of
 
     folder = Path(folder)
@@ -119,9 +131,10 @@ def save_final(
     base = base_of(model)
     if base is not model:
         # Without this peft asks the hub for the base's config, to see whether its vocabulary was resized.
-        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+        weights = plain_rows(base, model.state_dict() if state_dict is None else state_dict)
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     else:
-        state_dict = model.state_dict() if state_dict is None else state_dict
+        state_dict = plain_rows(base, model.state_dict() if state_dict is None else state_dict)
         if dtype is not None:
             state_dict = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
         model.save_pretrained(str(folder), state_dict=state_dict)
@@ -191,6 +204,8 @@ def merge(
     from peft import PeftModel
     from transformers import AutoTokenizer
 
+    from mft.model.native import plain_rows
+
     adapter, out = Path(adapter), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={out} exists already; give a folder that does not")
@@ -213,7 +228,7 @@ def merge(
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    plain.save_pretrained(str(part))
+    plain.save_pretrained(str(part), state_dict=plain_rows(plain, plain.state_dict()))
     tokenizer.save_pretrained(str(part))
     del plain
 

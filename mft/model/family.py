@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
 from mft.model.parts import base_of, head_quirks, parameter_count
-from mft.model.source import check_path, folder_fingerprint
+from mft.model.source import check_path, folder_fingerprint, refuse_original
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,8 @@ class CausalLM:
 
     def _check_path(self) -> None:
         check_path(self.path, self.hint)
+        if type(self) is CausalLM:
+            refuse_original(self.path)
 
     # ── where it comes from ──
 
@@ -95,6 +97,11 @@ class CausalLM:
         return folder_fingerprint(source) if source.is_dir() else f"{self.path}@{self.revision or 'main'}"
 
     def _from_pretrained(self, factory: Any, **arguments: Any) -> Any:
+        config = Path(self.source()) / "config.json"
+        if config.is_file() and '"mft_' in config.read_text(encoding="utf-8"):  # saved with a model class of ours
+            from mft.model.native import register_own_models
+
+            register_own_models()
         try:
             return factory.from_pretrained(
                 self.source(), revision=self.revision, trust_remote_code=self.trust_remote_code, **arguments
@@ -154,13 +161,21 @@ class CausalLM:
         """
         from transformers import AutoModelForCausalLM
 
+        return self._load(AutoModelForCausalLM, dtype, quantization, device_map, compute_dtype)
+
+    def _load(
+        self, factory: Any, dtype: Any, quantization: Any, device_map: Any, compute_dtype: Any, **arguments: Any
+    ) -> Any:
+        asked = self.attention_for(compute_dtype or dtype)
         model = self._from_pretrained(
-            AutoModelForCausalLM,
+            factory,
             dtype=dtype,
             quantization_config=quantization,
             device_map=device_map,
-            attn_implementation=self.attention_for(compute_dtype or dtype),
+            # None: sdpa where the model can (gemma 2's soft cap and the sinks of gpt-oss cannot), else eager
+            attn_implementation=None if asked == "sdpa" and self.attention == "auto" else asked,
             use_safetensors=True,
+            **arguments,
         )
         # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place at the first evaluation, after which
         # training gradients are wrong (relative error 0.73) while the loss looks right. from_pretrained returns eval

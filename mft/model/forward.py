@@ -104,7 +104,8 @@ class TokenLoss(nn.Module):
 def vocabulary(head: nn.Module) -> int:
     """Returns the rows of a head's weight, also where ZeRO-3 has left an empty placeholder."""
     weight = head.weight
-    return int(getattr(weight, "ds_shape", weight.shape)[0])  # type: ignore[union-attr, arg-type]
+    assert isinstance(weight, torch.Tensor)
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def trailing_positions(position_BT: torch.Tensor, sample_BT: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,26 @@ def _check_folder(path: str, folder: Path) -> None:
         )
 
 
+ORIGINAL_FORMATS = {
+    "chatglm": "model=chatglm2, chatglm3 or codegeex2",
+    "qwen": "model=qwen",
+    "baichuan": "model=baichuan",
+    "aquila": "model=aquila2",
+}
+"""Model types of checkpoints that came with code of their own, and the choice that loads them natively."""
+
+
+def refuse_original(path: str) -> None:
+    """Raises UserError for a folder in one of the original formats, with the choice that reads it."""
+    file = Path(path).expanduser() / "config.json"
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+    if kind in ORIGINAL_FORMATS:
+        raise UserError(
+            f"model.path={path} is a {kind} checkpoint in its original format, which transformers cannot read; choose "
+            f"{ORIGINAL_FORMATS[kind]} with the same model.path"
+        )
+
+
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist was meant as a folder rather than as a hub name `owner/name`."""
     if path.startswith(("/", "./", "../", "~", "\\")) or path.count("/") > 1:
