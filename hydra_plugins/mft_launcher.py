@@ -10,14 +10,10 @@ from hydra.plugins.launcher import Launcher
 
 
 class MftLauncher(Launcher):
-    """Hands the jobs of a sweep to `mft.sweep.run_jobs`; how jobs run is said in `launch`.
-
-    search: set by a sweeper that goes on after failures; it finds them in what `launch` returns.
-    """
+    """Hands the jobs of a sweep to `mft.sweep.run_jobs`; how jobs run is said in `launch`."""
 
     def __init__(self, dry_run: bool = False) -> None:
         self.dry_run = dry_run
-        self.search = False
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -25,7 +21,7 @@ class MftLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         from mft.sweep import run_jobs
 
-        return run_jobs(self.config, self.hydra_context.config_loader, job_overrides, self.dry_run, self.search)
+        return run_jobs(self.config, self.hydra_context.config_loader, job_overrides, self.dry_run)
 
 
 # a plain dict: Hydra executes this module without registering it, and dataclasses look their module up

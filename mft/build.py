@@ -59,7 +59,7 @@ def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
     if isinstance(node, DictConfig):
         if "_target_" in node:
             yield path, node
-        for key in node:
+        for key in map(str, node):
             yield from _nodes(node._get_node(key), f"{path}.{key}")
     elif isinstance(node, ListConfig):
         for number in range(len(node)):
@@ -90,7 +90,7 @@ def _check_fields(node: DictConfig, cls: type, path: str) -> None:
 
 
 def _check_nothing_missing(node: DictConfig, path: str) -> None:
-    for key in node:
+    for key in map(str, node):
         if OmegaConf.is_missing(node, key):
             raise UserError(f"{path}.{key} is missing: give it on the command line, {path}.{key}=…, or in a yaml.")
 

@@ -140,7 +140,8 @@ def train(args: list[str]) -> None:
     if dry_run:
         done = rundir.is_finished(folder, checked.identity)
         print(
-            f"{folder}: {'finished already' if done else 'would go on' if goes_on else 'would run'}; nothing was started"
+            f"{folder}: {'finished already' if done else 'would go on' if goes_on else 'would run'}; "
+            "nothing was started"
         )
         return
     job.run(checked, folder)

@@ -126,7 +126,8 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
         cfg: Any = _compose([*search, *rest])
     except Exception:
         return f"There is no key {key!r}."
-    node, path = cfg, []
+    node: Any = cfg
+    path: list[str] = []
     for part in key.split("."):
         if not isinstance(node, DictConfig) or part not in node:
             break
@@ -145,7 +146,7 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
 
 def _all_keys(node: Any, prefix: str = "") -> list[str]:
     found = []
-    for key in node if isinstance(node, DictConfig) else ():
+    for key in map(str, node) if isinstance(node, DictConfig) else ():
         path = f"{prefix}{key}"
         found += [path, *_all_keys(node._get_node(key), path + ".")]
     return found

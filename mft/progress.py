@@ -118,5 +118,6 @@ def losses_table(
     for name in last:
         row(name, first.get(name, float("nan")), last[name], best.get(name, float("nan")))
     if len(last) > 1:
-        row("mean", *(sum(losses.values()) / max(1, len(losses)) for losses in (first, last, best)), style="bold")
+        means = [sum(losses.values()) / max(1, len(losses)) for losses in (first, last, best)]
+        row("mean", means[0], means[1], means[2], style="bold")
     return table

@@ -59,7 +59,7 @@ def through_hydra(
             ours = [] if any(_key(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
             ours += ["hydra.launcher.dry_run=true"] if dry_run else []
         sys.argv = ["mft train", *flags, *search, *overrides, *ours]
-        hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")(one_job)()
+        hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")(_other_launcher)()
     except Shown:
         pass
     except (HydraException, OmegaConfBaseException) as error:
@@ -135,15 +135,8 @@ def _is_sweep(override: str) -> bool:
     return OverridesParser.create().parse_override(override).is_sweep_override()
 
 
-def one_job(cfg: DictConfig) -> float:
-    """What other launchers (submitit, joblib) call for every job, in a process of theirs; returns the objective."""
-    from hydra.core.hydra_config import HydraConfig
-
-    hydra = HydraConfig.get()
-    overrides = [o for o in hydra.overrides.task if _key(o) != "sweep"]
-    cfg.choices = {name: str(option) for name, option in hydra.runtime.choices.items() if name in cfg}
-    current = job.checked(absolute_paths(typed(resolved(cfg))), overrides, " ".join(overrides))
-    return job.objective(job.run(current, Path(hydra.sweep.dir).absolute() / folder_name(current)))
+def _other_launcher(cfg: DictConfig) -> None:
+    raise UserError("Jobs of a sweep run through hydra/launcher=mft (launch.jobs runs several side by side).")
 
 
 def folder_name(current: job.Job) -> str:
@@ -178,14 +171,12 @@ def checked_jobs(
     return jobs
 
 
-def run_jobs(
-    cfg: DictConfig, loader: Any, job_overrides: Sequence[Sequence[str]], dry_run: bool = False, search: bool = False
-) -> list[Any]:
+def run_jobs(cfg: DictConfig, loader: Any, job_overrides: Sequence[Sequence[str]], dry_run: bool = False) -> list[Any]:
     """Runs the jobs of a sweep and returns Hydra's JobReturn of each.
 
     Finished jobs are skipped and unfinished ones resumed. A failed job leaves its traceback in its folder and the
-    others run; at the end a table says what became of each. Raises UserError if any failed (a search goes on: it
-    sees the failures in the returns), Stopped after a signal.
+    others run; at the end a table says what became of each. Raises UserError if any failed, Stopped
+    after a signal.
     """
     folder = Path(cfg.hydra.sweep.dir).absolute()
     try:
@@ -214,9 +205,8 @@ def run_jobs(
     if signum:
         board.say(f"stopped; `mft sweep resume {os.path.relpath(folder)}` goes on")
         raise Stopped(signum, 130 if signum == 2 else SAVED)
-    if not search:
-        leave_report(folder)
-        judge(tasks)
+    leave_report(folder)
+    judge(tasks)
     return [_job_return(overrides, task) for overrides, task in zip(job_overrides, tasks, strict=True)]
 
 

@@ -52,11 +52,6 @@ class Encoder:
         """Returns the ids after which the model is to answer: a prefix of the training ids of the same conversation."""
         return self.encode_pieces([self.template.pieces(messages, generation=True)])[0][0].tolist()
 
-    def encode_whole(self, pieces: Sequence[Piece]) -> list[int]:
-        """Returns the ids of the text as one string, as `apply_chat_template(tokenize=True)` encodes it."""
-        eos = str(self.tokenizer.eos_token)
-        return next(iter(self._ids(["".join(p.text + eos * p.eos for p in pieces)])))
-
     def fingerprint(self) -> str:
         """Returns a hash of all that decides the ids: tokenizer, its special tokens, template."""
         if self.tokenizer.is_fast:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from filelock import FileLock
 
@@ -44,6 +45,14 @@ class Mlflow(Tracker):
     run_name: str | None = None
     system_metrics: bool = False
     register_as: str | None = None
+
+    def check(self) -> None:
+        """Refuses a password in the address: configs are written to disk and kept with the run."""
+        if self.uri and urlsplit(self.uri).username:
+            raise UserError(
+                f"tracking.mlflow.uri={hidden(self.uri)} holds a user or password, and configs are kept with the run; "
+                "give them as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
 
     def __post_init__(self) -> None:
         if self.uri is None or self.uri == "databricks":
