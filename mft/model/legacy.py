@@ -298,8 +298,8 @@ class Aquila(Original):
     model_type = "aquila"
 
     def native(self, values: Values) -> tuple[str, str, Values]:
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")
-        names += ("num_attention_heads", "max_position_embeddings")
+        names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"]
+        names += ["num_attention_heads", "max_position_embeddings"]
         native = {name: self._get(values, name) for name in names}
         native["num_key_value_heads"] = values.get("num_key_value_heads") or values["num_attention_heads"]
         scaling = dict(values.get("rope_scaling") or {})

@@ -36,8 +36,9 @@ class SplitQkv(ConversionOps):
     def __init__(self, per_head: bool = False):
         self.per_head = per_head
 
-    @torch.no_grad
-    def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, config: Any, **kwargs: Any) -> Any:
+    @torch.no_grad()
+    def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
+        config = kwargs["config"]
         (joint,) = (t[0] if isinstance(t, list) else t for t in input_dict.values())
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -134,8 +135,8 @@ def _chatglm(per_head: bool) -> list[Any]:
     ]
 
 
-BAICHUAN = [WeightConverter("self_attn.W_pack", QKV, [SplitQkv()])]
-QWEN = [
+BAICHUAN: list[Any] = [WeightConverter("self_attn.W_pack", QKV, [SplitQkv()])]
+QWEN: list[Any] = [
     WeightRenaming("transformer.wte", "model.embed_tokens"),
     WeightRenaming("transformer.ln_f", "model.norm"),
     WeightRenaming("transformer.h", "model.layers"),
