@@ -141,7 +141,7 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
     where = f"{'.'.join(path)} has" if path else "the config has"
     if not path and (deep := [p for p in _all_keys(cfg) if p.rsplit(".", 1)[-1] == wrong]):
         return f"{key}: {where} no key {wrong!r}; did you mean {deep[0]}?"
-    return f"{key}: {where} no key {wrong!r}{nearest(wrong, options) or '.'} Allowed: {', '.join(options)}."
+    return f"{key}: {where} no key {wrong!r}{nearest(wrong, options) or '.'} Allowed: {', '.join(options) or 'none'}."
 
 
 def _all_keys(node: Any, prefix: str = "") -> list[str]:
