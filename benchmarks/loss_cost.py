@@ -4,8 +4,8 @@
 
 One process, one compute thread, fp32. In every round each mode takes one optimizer step on the same micro-batches of
 the same model, through the training loop itself, so that load and cache are shared; CPU time is compared round by round
-and the median of the ratios is printed. The step that is timed is one with a probe: with a probe every u steps, the cost of
-the other u - 1 is that of the control.
+and the median of the ratios is printed. The step that is timed is one with a probe: with a probe every u steps, the
+cost of the other u - 1 is that of the control.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mft.data.settings import DataSettings
 from mft.errors import UserError
+from mft.machine import computes_in_bf16, visible_gpus
 
 
 class Precision(StrEnum):
@@ -220,28 +221,10 @@ class BatchSizes:
 
 
 def fast_precision() -> Precision:
-    """Returns bf16 where the machine computes in it, else fp16 on a GPU and fp32 on a CPU.
-
-    A CPU without bf16 instructions emulates them: 7 times slower than fp32 here (AVX2).
-    """
-    if visible_gpus():
-        import torch
-
-        return Precision.bf16 if torch.cuda.is_bf16_supported(including_emulation=False) else Precision.fp16
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore").split("\n\n", 1)[0].split()
-    except OSError:
-        flags = []
-    return Precision.bf16 if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else Precision.fp32
-
-
-def visible_gpus() -> int:
-    """Returns the number of GPUs that CUDA would show. Imports torch only on a machine that has some."""
-    if not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()):
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
+    """Returns bf16 where the machine computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    if computes_in_bf16():
+        return Precision.bf16
+    return Precision.fp16 if visible_gpus() else Precision.fp32
 
 
 def batch_sizes(train: Any, world: int) -> BatchSizes:

@@ -13,12 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft import rundir
 from mft.build import ALLOWED_TARGETS, build, check
-from mft.config import LaunchMode, Precision, fast_precision, freeze, identity, visible_gpus
+from mft.config import LaunchMode, Precision, fast_precision, freeze, identity
 from mft.data.fingerprint import file_digests
 from mft.data.task import all_tasks
 from mft.data.template import is_file
 from mft.errors import UserError
 from mft.launch import launch, place, ranks, share, warm
+from mft.machine import visible_gpus
 from mft.metrics import criterion
 
 

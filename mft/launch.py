@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mft import worker
-from mft.config import visible_gpus
 from mft.errors import UserError
+from mft.machine import visible_gpus
 from mft.processes import PRELOAD, Stopped, WorkerError, handlers, start, warm
 
 __all__ = ["Place", "Stopped", "WorkerError", "launch", "place", "ranks", "share", "warm"]

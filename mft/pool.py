@@ -114,7 +114,7 @@ def shares(jobs: int) -> list[tuple[list[int], list[str]]]:
     """Returns (cores, GPUs) of each of so many jobs side by side; one job gets everything, told as two empty lists."""
     if jobs == 1:
         return [([], [])]
-    from mft.config import visible_gpus
+    from mft.machine import visible_gpus
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

@@ -9,7 +9,7 @@ import mft
 
 ROOT = Path(mft.__file__).parent
 FLOOR = {
-    **dict.fromkeys(("errors", "batch"), 0),
+    **dict.fromkeys(("errors", "batch", "machine"), 0),
     **dict.fromkeys(("data", "model", "loss", "optim", "schedule", "dist", "tracking"), 1),
     **dict.fromkeys(("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "provenance"), 2),
     **dict.fromkeys(("config", "build", "compose", "rundir", "feed", "run", "summary"), 3),
