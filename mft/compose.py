@@ -134,6 +134,9 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
         node, path = node._get_node(part), [*path, part]
     if not isinstance(node, DictConfig):
         return f"{key}: {'.'.join(path)} is a value and has no keys below it."
+    if len(path) == len(key.split(".")):
+        known = ", ".join(map(str, node)) or "none yet"
+        return f"{key} is a group of keys ({known}); a new one is added with +{key}.NAME=…"
     wrong = key.split(".")[len(path)]
     keys = [str(k) for k in node if not str(k).startswith("_")]
     groups = [p.name for p in config_dir().iterdir() if p.is_dir()] if not path else []

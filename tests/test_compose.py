@@ -31,6 +31,7 @@ def message(*overrides: str, world: int = 1) -> str:
         ("experiment=deno", ["deno", "did you mean demo?"]),
         ("train.precision=bf61", ["train.precision", "bf16"]),
         ("name.x=1", ["name", "no keys below"]),
+        ("train={steps: 3}", ["train", "+train.NAME"]),
     ],
 )
 def test_a_wrong_key_or_choice_is_named_with_the_nearest_match(override: str, parts: list[str]) -> None:
@@ -58,6 +59,15 @@ def test_a_wrong_key_or_choice_is_named_with_the_nearest_match(override: str, pa
 def test_what_only_a_component_can_judge(override: str, parts: list[str], tmp_path: Path) -> None:
     text = message("model=tiny", f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]", override)
     assert all(part in text for part in parts), text
+
+
+def test_a_mapping_of_tasks_can_be_given_in_one_override(tmp_path: Path) -> None:
+    task = rows(tmp_path / "sql")
+    given = ["model=tiny", f"cache_dir={tmp_path}", f"data.paths=[{task}]", "loss=task_focal"]
+    cfg = compose_resolved([*given, "loss.gamma_by_task={sql: 1.5}"])
+    check(cfg, world=1)
+    assert cfg.loss.gamma_by_task == {"sql": 1.5}
+    assert "gamma_by_task" in message(*given, "loss.gamma_by_task={sql: much}")
 
 
 def test_a_missing_value_a_missing_folder_and_no_task_at_all(tmp_path: Path) -> None:

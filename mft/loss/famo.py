@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -55,7 +55,7 @@ class Famo(Adaptive):
     lr: float = 0.025
     weight_decay: float = 0.01
     min_loss: float = 0.0
-    min_loss_by_task: dict[str, float] = field(default_factory=dict)
+    min_loss_by_task: dict[str, float] | None = None
     probe_samples: int = 2
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class Famo(Adaptive):
         if len(set(weights)) > 1:
             warnings.warn("loss=famo starts from equal task weights; task.<name>.weight does nothing", stacklevel=2)
         super().start(names, [1.0] * len(names))
-        self.min_loss_K = by_task("loss.min_loss", self.names, self.min_loss, self.min_loss_by_task).numpy()
+        self.min_loss_K = by_task("loss.min_loss", self.names, self.min_loss, self.min_loss_by_task or {}).numpy()
         self.xi_K = np.zeros(len(self.names))
         self.before_K = np.full(len(self.names), np.nan)
         self.adam = Adam(len(self.names), self.lr, self.weight_decay)

@@ -17,7 +17,7 @@ task_sample_mean.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mft.batch import IGNORE, Batch, Counts
@@ -74,13 +74,13 @@ class SampleFocal(Unweighted):
 
     gamma: float = 2.0
     alpha: float = 1.0
-    gamma_by_task: dict[str, float] = field(default_factory=dict)
-    alpha_by_task: dict[str, float] = field(default_factory=dict)
+    gamma_by_task: dict[str, float] | None = None
+    alpha_by_task: dict[str, float] | None = None
 
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().start(names, weights)
-        self.gamma_K = by_task("loss.gamma", self.names, self.gamma, self.gamma_by_task)
-        self.alpha_K = by_task("loss.alpha", self.names, self.alpha, self.alpha_by_task)
+        self.gamma_K = by_task("loss.gamma", self.names, self.gamma, self.gamma_by_task or {})
+        self.alpha_K = by_task("loss.alpha", self.names, self.alpha, self.alpha_by_task or {})
 
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
@@ -115,13 +115,13 @@ class TaskFocal(TaskLoss):
 
     gamma: float = 2.0
     alpha: float = 1.0
-    gamma_by_task: dict[str, float] = field(default_factory=dict)
-    alpha_by_task: dict[str, float] = field(default_factory=dict)
+    gamma_by_task: dict[str, float] | None = None
+    alpha_by_task: dict[str, float] | None = None
 
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().start(names, weights)
-        self.gamma_K = by_task("loss.gamma", self.names, self.gamma, self.gamma_by_task)
-        self.alpha_K = by_task("loss.alpha", self.names, self.alpha, self.alpha_by_task)
+        self.gamma_K = by_task("loss.gamma", self.names, self.gamma, self.gamma_by_task or {})
+        self.alpha_K = by_task("loss.alpha", self.names, self.alpha, self.alpha_by_task or {})
 
     def statistics(self, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Returns float64 [K, 2]: sum_j P_ij and sum_j Q_ij."""
