@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 
 from mft.model.tiny import Tiny
+
+# A shell starts its background jobs with Ctrl-C ignored, which every process below would inherit: the tests that send
+# it would then wait for nothing.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
