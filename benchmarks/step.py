@@ -82,7 +82,9 @@ VARIANTS = ("where trained", "full logits")
 
 
 def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Returns this process's own peak; getrusage would count what its parent held when it was forked."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
 def memory(variant: str) -> None:
