@@ -180,4 +180,4 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
 
 def learning_rate(optimizer: Any, peft: Any) -> float:
     """Returns optimizer.lr, or the default of the peft mode where it is null."""
-    return peft.default_lr if optimizer.lr is None else optimizer.lr
+    return optimizer.base_lr(peft.default_lr)

@@ -17,6 +17,14 @@ from mft.data.template import is_file
 from mft.errors import UserError, nearest
 
 
+def search_path(config_dirs: Sequence[Path]) -> list[str]:
+    """Returns the override that adds folders of yaml files to conf/; UserError for one that is no folder."""
+    for folder in config_dirs:
+        if not folder.is_dir():
+            raise UserError(f"--config-dir {folder} is not a folder.")
+    return [f"hydra.searchpath=[{','.join('file://' + str(f.resolve()) for f in config_dirs)}]"] if config_dirs else []
+
+
 def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
     """Returns the config that `overrides` compose from conf/ and further folders of yaml files, not yet resolved.
 
@@ -25,12 +33,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
     from hydra.errors import HydraException
 
     register()
-    for folder in config_dirs:
-        if not folder.is_dir():
-            raise UserError(f"--config-dir {folder} is not a folder.")
-    search = (
-        [f"hydra.searchpath=[{','.join('file://' + str(f.resolve()) for f in config_dirs)}]"] if config_dirs else []
-    )
+    search = search_path(config_dirs)
     try:
         return _compose([*search, *overrides])
     except (HydraException, OmegaConfBaseException) as error:

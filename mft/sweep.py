@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from mft import board, job, pool, rundir
 from mft.build import build, resolved
-from mft.compose import absolute_paths, explain, without_hydra
+from mft.compose import absolute_paths, explain, search_path, without_hydra
 from mft.config import CANNOT_CHANGE_THE_RESULT, LaunchMode, config_dir, register, typed
 from mft.errors import UserError
 from mft.launch import Stopped, place
@@ -48,9 +48,7 @@ def through_hydra(
     from omegaconf.errors import OmegaConfBaseException
 
     register()
-    search = (
-        [f"hydra.searchpath=[{','.join('file://' + str(f.resolve()) for f in config_dirs)}]"] if config_dirs else []
-    )
+    search = search_path(config_dirs)
     kept_argv, kept_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting, so that we can say it better
     try:
