@@ -130,8 +130,11 @@ class Mlflow(Tracker):
         self._hurry.set()
         self._wait(PATIENCE if self._answers else PATIENCE / 4)
         self._over = True
+        self._asked.set()
         self._hurry.set()
-        if self._spool.pending():
+        if not self._spool.pending():
+            self._worker.join(PATIENCE)  # it notes what was sent and lets go of the folder, which may be opened again
+        else:
             log.warning(
                 "MLflow (%s) has not received all of this run; nothing is lost, `mft tracking sync %s` sends it",
                 hidden(self._uri),
@@ -190,7 +193,7 @@ class Mlflow(Tracker):
             self._hurry.clear()
             self._asked.clear()
             try:
-                lock.acquire(timeout=1)  # a `sync` of this folder may be under way
+                lock.acquire(timeout=PATIENCE)  # a `sync` of this folder may be under way
                 self._delivery.send()
             except Exception as error:
                 if not pause and not self._over:
