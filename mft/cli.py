@@ -22,7 +22,7 @@ mft: fine-tune large language models on several tasks at once
   mft tracking sync [DIR …]       send what MLflow has missed; mark runs that were killed
   mft merge RUN                   merge a run's adapter into its base model, and check the logits
   mft merge base=… adapter=… out=…
-  mft generate RUN "a question"   answer through the checkpoint's own chat template
+  mft generate RUN "a question"   answer a prompt, encoded as in training
   mft demo                        make the demo's model and its five code tasks, once, in the cache folder
 
   mft COMMAND --help says more. Start here: mft demo && mft train experiment=demo
@@ -269,10 +269,11 @@ num_beams=1 repetition_penalty=1.0 system=… seed=0]"""
         raise UserError(
             'mft generate needs a run folder and at least one prompt: mft generate outputs/demo/… "def quick_sort(".'
         )
+    from mft.data.tokenize import Encoder
     from mft.model.generate import Answerer
 
     values["system"] = values["system"] or None
-    answers = Answerer(final_folder(rest[0])).answer(rest[1:], **values)
+    answers = Answerer(final_folder(rest[0]), Encoder.saved).answer(rest[1:], **values)
     for number, answer in enumerate(answers):
         print(f"── {rest[1 + number]}\n{answer}" if len(answers) > 1 else answer)
 

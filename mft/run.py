@@ -127,7 +127,7 @@ def run(
         model.eval()
         with engine.autocast():
             said = generate.answer(
-                model, tokenizer, conversations, do_sample=False, max_new_tokens=train.prompts_max_new_tokens
+                model, encoder, conversations, do_sample=False, max_new_tokens=train.prompts_max_new_tokens
             )
         model.train()
         return said

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from mft.batch import Message
-from mft.data.template import Piece, Template
+from mft.data.template import Piece, Template, of_tokenizer
 from mft.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +39,14 @@ class Encoder:
         self.template = template
         self.eos_id = int(tokenizer.eos_token_id)
         self.vocab_size = max(max(tokenizer.get_vocab().values(), default=0) + 1, len(tokenizer), self.eos_id + 1)
+
+    @classmethod
+    def saved(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """Returns the encoder with which the model of a saved tokenizer was trained, found by its chat template.
+
+        Raises UserError for a tokenizer without a chat template, or with one that cannot be trained with.
+        """
+        return cls(tokenizer, of_tokenizer(tokenizer))
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Returns the training ids of one conversation (ids_S int32) and which of them carry loss (trained_S bool)."""

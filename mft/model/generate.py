@@ -1,14 +1,14 @@
-"""Answers of a trained folder through its own chat template."""
+"""Answers of a trained folder, asked in the very ids it was trained on."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mft.batch import Message
-from mft.errors import UserError
+from mft.errors import UserError, shortened
 from mft.model.export import Origin
 from mft.model.family import CausalLM
 
@@ -19,20 +19,31 @@ if TYPE_CHECKING:
 Conversation = str | Sequence[Message | Mapping[str, str]]
 """A prompt of one user turn, or messages with `role` (system, user or human, assistant or bot) and `content`."""
 
-ROLES = {"human": "user", "bot": "assistant"}
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "bot": "assistant"}
+
+
+class PromptEncoder(Protocol):
+    """Encodes conversations as training did; `mft.data.tokenize.Encoder` is one. Handed in, as models know no data."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the ids after which the model is to answer."""
 
 
 class Answerer:
     """A trained folder, ready to answer: a run folder (its final/), a checkpoint, an adapter or a model folder.
 
-    tokenizer: instead of the folder's own, to ask an untrained base in the form of a fine-tuned one; base: where the
-    adapter's base model is, if not where mft.json says; device: default cuda if there is one; dtype: of a full model's
-    weights (default: as saved). An adapter runs on the base as it was trained: same dtype, same quantisation.
+    encoder: makes the prompt encoder of a saved tokenizer, `Encoder.saved`; tokenizer: instead of the folder's own, to
+    ask an untrained base in the form of a fine-tuned one; base: where the adapter's base model is, if not where
+    mft.json says; device: default cuda if there is one; dtype: of a full model's weights (default: as saved). An
+    adapter runs on the base as it was trained: same dtype, same quantisation.
     """
 
     def __init__(
         self,
         folder: Path | str,
+        encoder: Callable[[PreTrainedTokenizerBase], PromptEncoder],
         tokenizer: PreTrainedTokenizerBase | None = None,
         base: str | None = None,
         device: str | None = None,
@@ -45,17 +56,18 @@ class Answerer:
         self.tokenizer = tokenizer or CausalLM(str(self.folder), trust_remote_code=trust_remote_code).tokenizer()
         if self.tokenizer.chat_template is None:
             raise UserError(f"the tokenizer in {self.folder} has no chat template, so it is not known how to ask")
+        self.encoder = encoder(self.tokenizer)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load(self.folder, base, dtype, trust_remote_code).to(device).eval()
 
     def answer(self, conversations: Sequence[Conversation], **options: Any) -> list[str]:
         """Returns one answer for each conversation; the options are those of `answer`."""
-        return answer(self.model, self.tokenizer, conversations, **options)
+        return answer(self.model, self.encoder, conversations, **options)
 
 
 def answer(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: PromptEncoder,
     conversations: Sequence[Conversation],
     system: str | None = None,
     max_new_tokens: int = 512,
@@ -68,14 +80,16 @@ def answer(
 ) -> list[str]:
     """Returns one answer for each conversation, all generated as one batch by a plain or peft model in eval mode.
 
-    system: a system message put before each; seed: makes sampling repeatable, and keeps the random state outside.
+    system: a system message put before each that has none; seed: makes sampling repeatable, and keeps the random state
+    outside.
     """
     import torch
 
     if not conversations:
         return []
-    device = next(model.parameters()).device
-    inputs = encode(tokenizer, [prompt(tokenizer, conversation, system) for conversation in conversations]).to(device)
+    device, tokenizer = next(model.parameters()).device, encoder.tokenizer
+    asked = [encoder.encode_prompt(messages(conversation, system)) for conversation in conversations]
+    inputs = padded(tokenizer, asked).to(device)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if do_sample else {}
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None):
@@ -97,32 +111,33 @@ def answer(
     return tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> Any:
-    """Returns ids and mask, padded on the left so that the answers of all rows start in the same column.
-
-    Training encodes a conversation in pieces split at the start of each answer: a prompt alone encodes to the ids seen.
-    """
+def padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]) -> Any:
+    """Returns ids and mask, padded on the left so that the answers of all rows start in the same column."""
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
-        return tokenizer(
-            prompts, add_special_tokens=False, padding=True, return_tensors="pt", return_token_type_ids=False
-        )
+        return tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt")
     finally:
         tokenizer.padding_side = side
 
 
-def prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, system: str | None = None) -> str:
-    """Returns the text the model is asked with: the chat template up to where the assistant begins."""
-    turns = [Message("user", conversation)] if isinstance(conversation, str) else conversation
-    messages = [
-        {"role": t.role, "content": t.content}
-        if isinstance(t, Message)
-        else {"role": ROLES.get(t["role"], t["role"]), "content": t["content"]}
-        for t in turns
-    ]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def messages(conversation: Conversation, system: str | None = None) -> list[Message]:
+    """Returns a conversation as messages; UserError for an unknown role or a turn without role and content."""
+    turns = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
+    found = []
+    for turn in turns:
+        if isinstance(turn, Message):
+            found.append(turn)
+            continue
+        missing = [key for key in ("role", "content") if not isinstance(turn.get(key), str)]
+        if missing:
+            raise UserError(f"a turn to be answered needs the text {missing[0]}: {shortened(dict(turn))}")
+        if turn["role"] not in ROLES:
+            allowed = ", ".join(ROLES)
+            raise UserError(f"a turn to be answered has the role {turn['role']!r}; allowed: {allowed}")
+        found.append(Message(ROLES[turn["role"]], turn["content"]))
+    if system and not (found and found[0].role == "system"):
+        found.insert(0, Message("system", system))
+    return found
 
 
 def load(folder: Path, base: str | None, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from mft.batch import Message
+from mft.config import default_cache_dir
+from mft.data.formats import Chat
+from mft.data.template import OWN, adopt, named
+from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from mft.model.export import save_final
 from mft.model.forward import TokenLoss
-from mft.model.generate import Answerer, prompt
+from mft.model.generate import Answerer, messages, padded
 from mft.model.peft import Full, Lora, QLora
 from mft.model.tiny import Tiny
 
@@ -38,7 +43,7 @@ def run(tiny: Tiny, tokenizer, tmp_path: Path) -> Path:
 
 
 def test_batch_equals_single(run: Path) -> None:
-    answerer = Answerer(run)
+    answerer = Answerer(run, Encoder.saved)
     together = answerer.answer(QUESTIONS, do_sample=False, max_new_tokens=12)
     assert together == [answerer.answer([q], do_sample=False, max_new_tokens=12)[0] for q in QUESTIONS]
     assert len(set(together)) > 1
@@ -46,8 +51,8 @@ def test_batch_equals_single(run: Path) -> None:
 
 
 def test_greedy_is_the_argmax_of_the_forward(run: Path) -> None:
-    answerer = Answerer(run)
-    ids = answerer.tokenizer(prompt(answerer.tokenizer, "hi"), add_special_tokens=False, return_tensors="pt").input_ids
+    answerer = Answerer(run, Encoder.saved)
+    ids = torch.tensor([answerer.encoder.encode_prompt(messages("hi"))])
     with torch.no_grad():
         for _ in range(6):
             following = answerer.model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1)
@@ -57,19 +62,86 @@ def test_greedy_is_the_argmax_of_the_forward(run: Path) -> None:
 
 
 def test_prompt_is_the_template(run: Path) -> None:
-    answerer = Answerer(run)
-    assert prompt(answerer.tokenizer, "hi") == "<s>human\nhi<s>bot\n"
-    assert prompt(answerer.tokenizer, "hi", system="Be short.") == "<s>system\nBe short.\n<s>human\nhi<s>bot\n"
+    answerer = Answerer(run, Encoder.saved)
+
+    def asked(conversation, system: str | None = None) -> str:
+        return answerer.tokenizer.decode(answerer.encoder.encode_prompt(messages(conversation, system)))
+
+    assert asked("hi") == "<s>human\nhi<s>bot\n"
+    assert asked("hi", system="Be short.") == "<s>system\nBe short.\n<s>human\nhi<s>bot\n"
     turns = [{"role": "human", "content": "a"}, {"role": "bot", "content": "b"}, {"role": "user", "content": "c"}]
     expected = "<s>human\na<s>bot\nb<|endoftext|>\n<s>human\nc<s>bot\n"
-    assert prompt(answerer.tokenizer, turns) == expected
-    assert (
-        prompt(answerer.tokenizer, [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]) == expected
-    )
+    assert asked(turns) == expected
+    assert asked([Message("user", "a"), Message("assistant", "b"), Message("user", "c")]) == expected
+    own = [{"role": "system", "content": "S"}, *turns]
+    assert asked(own, system="other") == asked(own), "a conversation's own system text stays"
+    with pytest.raises(UserError, match="has the role 'tool'; allowed: system, user, human, assistant, bot"):
+        messages([{"role": "tool", "content": "x"}])
+    with pytest.raises(UserError, match="needs the text content: "):
+        messages([{"role": "user"}])
+
+
+TALKS = [
+    [
+        Message("system", "Be short."),
+        Message("user", "Write the body:\n\ndef area(w, h):\n"),
+        Message("assistant", "    return w * h\n"),
+        Message("user", "und größer?\n"),
+        Message("assistant", "\n\n        return 2 * w * h"),
+        Message("user", ""),
+        Message("assistant", " no"),
+    ],
+    [Message("user", "hi"), Message("assistant", "\thello")],
+]
+
+
+def smollm2() -> list[str]:
+    folder = Path(default_cache_dir()) / "demo" / "model"
+    return [str(folder)] if (folder / "tokenizer.json").is_file() else []
+
+
+@pytest.mark.parametrize("name", ["mft", "mftcoder", OWN])
+@pytest.mark.parametrize("where", ["tiny", *smollm2()], ids=lambda where: Path(where).parent.name)
+def test_a_saved_model_is_asked_in_the_ids_it_was_trained_on(tiny: Tiny, tmp_path: Path, name: str, where: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = tiny.tokenizer() if where == "tiny" else AutoTokenizer.from_pretrained(where)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = TEMPLATE
+    template = named(name, None, tokenizer)
+    adopt(tokenizer, template)
+    training = Encoder(tokenizer, template)
+    save_final(TokenLoss(tiny.model(torch.float32), tiny), tokenizer, tmp_path / "final")
+
+    answerer = Answerer(tmp_path, Encoder.saved)
+    given: list[dict] = []
+    answerer.model.generate = lambda **inputs: given.append(inputs) or inputs["input_ids"]
+    talks = list(TALKS)
+    if where != "tiny":
+        rows = Path(where).parent / "tasks" / "function_body" / "train.jsonl"
+        with rows.open(encoding="utf-8") as file:
+            talks += [Chat().messages(json.loads(next(file))) for _ in range(200)]
+    merged = 0
+    for talk in talks:
+        ids = training.encode(talk)[0].tolist()
+        for turn in [i for i, message in enumerate(talk) if message.role == "assistant"]:
+            answerer.answer([talk[:turn]])
+            asked = given.pop()["input_ids"][0].tolist()
+            assert asked == ids[: len(asked)] and len(asked) < len(ids)
+            whole = tokenizer(template.text(talk, tokenizer.eos_token), add_special_tokens=False).input_ids
+            merged += whole[: len(asked)] != asked
+    if where != "tiny":
+        assert merged > 100, "encoded as one string, a newline merges with the blanks of the answer"
+
+
+def test_prompts_of_a_batch_are_padded_on_the_left(tokenizer) -> None:
+    inputs = padded(tokenizer, [[5, 6, 7], [8]])
+    assert inputs["input_ids"].tolist() == [[5, 6, 7], [tokenizer.pad_token_id] * 2 + [8]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_sampling_options_reach_the_model(run: Path) -> None:
-    answerer = Answerer(run)
+    answerer = Answerer(run, Encoder.saved)
     torch.manual_seed(0)
     hot = answerer.answer(["hi"] * 4, temperature=5.0, top_p=1.0, max_new_tokens=8)
     assert len(set(hot)) > 1
@@ -91,13 +163,15 @@ def test_answers_of_an_adapter(tiny: Tiny, tokenizer, tmp_path: Path, peft: Full
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     save_final(TokenLoss(model, tiny), tokenizer, tmp_path)
-    adapted = Answerer(tmp_path).answer(QUESTIONS, do_sample=False, max_new_tokens=8)
-    base = Answerer(tiny.folder(), tokenizer=tokenizer).answer(QUESTIONS, do_sample=False, max_new_tokens=8)
+    adapted = Answerer(tmp_path, Encoder.saved).answer(QUESTIONS, do_sample=False, max_new_tokens=8)
+    base = Answerer(tiny.folder(), Encoder.saved, tokenizer=tokenizer).answer(
+        QUESTIONS, do_sample=False, max_new_tokens=8
+    )
     assert adapted != base
 
 
 def test_without_a_template_or_a_model(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no chat template"):
-        Answerer(tiny.folder())
+        Answerer(tiny.folder(), Encoder.saved)
     with pytest.raises(UserError, match="holds no model"):
-        Answerer(tmp_path)
+        Answerer(tmp_path, Encoder.saved)
