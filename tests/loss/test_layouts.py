@@ -3,27 +3,17 @@
 import dataclasses
 import functools
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from mft.loss.base import TaskLoss, task_sums
 from tests.loss.layout import packed, padded, pieces, step, token_losses
+from tests.loss.modes import ALIASES, MODES, config, made
 
-CONF = Path(__file__).parents[2] / "conf"
-ALIASES = {
-    "case1": "token_mean",
-    "case2": "sample_mean",
-    "case3": "task_token_mean",
-    "case4": "task_sample_mean",
-    "self-paced": "self_paced",
-}
-MODES = sorted({path.stem for path in (CONF / "loss").glob("*.yaml")} - set(ALIASES))
 LAYOUTS = {
     "1x4": [[[0, 1], [2, 3], [4, 5], [6, 7]]],
     "2x2": [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
@@ -33,19 +23,10 @@ LAYOUTS = {
 WHOLE = [[list(range(8))]]
 TASKS = [0, 1, 1, 0, 2, 1, 0, 2]
 LENGTHS = [7, 2, 5, 1, 3, 9, 4, 6]
-SHORT = {"warmup_steps": 3, "history_length": 4, "window": 2, "update_interval": 1}
 
 
-def config(name: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(overrides=[f"+loss={name}"]).loss
-
-
-def made(name: str) -> TaskLoss:
-    """The mode as its yaml has it, with warm-up and windows so short that its weights move within a few steps."""
-    node = config(name)
-    node.update({key: value for key, value in SHORT.items() if key in node})
-    loss = instantiate(node, _convert_="all")
+def started(name: str) -> TaskLoss:
+    loss = made(name, **({"window": 2} if "window" in config(name) else {}))
     loss.start(["a", "b", "c"], [1.0, 1.0, 1.0])
     return loss
 
@@ -74,7 +55,7 @@ def run(loss: TaskLoss, partition, arrange, steps=range(1, 9), dtype=torch.float
 @functools.cache
 def whole(mode: str):
     """The steps of the global batch in one padded micro-batch."""
-    return run(made(mode), WHOLE, padded)
+    return run(started(mode), WHOLE, padded)
 
 
 def means(nll_all, ranks):
@@ -87,7 +68,7 @@ def means(nll_all, ranks):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_partitioned_is_whole(mode, layout, arrange):
-    parts = run(made(mode), LAYOUTS[layout], arrange)
+    parts = run(started(mode), LAYOUTS[layout], arrange)
     for whole_step, part_step in zip(whole(mode), parts, strict=True):
         for left, right in zip(whole_step, part_step, strict=True):
             torch.testing.assert_close(right, left, rtol=1e-11, atol=1e-13)
@@ -96,7 +77,7 @@ def test_partitioned_is_whole(mode, layout, arrange):
 @pytest.mark.parametrize("mode", MODES)
 def test_float32_losses_give_float32_shares(mode):
     for (value, grad, _), (exact, exact_grad, _) in zip(
-        run(made(mode), LAYOUTS["2x2"], packed, dtype=torch.float32), whole(mode), strict=True
+        run(started(mode), LAYOUTS["2x2"], packed, dtype=torch.float32), whole(mode), strict=True
     ):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), exact, rtol=2e-6, atol=1e-6)
@@ -105,8 +86,8 @@ def test_float32_losses_give_float32_shares(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_resumed_is_uninterrupted_to_the_bit(mode):
-    straight = run(made(mode), LAYOUTS["2x2"], padded)
-    first, second, file = made(mode), made(mode), io.BytesIO()
+    straight = run(started(mode), LAYOUTS["2x2"], padded)
+    first, second, file = started(mode), started(mode), io.BytesIO()
     run(first, LAYOUTS["2x2"], padded, range(1, 6))
     torch.save(first.state_dict(), file)
     file.seek(0)
@@ -117,7 +98,7 @@ def test_resumed_is_uninterrupted_to_the_bit(mode):
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if "mean" not in mode])
 def test_the_short_windows_above_do_move_the_weights(mode):
-    loss = made(mode)
+    loss = started(mode)
     if loss.wants_train(1) or loss.wants_probe(1):
         weights = [weight_K for _, _, weight_K in run(loss, WHOLE, padded)]
         assert not torch.allclose(weights[0], weights[-1], atol=1e-4)

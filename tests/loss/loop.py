@@ -1,0 +1,197 @@
+"""The real loop and engine with a tiny model: the same global batch in any layout, every mode one after another.
+
+A step's samples are given, not the sampler's, so that padded and packed rows hold the same ones; everything after that
+is what `mft train` runs: rows, deal, collate, model, loss mode, engine, probes, metrics.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mft.build import build
+from mft.config import BatchSizes, Train
+from mft.data.pack import Pack, Pad
+from mft.data.settings import DataSettings
+from mft.data.store import prepare
+from mft.data.task import Task
+from mft.data.template import adopt, named
+from mft.data.tokenize import Encoder
+from mft.evaluate import Evaluator
+from mft.feed import Feed
+from mft.loop import State, Training, fit
+from mft.loss.base import TaskLoss
+from mft.metrics import Meter
+from mft.model.forward import TokenLoss
+from mft.model.tiny import Tiny
+from mft.progress import Silent
+from mft.run import quiet_libraries
+from mft.tracking.base import Tracker
+from tests.loss.modes import config, made
+
+TASKS = {"a": 40, "b": 24, "c": 12}
+"""Rows of each task."""
+STEPS, SAMPLES, SEQ_LENGTH = 4, 12, 96
+LR = 1e-2
+
+
+def write_tasks(root: Path) -> None:
+    """Writes tasks of very different size and length of answers."""
+    for number, (name, rows) in enumerate(TASKS.items()):
+        draw = random.Random(name)
+        folder = root / name
+        folder.mkdir(parents=True)
+        with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+            for row in range(rows):
+                answer = " ".join(f"{draw.randint(0, 9)}" for _ in range(draw.randint(1, 3 + 9 * number)))
+                turns = [{"role": "human", "content": f"{name}{row}"}, {"role": "bot", "content": answer}]
+                file.write(json.dumps({"chat_rounds": turns}) + "\n")
+
+
+class Chosen:
+    """Stands for the sampler: `SAMPLES` samples a step, task c absent from every third step."""
+
+    def __init__(self, feed: Feed):
+        self.feed = feed
+
+    def rows_in_epoch(self, epoch: int) -> int:
+        return 10**6
+
+    def steps(self, epoch: int = 0, position: int = 0) -> Iterator[tuple[list[list[int]], tuple[int, int]]]:
+        samples, hands = self.feed.train_samples, self.feed.sizes.world * self.feed.sizes.accumulation
+        while True:
+            draw = np.random.default_rng([7, position])
+            tasks = range(2 if position % 3 == 2 else len(TASKS))
+            one_each = [draw.choice(np.flatnonzero(samples.task_N == task)) for task in tasks]
+            others = np.setdiff1d(np.flatnonzero(samples.task_N < len(tasks)), one_each)
+            part = np.array([*one_each, *draw.choice(others, SAMPLES - len(tasks), replace=False)])
+            rows = [part[row].tolist() for row in self.feed.rows.rows(samples.lengths_N[part], SEQ_LENGTH)]
+            rows += [[] for _ in range(-len(rows) % hands)]
+            position += 1
+            yield rows, (0, position)
+
+
+class Recorder(Tracker):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.rows.setdefault(step, {}).update(values)
+
+
+@dataclass
+class Layout:
+    """Micro-batches of a rank in one step, and whether rows are packed; the number of ranks is that of the group."""
+
+    accumulation: int
+    packed: bool
+    backend: str = "ddp"
+
+
+@dataclass
+class Played:
+    """What a mode did: objective and weights by step, all trained parameters before and after."""
+
+    losses: list[float]
+    weights: list[dict[str, float]]
+    before: torch.Tensor
+    after: torch.Tensor
+
+    @property
+    def update(self) -> torch.Tensor:
+        return self.after - self.before
+
+
+class Stage:
+    """What the modes share in one rank and layout: engine, data, the model's first weights."""
+
+    def __init__(self, root: Path, layout: Layout):
+        self.settings = Train(
+            per_device_eval_batch_size=2, log_every=1, eval_every=None, eval_at_start=False, save_every=None
+        )
+        family = Tiny(cache_dir=str(root / "cache"), layers=1, vocab_size=258)
+        tokenizer = family.tokenizer()
+        template = named("mft", None, tokenizer)
+        adopt(tokenizer, template)
+        data = DataSettings(seq_length=SEQ_LENGTH, split=[70, 30, 0])
+        encoder = Encoder(tokenizer, template)
+        tasks = [Task(name=name, paths=[str(root / "tasks" / name)]) for name in TASKS]
+        stores = [prepare(task, encoder, data, str(root / "cache")) for task in tasks]
+        node = config(layout.backend, "dist").copy()
+        if layout.backend == "zero3":
+            node.persistence_threshold = 0  # tiny weights are below it and would stay whole
+        self.engine = build(node).start("fp32", cpu=True)
+        sizes = BatchSizes(1, layout.accumulation, self.engine.world)
+        rows = Pack() if layout.packed else Pad()
+        self.feed = Feed(stores, rows, sizes, self.engine.rank, tokenizer.pad_token_id, self.settings, data)
+        self.feed.sampler = Chosen(self.feed)
+        self.family = family
+
+    def training(self, loss: TaskLoss, recorder: Recorder, steps: int = STEPS) -> Training:
+        engine, names = self.engine, list(TASKS)
+        with engine.loading():
+            model = self.family.model(torch.float32)
+        module = TokenLoss(model, self.family)
+        module, optimizer = engine.prepare(module, torch.optim.AdamW(module.parameters(), lr=LR, eps=1e-4))
+        loss.start(names, [1.0] * len(names))
+        loss.planned(steps, self.feed.valid_counts(len(names)))
+        return Training(
+            engine=engine,
+            module=module,
+            optimizer=optimizer,
+            loss=loss,
+            names=names,
+            weights=[1.0] * len(names),
+            data=self.feed.steps,
+            learning_rate=lambda step: LR,
+            validation=Evaluator(engine, names, self.feed.validation),
+            probe=lambda step: Evaluator(engine, names, lambda: self.feed.probe(step, loss.probe_samples)).losses(
+                module
+            ),
+            save=lambda state: Path(),
+            meter=Meter(names, engine.device),
+            tracker=recorder,
+            progress=Silent(),
+            settings=copy.copy(self.settings),
+            total=steps,
+            stop=lambda: False,
+            origin=str,
+            state=State(),
+        )
+
+    def parameters(self, t: Training) -> torch.Tensor:
+        """Returns all trained parameters as one vector (on rank 0; whatever the others have elsewhere)."""
+        state = self.engine.full_state(t.module, trainable=True)
+        return torch.cat(
+            [value.detach().double().flatten().cpu() for _, value in sorted(state.items())] or [torch.zeros(0)]
+        )
+
+    def play(self, mode: str) -> Played:
+        recorder = Recorder()
+        t = self.training(made(mode), recorder)
+        before = self.parameters(t)
+        assert fit(t) == "finished"
+        rows = [recorder.rows[step] for step in range(1, STEPS + 1)]
+        weights = [{name: row[name] for name in row if name.startswith("train/weight/")} for row in rows]
+        return Played([row["train/loss"] for row in rows], weights, before, self.parameters(t))
+
+
+def played(root: str, plan: Sequence[tuple[Layout, Sequence[str]]]) -> list[dict[str, Played]]:
+    """Returns what every mode of every layout in the plan did; in a group of ranks all of them call it."""
+    torch.set_num_threads(1)
+    quiet_libraries()
+    found = []
+    for layout, modes in plan:
+        stage = Stage(Path(root), layout)
+        found.append({mode: stage.play(mode) for mode in modes})
+        stage.engine.close()
+    return found
