@@ -12,11 +12,13 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from mft.build import build
+from mft.checkpoint import Checkpoints
 from mft.config import BatchSizes, Train
 from mft.data.pack import Pack, Pad
 from mft.data.settings import DataSettings
@@ -87,6 +89,15 @@ class Recorder(Tracker):
     def log(self, step: int, values: dict[str, float]) -> None:
         self.rows.setdefault(step, {}).update(values)
 
+    def losses(self) -> list[float]:
+        """Returns the objective of every step."""
+        return [row["train/loss"] for _, row in sorted(self.rows.items())]
+
+    def weights(self) -> list[dict[str, float]]:
+        """Returns the task weights of every step; empty for modes whose weights do not move."""
+        rows = [row for _, row in sorted(self.rows.items())]
+        return [{name: row[name] for name in row if name.startswith("train/weight/")} for row in rows]
+
 
 @dataclass
 class Layout:
@@ -136,12 +147,18 @@ class Stage:
         self.feed.sampler = Chosen(self.feed)
         self.family = family
 
-    def training(self, loss: TaskLoss, recorder: Recorder, steps: int = STEPS) -> Training:
+    def training(
+        self, loss: TaskLoss, recorder: Recorder, steps: int = STEPS, peft: Any = None, run_dir: Path | None = None
+    ) -> Training:
+        """Returns a run with fresh weights. peft: None trains all of them; run_dir: where checkpoints go."""
         engine, names = self.engine, list(TASKS)
         with engine.loading():
             model = self.family.model(torch.float32)
-        module = TokenLoss(model, self.family)
-        module, optimizer = engine.prepare(module, torch.optim.AdamW(module.parameters(), lr=LR, eps=1e-4))
+        torch.manual_seed(0)
+        module = TokenLoss(peft.attach(model, self.family) if peft else model, self.family)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        # Adam divides a gradient by its size; where that is near 0, eps keeps a rounding error from becoming a step.
+        module, optimizer = engine.prepare(module, torch.optim.AdamW(trained, lr=LR, eps=1e-4))
         loss.start(names, [1.0] * len(names))
         loss.planned(steps, self.feed.valid_counts(len(names)))
         return Training(
@@ -157,7 +174,7 @@ class Stage:
             probe=lambda step: Evaluator(engine, names, lambda: self.feed.probe(step, loss.probe_samples)).losses(
                 module
             ),
-            save=lambda state: Path(),
+            save=Checkpoints(run_dir or Path(), engine, loss, lambda folder: None, keep=None).save,
             meter=Meter(names, engine.device),
             tracker=recorder,
             progress=Silent(),
@@ -180,9 +197,7 @@ class Stage:
         t = self.training(made(mode), recorder)
         before = self.parameters(t)
         assert fit(t) == "finished"
-        rows = [recorder.rows[step] for step in range(1, STEPS + 1)]
-        weights = [{name: row[name] for name in row if name.startswith("train/weight/")} for row in rows]
-        return Played([row["train/loss"] for row in rows], weights, before, self.parameters(t))
+        return Played(recorder.losses(), recorder.weights(), before, self.parameters(t))
 
 
 def played(root: str, plan: Sequence[tuple[Layout, Sequence[str]]]) -> list[dict[str, Played]]:

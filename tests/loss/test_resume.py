@@ -1,0 +1,57 @@
+"""A run that was interrupted goes on to the bit, whatever the loss mode remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mft.checkpoint import newest, restore
+from mft.loop import fit
+from mft.model.peft import Lora
+from mft.run import quiet_libraries
+from tests.loss.loop import Layout, Recorder, Stage, write_tasks
+from tests.loss.modes import MODES, made
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    root = tmp_path_factory.mktemp("resume")
+    write_tasks(root / "tasks")
+    quiet_libraries()
+    stage = Stage(root, Layout(2, packed=False, backend="single"))
+    stage.settings.eval_at_start, stage.settings.eval_every, stage.settings.eval_samples = True, 2, 3
+    yield stage
+    stage.engine.close()
+
+
+def run(stage: Stage, mode: str, folder: Path, stop_after: int = STEPS) -> tuple[dict, torch.Tensor]:
+    """Trains adapters with dropout, from the newest checkpoint in `folder` where there is one, and saves at the end."""
+    recorder = Recorder()
+    t = stage.training(made(mode), recorder, STEPS, Lora(dropout=0.1), folder)
+    t.stop = lambda: t.state.step + 1 >= stop_after
+    torch.manual_seed(5)
+    if checkpoint := newest(folder):
+        torch.manual_seed(6)
+        restore(checkpoint, t.state, t.engine, t.loss)
+    assert fit(t) == ("finished" if stop_after > STEPS else "stopped")
+    return recorder.rows, stage.parameters(t)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_interrupted_twice_is_uninterrupted(stage: Stage, mode: str, tmp_path: Path) -> None:
+    whole, parameters = run(stage, mode, tmp_path / "whole", STEPS + 1)
+    parts = [run(stage, mode, tmp_path / "parts", stop_after) for stop_after in (1, 3, STEPS + 1)]
+    joined = {step: values for rows, _ in parts for step, values in rows.items()}
+    clock = ("speed/", "memory/")
+    for step in range(1, STEPS + 1):
+        for name, value in whole[step].items():
+            if not name.startswith(clock):
+                assert joined[step][name] == value, (step, name)
+    assert torch.equal(parts[-1][1], parameters)
