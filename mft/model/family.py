@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
 from mft.model.parts import base_of, head_quirks, parameter_count
+from mft.model.router import coefficient, routed
 from mft.model.source import check_path, folder_fingerprint, refuse_original
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class CausalLM:
     def check(self) -> None:
         """Raises UserError for what can be known without loading: the path, the attention, gradient checkpointing."""
         self.checkpointing(parameters=0)
+        if self.router_coef is not None and not self.router_coef >= 0:
+            raise UserError(f"model.router_coef={self.router_coef}: it must be 0 (no balance loss) or larger")
         if self.attention not in Attention.__members__:
             raise UserError(
                 f"model.attention={self.attention!r} is not one of {', '.join(Attention.__members__)}"
@@ -118,9 +121,7 @@ class CausalLM:
         EOS: model.eos_token, else the tokenizer's, else that of the model's config. Raises UserError when none is
         known.
         """
-        from transformers import AutoTokenizer
-
-        tokenizer = self._from_pretrained(AutoTokenizer)
+        tokenizer = self.read_tokenizer()
         eos = self.eos_token or tokenizer.eos_token or self._config_eos(tokenizer)
         if eos is None:
             raise UserError(
@@ -133,6 +134,12 @@ class CausalLM:
         pad = self.pad_token or tokenizer.pad_token or tokenizer.unk_token or eos
         tokenizer.pad_token = known_token(tokenizer, pad, "model.pad_token")
         return tokenizer
+
+    def read_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Returns the tokenizer as the checkpoint has it."""
+        from transformers import AutoTokenizer
+
+        return self._from_pretrained(AutoTokenizer)
 
     def _config_eos(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
         ids = getattr(self.config(), "eos_token_id", None)
@@ -241,17 +248,17 @@ class CausalLM:
         return type(head) is nn.Linear and head.bias is None and not head_quirks(base)
 
     def router_weight(self, base: Any) -> float:
-        """Returns the coefficient of the router's auxiliary loss, 0 for models that have none."""
-        import sys
+        """Returns the coefficient of the router's auxiliary loss: router_coef, else the config's, else 0.
 
-        own = getattr(base.config, "router_aux_loss_coef", None)
-        if own is None or not hasattr(sys.modules[type(base).__module__], "load_balancing_loss_func"):
+        Raises UserError for a router_coef where there is no router.
+        """
+        if not routed(base):
             if self.router_coef:
                 raise UserError(
-                    f"model.router_coef={self.router_coef}: {type(base).__name__} has no router loss; remove it"
+                    f"model.router_coef={self.router_coef}: {type(base).__name__} has no router; remove it"
                 )
             return 0.0
-        return float(own if self.router_coef is None else self.router_coef)
+        return coefficient(base) if self.router_coef is None else float(self.router_coef)
 
 
 def known_token(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> str:

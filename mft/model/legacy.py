@@ -1,123 +1,26 @@
-"""Families whose released checkpoints came with code of their own, loaded into native classes of transformers.
-
-Each class here translates a config.json; the weights are translated while they are read (mft.model.native). Nothing of
-the checkpoint's code is run.
-"""
+"""Families whose checkpoints came with code of their own: what their configs and vocabularies mean natively."""
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
-from mft.model.family import CausalLM
+from mft.model.original import Original, Values
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-Values = dict[str, Any]
 
-
-@dataclass
-class Original(CausalLM):
-    """A checkpoint in its original format. Subclasses say which `model_type` they read, and translate its config."""
-
-    model_type = ""  # of the original config.json; not a field
-
-    def original_config(self) -> Values:
-        """Returns the checkpoint's config.json.
-
-        Raises UserError when it is of another family or already quantised.
-        """
-        from transformers.utils import cached_file
-
-        try:
-            file = cached_file(self.source(), "config.json", revision=self.revision)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model.path={self.path} cannot be loaded: {error}") from error
-        values: Values = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-        self._check_config(values)
-        return values
-
-    def _check_path(self) -> None:
-        super()._check_path()
-        file = Path(self.path).expanduser() / "config.json"
-        if file.is_file():
-            self._check_config(json.loads(file.read_text(encoding="utf-8")))
-
-    def _check_config(self, values: Values) -> None:
-        if values.get("model_type") != self.model_type:
-            raise UserError(
-                f"model.path={self.path} is of model type {values.get('model_type')!r}, not {self.model_type!r}; "
-                "use model=auto for a checkpoint that is already native"
-            )
-        if values.get("quantization_config") or values.get("quantization_bit"):
-            raise UserError(
-                f"model.path={self.path} holds weights that are quantised already; give the unquantised checkpoint, "
-                "and peft=qlora to train beside 4 bits"
-            )
-        self.native(values)
-
-    def _need(self, values: Values, **expected: Any) -> None:
-        """Raises UserError where a setting differs from the only one that the native class can compute."""
-        for name, value in expected.items():
-            found = values.get(name, value)
-            if found != value:
-                raise UserError(
-                    f"model.path={self.path}: {name}={found!r} in its config.json has no native counterpart, only "
-                    f"{value!r} has"
-                )
-
-    def _get(self, values: Values, name: str) -> Any:
-        if name not in values:
-            raise UserError(f"model.path={self.path}: its config.json has no {name}, which {self.model_type} has")
-        return values[name]
-
-    def native(self, values: Values) -> tuple[str, str, Values]:
-        """Returns the class of mft.model.native that reads the weights, the name of the config class, and the config's
-        values. Raises UserError for a configuration that has no native counterpart."""
-        raise NotImplementedError
-
-    def config(self) -> Any:
-        import transformers
-
-        from mft.model import native
-
-        values = self.original_config()
-        _, name, translated = self.native(values)
-        kept = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "initializer_range")
-        # Given even where absent: native configs name token ids of their own releases by default.
-        translated |= {key: values.get(key) for key in kept[:3]} | {k: values[k] for k in kept[3:] if k in values}
-        cls = getattr(native, name, None) or getattr(transformers, name)
-        return cls(**{"tie_word_embeddings": False} | translated)
-
-    def model(
-        self,
-        dtype: torch.dtype,
-        quantization: BitsAndBytesConfig | None = None,
-        device_map: Any = None,
-        compute_dtype: torch.dtype | None = None,
-    ) -> PreTrainedModel:
-        from mft.model import native
-
-        reader = getattr(native, self.native(self.original_config())[0])
-        model = self._load(reader, dtype, quantization, device_map, compute_dtype, config=self.config())
-        model.__class__ = reader.__bases__[0]
-        model.config.architectures = [type(model).__name__]
-        model.__dict__.pop("_weight_conversions", None)  # or saving would try to write the original names
-        return model
-
-    def options(self) -> dict[str, Any]:
-        """Returns what, beside the path, says how the checkpoint is to be read; `from_options` takes it."""
-        common = {f.name for f in fields(CausalLM)}
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}
-        return {"class": type(self).__name__, **own}
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen cuts a text into words before it merges."""
 
 
 def from_options(options: dict[str, Any], **arguments: Any) -> Original:
@@ -132,10 +35,13 @@ class ChatGLM(Original):
 
     rope_ratio: what the key of that name in config.json means, which the two generations disagree on: positions
     (divided by it, chatglm2) or base (multiplied by it, chatglm3). Without the key it does not matter.
+    roles: whether the tokenizer has the four role tokens that came with chatglm3.
     """
 
     rope_ratio: str = "base"
+    roles: bool = False
     model_type = "chatglm"
+    vocabulary = "tokenizer.model"
 
     def check(self) -> None:
         if self.rope_ratio not in ("positions", "base"):
@@ -176,6 +82,35 @@ class ChatGLM(Original):
             },
         )
 
+    def native_tokenizer(self, file: Path, settings: Values) -> PreTrainedTokenizerBase:
+        from tokenizers import Regex, decoders, processors
+        from transformers import PreTrainedTokenizerFast
+
+        from mft.model.vocabulary import from_sentencepiece
+
+        extra = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
+        extra += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"] if self.roles else []
+        backend = from_sentencepiece(file, extra)
+        size = backend.get_vocab_size()
+        names = [str(backend.id_to_token(i)) for i in range(size - len(extra), size)]
+        start, (sop, eop) = [names[1], names[3]], names[3:5]
+        # sop and eop are ids that no text becomes: as added tokens they would be cut out of "isopod" and "people".
+        backend.add_special_tokens([*names[:3], *names[5:]])
+        backend.decoder = decoders.Sequence([decoders.Replace(Regex(rf"\A(?:{sop}|{eop})\z"), ""), backend.decoder])
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*start, "$A"],
+            pair=[*start, "$A", "$B", "</s>"],
+            special_tokens=[(token, backend.token_to_id(token)) for token in (*start, "</s>")],
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token="</s>",
+            unk_token="<unk>",
+            pad_token="<unk>",
+            padding_side="left",
+            clean_up_tokenization_spaces=False,
+        )
+
 
 @dataclass
 class Qwen(Original):
@@ -183,6 +118,7 @@ class Qwen(Original):
     and are left out."""
 
     model_type = "qwen"
+    vocabulary = "qwen.tiktoken"
 
     def native(self, values: Values) -> tuple[str, str, Values]:
         hidden, heads = self._get(values, "hidden_size"), self._get(values, "num_attention_heads")
@@ -206,6 +142,23 @@ class Qwen(Original):
             },
         )
 
+    def native_tokenizer(self, file: Path, settings: Values) -> PreTrainedTokenizerBase:
+        from tokenizers import normalizers
+        from transformers import PreTrainedTokenizerFast
+
+        from mft.model.vocabulary import from_tiktoken
+
+        backend = from_tiktoken(file, QWEN_WORDS)
+        backend.normalizer = normalizers.NFC()
+        backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+        backend.add_special_tokens([f"<|extra_{i}|>" for i in range(205)])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token="<|endoftext|>",
+            pad_token="<|extra_1|>",
+            clean_up_tokenization_spaces=False,
+        )
+
 
 @dataclass
 class Baichuan(Original):
@@ -219,6 +172,7 @@ class Baichuan(Original):
     positions: str = "auto"
     norm_head: Any = "auto"
     model_type = "baichuan"
+    vocabulary = "tokenizer.model"
 
     def check(self) -> None:
         for name, allowed in (("positions", ("auto", "rope", "alibi")), ("norm_head", ("auto", "true", "false"))):
@@ -289,6 +243,31 @@ class Baichuan(Original):
         if self.normalises(self.original_config()):
             model.get_output_embeddings().__class__ = NormHead
         return model
+
+    def native_tokenizer(self, file: Path, settings: Values) -> PreTrainedTokenizerBase:
+        from tokenizers import processors
+        from transformers import PreTrainedTokenizerFast
+
+        from mft.model.vocabulary import from_sentencepiece
+
+        backend = from_sentencepiece(file)
+        names: Values = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+        for name in names:
+            given = settings.get(name, names[name])
+            names[name] = given["content"] if isinstance(given, dict) else given
+            if names[name] is not None and backend.token_to_id(names[name]) is None:
+                raise UserError(
+                    f"model.path={self.path}: {name}={names[name]!r} of its tokenizer_config.json is not in {file.name}"
+                )
+        bos = [names["bos_token"]] if settings.get("add_bos_token", True) else []
+        eos = [names["eos_token"]] if settings.get("add_eos_token", False) else []
+        if bos or eos:
+            backend.post_processor = processors.TemplateProcessing(
+                single=[*bos, "$A", *eos],
+                pair=[*bos, "$A", *eos, *bos, "$B", *eos],
+                special_tokens=[(token, backend.token_to_id(token)) for token in {*bos, *eos}],
+            )
+        return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
 
 
 @dataclass

@@ -1,0 +1,66 @@
+"""Small vocabularies trained in the test, in the files that released checkpoints have."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+CODE = Path(__file__).parents[2] / "mft" / "loop.py"
+CHINESE = ["今天天气很好，我们去公园散步。", "请写一个函数，计算两个数的和。", "模型在多个任务上微调，损失按任务平衡。"]
+OTHER = ["🙂 ok 🚀🚀 done 👩‍👩‍👧‍👦", "  lead", "a  b   c\t\td", "people sit at the isopod's shop", "naïve café"]
+TEXTS = [
+    *CODE.read_text(encoding="utf-8").splitlines(),
+    *CHINESE,
+    *OTHER,
+    CODE.read_text(encoding="utf-8"),
+    "",
+    " ",
+    "   ",
+    "\t",
+    "\n",
+    "\r\n \n",
+    " a",
+    "a ",
+    "        return x\n\n\n",
+    "▁ ▁a",
+    "\x00",
+    "e\u0301 é \u200b\u3000\u00a0",
+    "<0x41> <s> [INST] <n>",
+    "ababababab aaaa aaaaaaa",
+    "١٢٣ 42 1999 Ⅷ",
+]
+"""Code, Chinese, emoji, whitespace of every kind, and look-alikes of special pieces."""
+
+
+def sentencepiece(file: Path, **options: Any) -> Path:
+    """Trains a BPE with byte fallback, as the released ones are (no rule of normalisation, spaces kept)."""
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    given: dict[str, Any] = {"model_type": "bpe", "vocab_size": 800, "byte_fallback": True, "split_digits": True}
+    given |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
+    given |= {"allow_whitespace_only_pieces": True, "character_coverage": 0.999, "num_threads": 1}
+    lines = [line for line in TEXTS for _ in range(3) if line and "\x00" not in line]
+    SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **(given | options))
+    file.write_bytes(model.getvalue())
+    return file
+
+
+def tiktoken(file: Path, pattern: str, size: int = 700) -> dict[bytes, int]:
+    """Trains a byte-level BPE and writes its ranks; returns them."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    ranks = {bytes(letters[c] for c in token): rank for token, rank in tokenizer.get_vocab().items()}
+    lines = [b"%s %d\n" % (base64.b64encode(t), r) for t, r in sorted(ranks.items(), key=lambda pair: pair[1])]
+    file.write_bytes(b"".join(lines))
+    return ranks
