@@ -6,7 +6,6 @@ only inside the wrapped module's forward.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from mft.batch import IGNORE
 from mft.model.attention import attend_per_sample, row_of_samples
 from mft.model.cross_entropy import chunk_rows, linear_nll, module_nll
 from mft.model.parts import base_of, decoder_of
+from mft.model.router import balance_loss
 
 if TYPE_CHECKING:
     from mft.model.family import CausalLM
@@ -97,8 +97,7 @@ class TokenLoss(nn.Module):
         # nothing. Their mask may be all padding, over which the balance is 0/0, so it is not taken at all.
         if not trained:
             return sum(logits.sum() for logits in outputs.router_logits).float() * 0
-        balance = sys.modules[type(base).__module__].load_balancing_loss_func
-        return self.router_coef * balance(outputs.router_logits, base.num_experts, base.num_experts_per_tok, mask_BT)
+        return self.router_coef * balance_loss(base, outputs.router_logits, mask_BT)
 
 
 def vocabulary(head: nn.Module) -> int:
