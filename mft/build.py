@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from mft.config import batch_sizes
+from mft.data.settings import Mixture
 from mft.data.task import all_tasks
 from mft.errors import UserError, nearest, shortened
 from mft.metrics import BEST
@@ -173,9 +175,22 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
     optimizer, scheduler, peft = components["optimizer"], components["scheduler"], components["peft"]
     lr = learning_rate(optimizer, peft)
     scheduler.lr(1, 2, lr)  # a min_lr above the learning rate is refused here
-    negative = [name for name in cfg.task if cfg.task[name].weight < 0]
-    if negative:
-        raise UserError(f"task.{negative[0]}.weight={cfg.task[negative[0]].weight} must not be negative.")
+    for name in cfg.task:
+        task = components[f"task.{name}"]
+        _check_share(name, task.share, cfg.data.mixture)
+        if task.weight < 0:
+            raise UserError(f"task.{name}.weight={task.weight} must not be negative.")
+
+
+def _check_share(name: str, share: float | None, mixture: Mixture) -> None:
+    if share is None:
+        return
+    if not (share >= 0 and math.isfinite(share)):
+        raise UserError(f"task.{name}.share={share} is no part of a mixture: a number, 0 or more, or null.")
+    if mixture is not Mixture.shares:
+        raise UserError(
+            f"task.{name}.share={share:g} does nothing with data.mixture={mixture.value}; choose data.mixture=shares."
+        )
 
 
 def learning_rate(optimizer: Any, peft: Any) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mft.batch import Batch
 from mft.config import BatchSizes
+from mft.data.mixture import account, counts_per_epoch
 from mft.data.sampler import Row, Sampler, deal, draw, eval_batches, spread
 from mft.data.store import Samples, Store
 from mft.loop import State, StepData
@@ -18,18 +19,26 @@ from mft.loop import State, StepData
 class Feed:
     """Turns stores into micro-batches.
 
-    rows: the row builder; sizes: of a step; rank: this one; train, data: the settings of these names.
+    rows: the row builder; sizes: of a step; rank: this one; train, data: the settings of these names; shares: of the
+    tasks in the mixture (`task.<name>.share`), None = 1.
     """
 
     def __init__(
-        self, stores: Sequence[Store], rows: Any, sizes: BatchSizes, rank: int, pad_id: int, train: Any, data: Any
+        self,
+        stores: Sequence[Store],
+        rows: Any,
+        sizes: BatchSizes,
+        rank: int,
+        pad_id: int,
+        train: Any,
+        data: Any,
+        shares: Sequence[float | None],
     ):
         self.rows, self.sizes, self.rank, self.pad_id, self.settings, self.data = rows, sizes, rank, pad_id, train, data
         self.train_samples = Samples(stores, "train", data.limit)
         self.valid_samples = Samples(stores, "valid")
-        self.sampler = Sampler(
-            self.train_samples, rows, data.seq_length, sizes.total, seed=train.seed, window=data.window
-        )
+        count_K = counts_per_epoch(self.train_samples, shares, data)
+        self.sampler = Sampler(self.train_samples, rows, data.seq_length, sizes.total, train.seed, data.window, count_K)
 
     def total_steps(self) -> int:
         """Returns the optimizer steps of the run: train.epochs passes, at most train.max_steps."""
@@ -44,6 +53,13 @@ class Feed:
             total += math.ceil(fraction * self.sampler.steps_in_epoch(whole))
         return int(min(total, limit))
 
+    def mixture(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Returns what the run takes of each task, see `mixture.account`."""
+        left, epoch = self.total_steps(), 0
+        while left > (steps := self.sampler.steps_in_epoch(epoch)):
+            left, epoch = left - steps, epoch + 1
+        return account(self.train_samples, names, self.sampler.streams, epoch + left / steps)
+
     def valid_counts(self, tasks: int) -> list[int]:
         """Returns the number of validation samples of each task."""
         return np.bincount(self.valid_samples.task_N, minlength=tasks).tolist()
@@ -51,8 +67,9 @@ class Feed:
     def steps(self, state: State) -> Iterator[StepData]:
         """Yields this rank's micro-batches of every step from where the state stands, without end."""
         for rows, (epoch, position) in self.sampler.steps(state.epoch, state.position):
-            dealt = deal(rows, self.rank, self.sizes.world, self.sizes.accumulation)
-            passes = epoch + position / self.sampler.rows_in_epoch(epoch)
+            length = self.train_samples.row_length if self.rows.by_length else None
+            dealt = deal(rows, self.rank, self.sizes.world, self.sizes.accumulation, length)
+            passes = epoch + position / max(1, self.sampler.rows_in_epoch(epoch))
             yield StepData(self._batches(self.train_samples, dealt), epoch, position, passes)
 
     def validation(self) -> list[Batch]:

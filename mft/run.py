@@ -17,7 +17,7 @@ from mft.answers import Answers, read_prompts
 from mft.build import ALLOWED_TARGETS, build, learning_rate
 from mft.checkpoint import Checkpoints, newest, restore
 from mft.config import Train, batch_sizes, typed
-from mft.data import report
+from mft.data import mixture, report
 from mft.data.settings import DataSettings
 from mft.data.store import prepare
 from mft.data.task import all_tasks
@@ -75,9 +75,12 @@ def run(
         rundir.write_json(run_dir / "report" / "data.json", report.as_json(stores, names))
     progress.show(report.table(stores, names))
     sizes = batch_sizes(train, engine.world)
-    feed = Feed(stores, make("data.rows"), sizes, engine.rank, tokenizer.pad_token_id, train, data)
-    total = feed.total_steps()
+    shares = [task.share for task in tasks]
+    feed = Feed(stores, make("data.rows"), sizes, engine.rank, tokenizer.pad_token_id, train, data, shares)
+    total, mixed = feed.total_steps(), feed.mixture(names)
+    progress.show(mixture.table(mixed, data))
     if engine.is_main:
+        rundir.write_json(run_dir / "report" / "mixture.json", mixed)
         rundir.write_json(run_dir / "plan.json", {"total_steps": total, "tasks": names})
 
     seed_everything(train.seed)  # the same first adapters on every rank

@@ -122,7 +122,7 @@ def test_early_stopping_ends_the_run_and_pruning_keeps_the_best(tmp_path: Path, 
     summary, run_dir = train(
         tmp_path,
         cache_dir,
-        "optimizer.lr=3.0",  # diverges at once
+        "optimizer.lr=30.0",  # diverges at once
         "scheduler=constant",
         "train.max_steps=12",
         "train.eval_every=1",

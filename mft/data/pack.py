@@ -13,7 +13,22 @@ from mft.data.settings import PadTo
 
 
 class RowBuilder:
-    """Groups samples into rows of at most `seq_length` tokens. Subclasses are dataclasses of plain values."""
+    """Groups samples into rows of at most `seq_length` tokens. Subclasses are dataclasses of plain values.
+
+    by_length: whether rows of similar length are to meet in a micro-batch.
+    """
+
+    @property
+    def by_length(self) -> bool:
+        return False
+
+    def window(self, asked: int) -> int:
+        """Returns how many samples are made into rows together; asked: data.window."""
+        return asked
+
+    def groups(self, rows: list[list[int]], lengths: Sequence[int] | np.ndarray) -> list[list[list[int]]]:
+        """Returns the rows of a window in groups, each row once; those of a group follow each other in training."""
+        return [[row] for row in rows]
 
     def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[list[int]]:
         """Returns rows of indices into `lengths`: every index exactly once, no row longer than `seq_length` tokens."""
@@ -58,9 +73,32 @@ class RowBuilder:
 
 @dataclass
 class Pad(RowBuilder):
-    """A sample a row, padded on the right. pad_to: longest (of the micro-batch) or seq_length (always that width)."""
+    """A sample a row, padded on the right.
+
+    pad_to: longest (of the micro-batch) or seq_length (always that width). length_group: how many samples of similar
+    length follow each other in training; 1 = samples come as they are drawn. It means nothing for pad_to=seq_length.
+    """
 
     pad_to: PadTo = PadTo.longest
+    length_group: int = 4
+
+    @property
+    def by_length(self) -> bool:
+        return self.pad_to == PadTo.longest
+
+    def window(self, asked: int) -> int:
+        """Returns 50 groups: more would fill better, and bring the same samples together in every epoch."""
+        return 50 * self.length_group if self._grouped else asked
+
+    def groups(self, rows: list[list[int]], lengths: Sequence[int] | np.ndarray) -> list[list[list[int]]]:
+        if not self._grouped:
+            return super().groups(rows, lengths)
+        ordered = sorted(rows, key=lambda row: lengths[row[0]], reverse=True)
+        return [ordered[i : i + self.length_group] for i in range(0, len(ordered), self.length_group)]
+
+    @property
+    def _grouped(self) -> bool:
+        return self.by_length and self.length_group > 1
 
     def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[list[int]]:
         return [[i] for i in range(len(lengths))]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
 
+from mft.data.mixture import Streams, spaced
 from mft.data.pack import RowBuilder
 from mft.data.store import Samples
 from mft.errors import UserError
@@ -20,29 +21,36 @@ T = TypeVar("T")
 class Sampler:
     """The rows of each optimizer step, for the whole world.
 
-    An epoch is a permutation of all samples, each exactly once, cut into windows of at least `window` samples (one
-    where there are fewer). A window is made into rows and its rows are shuffled, because a row builder's own order
-    runs from long samples to short ones. The state is (epoch, position), position = rows of the
-    epoch already handed out.
+    The samples of an epoch come in an order in which every task is spaced evenly (`Streams`), cut into windows of at
+    least as many samples as the row builder wants (one where there are fewer). A window is made into rows, which are
+    put in an order of their own, because a row builder's runs from long samples to short ones. The state is (epoch,
+    position), position = rows of the epoch already handed out.
     """
 
     def __init__(
-        self, samples: Samples, rows: RowBuilder, seq_length: int, rows_per_step: int, seed: int = 0, window: int = 4096
+        self,
+        samples: Samples,
+        rows: RowBuilder,
+        seq_length: int,
+        rows_per_step: int,
+        seed: int = 0,
+        window: int = 4096,
+        count_K: Sequence[float] | np.ndarray | None = None,
     ):
-        """rows_per_step: rows of one optimizer step, over all ranks and micro-batches. No samples: UserError."""
+        """rows_per_step: rows of one optimizer step, over all ranks and micro-batches. count_K: samples of each task
+        in an epoch, None = each sample once. Raises UserError where there are no samples."""
         if not len(samples):
             raise UserError("data.split: no sample is left for training; give train a larger part, e.g. [95,5,0]")
         if seed < 0:
             raise UserError(f"train.seed: {seed} is negative; allowed: 0 or more")
         self.samples, self.builder, self.seq_length = samples, rows, seq_length
         self.rows_per_step, self.seed, self.window = rows_per_step, seed, window
-        self._rows_in_epoch: dict[int, int] = {}
+        self.streams = Streams(samples.totals()[0], count_K, seed)
+        self._rows_of_windows: dict[int, list[int]] = {}
 
     def rows_in_epoch(self, epoch: int) -> int:
         """Returns the number of rows of an epoch; under packing it may differ by a few from epoch to epoch."""
-        if epoch not in self._rows_in_epoch:
-            self._rows_in_epoch[epoch] = sum(len(rows) for rows in self._windows(epoch))
-        return self._rows_in_epoch[epoch]
+        return sum(self._counts(epoch))
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Returns the number of steps of an epoch, the incomplete last one included."""
@@ -56,10 +64,14 @@ class Sampler:
         """
         while True:
             waiting: list[Row] = []
-            total, skip = self.rows_in_epoch(epoch), position
-            for rows in self._windows(epoch):
-                waiting += rows[skip:]
-                skip = max(0, skip - len(rows))
+            counts = self._counts(epoch)
+            total, skip = sum(counts), position
+            for number, part in enumerate(self._windows(epoch)):
+                if skip >= counts[number]:
+                    skip -= counts[number]
+                    continue
+                waiting += self._rows(epoch, number, part)[skip:]
+                skip = 0
                 while len(waiting) >= self.rows_per_step:
                     step, waiting = waiting[: self.rows_per_step], waiting[self.rows_per_step :]
                     position += len(step)
@@ -68,23 +80,48 @@ class Sampler:
                 yield waiting + [[] for _ in range(self.rows_per_step - len(waiting))], (epoch + 1, 0)
             epoch, position = epoch + 1, 0
 
-    def _windows(self, epoch: int) -> Iterator[list[Row]]:
-        random = np.random.default_rng([self.seed, epoch])
-        order_N = random.permutation(len(self.samples))
-        for part in np.array_split(order_N, max(1, len(order_N) // self.window)):
-            rows = self.builder.rows(self.samples.lengths_N[part], self.seq_length)
-            yield [part[rows[r]].tolist() for r in random.permutation(len(rows))]
+    def _counts(self, epoch: int) -> list[int]:
+        """Returns the number of rows of each window."""
+        if epoch not in self._rows_of_windows:
+            lengths_N = self.samples.lengths_N
+            rows = [self.builder.rows(lengths_N[part], self.seq_length) for part in self._windows(epoch)]
+            self._rows_of_windows[epoch] = [len(r) for r in rows]
+        return self._rows_of_windows[epoch]
+
+    def _windows(self, epoch: int) -> list[np.ndarray]:
+        order_N = self.streams.epoch(epoch)
+        size = self.builder.window(self.window)
+        return np.split(order_N, range(size, len(order_N) - size + 1, size))
+
+    def _rows(self, epoch: int, number: int, part: np.ndarray) -> list[Row]:
+        """Returns the rows of a window in their order: each task is spaced evenly over it, by its rarest sample."""
+        lengths = self.samples.lengths_N[part]
+        tasks = self.samples.task_N[part]
+        groups = self.builder.groups(self.builder.rows(lengths, self.seq_length), lengths)
+        frequency_K = np.bincount(tasks)
+        rarity, task_of = np.argsort(np.argsort(frequency_K, kind="stable")).tolist(), tasks.tolist()
+        label_G = np.array([min(rarity[task_of[i]] for row in group for i in row) for group in groups])
+        order_G = spaced(label_G, np.random.default_rng([self.seed, 2, epoch, number]))
+        numbers = part.tolist()
+        return [[numbers[i] for i in row] for g in order_G for row in groups[g]]
 
 
-def deal(rows: list[T], rank: int, world: int, accumulation: int) -> list[list[T]]:
+def deal(
+    rows: list[T], rank: int, world: int, accumulation: int, length: Callable[[T], int] | None = None
+) -> list[list[T]]:
     """Returns the micro-batches of one rank: `accumulation` lists of equally many rows.
 
     Over all ranks and micro-batches every row is dealt exactly once; len(rows) is a multiple of world × accumulation.
-    Rows go round like cards, so that the empty rows of an incomplete step spread over the ranks.
+    Rows go round like cards, so that the empty rows of an incomplete step spread over the ranks. Where the length of a
+    row is given, those of similar length meet: the longest micro-batches come first (what does not fit into memory
+    shows at once), and those that the ranks work on at the same time are neighbours.
     """
     hands = world * accumulation
     assert len(rows) % hands == 0, f"{len(rows)} rows do not divide into {world} ranks × {accumulation} micro-batches"
-    return [rows[micro * world + rank :: hands] for micro in range(accumulation)]
+    if length is None:
+        return [rows[micro * world + rank :: hands] for micro in range(accumulation)]
+    ordered, size = sorted(rows, key=length, reverse=True), len(rows) // hands
+    return [ordered[hand * size : (hand + 1) * size] for hand in range(rank, hands, world)]
 
 
 def spread(samples: Samples, per_task: int) -> np.ndarray:
@@ -131,4 +168,5 @@ def eval_batches(
     per_round = world * per_device
     rounds = -(-len(chosen) // per_round)
     chosen += [[] for _ in range(rounds * per_round - len(chosen))]
-    return deal(chosen, rank, world, rounds) if rounds else []
+    length = samples.row_length if rows.by_length else None
+    return deal(chosen, rank, world, rounds, length) if rounds else []

@@ -35,6 +35,21 @@ class PadTo(str, Enum):  # noqa: UP042
     seq_length = "seq_length"
 
 
+class Mixture(str, Enum):  # noqa: UP042
+    """How often tasks come: each sample once an epoch, by `task.<name>.share`, or by their size to 1 / temperature."""
+
+    natural = "natural"
+    shares = "shares"
+    temperature = "temperature"
+
+
+class MixtureBy(str, Enum):  # noqa: UP042
+    """What the parts of a mixture are parts of: samples, or tokens that carry loss."""
+
+    samples = "samples"
+    tokens = "tokens"
+
+
 @dataclass
 class DataSettings:
     """How rows become samples, and samples the rows of a step. conf/data/base.yaml says how to choose each value."""
@@ -47,8 +62,12 @@ class DataSettings:
     split: list[float] = field(default_factory=lambda: [95.0, 5.0, 0.0])
     bad_rows: BadRows = BadRows.error
     pad_to: PadTo = PadTo.longest
+    length_group: int = 4
     rows: Any = None
     window: int = 4096
+    mixture: Mixture = Mixture.natural
+    mixture_by: MixtureBy = MixtureBy.samples
+    mixture_temperature: float = 2.0
     limit: Optional[int] = None  # noqa: UP045
 
     def check(self) -> None:
@@ -58,6 +77,13 @@ class DataSettings:
         check_name(self.template)
         if self.window < 1:
             raise UserError(f"data.window: {self.window} is too small; allowed: 1 or more samples")
+        if self.length_group < 1:
+            raise UserError(f"data.length_group: {self.length_group} is too small; allowed: 1 or more samples")
+        if not (self.mixture_temperature > 0 and math.isfinite(self.mixture_temperature)):
+            raise UserError(
+                f"data.mixture_temperature: {self.mixture_temperature} is no temperature; allowed: above 0 (1 = "
+                "natural shares, larger = nearer to equal ones)"
+            )
         if self.role_markers is not None and not isinstance(self.role_markers, dict):
             raise UserError(
                 f"data.role_markers: {shortened(self.role_markers)} is no mapping; allowed: "

@@ -82,15 +82,26 @@ class Samples:
         self.index_N = np.concatenate([*chosen, np.empty(0, np.int64)]).astype(np.int64)
         lengths = [store.lengths_N[c] for store, c in zip(self.stores, chosen, strict=True)]
         self.lengths_N = np.concatenate([*lengths, np.empty(0, np.int32)]).astype(np.int32)
+        self._trained_K = np.array(
+            [s.trained_N[c].sum(dtype=np.int64) for s, c in zip(self.stores, chosen, strict=True)]
+        )
 
     def __len__(self) -> int:
         return len(self.index_N)
+
+    def totals(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the samples and the trained tokens of each task, int64 and float64 [K]."""
+        return np.bincount(self.task_N, minlength=len(self.stores)), self._trained_K.astype(np.float64)
 
     def sample(self, i: int) -> Sample:
         """Returns sample i."""
         task, index = int(self.task_N[i]), int(self.index_N[i])
         ids_S, trained_S = self.stores[task].sample(index)
         return Sample(ids_S, trained_S, task, index)
+
+    def row_length(self, row: Sequence[int]) -> int:
+        """Returns the tokens of a row of numbers."""
+        return sum(int(self.lengths_N[i]) for i in row)
 
     def load(self, rows: Sequence[Sequence[int]]) -> list[list[Sample]]:
         """Returns the samples of rows of numbers, ready for `collate`."""

@@ -1,4 +1,4 @@
-"""A task: a name, the files of its rows, what a row means, and its weight in the loss."""
+"""A task: a name, the files of its rows, what a row means, its weight in the loss and its share of the mixture."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ class Task:
 
     name: its name in reports and metrics; "" = its key under `task`. paths: folders (searched for data files, also
     below), files, or names of hub data sets. valid: the same for rows that only validate; where it is given, none of
-    `paths` does. weight: weight in the loss. format: a Format. hint: what to do when a path is missing.
+    `paths` does. weight: weight in the loss. share: part of the mixture under data.mixture=shares, relative to the
+    other tasks; None = 1. format: a Format. hint: what to do when a path is missing.
     """
 
     name: str = ""
     paths: list[str] = field(default_factory=list)
     valid: list[str] = field(default_factory=list)
     weight: float = 1.0
+    share: float | None = None
     format: Any = field(default_factory=Auto)
     hint: str = ""
 
