@@ -17,12 +17,9 @@ from mft.answers import Answers, read_prompts
 from mft.build import ALLOWED_TARGETS, build, learning_rate
 from mft.checkpoint import Checkpoints, newest, restore
 from mft.config import Train, batch_sizes, typed
-from mft.data import mixture, report
+from mft.data import report
 from mft.data.settings import DataSettings
-from mft.data.store import prepare
-from mft.data.task import all_tasks
-from mft.data.template import adopt, named
-from mft.data.tokenize import Encoder
+from mft.dataset import dataset
 from mft.evaluate import Evaluator
 from mft.feed import Feed
 from mft.loop import Training, fit
@@ -59,28 +56,22 @@ def run(
 
     family, peft, optim, scheduler, loss = (make(p) for p in ("model", "peft", "optimizer", "scheduler", "loss"))
     precision = train.precision.value
-    tokenizer = family.tokenizer()
-    template = named(data.template, data.role_markers, tokenizer)
-    adopt(tokenizer, template)
-    tasks = all_tasks({name: make(f"task.{name}") for name in cfg.task}, list(data.paths))
-    names = [task.name for task in tasks]
-    encoder = Encoder(tokenizer, template)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of each machine tokenises, before any process group
-    stores = [prepare(task, encoder, data, cfg.cache_dir, first) for task in tasks]
+    known = dataset(cfg, data, family, make, first)
+    tasks, names, stores, encoder, tokenizer = known.tasks, known.names, known.stores, known.encoder, known.tokenizer
     prompts = read_prompts(Path(train.prompts)) if train.prompts else []
 
     engine = make("dist").start(precision)
     progress = Terminal(names) if engine.is_main else Silent()
     if engine.is_main:
-        rundir.write_json(run_dir / "report" / "data.json", report.as_json(stores, names))
+        known.write_report(run_dir / "report")
     progress.show(report.table(stores, names))
+    for note in report.notes(stores, names):
+        progress.show(note)
     sizes = batch_sizes(train, engine.world)
-    shares = [task.share for task in tasks]
-    feed = Feed(stores, make("data.rows"), sizes, engine.rank, tokenizer.pad_token_id, train, data, shares)
-    total, mixed = feed.total_steps(), feed.mixture(names)
-    progress.show(mixture.table(mixed, data))
+    feed = Feed(stores, make("data.rows"), sizes, engine.rank, tokenizer.pad_token_id, train, data)
+    total = feed.total_steps()
     if engine.is_main:
-        rundir.write_json(run_dir / "report" / "mixture.json", mixed)
         rundir.write_json(run_dir / "plan.json", {"total_steps": total, "tasks": names})
 
     seed_everything(train.seed)  # the same first adapters on every rank

@@ -12,8 +12,8 @@ FLOOR = {
     **dict.fromkeys(("errors", "batch", "machine"), 0),
     **dict.fromkeys(("data", "model", "loss", "optim", "schedule", "dist", "tracking"), 1),
     **dict.fromkeys(("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "provenance"), 2),
-    **dict.fromkeys(("config", "build", "compose", "rundir", "feed", "run", "summary"), 3),
-    **dict.fromkeys(("memory", "worker", "processes", "launch", "job", "sweep", "cli", "demo"), 4),
+    **dict.fromkeys(("config", "build", "compose", "rundir", "dataset", "feed", "run", "summary"), 3),
+    **dict.fromkeys(("memory", "worker", "processes", "hosts", "meeting", "launch", "job", "sweep", "cli", "demo"), 4),
     **dict.fromkeys(("pool", "board", "compare", "comparereport", "runs"), 4),
 }
 COMPONENTS = {name for name, floor in FLOOR.items() if floor == 1}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +42,28 @@ def table(stores: Sequence[Store], names: Sequence[str]) -> Table:
             "all", "", *_cells(total), f"{total['tokens'] / max(1, total['kept']):,.0f}", "", "", _lost(total)
         )
     return result
+
+
+def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
+    """Returns what a table has no room for: tasks whose rows other programs would encode to other ids."""
+    found = []
+    for store, name in zip(stores, names, strict=True):
+        compared, differ = (store.report["one_string"][k] for k in ("compared", "differ"))
+        if differ:
+            found.append(
+                f"{name}: apply_chat_template(tokenize=True) would give other ids than training for {differ:,} of "
+                f"{compared:,} rows compared (docs/data.md says why; mft generate encodes as in training)"
+            )
+    return found
+
+
+def write_dropped(path: Path, stores: Sequence[Store], names: Sequence[str]) -> None:
+    """Writes every row that became no sample, one JSON object each: task, file, line, field, reason, problem, row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for store, name in zip(stores, names, strict=True):
+            for dropped in store.dropped():
+                file.write(json.dumps({"task": name} | dropped, ensure_ascii=False) + "\n")
 
 
 def dropped_lines(stores: Sequence[Store], names: Sequence[str]) -> list[str]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from mft.batch import Sample
-from mft.data import writer
+from mft.data import pipeline, writer
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS
 from mft.data.task import Task
@@ -31,7 +33,8 @@ class Store:
     """The samples of one task, in all splits. N is the number of samples.
 
     lengths_N: tokens of each; trained_N: tokens that carry loss; split_N: index in SPLITS.
-    report: rows, kept, splits, tokens, trained_tokens, truncated, dropped {reason: count}, first_dropped.
+    report: rows, kept, splits, tokens, trained_tokens, truncated, dropped {reason: count}, first_dropped,
+    one_string (rows compared with their encoding as one string, and how many differ).
     fingerprint: hash of contents, tokenizer, template and options.
     """
 
@@ -47,10 +50,8 @@ class Store:
         self.lengths_N = np.diff(self._offsets).astype(np.int32)
         self.report: dict[str, Any] = meta["report"]
         self.report["format"] = meta["format"]
-        self.report["first_dropped"] = [
-            {"where": self._where(d["file"], d["line"]), "reason": d["reason"], "problem": d["problem"]}
-            for d in self.report["first_dropped"]
-        ]
+        self.report["first_dropped"] = [self._named(d) for d in self.report["first_dropped"]]
+        self._dropped = folder / writer.DROPPED
 
     def __len__(self) -> int:
         return len(self.lengths_N)
@@ -63,6 +64,18 @@ class Store:
     def origin(self, i: int) -> str:
         """Returns `file:line` of sample i."""
         return self._where(self._file_N[i], self._line_N[i])
+
+    def dropped(self) -> Iterator[dict[str, Any]]:
+        """Yields every row that is no sample: file, line, reason, field, problem, row (its text, shortened)."""
+        with self._dropped.open(encoding="utf-8") as lines:
+            for line in lines:
+                dropped = json.loads(line)
+                yield dropped | {"file": str(self.files[dropped["file"]])}
+
+    def _named(self, dropped: dict[str, Any]) -> dict[str, str]:
+        problem = f"{dropped['field']}: {dropped['problem']}" if dropped["field"] else dropped["problem"]
+        where = self._where(dropped["file"], dropped["line"])
+        return {"where": where, "reason": dropped["reason"], "problem": problem}
 
     def _where(self, file: int, line: int) -> str:
         return f"{self.files[file]}:{line}"
@@ -155,7 +168,7 @@ def store_fingerprint(task: Task, encoder: Encoder, settings: DataSettings, cach
 def _build(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with _locked(folder, task):
             if _complete(folder):  # another process was faster
                 return
             temporary = Path(f"{folder}.tmp")
@@ -163,7 +176,7 @@ def _build(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) -
                 shutil.rmtree(left, ignore_errors=True)
             try:
                 temporary.mkdir()
-                writer.write(temporary, task, encoder, settings)
+                pipeline.write(temporary, task, encoder, settings)
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -171,6 +184,20 @@ def _build(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) -
         raise UserError(
             f"cache_dir: cannot write the tokens of task {task.name} to {folder}: {error.strerror}"
         ) from error
+
+
+@contextmanager
+def _locked(folder: Path, task: Task) -> Iterator[None]:
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=2)
+    except Timeout:
+        print(f"another process tokenises the task {task.name}; waiting for it ({lock.lock_file})", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _wait(folder: Path, task: Task) -> None:
@@ -186,7 +213,7 @@ def _complete(folder: Path) -> bool:
     """Whether meta.json is there and every file has the size it states (a full disk or a bad copy leaves less)."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        return all((folder / f"{name}.bin").stat().st_size == size for name, size in meta["sizes"].items())
+        return all((folder / name).stat().st_size == size for name, size in meta["sizes"].items())
     except (OSError, ValueError, KeyError):
         return False
 

@@ -100,8 +100,13 @@ class Encoder:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _backend(self):
-        """Returns the Rust tokenizer without the truncation or padding that an earlier call may have left in it."""
+        """Returns the Rust tokenizer without the truncation or padding that an earlier call may have left in it.
+
+        Only asked while several threads encode: to change a tokenizer in use is an error.
+        """
         backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
         return backend

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 
+from mft.batch import Message
 from mft.data.settings import DataSettings
 from mft.data.store import prepare
 from mft.data.task import Task
@@ -43,9 +45,55 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TALK = [
+    Message("system", "Be short."),
+    Message("user", "def area(w, h):\n"),
+    Message("assistant", "    return w * h\n"),
+    Message("user", "größer?"),
+    Message("assistant", "<im"),
+]
+
+
 @pytest.fixture(scope="session")
 def encoder(tokenizer) -> Encoder:
     return Encoder(tokenizer, Template())
+
+
+def metaspace(bos: bool):
+    """A sentencepiece-like tokenizer: blanks are ▁, one is put before every text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>"]
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    backend.train_from_iterator(
+        ["def area of a\n"] * 9, trainers.BpeTrainer(special_tokens=[*special, *bytes_], vocab_size=300)
+    )
+    backend.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def kinds(tokenizer):
+    """Tokenizers of several kinds by name, each with the special tokens of chatML."""
+    byte_level = copy.deepcopy(tokenizer)
+    byte_level.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return {"bytes": byte_level, "metaspace": metaspace(False), "metaspace+bos": metaspace(True)}
+
+
+@pytest.fixture(params=["bytes", "metaspace", "metaspace+bos"])
+def kind(request, kinds):
+    """One of them, fresh, so that a test may change it."""
+    return copy.deepcopy(kinds[request.param])
 
 
 def chat(*turns: str, system: str = "") -> dict:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mft.batch import Message
-from mft.data.formats import Chat, RowError
+from mft.data.formats import KNOWN, Chat, RowError
 from tests.data.conftest import chat
 
 
@@ -91,3 +91,30 @@ def test_any_row_becomes_messages_or_a_row_error(row):
         assert str(error)
     else:
         assert messages and all(isinstance(m.content, str) for m in messages)
+
+
+@pytest.mark.parametrize("name", [n for n, f in KNOWN.items() if hasattr(f, "prompt")])
+def test_pairs(name):
+    fmt = KNOWN[name]
+    row = {fmt.prompt: "q", fmt.answer: "a", "system": "s"} | ({fmt.input: "more"} if fmt.input else {})
+    question = "q\nmore" if fmt.input else "q"
+    expected = [("system", "s"), ("user", question), ("assistant", "a")]
+    assert [(m.role, m.content) for m in fmt.messages(row)] == expected
+    with pytest.raises(RowError, match=f"{fmt.answer}: is empty"):
+        fmt.messages({fmt.prompt: "q", fmt.answer: ""})
+
+
+def test_weights_parts_and_names_of_the_other_turns():
+    openai = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": "c", "weight": 0},
+        ]
+    }
+    assert KNOWN["messages"].messages(openai) == [Message("user", "ab"), Message("assistant", "c", False)]
+    openai["messages"][1]["weight"] = 0.5
+    with pytest.raises(RowError, match=r"messages\[1\]\.weight: is the number 0.5; allowed: 0 \(no loss\) and 1"):
+        KNOWN["messages"].messages(openai)
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    shared = KNOWN["sharegpt"].messages({"system": "s", "conversations": turns})
+    assert [m.role for m in shared] == ["system", "user", "assistant"]

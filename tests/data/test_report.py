@@ -3,7 +3,7 @@ import json
 
 from rich.console import Console
 
-from mft.data.report import as_json, dropped_lines, table
+from mft.data.report import as_json, dropped_lines, notes, table, write_dropped
 from tests.data.conftest import chat
 
 
@@ -26,3 +26,16 @@ def test_the_table_accounts_for_every_row(make_store):
     assert "rows.jsonl:32: too long: " in lines[1]
     stored = json.loads(json.dumps(as_json([a, b], ["a", "b"])))
     assert stored["a"]["rows"] == 32 and stored["b"]["length"]["max"] == 64
+
+
+def test_the_files_of_the_report_lose_nothing(make_store, tmp_path):
+    a = make_store([chat("q", "    return x"), chat("q")], "a")
+    b = make_store([chat("q", "x"), *[chat("q" * 999, "é")] * 30], "b", seq_length=64)
+    write_dropped(tmp_path / "report" / "dropped.jsonl", [a, b], ["a", "b"])
+    rows = [json.loads(line) for line in (tmp_path / "report" / "dropped.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in rows] == ["a"] + ["b"] * 30
+    assert rows[0]["file"].endswith("a/rows.jsonl") and rows[0]["line"] == 2
+    assert rows[0]["reason"] == "no trained token" and json.loads(rows[0]["row"]) == chat("q")
+    assert all("data.seq_length is 64" in row["problem"] for row in rows[1:])
+    (said,) = notes([a, b], ["a", "b"])
+    assert said.startswith("a: apply_chat_template(tokenize=True)") and "for 1 of 2 rows" in said

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from mft.data import writer
+from mft.data import pipeline
 from mft.data.formats import Chat
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.store import Samples, prepare
@@ -19,7 +19,7 @@ ROWS = [chat(f"What is {i}?", "x " * (i % 7 + 1)) for i in range(200)]
 
 
 def test_samples_are_those_of_the_encoder(make_store, encoder, monkeypatch):
-    monkeypatch.setattr(writer, "BATCH_ROWS", 7)
+    monkeypatch.setattr(pipeline, "BATCH_ROWS", 7)
     store = make_store(ROWS)
     assert len(store) == 200
     for i in (0, 6, 7, 199):
@@ -54,8 +54,8 @@ def test_the_cache_is_reused_and_follows_what_matters(tmp_path, encoder, monkeyp
     task, cache = Task("docs", [str(file)]), tmp_path / "cache"
     first = prepare(task, encoder, DataSettings(), cache)
     built = []
-    write_store = writer.write
-    monkeypatch.setattr(writer, "write", lambda *args: (built.append(args), write_store(*args)))
+    write_store = pipeline.write
+    monkeypatch.setattr(pipeline, "write", lambda *args: (built.append(args), write_store(*args)))
     again = prepare(task, encoder, DataSettings(window=7, bad_rows=BadRows.skip), cache)
     moved = prepare(Task("other", [str(write(tmp_path / "y.jsonl", ROWS[:5]))]), encoder, DataSettings(), cache)
     assert not built and again.fingerprint == moved.fingerprint == first.fingerprint
@@ -190,15 +190,15 @@ def test_other_ranks_wait_for_the_first(tmp_path, encoder):
 PROCESS = """
 import sys
 from transformers import PreTrainedTokenizerFast
-from mft.data import writer
+from mft.data import pipeline
 from mft.data.settings import DataSettings
 from mft.data.store import prepare
 from mft.data.task import Task
 from mft.data.template import Template
 from mft.data.tokenize import Encoder
 
-write = writer.write
-writer.write = lambda *args: (print("built"), write(*args))
+write = pipeline.write
+pipeline.write = lambda *args: (print("built"), write(*args))
 tokenizer, file, cache = sys.argv[1:]
 encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(tokenizer), Template())
 print("ready", flush=True)

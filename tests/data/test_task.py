@@ -4,6 +4,8 @@ import time
 import pytest
 
 from mft.data.formats import Auto, RowError
+from mft.data.settings import BadRows, DataSettings
+from mft.data.store import prepare
 from mft.data.task import Task, all_tasks, tasks_from_paths
 from mft.errors import UserError
 from tests.data.conftest import chat, write
@@ -120,3 +122,30 @@ def test_all_tasks_takes_names_from_keys():
         all_tasks({"a": Task(), "b": Task(name="a")}, [])
     with pytest.raises(UserError, match="no task is chosen"):
         all_tasks({}, [])
+
+
+def test_the_format_is_settled_once_and_said(tmp_path, encoder):
+    file = tmp_path / "x.jsonl"
+    rows = [
+        {"id": 1},
+        {"question": "q", "answer": "a"},
+        {"prompt": "q", "answer": "a"},
+        {"question": "r", "answer": "b"},
+    ]
+    write(file, rows)
+    store = prepare(Task("t", [str(file)]), encoder, DataSettings(bad_rows=BadRows.skip), tmp_path / "cache")
+    assert store.report["format"] == "question_answer" and store.report["kept"] == 2
+    assert store.report["dropped"]["bad row"] == 2
+    write(file, [{"foo": 1}])
+    with pytest.raises(UserError, match=r"task\.t: no format fits its rows; fields of the first one: 'foo'"):
+        prepare(Task("t", [str(file)]), encoder, DataSettings(), tmp_path / "cache")
+
+
+def test_valid_files_validate_and_the_others_train(tmp_path, encoder):
+    train = write(tmp_path / "train.jsonl", [chat(f"q{i}", "a") for i in range(60)])
+    valid = write(tmp_path / "valid.jsonl", [chat(f"v{i}", "a") for i in range(7)])
+    task = Task("t", [str(train)], valid=[str(valid)])
+    store = prepare(task, encoder, DataSettings(), tmp_path / "cache")
+    assert store.report["splits"] == {"train": 60, "valid": 7, "test": 0}
+    both = Task("t", [str(train), str(valid)])
+    assert both.fingerprint(tmp_path / "cache") != task.fingerprint(tmp_path / "cache")

@@ -1,0 +1,171 @@
+"""Rows of a task → its token cache: read and understood here, tokenised by all cores beside it, written in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mft.data.files import Rows
+from mft.data.formats import RowError
+from mft.data.long import Encoded, fitted
+from mft.data.settings import BadRows, DataSettings, LongSamples
+from mft.data.split import SPLITS, split_of
+from mft.data.task import Task
+from mft.data.template import Piece
+from mft.data.writer import BAD_ROW, Place, Writer
+from mft.errors import UserError
+
+if TYPE_CHECKING:
+    from mft.batch import Message
+    from mft.data.tokenize import Encoder
+
+BATCH_ROWS = 1024  # conversations given to the tokenizer at once ...
+BATCH_CHARACTERS = 4_000_000  # ... or fewer, when they are long
+AHEAD = 2  # batches being tokenised while the next one is read; each is a call that uses all cores by itself
+
+COMPARED_FIRST, COMPARED_EVERY = 1024, 16
+"""Rows that are also encoded as one string, to be compared: the first ones, and then every so many (6 % more work)."""
+
+
+class Read(NamedTuple):
+    """A row that was understood. whole: its text, where it is to be encoded as one string as well."""
+
+    place: Place
+    row: Any
+    messages: list[Message]
+    pieces: list[Piece]
+    whole: str | None
+
+
+def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) -> None:
+    """Tokenises all rows of a task into `folder`; memory does not grow with their number.
+
+    Raises RowError at the first bad row under bad_rows=error, UserError at the first long one under long_samples=error.
+    """
+    files = task.files()
+    format_name, _ = found = task.settled_format()
+    train, valid, test = settings.split
+    proportions = [train + valid, 0.0, test] if task.valid else list(settings.split)
+    of_paths = task.training_files()
+    rows = task.rows()
+
+    def keep(batch: Sequence[Read], encoded: Sequence[Encoded]) -> None:
+        wholes = iter(encoded[len(batch) :])
+        for (place, row, messages, _, whole), sample in zip(batch, encoded, strict=False):
+            length = len(sample[0])
+            if length > settings.seq_length and settings.long_samples == LongSamples.error:
+                raise UserError(
+                    f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is {settings.seq_length}; "
+                    "allowed: a larger one, or data.long_samples = drop, truncate_left, truncate_right, split_turns"
+                )
+            if whole is not None:
+                writer.compare(next(wholes)[0].tolist() == sample[0].tolist())
+            split = SPLITS.index("valid") if place[0] >= of_paths else split_of(messages, proportions)
+            writer.add(place, row, fitted(messages, sample, encoder, settings), length, split)
+        writer.flush()
+
+    with (
+        Writer(folder, encoder.vocab_size, settings) as writer,
+        _progress(task.name, rows) as show,
+        ThreadPoolExecutor(AHEAD) as pool,
+    ):
+        waiting: deque[tuple[list[Read], Future[list[Encoded]]]] = deque()
+        try:
+            for batch in _batches(rows, found[1], encoder, settings, writer, {f: i for i, f in enumerate(files)}):
+                waiting.append((batch, pool.submit(_encode, encoder, batch)))
+                if len(waiting) > AHEAD:
+                    done, future = waiting.popleft()
+                    keep(done, future.result())
+                show(writer)
+            for done, future in waiting:
+                keep(done, future.result())
+                show(writer)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        writer.finish({"task": task.name, "format": format_name})
+
+
+def _encode(encoder: Encoder, batch: Sequence[Read]) -> list[Encoded]:
+    """Returns the samples of a batch and after them those of its whole texts, in one call of the tokenizer."""
+    wholes = [[Piece(read.whole, False, False)] for read in batch if read.whole is not None]
+    return encoder.encode_pieces([*(read.pieces for read in batch), *wholes])
+
+
+def _batches(
+    rows: Rows,
+    row_format: Any,
+    encoder: Encoder,
+    settings: DataSettings,
+    writer: Writer,
+    numbers: dict[Path, int],
+) -> Iterator[list[Read]]:
+    """Yields the rows that can be understood, many at a time; the others are dropped, or end it."""
+    eos_token = str(encoder.tokenizer.eos_token)
+    batch: list[Read] = []
+    characters = understood = 0
+    for file, line, row in rows:
+        place = numbers[file], line
+        try:
+            if isinstance(row, RowError):
+                raise row
+            messages = row_format.messages(row)
+            pieces = encoder.template.pieces(messages)
+        except RowError as error:
+            if settings.bad_rows == BadRows.error:
+                raise _explained(error.at(file, line)) from None
+            writer.drop(place, row, BAD_ROW, error.problem, error.field)
+            continue
+        compared = understood < COMPARED_FIRST or understood % COMPARED_EVERY == 0
+        whole = None
+        if compared and messages[0].role != "text":
+            whole = "".join(piece.text + eos_token * piece.eos for piece in pieces)
+        batch.append(Read(place, row, messages, pieces, whole))
+        understood += 1
+        characters += sum(len(message.content) for message in messages)
+        if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _progress(name: str, rows: Rows) -> Iterator[Any]:
+    """Yields a function of the writer that moves the bar: bytes read of all files, rows and tokens written."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("tokenising {task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[written]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(name, total=rows.total or None, written="")
+
+        def show(writer: Writer) -> None:
+            written = f"{writer.rows:,} rows · {writer.tokens / 1e6:.1f} M tokens"
+            progress.update(bar, completed=rows.done, written=written)
+
+        yield show
+
+
+def _explained(error: RowError) -> RowError:
+    problem = f"{error.problem} (data.bad_rows=skip counts such rows and goes on)"
+    return RowError(error.field, problem, error.file, error.line)

@@ -1,0 +1,61 @@
+"""The data of a config: its tokenizer, tasks and token caches, the same for a run and for `mft data`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from mft import rundir
+from mft.data import report
+from mft.data.settings import DataSettings
+from mft.data.store import Store, prepare
+from mft.data.task import Task, all_tasks
+from mft.data.template import adopt, named
+from mft.data.tokenize import Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The chosen tasks, each with its store, and the encoder that made them; the tokenizer has the template."""
+
+    tasks: list[Task]
+    stores: list[Store]
+    encoder: Encoder
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks."""
+        return [task.name for task in self.tasks]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, as it is saved with the model."""
+        return self.encoder.tokenizer
+
+    def write_report(self, folder: Path) -> None:
+        """Writes data.json, the account of each task, and dropped.jsonl, every row that became no sample."""
+        rundir.write_json(folder / "data.json", report.as_json(self.stores, self.names))
+        report.write_dropped(folder / "dropped.jsonl", self.stores, self.names)
+
+
+def dataset(
+    cfg: DictConfig, data: DataSettings, family: Any, make: Callable[[str], Any], first: bool = True
+) -> Dataset:
+    """Returns the data of a typed config, tokenised where the cache does not have it.
+
+    family: the model's; make: builds the component at a path of the config; first: this process tokenises, else it
+    waits for the one that does. Raises UserError as `prepare` does.
+    """
+    tokenizer = family.tokenizer()
+    template = named(data.template, data.role_markers, tokenizer)
+    adopt(tokenizer, template)
+    tasks = all_tasks({name: make(f"task.{name}") for name in cfg.task}, list(data.paths))
+    encoder = Encoder(tokenizer, template)
+    return Dataset(tasks, [prepare(task, encoder, data, cfg.cache_dir, first) for task in tasks], encoder)
