@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft import rundir, summary
 from mft.answers import Answers, read_prompts
-from mft.build import ALLOWED_TARGETS, build, learning_rate
+from mft.build import ALLOWED_TARGETS, build, check_validation, learning_rate
 from mft.checkpoint import Checkpoints, newest, restore
 from mft.config import Train, batch_sizes, typed
-from mft.data import report
+from mft.data import mixture, report
 from mft.data.settings import DataSettings
 from mft.dataset import dataset
 from mft.evaluate import Evaluator
@@ -69,10 +69,17 @@ def run(
     for note in report.notes(stores, names):
         progress.show(note)
     sizes = batch_sizes(train, engine.world)
-    feed = Feed(stores, make("data.rows"), sizes, engine.rank, tokenizer.pad_token_id, train, data)
-    total = feed.total_steps()
+    shares = [task.share for task in tasks]
+    feed = Feed(stores, make("data.rows"), sizes, engine.rank, tokenizer.pad_token_id, train, data, shares)
+    total, mixed = feed.total_steps(), feed.mixture(names)
+    progress.show(mixture.table(mixed, data))
     if engine.is_main:
+        rundir.write_json(run_dir / "report" / "mixture.json", mixed)
         rundir.write_json(run_dir / "plan.json", {"total_steps": total, "tasks": names})
+    weights, valid_counts = [task.weight for task in tasks], feed.valid_counts(len(tasks))
+    check_validation(train, loss, dict(zip(names, valid_counts, strict=True)))
+    loss.start(names, weights)
+    loss.planned(total, valid_counts)
 
     seed_everything(train.seed)  # the same first adapters on every rank
     computing = compute_dtype(precision)
