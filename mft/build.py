@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
@@ -159,6 +159,9 @@ def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> Non
     for task in tasks:
         task.files()  # a missing folder, a folder without rows
     _check_best(cfg.train.best, [task.name for task in tasks])
+    # How many samples validate is known once they are cut; where none can be, it is known now.
+    may_validate = {task.name: int(cfg.data.split[1] > 0 or bool(task.valid)) for task in tasks}
+    check_validation(cfg.train, components["loss"], may_validate)
     _check_together(cfg, components)
 
 
@@ -168,6 +171,24 @@ def _check_best(best: str, names: Sequence[str]) -> None:
         raise UserError(
             f"train.best={best}: allowed are {', '.join(BEST)} or a task ({', '.join(names)}){nearest(best, allowed)}"
         )
+
+
+def check_validation(train: Any, loss: Any, counts: Mapping[str, int]) -> None:
+    """Raises UserError for settings that need validation samples where there are none.
+
+    counts: validation samples of each task, by name.
+    """
+    without = (
+        "; give data.split a validation part, e.g. data.split=[95,5,0], or a task its own rows with task.NAME.valid"
+    )
+    if not any(counts.values()):
+        if loss.needs_validation:
+            name = type(loss).__module__.rpartition(".")[2]
+            raise UserError(f"loss={name} learns its weights from validation samples, and no task has any{without}")
+        if train.early_stopping:
+            raise UserError(f"train.early_stopping=true needs validation samples, and no task has any{without}")
+    if train.best in counts and train.best not in BEST and not counts[train.best]:
+        raise UserError(f"train.best={train.best}: this task has no validation samples{without}")
 
 
 def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:

@@ -67,6 +67,11 @@ class TaskLoss:
         Raises UserError where the mode cannot work with that; warns where its weights would never move.
         """
 
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the mode cannot work without validation samples (then a run without any is refused early)."""
+        return False
+
     def begin(self, valid_K: torch.Tensor) -> None:
         """Takes the per-task losses of the validation before the first step, if there is one (train.eval_at_start)."""
 

@@ -97,6 +97,10 @@ class Coba(Adaptive):
         """Takes L_i^val(0), the unit of the ratios, as in the original; else the first probe of a task is it."""
         self.first_K = measured(valid_K, self.dropped_K)
 
+    @property
+    def needs_validation(self) -> bool:
+        return True
+
     def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
         check_probes("coba", self.names, valid_samples)
         still, u = self.warmup_steps - self.update_interval, self.update_interval

@@ -74,6 +74,10 @@ class Famo(Adaptive):
         self.before_K = np.full(len(self.names), np.nan)
         self.adam = Adam(len(self.names), self.lr, self.weight_decay)
 
+    @property
+    def needs_validation(self) -> bool:
+        return self.source is Source.valid
+
     def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
         if self.source is Source.valid:
             check_probes("famo with loss.source=valid", self.names, valid_samples)

@@ -53,6 +53,10 @@ class SelfPaced(Adaptive):
         super().start(names, weights)
         self.history = History(self.history_length)
 
+    @property
+    def needs_validation(self) -> bool:
+        return True
+
     def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
         check_probes("self_paced", self.names, valid_samples)
         still, u = self.warmup_steps - self.update_interval, self.update_interval

@@ -1,0 +1,60 @@
+"""What the check of a whole config refuses before any process starts or model loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mft.build import check, check_validation
+from mft.compose import compose_resolved
+from mft.config import Train
+from mft.errors import UserError
+from mft.loss.coba import Coba
+from mft.loss.mean import TaskTokenMean
+from tests.loss.modes import MODES, made
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    turns = [{"role": "human", "content": "a"}, {"role": "bot", "content": "b"}]
+    for name in ("naming", "checking"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text(json.dumps({"chat_rounds": turns}) + "\n")
+    return tmp_path
+
+
+def checked(rows: Path, *overrides: str) -> None:
+    check(compose_resolved(["model=tiny", f"cache_dir={rows}", *overrides]), world=1)
+
+
+def test_what_needs_validation_is_refused_where_there_is_none(rows: Path) -> None:
+    without = (f"data.paths=[{rows / 'naming'}]", "data.split=[100,0,0]")
+    for mode in ("coba", "self_paced", "famo_valid"):
+        with pytest.raises(UserError, match=r"loss=\w+ learns its weights from validation samples.*data\.split"):
+            checked(rows, *without, f"loss={mode}")
+    with pytest.raises(UserError, match=r"train\.early_stopping=true needs validation samples"):
+        checked(rows, *without, "train.early_stopping=true")
+    with pytest.raises(UserError, match=r"train\.best=naming: this task has no validation samples"):
+        checked(rows, *without, "train.best=naming")
+    checked(rows, *without, "loss=famo")
+
+
+def test_a_tasks_own_validation_rows_are_enough(rows: Path) -> None:
+    named = ("+task.naming._target_=mft.data.task.Task", f"+task.naming.paths=[{rows / 'naming'}]")
+    checked(rows, *named, f"+task.naming.valid=[{rows / 'checking'}]", "data.split=[100,0,0]", "loss=coba")
+
+
+def test_counted_samples_are_judged_by_the_same_rule() -> None:
+    check_validation(Train(best="a"), Coba(), {"a": 3, "b": 0})
+    with pytest.raises(UserError, match=r"train\.best=b"):
+        check_validation(Train(best="b"), TaskTokenMean(), {"a": 3, "b": 0})
+    with pytest.raises(UserError, match="loss=coba"):
+        check_validation(Train(), Coba(), {"a": 0, "b": 0})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_that_need_validation_are_those_that_probe(mode: str) -> None:
+    loss = made(mode)
+    assert loss.needs_validation == loss.wants_probe(1)
