@@ -80,6 +80,10 @@ def run(
     check_validation(train, loss, dict(zip(names, valid_counts, strict=True)))
     loss.start(names, weights)
     loss.planned(total, valid_counts)
+    weights, valid_counts = [task.weight for task in tasks], feed.valid_counts(len(tasks))
+    check_validation(train, loss, dict(zip(names, valid_counts, strict=True)))
+    loss.start(names, weights)
+    loss.planned(total, valid_counts)
 
     seed_everything(train.seed)  # the same first adapters on every rank
     computing = compute_dtype(precision)
@@ -90,9 +94,6 @@ def run(
     base_lr = learning_rate(optim, peft)
     module = TokenLoss(model, family)
     module, optimizer = engine.prepare(module, optim.build(module.named_parameters(), base_lr))
-    weights = [task.weight for task in tasks]
-    loss.start(names, weights)
-    loss.planned(total, feed.valid_counts(len(tasks)))
 
     def export(folder: Path) -> None:
         weights = engine.full_state(module)
