@@ -40,10 +40,10 @@ def run(
     stop: whether this rank was asked to end after the current step; allow_targets: further prefixes of `_target_` that
     may be built (they come from the command line, never from the frozen config).
     """
-    from mft.model import generate
+    from mft.model import audit, generate
     from mft.model.export import save_final
     from mft.model.forward import TokenLoss
-    from mft.model.peft import audit_table, compute_dtype
+    from mft.model.peft import compute_dtype
 
     started = time.perf_counter()
     quiet_libraries()
@@ -76,10 +76,6 @@ def run(
     if engine.is_main:
         rundir.write_json(run_dir / "report" / "mixture.json", mixed)
         rundir.write_json(run_dir / "plan.json", {"total_steps": total, "tasks": names})
-    weights, valid_counts = [task.weight for task in tasks], feed.valid_counts(len(tasks))
-    check_validation(train, loss, dict(zip(names, valid_counts, strict=True)))
-    loss.start(names, weights)
-    loss.planned(total, valid_counts)
     weights, valid_counts = [task.weight for task in tasks], feed.valid_counts(len(tasks))
     check_validation(train, loss, dict(zip(names, valid_counts, strict=True)))
     loss.start(names, weights)
@@ -137,7 +133,10 @@ def run(
     if prompts and engine.sharded:
         progress.show(f"train.prompts is left out: dist={engine.name} divides the model; ask with mft generate")
     answers = Answers(prompts if engine.is_main and not engine.sharded else [], answer)
-    progress.show(audit_table(peft.audit(model)))
+    trained = peft.audit(model)
+    if engine.is_main:
+        rundir.write_json(run_dir / "report" / "trained.json", audit.as_json(trained))
+    progress.show(audit.table(trained))
     facts = {
         "steps": f"{total:,}",
         "a step": f"{sizes.total} rows = {sizes.per_device} x {sizes.accumulation} micro-batches x {sizes.world} ranks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,17 @@ def logged(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the rows of metrics.jsonl without what depends on the clock and the machine."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("speed/", "memory/"))} for row in rows]
+
+
+def resume(tmp_path: Path, cache_dir: Path, *overrides: str, step: int, out: str = "run") -> dict[str, Any]:
+    """Trains on from the checkpoint of `step`, as if the finished run in `out` had been killed right after it."""
+    run_dir = tmp_path / out
+    kept = run_dir / "checkpoints" / f"step-{step}"
+    for folder in (run_dir / "final", *(run_dir / "checkpoints").iterdir()):
+        if folder != kept:
+            shutil.rmtree(folder)
+    (run_dir / "summary.json").unlink()
+    written = kept.stat().st_ino
+    summary, _ = train(tmp_path, cache_dir, *overrides, out=out)
+    assert kept.stat().st_ino == written, "the run began anew"
+    return summary

@@ -120,6 +120,7 @@ def save_final(
     from mft.model.forward import TokenLoss
     from mft.model.native import plain_rows
     from mft.model.parts import base_of
+    from mft.model.start import difference
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,9 @@ def save_final(
     if base is not model:
         # Without this peft asks the hub for the base's config, to see whether its vocabulary was resized.
         weights = plain_rows(base, model.state_dict() if state_dict is None else state_dict)
+        weights, changed = difference(model, weights)
         model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        _edit_json(folder / "adapter_config.json", **changed)
     else:
         state_dict = plain_rows(base, model.state_dict() if state_dict is None else state_dict)
         if dtype is not None:
@@ -157,7 +160,8 @@ def quantization_settings(config: BitsAndBytesConfig | None) -> dict[str, Any] |
     if config is None:
         return None
     settings = config.to_dict()
-    names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+    names = ["load_in_4bit", "load_in_8bit", "llm_int8_skip_modules", "bnb_4bit_quant_type"]
+    names += ["bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"]
     return {name: settings[name] for name in names}
 
 

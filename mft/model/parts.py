@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ def head_quirks(base: nn.Module) -> dict[str, float]:
     return {n: float(v) for n, v in values.items() if isinstance(v, int | float) and not (v == 1 and n != names[2])}
 
 
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """Returns the shape of a weight, also when it is packed to 4 bits or sharded by ZeRO-3."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None and hasattr(state, "shape"):
+        return tuple(state.shape)
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def parameter_count(model: nn.Module) -> int:
     """Returns the number of parameters; a 4-bit weight holds two in a byte, a weight sharded by ZeRO-3 counts in
     full."""
@@ -35,7 +44,10 @@ def parameter_count(model: nn.Module) -> int:
 
 def weight_count(parameter: Any) -> int:
     """Returns how many weights a parameter stands for, also when it is packed to 4 bits or sharded by ZeRO-3."""
-    state = getattr(parameter, "quant_state", None)
-    if state is not None and hasattr(state, "shape"):
-        return state.shape.numel()
-    return getattr(parameter, "ds_numel", None) or parameter.numel()
+    return math.prod(whole_shape(parameter))
+
+
+def is_tied(base: Any) -> bool:
+    """Whether the output layer of a transformers model shares its weight with the embedding."""
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)

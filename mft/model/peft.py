@@ -1,4 +1,4 @@
-"""What of a model is trained: everything, or low-rank adapters on a full or a 4-bit base."""
+"""What of a model is trained: everything, or low-rank adapters on a full or a quantised base."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
-from mft.model.parts import weight_count
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
     from torch import nn
     from transformers import BitsAndBytesConfig
 
+    from mft.model.audit import AuditRow
     from mft.model.family import CausalLM
+    from mft.model.targets import Site
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ class Full:
 
     def audit(self, model: nn.Module) -> list[AuditRow]:
         """Returns what is trained, a row per kind of module."""
+        from mft.model.audit import audit
+
         return audit(model)
 
 
@@ -74,13 +76,22 @@ class Lora(Full):
 
     rank; alpha: the update is scaled by alpha / rank; dropout: of the adapter's input; targets: None = the family's
     list or else all linear layers, a list of module names, "all-linear", or a regular expression over whole module
-    paths; path: an adapter folder to start from, whose rank, alpha and targets then hold.
+    paths; experts, router: adapt those of a mixture of experts besides; modules_to_save: names of modules trained whole
+    and saved with the adapter; use_dora: train length and direction of the weights apart; use_rslora: scale by
+    alpha / sqrt(rank); init: how adapters begin, see INITS; path: an adapter folder to start from, whose own settings
+    then hold.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     targets: Any = None
+    experts: bool = False
+    router: bool = False
+    modules_to_save: list[str] = field(default_factory=list)
+    use_dora: bool = False
+    use_rslora: bool = False
+    init: Any = True
     path: str | None = None
 
     @property
@@ -91,12 +102,26 @@ class Lora(Full):
     def keep_default(self) -> int | None:
         return None
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether attaching takes something out of the base's weights, which training then puts back."""
+        return self.path is None and str(self.init).startswith(("pissa", "olora"))
+
     def check(self) -> None:
         """Raises UserError for values that no model can take."""
         if self.rank < 1:
             raise UserError(f"peft.rank={self.rank} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"peft.dropout={self.dropout} must be at least 0 and below 1")
+        self._check_targets()
+        self._check_init()
+        asked = "peft.experts=true" if self.experts else "peft.router=true" if self.router else ""
+        if asked and not self.path:
+            self._check_bare(asked)
+        if self.path:
+            self._check_adapter(Path(self.path).expanduser())
+
+    def _check_targets(self) -> None:
         if self.targets is not None and not isinstance(self.targets, str):
             if not self.targets or not all(isinstance(name, str) for name in self.targets):
                 raise UserError(
@@ -107,8 +132,32 @@ class Lora(Full):
                 re.compile(self.targets)
             except re.error as error:
                 raise UserError(f"peft.targets={self.targets!r} is not a regular expression: {error}") from error
-        if self.path:
-            self._check_adapter(Path(self.path).expanduser())
+
+    def _check_init(self) -> None:
+        value = str(self.init).lower()
+        if value in NEED_DATA:
+            raise UserError(
+                f"peft.init={self.init}: this beginning is computed from {NEED_DATA[value]}, which mft does not do; "
+                f"allowed are {', '.join(INITS)}"
+            )
+        if value not in INITS and not re.fullmatch(r"pissa_niter_\d+", value):
+            raise UserError(f"peft.init={self.init!r} is not one of {', '.join(INITS)}{nearest(value, INITS)}")
+        if value == "orthogonal" and self.rank % 2:
+            raise UserError(f"peft.init=orthogonal needs an even rank, not peft.rank={self.rank}")
+
+    def _check_bare(self, what: str) -> None:
+        """Raises UserError for what peft cannot do to an adapter of a bare weight, which `what` needs."""
+        remedies = {
+            f"peft.dropout={self.dropout}": ("peft.dropout=0", self.dropout > 0),
+            "peft.use_dora=true": ("peft.use_dora=false", self.use_dora),
+            f"peft.init={self.init}": ("peft.init=true", str(self.init).lower() not in ("true", "gaussian")),
+        }
+        for given, (remedy, wrong) in remedies.items():
+            if wrong:
+                raise UserError(
+                    f"{given} cannot be combined with {what}: the weights of experts and routers are no layers of "
+                    f"their own, and their adapters are added to the weight itself; choose {remedy}, or leave them out"
+                )
 
     def _check_adapter(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -118,9 +167,8 @@ class Lora(Full):
             raise UserError(f"peft.path={self.path} has no adapter_config.json, so it is not an adapter folder")
 
     def dtype(self, precision: str) -> torch.dtype:
-        return compute_dtype(
-            precision
-        )  # the base is frozen and loses nothing in half precision; the adapters are float32
+        # the base is frozen and loses nothing in half precision; the adapters are float32
+        return compute_dtype(precision)
 
     def attach(self, model: nn.Module, family: CausalLM) -> nn.Module:
         """Returns the model wrapped by peft, only its adapters requiring gradients.
@@ -129,147 +177,158 @@ class Lora(Full):
         """
         from peft import LoraConfig, PeftModel, get_peft_model
 
+        from mft.model.start import in_float32, remember
+        from mft.model.targets import chosen, for_peft, whole_modules
+
         if self.path:
-            with without_renaming_notice():
+            with without_notices():
                 model = PeftModel.from_pretrained(model, str(Path(self.path).expanduser()), is_trainable=True)
             self._tell_ignored(model.peft_config["default"])
-            return model
+            return in_float32(model)
         targets = self.targets or list(family.lora_targets) or "all-linear"
-        if targets != "all-linear":
-            check_targets(model, targets)
+        places = chosen(model, targets, self.experts, self.router)
+        self._check_places(model, places)
+        saved, tied = whole_modules(model, self.modules_to_save, places)
+        modules, parameters = for_peft(model, places)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # a float is fine, and what rsLoRA needs
             lora_dropout=self.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
+            target_modules=modules,
+            target_parameters=parameters or None,
+            modules_to_save=saved or None,
+            ensure_weight_tying=tied,
+            use_dora=self.use_dora,
+            use_rslora=self.use_rslora,
+            init_lora_weights=self._init(),
         )
-        with without_renaming_notice():
-            return get_peft_model(model, config)
+        with without_notices():
+            model = in_float32(get_peft_model(model, config))
+        if self.changes_base:
+            remember(model)
+        return model
+
+    def _init(self) -> Any:
+        return True if str(self.init).lower() == "true" else str(self.init).lower()
+
+    def _check_places(self, model: nn.Module, places: list[Site]) -> None:
+        """Raises UserError for places that the other settings do not go with."""
+        from mft.model.parts import base_of, is_tied
+
+        for site in places:
+            if site.parameter:
+                self._check_bare(f"an adapter of {site.path}")
+            if site.kind == "embedding" and (self.use_dora or self._init() not in (True, "gaussian")):
+                raise UserError(
+                    f"peft.targets: an adapter of the embedding {site.path} goes with peft.use_dora=false and "
+                    "peft.init=true or gaussian only; leave one of them out"
+                )
+            if site.kind in ("embedding", "head") and is_tied(base_of(model)):
+                raise UserError(
+                    f"peft.targets: {site.path} shares its weight with {TIED[site.kind]}, so an adapter of one would "
+                    f"change the other when merged; train it whole with peft.modules_to_save=[{site.name}] instead"
+                )
 
     def _tell_ignored(self, config: Any) -> None:
         own = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
-        differing = [f"{name}={value} (asked: {getattr(self, name)})" for name, value in own.items()]
-        if any(getattr(self, name) != value for name, value in own.items()):
+        own |= {"use_dora": config.use_dora, "use_rslora": config.use_rslora}
+        differing = [f"{n}={v} (asked: {getattr(self, n)})" for n, v in own.items() if getattr(self, n) != v]
+        if differing:
             log.warning("the adapter at %s keeps its own %s", self.path, ", ".join(differing))
+
+
+INITS = ("true", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora")
+"""How adapters begin, by peft's names: true = B is zero; gaussian: the same with another A; orthogonal: A and B span
+spaces that do not meet; pissa: A and B hold the largest singular values of the weight, which lacks them from then on
+(pissa_niter_N: found by N iterations, faster); olora: the same with a QR decomposition."""
+
+NEED_DATA = {
+    "eva": "activations on data",
+    "corda": "activations on data",
+    "lora_ga": "gradients on data",
+    "loftq": "an unquantised copy of the base",
+}
+
+TIED = {"embedding": "the output layer", "head": "the embedding"}
 
 
 @dataclass
 class QLora(Lora):
-    """Trains adapters beside a base held in 4 bits by bitsandbytes, which computes in the precision of the run.
+    """Trains adapters beside a base quantised by bitsandbytes.
 
-    quant_type: nf4 | fp4; double_quant: quantise the scales too (0.4 bits a weight less).
+    bits: 4 | 8; quant_type: nf4 | fp4; double_quant: quantise the scales too (0.4 bits a weight less); compute_dtype:
+    bf16 | fp16 | fp32, None = the run's precision; storage_dtype: uint8 | bf16 | fp16 | fp32, of the packed weights;
+    skip_modules: names that stay unquantised besides the head. The last four but skip_modules are for 4 bits.
     """
 
+    bits: int = 4
     quant_type: str = "nf4"
     double_quant: bool = True
+    compute_dtype: str | None = None
+    storage_dtype: str = "uint8"
+    skip_modules: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         super().check()
-        if self.quant_type not in ("nf4", "fp4"):
-            raise UserError(f"peft.quant_type={self.quant_type!r} is not one of nf4, fp4")
+        allowed = {
+            "bits": (4, 8),
+            "quant_type": ("nf4", "fp4"),
+            "compute_dtype": (None, *PRECISIONS),
+            "storage_dtype": ("uint8", *PRECISIONS),
+        }
+        for name, values in allowed.items():
+            value = getattr(self, name)
+            if value not in values:
+                listed = ", ".join("null" if v is None else str(v) for v in values)
+                raise UserError(f"peft.{name}={value!r} is not one of {listed}{nearest(str(value), map(str, values))}")
+        if self.changes_base:
+            raise UserError(
+                f"peft.init={self.init} takes the largest part out of the base's weights, which quantised weights "
+                "cannot hold; choose peft.init=true, or peft=lora"
+            )
 
     def quantization(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+        import torch
         from transformers import BitsAndBytesConfig
 
+        # given patterns replace transformers' own list, which is the head, and are matched from the start of a path
+        skip = [rf"(?:.*\.)?{re.escape(n)}" for n in (*self.skip_modules, *HEADS)] if self.skip_modules else None
+        if self.bits == 8:
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        storage = PRECISIONS.get(self.storage_dtype, self.storage_dtype)
         return BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=skip,
             bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_compute_dtype=getattr(torch, PRECISIONS[self.compute_dtype])
+            if self.compute_dtype
+            else compute_dtype,
+            bnb_4bit_quant_storage=getattr(torch, storage),
         )
+
+    def attach(self, model: nn.Module, family: CausalLM) -> nn.Module:
+        from mft.model.targets import sites
+
+        places = sites(model)
+        for name in self.skip_modules:
+            if not any(f".{name}." in f".{site.path}." for site in places):
+                names = list(dict.fromkeys(site.name for site in places))
+                raise UserError(
+                    f"peft.skip_modules: {name!r} matches no module; this model has {', '.join(names)}"
+                    f"{nearest(name, names)}"
+                )
+        return super().attach(model, family)
+
+
+HEADS = ("lm_head", "embed_out", "output_layer")
+"""Names of output layers in transformers."""
 
 
 @contextmanager
-def without_renaming_notice() -> Iterator[None]:
-    """Keeps transformers from telling our users that peft asks for an attribute by its old name."""
+def without_notices() -> Iterator[None]:
+    """Keeps from our users what peft and transformers say about each other."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         yield
-
-
-# ── targets ──
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Returns the paths of the modules an adapter can sit on: linear layers of any kind, and embeddings."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding | Conv1D)]
-
-
-def check_targets(model: nn.Module, targets: str | list[str]) -> None:
-    """Raises UserError when a name of the list, or the regular expression, matches no module of the model."""
-    paths = linear_names(model)
-    if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, path) for path in paths) else [targets]
-    else:
-        missing = [name for name in targets if not any(path == name or path.endswith(f".{name}") for path in paths)]
-    if not missing:
-        return
-    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-    what = "the regular expression" if isinstance(targets, str) else "the name"
-    note = ' (a single name needs brackets: peft.targets="[q_proj]")' if targets in names else ""
-    raise UserError(
-        f"peft.targets: {what} {missing[0]!r} matches no module; this model has {', '.join(names)}"
-        f"{nearest(missing[0], names)}{note}"
-    )
-
-
-# ── audit ──
-
-
-@dataclass(frozen=True)
-class AuditRow:
-    """One kind of module, its path with layer numbers as *. adapted, total: modules; trainable, parameters: weights."""
-
-    kind: str
-    adapted: int
-    total: int
-    trainable: int
-    parameters: int
-
-
-def audit(model: nn.Module) -> list[AuditRow]:
-    """Returns, per kind of module and in the model's order, how many are trained or adapted and with how many
-    weights."""
-    modules: dict[str, dict[str, bool]] = {}
-    weights: dict[str, list[int]] = {}
-    for path, parameter in _weights(model):
-        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
-        seen = modules.setdefault(kind, {})
-        seen[path] = seen.get(path, False) or parameter.requires_grad
-        count = weight_count(parameter)
-        trainable, total = weights.setdefault(kind, [0, 0])
-        weights[kind] = [trainable + count * parameter.requires_grad, total + count]
-    return [AuditRow(kind, sum(seen.values()), len(seen), *weights[kind]) for kind, seen in modules.items()]
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields each parameter with the path of the module of the plain model that it belongs to."""
-    for name, parameter in model.named_parameters():
-        path = name.removeprefix("base_model.model.")
-        path = re.sub(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\b.*", "", path)
-        yield (path.removesuffix(".weight").removesuffix(".bias"), parameter)
-
-
-def trainable_share(rows: list[AuditRow]) -> float:
-    """Returns trainable weights over all weights."""
-    return sum(row.trainable for row in rows) / max(sum(row.parameters for row in rows), 1)
-
-
-def audit_table(rows: list[AuditRow]) -> Table:
-    """Returns the audit as a rich table."""
-    from rich.table import Table
-
-    trainable, parameters = sum(row.trainable for row in rows), sum(row.parameters for row in rows)
-    table = Table(title=f"trained: {trainable:,} of {parameters:,} weights ({trainable_share(rows):.2%})")
-    table.add_column("module")
-    for title in ("adapted", "of", "trainable", "weights", "share"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        share = f"{row.trainable / row.parameters:.2%}" if row.parameters else ""
-        cells = (row.kind, row.adapted, row.total, f"{row.trainable:,}", f"{row.parameters:,}", share)
-        table.add_row(*(str(cell) for cell in cells), style=None if row.adapted else "dim")
-    return table

@@ -12,8 +12,9 @@ import transformers
 from mft.batch import IGNORE
 from mft.build import build
 from mft.compose import compose_resolved
+from mft.model.audit import audit
 from mft.model.forward import TokenLoss
-from mft.model.peft import Lora, audit
+from mft.model.peft import Lora
 from tests.model.rows import alone, batch, inputs
 
 V = 128

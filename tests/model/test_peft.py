@@ -1,17 +1,15 @@
-"""What is trained: full weights, adapters, adapters beside 4 bits; targets that match nothing; the audit."""
+"""What is trained: full weights, adapters, adapters beside a quantised base."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from mft.errors import UserError
 from mft.model.forward import TokenLoss
-from mft.model.peft import AuditRow, Full, Lora, QLora, audit_table, trainable_share
+from mft.model.peft import Full, Lora, QLora
 from mft.model.tiny import Tiny
 from tests.model.rows import batch, inputs
 
@@ -81,42 +79,6 @@ def test_quantization_settings() -> None:
     assert Full().quantization(torch.bfloat16) is None and Lora().quantization(torch.bfloat16) is None
 
 
-def adapted(model: torch.nn.Module) -> set[str]:
-    return {row.kind.rpartition(".")[2] for row in Lora().audit(model) if row.trainable}
-
-
-def test_targets(tiny: Tiny, tiny_folder: Path) -> None:
-    from mft.model.family import CausalLM
-
-    every = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    listed = CausalLM(str(tiny_folder), lora_targets=["q_proj", "o_proj"])
-    for family, targets, expected in (
-        (tiny, None, every),
-        (listed, None, {"q_proj", "o_proj"}),
-        (listed, "all-linear", every),
-        (listed, ["down_proj"], {"down_proj"}),
-        (listed, r".*\.0\.mlp\.(up|gate)_proj", {"up_proj", "gate_proj"}),
-    ):
-        assert adapted(Lora(targets=targets).attach(family.model(torch.float32), family)) == expected
-
-
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        (
-            ["q_proj", "qproj"],
-            "the name 'qproj' matches no module; this model has embed_tokens, q_proj, .*; did you mean q_proj",
-        ),
-        (["c_attn"], r"the name 'c_attn' matches no module; this model has embed_tokens.*lm_head$"),
-        (r".*\.attn\..*", "the regular expression .* matches no module"),
-        ("q_proj", r"regular expression 'q_proj' matches no module.*a single name needs brackets"),
-    ],
-)
-def test_unmatched_targets(tiny: Tiny, targets: object, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Lora(targets=targets).attach(tiny.model(torch.float32), tiny)
-
-
 @pytest.mark.parametrize(
     ("peft", "message"),
     [
@@ -146,27 +108,3 @@ def test_starts_from_an_adapter(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCa
     theirs = {n: p for n, p in second.named_parameters() if p.requires_grad}
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
     assert "keeps its own rank=4 (asked: 16)" in caplog.text
-
-
-def test_audit_counts(tiny: Tiny) -> None:
-    rows = Lora(rank=4, targets=["q_proj", "down_proj"]).audit(
-        Lora(rank=4, targets=["q_proj", "down_proj"]).attach(tiny.model(torch.float32), tiny)
-    )
-    by_kind = {row.kind: row for row in rows}
-    # q_proj 64×64, rank 4: A 4×64 and B 64×4 in each of two layers; down_proj 64×128
-    assert by_kind["model.layers.*.self_attn.q_proj"] == AuditRow("model.layers.*.self_attn.q_proj", 2, 2, 1024, 9216)
-    assert by_kind["model.layers.*.mlp.down_proj"] == AuditRow("model.layers.*.mlp.down_proj", 2, 2, 1536, 17920)
-    assert by_kind["model.layers.*.mlp.up_proj"].adapted == 0
-    assert next(iter(by_kind)) == "model.embed_tokens"
-    console = Console(file=io.StringIO(), width=120)
-    console.print(audit_table(rows))
-    text = console.file.getvalue()
-    assert "trained: 2,560 of" in text and "model.layers.*.self_attn.q_proj" in text
-
-
-def test_audit_counts_4_bit_weights_in_full(tiny: Tiny) -> None:
-    plain = Lora().audit(Lora().attach(tiny.model(torch.float32), tiny))
-    quantised = QLora().audit(QLora().attach(tiny.model(torch.float32, QLora().quantization(torch.float32)), tiny))
-    assert plain == quantised
-    full = Full().audit(Full().attach(tiny.model(torch.float32), tiny))
-    assert trainable_share(full) == 1 and all(row.adapted == row.total for row in full)
