@@ -7,6 +7,7 @@ differ; the loop does not know which one it has.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from mft.dist import pieces, rng
 from mft.dist.accelerator import accelerator, environment, free_port
-from mft.dist.state import load_parameters, load_rng, read, save_parameters, save_rng, write
 from mft.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Engine:
     """Class name of the module that `prepare` returns; None: the module itself."""
     sharded = False
     """Whether parameters are divided over the ranks: then all ranks must run every forward together."""
+    divided = False
+    """Whether each rank keeps its own part of the optimizer's state, and so writes a file of the resume state."""
     gather_on_save = True
     """Whether checkpoints hold the whole model besides the sharded state."""
 
@@ -193,54 +196,65 @@ class Engine:
     def save_state(self, folder: Path | str) -> None:
         """Writes what an exact resume needs: trained parameters, optimizer, loss scaler, random states of each rank.
 
-        All ranks call it, after `prepare`. Layout: trainable.safetensors and engine.pt by rank 0, rng-<rank>.pt by
-        each rank. Parameters that are not trained are not written: they come from the base model. Not atomic: the
-        caller writes into a temporary folder and renames it after all ranks have returned.
+        All ranks call it, after `prepare`. Layout: engine.json, shard-<rank>.safetensors by each rank that keeps a part
+        of the optimizer (see mft.dist.pieces), rng-<rank>.pt by each rank. Parameters that are not trained are not
+        written: they come from the base model. Not atomic: the caller writes into a temporary folder and renames it
+        after all ranks have returned.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._save_weights(folder)
-        save_rng(folder / f"rng-{self.rank}.pt")
-        self.barrier()
-
-    def _save_weights(self, folder: Path) -> None:
+        if self.divided or self.is_main:
+            pieces.save(self._pieces(), self._base_optimizer(), folder / f"shard-{self.rank}.safetensors")
         if self.is_main:
-            assert self._module is not None, "prepare first"
-            save_parameters(self.unwrap(self._module), folder / "trainable.safetensors")
-            scaler = self.accelerator.scaler
-            write(
-                folder / "engine.pt",
-                {
-                    "dist": self.name,
-                    "world": self.world,
-                    "optimizer": self._optimizer.state_dict(),
-                    "scaler": scaler.state_dict() if scaler else None,
-                },
-            )
+            shards = self.world if self.divided else 1
+            values = {"dist": self.name, "world": self.world, "shards": shards, "scaler": self._scaler_state()}
+            (folder / "engine.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        rng.save(folder / f"rng-{self.rank}.pt")
+        self.barrier()
 
     def load_state(self, folder: Path | str) -> bool:
-        """Restores what `save_state` wrote, into the prepared module and optimizer. All ranks call it.
+        """Restores what `save_state` wrote, of this or of another backend, on any number of ranks. All ranks call it.
 
         Call it last before training goes on: anything random in between would be drawn from the restored states.
-        Returns whether the layout is the same, so that the run goes on bit-identically; with another number of ranks
-        parameters and optimizer are restored, and ranks without a saved random state keep the one they have.
+        Returns whether the layout is the same, so that the run goes on bit-identically; with another one the losses are
+        equal to rounding, and ranks without a saved random state keep the one they have.
+        Raises UserError when the state is not complete, is of another model, or does not fit another layout.
         """
         folder = Path(folder)
-        same = self._load_weights(folder)
-        rng = folder / f"rng-{self.rank}.pt"
-        if rng.exists():
-            load_rng(rng)
-        self.barrier()
-        return same and rng.exists()
-
-    def _load_weights(self, folder: Path) -> bool:
+        saved = _read_state(folder)
         assert self._module is not None, "prepare first"
-        load_parameters(self.unwrap(self._module), folder / "trainable.safetensors")
-        state = read(folder / "engine.pt")
-        self._optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        return state["dist"] == self.name and state["world"] == self.world
+        trained = {name for name, p in self.unwrap(self._module).named_parameters() if p.requires_grad}
+        pieces.load(self._pieces(), self._base_optimizer(), folder, trained)
+        self._settle()
+        if saved["scaler"]:
+            self._load_scaler(saved["scaler"])
+        random = folder / f"rng-{self.rank}.pt"
+        if random.exists():
+            rng.load(random)
+        self.barrier()
+        return saved["dist"] == self.name and saved["world"] == self.world
+
+    def _pieces(self) -> list[pieces.Piece]:
+        """Returns what this rank updates: whole parameters."""
+        assert self._module is not None, "prepare first"
+        trained = [(name, p) for name, p in self.unwrap(self._module).named_parameters() if p.requires_grad]
+        return [pieces.Piece(name, 0, p.detach().view(-1), p, 0) for name, p in trained]
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        """Returns the optimizer inside accelerate's or DeepSpeed's."""
+        return cast("torch.optim.Optimizer", self._optimizer.optimizer)
+
+    def _settle(self) -> None:
+        """Copies the loaded weights into those that are computed with, where these are others."""
+
+    def _scaler_state(self) -> dict[str, Any]:
+        """Returns the state of the fp16 loss scaler as plain values, {} without one."""
+        scaler = self.accelerator.scaler
+        return scaler.state_dict() if scaler else {}
+
+    def _load_scaler(self, state: dict[str, Any]) -> None:
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state)
 
     def close(self) -> None:
         """Ends the process group that it made and frees what accelerate holds; the process may start another engine."""
@@ -262,6 +276,18 @@ class DdpEngine(Engine):
     name = "ddp"
     kinds = ("MULTI_CPU", "MULTI_GPU")
     wrapper = "DistributedDataParallel"
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Returns engine.json of a resume state whose files are all there."""
+    path = folder / "engine.json"
+    if not path.exists():
+        raise UserError(f"{folder} is not a complete resume state: {path.name} is missing")
+    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for rank in range(saved["shards"]):
+        if not (folder / f"shard-{rank}.safetensors").exists():
+            raise UserError(f"{folder} is not a complete resume state: shard-{rank}.safetensors is missing")
+    return saved
 
 
 def grouped(precision: str, cpu: bool | None, *handlers: Any) -> tuple[Accelerator, bool]:

@@ -6,17 +6,15 @@ the ranks could agree that the step is finite, and clip at 1.0 where no clipping
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.dist.base import Engine, grouped
-from mft.dist.state import read, write
+from mft.dist.pieces import Piece
 from mft.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,15 +34,13 @@ OURS = {
 }
 """Keys of DeepSpeed's JSON that `dist.config` may not set -> the setting that says the same."""
 
-TAG = "zero"
-"""The folder of DeepSpeed's own files inside a resume state."""
-
 
 class DeepSpeedEngine(Engine):
     """Drives a DeepSpeed engine. Every micro-batch exchanges gradients from stage 2 on: no rank keeps whole ones."""
 
     kinds = ("MULTI_CPU", "MULTI_GPU")
     wrapper = "DeepSpeedEngine"
+    divided = True
 
     def __init__(self, accelerator: Accelerator, owns_group: bool, config: dict[str, Any], gather_on_save: bool = True):
         self.stage: int = config["zero_optimization"]["stage"]
@@ -157,45 +153,55 @@ class DeepSpeedEngine(Engine):
                     state[name.removeprefix(prefix)] = buffer.detach()
         return state
 
-    def _save_weights(self, folder: Path) -> None:
+    def _pieces(self) -> list[Piece]:
+        """Returns the runs of each trained parameter that lie in this rank's part of DeepSpeed's flat fp32 buffers."""
         assert self._module is not None, "prepare first"
-        if self.is_main:
-            write(folder / "engine.pt", {"dist": self.name, "world": self.world})
-        with quiet():
-            self._module.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=True)  # type: ignore[operator]
+        zero, found = self._optimizer, []
+        parameters: Iterator[tuple[str, Any]] = self.unwrap(self._module).named_parameters()
+        for name, parameter in parameters:
+            if not parameter.requires_grad:
+                continue
+            if self.stage == 3:
+                group, offset, part = zero.grad_position[zero.get_param_id(parameter)]
+                owner = zero.fp32_partitioned_groups_flat[group]
+                start = self.rank * part
+                numel = min(part, parameter.ds_numel - start)  # without the padding at the end
+            elif parameter._hp_mapping is None:
+                continue  # all of it is in other ranks' parts
+            else:
+                mapping = parameter._hp_mapping
+                owner = zero.optimizer.param_groups[mapping.param_group_index]["params"][0]
+                start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+                numel = mapping.hp_fragment_address.numel
+            if numel > 0:
+                found.append(Piece(name, start, owner.detach().narrow(0, offset, numel), owner, offset))
+        return found
 
-    def _load_weights(self, folder: Path) -> bool:
-        assert self._module is not None, "prepare first"
-        saved = read(folder / "engine.pt")
-        if saved["dist"] != self.name or saved["world"] != self.world:
-            raise UserError(
-                f"{folder} was saved by dist={saved['dist']} on {saved['world']} ranks; dist={self.name} on "
-                f"{self.world} cannot go on with it: ZeRO's states fit the layout that wrote them"
-            )
-        with quiet():
-            path, _ = self._module.load_checkpoint(  # type: ignore[operator]
-                str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
-            )
-        if path is None:
-            raise UserError(f"{folder} is not a complete resume state: DeepSpeed finds nothing in it")
-        return True
+    def _settle(self) -> None:
+        """Copies the fp32 weights into the ones that are computed with, on all ranks."""
+        zero = self._optimizer
+        if self.stage < 3:
+            zero.update_lp_params()
+            return
+        zero.checkpoint_event_prologue()
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        zero.checkpoint_event_epilogue()
+
+    def _scaler_state(self) -> dict[str, Any]:
+        if self.accelerator.mixed_precision != "fp16":
+            return {}
+        values = vars(self._optimizer.loss_scaler).items()
+        return {name: value for name, value in values if isinstance(value, int | float)}
+
+    def _load_scaler(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self._optimizer.loss_scaler, name, value)
 
     def close(self) -> None:
         if self._module is not None:
             self._module.destroy()  # type: ignore[operator]
         super().close()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps DeepSpeed's account of every file it writes off the terminal."""
-    logger = logging.getLogger("DeepSpeed")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

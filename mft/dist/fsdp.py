@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.dist.accelerator import environment
 from mft.dist.base import Engine, grouped
-from mft.dist.state import read, write
+from mft.dist.pieces import Piece, local
 from mft.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ class FsdpEngine(Engine):
     name = "fsdp"
     kinds = ("MULTI_CPU", "MULTI_GPU")
     sharded = True
+    divided = True
 
     def __init__(self, accelerator: Accelerator, owns_group: bool, settings: Fsdp):
         super().__init__(accelerator, owns_group)
@@ -148,45 +148,18 @@ class FsdpEngine(Engine):
                 state[name.removeprefix(prefix)] = copies[id(value)]
         return state
 
-    def _save_weights(self, folder: Path) -> None:
-        import torch.distributed.checkpoint as sharded
-
-        if self.is_main:
-            scaler = self.accelerator.scaler
-            write(
-                folder / "engine.pt",
-                {"dist": self.name, "world": self.world, "scaler": scaler.state_dict() if scaler else None},
-            )
-        sharded.save(self._state(), checkpoint_id=str(folder / "shards"))
-
-    def _load_weights(self, folder: Path) -> bool:
-        import torch.distributed.checkpoint as sharded
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
+    def _pieces(self) -> list[Piece]:
+        """Returns the rows of each trained parameter that this rank keeps."""
         assert self._module is not None, "prepare first"
-        saved = read(folder / "engine.pt")
-        if saved["dist"] != self.name:
-            raise UserError(f"{folder} was saved by dist={saved['dist']}; dist={self.name} cannot go on with it")
-        state = self._state()
-        sharded.load(state, checkpoint_id=str(folder / "shards"))
-        set_state_dict(
-            self._module,
-            self._optimizer.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=StateDictOptions(strict=False, ignore_frozen_params=True),
-        )
-        if self.accelerator.scaler is not None and saved["scaler"]:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        return bool(saved["world"] == self.world)
-
-    def _state(self) -> dict[str, Any]:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-        assert self._module is not None, "prepare first"
-        options = StateDictOptions(ignore_frozen_params=True)
-        model, optimizer = get_state_dict(self._module, self._optimizer.optimizer, options=options)
-        return {"model": model, "optimizer": optimizer}
+        found = []
+        for name, parameter in self._module.named_parameters():
+            mine = local(parameter)
+            if not parameter.requires_grad or not mine.numel():
+                continue
+            rows = -(-parameter.shape[0] // self.world)  # the last ranks may have fewer, or none
+            start = self.rank * rows * (parameter.numel() // parameter.shape[0])
+            found.append(Piece(name, start, mine.view(-1), parameter, 0))
+        return found
 
 
 @dataclass

@@ -30,6 +30,27 @@ LAYOUTS = {
 }
 """Settings of padded and of packed rows, with the same global batch on any number of ranks."""
 
+BACKENDS = ("ddp", "zero2", "zero3", "fsdp")
+FORCED = {"zero3": ["dist.persistence_threshold=0"]}
+"""Tiny weights are below ZeRO-3's threshold and would stay whole."""
+
+
+class Tree:
+    """The runs of a test module, in a folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.data = [f"cache_dir={root / 'cache'}", f"data.paths=[{','.join(map(str, write_tasks(root / 'tasks')))}]"]
+
+    def folder(self, backend: str, case: str) -> Path:
+        """Returns the folder of a run."""
+        return self.root / f"{backend}-{case}"
+
+    def frozen(self, backend: str, case: str, overrides: Sequence[str], ranks: int = 2) -> Path:
+        """Freezes a run and returns its folder."""
+        settings = [*self.data, f"dist={backend}", f"launch.nproc={ranks}", *FORCED.get(backend, []), *overrides]
+        return frozen(self.folder(backend, case), settings)
+
 
 def write_tasks(folder: Path) -> list[Path]:
     """Writes two tasks of short conversations of very different lengths; returns their folders."""
@@ -86,3 +107,8 @@ def weights(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def largest(one: Sequence[float], two: Sequence[float]) -> float:
+    """Returns the largest difference of two series of the same length."""
+    return max(abs(a - b) for a, b in zip(one, two, strict=True))

@@ -1,8 +1,7 @@
-"""Whole runs of every backend on two ranks against one process: losses, gradient norms, weights, resume."""
+"""Whole runs of every backend on two ranks against one process: losses, gradient norms, weights."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,8 @@ import pytest
 from mft.dist.deepspeed import Zero2, Zero3, merged
 from mft.errors import UserError
 from tests.dist.ranks import run_ranks
-from tests.dist.runs import LAYOUTS, frozen, logged, play, weights, write_tasks
+from tests.dist.runs import BACKENDS, LAYOUTS, Tree, largest, logged, play, weights
 
-BACKENDS = ("ddp", "zero2", "zero3", "fsdp")
 PEFTS = ("full", "lora", "qlora")
 ALL = [(peft, layout) for peft in PEFTS for layout in LAYOUTS]
 OTHER = {
@@ -22,46 +20,20 @@ OTHER = {
 }
 """Further runs of each backend: a loss mode that runs the micro-batches without gradient too, and so on."""
 
-RESUMED = ("train.save_every=10", "peft=lora", "peft.dropout=0.1", *LAYOUTS["pad"])
-FORCED = {"zero3": ["dist.persistence_threshold=0"]}
-"""Tiny weights are below ZeRO-3's threshold and would stay whole."""
 
-
-class Tree:
-    """The runs of this module, in a folder."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.data = [f"cache_dir={root / 'cache'}", f"data.paths=[{','.join(map(str, write_tasks(root / 'tasks')))}]"]
-
-    def folder(self, backend: str, case: str) -> Path:
-        return self.root / f"{backend}-{case}"
-
-    def frozen(self, backend: str, case: str, overrides: tuple[str, ...]) -> Path:
-        ranks = 1 if backend == "single" else 2
-        settings = [*self.data, f"dist={backend}", f"launch.nproc={ranks}", *FORCED.get(backend, []), *overrides]
-        return frozen(self.folder(backend, case), settings)
-
-    def matrix(self, backend: str) -> list[Path]:
-        folders = [self.frozen(backend, f"{peft}-{layout}", (f"peft={peft}", *LAYOUTS[layout])) for peft, layout in ALL]
-        return folders + [self.frozen(backend, case, overrides) for case, overrides in OTHER.items()]
+def matrix(tree: Tree, backend: str) -> list[Path]:
+    """Returns the frozen runs of a backend."""
+    ranks = 1 if backend == "single" else 2
+    cases = {f"{peft}-{layout}": (f"peft={peft}", *LAYOUTS[layout]) for peft, layout in ALL} | OTHER
+    return [tree.frozen(backend, case, overrides, ranks) for case, overrides in cases.items()]
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     tree = Tree(tmp_path_factory.mktemp("backends"))
-    run_ranks(1, play, tree.matrix("single"))
-    for backend in BACKENDS:
-        whole = tree.frozen(backend, "resumed", RESUMED)
-        run_ranks(2, play, [*tree.matrix(backend), whole])
-        again = tree.frozen(backend, "again", RESUMED)
-        shutil.copytree(whole / "checkpoints" / "step-10", again / "checkpoints" / "step-10")
-        run_ranks(2, play, [again])
+    run_ranks(1, play, matrix(tree, "single"))
+    run_ranks(2, play, [folder for backend in BACKENDS for folder in matrix(tree, backend)])
     return tree
-
-
-def largest(one: list[float], two: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(one, two, strict=True))
 
 
 @pytest.mark.slow
@@ -79,17 +51,6 @@ def test_two_ranks_of_any_backend_do_what_one_process_does(tree: Tree, backend: 
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert float((value - second[name]).abs().max()) < 1e-5, name
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tree: Tree, backend: str) -> None:
-    whole, again = tree.folder(backend, "resumed"), tree.folder(backend, "again")
-    assert logged(again, "train/loss") == logged(whole, "train/loss")[10:]
-    assert logged(again, "grad_norm") == logged(whole, "grad_norm")[10:]
-    first, second = weights(whole / "final"), weights(again / "final")
-    assert all(bool((value == second[name]).all()) for name, value in first.items())
 
 
 def test_raw_config_is_merged_over_ours_and_may_not_say_what_a_setting_says() -> None:

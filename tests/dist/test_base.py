@@ -253,7 +253,7 @@ def test_another_layout_is_restored_but_not_called_exact(tmp_path: Path) -> None
 def test_a_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     engine = Single().start("fp32", cpu=True)
     module, _ = prepared(engine)
-    with pytest.raises(UserError, match=r"trainable\.safetensors is missing"):
+    with pytest.raises(UserError, match=r"engine\.json is missing"):
         engine.load_state(tmp_path)
     engine.save_state(tmp_path)
     module.base.requires_grad_(True)

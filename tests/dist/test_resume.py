@@ -1,0 +1,169 @@
+"""Runs that are gone on with: on the same layout to the bit, on another number of ranks equal to rounding."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mft.dist import pieces
+from mft.dist.base import Ddp, Single
+from mft.dist.pieces import Piece
+from mft.errors import UserError
+from tests.dist.ranks import run_ranks
+from tests.dist.runs import BACKENDS, LAYOUTS, Tree, largest, logged, play, weights
+from tests.dist.test_base import prepared, train, trained
+
+PEFTS = ("full", "lora", "qlora")
+SETTINGS = (
+    "train.max_steps=9",
+    "train.save_every=3",
+    "train.eval_every=null",
+    "train.eval_at_start=false",
+    "scheduler=constant",
+    *LAYOUTS["pad"],
+)
+DROPOUT = {"lora": ("peft.dropout=0.1",)}
+"""Its masks come from the saved random states; on another number of ranks they would be others."""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """Nine steps on two ranks, saved every third; gone on with from step 3 on two ranks and on one, and from there."""
+    tree = Tree(tmp_path_factory.mktemp("resume"))
+
+    def frozen(backend: str, peft: str, case: str, ranks: int, steps: int = 9, start: Path | None = None) -> Path:
+        settings = (f"peft={peft}", *SETTINGS, f"train.max_steps={steps}", *DROPOUT.get(peft, ()))
+        folder = tree.frozen(backend, f"{peft}-{case}", settings, ranks)
+        if start:
+            shutil.copytree(start, folder / "checkpoints" / start.name)
+        return folder
+
+    def step(backend: str, case: str, number: int) -> Path:
+        return tree.folder(backend, case) / "checkpoints" / f"step-{number}"
+
+    both = [(backend, peft) for backend in BACKENDS for peft in PEFTS]
+    run_ranks(2, play, [frozen(backend, peft, "whole", 2) for backend, peft in both])
+    run_ranks(2, play, [frozen(b, p, "again", 2, start=step(b, f"{p}-whole", 3)) for b, p in both])
+    fewer = [frozen(b, p, "fewer", 1, 6, step(b, f"{p}-whole", 3)) for b, p in both if p not in DROPOUT]
+    run_ranks(1, play, fewer)
+    more = [frozen(b, "full", "more", 4, start=step(b, "full-fewer", 6)) for b in BACKENDS]
+    run_ranks(4, play, more)
+    return tree
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("peft", PEFTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_the_same_layout_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
+    tree: Tree, backend: str, peft: str
+) -> None:
+    whole, again = tree.folder(backend, f"{peft}-whole"), tree.folder(backend, f"{peft}-again")
+    assert logged(again, "train/loss") == logged(whole, "train/loss")[3:]
+    assert logged(again, "grad_norm") == logged(whole, "grad_norm")[3:]
+    first, second = weights(whole / "final"), weights(again / "final")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("peft", [peft for peft in PEFTS if peft not in DROPOUT])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_other_numbers_of_ranks_it_sees_the_same_samples(tree: Tree, backend: str, peft: str) -> None:
+    whole, fewer = tree.folder(backend, f"{peft}-whole"), tree.folder(backend, f"{peft}-fewer")
+    # fp32 sums in another order, through at most six steps of AdamW
+    assert largest(logged(whole, "train/loss")[3:6], logged(fewer, "train/loss")) < 1e-6
+    assert logged(whole, "train/tokens/left")[3:6] == logged(fewer, "train/tokens/left")
+    if peft == "full":
+        more = tree.folder(backend, "full-more")
+        assert largest(logged(whole, "train/loss")[6:], logged(more, "train/loss")) < 1e-6
+        assert logged(whole, "train/tokens/left")[6:] == logged(more, "train/tokens/left")
+        first, second = weights(whole / "final"), weights(more / "final")
+        assert max(float((value - second[name]).abs().max()) for name, value in first.items()) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_each_rank_writes_its_part_and_nothing_that_would_be_unpickled(tree: Tree) -> None:
+    for backend in BACKENDS:
+        state = tree.folder(backend, "full-whole") / "checkpoints" / "step-9" / "state"
+        shards = sorted(path.name for path in state.glob("shard-*"))
+        assert shards == ["shard-0.safetensors"] + ([] if backend == "ddp" else ["shard-1.safetensors"])
+        sizes = [(state / shard).stat().st_size for shard in shards]
+        assert max(sizes) < 1.1 * min(sizes)
+        assert {path.suffix for path in state.iterdir()} == {".safetensors", ".json", ".pt"}
+        for path in state.glob("*.pt"):
+            torch.load(path, weights_only=True)
+
+
+def test_a_state_of_another_backend_is_taken_up(tmp_path: Path) -> None:
+    engine = Single().start("fp32", cpu=True)
+    module, optimizer = prepared(engine)
+    train(engine, module, optimizer, range(2), 1.0)
+    engine.save_state(tmp_path)
+    norms, state = train(engine, module, optimizer, range(2, 4), 1.0), trained(engine, module)
+    engine.close()
+    engine = Ddp().start("fp32", cpu=True)
+    module, optimizer = prepared(engine)
+    assert engine.load_state(tmp_path) is False
+    assert train(engine, module, optimizer, range(2, 4), 1.0) == norms
+    assert all(torch.equal(value, trained(engine, module)[name]) for name, value in state.items())
+    (tmp_path / "shard-0.safetensors").unlink()
+    with pytest.raises(UserError, match=r"shard-0\.safetensors is missing"):
+        engine.load_state(tmp_path)
+    engine.close()
+
+
+def stepped(optimizer: torch.optim.Optimizer, weight: torch.Tensor, steps: int) -> torch.Tensor:
+    for _ in range(steps):
+        weight.grad = weight.detach().sin()
+        optimizer.step()
+    return weight.detach().clone()
+
+
+def dealt(weight: torch.nn.Parameter, borders: list[int]) -> list[list[Piece]]:
+    """One rank's pieces for each stretch between two borders."""
+    flat = weight.detach().view(-1)
+    stretches = itertools.pairwise(borders)
+    return [[Piece("weight", start, flat[start:end], weight, start)] for start, end in stretches]
+
+
+def test_pieces_fit_any_other_division(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.randn(7, 3, generator=torch.Generator().manual_seed(0)))
+    optimizer = torch.optim.AdamW([weight])
+    stepped(optimizer, weight, 2)
+    for rank, mine in enumerate(dealt(weight, [0, 5, 6, 21])):
+        pieces.save(mine, optimizer, tmp_path / f"shard-{rank}.safetensors")
+    expected = stepped(optimizer, weight, 2)
+
+    other = torch.nn.Parameter(torch.zeros(7, 3))
+    optimizer = torch.optim.AdamW([other])
+    for mine in dealt(other, [0, 11, 21]):
+        pieces.load(mine, optimizer, tmp_path, {"weight"})
+    assert torch.equal(stepped(optimizer, other, 2), expected)
+
+    (tmp_path / "shard-1.safetensors").unlink()
+    with pytest.raises(UserError, match="20 of the 21 elements of weight from number 0 on are in its files"):
+        pieces.load(dealt(other, [0, 21])[0], optimizer, tmp_path, {"weight"})
+    with pytest.raises(UserError, match=r"2 parameters are only in one of them, e\.g\. bias"):
+        pieces.load([], optimizer, tmp_path, {"bias"})
+
+
+def test_state_in_blocks_goes_on_only_with_the_division_that_wrote_it(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))
+    optimizer = torch.optim.Adafactor([weight], lr=0.1)  # keeps a number per row and one per column
+    stepped(optimizer, weight, 2)
+    pieces.save(dealt(weight, [0, 32])[0], optimizer, tmp_path / "shard-0.safetensors")
+    expected = stepped(optimizer, weight, 2)
+
+    other = torch.nn.Parameter(torch.zeros(8, 4))
+    optimizer = torch.optim.Adafactor([other], lr=0.1)
+    with pytest.raises(UserError, match="Adafactor keeps its state in blocks that cannot be divided anew"):
+        pieces.load(dealt(other, [0, 16, 32])[0], optimizer, tmp_path, {"weight"})
+    pieces.load(dealt(other, [0, 32])[0], optimizer, tmp_path, {"weight"})
+    assert torch.equal(stepped(optimizer, other, 2), expected)
