@@ -2,10 +2,10 @@
 
     mft demo && python -m benchmarks.loss_cost [rounds] [mode ...]
 
-One process, one compute thread, fp32. In every round each mode takes one optimizer step on the same micro-batches of
-the same model, through the training loop itself, so that load and cache are shared; CPU time is compared round by round
-and the median of the ratios is printed. The step that is timed is one with a probe: with a probe every u steps, the
-cost of the other u - 1 is that of the control.
+One process, one compute thread, fp32. In every round each mode takes the steps from one probe to the next (its
+`update_interval`, 5 for coba; one step for modes without probes) on the same micro-batches of the same model, through
+the training loop itself, and so does the control right before it: load and cache are shared. CPU time is compared
+round by round and the median of the ratios is printed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def assembled(folder: Path):  # type: ignore[no-untyped-def]
     stores = [prepare(task, encoder, data, cfg.cache_dir) for task in tasks]
     engine = build(cfg.dist).start("fp32")
     sizes = batch_sizes(train, engine.world)
-    feed = Feed(stores, build(cfg.data.rows), sizes, engine.rank, tokenizer.pad_token_id, train, data)
+    shares = [task.share for task in tasks]
+    feed = Feed(stores, build(cfg.data.rows), sizes, engine.rank, tokenizer.pad_token_id, train, data, shares)
     module = TokenLoss(peft.attach(family.model(peft.dtype("fp32"), None), family), family)
     module, optimizer = engine.prepare(module, optim.build(module.named_parameters(), learning_rate(optim, peft)))
     return engine, module, optimizer, feed, [task.name for task in tasks], train
@@ -57,7 +59,7 @@ class NoValidation:
 
 
 def main(rounds: int, modes: list[str]) -> None:
-    """Prints the ratio of each mode's step (with a probe, if it makes any) to the control's, and at its interval."""
+    """Prints the ratio of each mode's CPU time to the control's, over the steps from one probe to the next."""
     import torch
 
     from mft.build import build
@@ -97,33 +99,33 @@ def main(rounds: int, modes: list[str]) -> None:
             origin=str,
         )
 
-    trainings = {mode: training(mode) for mode in [CONTROL, *modes]}
-    place = State()
-    seconds: dict[str, list[float]] = {mode: [] for mode in trainings}
-    for number in range(rounds + 1):
-        interval = max(getattr(t.loss, "update_interval", 1) for t in trainings.values())
+    def steps(t: Training, start: State, count: int) -> float:
+        """Takes `count` steps from there; returns their CPU seconds."""
+        t.state = replace(start)
+        t.total = start.step + count
+        started = time.process_time()
+        fit(t)
+        return time.process_time() - started
+
+    control, trainings = training(CONTROL), {mode: training(mode) for mode in modes}
+    interval = {mode: getattr(t.loss, "update_interval", 1) for mode, t in trainings.items()}
+    places = {mode: State() for mode in modes}
+    ratios: dict[str, list[float]] = {mode: [] for mode in modes}
+    steps(control, State(), 1)  # warms up allocator and caches
+    for number in range(1, rounds + 1):
         for mode, t in trainings.items():
-            t.state = State(step=number * interval, epoch=place.epoch, position=place.position)
-            t.total = t.state.step + 1
-            started = time.process_time()
-            fit(t)
-            seconds[mode].append(time.process_time() - started)
-        place = t.state
-        if number == 0:  # warms up allocator and caches
-            seconds = {mode: [] for mode in trainings}
-            continue
-        print(f"round {number}: " + ", ".join(f"{mode} {seconds[mode][-1]:.1f} s" for mode in trainings), flush=True)
+            base = steps(control, places[mode], interval[mode])
+            own = steps(t, places[mode], interval[mode])
+            places[mode] = t.state
+            ratios[mode].append(own / base)
+            print(f"round {number}: {mode} {own:.1f} s, {CONTROL} {base:.1f} s, {own / base:.3f} x", flush=True)
     for mode in modes:
-        loss = trainings[mode].loss
-        ratio = statistics.median(a / b for a, b in zip(seconds[mode], seconds[CONTROL], strict=True))
-        interval = getattr(loss, "update_interval", 1)
-        line = f"{mode}: {ratio:.3f} x the CPU time of {CONTROL} in a step"
-        if interval > 1:
-            overall = 1 + (ratio - 1) / interval
-            line += f" with a probe of {loss.probe_samples} samples a task; "
-            line += f"{overall:.3f} with one every {interval} steps"
+        line = f"{mode}: {statistics.median(ratios[mode]):.3f} x the CPU time of {CONTROL}"
+        if trainings[mode].loss.wants_probe(1):
+            samples, every = trainings[mode].loss.probe_samples, interval[mode]
+            line += f", with a probe of {samples} samples a task every {every} step{'s' if every > 1 else ''}"
         print(line)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 4, sys.argv[2:] or ["coba", "famo", "task_focal"])
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, sys.argv[2:] or ["coba"])

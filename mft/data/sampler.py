@@ -158,15 +158,15 @@ def eval_batches(
     world: int = 1,
     window: int = 4096,
 ) -> list[list[Row]]:
-    """Returns the micro-batches of one rank over the samples of these numbers, `per_device` rows each.
+    """Returns the micro-batches of one rank over the samples of these numbers, at most `per_device` rows each.
 
     Every rank gets equally many (collective backends need that), the last ones filled with empty rows.
     """
     chosen: list[Row] = []
     for part in np.array_split(numbers, max(1, len(numbers) // window)):
         chosen += [part[row].tolist() for row in rows.rows(samples.lengths_N[part], seq_length)]
-    per_round = world * per_device
-    rounds = -(-len(chosen) // per_round)
-    chosen += [[] for _ in range(rounds * per_round - len(chosen))]
+    rounds = -(-len(chosen) // (world * per_device))
+    if rounds:  # micro-batches of as equal a size as there can be: then the fewest rows are empty
+        chosen += [[] for _ in range(-len(chosen) % (world * rounds))]
     length = samples.row_length if rows.by_length else None
     return deal(chosen, rank, world, rounds, length) if rounds else []

@@ -143,7 +143,7 @@ class Stage:
         self.engine = build(node).start("fp32", cpu=True)
         sizes = BatchSizes(1, layout.accumulation, self.engine.world)
         rows = Pack() if layout.packed else Pad()
-        self.feed = Feed(stores, rows, sizes, self.engine.rank, tokenizer.pad_token_id, self.settings, data)
+        self.feed = Feed(stores, rows, sizes, self.engine.rank, tokenizer.pad_token_id, self.settings, data, [None] * 3)
         self.feed.sampler = Chosen(self.feed)
         self.family = family
 
