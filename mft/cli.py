@@ -15,6 +15,7 @@ HELP = """\
 mft: fine-tune large language models on several tasks at once
 
   mft train [overrides]           compose a run from conf/, check it, run it   (-m sweeps, --cfg job prints)
+  mft data report [overrides]     what becomes of every task's rows (also: show, the samples; prepare, tokenise now)
   mft sweep resume DIR            go on with a sweep that was ended by whatever
   mft runs [DIR …]                runs and sweeps: state, age, best loss, folder
   mft show RUN                    a run's config beside the defaults, its losses, where things are
@@ -22,6 +23,7 @@ mft: fine-tune large language models on several tasks at once
   mft tracking sync [DIR …]       send what MLflow has missed; mark runs that were killed
   mft merge RUN                   merge a run's adapter into its base model, and check the logits
   mft merge base=… adapter=… out=…
+  mft convert FOLDER              write a model's pickled weights as safetensors
   mft generate RUN "a question"   answer a prompt, encoded as in training
   mft demo                        make the demo's model and its five code tasks, once, in the cache folder
 
@@ -49,12 +51,14 @@ Every key of an option can be set: `mft train peft=lora --cfg job` shows them, c
 COMMANDS = {
     "train": "mft.cli:train",
     "merge": "mft.cli:merge",
+    "convert": "mft.model.pickled:command",
     "generate": "mft.cli:generate",
     "sweep": "mft.sweep:resume",
     "compare": "mft.compare:command",
     "runs": "mft.runs:runs",
     "show": "mft.runs:show",
     "tracking": "mft.runs:tracking",
+    "data": "mft.datacommands:data",
     "demo": "mft.cli:demo",
 }
 """Command -> module:function(arguments); imported only when it is asked for."""
@@ -136,15 +140,20 @@ def train(args: list[str]) -> None:
         job.run(checked, Path(cfg.output_dir))  # rank 0 says which folder it is
         return
     dated = not any(o.split("=", 1)[0].lstrip("+") == "output_dir" for o in overrides)
-    folder, goes_on = rundir.choose(Path(cfg.output_dir), dated, cfg.train.resume, checked.identity)
     if dry_run:
+        folder, goes_on = rundir.choose(Path(cfg.output_dir), dated, cfg.train.resume, checked.identity)
         done = rundir.is_finished(folder, checked.identity)
         print(
             f"{folder}: {'finished already' if done else 'would go on' if goes_on else 'would run'}; "
             "nothing was started"
         )
         return
-    job.run(checked, folder)
+    with job.together(checked) as hosts:
+        if hosts is not None and hosts.rank > 0:
+            job.follow(checked, hosts)
+            return
+        folder, _ = rundir.choose(Path(cfg.output_dir), dated, cfg.train.resume, checked.identity)
+        job.run(checked, folder, hosts=hosts)
 
 
 def split_flags(args: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:

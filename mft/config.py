@@ -99,11 +99,52 @@ class Launch:
     nproc: Any = "auto"
     shutdown_seconds: int = 600
     jobs: int = 1
+    nnodes: int = 1
+    node_rank: int | None = None
+    main_address: str | None = None
+    main_port: int = 29500
+    rdzv_endpoint: str | None = None
+    local_addr: str | None = None
+    join_seconds: int = 600
+    lost_seconds: int = 60
 
     def check(self) -> None:
         """Raises UserError for values that types alone cannot refuse."""
-        if self.jobs < 1:
-            raise UserError(f"launch.jobs={self.jobs} must be at least 1.")
+        for key in ("jobs", "nnodes", "join_seconds", "lost_seconds"):
+            if getattr(self, key) < 1:
+                raise UserError(f"launch.{key}={getattr(self, key)} must be at least 1.")
+        if self.node_rank is not None and not 0 <= self.node_rank < self.nnodes:
+            raise UserError(
+                f"launch.node_rank={self.node_rank}: with launch.nnodes={self.nnodes} machines are numbered 0 to "
+                f"{self.nnodes - 1}."
+            )
+        if not 1 <= self.main_port <= 65535:
+            raise UserError(f"launch.main_port={self.main_port}: a port is a number from 1 to 65535.")
+        if self.rdzv_endpoint is not None:
+            host, _, port = self.rdzv_endpoint.rpartition(":")
+            if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+                raise UserError(f"launch.rdzv_endpoint={self.rdzv_endpoint}: write host:port, for example node0:29400.")
+        if self.nnodes > 1:
+            self._check_hosts()
+
+    def _check_hosts(self) -> None:
+        if self.mode is LaunchMode.inline:
+            raise UserError(f"launch.nnodes={self.nnodes} needs launch=processes; launch=inline is one rank.")
+        if (self.main_address is None) == (self.rdzv_endpoint is None):
+            raise UserError(
+                f"launch.nnodes={self.nnodes}: say where the machines meet, with launch.main_address (and "
+                "launch.node_rank on each), or with launch.rdzv_endpoint=host:port; one of the two."
+            )
+        if self.main_address is not None and self.node_rank is None:
+            raise UserError(
+                f"launch.node_rank is missing: number the {self.nnodes} machines from 0; number 0 is the one with "
+                f"launch.main_address={self.main_address}."
+            )
+        if self.rdzv_endpoint is not None and self.node_rank is not None:
+            raise UserError(
+                f"launch.node_rank={self.node_rank}: with launch.rdzv_endpoint machines are numbered as they come; "
+                "leave it out, or give launch.main_address instead."
+            )
 
 
 @dataclass

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,13 @@ from mft.data.fingerprint import file_digests
 from mft.data.task import all_tasks
 from mft.data.template import is_file
 from mft.errors import UserError
-from mft.launch import launch, place, ranks, share, warm
+from mft.hosts import Hosts
+from mft.launch import Stopped, launch, place, ranks, share, warm
 from mft.machine import visible_gpus
+from mft.meeting import meet
 from mft.metrics import criterion
+from mft.processes import forget_failures
+from mft.worker import SAVED
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Job:
         losses = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
         if not losses or None in losses.values():
             return None
-        weights = {name: task.weight for name, task in self.cfg.task.items()}
+        weights = {name: task.get("weight", 1.0) for name, task in self.cfg.task.items()}
         return criterion(losses, self.cfg.train.best, dict.fromkeys(losses, 1.0) | weights)
 
     def describe(self) -> dict[str, Any]:
@@ -79,6 +85,12 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "") -> Job:
     launch_settings: Any = OmegaConf.to_object(cfg.launch)
     launch_settings.check()
     world = ranks(share_of_gpus(cfg.launch.nproc, cfg.launch.jobs), cfg.launch.mode.value)
+    if cfg.launch.nnodes > 1 and place() is not None:
+        raise UserError(
+            f"launch.nnodes={cfg.launch.nnodes}: torchrun, accelerate launch or srun has placed this process as one of "
+            f"{world} ranks already; leave launch.nnodes out, or start `mft train` once on each machine."
+        )
+    world *= cfg.launch.nnodes
     check(cfg, world, allow_targets)
     allowed = (*ALLOWED_TARGETS, *allow_targets)
     chosen = {name: build(cfg.task[name], f"task.{name}", allowed) for name in cfg.task}
@@ -101,19 +113,22 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "") -> Job:
     )
 
 
-def run(job: Job, folder: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(job: Job, folder: Path, say: Callable[[str], None] = print, hosts: Hosts | None = None) -> dict[str, Any]:
     """Runs, continues or skips the job in `folder`; returns its summary. Raises what ended the run otherwise.
 
     A finished run of the same length is skipped; a longer one goes on from its last checkpoint.
+    hosts: the machines of the run, of which this is number 0; the others call `follow`.
     """
     placed = place()
     if placed is not None and placed.rank > 0:  # rank 0 chooses the folder and writes it
         if there := share(None):
-            launch(there, mode=job.cfg.launch.mode.value, allow_targets=job.allow_targets)
+            start_ranks(job, Path(there))
         return {}
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
     if rundir.is_finished(folder, job.identity):
         share(None)
+        if hosts:
+            hosts.tell(None)
         say(f"{shown} is finished already; its summary.json says how it went.")
         return rundir.read_json(folder / "summary.json")
     held = rundir.lock(folder)
@@ -124,16 +139,52 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = print) -> dict[str,
         job.identity.write(folder)
         rundir.write_json(folder / "overrides.json", job.describe())
         share(str(folder))
-        launch(
-            folder,
-            nproc=job.world,
-            mode=job.cfg.launch.mode.value,
-            shutdown_seconds=job.cfg.launch.shutdown_seconds,
-            allow_targets=job.allow_targets,
-        )
+        if hosts:
+            forget_failures(folder / "log")
+            hosts.tell(folder, hosts.write(folder))
+        start_ranks(job, folder, hosts)
     finally:
         held.release()
     return rundir.read_json(folder / "summary.json")
+
+
+def start_ranks(job: Job, folder: Path, hosts: Hosts | None = None) -> None:
+    """Runs this machine's ranks of the run in `folder`. Raises what ended it, also a signal to another machine."""
+    launch(
+        folder,
+        nproc=job.world // job.cfg.launch.nnodes,
+        mode=job.cfg.launch.mode.value,
+        shutdown_seconds=job.cfg.launch.shutdown_seconds,
+        allow_targets=job.allow_targets,
+        hosts=hosts,
+    )
+    if hosts and rundir.status(folder) == "stopped":
+        raise Stopped(signal.SIGTERM, SAVED)
+
+
+@contextmanager
+def together(job: Job) -> Iterator[Hosts | None]:
+    """The machines of the job, which have met and agree on what they run; None: it has one machine."""
+    if job.cfg.launch.nnodes == 1:
+        yield None
+        return
+    settings: Any = OmegaConf.to_object(job.cfg.launch)
+    facts = {"launch.nnodes": settings.nnodes, "ranks": job.world // settings.nnodes, "data": job.data}
+    hosts = meet(settings, facts | {"config or base model": job.identity.extended[:10]})
+    try:
+        yield hosts
+    finally:
+        hosts.close()
+
+
+def follow(job: Job, hosts: Hosts, say: Callable[[str], None] = print) -> None:
+    """Runs this machine's ranks in the run folder that host 0 chooses. Raises what ended the run otherwise."""
+    folder = hosts.told()
+    if folder is None:
+        say("the run is finished already.")
+        return
+    say(f"run folder {folder}, host {hosts.rank} of {len(hosts.names)}")
+    start_ranks(job, folder, hosts)
 
 
 def objective(summary: dict[str, Any]) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mft import worker
 from mft.errors import UserError
+from mft.hosts import Hosts
 from mft.machine import visible_gpus
 from mft.processes import PRELOAD, Stopped, WorkerError, handlers, start, warm
 
@@ -107,10 +108,12 @@ def launch(
     preload: Sequence[str] = PRELOAD,
     allow_targets: Sequence[str] = (),
     entry: str = worker.ENTRY,
+    hosts: Hosts | None = None,
 ) -> None:
     """Runs the run of a folder in its ranks and returns when all of them have ended well.
 
-    mode: processes, or inline (one rank, in this process). Ranks that are placed from outside run in this process.
+    nproc: ranks on this machine; mode: processes, or inline (one rank, in this process); hosts: the machines whose
+    ranks make one group with these. Ranks that are placed from outside run in this process.
     Raises UserError for a mistake found in a rank (its sentence alone), WorkerError with the traceback of the rank
     that failed first, Stopped when a signal ended the run.
     """
@@ -124,7 +127,7 @@ def launch(
         _inline(arguments)
     else:
         try:
-            start(worker.worker, arguments, world, log, shutdown_seconds, preload)
+            start(worker.worker, arguments, world, log, shutdown_seconds, preload, hosts)
         except Stopped as stopped:
             raise Stopped(stopped.signum, worker.exit_code(Path(run_dir), stopped.signum)) from None
 

@@ -5,7 +5,6 @@ The server lives as long as this process, so the second and later jobs of a swee
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import multiprocessing.forkserver
@@ -13,14 +12,16 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mft import worker
+from mft import rundir, worker
 from mft.errors import UserError
+from mft.hosts import Hosts
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
@@ -37,6 +38,11 @@ PRELOAD = (
     "matplotlib.figure",
 )
 """Modules the fork server imports once. None may initialise CUDA: forked workers could not use a GPU."""
+
+IFNAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+CAUSE_SECONDS = 5.0
+"""How long a host whose ranks lost their connections waits for the cause to show, on another host."""
 
 TOUCHES_CUDA = ("peft", "bitsandbytes")
 """Left out of the preload where there is a GPU: peft imports bitsandbytes, which asks every GPU for its capability."""
@@ -74,14 +80,17 @@ def start(
     reports: Path,
     shutdown_seconds: int = 600,
     preload: Sequence[str] = PRELOAD,
+    hosts: Hosts | None = None,
 ) -> dict[int, Any]:
-    """Calls function(*arguments) in nproc ranks on this machine; returns what each rank returned, by rank.
+    """Calls function(*arguments) in nproc ranks on this machine; returns what each returned, by its number here.
 
-    function must be importable by name; reports: folder for the ranks' logs and error reports. Raises as `launch`.
+    function must be importable by name; reports: folder for the ranks' logs and error reports; hosts: the machines
+    whose ranks make one group with these. Raises as `launch`.
     """
-    reports.mkdir(parents=True, exist_ok=True)
-    for old in reports.glob("rank*.error.json"):
-        old.unlink()
+    if hosts is None:
+        forget_failures(reports)
+    else:
+        hosts.watch(reports)
     warm(preload)  # first, so that the server's imports run beside our own
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -101,17 +110,32 @@ def start(
         shutdown_timeout=shutdown_seconds,
     )
     silence_elastic()
+    first = hosts.rank * nproc if hosts else 0
     try:
         with signals_end_workers(SignalException):
-            return elastic_launch(config, worker.enter)(str(reports), function, tuple(arguments), variables())
+            return elastic_launch(config, worker.enter)(
+                str(reports), function, tuple(arguments), variables(hosts, nproc), first
+            )
     except SignalException as error:
         raise Stopped(error.sigval, 128 + error.sigval) from None
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        codes = {first + rank: failure.exitcode for rank, failure in error.failures.items()}
     stopped = {code for code in codes.values() if code in (worker.SAVED, worker.INTERRUPTED, worker.UNSAVED)}
     if stopped:  # the ranks were signalled, this process was not
         raise Stopped(signal.SIGINT if worker.INTERRUPTED in stopped else signal.SIGTERM, max(stopped))
-    raise failure_of(reports, nproc, codes)
+    ranks = range(first, first + nproc)
+    failure = failure_of(reports, ranks, codes, hosts)
+    died = [rank for rank in ranks if codes.get(rank, 0) < 0 and not (reports / f"rank{rank}.error.json").exists()]
+    if hosts is not None and died:  # the other hosts look for the cause, too
+        worker.write_report(reports / f"rank{died[0]}.error.json", failure, died[0])
+    raise failure
+
+
+def forget_failures(reports: Path) -> None:
+    """Removes the error reports of an earlier attempt."""
+    reports.mkdir(parents=True, exist_ok=True)
+    for old in reports.glob("*.error.json"):
+        old.unlink()
 
 
 def warm(preload: Sequence[str] = PRELOAD) -> None:
@@ -134,24 +158,35 @@ def start_method() -> str:
     return "forkserver" if multiprocessing.parent_process() is None else "fork"
 
 
-def variables() -> dict[str, str]:
-    """Returns this process's environment for the workers, which talk over the loopback interface alone."""
+def variables(hosts: Hosts | None = None, nproc: int = 1) -> dict[str, str]:
+    """Returns this process's environment for the workers, which talk over the loopback interface alone.
+
+    With several hosts they talk over the interface that leads to the others, and are one group.
+    """
+    found = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+    if hosts is not None:
+        ours = hosts.variables(nproc)
+        return found | ours | {name: found[name] for name in ours if name.endswith("_IFNAME") and name in found}
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    found = dict(os.environ)
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if loopback:
-            found.setdefault(name, loopback)
-    return {name: value for name, value in found.items() if not name.startswith("TORCHELASTIC_")}
+    return found | {name: found.get(name, loopback) for name in IFNAMES if loopback}
 
 
-def failure_of(reports: Path, nproc: int, codes: dict[int, int]) -> Exception:
-    """Returns the error of the rank that failed first, from its report, or from its exit code when it left none."""
-    found = []
-    for path in sorted(reports.glob("rank*.error.json")):
-        found.append(json.loads(path.read_text(encoding="utf-8")))
-    found.sort(key=lambda report: (_lost_a_peer(report), report["time"]))
-    silent = sorted(set(range(nproc)) - {report["rank"] for report in found})
-    if found and not (_lost_a_peer(found[0]) and silent):
+def failure_of(reports: Path, ranks: range, codes: dict[int, int], hosts: Hosts | None = None) -> Exception:
+    """Returns the error of the rank that failed first, from its report, or from its exit code when it left none.
+
+    ranks: those of this machine. With several hosts the cause may be on another one, and its report takes a moment.
+    """
+    found = reports_in(reports, hosts)
+    silent = sorted(set(ranks) - {report["rank"] for report in found})
+    if hosts is not None and not any(codes.get(rank, 0) < 0 for rank in silent):
+        end = time.monotonic() + CAUSE_SECONDS
+        while not (found and _how_far_from_the_cause(found[0]) < 2) and time.monotonic() < end:
+            time.sleep(0.2)
+            found = reports_in(reports, hosts)
+        if (not found or _how_far_from_the_cause(found[0]) == 2) and (gone := hosts.gone(CAUSE_SECONDS - 1)):
+            return UserError(hosts.sentence(gone))
+    lost = bool(found) and _how_far_from_the_cause(found[0]) == 2
+    if found and not (lost and silent):
         first = found[0]
         if first["user"]:
             return UserError(first["message"])
@@ -162,16 +197,32 @@ def failure_of(reports: Path, nproc: int, codes: dict[int, int]) -> Exception:
     if code is None or code == -signal.SIGKILL:
         return UserError(
             f"Rank {rank} was killed from outside, probably because the machine's memory ran out. Lower "
-            f"train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now {nproc})."
+            f"train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now {len(ranks)})."
         )
     how = f"died of {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
     return WorkerError(f"rank {rank} {how} without a word; its output is in {reports}")
 
 
-def _lost_a_peer(report: dict[str, Any]) -> bool:
-    """Whether a rank failed only because another one was gone: then the other one is the cause."""
+def reports_in(folder: Path, hosts: Hosts | None = None) -> list[dict[str, Any]]:
+    """Returns the error reports of ranks and hosts, the one nearest to the cause first.
+
+    Without those that take this very host for gone: it was cut off, and knows better.
+    """
+    found = [rundir.read_json(path) for path in sorted(folder.glob("*.error.json"))]
+    told = [r for r in found if r and not (hosts and hosts.rank in r.get("gone", ()))]
+    return sorted(told, key=lambda report: (_how_far_from_the_cause(report), report["time"]))
+
+
+def _how_far_from_the_cause(report: dict[str, Any]) -> int:
+    """Returns 0 for a failure of a rank, 1 for a host that is gone, 2 for a rank that only lost its connection.
+
+    Of that, another rank is the cause.
+    """
+    if report["type"] == "HostGone":
+        return 1
     signs = r"Connection (closed|reset|refused)|Broken pipe|failed to connect|remote process exited|NCCL|Gloo"
-    return report["type"].startswith("Dist") or re.search(signs, report["message"], re.IGNORECASE) is not None
+    lost = report["type"].startswith("Dist") or re.search(signs, report["message"], re.IGNORECASE) is not None
+    return 2 if lost else 0
 
 
 @contextmanager

@@ -94,14 +94,18 @@ def enter(
     function: Callable[..., Any],
     arguments: Sequence[Any] = (),
     variables: Mapping[str, str] | None = None,
+    first_rank: int = 0,
 ) -> Any:
     """Calls function(*arguments) as one rank of a group, and sees to it that a failure is reported and nothing is left.
 
     reports: folder for rank<r>.error.json (what failed) and rank<r>.log (the output of ranks above 0; rank 0 keeps the
-    terminal); variables: environment of the launching process, which a fork server does not know.
+    terminal); variables: environment of the launching process, which a fork server does not know; first_rank: number of
+    this machine's first rank.
     """
     os.environ.update(variables or {})
-    rank = int(os.environ.get("RANK", 0))
+    rank = first_rank + int(os.environ.get("RANK", 0))
+    if first_rank:
+        os.environ["RANK"] = str(rank)
     report = Path(reports) / f"rank{rank}.error.json"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
@@ -181,7 +185,7 @@ def _watch(report: Path, started: float) -> None:
             gone = os.getppid() != started_by
         if gone:
             os._exit(UNSAVED)
-        others = (path for path in report.parent.glob("rank*.error.json") if path != report)
+        others = (path for path in report.parent.glob("*.error.json") if path != report)
         if any(path.stat().st_mtime >= started for path in others):  # an older one is of an earlier attempt
             failed_since = failed_since or time.monotonic()
             if time.monotonic() - failed_since > FAILED_PEER_SECONDS:
