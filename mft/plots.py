@@ -1,4 +1,4 @@
-"""Pictures of one run, drawn from its metrics.jsonl."""
+"""Pictures of a run: what its metrics.jsonl says, and how long its samples are."""
 
 from __future__ import annotations
 
@@ -68,6 +68,32 @@ def task_weights(metrics: Sequence[Row] | Path, folder: Path, title: str = "") -
     axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     _label(axes, "weight")
     return _save(figure, folder / "task_weights.png")
+
+
+def length_histogram(lengths: Mapping[str, Any], seq_length: int, folder: Path) -> Path:
+    """Draws `lengths.png` into folder: a histogram of the samples' lengths for each task, on one axis.
+
+    lengths: int array [N] of tokens a sample, by task; seq_length: drawn as a line, the longest there can be.
+    """
+    import numpy as np
+
+    figure, axes = _grid(len(lengths), "Tokens of a sample", size=(4.2, 2.4))
+    longest = max((int(length_N.max()) for length_N in lengths.values() if len(length_N)), default=1)
+    edges = np.linspace(0, max(longest, 1), 41)
+    for axis, (task, length_N) in zip(axes, lengths.items(), strict=True):
+        axis.hist(length_N, bins=edges, color=_color(task, list(lengths)))
+        axis.set_title(f"{task}: {len(length_N):,} samples", fontsize=10)
+        if len(length_N):
+            p50, p95 = (float(p) for p in np.percentile(length_N, [50, 95]))
+            for value, name, style in ((p50, "p50", "--"), (p95, "p95", ":")):
+                axis.axvline(value, color="#444444", linestyle=style, linewidth=1.2, label=f"{name} {value:,.0f}")
+        if seq_length <= longest * 1.05:
+            axis.axvline(seq_length, color="#000000", linewidth=1, label=f"data.seq_length {seq_length:,}")
+        _legend(axis, 3)
+        axis.set_xlim(0, longest * 1.05)
+        axis.set_xlabel("tokens", fontsize=8)
+        axis.set_ylabel("samples", fontsize=8)
+    return _save(figure, folder / "lengths.png")
 
 
 def _rows(metrics: Sequence[Row] | Path) -> list[Row]:

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from mft.plots import loss_curves, task_weights
+from mft.plots import length_histogram, loss_curves, task_weights
 
 
 def size(path):
@@ -42,3 +42,11 @@ def test_no_losses_no_picture(tmp_path):
     assert loss_curves([], tmp_path) is None
     assert task_weights([{"step": 1, "lr": 0.1}], tmp_path) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_length_histogram(tmp_path):
+    import numpy as np
+
+    lengths = {"a": np.arange(1, 500), "b": np.array([7]), "empty": np.empty(0, np.int32)}
+    picture = length_histogram(lengths, 512, tmp_path / "report")
+    assert picture == tmp_path / "report" / "lengths.png" and picture.read_bytes().startswith(b"\x89PNG")

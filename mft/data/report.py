@@ -28,18 +28,18 @@ def table(stores: Sequence[Store], names: Sequence[str]) -> Table:
     result = Table(title="data", title_justify="left")
     result.add_column("task")
     result.add_column("format")
-    for header in ("rows", "kept", *SPLITS, "tokens", "trained", "%", "mean", "p95", "max"):
+    for header in ("rows", "kept", *SPLITS, "tokens", "trained", "%", "mean", "p50", "p95", "max"):
         result.add_column(header, justify="right")
     result.add_column("dropped and cut")
     for store, name in zip(stores, names, strict=True):
         length = _lengths(store)
-        shown = (f"{length[k]:,.0f}" for k in ("mean", "p95", "max"))
+        shown = (f"{length[k]:,.0f}" for k in ("mean", "p50", "p95", "max"))
         result.add_row(name, store.report["format"], *_cells(store.report), *shown, _lost(store.report))
     if len(stores) > 1:
         total = _total([store.report for store in stores])
         result.add_section()
         result.add_row(
-            "all", "", *_cells(total), f"{total['tokens'] / max(1, total['kept']):,.0f}", "", "", _lost(total)
+            "all", "", *_cells(total), f"{total['tokens'] / max(1, total['samples']):,.0f}", "", "", "", _lost(total)
         )
     return result
 
