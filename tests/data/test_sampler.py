@@ -104,6 +104,15 @@ def test_empty_rows_spread_over_the_ranks():
     assert [deal(rows, rank, 2, 1) for rank in range(2)] == [[[[0], [2], [], []]], [[[1], [], [], []]]]
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_rows_dealt_by_length_meet_their_like(samples, world):
+    for rows, _ in islice(sampler(samples, Pad(), rows_per_step=32).steps(), 11):
+        dealt = [deal(rows, rank, world, 8 // world, samples.row_length) for rank in range(world)]
+        assert sorted(row for hand in dealt for micro in hand for row in micro) == sorted(rows)
+        lengths = [samples.row_length(row) for turn in zip(*dealt, strict=True) for micro in turn for row in micro]
+        assert lengths == sorted(lengths, reverse=True), "the longest first, and side by side on the ranks"
+
+
 def test_no_samples_and_negative_seeds_are_refused(samples):
     with pytest.raises(UserError, match=r"data\.split: no sample is left for training"):
         sampler(Samples(samples.stores, "valid"))
