@@ -196,6 +196,11 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
     optimizer, scheduler, peft = components["optimizer"], components["scheduler"], components["peft"]
     lr = learning_rate(optimizer, peft)
     scheduler.lr(1, 2, lr)  # a min_lr above the learning rate is refused here
+    if getattr(components["dist"], "divides_on_load", False) and peft.reads_base:
+        raise UserError(
+            f"{peft.reads_base} reads whole weights of the base, of which every rank has a part only under dist=zero3; "
+            "choose dist=fsdp, zero2 or ddp"
+        )
     for name in cfg.task:
         task = components[f"task.{name}"]
         _check_share(name, task.share, cfg.data.mixture)

@@ -301,6 +301,7 @@ class Zero3:
     only (`final/` is whole anyway); config: further keys of DeepSpeed's JSON, merged over ours.
     """
 
+    divides_on_load = True  # not a field: a rank never holds a whole weight
     offload_optimizer: bool = False
     offload_parameters: bool = False
     reduce_bucket_size: int = 200_000_000

@@ -48,6 +48,11 @@ class Full:
         """Checkpoints kept beside the best one (None = all). A full checkpoint holds 12 bytes a parameter."""
         return 3
 
+    @property
+    def reads_base(self) -> str:
+        """The setting for which `attach` has to read the base's weights, "" for none."""
+        return ""
+
     def check(self) -> None:
         """Nothing can be wrong."""
 
@@ -106,6 +111,12 @@ class Lora(Full):
     def changes_base(self) -> bool:
         """Whether attaching takes something out of the base's weights, which training then puts back."""
         return self.path is None and str(self.init).startswith(("pissa", "olora"))
+
+    @property
+    def reads_base(self) -> str:
+        if self.path:
+            return ""
+        return f"peft.init={self.init}" if self.changes_base else "peft.use_dora=true" if self.use_dora else ""
 
     def check(self) -> None:
         """Raises UserError for values that no model can take."""
@@ -282,6 +293,11 @@ class QLora(Lora):
             if value not in values:
                 listed = ", ".join("null" if v is None else str(v) for v in values)
                 raise UserError(f"peft.{name}={value!r} is not one of {listed}{nearest(str(value), map(str, values))}")
+        if self.bits == 8 and self.use_dora:
+            raise UserError(
+                "peft.use_dora=true needs the weights while it is attached, which 8-bit layers do not give back before "
+                "they have computed; choose peft.bits=4 or peft.use_dora=false"
+            )
         if self.changes_base:
             raise UserError(
                 f"peft.init={self.init} takes the largest part out of the base's weights, which quantised weights "
