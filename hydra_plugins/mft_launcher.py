@@ -1,4 +1,4 @@
-"""Hydra's launcher for `mft train -m`. Hydra finds launchers only in `hydra_plugins`; the work is in `mft.sweep`."""
+"""Hydra's launcher for `mft train -m`. Hydra finds launchers only in `hydra_plugins`; the work is in `mft.jobs`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ from hydra.plugins.launcher import Launcher
 
 
 class MftLauncher(Launcher):
-    """Hands the jobs of a sweep to `mft.sweep.run_jobs`; how jobs run is said in `launch`."""
-
-    def __init__(self, dry_run: bool = False) -> None:
-        self.dry_run = dry_run
+    """Hands the jobs of a sweep to `mft.jobs.run_grid`; how jobs run is said in `launch`."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
-        self.hydra_context, self.config = hydra_context, config
+        self.hydra_context, self.config, self.dry_run = hydra_context, config, task_function.dry_run
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
-        from mft.sweep import run_jobs
+        from mft.jobs import run_grid
 
-        return run_jobs(self.config, self.hydra_context.config_loader, job_overrides, self.dry_run)
+        return run_grid(self.config, self.hydra_context.config_loader, job_overrides, self.dry_run)
 
 
 # a plain dict: Hydra executes this module without registering it, and dataclasses look their module up
-NODE = {"_target_": "hydra_plugins.mft_launcher.MftLauncher", "dry_run": False}
+NODE = {"_target_": "hydra_plugins.mft_launcher.MftLauncher"}
 ConfigStore.instance().store(group="hydra/launcher", name="mft", node=NODE, provider="mft")

@@ -12,6 +12,9 @@ from pathlib import Path
 from mft.pool import Task
 
 STYLE = {"finished": "green", "skipped": "green", "failed": "red", "stopped": "yellow", "pruned": "yellow"}
+BAR = 12
+"""Characters of a running job's bar."""
+
 SAID = {"skipped": "finished before", "same": "same as an earlier job", "waiting": "not started"}
 
 
@@ -20,12 +23,17 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def shown(path: Path) -> str:
+    """Returns a path as seen from here."""
+    return os.path.relpath(path)
+
+
 def plan(tasks: Sequence[Task], folder: Path) -> None:
     """Prints what a sweep would do."""
     from mft import rundir
     from mft.checkpoint import newest
 
-    say(f"sweep {os.path.relpath(folder)}: {len(tasks)} jobs")
+    say(f"sweep {shown(folder)}: {len(tasks)} jobs")
     for task in tasks:
         todo = SAID.get(task.state, task.state)
         if task.state == "waiting":
@@ -43,7 +51,7 @@ def start(tasks: Sequence[Task], folder: Path) -> None:
     """Prints the sweep's folder and how much is left, and writes jobs.txt."""
     waiting = sum(task.state == "waiting" for task in tasks)
     done = f", {len(tasks) - waiting} of them done" if waiting < len(tasks) else ""
-    say(f"sweep {os.path.relpath(folder)}: {len(tasks)} jobs{done}")
+    say(f"sweep {shown(folder)}: {len(tasks)} jobs{done}")
     write_jobs(tasks, folder)
 
 
@@ -73,10 +81,11 @@ def best_of(tasks: Sequence[Task]) -> Task | None:
 
 
 @contextmanager
-def live(tasks: Sequence[Task], folder: Path) -> Iterator[Callable[[Task], None]]:
+def live(tasks: Sequence[Task], folder: Path, total: int | None = None) -> Iterator[Callable[[Task], None]]:
     """Yields what to call when a job starts, was validated or ends.
 
     On a terminal the running jobs have a line each that is drawn again; elsewhere a line is printed at start and end.
+    total: how many jobs there will be, None: those there are.
     """
     from rich.console import Console
     from rich.live import Live
@@ -84,15 +93,18 @@ def live(tasks: Sequence[Task], folder: Path) -> Iterator[Callable[[Task], None]
 
     console = Console(highlight=False)
 
+    def count() -> int:
+        return total or len(tasks)
+
     def running() -> Text:
-        lines = [line(task, len(tasks)) for task in tasks if task.state == "running"]
         best = best_of(tasks)
         done = sum(task.state in ("finished", "skipped", "same", "pruned", "failed") for task in tasks)
-        so_far = f"best so far {best.best:.4f}: {best.job.label}" if best else ""
-        return Text("\n".join([*lines, f"{done}/{len(tasks)} done  {so_far}"]), no_wrap=True, overflow="ellipsis")
+        so_far = f"  best so far {best.best:.4f}: job {best.number}, {best.job.label}" if best else ""
+        lines = [line(task, count()) for task in tasks if task.state == "running"]
+        return Text("\n".join([*lines, f"{done}/{count()} done{so_far}"]), no_wrap=True, overflow="ellipsis")
 
     with (
-        Live(running(), console=console, refresh_per_second=2, transient=True)
+        Live(get_renderable=running, console=console, refresh_per_second=2, transient=True)
         if console.is_terminal
         else _nothing() as screen
     ):
@@ -102,16 +114,13 @@ def live(tasks: Sequence[Task], folder: Path) -> Iterator[Callable[[Task], None]
                 write_jobs(tasks, folder)
             if screen is not None:
                 if task.state != "running":
-                    console.print(
-                        Text(line(task, len(tasks)), style=STYLE.get(task.state, "")), no_wrap=True, overflow="ellipsis"
-                    )
-                screen.update(running())
+                    style = STYLE.get(task.state, "")
+                    console.print(Text(line(task, count()), style=style), no_wrap=True, overflow="ellipsis")
             elif task.state != "running" or not task.read:
                 best = best_of(tasks)
-                so_far = (
-                    f"  (best so far {best.best:.4f}: job {best.number})" if best and task.state != "running" else ""
-                )
-                say(line(task, len(tasks)) + so_far)
+                ended = best is not None and task.state != "running"
+                so_far = f"  (best so far {best.best:.4f}: job {best.number})" if best and ended else ""
+                say(line(task, count()) + so_far)
 
         yield changed
 
@@ -122,18 +131,24 @@ def _nothing() -> Iterator[None]:
 
 
 def line(task: Task, total: int) -> str:
-    """Returns a job's line: number, label, how far it is, its newest and best objective."""
-    steps = f"step {task.step}/{task.total}" if task.total else "starting"
-    if task.state != "running":
-        steps = f"{task.state}, step {task.step}" + (f"/{task.total}" if task.total else "")
-    loss = (
-        ""
-        if task.now is None
-        else f"  valid {task.now:.4f}" + (f" (best {task.best:.4f})" if task.best != task.now else "")
-    )
+    """Returns a job's line: how far it is, its newest and best objective, what it is; what is long comes last."""
+    width = len(str(total))
+    if task.state == "running" and not task.total:
+        steps = "starting"
+    else:
+        steps = f"step {task.step:>{len(str(task.total))}}/{task.total}" if task.total else ""
+    if task.state == "running" and task.total:
+        filled = BAR * task.step // task.total
+        steps = f"{'━' * filled}{'╌' * (BAR - filled)} {steps}"
+    elif task.state != "running":
+        steps = f"{task.state:<8} {steps}"
+    loss = "" if task.now is None else f"  valid {task.now:.4f}"
+    if task.best is not None and task.best != task.now:
+        loss += f" (best {task.best:.4f})"
     spent = time.time() - task.started if task.state == "running" else task.seconds
-    error = f"  {task.error}" if task.error else f"  {task.pruned}" if task.pruned else ""
-    return f"job {task.number}/{total}  {task.job.label}  {steps}{loss}  {spent:.0f} s{error}"
+    why = task.error or task.pruned
+    reason = f"  {why.splitlines()[0]}" if why else ""
+    return f"job {task.number:>{width}}/{total}  {steps}{loss}  {spent:.0f} s  {task.job.label}{reason}"
 
 
 def table(tasks: Sequence[Task], folder: Path) -> None:
@@ -143,7 +158,7 @@ def table(tasks: Sequence[Task], folder: Path) -> None:
     from rich.text import Text
 
     write_jobs(tasks, folder)
-    shown = Table(title=f"Sweep {os.path.relpath(folder)}", title_justify="left")
+    ended = Table(title=f"Sweep {shown(folder)}", title_justify="left")
     for column, justify in (
         ("job", "left"),
         ("state", "left"),
@@ -151,15 +166,15 @@ def table(tasks: Sequence[Task], folder: Path) -> None:
         ("steps", "right"),
         ("folder", "left"),
     ):
-        shown.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        ended.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for task in tasks:
         best = "" if task.best is None else f"{task.best:.4f}"
         state = Text(SAID.get(task.state, task.state), style=STYLE.get(task.state, ""))
-        shown.add_row(Text(task.job.label), state, best, str(task.step or ""), task.folder.name)
-    Console(width=None if sys.stdout.isatty() else 140).print(shown)
+        ended.add_row(Text(task.job.label), state, best, str(task.step or ""), task.folder.name)
+    Console(width=None if sys.stdout.isatty() else 140).print(ended)
     for task in tasks:
         if task.state == "failed":
-            where = os.path.relpath(task.folder / "log" / "traceback.txt")
+            where = shown(task.folder / "log" / "traceback.txt")
             say(f"job {task.number} failed: {task.error.splitlines()[0] if task.error else ''}\n    {where}")
         if task.state == "pruned" and task.pruned:
             say(f"job {task.number} was ended early: {task.pruned}")

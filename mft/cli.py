@@ -134,7 +134,7 @@ def train(args: list[str]) -> None:
     from mft.launch import place
 
     cfg = compose_resolved(overrides, config_dirs)
-    checked = job.checked(cfg, overrides)
+    checked = job.checked(cfg, overrides, starts=not dry_run)
     placed = place()
     if placed is not None and placed.rank > 0:
         job.run(checked, Path(cfg.output_dir))  # rank 0 says which folder it is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,11 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
     """Takes Hydra's own node out of a composed config; what it knows of the options taken stays in `choices`."""
     with open_dict(cfg):
         groups = cfg.pop("hydra").runtime.choices
+    return with_choices(cfg, groups)
+
+
+def with_choices(cfg: DictConfig, groups: Mapping[str, Any]) -> DictConfig:
+    """Notes the option taken of every config group in `choices`."""
     cfg.choices = {name: str(option) for name, option in groups.items() if name in cfg and name != "choices"}
     return cfg
 

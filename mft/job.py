@@ -73,10 +73,10 @@ def share_of_gpus(nproc: int | str, jobs: int) -> int | str:
     return nproc
 
 
-def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "") -> Job:
+def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: bool = True) -> Job:
     """Judges a resolved config (UserError with a sentence) and finds out which experiment it is.
 
-    label: what tells the job from the others of its sweep.
+    label: what tells the job from the others of its sweep; starts: whether it is to be run by this process (soon).
     Reads the task files once to fingerprint them; loads no model and starts no process.
     """
     allow_targets = tuple(cfg.train.allow_targets)
@@ -95,7 +95,7 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "") -> Job:
     allowed = (*ALLOWED_TARGETS, *allow_targets)
     chosen = {name: build(cfg.task[name], f"task.{name}", allowed) for name in cfg.task}
     tasks = all_tasks(chosen, list(cfg.data.paths))
-    if cfg.launch.mode is LaunchMode.processes:
+    if cfg.launch.mode is LaunchMode.processes and starts:
         warm()  # the fork server imports while the data is read here
     fingerprints = {f"task.{task.name}": task.fingerprint(cfg.cache_dir) for task in tasks}
     data = hashlib.sha1(repr(sorted(fingerprints.items())).encode()).hexdigest()[:12]

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,31 +71,33 @@ class Task:
 
 
 def run(
-    tasks: Sequence[Task],
+    waiting: Iterator[Task],
     side_by_side: int,
     fail_fast: bool,
     changed: Callable[[Task], None],
     hopeless: Callable[[Task], str],
 ) -> int:
-    """Runs the waiting tasks, at most so many at a time; returns the signal that ended it, 0: none.
+    """Runs the tasks that `waiting` yields, at most so many at a time; returns the signal that ended it, 0: none.
 
+    The next task is asked for when a place is free, so that a search can learn from those that have ended.
     changed: told of every task that starts, was validated or ends; hopeless: says why a task is to end early, or "".
     """
-    waiting = [task for task in tasks if task.state == "waiting"]
-    places = shares(min(side_by_side, max(1, len(waiting))))
+    places = shares(side_by_side)
     running: dict[int, tuple[Any, Task]] = {}  # place -> supervisor, task
-    if waiting:
-        warm()
+    over = False
+    warm()
     with forwarded(running) as asked:
-        while waiting or running:
-            failed = any(task.state == "failed" for task in tasks)
+        while True:
             for place in (p for p in range(len(places)) if p not in running):
-                if not waiting or asked or (fail_fast and failed):
-                    waiting = [] if asked or (fail_fast and failed) else waiting
+                over = over or bool(asked)
+                task = None if over else next(waiting, None)
+                if task is None:
+                    over = True
                     break
-                task = waiting.pop(0)
                 running[place] = (_start(task, *places[place]), task)
                 changed(task)
+            if not running:
+                return asked[0] if asked else 0
             multiprocessing.connection.wait([process.sentinel for process, _ in running.values()], LOOK_SECONDS)
             for place, (process, task) in list(running.items()):
                 if task.look():
@@ -106,8 +108,8 @@ def run(
                 if process.exitcode is not None:
                     del running[place]
                     _ended(task, process.exitcode)
+                    over = over or (fail_fast and task.state == "failed")
                     changed(task)
-    return asked[0] if asked else 0
 
 
 def shares(jobs: int) -> list[tuple[list[int], list[str]]]:

@@ -168,6 +168,8 @@ def run(
             answers.write(run_dir / "report" / "answers.md")
             for path in ("config.yaml", "summary.json", "report"):
                 tracker.artifact(run_dir / path)
+            for folder in sorted(run_dir.glob("checkpoints/step-*")):
+                tracker.checkpoint(folder)
             tracker.model(run_dir / "final")
     except Exception as error:
         if engine.is_main:

@@ -33,7 +33,7 @@ def runs(args: Sequence[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mft.compare import read_run
+    from mft.results import read_run
 
     folders = found(args)
     if not folders:
@@ -74,9 +74,9 @@ def show(args: Sequence[str]) -> None:
         raise UserError(f"{folder} is not a run folder: it has no config.yaml (mft runs lists the runs).")
     from rich.console import Console
 
-    from mft.compare import flat, read_run
     from mft.compose import compose_resolved
     from mft.progress import losses_table, settings_table
+    from mft.results import flat, read_run
     from mft.run import plain
 
     run = read_run(folder)

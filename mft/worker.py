@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -45,6 +46,9 @@ class Stop:
 
 
 stop = Stop()
+
+# while it is imported it warns, on every machine without a GPU, of a package that it could use there
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def stop_requested() -> bool:

@@ -7,8 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from mft.model.tiny import Tiny
+from tests import sweeping
 
 # A shell starts its background jobs with Ctrl-C ignored, which every process below would inherit: the tests that send
 # it would then wait for nothing.
@@ -38,3 +40,24 @@ def tiny_folder(tiny: Tiny) -> Path:
 def tokenizer(tiny: Tiny):
     """Its byte-level tokenizer (EOS and pad token set, no chat template); a fresh one, so that a test may change it."""
     return tiny.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder in which a real sweep has run: 2 losses x 2 seeds, side by side, in MLflow and TensorBoard.
+
+    Made once for all processes of pytest-xdist.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+    work = root / "swept"
+    with FileLock(root / "swept.lock"):
+        if not work.exists():
+            sweeping.two_tasks(work)
+            axes = ["loss=task_token_mean,coba", "train.seed=1,2", "optimizer.lr=2e-3", "train.eval_every=2"]
+            trackers = ["tracking=[mlflow,tensorboard]", "tracking.tensorboard.dir=tb"]
+            given = [*sweeping.FAST, *axes, *trackers, "tracking.mlflow.system_metrics=true", "launch.jobs=2"]
+            code, said = sweeping.mft(work, "train", "-m", *given, "name=small")
+            (work / "said.txt").write_text(said)
+            assert code == 0, said
+    return work

@@ -1,64 +1,47 @@
-"""Sweeps of real tiny jobs: killed and resumed, failing, side by side, listed, compared."""
+"""Sweeps of real tiny jobs: killed, stopped, failing, ended early, and gone on with."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from mft import rundir
-from mft.compare import Group, Run, verdicts
+from mft import cli, rundir
+from mft.checkpoint import newest
 from mft.sweep import sweep_id
+from tests.sweeping import FAST, mft, runs, start, states, two_tasks, until
 
-FAST = ["debug=fast", "train.save_every=2", "train.max_steps=6", "data.paths=[docs,code]"]
 AXES = ["loss=task_token_mean,coba", "optimizer.lr=1e-3,2e-3,3e-3", "train.seed=1,2"]
+EVERY_TEN = ["train.eval_every=10", "train.save_every=10", "train.log_every=10"]
+LONG = [*FAST, "train.epochs=100", "train.max_steps=300", *EVERY_TEN]
+"""Jobs of some seconds: long enough to be stopped, or judged, before they end by themselves."""
 
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    for task in ("docs", "code"):
-        chat = [{"role": "human", "content": task}, {"role": "bot", "content": "x = 1 " * 8}]
-        rows = [json.dumps({"chat_rounds": [*chat[:1], {**chat[1], "content": f"{n} = n " * 9}]}) for n in range(60)]
-        (tmp_path / task).mkdir()
-        (tmp_path / task / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    return tmp_path
-
-
-def start(work: Path, *args: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mft.cli", *args]
-    env = os.environ | {"MFT_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=work, env=env, text=True, stdout=pipe, stderr=subprocess.STDOUT)
-
-
-def mft(work: Path, *args: str) -> tuple[int, str]:
-    process = start(work, *args)
-    output = process.communicate(timeout=300)[0]
-    return process.returncode, output
+    return two_tasks(tmp_path)
 
 
 def finished(work: Path) -> dict[str, float]:
-    runs = rundir.runs_under(work / "multirun")
-    return {r.name: (r / "summary.json").stat().st_mtime for r in runs if rundir.status(r) == "finished"}
+    return {r.name: (r / "summary.json").stat().st_mtime for r in runs(work) if rundir.status(r) == "finished"}
+
+
+def validated(run: Path) -> list[int]:
+    return [row["step"] for row in rundir.rows_from(run / "metrics.jsonl")[0] if "valid/loss" in row]
 
 
 @pytest.mark.slow
 def test_twelve_jobs_killed_in_the_middle_and_resumed(work: Path) -> None:
     sweep = start(work, "train", "-m", *FAST, *AXES, "launch.jobs=2")
-    deadline = time.monotonic() + 200
-    while len(finished(work)) < 4 and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: len(finished(work)) >= 4, sweep)
     sweep.send_signal(signal.SIGKILL)
     sweep.communicate()
-    time.sleep(2)  # supervisors and ranks see it gone
-    runs = rundir.runs_under(work / "multirun")
-    assert not [run for run in runs if rundir.state(run) == "running"], "something lives on"
+    deadline = time.monotonic() + 30  # supervisors and ranks see it gone
+    while "running" in states(work).values() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert "running" not in states(work).values(), "something lives on"
     before = finished(work)
     assert 4 <= len(before) < 12
     code, said = mft(work, "sweep", "resume", "multirun/debug")
@@ -66,39 +49,108 @@ def test_twelve_jobs_killed_in_the_middle_and_resumed(work: Path) -> None:
     after = finished(work)
     assert len(after) == 12
     assert {name: after[name] for name in before} == before, "a finished job ran again"
-    for run in rundir.runs_under(work / "multirun"):
-        steps = [row["step"] for row in rundir.rows_from(run / "metrics.jsonl")[0] if "valid/loss" in row]
-        assert steps == sorted(set(steps))
-    (report,) = (work / "multirun").glob("*/*/report.html")
-    text = report.read_text()
-    assert "<script" not in text and "http://" not in text and "https://" not in text and "data:image/png" in text
+    for run in runs(work):
+        assert validated(run) == sorted(set(validated(run)))
     wider = [axis.replace("3e-3", "3e-3,4e-3") for axis in AXES]
     code, said = mft(work, "train", "-m", *FAST, *wider, "--dry-run")
     assert code == 0 and "4 of 16 jobs would run" in said, said
 
 
 @pytest.mark.slow
-def test_a_failed_job_is_told_and_the_others_run(work: Path) -> None:
-    code, said = mft(work, "train", "-m", *FAST, "optimizer.lr=1e30,1e-3")
-    assert code == 1 and "1 failed" in said, said
-    states = {rundir.state(run): run for run in rundir.runs_under(work / "multirun")}
-    assert set(states) == {"failed", "finished"}
-    assert (states["failed"] / "log" / "traceback.txt").read_text()
+def test_ctrl_c_stops_the_sweep_and_its_job_goes_on_from_the_checkpoint(work: Path) -> None:
+    given = ["train", "-m", *LONG, "train.seed=1,2"]
+    sweep = start(work, *given)
+    until(lambda: any(newest(run) is not None for run in runs(work)), sweep)
+    sweep.send_signal(signal.SIGINT)
+    said = sweep.communicate(timeout=300)[0]
+    assert sweep.returncode == 130 and "mft sweep resume" in said, said
+    assert states(work) == {"train.seed=1": "stopped"}, "the second job must not have started"
+    (run,) = runs(work)
+    saved = newest(run)
+    assert saved is not None
+    code, said = mft(work, *given, "--dry-run")
+    assert code == 0 and f"would go on from {saved.name}" in said and "2 of 2 jobs would run" in said, said
+    code, said = mft(work, *given)
+    assert code == 0, said
+    assert states(work) == {"train.seed=1": "finished", "train.seed=2": "finished"}
+    assert f"going on from {saved.name}" in (run / "log" / "output.txt").read_text()
+    assert validated(run) == list(range(0, 301, 10)), "a point is missing or doubled"
+
+
+@pytest.mark.slow
+def test_a_failed_job_leaves_its_traceback_and_fail_fast_starts_no_other(work: Path) -> None:
+    axis = "optimizer.lr=1e30,1e-3"
+    code, said = mft(work, "train", "-m", *FAST, axis, "train.fail_fast=true")
+    assert code == 1 and "1 failed, 1 not started" in said, said
+    assert list(states(work).values()) == ["failed"]
+    code, said = mft(work, "train", "-m", *FAST, axis)
+    assert code == 1 and "of 2 jobs 1 failed;" in said, said
+    assert states(work) == {"optimizer.lr=1e+30": "failed", "optimizer.lr=0.001": "finished"}
+    failed = next(run for run in runs(work) if rundir.state(run) == "failed")
+    assert "non-finite" in (failed / "log" / "traceback.txt").read_text() and "non-finite" in said
+    assert f"{failed.relative_to(work)}/log/traceback.txt" in said
+
+
+@pytest.mark.slow
+def test_a_job_worse_than_the_median_of_the_others_ends_early(work: Path) -> None:
+    given = ["train", "-m", *LONG, "optimizer.lr=1e-3,2e-3,3e-3,1e-9", "scheduler=constant"]
+    code, said = mft(work, *given, "train.prune=true")
+    assert code == 0 and "job 4 was ended early: at step" in said and "the median of 3 others" in said, said
+    label = "optimizer.lr=1e-09"
+    assert states(work)[label] == "pruned" and list(states(work).values()).count("finished") == 3
+    code, said = mft(work, *given, "train.prune=true", "--dry-run")
+    assert code == 0 and "0 of 4 jobs would run" in said, said
+    code, said = mft(work, *given, "--dry-run")  # without the rule it may go on
+    assert code == 0 and "1 of 4 jobs would run" in said and "would go on from step-" in said, said
+
+
+COUNTING = """
+import os
+from pathlib import Path
+from mft.data.formats import Chat
+
+class Counting(Chat):
+    def messages(self, row):
+        with open(Path(__file__).with_name("rows-read.txt"), "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        return super().messages(row)
+"""
+
+
+@pytest.mark.slow
+def test_jobs_side_by_side_tokenise_their_tasks_once(work: Path) -> None:
+    (work / "counting.py").write_text(COUNTING)
+    (work / "yaml" / "task").mkdir(parents=True)
+    task = f"""\
+# @package task.docs
+defaults:
+  - /format@format: chat
+  - _self_
+_target_: mft.data.task.Task
+paths: [{work}/docs]
+format:
+  _target_: counting.Counting
+"""
+    (work / "yaml" / "task" / "docs.yaml").write_text(task)
+    given = ["debug=fast", "task=[docs]", "train.seed=1,2", "launch.jobs=2", "train.allow_targets=[counting.]"]
+    code, said = mft(work, "train", "-m", "--config-dir", "yaml", *given)
+    assert code == 0, said
+    readers = (work / "rows-read.txt").read_text().split()
+    assert len(readers) == 60 and len(set(readers)) == 1
+
+
+def test_a_dry_run_of_one_job_starts_nothing(work: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("MFT_CACHE", str(work / "cache"))
+    cli.main(["train", *FAST, "--dry-run"])
+    said = capsys.readouterr().out
+    assert "outputs/debug/" in said and said.endswith(": would run; nothing was started\n")
+    assert not (work / "outputs").exists()
+    with pytest.raises(SystemExit):
+        cli.main(["train", *FAST, "data.seq_length=0", "--dry-run"])
+    assert "data.seq_length: 0" in capsys.readouterr().err
 
 
 def test_adding_values_and_how_jobs_run_move_nothing() -> None:
     assert sweep_id(["a=1", "train.seed=1,2"]) == sweep_id(["train.seed=1,2,3", "a=1", "launch.jobs=2"])
     assert sweep_id(["a=1", "train.seed=1,2"]) != sweep_id(["a=2", "train.seed=1,2"])
-
-
-def group(name: str, *losses: float) -> Group:
-    runs = [Run(name, {}, [{"step": 1, "valid/loss/a": loss}], "finished") for loss in losses]
-    return Group({"loss": name}, runs, "mean")
-
-
-def test_a_winner_is_named_only_where_seeds_tell_it_apart() -> None:
-    assert "No winner" in verdicts([group("a", 1.0), group("b", 9.0)])[1]
-    assert "No winner" in verdicts([group("a", 1.0), group("b", 9.0, 9.1)])[1]
-    assert "No winner" in verdicts([group("a", 1.0, 1.2), group("b", 1.1, 1.3)])[1]
-    words, told = verdicts([group("a", 1.0, 1.01), group("b", 2.0, 2.01)])
-    assert words == ["lowest", "higher"] and "lower than all others" in told

@@ -38,8 +38,14 @@ class Tracker:
     def model(self, folder: Path) -> None:
         """Is told where the final model lies; keeps a copy only if configured to, since it may be large."""
 
+    def checkpoint(self, folder: Path) -> None:
+        """Is told where a checkpoint lies that the run keeps; keeps a copy only if configured to."""
+
     def close(self, status: str) -> None:
         """Ends the record; status is finished, failed or stopped."""
+
+    def report(self, sweep_dir: Path, file: Path, tags: Mapping[str, str]) -> None:
+        """Keeps the report of a whole sweep, outside of any run; not between open and close."""
 
     def where(self) -> str:
         """Returns one line that tells a person how to look at the record, or ""."""
@@ -97,6 +103,9 @@ class FanOut(Tracker):
 
     def model(self, folder: Path) -> None:
         self._each(lambda tracker: tracker.model(folder))
+
+    def checkpoint(self, folder: Path) -> None:
+        self._each(lambda tracker: tracker.checkpoint(folder))
 
     def close(self, status: str) -> None:
         self._each(lambda tracker: tracker.close(status))

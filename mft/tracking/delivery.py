@@ -6,7 +6,6 @@ import contextlib
 import getpass
 import itertools
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from filelock import FileLock, Timeout
 from mft.errors import UserError
 from mft.tracking.params import TAG_LIMIT, cut, hidden, safe_name, without_credentials
 from mft.tracking.spool import Spool
+from mft.tracking.store import artifact_root, client_for, database_file, prepare
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,40 +29,6 @@ RECORDS_A_ROUND = 500
 SLOW_DISK = 5e6  # bytes a second that an upload is given before it counts as stuck
 TEXT_FILES = {".yaml", ".yml", ".json", ".jsonl", ".txt", ".log", ".md", ".html", ".csv"}
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
-
-
-def client_for(uri: str) -> MlflowClient:
-    """Returns a client that fails at once instead of repeating by itself (248 s for a dead server by default).
-
-    MLflow reads these from the environment of the process. What a user has set stays.
-    """
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing about a training leaves the machine unasked
-    from mlflow import MlflowClient
-
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.store.db_migrations"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # a line for each of 50 migrations
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def database_file(uri: str) -> Path | None:
-    """Returns the file of a sqlite address, else None."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def artifact_root(database: Path) -> Path:
-    return database.parent / "mlartifacts"
-
-
-def prepare(uri: str) -> None:
-    """Creates the SQLite database of a store where it is missing (7 s), one process at a time. Others: nothing."""
-    database = database_file(uri)
-    if database is None:
-        return
-    artifact_root(database).mkdir(parents=True, exist_ok=True)
-    with FileLock(artifact_root(database) / ".database.lock"):
-        client_for(uri).search_experiments(max_results=1)
 
 
 class Delivery:

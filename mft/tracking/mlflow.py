@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,9 +15,10 @@ from filelock import FileLock
 
 from mft.errors import UserError, nearest
 from mft.tracking.base import Tracker
-from mft.tracking.delivery import Delivery, cause, database_file, prepare
+from mft.tracking.delivery import Delivery, cause
 from mft.tracking.params import cut, flattened, hidden, without_credentials
 from mft.tracking.spool import Spool, new_key
+from mft.tracking.store import database_file, prepare
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Mlflow(Tracker):
     run_name: str | None = None
     system_metrics: bool = False
     register_as: str | None = None
+    checkpoints: bool = False
 
     def check(self) -> None:
         """Refuses a password in the address: configs are written to disk and kept with the run."""
@@ -122,6 +124,17 @@ class Mlflow(Tracker):
     def model(self, folder: Path) -> None:
         if self.register_as:
             self._append({"kind": "model", "path": self._relative(folder), "register": self.register_as})
+
+    def checkpoint(self, folder: Path) -> None:
+        if self.checkpoints:
+            self.artifact(folder)
+
+    def report(self, sweep_dir: Path, file: Path, tags: Mapping[str, str]) -> None:
+        """Keeps it as the artifact of a run of its own, without metrics or parameters, so that no chart changes."""
+        named = replace(self, run_name=f"report of sweep {tags['sweep']}", system_metrics=False)
+        named.open(sweep_dir, {}, {**tags, "report": "true"})
+        named.artifact(file)
+        named.close("finished")
 
     def close(self, status: str) -> None:
         self._append({"kind": "close", "status": status})

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from mft.errors import UserError
-from mft.tracking.delivery import client_for, sync
+from mft.tracking.delivery import sync
 from mft.tracking.mlflow import Mlflow
+from mft.tracking.store import client_for
 
 CONFIG = {"optimizer": {"lr": 1e-5}, "task": {"docs": {"weight": 2.0}}}
 

@@ -1,0 +1,56 @@
+"""Hydra's sweepers for `mft train -m`: a grid and a search; see `mft.jobs` and `mft.search`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra._internal.core_plugins import basic_sweeper
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.sweeper import Sweeper
+
+
+class Grid(basic_sweeper.BasicSweeper):
+    """Every combination. Jobs are checked by `mft.jobs`, also where the launcher of another package runs them."""
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        from mft.elsewhere import Elsewhere
+
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        if config.hydra.runtime.choices["hydra/launcher"] != "mft":
+            self.launcher = Elsewhere(self.launcher, config, hydra_context.config_loader, task_function.dry_run)
+
+    def validate_batch_is_legal(self, batch: Any) -> None:
+        """Nothing: composing every job twice would double the time, and `mft.jobs` says more."""
+
+
+class Optuna(Sweeper):
+    """Values that Optuna proposes from what earlier jobs have reached."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.hydra_context, self.config, self.dry_run = hydra_context, config, task_function.dry_run
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from mft.search import run
+
+        return run(self.config, self.hydra_context.config_loader, arguments, self.settings, self.dry_run)
+
+
+# plain dicts: Hydra executes this module without registering it, and dataclasses look their module up
+GRID = {"_target_": "hydra_plugins.mft_sweepers.Grid", "max_batch_size": None, "params": None}
+OPTUNA = {
+    "_target_": "hydra_plugins.mft_sweepers.Optuna",
+    "sampler": "tpe",  # tpe or random
+    "n_trials": 20,  # jobs, those of earlier commands in the same folder included
+    "startup_trials": 10,  # jobs drawn at random before TPE has something to go by
+    "seed": 0,  # of the sampler
+    "params": None,  # key -> interval(…), range(…), choice(…); what the command line sweeps is added
+}
+ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OPTUNA, provider="mft")
+
+
+def grids_are_ours() -> None:
+    """Puts Grid in the place of the basic sweeper in this process; an experiment can still choose another."""
+    ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=GRID, provider="mft")

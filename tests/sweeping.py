@@ -1,0 +1,63 @@
+"""Sweeps of real tiny jobs for tests: the command as a person types it, in a folder of its own with two tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mft import rundir
+
+FAST = ["debug=fast", "train.save_every=2", "train.max_steps=6", "data.paths=[docs,code]"]
+
+
+def two_tasks(folder: Path) -> Path:
+    """Writes the tasks docs and code, 60 short rows each, into a folder; returns it."""
+    for task in ("docs", "code"):
+        rows = []
+        for number in range(60):
+            turns = [{"role": "human", "content": task}, {"role": "bot", "content": f"{number} = n " * 9}]
+            rows.append(json.dumps({"chat_rounds": turns}))
+        (folder / task).mkdir(parents=True)
+        (folder / task / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def start(work: Path, *args: str) -> subprocess.Popen[str]:
+    """Starts `mft *args` in a folder, with a cache of its own."""
+    command = [sys.executable, "-m", "mft.cli", *args]
+    env = os.environ | {"MFT_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = f"{work}{os.pathsep}{env.get('PYTHONPATH', '')}"  # components of a user's own
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=work, env=env, text=True, stdout=pipe, stderr=subprocess.STDOUT)
+
+
+def mft(work: Path, *args: str) -> tuple[int, str]:
+    """Runs `mft *args` to its end; returns the exit code and all it said."""
+    process = start(work, *args)
+    output = process.communicate(timeout=600)[0]
+    return process.returncode, output
+
+
+def until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
+    """Waits for something to be so while a process lives; fails with what it said otherwise."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.1)
+
+
+def runs(work: Path) -> list[Path]:
+    """Returns the folders of all jobs, oldest first."""
+    return rundir.runs_under(work / "multirun")
+
+
+def states(work: Path) -> dict[str, str]:
+    """Returns {label: state} of all jobs."""
+    return {rundir.read_json(run / "overrides.json")["label"]: rundir.state(run) for run in runs(work)}

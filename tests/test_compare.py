@@ -1,0 +1,93 @@
+"""Comparison of a real small sweep: table, flags, report; and when a winner may be named."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+
+from mft import cli
+from mft.compare import Group, verdicts
+from mft.results import Run
+
+
+@pytest.fixture
+def here(swept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(swept)
+    return swept
+
+
+def compare(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    cli.main(["compare", *args])
+    return capsys.readouterr().out
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_flags(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "r.html"), f"--csv={tmp_path / 't.csv'}"]
+    said = compare(capsys, "multirun/small", *out)
+    assert "4 runs, 2 settings" in said and "Noise between seeds" in said
+    table = rows(tmp_path / "t.csv")
+    assert [row["n"] for row in table] == ["2", "2"] and {row["loss"] for row in table} == {"task_token_mean", "coba"}
+    assert float(table[0]["mean"]) <= float(table[1]["mean"]) and table[0]["verdict"] == "lowest"
+    worst = [max(float(row["docs"]), float(row["code"])) for row in table]
+    assert [float(row["worst"]) for row in table] == pytest.approx(worst, abs=0.02)  # mean of worsts, worst of means
+    compare(capsys, "multirun/small", *out, "--metric", "docs", "--group-by", "train.seed")
+    table = rows(tmp_path / "t.csv")
+    assert {row["train.seed"] for row in table} == {"1", "2"} and all(row["n"] == "2" for row in table)
+    html = (tmp_path / "r.html").read_text()
+    assert "ranked by <b>docs</b>" in html and html.count("data:image/png") >= 4
+
+
+def test_an_mlflow_experiment_by_name_gives_the_same_table(here: Path, tmp_path: Path, capsys) -> None:
+    tables = []
+    for source in (["multirun/small"], ["small"], ["small", "--uri", f"sqlite:///{here}/mlflow.db"]):
+        compare(capsys, *source, "--out", str(tmp_path / "r.html"), "--csv", str(tmp_path / "t.csv"))
+        keys = ("loss", "n", "mean", "spread", "worst", "docs", "code")
+        tables.append(sorted(tuple(row[key] for key in keys) for row in rows(tmp_path / "t.csv")))
+    assert tables[0] == tables[1] == tables[2]
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--metrik", "mean"], ["--metrik", "did you mean metric?"]),
+        (["multirun/small", "--metric", "wurst"], ["--metric wurst", "did you mean worst?"]),
+        (["multirun/small", "--group-by", "los"], ["--group-by los", "did you mean loss?"]),
+        (["multirun/small", "--csv"], ["--csv needs a value"]),
+        (["smal"], ["neither a folder nor an experiment", "did you mean small?"]),
+        ([str(Path(__file__).parent / "data")], ["There is no run"]),
+    ],
+)
+def test_a_mistake_gets_a_sentence(here: Path, args: list[str], parts: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["compare", *args])
+    said = capsys.readouterr().err
+    assert caught.value.code == 1 and all(part in said for part in parts), said
+
+
+def test_the_sweep_leaves_its_report(here: Path) -> None:
+    (report,) = here.glob("multirun/small/*/report.html")
+    text = report.read_text()
+    assert "<script" not in text and "http://" not in text and "https://" not in text and "data:image/png" in text
+    assert text.count("mft train debug=fast") == 4, "a command for every run"
+    assert os.path.getsize(report) < 3e6
+
+
+def group(name: str, *losses: float) -> Group:
+    runs = [Run(name, {}, [{"step": 1, "valid/loss/a": loss}], "finished") for loss in losses]
+    return Group({"loss": name}, runs, "mean")
+
+
+def test_a_winner_is_named_only_where_seeds_tell_it_apart() -> None:
+    assert "No winner" in verdicts([group("a", 1.0), group("b", 9.0)])[1]
+    assert "No winner" in verdicts([group("a", 1.0), group("b", 9.0, 9.1)])[1]
+    assert "No winner" in verdicts([group("a", 1.0, 1.2), group("b", 1.1, 1.3)])[1]
+    words, told = verdicts([group("a", 1.0, 1.01), group("b", 2.0, 2.01)])
+    assert words == ["lowest", "higher"] and "lower than all others" in told
