@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from mft import rundir
 from mft.data import report
+from mft.data.duplicates import settle
 from mft.data.settings import DataSettings
 from mft.data.store import Store, prepare
 from mft.data.task import Task, all_tasks
@@ -58,4 +59,6 @@ def dataset(
     adopt(tokenizer, template)
     tasks = all_tasks({name: make(f"task.{name}") for name in cfg.task}, list(data.paths))
     encoder = Encoder(tokenizer, template)
-    return Dataset(tasks, [prepare(task, encoder, data, cfg.cache_dir, first) for task in tasks], encoder)
+    stores = [prepare(task, encoder, data, cfg.cache_dir, first) for task in tasks]
+    settle(stores, data.duplicates)
+    return Dataset(tasks, stores, encoder)

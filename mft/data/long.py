@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -17,28 +17,33 @@ Encoded = tuple[np.ndarray, np.ndarray]
 """ids_S int32, trained_S bool."""
 
 
-def fitted(
-    messages: Sequence[Message], encoded: Encoded, encoder: Encoder, settings: DataSettings
-) -> Sequence[Encoded]:
-    """Returns the samples of a row, none longer than data.seq_length; [] where it has to be dropped."""
+class Fitted(NamedTuple):
+    """The samples of a row, none longer than data.seq_length (unless it is to be kept so); none = it is dropped.
+
+    rounds: how many of it were left out, because each alone is too long.
+    """
+
+    parts: Sequence[Encoded]
+    rounds: int = 0
+
+
+def fitted(messages: Sequence[Message], encoded: Encoded, encoder: Encoder, settings: DataSettings) -> Fitted:
+    """Returns what becomes of a row under data.long_samples."""
     ids_S, trained_S = encoded
     limit = settings.seq_length
     if len(ids_S) <= limit:
-        return [encoded]
+        return Fitted([encoded])
     if settings.long_samples == LongSamples.truncate_right:
-        return [(ids_S[:limit], trained_S[:limit])]
+        return Fitted([(ids_S[:limit], trained_S[:limit])])
     if settings.long_samples == LongSamples.truncate_left:
-        return [(ids_S[-limit:], trained_S[-limit:])]
+        return Fitted([(ids_S[-limit:], trained_S[-limit:])])
     if settings.long_samples == LongSamples.split_turns:
         return _split(messages, encoder, limit)
-    return []
+    return Fitted([])
 
 
-def _split(messages: Sequence[Message], encoder: Encoder, limit: int) -> list[Encoded]:
-    """Returns whole rounds in order, as many to a sample as fit, the system text before each.
-
-    A round that does not fit alone is left out.
-    """
+def _split(messages: Sequence[Message], encoder: Encoder, limit: int) -> Fitted:
+    """Returns whole rounds in order, as many to a sample as fit, the system text before each."""
     system = [message for message in messages if message.role == "system"]
     rounds: list[list[Message]] = []
     for message in messages[len(system) :]:
@@ -47,6 +52,7 @@ def _split(messages: Sequence[Message], encoder: Encoder, limit: int) -> list[En
         else:
             rounds.append([message])
     parts: list[Encoded] = []
+    left_out = 0
     waiting: list[Message] = []
     last: Encoded | None = None
     for turns in rounds:
@@ -58,4 +64,6 @@ def _split(messages: Sequence[Message], encoder: Encoder, limit: int) -> list[En
             longer = encoder.encode([*system, *turns])
         if len(longer[0]) <= limit:
             waiting, last = [*waiting, *turns], longer
-    return [*parts, last] if last is not None else parts
+        else:
+            left_out += 1
+    return Fitted([*parts, last] if last is not None else parts, left_out)

@@ -13,7 +13,7 @@ from mft.data.files import Rows
 from mft.data.formats import RowError
 from mft.data.long import Encoded, fitted
 from mft.data.settings import BadRows, DataSettings, LongSamples
-from mft.data.split import SPLITS, split_of
+from mft.data.split import SPLITS, digest_of, split_of
 from mft.data.task import Task
 from mft.data.template import Piece
 from mft.data.writer import BAD_ROW, Place, Writer
@@ -64,8 +64,9 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
                 )
             if whole is not None:
                 writer.compare(next(wholes)[0].tolist() == sample[0].tolist())
-            split = SPLITS.index("valid") if place[0] >= of_paths else split_of(messages, proportions)
-            writer.add(place, row, fitted(messages, sample, encoder, settings), length, split)
+            digest = digest_of(messages)
+            split = SPLITS.index("valid") if place[0] >= of_paths else split_of(digest, proportions)
+            writer.add(place, row, fitted(messages, sample, encoder, settings), length, split, digest)
         writer.flush()
 
     with (

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mft.data.duplicates import HELD_OUT, REPEATED
 from mft.data.split import SPLITS
 from mft.data.store import Store
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+LEFT_OUT = ("rounds_left_out", "parts_left_out")
 
 
 def as_json(stores: Sequence[Store], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -45,9 +49,16 @@ def table(stores: Sequence[Store], names: Sequence[str]) -> Table:
 
 
 def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
-    """Returns what a table has no room for: tasks whose rows other programs would encode to other ids."""
+    """Returns what a table has no room for: duplicates, and rows that other programs would encode to other ids."""
     found = []
     for store, name in zip(stores, names, strict=True):
+        kept = {
+            reason: n for reason, n in store.report.get("duplicates", {}).items() if n and reason not in store.report["dropped"]
+        }
+        if kept:
+            said = {REPEATED: "repeat an earlier row of the task", HELD_OUT: "train and are held out, too"}
+            counted = ", ".join(f"{n:,} rows {said[reason]}" for reason, n in kept.items())
+            found.append(f"{name}: {counted} (data.duplicates=drop leaves them out)")
         compared, differ = (store.report["one_string"][k] for k in ("compared", "differ"))
         if differ:
             found.append(
@@ -92,12 +103,13 @@ def _lost(report: dict[str, Any]) -> str:
     parts = [f"{count:,} {reason}" for reason, count in report["dropped"].items() if count]
     if report["truncated"]:
         parts.append(f"{report['truncated']:,} cut")
+    parts += [f"{report[k]:,} {k.replace('_', ' ')}" for k in LEFT_OUT if report[k]]
     return ", ".join(parts) or "-"
 
 
 def _total(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    numbers = ("rows", "kept", "samples", "tokens", "trained_tokens", "truncated")
+    numbers = ("rows", "kept", "samples", "tokens", "trained_tokens", "truncated", *LEFT_OUT)
     total: dict[str, Any] = {k: sum(r[k] for r in reports) for k in numbers}
     for k in ("splits", "dropped"):
-        total[k] = {name: sum(r[k][name] for r in reports) for name in reports[0][k]}
+        total[k] = {name: sum(r[k].get(name, 0) for r in reports) for name in reports[0][k]}
     return total

@@ -28,6 +28,13 @@ class BadRows(str, Enum):  # noqa: UP042
     skip = "skip"
 
 
+class Duplicates(str, Enum):  # noqa: UP042
+    """Rows that say the same as another one: keep = they are counted, drop = they are left out, too."""
+
+    keep = "keep"
+    drop = "drop"
+
+
 class PadTo(str, Enum):  # noqa: UP042
     """Width of a padded micro-batch: its longest sample, or always `seq_length`."""
 
@@ -61,6 +68,7 @@ class DataSettings:
     long_samples: LongSamples = LongSamples.drop
     split: list[float] = field(default_factory=lambda: [95.0, 5.0, 0.0])
     bad_rows: BadRows = BadRows.error
+    duplicates: Duplicates = Duplicates.keep
     pad_to: PadTo = PadTo.longest
     length_group: int = 4
     rows: Any = None

@@ -11,16 +11,19 @@ from mft.batch import Message
 SPLITS = ("train", "valid", "test")
 
 
-def split_of(messages: Sequence[Message], proportions: Sequence[float]) -> int:
-    """Returns the index in SPLITS for a conversation.
-
-    The hash is over roles and contents only: equal conversations land in the same split whatever their file, task,
-    format or other fields, so a duplicate of a training row never validates it.
-    """
+def digest_of(messages: Sequence[Message]) -> int:
+    """Returns a hash of 64 bits over roles and contents: the same for equal conversations, whatever their file, task,
+    format or other fields."""
     digest = xxhash.xxh3_64()
     for message in messages:
         digest.update(f"{message.role}\0{message.content}\0".encode())
-    point = digest.intdigest() / 2**64 * sum(proportions)
+    return digest.intdigest()
+
+
+def split_of(digest: int, proportions: Sequence[float]) -> int:
+    """Returns the index in SPLITS for a conversation of this digest, so that a duplicate of a training row never
+    validates it."""
+    point = digest / 2**64 * sum(proportions)
     border = 0.0
     for index, proportion in enumerate(proportions):
         border += proportion

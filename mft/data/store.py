@@ -29,13 +29,21 @@ if TYPE_CHECKING:
 WAIT_SECONDS = 24 * 3600.0  # the last resort: when the building rank fails, the waiting ones are ended with it
 
 
+PER_SAMPLE = (
+    *("_start_N", "_stop_N", "_file_N", "_line_N"),
+    *("split_N", "trained_N", "digest_N", "lengths_N"),
+)
+"""The columns of a Store."""
+
+
 class Store:
     """The samples of one task, in all splits. N is the number of samples.
 
     lengths_N: tokens of each; trained_N: tokens that carry loss; split_N: index in SPLITS.
     report: rows, kept, splits, tokens, trained_tokens, truncated, dropped {reason: count}, first_dropped,
-    one_string (rows compared with their encoding as one string, and how many differ).
-    fingerprint: hash of contents, tokenizer, template and options.
+    one_string (rows compared with their encoding as one string, and how many differ); duplicates (see `settle`).
+    fingerprint: hash of contents, tokenizer, template and options. digest_N: equal where the conversations of two
+    samples' rows are.
     """
 
     def __init__(self, folder: Path, files: Sequence[Path]):
@@ -44,21 +52,23 @@ class Store:
         self.fingerprint = folder.name
         self.files = list(files)
         column = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in meta["dtypes"].items()}
-        self._ids, self._trained, self._offsets = column["ids"], column["trained"], column["offsets"]
+        self._ids, self._trained = column["ids"], column["trained"]
+        self._start_N, self._stop_N = column["offsets"][:-1], column["offsets"][1:]
         self._file_N, self._line_N = column["file"], column["line"]
-        self.split_N, self.trained_N = column["split"], column["trained_counts"]
-        self.lengths_N = np.diff(self._offsets).astype(np.int32)
+        self.split_N, self.trained_N, self.digest_N = column["split"], column["trained_counts"], column["digest"]
+        self.lengths_N = (self._stop_N - self._start_N).astype(np.int32)
         self.report: dict[str, Any] = meta["report"]
         self.report["format"] = meta["format"]
         self.report["first_dropped"] = [self._named(d) for d in self.report["first_dropped"]]
         self._dropped = folder / writer.DROPPED
+        self._left_out: list[tuple[str, tuple[np.ndarray, ...]]] = []
 
     def __len__(self) -> int:
         return len(self.lengths_N)
 
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids_S int32 and trained_S bool of sample i, in constant time."""
-        start, stop = self._offsets[i], self._offsets[i + 1]
+        start, stop = self._start_N[i], self._stop_N[i]
         return self._ids[start:stop].astype(np.int32), self._trained[start:stop].astype(bool)
 
     def origin(self, i: int) -> str:
@@ -71,6 +81,37 @@ class Store:
             for line in lines:
                 dropped = json.loads(line)
                 yield dropped | {"file": str(self.files[dropped["file"]])}
+        for reason, rows in self._left_out:
+            for file, line, same_file, same_line in zip(*(column.tolist() for column in rows), strict=True):
+                about = {"file": str(self.files[file]), "line": line, "reason": reason, "field": "", "row": ""}
+                same = self._where(same_file, same_line) if same_line else "a row of a validation or test part"
+                yield about | {"problem": f"says the same as {same}"}
+
+    def leave_out(self, out_N: np.ndarray, reason: str, same_N: np.ndarray | None = None) -> None:
+        """Takes rows out of the store, as if they had been dropped while it was made; samples get other numbers.
+
+        out_N: bool, equal for all samples of a row; same_N: a sample of the row in this store that says the same.
+        """
+        report, first_N = self.report, np.flatnonzero(out_N & self.begins_N())
+        nowhere = np.zeros(len(first_N), np.int64)
+        same = nowhere if same_N is None else same_N[first_N]
+        same_line = nowhere if same_N is None else self._line_N[same]
+        rows = (self._file_N[first_N], self._line_N[first_N], self._file_N[same] if len(same) else nowhere, same_line)
+        self._left_out.append((reason, rows))
+        report["dropped"][reason] = len(first_N)
+        report["kept"] -= len(first_N)
+        report["samples"] -= int(out_N.sum())
+        for index, name in enumerate(SPLITS):
+            report["splits"][name] -= int((self.split_N[out_N] == index).sum())
+        report["tokens"] -= int(self.lengths_N[out_N].sum(dtype=np.int64))
+        report["trained_tokens"] -= int(self.trained_N[out_N].sum(dtype=np.int64))
+        if out_N.any():
+            for name in PER_SAMPLE:
+                setattr(self, name, getattr(self, name)[~out_N])
+
+    def begins_N(self) -> np.ndarray:
+        """Returns bool: whether a sample is the first one of its row."""
+        return (np.diff(self._line_N, prepend=-1) != 0) | (np.diff(self._file_N, prepend=-1) != 0)
 
     def _named(self, dropped: dict[str, Any]) -> dict[str, str]:
         problem = f"{dropped['field']}: {dropped['problem']}" if dropped["field"] else dropped["problem"]

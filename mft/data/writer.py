@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,22 @@ from mft.data.settings import DataSettings
 from mft.data.split import SPLITS
 
 if TYPE_CHECKING:
-    from mft.data.long import Encoded
+    from mft.data.long import Fitted
 
-VERSION = 3
+VERSION = 4
 """Part of the fingerprint of every store: a change of layout, splitting or encoding raises it."""
 
-COLUMNS = {"offsets": "int64", "trained_counts": "int32", "split": "uint8", "file": "int32", "line": "int64"}
+COLUMNS = {
+    "offsets": "int64",
+    "trained_counts": "int32",
+    "split": "uint8",
+    "file": "int32",
+    "line": "int64",
+    "digest": "uint64",
+}
 """Per-sample columns, one raw file each (`offsets.bin`, ...), beside `ids.bin` and `trained.bin`, which hold tokens.
-offsets has one entry more than there are samples: sample i is tokens offsets[i] to offsets[i + 1]."""
+offsets has one entry more than there are samples: sample i is tokens offsets[i] to offsets[i + 1]. digest: of its row's
+conversation."""
 
 BAD_ROW, TOO_LONG, UNTRAINED = "bad row", "too long", "no trained token"
 REASONS = (BAD_ROW, TOO_LONG, UNTRAINED)
@@ -48,6 +55,7 @@ class Writer:
         self.named: list[dict[str, Any]] = []
         self.splits: Counter[int] = Counter()
         self.kept = self.samples = self.truncated = self.tokens = self.trained_tokens = 0
+        self.rounds_left_out = self.parts_left_out = 0
         self.compared = self.differ = 0
         self.pending: dict[str, list[Any]] = {name: [] for name in self.dtypes}
 
@@ -79,30 +87,35 @@ class Writer:
         self.compared += 1
         self.differ += not same
 
-    def add(self, place: Place, row: Any, parts: Sequence[Encoded], length: int, split: int) -> None:
+    def add(self, place: Place, row: Any, samples: Fitted, length: int, split: int, digest: int) -> None:
         """Takes the samples of one row, or drops the row where none is left or none would teach anything.
 
-        parts: what `fitted` made of the row; length: its tokens before.
+        samples: what `fitted` made of the row; length: its tokens before; digest: of its conversation.
         """
         limit = self.settings.seq_length
-        if not parts:
+        if not samples.parts:
             return self.drop(place, row, TOO_LONG, f"{length} tokens, data.seq_length is {limit}")
-        counted = [(ids_S, trained_S, int(trained_S[1:].sum())) for ids_S, trained_S in parts]
+        counted = [(ids_S, trained_S, int(trained_S[1:].sum())) for ids_S, trained_S in samples.parts]
         taught = [part for part in counted if part[2]]  # nothing predicts a first token, so it does not count
         if not taught:
             cut = f" left after cutting {length} tokens to data.seq_length {limit}" if length > limit else ""
             return self.drop(place, row, UNTRAINED, f"no token that carries loss{cut}")
         self.kept += 1
         self.truncated += length > limit
+        self.rounds_left_out += samples.rounds
+        self.parts_left_out += len(counted) - len(taught)
         for ids_S, trained_S, trained in taught:
-            self._sample(place, ids_S, trained_S, trained, split)
+            self._sample(place, ids_S, trained_S, trained, split, digest)
 
-    def _sample(self, place: Place, ids_S: np.ndarray, trained_S: np.ndarray, trained: int, split: int) -> None:
+    def _sample(
+        self, place: Place, ids_S: np.ndarray, trained_S: np.ndarray, trained: int, split: int, digest: int
+    ) -> None:
         self.samples += 1
         self.splits[split] += 1
         self.tokens += len(ids_S)
         self.trained_tokens += trained
-        values = {"offsets": self.tokens, "trained_counts": trained, "split": split, "file": place[0], "line": place[1]}
+        values = {"offsets": self.tokens, "trained_counts": trained, "split": split, "digest": digest}
+        values |= {"file": place[0], "line": place[1]}
         for name, value in values.items():
             self.pending[name].append(value)
         self.pending["ids"].append(ids_S)
@@ -112,12 +125,16 @@ class Writer:
         """Writes what is pending."""
         for name, parts in self.pending.items():
             if parts:
-                array = np.concatenate(parts) if name in ("ids", "trained") else np.array(parts)
+                array = np.concatenate(parts) if name in ("ids", "trained") else np.array(parts, self.dtypes[name])
                 self.files[name].write(array.astype(self.dtypes[name]).tobytes())
                 parts.clear()
 
     def report(self) -> dict[str, Any]:
-        """Returns the account: rows = kept + the sum of dropped. split_turns makes several samples of a row."""
+        """Returns the account: rows = kept + the sum of dropped.
+
+        split_turns makes several samples of a row; of a row that is kept it may leave out rounds that are too long, and
+        parts in which nothing carries loss.
+        """
         return {
             "rows": self.rows,
             "kept": self.kept,
@@ -126,6 +143,8 @@ class Writer:
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
             "truncated": self.truncated,
+            "rounds_left_out": self.rounds_left_out,
+            "parts_left_out": self.parts_left_out,
             "dropped": {reason: self.dropped[reason] for reason in REASONS},
             "first_dropped": self.named,
             "one_string": {"compared": self.compared, "differ": self.differ},

@@ -1,5 +1,6 @@
 import pytest
 
+from mft.data.report import table
 from mft.data.settings import DataSettings, LongSamples
 from mft.data.store import prepare
 from mft.data.task import Task
@@ -35,3 +36,19 @@ def test_long_samples(tmp_path, encoder, choice):
         assert "".join(texts[:-1]).count("answer<|endoftext|>") == 9
     else:
         assert report["dropped"]["too long"] == 2
+
+
+def test_what_split_turns_leaves_of_a_row_is_counted(make_store):
+    """Three rounds of which the middle one is too long, and a last part that is a question only."""
+    rows = [
+        chat("q1", "a1", "q2 " * 60, "a2", "q3", "a3"),
+        chat("x " * 20, "y", "x " * 20, "y", "x " * 28),
+        chat("q4 " * 60, "a4"),
+    ]
+    store = make_store(rows, seq_length=80, long_samples="split_turns", split=[1, 0, 0])
+    report = store.report
+    assert (report["rows"], report["kept"], report["dropped"]["too long"]) == (3, 2, 1)
+    assert (report["rounds_left_out"], report["parts_left_out"]) == (1, 1)
+    assert report["samples"] == len(store)
+    lost = list(table([store], ["docs"]).columns[-1].cells)
+    assert lost == ["1 too long, 2 cut, 1 rounds left out, 1 parts left out"]
