@@ -74,10 +74,11 @@ class Checkpoints:
                 shutil.rmtree(self.folder / f"step-{step}")
 
 
-def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> None:
+def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> bool:
     """Puts a checkpoint back into state, module, optimizer, the loss's memory and the random states.
 
-    All ranks call it, last before training goes on. Raises UserError when the checkpoint does not fit.
+    All ranks call it, last before training goes on. Returns whether the layout is the one that wrote it, so that the
+    run goes on to the bit as if it had not been interrupted. Raises UserError when the checkpoint does not fit.
     """
     import torch
 
@@ -88,7 +89,8 @@ def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> None:
     for name, value in values.items():
         setattr(state, name, value)
     loss.load_state_dict(torch.load(folder / "state" / "loss.pt", weights_only=True))
-    engine.load_state(folder / "state")
+    same_layout: bool = engine.load_state(folder / "state")
+    return same_layout
 
 
 def _mark_complete(folder: Path) -> None:

@@ -43,6 +43,7 @@ def run(
     from mft.model import audit, generate
     from mft.model.export import save_final
     from mft.model.forward import TokenLoss
+    from mft.model.parts import base_of
     from mft.model.peft import compute_dtype
 
     started = time.perf_counter()
@@ -92,7 +93,8 @@ def run(
     module, optimizer = engine.prepare(module, optim.build(module.named_parameters(), base_lr))
 
     def export(folder: Path) -> None:
-        weights = engine.full_state(module)
+        # of an adapter's run the base is not gathered: it is not saved
+        weights = engine.full_state(module, trainable=base_of(model) is not model)
         if engine.is_main:
             save_final(engine.unwrap(module), tokenizer, folder, state_dict=weights)
 
@@ -151,8 +153,9 @@ def run(
     if (resumed := newest(run_dir)) is None:
         seed_everything(train.seed + 1 + engine.rank)  # dropout differs from rank to rank
     else:
-        progress.show(f"going on from {resumed.name}")
-        restore(resumed, t.state, engine, loss)
+        exact = restore(resumed, t.state, engine, loss)
+        other = "" if exact else ", written on another number of ranks: the same samples, losses equal to rounding"
+        progress.show(f"going on from {resumed.name}{other}")
     status = "failed"
     tracker.open(run_dir, plain(cfg), run_tags(cfg, run_dir), t.state.step)
     try:

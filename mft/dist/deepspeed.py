@@ -132,9 +132,12 @@ class DeepSpeedEngine(Engine):
             yield
 
     def full_state(self, module: torch.nn.Module, trainable: bool = False, prefix: str = "") -> dict[str, torch.Tensor]:
-        """Under ZeRO-3 one parameter after the other is gathered; rank 0 copies it to the CPU. See `Engine`."""
-        if self.stage < 3:
-            return super().full_state(module, trainable, prefix)
+        """One parameter after the other is gathered; rank 0 copies it to the CPU, the others return nothing.
+
+        What is trained comes in fp32, as it is updated, also where it is computed with in half precision.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
         inner = self.unwrap(module)
         state: dict[str, torch.Tensor] = {}
         copies: dict[int, torch.Tensor] = {}  # a tied weight stays tied
@@ -142,8 +145,9 @@ class DeepSpeedEngine(Engine):
             if (trainable and not parameter.requires_grad) or not name.startswith(prefix):
                 continue
             if id(parameter) not in copies:
-                with self.gathered([parameter]):
-                    copies[id(parameter)] = parameter.detach().cpu().clone() if self.is_main else parameter.detach()
+                with self.gathered([] if parameter.requires_grad else [parameter]):
+                    whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.detach()
+                    copies[id(parameter)] = whole.to("cpu", copy=True) if self.is_main else whole.new_empty(0)
             if self.is_main:
                 state[name.removeprefix(prefix)] = copies[id(parameter)]
         if not trainable and self.is_main:

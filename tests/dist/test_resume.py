@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,9 @@ SETTINGS = (
 DROPOUT = {"lora": ("peft.dropout=0.1",)}
 """Its masks come from the saved random states; on another number of ranks they would be others."""
 
+HALF = [("zero2", "lora"), ("zero3", "full"), ("fsdp", "full")]
+"""Runs in bf16."""
+
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
@@ -46,7 +51,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
         return tree.folder(backend, case) / "checkpoints" / f"step-{number}"
 
     both = [(backend, peft) for backend in BACKENDS for peft in PEFTS]
-    run_ranks(2, play, [frozen(backend, peft, "whole", 2) for backend, peft in both])
+    half = [tree.frozen(b, f"{p}-half", (f"peft={p}", *SETTINGS, "train.precision=bf16")) for b, p in HALF]
+    run_ranks(2, play, [*(frozen(backend, peft, "whole", 2) for backend, peft in both), *half])
     run_ranks(2, play, [frozen(b, p, "again", 2, start=step(b, f"{p}-whole", 3)) for b, p in both])
     fewer = [frozen(b, p, "fewer", 1, 6, step(b, f"{p}-whole", 3)) for b, p in both if p not in DROPOUT]
     run_ranks(1, play, fewer)
@@ -99,6 +105,53 @@ def test_each_rank_writes_its_part_and_nothing_that_would_be_unpickled(tree: Tre
         assert {path.suffix for path in state.iterdir()} == {".safetensors", ".json", ".pt"}
         for path in state.glob("*.pt"):
             torch.load(path, weights_only=True)
+
+
+def updated(state: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Puts together what the optimizer updated on all ranks, from the files of a resume state."""
+    whole = {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
+    mine = [Piece(name, 0, value.view(-1), value, 0) for name, value in whole.items()]
+    pieces.load(mine, torch.optim.AdamW(list(whole.values())), state, set(whole))
+    return whole
+
+
+def compare(tree: Tree, backend: str, case: str, full: bool) -> None:
+    """Loads final/ with transformers and peft alone: nothing missing, nothing unexpected, the weights as updated."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    final = tree.folder(backend, case) / "final"
+    state = tree.folder(backend, case) / "checkpoints" / "step-9" / "state"
+    origin = json.loads((final / "mft.json").read_text())["origin"]["path"]
+    model, info = AutoModelForCausalLM.from_pretrained(
+        final if full else origin, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    if not full:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys")
+            model = PeftModel.from_pretrained(model, final)
+    found = {f"model.{name}": p.detach() for name, p in model.named_parameters() if full or "lora_" in name}
+    expected = updated(state, {name: value.shape for name, value in found.items()})
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    if not full:
+        on_disk = weights(final)
+        assert len(on_disk) == len(found) and all(value.dtype == torch.float32 for value in on_disk.values())
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("peft", PEFTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_saved_is_what_was_trained_and_loads_without_mft(tree: Tree, backend: str, peft: str) -> None:
+    compare(tree, backend, f"{peft}-whole", full=peft == "full")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("backend, case", HALF)
+def test_what_was_computed_in_half_precision_is_saved_as_it_was_updated(tree: Tree, backend: str, case: str) -> None:
+    compare(tree, backend, f"{case}-half", full=case == "full")
 
 
 def test_a_state_of_another_backend_is_taken_up(tmp_path: Path) -> None:
