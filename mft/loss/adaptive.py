@@ -202,6 +202,36 @@ class Adaptive(TaskTokenMean):
 
         self.weight_K = torch.from_numpy(np.asarray(weight_K, dtype=np.float64) / np.sum(weight_K))
 
+    def learn(
+        self,
+        step: int,
+        valid_K: torch.Tensor | None = None,
+        train_K: torch.Tensor | None = None,
+        repeat_K: torch.Tensor | None = None,
+    ) -> dict[str, float]:
+        """Hands the losses that came to `learn_valid`, `learn_train`, `learn_repeat`, in this order; a mode overrides
+        those it learns from. They get float64 numpy [K], NaN where a task is absent or its loss is not finite (which is
+        counted as dropped), and return values to log.
+        """
+        values: dict[str, float] = {}
+        both = ((self.learn_valid, valid_K), (self.learn_train, train_K), (self.learn_repeat, repeat_K))
+        for hook, loss_K in both:
+            if loss_K is not None:
+                values |= hook(step, measured(loss_K, self.dropped_K))
+        return values
+
+    def learn_valid(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
+        """Learns from a probe before step `step`: the losses after step - 1 updates."""
+        return {}
+
+    def learn_train(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
+        """Learns from the losses of step `step`'s micro-batches, as they were before its update."""
+        return {}
+
+    def learn_repeat(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
+        """Learns from the losses of the same micro-batches after the update."""
+        return {}
+
     def logged(self, **series_K: np.ndarray) -> dict[str, float]:
         """Returns `train/weight/<task>` and `<mode>/<name>/<task>` for each series given (NaN entries left out)."""
         pairs = zip(self.names, self.weight_K.tolist(), strict=True)

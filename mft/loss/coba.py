@@ -111,21 +111,12 @@ class Coba(Adaptive):
     def wants_probe(self, step: int) -> bool:
         return (step - 1) % self.update_interval == 0
 
-    def learn(
-        self,
-        step: int,
-        valid_K: torch.Tensor | None = None,
-        train_K: torch.Tensor | None = None,
-        repeat_K: torch.Tensor | None = None,
-    ) -> dict[str, float]:
-        if valid_K is None:
-            return {}
-        row_K = measured(valid_K, self.dropped_K)
-        self.first_K = np.where(np.isnan(self.first_K), row_K, self.first_K)
+    def learn_valid(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
+        self.first_K = np.where(np.isnan(self.first_K), loss_K, self.first_K)
         update = step - 1
         if update == 0:  # as in the original, the probe before training is in no fit
             return self.logged()
-        self.ratios.append(update, row_K / self.first_K)
+        self.ratios.append(update, loss_K / self.first_K)
         if update + self.update_interval < self.warmup_steps:
             return self.logged()
         return self._paper(update) if self.variant is Variant.paper else self._mftcoder(update)

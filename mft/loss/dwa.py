@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mft.errors import UserError
-from mft.loss.adaptive import Adaptive, arrays, measured, softmax, tensors, warn_of_a_short_run
-
-if TYPE_CHECKING:
-    import torch
+from mft.loss.adaptive import Adaptive, arrays, softmax, tensors, warn_of_a_short_run
 
 
 @dataclass
@@ -47,18 +44,9 @@ class Dwa(Adaptive):
     def wants_train(self, step: int) -> bool:
         return True
 
-    def learn(
-        self,
-        step: int,
-        valid_K: torch.Tensor | None = None,
-        train_K: torch.Tensor | None = None,
-        repeat_K: torch.Tensor | None = None,
-    ) -> dict[str, float]:
-        if train_K is None:
-            return {}
-        row_K = measured(train_K, self.dropped_K)
-        self.sum_K += np.nan_to_num(row_K, nan=0.0)
-        self.count_K += np.isfinite(row_K)
+    def learn_train(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
+        self.sum_K += np.nan_to_num(loss_K, nan=0.0)
+        self.count_K += np.isfinite(loss_K)
         values = self.logged()
         if step % self.window == 0:
             mean_K = np.where(self.count_K > 0, self.sum_K / np.maximum(self.count_K, 1), np.nan)

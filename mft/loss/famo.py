@@ -23,7 +23,7 @@ import numpy as np
 
 from mft.batch import Batch, Counts
 from mft.errors import UserError
-from mft.loss.adaptive import Adam, Adaptive, arrays, check_probes, chosen, measured, softmax, tensors
+from mft.loss.adaptive import Adam, Adaptive, arrays, check_probes, chosen, softmax, tensors
 from mft.loss.base import task_sums
 from mft.loss.focal import by_task
 from mft.loss.mean import inverse, weighted_sum
@@ -125,25 +125,22 @@ class Famo(Adaptive):
         every_K = inverse(counts.tokens_K.sum()).expand(len(slope_K))
         return linear + rest * weighted_sum(torch.ones_like(nll_BT), batch, every_K)
 
-    def learn(
-        self,
-        step: int,
-        valid_K: torch.Tensor | None = None,
-        train_K: torch.Tensor | None = None,
-        repeat_K: torch.Tensor | None = None,
-    ) -> dict[str, float]:
-        values: dict[str, float] = {}
-        if train_K is not None:
-            row_K = measured(train_K, self.dropped_K)
-            if np.isfinite(row_K).any():
-                self.weigh(self.coefficients(row_K)[0])
-            values = self.logged(z=softmax(self.xi_K))
-            if self.source is Source.train:
-                self.before_K = row_K
-        after_K = repeat_K if self.source is Source.train else valid_K
-        if after_K is not None:
-            self.progress(measured(after_K, self.dropped_K))
-        return values
+    def learn_train(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
+        if np.isfinite(loss_K).any():
+            self.weigh(self.coefficients(loss_K)[0])
+        if self.source is Source.train:
+            self.before_K = loss_K
+        return self.logged(z=softmax(self.xi_K))
+
+    def learn_repeat(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
+        if self.source is Source.train:
+            self.progress(loss_K)
+        return {}
+
+    def learn_valid(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
+        if self.source is Source.valid:
+            self.progress(loss_K)
+        return {}
 
     def progress(self, after_K: np.ndarray) -> None:
         """One step of Adam on xi from the losses before and after an update, for the tasks that have both."""

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mft.errors import UserError
-from mft.loss.adaptive import Adaptive, arrays, measured, tensors
-
-if TYPE_CHECKING:
-    import torch
+from mft.loss.adaptive import Adaptive, arrays, tensors
 
 
 @dataclass
@@ -40,21 +37,12 @@ class Lbtw(Adaptive):
     def wants_train(self, step: int) -> bool:
         return True
 
-    def learn(
-        self,
-        step: int,
-        valid_K: torch.Tensor | None = None,
-        train_K: torch.Tensor | None = None,
-        repeat_K: torch.Tensor | None = None,
-    ) -> dict[str, float]:
-        if train_K is None:
-            return {}
+    def learn_train(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
         values = self.logged()
-        row_K = measured(train_K, self.dropped_K)
         if self.reset_every and step > 1 and (step - 1) % self.reset_every == 0:
             self.first_K = np.full(len(self.names), np.nan)
-        self.first_K = np.where(np.isnan(self.first_K), row_K, self.first_K)
-        self.last_K = np.where(np.isnan(row_K), self.last_K, row_K)
+        self.first_K = np.where(np.isnan(self.first_K), loss_K, self.first_K)
+        self.last_K = np.where(np.isnan(loss_K), self.last_K, loss_K)
         ratio_K = np.nan_to_num(self.last_K / np.where(self.first_K > 0, self.first_K, np.nan), nan=1.0)
         # A floor, because a task whose loss reached exactly 0 must keep a place in a step that holds no other task.
         self.weigh(np.maximum(ratio_K, 1e-12) ** self.alpha)

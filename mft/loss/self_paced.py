@@ -13,15 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mft.errors import UserError
-from mft.loss.adaptive import Adaptive, History, check_probes, check_probing, measured, softmax, warn_of_a_short_run
-
-if TYPE_CHECKING:
-    import torch
+from mft.loss.adaptive import Adaptive, History, check_probes, check_probing, softmax, warn_of_a_short_run
 
 
 def self_paced_weights(slope_K: np.ndarray, scale: float) -> np.ndarray:
@@ -67,16 +64,8 @@ class SelfPaced(Adaptive):
     def wants_probe(self, step: int) -> bool:
         return (step - 1) % self.update_interval == 0
 
-    def learn(
-        self,
-        step: int,
-        valid_K: torch.Tensor | None = None,
-        train_K: torch.Tensor | None = None,
-        repeat_K: torch.Tensor | None = None,
-    ) -> dict[str, float]:
-        if valid_K is None:
-            return {}
-        self.history.append(step - 1, measured(valid_K, self.dropped_K))
+    def learn_valid(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
+        self.history.append(step - 1, loss_K)
         if step - 1 + self.update_interval < self.warmup_steps:
             return self.logged()
         slope_K = self.history.slopes()

@@ -12,15 +12,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mft.errors import UserError
-from mft.loss.adaptive import Adam, Adaptive, arrays, measured, tensors
-
-if TYPE_CHECKING:
-    import torch
+from mft.loss.adaptive import Adam, Adaptive, arrays, tensors
 
 
 @dataclass
@@ -46,19 +43,10 @@ class Uncertainty(Adaptive):
     def wants_train(self, step: int) -> bool:
         return True
 
-    def learn(
-        self,
-        step: int,
-        valid_K: torch.Tensor | None = None,
-        train_K: torch.Tensor | None = None,
-        repeat_K: torch.Tensor | None = None,
-    ) -> dict[str, float]:
-        if train_K is None:
-            return {}
+    def learn_train(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
         values = self.logged(s=self.s_K)
-        row_K = measured(train_K, self.dropped_K)
-        here_K = np.isfinite(row_K)
-        gradient_K = 0.5 * (1 - np.exp(-self.s_K) * np.where(here_K, row_K, 0.0))
+        here_K = np.isfinite(loss_K)
+        gradient_K = 0.5 * (1 - np.exp(-self.s_K) * np.where(here_K, loss_K, 0.0))
         self.s_K = self.adam.stepped(self.s_K, gradient_K, here_K)
         self.weigh(np.exp(-(self.s_K - self.s_K.min())))
         return values
