@@ -171,11 +171,20 @@ class CausalLM:
         return self._load(AutoModelForCausalLM, dtype, quantization, device_map, compute_dtype)
 
     def _load(
-        self, factory: Any, dtype: Any, quantization: Any, device_map: Any, compute_dtype: Any, **arguments: Any
+        self,
+        factory: Any,
+        dtype: Any,
+        quantization: Any,
+        device_map: Any,
+        compute_dtype: Any,
+        whole: bool = False,
+        **arguments: Any,
     ) -> Any:
+        """whole: refuse a checkpoint with weights that the model has not."""
         asked = self.attention_for(compute_dtype or dtype)
-        model = self._from_pretrained(
+        model, found = self._from_pretrained(
             factory,
+            output_loading_info=True,
             dtype=dtype,
             quantization_config=quantization,
             device_map=device_map,
@@ -184,6 +193,16 @@ class CausalLM:
             use_safetensors=True,
             **arguments,
         )
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(
+                f"model.path={self.path} lacks the weight {missing[0]} of a {type(model).__name__}"
+                f"{and_others(missing)}: it would be trained from random values"
+            )
+        if whole and (unknown := sorted(found["unexpected_keys"])):
+            raise UserError(
+                f"model.path={self.path} has the weight {unknown[0]}, which a {type(model).__name__} does not"
+                f"{and_others(unknown)}: it would be left out"
+            )
         # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place at the first evaluation, after which
         # training gradients are wrong (relative error 0.73) while the loss looks right. from_pretrained returns eval
         # mode.
@@ -271,6 +290,10 @@ def known_token(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> str
             f"{', '.join(dict.fromkeys(special)) or 'none'}{nearest(token, vocabulary)}"
         )
     return token
+
+
+def and_others(names: list[str]) -> str:
+    return f", and {len(names) - 1} others" if len(names) > 1 else ""
 
 
 def flash_attention_missing() -> str:

@@ -22,6 +22,16 @@ QWEN_WORDS = (
 )
 """How Qwen cuts a text into words before it merges."""
 
+QWEN_EARLY = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "ffn_hidden_size": "intermediate_size",
+    "padded_vocab_size": "vocab_size",
+}
+"""Keys of config.json in the first release of Qwen-7B, and what they were called later."""
+
 
 def from_options(options: dict[str, Any], **arguments: Any) -> Original:
     """Returns the family that `Original.options` described."""
@@ -79,6 +89,7 @@ class ChatGLM(Original):
                 "attention_dropout": values.get("attention_dropout", 0.0),
                 "max_position_embeddings": self._get(values, "seq_length"),
                 "rope_parameters": rope,
+                "tie_word_embeddings": False,  # the original never ties, whatever its config.json says
             },
         )
 
@@ -121,7 +132,9 @@ class Qwen(Original):
     vocabulary = "qwen.tiktoken"
 
     def native(self, values: Values) -> tuple[str, str, Values]:
+        values = {QWEN_EARLY.get(name, name): value for name, value in values.items()}
         hidden, heads = self._get(values, "hidden_size"), self._get(values, "num_attention_heads")
+        self._need(values, visual=None, audio=None)  # Qwen-VL and Qwen-Audio call themselves qwen as well
         self._need(values, rotary_pct=1.0, no_bias=True, scale_attn_weights=True, emb_dropout_prob=0.0)
         self._need(values, kv_channels=hidden // heads)
         return (
@@ -209,7 +222,8 @@ class Baichuan(Original):
 
     def native(self, values: Values) -> tuple[str, str, Values]:
         self._need(values, z_loss_weight=0)
-        self.normalises(values)
+        if self.normalises(values):  # a tied matrix would be saved with its rows scaled
+            self._need(values, tie_word_embeddings=False)
         heads = self._get(values, "num_attention_heads")
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")
         native = {name: self._get(values, name) for name in names} | {
@@ -283,6 +297,11 @@ class Aquila(Original):
         native["num_key_value_heads"] = values.get("num_key_value_heads") or values["num_attention_heads"]
         scaling = dict(values.get("rope_scaling") or {})
         kind = scaling.pop("type", scaling.pop("rope_type", "default"))
+        if kind not in ("default", "linear"):
+            raise UserError(
+                f"model.path={self.path}: rope_scaling of type {kind!r} in its config.json has no native counterpart "
+                "that is known to be equal, only 'linear' has"
+            )
         theta = float(values.get("rope_theta", 10000.0))
         native["rope_parameters"] = {"rope_type": kind, "rope_theta": theta, **scaling}
         native |= {"hidden_act": values.get("hidden_act", "silu"), "attention_bias": False, "mlp_bias": False}

@@ -96,11 +96,12 @@ class Original(CausalLM):
 
         values = self.original_config()
         _, name, translated = self.native(values)
-        kept = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "initializer_range")
-        # Given even where absent: native configs name token ids of their own releases by default.
-        translated |= {key: values.get(key) for key in kept[:3]} | {k: values[k] for k in kept[3:] if k in values}
+        # Token ids are given even where absent: native configs name those of their own releases by default.
+        common = {name: values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        common |= {"tie_word_embeddings": values.get("tie_word_embeddings", False)}
+        common |= {name: values[name] for name in ("initializer_range",) if name in values}
         cls = getattr(native, name, None) or getattr(transformers, name)
-        return cls(**{"tie_word_embeddings": False} | translated)
+        return cls(**(common | translated))
 
     # ── tokenizer ──
 
@@ -149,7 +150,7 @@ class Original(CausalLM):
         from mft.model import native
 
         reader = getattr(native, self.native(self.original_config())[0])
-        model = self._load(reader, dtype, quantization, device_map, compute_dtype, config=self.config())
+        model = self._load(reader, dtype, quantization, device_map, compute_dtype, config=self.config(), whole=True)
         model.__class__ = reader.__bases__[0]
         model.config.architectures = [type(model).__name__]
         model.__dict__.pop("_weight_conversions", None)  # or saving would try to write the original names

@@ -32,7 +32,8 @@ def _check_folder(path: str, folder: Path) -> None:
         raise UserError(f"model.path={path} has no config.json, so it is not a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"model.path={path} has no *.safetensors file; pickled weights are not loaded, convert them first"
+            f"model.path={path} has no *.safetensors file"
+            + (f"; pickled weights are not loaded: run mft convert {path}" if any(folder.glob("*.bin")) else "")
         )
 
 
