@@ -29,7 +29,7 @@ class Origin:
 
     quantization: arguments of BitsAndBytesConfig, None for an unquantised base; dtype: of the base's unquantised
     weights while training, e.g. bfloat16; original: how a base in an original format is read (Original.options), None
-    for a native one.
+    for a native one; tokens: what was added to its vocabulary (CausalLM.new_tokens), None for nothing.
     """
 
     path: str
@@ -38,6 +38,7 @@ class Origin:
     dtype: str = "float32"
     quantization: dict[str, Any] | None = None
     original: dict[str, Any] | None = None
+    tokens: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, base: Any, family: CausalLM) -> Origin:
@@ -46,7 +47,8 @@ class Origin:
         dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
         quantization = quantization_settings(getattr(base.config, "quantization_config", None))
         original = family.options() if isinstance(family, Original) else None
-        return cls(family.source(), family.revision, family.fingerprint(), dtype, quantization, original)
+        made = (family.source(), family.revision, family.fingerprint(), dtype, quantization, original)
+        return cls(*made, tokens=family.new_tokens())
 
     @classmethod
     def read(cls, folder: Path, base: str | None = None) -> Origin:
@@ -67,10 +69,11 @@ class Origin:
 
     def family(self, trust_remote_code: bool = False) -> CausalLM:
         """Returns the base model; raises UserError when it is missing or is not the one that was trained on."""
+        where = {"path": self.path, "revision": self.revision, **(self.tokens or {})}
         family = (
-            from_options(self.original, path=self.path, revision=self.revision)
+            from_options(self.original, **where)
             if self.original
-            else CausalLM(self.path, self.revision, trust_remote_code=trust_remote_code)
+            else CausalLM(**where, trust_remote_code=trust_remote_code)
         )
         try:
             family.check()
@@ -188,9 +191,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 update it takes up by up to 2**-9 (bf16) or 2**-12 (fp16) of itself in every layer; a wrong merge is off by its whole
 effect."""
 
-TOLERANCE_8_BIT = 0.02
+TOLERANCE_8_BIT = 0.05
 """The same for an 8-bit base, whose layers round their inputs to 1/127 of the largest one in each row, which the merged
-model does not: up to 0.009 of the largest logit on the tiny models here, where the adapter's effect is about 1."""
+model does not: up to 0.021 of the largest logit on the tiny models here, where the adapter's effect is about 1."""
 
 PROBES = ("def add(a, b):\n    return a + b\n", "Explain what a hash table is.", "for i in range(10):\n    print(i)\n")
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
-from mft.model.parts import base_of, head_quirks, parameter_count
+from mft.model import tokens
+from mft.model.parts import base_of, head_logits, head_quirks, parameter_count
 from mft.model.router import coefficient, routed
 from mft.model.source import check_path, folder_fingerprint, refuse_original
 
@@ -43,7 +44,8 @@ class CausalLM:
     """Any causal LM of transformers.
 
     path: folder or hub name; revision: branch, tag or commit of a hub name; attention: see Attention;
-    gradient_checkpointing: auto | true | false; eos_token, pad_token: override the tokenizer's; lora_targets: module
+    gradient_checkpointing: auto | true | false; eos_token, pad_token: override the tokenizer's; add_tokens,
+    add_special_tokens: new ones, which are trained; pad_to_multiple_of: of the rows then; lora_targets: module
     names adapted by default ([] = all linear layers); shard_layers: class names of decoder layers ([] = the model's own
     list); router_coef: weight of a mixture of experts' balance loss (None = the model's own); trust_remote_code: run
     code that comes with the checkpoint; hint: what to do when a local path is missing.
@@ -55,6 +57,9 @@ class CausalLM:
     gradient_checkpointing: Any = "auto"
     eos_token: str | None = None
     pad_token: str | None = None
+    add_tokens: list[str] = field(default_factory=list)
+    add_special_tokens: list[str] = field(default_factory=list)
+    pad_to_multiple_of: int = 64
     lora_targets: list[str] = field(default_factory=list)
     shard_layers: list[str] = field(default_factory=list)
     router_coef: float | None = None
@@ -66,6 +71,7 @@ class CausalLM:
     def check(self) -> None:
         """Raises UserError for what can be known without loading: the path, the attention, gradient checkpointing."""
         self.checkpointing(parameters=0)
+        tokens.check(self.add_tokens, self.add_special_tokens, self.pad_to_multiple_of)
         if self.router_coef is not None and not self.router_coef >= 0:
             raise UserError(f"model.router_coef={self.router_coef}: it must be 0 (no balance loss) or larger")
         if self.attention not in Attention.__members__:
@@ -122,6 +128,7 @@ class CausalLM:
         known.
         """
         tokenizer = self.read_tokenizer()
+        self._add_tokens(tokenizer)
         eos = self.eos_token or tokenizer.eos_token or self._config_eos(tokenizer)
         if eos is None:
             raise UserError(
@@ -134,6 +141,16 @@ class CausalLM:
         pad = self.pad_token or tokenizer.pad_token or tokenizer.unk_token or eos
         tokenizer.pad_token = known_token(tokenizer, pad, "model.pad_token")
         return tokenizer
+
+    def _add_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Adds the new tokens and returns their ids."""
+        return tokens.add(tokenizer, self.add_tokens, self.add_special_tokens)
+
+    def new_tokens(self) -> dict[str, Any] | None:
+        """Returns the settings of new tokens, None where there are none."""
+        names = ("add_tokens", "add_special_tokens", "pad_to_multiple_of")
+        added = self.add_tokens or self.add_special_tokens
+        return {name: getattr(self, name) for name in names} if added else None
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the tokenizer as the checkpoint has it."""
@@ -209,6 +226,8 @@ class CausalLM:
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
+        if self.new_tokens():
+            tokens.widen(model, self._add_tokens(self.read_tokenizer()), self.pad_to_multiple_of)
         model.train()
         return model
 
@@ -249,7 +268,7 @@ class CausalLM:
         import torch
 
         base = base_of(model)
-        logits_nV: torch.Tensor = base.get_output_embeddings()(hidden_nH)
+        logits_nV: torch.Tensor = head_logits(base.get_output_embeddings(), hidden_nH)
         for name, value in head_quirks(base).items():
             if name == "logits_scaling":
                 logits_nV = logits_nV / value
@@ -273,9 +292,7 @@ class CausalLM:
         """
         if not routed(base):
             if self.router_coef:
-                raise UserError(
-                    f"model.router_coef={self.router_coef}: {type(base).__name__} has no router; remove it"
-                )
+                raise UserError(f"model.router_coef={self.router_coef}: {type(base).__name__} has no router; remove it")
             return 0.0
         return coefficient(base) if self.router_coef is None else float(self.router_coef)
 

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -26,6 +27,24 @@ def head_quirks(base: nn.Module) -> dict[str, float]:
     names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     values = {name: getattr(base.config, name, None) for name in names}
     return {n: float(v) for n, v in values.items() if isinstance(v, int | float) and not (v == 1 and n != names[2])}
+
+
+def head_logits(head: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
+    """Returns what an output layer makes of hidden states [n, H]: [n, V].
+
+    peft's adapter of new rows would copy the whole weight at each call; here only their logits are put in.
+    """
+    adapter = getattr(head, "token_adapter", None)
+    if adapter is None or adapter.disable_adapters or adapter.merged:
+        logits_nV: torch.Tensor = head(hidden_nH)
+        return logits_nV
+    import torch
+
+    ((name, rows),) = adapter.token_indices.items()
+    logits_nV = adapter.base_layer(hidden_nH)
+    new_nR = hidden_nH @ adapter.trainable_tokens_delta[name].T.to(hidden_nH.dtype)
+    index_R = torch.tensor(rows, device=new_nR.device)
+    return logits_nV.index_copy(1, index_R, new_nR.to(logits_nV.dtype))
 
 
 def whole_shape(parameter: Any) -> tuple[int, ...]:

@@ -188,10 +188,13 @@ class Lora(Full):
         """
         from peft import LoraConfig, PeftModel, get_peft_model
 
+        from mft.model.parts import base_of
         from mft.model.start import in_float32, remember
         from mft.model.targets import chosen, for_peft, whole_modules
+        from mft.model.tokens import check_same, trained_rows
 
         if self.path:
+            check_same(base_of(model), Path(self.path).expanduser())
             with without_notices():
                 model = PeftModel.from_pretrained(model, str(Path(self.path).expanduser()), is_trainable=True)
             self._tell_ignored(model.peft_config["default"])
@@ -201,6 +204,7 @@ class Lora(Full):
         self._check_places(model, places)
         saved, tied = whole_modules(model, self.modules_to_save, places)
         modules, parameters = for_peft(model, places)
+        rows = trained_rows(base_of(model), saved)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.rank,
@@ -209,6 +213,7 @@ class Lora(Full):
             target_modules=modules,
             target_parameters=parameters or None,
             modules_to_save=saved or None,
+            trainable_token_indices=rows,
             ensure_weight_tying=tied,
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,

@@ -1,0 +1,123 @@
+"""New tokens: added to the tokenizer, given rows in the embedding and the output layer, and trained."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NEW_ROWS = "mft_new_rows"
+"""Attribute of a loaded model: the rows of its embedding that no checkpoint has trained, those of new tokens and those
+that fill it up."""
+
+
+def check(plain: Sequence[str], special: Sequence[str], multiple: int) -> None:
+    """Raises UserError for lists of tokens that no tokenizer can take."""
+    for key, tokens in (("add_tokens", plain), ("add_special_tokens", special)):
+        for token in tokens:
+            if not isinstance(token, str) or not token.strip():
+                raise UserError(f"model.{key}: {token!r} is not a token; give texts that are not blank")
+    every = [*plain, *special]
+    twice = sorted({token for token in every if every.count(token) > 1})
+    if twice:
+        raise UserError(f"model.add_tokens and model.add_special_tokens name {twice[0]!r} more than once")
+    if multiple < 1:
+        raise UserError(f"model.pad_to_multiple_of={multiple} must be at least 1")
+
+
+def add(tokenizer: PreTrainedTokenizerBase, plain: Sequence[str], special: Sequence[str]) -> list[int]:
+    """Adds tokens to a tokenizer and returns their ids; text is matched as it stands, before any normalisation.
+
+    Raises UserError for one that is in the vocabulary already.
+    """
+    from transformers import AddedToken
+
+    vocabulary = tokenizer.get_vocab()
+    for key, tokens in (("add_tokens", plain), ("add_special_tokens", special)):
+        for token in tokens:
+            if token in vocabulary:
+                raise UserError(
+                    f"model.{key}: {token!r} is in the vocabulary already, as {vocabulary[token]}; remove it"
+                )
+        tokenizer.add_tokens([AddedToken(t, normalized=False, special=tokens is special) for t in tokens])
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in (*plain, *special)]
+
+
+def widen(model: Any, ids: Sequence[int], multiple: int) -> None:
+    """Gives a plain model rows for the ids, its size a multiple of `multiple` if it has to grow.
+
+    All rows that are new begin as the mean of the known ones: a row of zeros or noise would be as likely as any token.
+    It is computed, not drawn, so a base that is widened again is the same.
+    """
+    import torch
+
+    from mft.model.parts import is_tied, whole_shape
+
+    rows = whole_shape(model.get_input_embeddings().weight)[0]
+    known, needed = min(min(ids), rows), max(ids) + 1
+    if needed > rows:
+        model.resize_token_embeddings(math.ceil(needed / multiple) * multiple, mean_resizing=False)
+    size = whole_shape(model.get_input_embeddings().weight)[0]
+    new = sorted({*ids, *range(rows, size)})
+    ends = [model.get_input_embeddings()] + ([] if is_tied(model) else [model.get_output_embeddings()])
+    with torch.no_grad():
+        for end in ends:
+            for values in (end.weight, getattr(end, "bias", None)):
+                if values is not None:
+                    values[new] = values[:known].float().mean(0).to(values.dtype)
+    setattr(model, NEW_ROWS, new)
+
+
+def trained_rows(base: Any, saved: Sequence[str]) -> dict[str, list[int]] | None:
+    """Returns `trainable_token_indices` of a LoraConfig for a model that was widened, None for any other.
+
+    saved: paths of modules trained whole, which need none. An embedding's adapter holds the new rows alone: what is
+    trained, kept by the optimizer and saved is a row a token. Raises UserError for an output layer that peft would
+    compute differently.
+    """
+    from torch import nn
+
+    from mft.model.parts import is_tied
+
+    new = getattr(base, NEW_ROWS, None)
+    if not new:
+        return None
+    head = base.get_output_embeddings()
+    paths = {id(module): path for path, module in base.named_modules()}
+    ends = {paths[id(end)]: end for end in (base.get_input_embeddings(), head)}
+    left = {path: end for path, end in ends.items() if path not in saved}
+    if head in left.values() and (type(head) is not nn.Linear or head.bias is not None):
+        raise UserError(
+            f"model.add_tokens: the output layer of {type(base).__name__} is more than a matrix, so single rows of it "
+            f"cannot be trained; train it whole with peft.modules_to_save=[{paths[id(head)]}], or use peft=full"
+        )
+    if is_tied(base):  # peft ties the other one by itself
+        left = {path: end for path, end in left.items() if end is not head}
+    return dict.fromkeys(left, new) or None
+
+
+def check_same(base: Any, adapter: Path) -> None:
+    """Raises UserError unless an adapter to start from was trained with the new tokens of `base`, or with none."""
+    from mft.model.parts import whole_shape
+
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    indices = config.get("trainable_token_indices") or {}
+    theirs = {row for rows in (indices.values() if isinstance(indices, dict) else [indices]) for row in rows}
+    ours = set(getattr(base, NEW_ROWS, ()))
+    whole = {path.rpartition(".")[2] for path in config.get("modules_to_save") or ()}
+    embedding = next(n for n, m in base.named_modules() if m is base.get_input_embeddings())
+    if not theirs and (not ours or embedding.rpartition(".")[2] in whole):
+        return
+    if theirs != ours or max(theirs) >= whole_shape(base.get_input_embeddings().weight)[0]:
+        raise UserError(
+            f"peft.path={adapter} was trained with {len(theirs) or 'no'} new rows of the embedding, not with "
+            f"{len(ours) or 'none'}: give the same model.add_tokens and model.add_special_tokens as its run"
+        )
