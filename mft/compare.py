@@ -111,7 +111,8 @@ def verdicts(groups: Sequence[Group]) -> tuple[list[str], str]:
         return words, f"{told} One setting only: nothing to compare it with."
     if any(words[i] != "higher" for i in ranked[1:]):
         near = sum(words[i] != "higher" for i in ranked[1:])
-        return words, f"{told} No winner: {near} more are not told apart from the lowest (less than 2 standard errors)."
+        more = "one more is" if near == 1 else f"{near} more are"
+        return words, f"{told} No winner: {more} not told apart from the lowest (less than 2 standard errors)."
     return words, f"{told} {groups[ranked[0]].label} is lower than all others by more than 2 standard errors."
 
 

@@ -3,8 +3,6 @@
 import json
 import logging
 import math
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from mft.errors import UserError
 from mft.tracking.delivery import sync
 from mft.tracking.mlflow import Mlflow
 from mft.tracking.store import client_for
+from tests.tracking.server import free_port, kill_server, start_server
 
 CONFIG = {"optimizer": {"lr": 1e-5}, "task": {"docs": {"weight": 2.0}}}
 
@@ -251,31 +250,9 @@ def test_a_run_killed_by_force_is_taken_up_again(store, run_dir):
     assert recorded(run_dir)[0].info.status == "FINISHED"
 
 
-def start_server(store, port):
-    """A real `mlflow server`, waited for until it answers."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{store}/mlflow.db", "--artifacts-destination", f"{store}/served"]
-    process = subprocess.Popen(command, cwd=store, start_new_session=True, stdout=subprocess.DEVNULL, stderr=-3)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            probe.settimeout(1)
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return process
-        time.sleep(0.3)
-    raise AssertionError("mlflow server did not start")
-
-
-def kill_server(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
 def test_a_server_killed_and_started_again_loses_nothing(run_dir, store):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = start_server(store, port)
     try:
         (run_dir / "config.yaml").write_text("a: 1\n")
