@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,56 +15,11 @@ from mft.loss.famo import Famo
 from mft.loss.lbtw import Lbtw
 from mft.loss.self_paced import SelfPaced
 from mft.loss.uncertainty import Uncertainty
-from tests.loss.layout import padded, pieces, step
-
-FIXTURES = Path(__file__).parent.parent / "fixtures" / "losses"
+from tests.loss.fixtures import FIXTURES, losses, original_probe, started
 
 
 def fixtures(pattern: str):
     return pytest.mark.parametrize("path", sorted(FIXTURES.glob(pattern)), ids=lambda path: path.stem)
-
-
-def started(loss, tasks, weights=None):
-    loss.start([f"t{i}" for i in range(tasks)], weights or [1.0] * tasks)
-    return loss
-
-
-def losses(values):
-    return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float64)
-
-
-def original_probe(row):
-    """A probe of the original, where 0 stands for an absent task."""
-    return losses([value or None for value in row])
-
-
-@fixtures("coba_*.json")
-def test_coba_variant_mftcoder_has_the_originals_weights(path):
-    record = json.loads(path.read_text())
-    hyper, interval = record["hyper"], record["hyper"]["coba_update_interval"]
-    loss = started(
-        Coba("mftcoder", hyper["coba_warmup_steps"], hyper["coba_history_length"], hyper["coba_tau"], interval),
-        record["K"],
-    )
-    loss.learn(1, valid_K=torch.ones(record["K"]))  # the fixtures hold ratios already
-    expected = {entry["step"]: entry for entry in record["steps"]}
-    rows, compared = record["val_loss_ratio"], 0
-    for step_number in range(2, len(rows) + 1):
-        if loss.wants_probe(step_number):
-            update = step_number - 1
-            logged = loss.learn(step_number, valid_K=original_probe(rows[update]))
-            if (entry := expected.get(update + interval)) is not None:
-                compared += 1
-                assert loss.weight_K.numpy() == pytest.approx(entry["weights"], abs=1e-6)
-                assert [logged[f"coba/slope/t{i}"] for i in range(record["K"])] == pytest.approx(
-                    entry["slopes"], abs=1e-12
-                )
-                assert logged["coba/df"] == pytest.approx(entry["replica"]["df"], rel=1e-9)
-                assert [logged[f"coba/rcs/t{i}"] for i in range(record["K"])] == pytest.approx(entry["replica"]["rcs"])
-                assert [logged[f"coba/acs/t{i}"] for i in range(record["K"])] == pytest.approx(entry["replica"]["acs"])
-            else:
-                assert loss.weight_K.tolist() == pytest.approx([1 / record["K"]] * record["K"]) or compared
-    assert compared == len(record["steps"])
 
 
 def paper_coba(table, warmup, length, tau):
@@ -151,29 +105,6 @@ def test_static_weights_hold_until_warm_up_ends(kind):
         assert (loss.weight_K.tolist() == [0.75, 0.25]) == (number < 5)
 
 
-@fixtures("selfpaced_*.json")
-def test_self_paced_has_the_originals_weights(path):
-    record = json.loads(path.read_text())
-    hyper, interval, tasks = record["hyper"], record["hyper"]["selfpaced_interval"], record["K"]
-    length = hyper["selfpaced_history_length"]
-    loss = started(SelfPaced(hyper["selfpaced_scale_factor"], length, length, interval), tasks)
-    expected = {entry["step"]: entry for entry in record["steps"]}
-    compared = 0
-    for update, row in enumerate(record["val_loss"]):
-        if not loss.wants_probe(update + 1):
-            continue
-        row = np.array(row, dtype=np.float32).tolist()  # the original was fed float32
-        logged = loss.learn(update + 1, valid_K=original_probe(row))
-        if (entry := expected.get(update + interval)) is not None:
-            compared += 1
-            replica = entry["replica64"]
-            assert loss.weight_K.numpy() == pytest.approx(entry["weights"], abs=1e-4)
-            assert loss.weight_K.numpy() == pytest.approx(replica["weights"], abs=1e-8)
-            slopes = [logged[f"self_paced/slope/t{i}"] * interval for i in range(tasks)]  # theirs are per probe
-            assert slopes == pytest.approx(replica["slopes"], abs=1e-8)
-    assert compared == len(record["steps"])
-
-
 @pytest.mark.parametrize("length", [10, 100])
 def test_slopes_are_right_at_step_100_000(length):
     loss = started(SelfPaced(warmup_steps=3, history_length=length), 2)
@@ -210,24 +141,6 @@ def test_impossible_windows_name_the_number_to_change(kind, values, told):
 def test_unknown_variant_is_told():
     with pytest.raises(UserError, match=r"loss\.variant is 'papr'; .*did you mean paper"):
         Coba(variant="papr")
-
-
-@fixtures("famo_*.json")
-def test_famo_has_the_authors_numbers(path):
-    record = json.loads(path.read_text())
-    tasks, hyper, rows = record["K"], record["hyper"], record["task_losses"]
-    loss = started(Famo(lr=hyper["w_lr"], weight_decay=hyper["gamma"]), tasks)
-    samples = pieces(range(tasks), [[True]] * tasks)
-    for number, entry in enumerate(record["steps"], start=1):
-        nll_all = torch.tensor(rows[number - 1], dtype=torch.float64, requires_grad=True)
-        value = step(loss, nll_all, [[padded(samples)]])
-        (grad,) = torch.autograd.grad(value, nll_all)
-        assert value.item() == pytest.approx(entry["weighted_loss"], abs=2e-6)
-        assert grad.numpy() == pytest.approx(entry["d_loss_d_task_loss"], abs=2e-6)
-        logged = loss.learn(number, train_K=nll_all.detach())
-        assert [logged[f"famo/z/t{i}"] for i in range(tasks)] == pytest.approx(entry["z"], abs=2e-6)
-        loss.learn(number, repeat_K=losses(rows[number]))
-        assert loss.xi_K == pytest.approx(entry["logits_after"], abs=5e-6)
 
 
 def test_famo_leaves_absent_tasks_alone_and_favours_the_slower_ones():
