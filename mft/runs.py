@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from mft import rundir
 from mft.errors import UserError, nearest
+from mft.results import Run, flat, read_run
+from mft.sweep import RECORD
 
 ROOTS = ("outputs", "multirun")
 """Where runs are looked for when no folder is named."""
@@ -25,7 +29,10 @@ def found(args: Sequence[str]) -> list[Path]:
 
 
 def runs(args: Sequence[str]) -> None:
-    """mft runs [DIR …]: lists runs and the jobs of sweeps (in outputs/ and multirun/) with state, age and best loss."""
+    """mft runs [DIR …]: lists runs and sweeps (in outputs/ and multirun/) with state, age, best losses and folder.
+
+    A sweep has one line; its jobs are listed by naming its folder.
+    """
     if "-h" in args or "--help" in args:
         print(runs.__doc__)
         return
@@ -33,31 +40,59 @@ def runs(args: Sequence[str]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mft.results import read_run
-
     folders = found(args)
     if not folders:
         print("no runs here")
         return
-    table = Table(title=f"{len(folders)} runs", title_justify="left")
-    for column in ("folder", "state", "age", "steps", "best", "what"):
-        table.add_column(column, overflow="fold")
+    named = {Path(arg).resolve() for arg in args}
+    sweeps: dict[Path, list[Path]] = {}
+    rows = []
     for folder in folders:
-        run, known = read_run(folder), rundir.read_json(folder / "overrides.json")
-        best = run.best("mean")
-        step = max((int(row["step"]) for row in run.rows), default=0)
-        total = rundir.read_json(folder / "plan.json").get("total_steps", "?")
-        what = known.get("label") or " ".join(known.get("overrides", []))
-        row = [os.path.relpath(folder), run.state, age(folder), f"{step}/{total}", f"{best:.4f}" if best else "", what]
+        inside = (folder.parent / RECORD).exists() and folder.parent.resolve() not in named
+        sweeps.setdefault(folder.parent if inside else folder, []).append(folder)
+    for folder, members in sweeps.items():
+        rows.append(_run_row(folder) if members == [folder] else _sweep_row(folder, members))
+    table = Table(title=f"{len(rows)} runs and sweeps", title_justify="left")
+    for column in ("folder", "state", "age", "steps", "best", "of each task", "what"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console = Console(highlight=False)
     (console if console.is_terminal else Console(highlight=False, width=180)).print(table)
 
 
-def age(folder: Path) -> str:
-    """Returns how long ago a run last wrote something."""
-    files = [folder / name for name in ("metrics.jsonl", "summary.json", "identity.json")]
-    seconds = time.time() - max(file.stat().st_mtime for file in files if file.exists())
+def _run_row(folder: Path) -> list[str]:
+    run, known = read_run(folder), rundir.read_json(folder / "overrides.json")
+    step = max((int(row["step"]) for row in run.rows), default=0)
+    total = rundir.read_json(folder / "plan.json").get("total_steps", "?")
+    what = known.get("label") or " ".join(known.get("overrides", []))
+    return [os.path.relpath(folder), run.state, age([folder]), f"{step}/{total}", *_best(run), what]
+
+
+def _sweep_row(folder: Path, members: Sequence[Path]) -> list[str]:
+    """One line for all jobs: how many are in which state, and the best of them."""
+    jobs = [read_run(member) for member in members]
+    counts = Counter(job.state for job in jobs)
+    state = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    judged = [(value, place) for place, job in enumerate(jobs) if (value := job.best("mean")) is not None]
+    best = min(judged)[1] if judged else None
+    label = "" if best is None else rundir.read_json(members[best] / "overrides.json").get("label", "")
+    what = f"sweep of {len(jobs)} jobs" + (f", best: {label}" if label else "")
+    return [os.path.relpath(folder), state, age(members), "", *(["", ""] if best is None else _best(jobs[best])), what]
+
+
+def _best(run: Run) -> list[str]:
+    """Returns the lowest mean of the tasks' validation losses, and the lowest of each task."""
+    value = run.best("mean")
+    by_task = [f"{task} {best:.3f}" for task in run.tasks if (best := run.best(task)) is not None]
+    return ["" if value is None else f"{value:.4f}", " · ".join(by_task)]
+
+
+def age(folders: Sequence[Path]) -> str:
+    """Returns how long ago runs last wrote something."""
+    names = ("metrics.jsonl", "summary.json", "identity.json")
+    times = [(folder / name).stat().st_mtime for folder in folders for name in names if (folder / name).exists()]
+    seconds = time.time() - max(times)
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
@@ -65,7 +100,7 @@ def age(folder: Path) -> str:
 
 
 def show(args: Sequence[str]) -> None:
-    """mft show RUN: prints a run's state, what its config changes of the defaults, its losses, and where things are."""
+    """mft show RUN: prints a run's state and losses, what its config changes of the defaults, and where things are."""
     if not args or "-h" in args or "--help" in args:
         print(show.__doc__)
         return
@@ -74,17 +109,15 @@ def show(args: Sequence[str]) -> None:
         raise UserError(f"{folder} is not a run folder: it has no config.yaml (mft runs lists the runs).")
     from rich.console import Console
 
-    from mft.compose import compose_resolved
     from mft.progress import losses_table, settings_table
-    from mft.results import flat, read_run
-    from mft.run import plain
 
-    run = read_run(folder)
-    console = Console(highlight=False, markup=True)
-    defaults = flat(plain(compose_resolved([])))
-    changed = [(k, f"{v}  (default {defaults.get(k, '-')})") for k, v in run.values.items() if defaults.get(k) != v]
-    console.print(settings_table(changed, "changed from the defaults"))
-    summary = rundir.read_json(folder / "summary.json")
+    run, summary = read_run(folder), rundir.read_json(folder / "summary.json")
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    seconds, memory = summary.get("seconds"), summary.get("peak_memory_gib")
+    took = "" if seconds is None else f", took {seconds:.0f} s and {memory:.1f} GiB at most"
+    console.print(settings_table([("state", f"{run.state}, {_run_row(folder)[3]} steps{took}")], str(folder)))
+    changed = [(key, f"{_escaped(value)}  [dim]{_escaped(default)}[/]") for key, value, default in changes(run)]
+    console.print(settings_table(changed, "changed from the defaults (dim: the default)"))
     prefix = "valid/loss/"
     first, last, best = (
         {k.removeprefix(prefix): v for k, v in summary.get(part, {}).items() if k.startswith(prefix)}
@@ -92,11 +125,42 @@ def show(args: Sequence[str]) -> None:
     )
     if last:
         console.print(losses_table(first, last, best, summary["best"].get("step", 0)))
-    rows = [("state", run.state), ("command", run.command), ("config", folder / "config.yaml")]
-    rows += [(name, summary[key]) for name, key in (("final", "final"), ("error", "error")) if summary.get(key)]
-    rows += [("output", p) for p in [folder / "log" / "output.txt"] if p.exists()]
-    rows += [("pictures", folder / "report")] if (folder / "report").exists() else []
-    console.print(settings_table([(a, str(b).replace("[", "\\[")) for a, b in rows], str(folder)), soft_wrap=True)
+    places = {
+        "config": folder / "config.yaml",
+        "metrics": folder / "metrics.jsonl",
+        "model": folder / "final",
+        "checkpoints": folder / "checkpoints",
+        "pictures": folder / "report",
+        "output": folder / "log" / "output.txt",
+        "traceback": folder / "log" / "traceback.txt",
+    }
+    rows = [(name, _escaped(path)) for name, path in places.items() if path.exists()]
+    rows += [("error", _escaped(summary["error"]))] if summary.get("error") else []
+    console.print(settings_table([*rows, ("again", _escaped(run.command))], "where things are"), soft_wrap=True)
+
+
+def _escaped(text: object) -> str:
+    return str(text).replace("[", "\\[")
+
+
+def changes(run: Run) -> list[tuple[str, str, str]]:
+    """Returns (key, value, default): the options taken, then values that are not those of the option that was taken."""
+    from mft.compose import compose_resolved
+    from mft.run import plain
+
+    def composed(overrides: Sequence[str]) -> dict[str, str]:
+        return flat(plain(compose_resolved(overrides)))
+
+    defaults = composed([])
+    options = {k: v for k, v in run.values.items() if "." not in k and k in defaults and k not in ("task", "train")}
+    taken = [(key, value, defaults[key]) for key, value in options.items() if value != defaults[key]]
+    try:
+        base = composed([f"{key}={value}" for key, value, _ in taken])
+    except UserError:  # an option of the user's own folder, which is not known here
+        base = defaults
+    others = {k: v for k, v in run.values.items() if k not in options and not k.endswith("cache_dir")}
+    given = [(k, v, base.get(k, "-")) for k, v in others.items() if base.get(k) != v]
+    return [*taken, *given]
 
 
 def tracking(args: Sequence[str]) -> None:
@@ -118,7 +182,9 @@ def tracking(args: Sequence[str]) -> None:
     from mft.tracking.delivery import mark_killed, sync
 
     failures = []
-    spooled = [folder for folder in found(words) if (folder / "mlflow.spool.jsonl").exists()]
+    folders = found(words)
+    sweeps = dict.fromkeys(folder.parent for folder in folders if (folder.parent / RECORD).exists())  # their reports
+    spooled = [folder for folder in (*folders, *sweeps) if (folder / "mlflow.spool.jsonl").exists()]
     for folder in spooled:
         state = rundir.state(folder)
         if state == "running":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -54,6 +55,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     with FileLock(root / "swept.lock"):
         if not work.exists():
             sweeping.two_tasks(work)
+            git = ["git", "-c", "user.name=mft", "-c", "user.email=mft@localhost"]
+            for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "What the runs are tagged with"]):
+                subprocess.run([*git, *words], cwd=work, check=True)
             axes = ["loss=task_token_mean,coba", "train.seed=1,2", "optimizer.lr=2e-3", "train.eval_every=2"]
             trackers = ["tracking=[mlflow,tensorboard]", "tracking.tensorboard.dir=tb"]
             given = [*sweeping.FAST, *axes, *trackers, "tracking.mlflow.system_metrics=true", "launch.jobs=2"]

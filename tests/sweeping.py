@@ -53,6 +53,14 @@ def until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: flo
         time.sleep(0.1)
 
 
+def until_nothing_runs(work: Path, seconds: float = 60) -> None:
+    """Waits until supervisors and ranks have seen that the sweep's process was killed."""
+    deadline = time.monotonic() + seconds
+    while "running" in states(work).values():
+        assert time.monotonic() < deadline, "something lives on"
+        time.sleep(0.2)
+
+
 def runs(work: Path) -> list[Path]:
     """Returns the folders of all jobs, oldest first."""
     return rundir.runs_under(work / "multirun")

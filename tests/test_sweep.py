@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from mft import cli, rundir
 from mft.checkpoint import newest
 from mft.sweep import sweep_id
-from tests.sweeping import FAST, mft, runs, start, states, two_tasks, until
+from tests.sweeping import FAST, mft, runs, start, states, two_tasks, until, until_nothing_runs
 
 AXES = ["loss=task_token_mean,coba", "optimizer.lr=1e-3,2e-3,3e-3", "train.seed=1,2"]
 EVERY_TEN = ["train.eval_every=10", "train.save_every=10", "train.log_every=10"]
@@ -38,10 +37,7 @@ def test_twelve_jobs_killed_in_the_middle_and_resumed(work: Path) -> None:
     until(lambda: len(finished(work)) >= 4, sweep)
     sweep.send_signal(signal.SIGKILL)
     sweep.communicate()
-    deadline = time.monotonic() + 30  # supervisors and ranks see it gone
-    while "running" in states(work).values() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert "running" not in states(work).values(), "something lives on"
+    until_nothing_runs(work)
     before = finished(work)
     assert 4 <= len(before) < 12
     code, said = mft(work, "sweep", "resume", "multirun/debug")

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from mft import cli, rundir
 from mft.errors import UserError
 from mft.tracking.delivery import sync
-from mft.tracking.mlflow import Mlflow
+from mft.tracking.mlflow import PATIENCE, Mlflow
 from mft.tracking.store import client_for
 from tests.tracking.server import free_port, kill_server, start_server
+
+FEW_SECONDS = 3 * PATIENCE
+"""What a store that is down may cost: the code waits PATIENCE at most, the rest is for a machine that is busy."""
 
 CONFIG = {"optimizer": {"lr": 1e-5}, "task": {"docs": {"weight": 2.0}}}
 
@@ -38,6 +42,19 @@ def run_dir(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     return folder
+
+
+def close(tracks, run_dir, status="finished"):
+    """Closes and waits until all has arrived: `close` leaves to sync what takes a busy disk longer than PATIENCE."""
+    tracks.close(status)
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            return sync(run_dir)
+        except UserError:  # the sender is still at it
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def recorded(run_dir, uri=None):
@@ -66,7 +83,7 @@ def test_a_run_is_there_with_all_it_was_given(tracker, run_dir, store):
     for step in (1, 2, 3):
         tracks.log(step, {"train/loss": 1 / step, "valid/loss/docs": 2.0})
     tracks.artifact(run_dir / "report")
-    tracks.close("finished")
+    close(tracks, run_dir)
     run, _ = recorded(run_dir)
     assert run.info.status == "FINISHED" and run.info.run_name == "loss=coba"
     assert run.data.params == {"optimizer.lr": "1e-05", "task.docs.weight": "2.0"}
@@ -83,7 +100,7 @@ def test_a_run_is_there_with_all_it_was_given(tracker, run_dir, store):
 def test_how_it_ended(tracker, run_dir, status, shown):
     tracks = tracker()
     tracks.open(run_dir, {}, {})
-    tracks.close(status)
+    close(tracks, run_dir, status)
     assert recorded(run_dir)[0].info.status == shown
 
 
@@ -93,7 +110,7 @@ def test_many_and_long_and_refused(tracker, run_dir):
     tracks = tracker()
     tracks.open(run_dir, config, {"long": "t" * 20_000, "a[b]": "x"})
     tracks.log(1, {"valid/pass@1": 0.5, "a[1]=b": 1.0, "../up": 2.0, "nan": math.nan, "inf": math.inf})
-    tracks.close("finished")
+    close(tracks, run_dir)
     run, _ = recorded(run_dir)
     assert len(run.data.params) == 2501 and run.data.params["group3.key_at_7"] == "7"
     assert run.data.metrics["valid/pass_at_1"] == 0.5 and len(run.data.metrics) == 5
@@ -105,7 +122,7 @@ def test_a_resumed_run_goes_on_without_doubled_points(tracker, run_dir):
     first.open(run_dir, CONFIG, {})
     for step in (1, 2, 3, 4):
         first.log(step, {"train/loss": float(step)})
-    first.close("failed")
+    close(first, run_dir, "failed")
     before = recorded(run_dir)[0].info.run_id
     with (run_dir / "mlflow.spool.jsonl").open("a") as file:
         file.write('{"kind": "metr')  # a line the killed process did not finish
@@ -113,7 +130,7 @@ def test_a_resumed_run_goes_on_without_doubled_points(tracker, run_dir):
     again.open(run_dir, {"optimizer": {"lr": 2e-5}, "new": 1}, {}, step=2)
     for step in (3, 4, 5):
         again.log(step, {"train/loss": float(step), "valid/loss/docs": 1.0})
-    again.close("finished")
+    close(again, run_dir)
     run, client = recorded(run_dir)
     assert run.info.run_id == before and run.info.status == "FINISHED"
     assert history(run_dir, "train/loss") == [(step, float(step)) for step in (1, 2, 3, 4, 5)]
@@ -127,7 +144,7 @@ def test_what_was_sent_without_being_noted_is_not_doubled(tracker, run_dir):
     tracks = tracker()
     tracks.open(run_dir, CONFIG, {})
     tracks.log(1, {"train/loss": 1.0})
-    tracks.close("finished")
+    close(tracks, run_dir)
     before = recorded(run_dir)[0].info.run_id
     uri = json.loads((run_dir / "mlflow.json").read_text())["uri"]
     (run_dir / "mlflow.json").unlink()  # as if killed between sending and noting it
@@ -140,7 +157,7 @@ def test_the_whole_run_can_be_sent_to_another_store(tracker, run_dir, tmp_path):
     tracks = tracker()
     tracks.open(run_dir, CONFIG, {})
     tracks.log(1, {"train/loss": 1.0})
-    tracks.close("finished")
+    close(tracks, run_dir)
     other = f"sqlite:///{tmp_path}/other.db"
     assert sync(run_dir, other) == 3
     assert history(run_dir, "train/loss", other) == [(1, 1.0)]
@@ -153,20 +170,44 @@ def test_a_model_is_kept_only_where_it_is_to_be_registered(tracker, run_dir):
         tracks = tracker(register_as=name)
         tracks.open(run_dir, {}, {})
         tracks.model(run_dir / "final")
-        tracks.close("finished")
+        close(tracks, run_dir)
         assert artifacts(run_dir) == (set() if name is None else {"final"})
     run, client = recorded(run_dir)
     (version,) = client.search_model_versions("name = 'code-model'")
     assert version.run_id == run.info.run_id and version.source.endswith("/final")
 
 
+def test_checkpoints_are_kept_on_request(tracker, run_dir):
+    (run_dir / "checkpoints" / "step-2").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step-2" / "COMPLETE").write_text("")
+    for wanted in (False, True):
+        tracks = tracker(checkpoints=wanted)
+        tracks.open(run_dir, {}, {})
+        tracks.checkpoint(run_dir / "checkpoints" / "step-2")
+        close(tracks, run_dir)
+        assert artifacts(run_dir) == ({"checkpoints"} if wanted else set())
+    assert artifacts(run_dir, "checkpoints/step-2") == {"checkpoints/step-2/COMPLETE"}
+
+
+def test_the_report_of_a_sweep_is_a_run_without_points_and_is_renewed(tracker, run_dir):
+    for text in ("first", "second"):  # the sweep goes on, and its report is written again
+        (run_dir / "report.html").write_text(text)
+        tracker().report(run_dir, run_dir / "report.html", {"sweep": "abc", "name": "small"})
+        sync(run_dir)
+    run, client = recorded(run_dir)
+    assert run.info.run_name == "report of sweep abc" and run.data.tags["sweep"] == "abc"
+    assert not run.data.metrics and not run.data.params
+    assert Path(client.download_artifacts(run.info.run_id, "report.html")).read_text() == "second"
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
 def test_system_metrics_on_request(tracker, run_dir):
     tracks = tracker(system_metrics=True)
     tracks.open(run_dir, {}, {})
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while '"system/' not in (run_dir / "mlflow.spool.jsonl").read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
-    tracks.close("finished")
+    close(tracks, run_dir)
     assert "system/cpu_utilization_percentage" in recorded(run_dir)[0].data.metrics
 
 
@@ -193,14 +234,14 @@ def test_a_server_that_is_down_costs_little_and_is_told_once(tracker, run_dir, c
     start = time.monotonic()
     tracks = tracker(uri="http://127.0.0.1:9")
     tracks.open(run_dir, CONFIG, {})
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < FEW_SECONDS
     start = time.monotonic()
     for step in range(1000):
         tracks.log(step, {"train/loss": 1.0})
     assert time.monotonic() - start < 2
     start = time.monotonic()
     tracks.close("finished")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < FEW_SECONDS
     assert [record.message.count("training goes on") for record in caplog.records].count(1) == 1
     assert "mft tracking sync" in caplog.text
     assert sync(run_dir, tracker().where().split()[3]) == 1002
@@ -215,7 +256,7 @@ def test_a_server_that_never_answers_costs_little(tracker, run_dir):
         tracks = tracker(uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
         tracks.open(run_dir, CONFIG, {})
         tracks.close("finished")
-        assert time.monotonic() - start < 7
+        assert time.monotonic() - start < 2 * FEW_SECONDS
 
 
 def test_nothing_to_send():
@@ -226,7 +267,7 @@ def test_nothing_to_send():
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from mft.tracking.mlflow import Mlflow
+from mft.tracking.mlflow import PATIENCE, Mlflow
 tracker = Mlflow(store=sys.argv[1], experiment="killed")
 tracker.open(Path(sys.argv[2]), {}, {})
 for step in range(1, 51):
@@ -238,14 +279,19 @@ os._exit(9)
 """
 
 
-def test_a_run_killed_by_force_is_taken_up_again(store, run_dir):
+def test_a_run_killed_by_force_is_marked_and_taken_up_again(store, run_dir, capsys):
     subprocess.run([sys.executable, "-c", KILLED, str(store), str(run_dir)], check=False)
     assert recorded(run_dir)[0].info.status == "RUNNING"
+    rundir.Identity("a", "b").write(run_dir)
+    cli.main(["tracking", "sync", str(run_dir)])
+    assert "marked as failed" in capsys.readouterr().out and recorded(run_dir)[0].info.status == "FAILED"
+    cli.main(["tracking", "sync", str(run_dir)])
+    assert "0 records and files sent\n" in capsys.readouterr().out
     again = Mlflow(store=str(store), experiment="killed")
     again.open(run_dir, {}, {}, step=30)
     for step in range(31, 61):
         again.log(step, {"train/loss": float(step)})
-    again.close("finished")
+    close(again, run_dir)
     assert history(run_dir, "train/loss") == [(step, float(step)) for step in range(1, 61)]
     assert recorded(run_dir)[0].info.status == "FINISHED"
 
@@ -280,7 +326,7 @@ def test_a_server_killed_and_started_again_loses_nothing(run_dir, store):
         log(range(501, 521))
         start = time.monotonic()
         tracks.close("finished")
-        assert time.monotonic() - start < 5 and slowest < 1
+        assert time.monotonic() - start < FEW_SECONDS and slowest < 1
         server = start_server(store, port)
         assert sync(run_dir) > 0
         run, _ = recorded(run_dir)
