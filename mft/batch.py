@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy
@@ -32,18 +32,32 @@ class Message:
     pair: bool = False
 
 
+class Span(NamedTuple):
+    """The tokens start..stop-1 of a sample, for rows that cut samples."""
+
+    sample: int
+    start: int
+    stop: int
+
+
+Row = list[int | Span]
+"""Numbers of the whole samples in one row, or spans of samples; [] is a row of padding."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One tokenised training sample.
+    """One tokenised training sample, or a span of one.
 
     ids_S: int32 token ids; trained_S: bool, True where the token is a training target; task: its index (0..K-1);
-    index: its number inside the task's store, by which reports name its file and line.
+    index: its number inside the task's store, by which reports name its file and line; following: the id that comes
+    after a span where that is a training target, else IGNORE.
     """
 
     ids_S: numpy.ndarray
     trained_S: numpy.ndarray
     task: int
     index: int = -1
+    following: int = IGNORE
 
 
 @dataclass(frozen=True, slots=True)

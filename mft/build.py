@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from mft.config import batch_sizes
-from mft.data.settings import Mixture
+from mft.data.settings import LongSamples, Mixture
 from mft.data.task import all_tasks
 from mft.errors import UserError, nearest, shortened
 from mft.metrics import BEST
@@ -202,6 +202,7 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
             "choose dist=fsdp, zero2 or ddp"
         )
     for name in cfg.task:
+    _check_rows(components["data.rows"], components["loss"], cfg.data.long_samples)
         task = components[f"task.{name}"]
         _check_share(name, task.share, cfg.data.mixture)
         if task.weight < 0:
@@ -209,6 +210,19 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
 
 
 def _check_share(name: str, share: float | None, mixture: Mixture) -> None:
+def _check_rows(rows: Any, loss: Any, long_samples: LongSamples) -> None:
+    if rows.cuts_samples and loss.by_sample:
+        raise UserError(
+            f"loss: {type(loss).__name__} counts whole samples, but the rows of data=concat cut them; choose a mode "
+            "that counts tokens, e.g. loss=token_mean or loss=task_token_mean, or data=pack."
+        )
+    if long_samples is LongSamples.keep and not rows.cuts_samples:
+        raise UserError(
+            "data.long_samples=keep is for rows that cut samples (data=concat); choose drop, truncate_left, "
+            "truncate_right, split_turns or error."
+        )
+
+
     if share is None:
         return
     if not (share >= 0 and math.isfinite(share)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,13 @@ from omegaconf import DictConfig
 from mft import rundir
 from mft.data import report
 from mft.data.duplicates import settle
+from mft.data.formats import Text
 from mft.data.settings import DataSettings
 from mft.data.store import Store, prepare
 from mft.data.task import Task, all_tasks
 from mft.data.template import adopt, named
 from mft.data.tokenize import Encoder
+from mft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +61,19 @@ def dataset(
     adopt(tokenizer, template)
     tasks = all_tasks({name: make(f"task.{name}") for name in cfg.task}, list(data.paths))
     encoder = Encoder(tokenizer, template)
+    if make("data.rows").cuts_samples:
+        _check_texts(tasks)
     stores = [prepare(task, encoder, data, cfg.cache_dir, first) for task in tasks]
     settle(stores, data.duplicates)
     return Dataset(tasks, stores, encoder)
+
+
+def _check_texts(tasks: Sequence[Task]) -> None:
+    """Raises UserError for a task whose rows are no plain text: cut anywhere, an answer would lose its question."""
+    for task in tasks:
+        name, found = task.settled_format()
+        if not isinstance(found, Text):
+            raise UserError(
+                f"task.{task.name}: its rows are conversations ({name}), which data=concat would cut anywhere; choose "
+                "data=pack or data=pad for them, concat is for rows of plain text (the field `text`)."
+            )

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mft.batch import Batch
+from mft.batch import Batch, Row
 from mft.config import BatchSizes
 from mft.data.mixture import account, counts_per_epoch
-from mft.data.sampler import Row, Sampler, deal, draw, eval_batches, spread
+from mft.data.sampler import Sampler, deal, draw, eval_batches, spread
 from mft.data.store import Samples, Store
 from mft.loop import State, StepData
 

@@ -31,7 +31,7 @@ def fitted(messages: Sequence[Message], encoded: Encoded, encoder: Encoder, sett
     """Returns what becomes of a row under data.long_samples."""
     ids_S, trained_S = encoded
     limit = settings.seq_length
-    if len(ids_S) <= limit:
+    if len(ids_S) <= limit or settings.long_samples == LongSamples.keep:
         return Fitted([encoded])
     if settings.long_samples == LongSamples.truncate_right:
         return Fitted([(ids_S[:limit], trained_S[:limit])])

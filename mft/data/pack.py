@@ -5,18 +5,22 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from mft.batch import IGNORE, Batch, Sample
+from mft.batch import IGNORE, Batch, Row, Sample, Span
 from mft.data.settings import PadTo
 
 
 class RowBuilder:
     """Groups samples into rows of at most `seq_length` tokens. Subclasses are dataclasses of plain values.
 
-    by_length: whether rows of similar length are to meet in a micro-batch.
+    by_length: whether rows of similar length are to meet in a micro-batch; cuts_samples: whether a sample may begin in
+    one row and end in another.
     """
+
+    cuts_samples: ClassVar[bool] = False
 
     @property
     def by_length(self) -> bool:
@@ -26,12 +30,12 @@ class RowBuilder:
         """Returns how many samples are made into rows together; asked: data.window."""
         return asked
 
-    def groups(self, rows: list[list[int]], lengths: Sequence[int] | np.ndarray) -> list[list[list[int]]]:
+    def groups(self, rows: list[Row], lengths: Sequence[int] | np.ndarray) -> list[list[Row]]:
         """Returns the rows of a window in groups, each row once; those of a group follow each other in training."""
         return [[row] for row in rows]
 
-    def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[list[int]]:
-        """Returns rows of indices into `lengths`: every index exactly once, no row longer than `seq_length` tokens."""
+    def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[Row]:
+        """Returns rows of indices into `lengths`, or spans of them: every token once, no row longer than seq_length."""
         raise NotImplementedError
 
     def width(self, longest: int, seq_length: int) -> int:
@@ -56,6 +60,7 @@ class RowBuilder:
                 stop = start + len(sample.ids_S)
                 ids_BT[b, start:stop] = sample.ids_S
                 target_BT[b, start : stop - 1] = np.where(sample.trained_S[1:], sample.ids_S[1:], IGNORE)
+                target_BT[b, stop - 1] = sample.following
                 task_BT[b, start:stop] = sample.task
                 sample_BT[b, start:stop] = len(named)
                 position_BT[b, start:stop] = np.arange(stop - start)
@@ -90,17 +95,17 @@ class Pad(RowBuilder):
         """Returns 50 groups: more would fill better, and bring the same samples together in every epoch."""
         return 50 * self.length_group if self._grouped else asked
 
-    def groups(self, rows: list[list[int]], lengths: Sequence[int] | np.ndarray) -> list[list[list[int]]]:
+    def groups(self, rows: list[Row], lengths: Sequence[int] | np.ndarray) -> list[list[Row]]:
         if not self._grouped:
             return super().groups(rows, lengths)
-        ordered = sorted(rows, key=lambda row: lengths[row[0]], reverse=True)
+        ordered = sorted(rows, key=lambda row: int(lengths[row[0]]), reverse=True)  # type: ignore[index]
         return [ordered[i : i + self.length_group] for i in range(0, len(ordered), self.length_group)]
 
     @property
     def _grouped(self) -> bool:
         return self.by_length and self.length_group > 1
 
-    def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[list[int]]:
+    def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[Row]:
         return [[i] for i in range(len(lengths))]
 
     def width(self, longest: int, seq_length: int) -> int:
@@ -111,10 +116,10 @@ class Pad(RowBuilder):
 class Pack(RowBuilder):
     """Whole samples side by side in a row, best-fit decreasing; `sample_BT` keeps them apart in attention."""
 
-    def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[list[int]]:
+    def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[Row]:
         lengths = np.asarray(lengths)
         assert not (lengths > seq_length).any(), "the store deals with samples longer than seq_length"
-        rows: list[list[int]] = []
+        rows: list[Row] = []
         spaces: list[tuple[int, int]] = []  # (free tokens, row), sorted
         for i in np.argsort(-lengths, kind="stable").tolist():
             length = int(lengths[i])
@@ -128,3 +133,30 @@ class Pack(RowBuilder):
             if free > length:
                 insort(spaces, (free - length, row))
         return rows
+
+
+@dataclass
+class Concat(RowBuilder):
+    """The samples of a window end to end, cut every `seq_length` tokens: for pretraining on plain text.
+
+    What is left of a sample at the end of a row goes on in the next one; only the last row of a window may be shorter.
+    No token is lost, neither as input nor as target: the last position of a row predicts the first token of the next.
+    A part of a sample sees itself alone, and its positions count from 0.
+    """
+
+    cuts_samples = True
+
+    def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[Row]:
+        rows: list[Row] = [[]]
+        free = seq_length
+        for i, length in enumerate(np.asarray(lengths).tolist()):
+            start = 0
+            while start < length:
+                if not free:
+                    rows.append([])
+                    free = seq_length
+                stop = min(length, start + free)
+                rows[-1].append(Span(i, start, stop))
+                free -= stop - start
+                start = stop
+        return rows if rows[-1] else []

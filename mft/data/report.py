@@ -53,7 +53,9 @@ def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
     found = []
     for store, name in zip(stores, names, strict=True):
         kept = {
-            reason: n for reason, n in store.report.get("duplicates", {}).items() if n and reason not in store.report["dropped"]
+            reason: n
+            for reason, n in store.report.get("duplicates", {}).items()
+            if n and reason not in store.report["dropped"]
         }
         if kept:
             said = {REPEATED: "repeat an earlier row of the task", HELD_OUT: "train and are held out, too"}

@@ -7,13 +7,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from mft.batch import Row, Span
 from mft.data.mixture import Streams, spaced
 from mft.data.pack import RowBuilder
 from mft.data.store import Samples
 from mft.errors import UserError
-
-Row = list[int]
-"""Numbers of the samples in one row; [] is a row of padding."""
 
 T = TypeVar("T")
 
@@ -100,10 +98,23 @@ class Sampler:
         groups = self.builder.groups(self.builder.rows(lengths, self.seq_length), lengths)
         frequency_K = np.bincount(tasks)
         rarity, task_of = np.argsort(np.argsort(frequency_K, kind="stable")).tolist(), tasks.tolist()
-        label_G = np.array([min(rarity[task_of[i]] for row in group for i in row) for group in groups])
+        label_G = np.array([min(rarity[task_of[_number(i)]] for row in group for i in row) for group in groups])
         order_G = spaced(label_G, np.random.default_rng([self.seed, 2, epoch, number]))
-        numbers = part.tolist()
-        return [[numbers[i] for i in row] for g in order_G for row in groups[g]]
+        return _renumbered([row for g in order_G for row in groups[g]], part)
+
+
+def _number(item: int | Span) -> int:
+    return item.sample if isinstance(item, Span) else item
+
+
+def _renumbered(rows: list[Row], number_N: np.ndarray) -> list[Row]:
+    """Returns rows of indices into `number_N` as rows of the numbers there."""
+    numbers = number_N.tolist()
+
+    def of(item: int | Span) -> int | Span:
+        return item._replace(sample=numbers[item.sample]) if isinstance(item, Span) else numbers[item]
+
+    return [[of(item) for item in row] for row in rows]
 
 
 def deal(
@@ -164,7 +175,7 @@ def eval_batches(
     """
     chosen: list[Row] = []
     for part in np.array_split(numbers, max(1, len(numbers) // window)):
-        chosen += [part[row].tolist() for row in rows.rows(samples.lengths_N[part], seq_length)]
+        chosen += _renumbered(rows.rows(samples.lengths_N[part], seq_length), part)
     rounds = -(-len(chosen) // (world * per_device))
     if rounds:  # micro-batches of as equal a size as there can be: then the fewest rows are empty
         chosen += [[] for _ in range(-len(chosen) % (world * rounds))]

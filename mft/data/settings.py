@@ -19,6 +19,7 @@ class LongSamples(str, Enum):  # noqa: UP042  (values come back from yaml as pla
     truncate_right = "truncate_right"
     split_turns = "split_turns"
     error = "error"
+    keep = "keep"  # for rows that cut samples
 
 
 class BadRows(str, Enum):  # noqa: UP042

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from filelock import FileLock, Timeout
 
-from mft.batch import Sample
+from mft.batch import IGNORE, Row, Sample, Span
 from mft.data import pipeline, writer
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS
@@ -147,18 +147,21 @@ class Samples:
         """Returns the samples and the trained tokens of each task, int64 and float64 [K]."""
         return np.bincount(self.task_N, minlength=len(self.stores)), self._trained_K.astype(np.float64)
 
-    def sample(self, i: int) -> Sample:
-        """Returns sample i."""
-        task, index = int(self.task_N[i]), int(self.index_N[i])
+    def sample(self, i: int | Span) -> Sample:
+        """Returns sample i, or a span of a sample."""
+        number, start, stop = i if isinstance(i, Span) else (i, 0, None)
+        task, index = int(self.task_N[number]), int(self.index_N[number])
         ids_S, trained_S = self.stores[task].sample(index)
-        return Sample(ids_S, trained_S, task, index)
+        goes_on = stop is not None and stop < len(ids_S) and trained_S[stop]
+        following = int(ids_S[stop]) if goes_on else IGNORE
+        return Sample(ids_S[start:stop], trained_S[start:stop], task, index, following)
 
-    def row_length(self, row: Sequence[int]) -> int:
-        """Returns the tokens of a row of numbers."""
-        return sum(int(self.lengths_N[i]) for i in row)
+    def row_length(self, row: Row) -> int:
+        """Returns the tokens of a row."""
+        return sum(i.stop - i.start if isinstance(i, Span) else int(self.lengths_N[i]) for i in row)
 
-    def load(self, rows: Sequence[Sequence[int]]) -> list[list[Sample]]:
-        """Returns the samples of rows of numbers, ready for `collate`."""
+    def load(self, rows: Sequence[Row]) -> list[list[Sample]]:
+        """Returns the samples of rows, ready for `collate`."""
         return [[self.sample(i) for i in row] for row in rows]
 
     def origin(self, i: int) -> str:

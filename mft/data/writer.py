@@ -101,7 +101,7 @@ class Writer:
             cut = f" left after cutting {length} tokens to data.seq_length {limit}" if length > limit else ""
             return self.drop(place, row, UNTRAINED, f"no token that carries loss{cut}")
         self.kept += 1
-        self.truncated += length > limit
+        self.truncated += length > limit >= max(len(ids_S) for ids_S, _ in samples.parts)
         self.rounds_left_out += samples.rounds
         self.parts_left_out += len(counted) - len(taught)
         for ids_S, trained_S, trained in taught:

@@ -39,13 +39,14 @@ class TaskLoss:
     `state_dict` goes into checkpoints. Steps are numbered from 1: a probe before step s measures the model after s - 1
     updates, and its weights hold from step s on.
 
-    needs_statistics: whether the mode has `statistics`; probe_samples: samples of each task that one probe reads, all
-    ranks together (0 = the mode makes no probes).
+    needs_statistics: whether the mode has `statistics`; by_sample: whether it counts samples, which must then be whole;
+    probe_samples: samples of each task that one probe reads, all ranks together (0 = the mode makes no probes).
     """
 
     names: Sequence[str] = ()
     weight_K: Any  # float64 [K]; Any, because OmegaConf reads annotations where torch is not imported
     needs_statistics: ClassVar[bool] = False
+    by_sample: ClassVar[bool] = False
     probe_samples: int = 0
 
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:

@@ -72,6 +72,8 @@ def sample_means(nll_BT: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torc
 class SampleFocal(Unweighted):
     """Samples that the model already predicts well count less (Eq. 2, from memory of the paper)."""
 
+    by_sample: ClassVar[bool] = True
+
     gamma: float = 2.0
     alpha: float = 1.0
     gamma_by_task: dict[str, float] | None = None
@@ -111,6 +113,7 @@ class TaskFocal(TaskLoss):
     linear in q for fixed p and the second term has the value 0.
     """
 
+    by_sample: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
 
     gamma: float = 2.0

@@ -17,7 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mft.batch import IGNORE, Batch, Counts
 from mft.errors import UserError
@@ -111,6 +111,8 @@ class TokenMean(Unweighted):
 class SampleMean(Unweighted):
     """Every sample of the step counts the same, however long: mean over samples of the sample's token mean."""
 
+    by_sample: ClassVar[bool] = True
+
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -132,6 +134,8 @@ class TaskTokenMean(TaskLoss):
 @dataclass
 class TaskSampleMean(TaskLoss):
     """Weighted mean over the tasks present in the step of each task's sample mean."""
+
+    by_sample: ClassVar[bool] = True
 
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None

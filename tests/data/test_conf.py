@@ -11,8 +11,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from mft.data.formats import Chat
-from mft.data.pack import Pack, Pad
-from mft.data.settings import DataSettings, PadTo
+from mft.data.pack import Concat, Pack, Pad
+from mft.data.settings import DataSettings, LongSamples, PadTo
 from mft.data.task import Task
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -29,14 +29,15 @@ def composed(*overrides, more: Path | None = None):
     return cfg
 
 
-@pytest.mark.parametrize("choice", ["pack", "pad"])
+@pytest.mark.parametrize("choice", ["pack", "pad", "concat"])
 def test_data_files_have_every_setting(choice):
     node = composed(f"data={choice}").data
     assert set(node) == {field.name for field in fields(DataSettings)}
     settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataSettings), node))
-    assert settings == DataSettings(rows=settings.rows)
+    other = {"long_samples": LongSamples.keep} if choice == "concat" else {}
+    assert settings == DataSettings(rows=settings.rows, **other)
     builder = instantiate(node.rows)
-    assert builder == {"pack": Pack(), "pad": Pad()}[choice]
+    assert builder == {"pack": Pack(), "pad": Pad(), "concat": Concat()}[choice]
     assert set(node.rows) - {"_target_"} == {field.name for field in fields(builder)}
 
 
