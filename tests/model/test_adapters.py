@@ -184,9 +184,14 @@ def test_an_untied_embedding_takes_an_adapter_of_the_plain_kind(cache_dir: Path,
 
 def test_a_backend_that_never_holds_whole_weights_is_refused(tmp_path: Path, cache_dir: Path) -> None:
     settings = ["model=tiny", f"cache_dir={cache_dir}", two_tasks(tmp_path), "dist=zero3"]
-    for asked in ("peft.init=pissa", "peft.use_dora=true"):
-        with pytest.raises(UserError, match=rf"{asked} reads whole weights of the base.*choose dist=fsdp"):
-            check(compose_resolved([*settings, "peft=lora", asked]), world=1)
+    asked = {
+        "peft.init=pissa": "peft.init=pissa",
+        "peft.use_dora=true": "peft.use_dora=true",
+        "model.add_tokens": 'model.add_tokens=["<x>"]',
+    }
+    for said, override in asked.items():
+        with pytest.raises(UserError, match=rf"{said} reads whole weights of the base.*choose dist=fsdp"):
+            check(compose_resolved([*settings, "peft=lora", override]), world=1)
     check(compose_resolved([*settings, "peft=lora", "peft.modules_to_save=[lm_head]"]), world=1)
 
 
