@@ -90,6 +90,11 @@ def fit(t: Training) -> str:
     state, settings, status = t.state, t.settings, "finished"
     if state.step == 0 and settings.eval_at_start and validate(t):
         t.loss.begin(torch.tensor([state.last_valid.get(n, math.nan) for n in t.names], dtype=torch.float64))
+    if state.step and every(state.step, settings.eval_every) and state.valid_step < state.step:
+        validate(t)  # a run that was asked to stop at this step saved at once and left it out
+        note_saved(t)
+        if stalled(t):
+            return status
     learned: dict[str, float] = {}
     t.module.train()
     for data in t.data(state) if state.step < t.total else ():
@@ -138,7 +143,7 @@ def fit(t: Training) -> str:
         improved = False
         if status == "finished" and (ending or every(step, settings.eval_every)):
             improved = validate(t)
-            ending = ending or (settings.early_stopping and state.stalled >= settings.early_stopping_stall_num)
+            ending = ending or stalled(t)
         keeping = (improved and settings.early_stopping) or (settings.keep_task_best and step in task_bests(state))
         if ending or every(step, settings.save_every) or keeping:
             note_saved(t)
@@ -151,6 +156,11 @@ def fit(t: Training) -> str:
 def every(step: int, interval: int | None) -> bool:
     """Whether something done every `interval` steps (null = never) is due."""
     return interval is not None and step % interval == 0
+
+
+def stalled(t: Training) -> bool:
+    """Whether early stopping ends the run."""
+    return bool(t.settings.early_stopping and t.state.stalled >= t.settings.early_stopping_stall_num)
 
 
 def forward(t: Training, batch: Batch) -> tuple[torch.Tensor, Any]:
