@@ -196,20 +196,20 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
     optimizer, scheduler, peft = components["optimizer"], components["scheduler"], components["peft"]
     lr = learning_rate(optimizer, peft)
     scheduler.lr(1, 2, lr)  # a min_lr above the learning rate is refused here
-    if getattr(components["dist"], "divides_on_load", False) and peft.reads_base:
+    whole = "model.add_tokens" if components["model"].new_tokens() else peft.reads_base
+    if whole and getattr(components["dist"], "divides_on_load", False):
         raise UserError(
-            f"{peft.reads_base} reads whole weights of the base, of which every rank has a part only under dist=zero3; "
-            "choose dist=fsdp, zero2 or ddp"
+            f"{whole} reads whole weights of the base, of which every rank has a part only under dist=zero3; choose "
+            "dist=fsdp, zero2 or ddp"
         )
-    for name in cfg.task:
     _check_rows(components["data.rows"], components["loss"], cfg.data.long_samples)
+    for name in cfg.task:
         task = components[f"task.{name}"]
         _check_share(name, task.share, cfg.data.mixture)
         if task.weight < 0:
             raise UserError(f"task.{name}.weight={task.weight} must not be negative.")
 
 
-def _check_share(name: str, share: float | None, mixture: Mixture) -> None:
 def _check_rows(rows: Any, loss: Any, long_samples: LongSamples) -> None:
     if rows.cuts_samples and loss.by_sample:
         raise UserError(
@@ -223,6 +223,7 @@ def _check_rows(rows: Any, loss: Any, long_samples: LongSamples) -> None:
         )
 
 
+def _check_share(name: str, share: float | None, mixture: Mixture) -> None:
     if share is None:
         return
     if not (share >= 0 and math.isfinite(share)):
