@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mft import plots
 from mft.compare import SEED, Group, columns, differing, verdicts
+from mft.panels import color_of, label_axes, panel_grid
 
 MOST_CURVES = 12
 """Settings drawn in a picture of curves, the best first; the table has all."""
@@ -110,16 +110,16 @@ def _by_step(group: Group, metric: str) -> tuple[list[int], list[float], list[fl
 def _curves(groups: Sequence[Group], tasks: Sequence[str]) -> Any:
     shown = groups[:MOST_CURVES]
     panels = ["mean", *tasks]
-    figure, axes = plots._grid(len(panels), "mean over seeds, band: lowest to highest seed")
+    figure, axes = panel_grid(len(panels), "mean over seeds, band: lowest to highest seed")
     labels = [group.label for group in shown]
     for axis, metric in zip(axes, panels, strict=True):
         axis.set_title(metric, fontsize=10)
         for group in shown:
             steps, means, low, high = _by_step(group, metric)
-            color = plots._color(group.label, labels)
+            color = color_of(group.label, labels)
             axis.plot(steps, means, color=color, marker="o", markersize=2.5, linewidth=1.3, label=group.label)
             axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
-    plots._label(axes, "loss (nats/token)")
+    label_axes(axes, "loss (nats/token)")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
@@ -130,14 +130,14 @@ def _weights(groups: Sequence[Group], tasks: Sequence[str]) -> Any | None:
     if not shown:
         return None
     shown = shown[:MOST_CURVES]
-    figure, axes = plots._grid(len(shown), "mean over seeds")
+    figure, axes = panel_grid(len(shown), "mean over seeds")
     for axis, group in zip(axes, shown, strict=True):
         axis.set_title(group.label, fontsize=8)
         for task in tasks:
             steps, means, _, _ = _by_step(group, f"train/weight/{task}")
-            axis.plot(steps, means, color=plots._color(task, tasks), marker="o", markersize=2.5, label=task)
+            axis.plot(steps, means, color=color_of(task, tasks), marker="o", markersize=2.5, label=task)
         axis.set_ylim(bottom=0)
-    plots._label(axes, "weight")
+    label_axes(axes, "weight")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
@@ -151,7 +151,7 @@ def _heat(groups: Sequence[Group], metrics: Sequence[str]) -> Any | None:
         return None
     rows = sorted({g.keys[keys[0]] for g in groups}, key=_order)
     cols = sorted({g.keys[keys[1]] for g in groups}, key=_order)
-    figure, axes = plots._grid(
+    figure, axes = panel_grid(
         len(metrics), f"{keys[0]} × {keys[1]}: mean of all their runs", size=(4.2, 1.4 + 0.4 * len(rows))
     )
     for axis, metric in zip(axes, metrics, strict=True):

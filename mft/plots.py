@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mft.panels import color_of, label_axes, panel_grid
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -15,8 +17,6 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 Series = tuple[list[int], list[float]]  # steps, values
 
-# Okabe and Ito: told apart by the colour-blind and in grey; yellow, invisible as a line, left out.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MANY = 60  # from this many points on, train losses are drawn pale with their moving mean over them
 
 
@@ -35,17 +35,17 @@ def loss_curves(metrics: Sequence[Row] | Path, folder: Path, title: str = "") ->
         return None
     together = [task for task in tasks if _series(rows, f"valid/loss/{task}")[0]]
     first = 1 if len(together) > 1 else 0
-    figure, axes = _grid(first + len(panels), title or "Losses")
+    figure, axes = panel_grid(first + len(panels), title or "Losses")
     if first:
         axes[0].set_title("validation, every task", fontsize=10)
         for task in together:
             steps, values = _series(rows, f"valid/loss/{task}")
-            axes[0].plot(steps, values, marker="o", markersize=3, color=_color(task, tasks), label=task)
+            axes[0].plot(steps, values, marker="o", markersize=3, color=color_of(task, tasks), label=task)
         _legend(axes[0], len(together))
     for axis, (name, train, valid) in zip(axes[first:], panels, strict=True):
         axis.set_title(name, fontsize=10)
-        _panel(axis, _series(rows, train), _series(rows, valid), _color(name, tasks))
-    _label(axes, "loss (nats/token)")
+        _panel(axis, _series(rows, train), _series(rows, valid), color_of(name, tasks))
+    label_axes(axes, "loss (nats/token)")
     return _save(figure, folder / "losses.png")
 
 
@@ -59,14 +59,14 @@ def task_weights(metrics: Sequence[Row] | Path, folder: Path, title: str = "") -
     if not weighted:
         return None
     tasks = _names(rows, ("train/loss/", "valid/loss/")) or weighted  # the colours of losses.png
-    figure, axes = _grid(1, title or "Weights of the tasks in the loss", size=(7.2, 4.0))
+    figure, axes = panel_grid(1, title or "Weights of the tasks in the loss", size=(7.2, 4.0))
     for task in weighted:
         steps, values = _series(rows, f"train/weight/{task}")
         marker = "o" if len(steps) < MANY else None
-        axes[0].plot(steps, values, marker=marker, markersize=3, color=_color(task, tasks), label=task)
+        axes[0].plot(steps, values, marker=marker, markersize=3, color=color_of(task, tasks), label=task)
     axes[0].set_ylim(bottom=0)
     axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    _label(axes, "weight")
+    label_axes(axes, "weight")
     return _save(figure, folder / "task_weights.png")
 
 
@@ -77,11 +77,11 @@ def length_histogram(lengths: Mapping[str, Any], seq_length: int, folder: Path) 
     """
     import numpy as np
 
-    figure, axes = _grid(len(lengths), "Tokens of a sample", size=(4.2, 2.4))
+    figure, axes = panel_grid(len(lengths), "Tokens of a sample", size=(4.2, 2.4))
     longest = max((int(length_N.max()) for length_N in lengths.values() if len(length_N)), default=1)
     edges = np.linspace(0, max(longest, 1), 41)
     for axis, (task, length_N) in zip(axes, lengths.items(), strict=True):
-        axis.hist(length_N, bins=edges, color=_color(task, list(lengths)))
+        axis.hist(length_N, bins=edges.tolist(), color=color_of(task, list(lengths)))
         axis.set_title(f"{task}: {len(length_N):,} samples", fontsize=10)
         if len(length_N):
             p50, p95 = (float(p) for p in np.percentile(length_N, [50, 95]))
@@ -125,32 +125,6 @@ def _series(rows: Iterable[Row], key: str) -> Series:
     return [step for step, _ in points], [math.nan if value is None else float(value) for _, value in points]
 
 
-def _color(task: str, tasks: Sequence[str]) -> Any:
-    if task not in tasks:
-        return "#444444"
-    if len(tasks) <= len(COLORS):
-        return COLORS[tasks.index(task)]
-    import matplotlib
-
-    return matplotlib.colormaps["turbo"](0.05 + 0.9 * tasks.index(task) / (len(tasks) - 1))
-
-
-def _grid(count: int, title: str, size: tuple[float, float] = (4.2, 3.0)) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure  # without pyplot: no window system, no state shared with anybody
-
-    columns = min(count, min((4, 3), key=lambda width: -count % width))  # whichever leaves fewer places empty
-    lines = math.ceil(count / columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * lines + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=12)
-    axes = [figure.add_subplot(lines, columns, place + 1) for place in range(count)]
-    for axis in axes:
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-        axis.locator_params(axis="x", integer=True, nbins=6)
-    return figure, axes
-
-
 def _panel(axis: Axes, train: Series, valid: Series, color: Any) -> None:
     """One task: train pale, with its moving mean where there are many points; valid in full colour, last value told."""
     steps, values = train
@@ -192,13 +166,6 @@ def _smooth(values: Sequence[float]) -> list[float]:
 def _legend(axis: Axes, entries: int) -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8 if entries <= 8 else 6, frameon=False, loc="upper right", ncols=1 if entries <= 8 else 2)
-
-
-def _label(axes: Sequence[Axes], unit: str) -> None:
-    for axis in axes:
-        axis.set_xlabel("optimizer step", fontsize=8)
-        axis.set_ylabel(unit, fontsize=8)
-        axis.margins(y=0.12)
 
 
 def _save(figure: Figure, path: Path) -> Path:

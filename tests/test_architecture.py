@@ -11,10 +11,15 @@ ROOT = Path(mft.__file__).parent
 FLOOR = {
     **dict.fromkeys(("errors", "batch", "machine"), 0),
     **dict.fromkeys(("data", "model", "loss", "optim", "schedule", "dist", "tracking"), 1),
-    **dict.fromkeys(("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "provenance"), 2),
+    **dict.fromkeys(
+        ("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "panels", "provenance"), 2
+    ),
     **dict.fromkeys(("config", "build", "compose", "rundir", "dataset", "feed", "run", "summary"), 3),
     **dict.fromkeys(("memory", "worker", "processes", "hosts", "meeting", "launch", "job", "sweep", "cli", "demo"), 4),
-    **dict.fromkeys(("pool", "board", "jobs", "elsewhere", "search", "results", "compare", "comparereport", "runs", "datacommands"), 4),
+    **dict.fromkeys(
+        ("pool", "board", "jobs", "elsewhere", "search", "results", "compare", "comparereport", "runs", "datacommands"),
+        4,
+    ),
 }
 COMPONENTS = {name for name, floor in FLOOR.items() if floor == 1}
 CONTRACTS = {"mft.loss.base", "mft.dist.base", "mft.tracking.base"}
