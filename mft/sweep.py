@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -48,6 +49,9 @@ def through_hydra(
         return one_job(cfg)
 
     run_one.dry_run = dry_run  # type: ignore[attr-defined]  # Hydra hands this function to our plugins, which look
+    for override in overrides:
+        if key(override) == "hydra/launcher":
+            refuse(override.partition("=")[2])
     register()
     Plugins.instance()  # Hydra's own are registered first
     grids_are_ours()
@@ -68,6 +72,17 @@ def through_hydra(
         sys.argv = kept_argv
         if kept_full is None:
             del os.environ["HYDRA_FULL_ERROR"]
+
+
+def refuse(launcher: str) -> None:
+    """Raises UserError for a launcher that is known not to work, or whose package is missing."""
+    if launcher.startswith("ray"):
+        raise UserError(
+            f"hydra/launcher={launcher}: Ray puts jobs on machines where the run folder and the data need not be, and "
+            "hides GPUs from them; use launch.jobs on one machine, or hydra/launcher=submitit_slurm on a cluster."
+        )
+    if launcher.startswith("submitit") and importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+        raise UserError(f'hydra/launcher={launcher} needs a package that is not installed: pip install "mft[slurm]"')
 
 
 def resume(args: Sequence[str]) -> None:
