@@ -105,8 +105,6 @@ def read_experiment(name: str, uri: str) -> list[Run]:
         raise UserError(f"{name} is neither a folder nor an experiment of {uri}{nearest(name, names) or '.'}")
     runs = []
     for run in client.search_runs([experiment.experiment_id], max_results=1000):
-        if "report" in run.data.tags:  # the report of a sweep, kept as an artifact
-            continue
         rows: dict[int, dict[str, Any]] = {}
         for metric in run.data.metrics:
             if metric.startswith(("valid/", "train/weight/", "train/loss")):

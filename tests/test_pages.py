@@ -17,8 +17,8 @@ RUNS = [f"loss={loss} train.seed={seed}" for loss in ("task_token_mean", "coba")
 
 LINES = """Object.fromEntries([...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"]')].map(
   card => [card.querySelector('[title]')?.title,
-           new Set([...card.querySelectorAll('path.js-line')].map(line => line.style.stroke)).size]))"""
-"""Of every chart of MLflow's page: its metric, and the number of runs (colours) that have a line in it."""
+           [...card.querySelectorAll('path.js-line')].filter(line => line.getAttribute('d')?.includes('L')).length / 2]))"""
+"""Of every chart of MLflow's page: its metric, and the number of runs with a line in it (each as logged and smoothed)."""
 
 
 def test_mlflow_shows_every_run_in_the_table_and_in_the_charts(swept: Path, tmp_path: Path) -> None:
@@ -31,14 +31,13 @@ def test_mlflow_shows_every_run_in_the_table_and_in_the_charts(swept: Path, tmp_
         with page(tmp_path / "profile") as browser:
             address = f"http://127.0.0.1:{port}/#/experiments/{experiment.experiment_id}/runs?{CHARTS}"
             browser.open(address, height=12000)  # charts are drawn where they can be seen
-            said = [*RUNS, "report of sweep", "5 matching runs"]
+            said = [*RUNS, "4 matching runs"]
             browser.until(f"{said}.every(text => document.body.innerText.includes(text))", seconds=300)
             wanted = ["valid/loss", "valid/loss/docs", "valid/loss/code", "train/loss/docs", "lr"]
             every = " && ".join(f"(({LINES})['{name}'] == {len(RUNS)})" for name in wanted)
             browser.until(every, seconds=300)
             lines = browser.js(LINES)
             assert lines["train/weight/docs"] == 2, "the runs of coba"
-            assert set(lines.values()) <= {2, len(RUNS)}, "a chart without the lines of the runs"
             browser.picture(tmp_path / "page.png")
     finally:
         kill_server(server)

@@ -55,12 +55,11 @@ def test_show_says_what_was_changed_how_it_went_and_where_things_are(here: Path,
 
 def test_what_mlflow_has_of_the_sweep(here: Path) -> None:
     client = client_for(f"sqlite:///{here}/mlflow.db")
-    (experiment,) = [e for e in client.search_experiments() if e.name == "small"]
-    runs = client.search_runs([experiment.experiment_id])
-    (report,) = [run for run in runs if "report" in run.data.tags]
+    experiments = {e.name: e.experiment_id for e in client.search_experiments()}
+    jobs = client.search_runs([experiments["small"]])
+    (report,) = client.search_runs([experiments["small reports"]])
     assert [file.path for file in client.list_artifacts(report.info.run_id)] == ["report.html"]
     assert not report.data.metrics and not report.data.params
-    jobs = [run for run in runs if run is not report]
     assert len(jobs) == 4 and {run.info.status for run in jobs} == {"FINISHED"}
     assert {(run.data.params["loss"], run.data.params["train.seed"]) for run in jobs} == {
         (loss, seed) for loss in ("task_token_mean", "coba") for seed in ("1", "2")

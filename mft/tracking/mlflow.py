@@ -130,9 +130,10 @@ class Mlflow(Tracker):
             self.artifact(folder)
 
     def report(self, sweep_dir: Path, file: Path, tags: Mapping[str, str]) -> None:
-        """Keeps it as the artifact of a run of its own, without metrics or parameters, so that no chart changes."""
-        named = replace(self, run_name=f"report of sweep {tags['sweep']}", system_metrics=False)
-        named.open(sweep_dir, {}, {**tags, "report": "true"})
+        """Keeps it as a run in an experiment of reports: beside the others it would be in the legend of every chart."""
+        name = f"report of sweep {tags['sweep']}"
+        named = replace(self, experiment=f"{self.experiment} reports", run_name=name, system_metrics=False)
+        named.open(sweep_dir, {}, tags)
         named.artifact(file)
         named.close("finished")
 
