@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from mft import job
@@ -172,3 +173,39 @@ def test_best_and_early_stopping_follow_what_was_asked(best: str, tmp_path: Path
         if found["step"]:  # the start is validated, not saved
             assert Path(found["checkpoint"]).name == f"step-{found['step']}" and found["step"] in kept
     assert set(kept) <= {step, last, *(summary["best_by_task"][name]["step"] for name in TASKS)}
+
+
+def test_the_routers_loss_is_logged_by_itself_as_a_mean_over_micro_batches(tmp_path: Path, cache_dir: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        vocab_size=512,
+        pad_token_id=1,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    folder = tmp_path / "mixtral"
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    Tiny(cache_dir=str(cache_dir)).tokenizer().save_pretrained(folder)
+    given = ["model=auto", f"model.path={folder}", "peft=full", "train.max_steps=1", "train.per_device_batch_size=2"]
+    rows = {}
+    for coefficient, accumulation in ((0.0, 1), (0.5, 1), (0.5, 4)):
+        _, run_dir = train(
+            tmp_path,
+            cache_dir,
+            *given,
+            f"model.router_coef={coefficient}",
+            f"train.gradient_accumulation_steps={accumulation}",
+            out=f"router-{coefficient}-{accumulation}",
+        )
+        rows[coefficient, accumulation] = next(row for row in logged(run_dir) if "train/loss" in row)
+    assert "train/router" not in rows[0.0, 1]
+    # two of four experts for each token: 2 where all are equally busy, a little more where they are not
+    assert 0.5 * 2 <= rows[0.5, 1]["train/router"] < 0.5 * 2.5
+    assert rows[0.5, 1]["train/loss"] == pytest.approx(rows[0.0, 1]["train/loss"], rel=1e-6)
+    assert rows[0.5, 4]["train/router"] == pytest.approx(rows[0.5, 1]["train/router"], rel=0.1)
