@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=MISS
 RUNS = [f"loss={loss} train.seed={seed}" for loss in ("task_token_mean", "coba") for seed in (1, 2)]
 
 LINES = """Object.fromEntries([...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"]')].map(
-  card => [card.querySelector('[title]')?.title,
-           [...card.querySelectorAll('path.js-line')].filter(line => line.getAttribute('d')?.includes('L')).length / 2]))"""
-"""Of every chart of MLflow's page: its metric, and the number of runs with a line in it (each as logged and smoothed)."""
+  card => [card.querySelector('[title]')?.title, [...card.querySelectorAll('path.js-line')].filter(
+    line => line.getAttribute('d')?.includes('L')).length / 2]))"""
+"""Of every chart of MLflow's page: its metric, and the number of runs with a line in it (as logged, and smoothed)."""
 
 
 def test_mlflow_shows_every_run_in_the_table_and_in_the_charts(swept: Path, tmp_path: Path) -> None:
