@@ -31,7 +31,7 @@ def rows(folder: Path) -> Path:
 @pytest.mark.parametrize("group, option", OPTIONS, ids="/".join)
 def test_every_option_composes_and_passes_the_check(group: str, option: str, tmp_path: Path) -> None:
     overrides = [f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]"]
-    needs_input = {("experiment", "demo"), ("model", "demo")}  # made by `mft demo`
+    needs_input = {("experiment", "demo"), ("experiment", "loss_study"), ("model", "demo")}  # made by `mft demo`
     cfg = compose_resolved([*([] if group == "model" else ["model=tiny"]), *overrides, f"{group}={option}"])
     if (group, option) in needs_input:
         return
