@@ -20,12 +20,12 @@ from mft.data.fingerprint import file_digests
 from mft.data.task import all_tasks
 from mft.data.template import is_file
 from mft.errors import UserError
+from mft.failures import forget_failures
 from mft.hosts import Hosts
 from mft.launch import Stopped, launch, place, ranks, share, warm
 from mft.machine import visible_gpus
 from mft.meeting import meet
 from mft.metrics import criterion
-from mft.processes import forget_failures
 from mft.worker import SAVED
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 
 from mft import worker
 from mft.errors import UserError
+from mft.failures import cause_elsewhere
 from mft.hosts import Hosts
 from mft.machine import visible_gpus
+from mft.output import written_to
 from mft.processes import PRELOAD, Stopped, WorkerError, handlers, start, warm
 
 __all__ = ["Place", "Stopped", "WorkerError", "launch", "place", "ranks", "share", "warm"]
@@ -38,12 +41,14 @@ def place() -> Place | None:
     """Returns this process's place if torchrun, accelerate launch or srun started it as a rank, else None.
 
     SLURM's variables are translated into torch's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-    MASTER_PORT). A step of one task, and a batch script outside srun, are no rank: they launch.
+    MASTER_PORT); those that are set already stay. A step of one task, and a batch script outside srun, are no rank:
+    they launch.
     """
     variables = os.environ
-    tasks = int(variables.get("SLURM_STEP_NUM_TASKS", 1))
+    in_step = "SLURM_STEP_ID" in variables or "SLURM_STEP_NUM_TASKS" in variables
+    tasks = int(variables.get("SLURM_STEP_NUM_TASKS") or variables.get("SLURM_NTASKS") or 1) if in_step else 1
     if "RANK" not in variables and tasks > 1 and "SLURM_PROCID" in variables:
-        host = variables.get("SLURM_STEP_NODELIST", "127.0.0.1")
+        host = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "127.0.0.1")
         first = re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", host).split(",")[0]  # gpu[03-05,9] -> gpu03
         per_node = variables.get("SLURM_STEP_TASKS_PER_NODE", str(tasks))
         variables["RANK"] = variables["SLURM_PROCID"]
@@ -119,12 +124,13 @@ def launch(
     """
     arguments = (str(run_dir), entry, tuple(allow_targets))
     log = Path(run_dir) / "log"
-    if place() is not None:
-        worker.enter(str(log), worker.worker, arguments)
+    placed = place()
+    if placed is not None:
+        _placed(log, arguments, placed.rank)
         return
     world = ranks(nproc, mode)
     if str(getattr(mode, "value", mode)) == "inline":
-        _inline(arguments)
+        _inline(log, arguments)
     else:
         try:
             start(worker.worker, arguments, world, log, shutdown_seconds, preload, hosts)
@@ -132,8 +138,19 @@ def launch(
             raise Stopped(stopped.signum, worker.exit_code(Path(run_dir), stopped.signum)) from None
 
 
-def _inline(arguments: tuple[str, str, tuple[str, ...]]) -> None:
-    with handlers(worker.stop.request):
+def _placed(log: Path, arguments: tuple[str, str, tuple[str, ...]], rank: int) -> None:
+    since = time.time()
+    try:
+        worker.enter(str(log), worker.worker, arguments)
+    except Exception:
+        if rank == 0 and (cause := cause_elsewhere(log / "rank0.error.json", since)):
+            raise cause from None
+        raise
+
+
+def _inline(log: Path, arguments: tuple[str, str, tuple[str, ...]]) -> None:
+    log.mkdir(parents=True, exist_ok=True)
+    with handlers(worker.stop.request), written_to(log / "rank0.log", 0):
         try:
             worker.worker(*arguments)
         except SystemExit as error:

@@ -9,22 +9,22 @@ import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import re
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mft import rundir, worker
-from mft.errors import UserError
+from mft import worker
+from mft.failures import WorkerError, failure_of, forget_failures, write_report
 from mft.hosts import Hosts
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+
+__all__ = ["PRELOAD", "Stopped", "WorkerError", "handlers", "start", "warm"]
 
 PRELOAD = (
     "mft.worker",
@@ -41,23 +41,8 @@ PRELOAD = (
 
 IFNAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
-CAUSE_SECONDS = 5.0
-"""How long a host whose ranks lost their connections waits for the cause to show, on another host."""
-
 TOUCHES_CUDA = ("peft", "bitsandbytes")
 """Left out of the preload where there is a GPU: peft imports bitsandbytes, which asks every GPU for its capability."""
-
-
-class WorkerError(Exception):
-    """A defect, or a failure of the machine, in a rank: `sentence` says which; `traceback` is that rank's."""
-
-    def __init__(self, sentence: str, traceback: str = ""):
-        super().__init__(sentence, traceback)
-        self.sentence = sentence
-        self.traceback = traceback
-
-    def __str__(self) -> str:
-        return f"{self.traceback.rstrip()}\n\n{self.sentence}" if self.traceback else self.sentence
 
 
 class Stopped(KeyboardInterrupt):
@@ -127,15 +112,8 @@ def start(
     failure = failure_of(reports, ranks, codes, hosts)
     died = [rank for rank in ranks if codes.get(rank, 0) < 0 and not (reports / f"rank{rank}.error.json").exists()]
     if hosts is not None and died:  # the other hosts look for the cause, too
-        worker.write_report(reports / f"rank{died[0]}.error.json", failure, died[0])
+        write_report(reports / f"rank{died[0]}.error.json", failure, died[0])
     raise failure
-
-
-def forget_failures(reports: Path) -> None:
-    """Removes the error reports of an earlier attempt."""
-    reports.mkdir(parents=True, exist_ok=True)
-    for old in reports.glob("*.error.json"):
-        old.unlink()
 
 
 def warm(preload: Sequence[str] = PRELOAD) -> None:
@@ -169,60 +147,6 @@ def variables(hosts: Hosts | None = None, nproc: int = 1) -> dict[str, str]:
         return found | ours | {name: found[name] for name in ours if name.endswith("_IFNAME") and name in found}
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     return found | {name: found.get(name, loopback) for name in IFNAMES if loopback}
-
-
-def failure_of(reports: Path, ranks: range, codes: dict[int, int], hosts: Hosts | None = None) -> Exception:
-    """Returns the error of the rank that failed first, from its report, or from its exit code when it left none.
-
-    ranks: those of this machine. With several hosts the cause may be on another one, and its report takes a moment.
-    """
-    found = reports_in(reports, hosts)
-    silent = sorted(set(ranks) - {report["rank"] for report in found})
-    if hosts is not None and not any(codes.get(rank, 0) < 0 for rank in silent):
-        end = time.monotonic() + CAUSE_SECONDS
-        while not (found and _how_far_from_the_cause(found[0]) < 2) and time.monotonic() < end:
-            time.sleep(0.2)
-            found = reports_in(reports, hosts)
-        if (not found or _how_far_from_the_cause(found[0]) == 2) and (gone := hosts.gone(CAUSE_SECONDS - 1)):
-            return UserError(hosts.sentence(gone))
-    lost = bool(found) and _how_far_from_the_cause(found[0]) == 2
-    if found and not (lost and silent):
-        first = found[0]
-        if first["user"]:
-            return UserError(first["message"])
-        line = (first["message"].strip().splitlines() or [""])[0]
-        return WorkerError(f"rank {first['rank']} failed: {first['type']}: {line}", first["traceback"])
-    rank = next((rank for rank in silent if codes.get(rank)), silent[0] if silent else 0)
-    code = codes.get(rank)
-    if code is None or code == -signal.SIGKILL:
-        return UserError(
-            f"Rank {rank} was killed from outside, probably because the machine's memory ran out. Lower "
-            f"train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now {len(ranks)})."
-        )
-    how = f"died of {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
-    return WorkerError(f"rank {rank} {how} without a word; its output is in {reports}")
-
-
-def reports_in(folder: Path, hosts: Hosts | None = None) -> list[dict[str, Any]]:
-    """Returns the error reports of ranks and hosts, the one nearest to the cause first.
-
-    Without those that take this very host for gone: it was cut off, and knows better.
-    """
-    found = [rundir.read_json(path) for path in sorted(folder.glob("*.error.json"))]
-    told = [r for r in found if r and not (hosts and hosts.rank in r.get("gone", ()))]
-    return sorted(told, key=lambda report: (_how_far_from_the_cause(report), report["time"]))
-
-
-def _how_far_from_the_cause(report: dict[str, Any]) -> int:
-    """Returns 0 for a failure of a rank, 1 for a host that is gone, 2 for a rank that only lost its connection.
-
-    Of that, another rank is the cause.
-    """
-    if report["type"] == "HostGone":
-        return 1
-    signs = r"Connection (closed|reset|refused)|Broken pipe|failed to connect|remote process exited|NCCL|Gloo"
-    lost = report["type"].startswith("Dist") or re.search(signs, report["message"], re.IGNORECASE) is not None
-    return 2 if lost else 0
 
 
 @contextmanager

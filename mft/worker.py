@@ -18,6 +18,8 @@ from typing import Any, cast
 
 from mft import rundir
 from mft.errors import UserError
+from mft.failures import is_the_first, told, write_report
+from mft.output import written_to
 
 ENTRY = "mft.run:run"
 """What a worker calls: function(cfg, run_dir: Path, stop: Stop, allow_targets: tuple[str, ...])."""
@@ -102,9 +104,9 @@ def enter(
 ) -> Any:
     """Calls function(*arguments) as one rank of a group, and sees to it that a failure is reported and nothing is left.
 
-    reports: folder for rank<r>.error.json (what failed) and rank<r>.log (the output of ranks above 0; rank 0 keeps the
-    terminal); variables: environment of the launching process, which a fork server does not know; first_rank: number of
-    this machine's first rank.
+    reports: folder for rank<r>.error.json (what failed) and rank<r>.log (what it prints; rank 0 has the terminal, too);
+    variables: environment of the launching process, which a fork server does not know, None for a rank that was placed
+    from outside; first_rank: number of this machine's first rank.
     """
     os.environ.update(variables or {})
     rank = first_rank + int(os.environ.get("RANK", 0))
@@ -114,47 +116,24 @@ def enter(
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
     started = time.time()
-    if rank > 0:
-        _write_output_to(report.with_name(f"rank{rank}.log"))
-    _take_share_of_cores()
-    threading.Thread(target=_watch, args=(report, started), daemon=True, name="watchdog").start()
-    try:
-        _require_untouched_gpu()
-        result = function(*arguments)
-    except Exception as error:
-        write_report(report, error, rank)
-        if rank > 0:
-            traceback.print_exc()
-        raise
+    with written_to(report.with_name(f"rank{rank}.log"), rank) as terminal:
+        _take_share_of_cores()
+        threading.Thread(target=_watch, args=(report, started), daemon=True, name="watchdog").start()
+        try:
+            _require_untouched_gpu()
+            result = function(*arguments)
+        except Exception as error:
+            write_report(report, error, rank)
+            if rank > 0:
+                traceback.print_exc()
+                if variables is None and is_the_first(report, started):  # nobody else would tell the person
+                    os.write(terminal, f"{told(error, rank)}\n".encode())
+            raise
     for name in SIGNALS:  # what is left is to wait for the others; nobody would see a flag any more
         signal.signal(name, lambda signum, frame: os._exit(SAVED))
     if stop():
         raise SystemExit(SAVED)
     return result
-
-
-def write_report(path: Path, error: BaseException, rank: int) -> None:
-    """Writes what failed as JSON: type, message, traceback, rank, time (seconds since 1970), user (a UserError)."""
-    rundir.write_json(
-        path,
-        {
-            "rank": rank,
-            "time": time.time(),
-            "type": type(error).__name__,
-            "message": str(error),
-            "user": isinstance(error, UserError),
-            "traceback": "".join(traceback.format_exception(error)),
-        },
-    )
-
-
-def _write_output_to(path: Path) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
 
 
 def _take_share_of_cores() -> None:

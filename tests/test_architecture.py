@@ -15,7 +15,23 @@ FLOOR = {
         ("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "panels", "provenance"), 2
     ),
     **dict.fromkeys(("config", "build", "compose", "rundir", "dataset", "feed", "run", "summary"), 3),
-    **dict.fromkeys(("memory", "worker", "processes", "hosts", "meeting", "launch", "job", "sweep", "cli", "demo"), 4),
+    **dict.fromkeys(
+        (
+            "memory",
+            "worker",
+            "processes",
+            "failures",
+            "output",
+            "hosts",
+            "meeting",
+            "launch",
+            "job",
+            "sweep",
+            "cli",
+            "demo",
+        ),
+        4,
+    ),
     **dict.fromkeys(
         ("pool", "board", "jobs", "elsewhere", "search", "results", "compare", "comparereport", "runs", "datacommands"),
         4,
