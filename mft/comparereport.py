@@ -44,7 +44,7 @@ def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
         "<h2>Settings and seeds</h2>" + _image(_dots(groups, metric), "every seed, mean and spread"),
         "<h2>Validation loss of every task</h2>" + _note(groups) + _image(_curves(groups, tasks), "learning curves"),
     ]
-    if maps := _heat(groups, ["worst", *tasks]):
+    if maps := _heat(groups, ["mean", "worst", *tasks]):
         parts.append("<h2>Heat maps</h2>" + _image(maps, "heat maps"))
     if weights := _weights(groups, tasks):
         parts.append("<h2>Weights of the tasks over time</h2>" + _image(weights, "task weights"))
@@ -160,7 +160,7 @@ def _heat(groups: Sequence[Group], metrics: Sequence[str]) -> Any | None:
         axis.imshow(cells, cmap="viridis_r", aspect="auto")
         axis.set_title(f"{metric} task" if metric == "worst" else metric, fontsize=10)
         axis.set_xticks(range(len(cols)), cols, fontsize=8)
-        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.set_yticks(range(len(rows)), rows if axis.get_subplotspec().is_first_col() else [], fontsize=8)
         known = [value for line in cells for value in line if not math.isnan(value)]
         middle = (min(known) + max(known)) / 2 if known else 0.0
         for y, line in enumerate(cells):
