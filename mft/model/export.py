@@ -122,7 +122,7 @@ def save_final(
     """
     from mft.model.forward import TokenLoss
     from mft.model.native import plain_rows
-    from mft.model.parts import base_of
+    from mft.model.parts import base_of, with_ties
     from mft.model.start import difference
 
     folder = Path(folder)
@@ -135,7 +135,7 @@ def save_final(
     base = base_of(model)
     if base is not model:
         # Without this peft asks the hub for the base's config, to see whether its vocabulary was resized.
-        weights = plain_rows(base, model.state_dict() if state_dict is None else state_dict)
+        weights = plain_rows(base, model.state_dict() if state_dict is None else with_ties(model, state_dict))
         weights, changed = difference(model, weights)
         model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
         _edit_json(folder / "adapter_config.json", **changed)

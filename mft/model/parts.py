@@ -70,3 +70,15 @@ def is_tied(base: Any) -> bool:
     """Whether the output layer of a transformers model shares its weight with the embedding."""
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
+
+
+def with_ties(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns a state dict with every name of a tied parameter, of which it has one: an engine gathers it once."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = dict(state_dict)
+    for same in names.values():
+        given = next((name for name in same if name in state_dict), None)
+        found |= {name: state_dict[given] for name in same if given and name not in state_dict}
+    return found
