@@ -41,6 +41,7 @@ EXPECTED: dict[str, tuple[str, Any]] = {
     "lora_dropout": ("peft.dropout", 0.05),
     "target_modules": ("peft.targets", ["q_proj", "v_proj"]),
     "weighted_loss_mode": ("loss", "TaskTokenMean"),
+    "tokenize_mode": ("data.rows", "Concat"),
     "padding_mode": ("data.rows.pad_to", "seq_length"),
     "num_train_epochs": ("train.epochs", 4),
     "max_train_steps": ("train.max_steps", 1000),

@@ -113,6 +113,16 @@ def test_rows_dealt_by_length_meet_their_like(samples, world):
         assert lengths == sorted(lengths, reverse=True), "the longest first, and side by side on the ranks"
 
 
+def test_the_benchmark_of_fill_tells_the_ways_apart(samples):
+    from benchmarks.fill import Sequential, fill
+
+    plain, grouped, packed = Pad(length_group=1), Pad(length_group=4), Pack()
+    assert fill(samples, plain, 128) == pytest.approx(samples.lengths_N.sum() / (350 * 128))
+    padded = [fill(samples, b, 128, 2, longest=True, sort=b is grouped) for b in (plain, grouped)]
+    assert padded[0] < 0.85 < padded[1]
+    assert fill(samples, Sequential(), 128) < fill(samples, packed, 128)
+
+
 def test_no_samples_and_negative_seeds_are_refused(samples):
     with pytest.raises(UserError, match=r"data\.split: no sample is left for training"):
         sampler(Samples(samples.stores, "valid"))
