@@ -67,9 +67,15 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
 def _compose(overrides: Sequence[str]) -> DictConfig:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
-    with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
-        cfg = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+    instance = GlobalHydra.instance()
+    running, instance.hydra = instance.hydra, None  # of the sweep in which a wrong key is explained
+    try:
+        with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
+            cfg = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+    finally:
+        instance.hydra = running
     return without_hydra(cfg)
 
 

@@ -38,7 +38,6 @@ def test_mlflow_shows_every_run_in_the_table_and_in_the_charts(swept: Path, tmp_
             browser.until(every, seconds=300)
             lines = browser.js(LINES)
             assert lines["train/weight/docs"] == 2, "the runs of coba"
-            browser.picture(tmp_path / "page.png")
     finally:
         kill_server(server)
 
