@@ -160,7 +160,8 @@ def _heat(groups: Sequence[Group], metrics: Sequence[str]) -> Any | None:
         axis.imshow(cells, cmap="viridis_r", aspect="auto")
         axis.set_title(f"{metric} task" if metric == "worst" else metric, fontsize=10)
         axis.set_xticks(range(len(cols)), cols, fontsize=8)
-        axis.set_yticks(range(len(rows)), rows if axis.get_subplotspec().is_first_col() else [], fontsize=8)
+        place = axis.get_subplotspec()
+        axis.set_yticks(range(len(rows)), rows if place is None or place.is_first_col() else [], fontsize=8)
         known = [value for line in cells for value in line if not math.isnan(value)]
         middle = (min(known) + max(known)) / 2 if known else 0.0
         for y, line in enumerate(cells):
