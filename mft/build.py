@@ -203,6 +203,7 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
             "dist=fsdp, zero2 or ddp"
         )
     _check_rows(components["data.rows"], components["loss"], cfg.data.long_samples)
+    components["model"].check_rows(components["data.rows"].several)
     for name in cfg.task:
         task = components[f"task.{name}"]
         _check_share(name, task.share, cfg.data.mixture)

@@ -41,6 +41,7 @@ def run(
     may be built (they come from the command line, never from the frozen config).
     """
     from mft.model import audit, generate
+    from mft.model.attention import described
     from mft.model.export import save_final
     from mft.model.forward import TokenLoss
     from mft.model.parts import base_of
@@ -144,7 +145,7 @@ def run(
         "a step": f"{sizes.total} rows = {sizes.per_device} x {sizes.accumulation} micro-batches x {sizes.world} ranks",
         "loss": type(loss).__name__,
         "learning rate": f"{base_lr:g}, {type(scheduler).__name__}",
-        "precision": f"{precision} on {engine.device}, attention {family.attention_for(computing)}",
+        "precision": f"{precision} on {engine.device}, attention {described(base_of(model))}",
         "gradient checkpointing": "on" if checkpointing else "off",
     }
     progress.show(settings_table(list(facts.items()), "training"))

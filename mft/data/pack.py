@@ -17,10 +17,11 @@ class RowBuilder:
     """Groups samples into rows of at most `seq_length` tokens. Subclasses are dataclasses of plain values.
 
     by_length: whether rows of similar length are to meet in a micro-batch; cuts_samples: whether a sample may begin in
-    one row and end in another.
+    one row and end in another; several: whether a row may hold more than one sample.
     """
 
     cuts_samples: ClassVar[bool] = False
+    several: ClassVar[bool] = True
 
     @property
     def by_length(self) -> bool:
@@ -83,6 +84,8 @@ class Pad(RowBuilder):
     pad_to: longest (of the micro-batch) or seq_length (always that width). length_group: how many samples of similar
     length follow each other in training; 1 = samples come as they are drawn. It means nothing for pad_to=seq_length.
     """
+
+    several: ClassVar[bool] = False
 
     pad_to: PadTo = PadTo.longest
     length_group: int = 4

@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from mft.model.source import recurrent
+
 SDPA, EAGER, ALIBI = "mft_sdpa", "mft_eager", "mft_alibi"
 PER_SAMPLE = {"sdpa": SDPA, SDPA: SDPA, "eager": EAGER, EAGER: EAGER, ALIBI: ALIBI}
 """The name that attends per sample, for each that has one."""
@@ -30,7 +32,7 @@ def attend_per_sample(base: Any) -> bool:
     row (llama 4). They get transformers' block mask.
     """
     config, name = base.config, base.config._attn_implementation
-    if name not in PER_SAMPLE or not base._supports_attention_backend:
+    if recurrent_layers(base) or name not in PER_SAMPLE or not base._supports_attention_backend:
         return False
     if not set(getattr(config, "layer_types", None) or ()) <= KNOWN_LAYERS:
         return False
@@ -38,6 +40,18 @@ def attend_per_sample(base: Any) -> bool:
         return False
     base.set_attn_implementation(PER_SAMPLE[name])
     return base.config._attn_implementation == PER_SAMPLE[name]
+
+
+def recurrent_layers(base: Any) -> str:
+    """Returns which layers of a loaded model carry a state from token to token beside attention, "" if none do."""
+    return recurrent(base.config.to_dict()) or ("recurrent layers" if base._is_stateful else "")
+
+
+def described(base: Any) -> str:
+    """Returns what computes the attention of a loaded model, for people."""
+    name = base.config._attn_implementation
+    own = {SDPA: "sdpa", EAGER: "eager", ALIBI: "ALiBi on sdpa"}
+    return f"{own[name]}, sample by sample" if name in own else str(name)
 
 
 def row_of_samples(position_n: torch.Tensor) -> dict[str, Any]:

@@ -7,6 +7,7 @@ question.
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,7 +18,7 @@ from mft.errors import UserError, nearest
 from mft.model import tokens
 from mft.model.parts import base_of, head_logits, head_quirks, parameter_count
 from mft.model.router import coefficient, routed
-from mft.model.source import check_path, folder_fingerprint, refuse_original
+from mft.model.source import check_path, folder_fingerprint, no_packing, recurrent, refuse_original
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +92,15 @@ class CausalLM:
         check_path(self.path, self.hint)
         if type(self) is CausalLM:
             refuse_original(self.path)
+
+    def check_rows(self, several: bool) -> None:
+        """Raises UserError for rows of several samples where the model's layers would mix them, as far as the
+        config.json of a folder tells."""
+        file = Path(self.path).expanduser() / "config.json"
+        if several and self.path and file.is_file():
+            what = recurrent(json.loads(file.read_text(encoding="utf-8")))
+            if what:
+                raise UserError(no_packing(self.path, what))
 
     # ── where it comes from ──
 

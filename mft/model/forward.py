@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from mft.batch import IGNORE
-from mft.model.attention import attend_per_sample, row_of_samples
+from mft.errors import UserError
+from mft.model.attention import attend_per_sample, recurrent_layers, row_of_samples
 from mft.model.cross_entropy import chunk_rows, linear_nll, module_nll
 from mft.model.parts import base_of, decoder_of
 from mft.model.router import balance_loss
+from mft.model.source import no_packing
 
 if TYPE_CHECKING:
     from mft.model.family import CausalLM
@@ -35,10 +37,12 @@ class TokenLoss(nn.Module):
         base = base_of(model)
         self.rows = rows or chunk_rows(vocabulary(base.get_output_embeddings()))
         self.router_coef = family.router_weight(base)
+        self.recurrent = recurrent_layers(base)
         self.per_sample = attend_per_sample(base)
         # transformers' flash attention sees sample borders in position ids only in a batch of one row: with more rows,
         # packed samples would attend to each other without an error. As one long row the borders hold everywhere.
-        self.one_row = self.per_sample or "flash" in (getattr(base.config, "_attn_implementation", None) or "")
+        flash = "flash" in (getattr(base.config, "_attn_implementation", None) or "")
+        self.one_row = self.per_sample or (flash and not self.recurrent)
 
     def forward(
         self, ids_BT: torch.Tensor, target_BT: torch.Tensor, position_BT: torch.Tensor, sample_BT: torch.Tensor
@@ -57,6 +61,8 @@ class TokenLoss(nn.Module):
         if self.router_coef:
             arguments["output_router_logits"] = True
         present_BT = sample_BT >= 0
+        if self.recurrent and (((position_BT == 0) & present_BT).sum(1) > 1).any():
+            raise UserError(no_packing(self.family.path, self.recurrent))
         if self.one_row:  # the samples of all rows one after the other, without padding
             if not present_BT.any():
                 present_BT[0, 0] = True  # a batch of padding still takes part, with one token

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mft.errors import UserError, nearest, shortened
 
@@ -55,6 +57,29 @@ def refuse_original(path: str) -> None:
             f"model.path={path} is a {kind} checkpoint in its original format, which transformers cannot read; choose "
             f"{ORIGINAL_FORMATS[kind]} with the same model.path"
         )
+
+
+RECURRENT = {"falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "minimax", "nemotron_h", "recurrent_gemma"}
+RECURRENT |= {"bamba", "rwkv", "xlstm", "zamba", "zamba2"}
+"""Model types with recurrent layers whose config.json may not list its layers."""
+
+
+def recurrent(config: Mapping[str, Any]) -> str:
+    """Returns which layers of a model (its config.json) carry something from token to token beside attention, "" if
+    none do: a state or a convolution, which no mask keeps from running over the border of two samples."""
+    kinds = [kind for key in ("layer_types", "layers_block_type") for kind in config.get(key) or ()]
+    other = sorted({str(kind) for kind in kinds if not str(kind).endswith("attention") or kind == "linear_attention"})
+    if other:
+        return f"layers of the kind {' and '.join(other)}"
+    return f"the layers of {config['model_type']}" if config.get("model_type") in RECURRENT else ""
+
+
+def no_packing(path: str, what: str) -> str:
+    """Returns the sentence that refuses rows of several samples for such a model."""
+    return (
+        f"model.path={path}: {what} carry a state from token to token, so samples of one row would see each other; "
+        "choose data=pad, which gives every sample a row of its own"
+    )
 
 
 def looks_local(path: str) -> bool:
