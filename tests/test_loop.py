@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from mft import job
 from mft.checkpoint import complete_steps
 from mft.errors import UserError
+from mft.loop import Training, fit
 from mft.model.tiny import Tiny
+from mft.run import quiet_libraries
 from tests.dist.ranks import run_ranks
 from tests.dist.runs import frozen, play
+from tests.loss.loop import Layout, Recorder, Stage, write_tasks
+from tests.loss.modes import made
 from tests.training import logged, train
 
 pytestmark = pytest.mark.slow
@@ -209,3 +214,45 @@ def test_the_routers_loss_is_logged_by_itself_as_a_mean_over_micro_batches(tmp_p
     assert 0.5 * 2 <= rows[0.5, 1]["train/router"] < 0.5 * 2.5
     assert rows[0.5, 1]["train/loss"] == pytest.approx(rows[0.0, 1]["train/loss"], rel=1e-6)
     assert rows[0.5, 4]["train/router"] == pytest.approx(rows[0.5, 1]["train/router"], rel=0.1)
+
+
+class Overflowing:
+    """A stage of tests.loss in fp16, on the CPU, whose loss scaler starts so high that gradients overflow once."""
+
+    def __init__(self, root: Path):
+        write_tasks(root / "tasks")
+        self.stage = Stage(root, Layout(2, packed=False, backend="single"))
+        accelerator = self.stage.engine.accelerator
+        # accelerate makes a scaler on GPUs only; torch's works on a CPU, so the path is walked here by giving it one
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-54)
+
+    def fit(self, poison: bool = False) -> tuple[Training, Recorder]:
+        recorder = Recorder()
+        t = self.stage.training(made("lbtw"), recorder)
+        if poison:
+            t.module.model.get_input_embeddings().weight.data[65:90] = math.nan
+        self.before = self.stage.parameters(t)
+        fit(t)
+        return t, recorder
+
+
+@pytest.fixture
+def overflowing(tmp_path: Path) -> Iterator[Overflowing]:
+    quiet_libraries()
+    found = Overflowing(tmp_path)
+    yield found
+    found.stage.engine.close()
+
+
+def test_an_overflow_that_the_loss_scaler_answers_is_no_error_and_no_update(overflowing: Overflowing) -> None:
+    t, recorder = overflowing.fit()
+    skipped = [bool(row.get("train/skipped_steps")) for _, row in sorted(recorder.rows.items())]
+    assert skipped == [True, False, False, False] and t.state.skipped == 0
+    assert "train/weight/a" not in recorder.rows[1]  # the mode learnt nothing from a step that was not applied
+    assert not torch.equal(overflowing.before, overflowing.stage.parameters(t))
+
+
+def test_with_a_loss_scaler_too_a_loss_that_is_not_finite_ends_the_run(overflowing: Overflowing) -> None:
+    with pytest.raises(UserError, match=r"Step 1 has a non-finite loss.*task [abc], "):
+        overflowing.fit(poison=True)

@@ -126,6 +126,7 @@ class Stage:
     """What the modes share in one rank and layout: engine, data, the model's first weights."""
 
     def __init__(self, root: Path, layout: Layout):
+        self.root = root
         self.settings = Train(
             per_device_eval_batch_size=2, log_every=1, eval_every=None, eval_at_start=False, save_every=None
         )
@@ -174,7 +175,7 @@ class Stage:
             probe=lambda step: Evaluator(engine, names, lambda: self.feed.probe(step, loss.probe_samples)).losses(
                 module
             ),
-            save=Checkpoints(run_dir or Path(), engine, loss, lambda folder: None, keep=None).save,
+            save=Checkpoints(run_dir or self.root / "run", engine, loss, lambda folder: None, keep=None).save,
             meter=Meter(names, engine.device),
             tracker=recorder,
             progress=Silent(),
