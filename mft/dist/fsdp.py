@@ -131,6 +131,7 @@ class FsdpEngine(Engine):
         """One parameter after the other is gathered; rank 0 copies it to the CPU, the others return nothing."""
         from torch.distributed.tensor import DTensor
 
+        self._reshard(module)
         state: dict[str, torch.Tensor] = {}
         copies: dict[int, torch.Tensor] = {}  # a tied weight stays tied
         if trainable:
@@ -148,9 +149,19 @@ class FsdpEngine(Engine):
                 state[name.removeprefix(prefix)] = copies[id(value)]
         return state
 
+    def _reshard(self, module: torch.nn.Module) -> None:
+        """Gives back what a forward without a backward, as in an evaluation, has left gathered: the root's parameters
+        would be the whole ones, whose memory fsdp frees later."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
     def _pieces(self) -> list[Piece]:
         """Returns the rows of each trained parameter that this rank keeps."""
         assert self._module is not None, "prepare first"
+        self._reshard(self._module)
         found = []
         for name, parameter in self._module.named_parameters():
             mine = local(parameter)
