@@ -26,6 +26,7 @@ from mft.launch import Stopped, launch, place, ranks, share, warm
 from mft.machine import visible_gpus
 from mft.meeting import meet
 from mft.metrics import criterion
+from mft.processes import PRELOAD
 from mft.worker import SAVED
 
 
@@ -96,7 +97,7 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     chosen = {name: build(cfg.task[name], f"task.{name}", allowed) for name in cfg.task}
     tasks = all_tasks(chosen, list(cfg.data.paths))
     if cfg.launch.mode is LaunchMode.processes and starts:
-        warm()  # the fork server imports while the data is read here
+        warm(preload(cfg))  # the fork server imports while the data is read here
     fingerprints = {f"task.{task.name}": task.fingerprint(cfg.cache_dir) for task in tasks}
     data = hashlib.sha1(repr(sorted(fingerprints.items())).encode()).hexdigest()[:12]
     if is_file(cfg.data.template):
@@ -111,6 +112,11 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
         label,
         data,
     )
+
+
+def preload(cfg: DictConfig) -> tuple[str, ...]:
+    """Returns the modules that the fork server imports for a run."""
+    return (*PRELOAD, "deepspeed") if str(cfg.dist._target_).startswith("mft.dist.deepspeed.") else PRELOAD
 
 
 def run(job: Job, folder: Path, say: Callable[[str], None] = print, hosts: Hosts | None = None) -> dict[str, Any]:

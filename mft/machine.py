@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+"""Device files of a machine with NVIDIA or AMD GPUs."""
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of /proc/cpuinfo (x86, x86, Arm). A CPU without them emulates bf16, 7 times slower than fp32 with AVX2."""
 
 
 def visible_gpus() -> int:
-    """Returns the number of GPUs that CUDA would show."""
-    if not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()):
+    """Returns the number of GPUs that CUDA would show; CUDA_VISIBLE_DEVICES counts."""
+    if not any(path.exists() for path in DRIVERS) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return 0
     import torch
 

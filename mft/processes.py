@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mft import worker
 from mft.failures import WorkerError, failure_of, forget_failures, write_report
 from mft.hosts import Hosts
+from mft.machine import DRIVERS
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
@@ -41,8 +42,9 @@ PRELOAD = (
 
 IFNAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
-TOUCHES_CUDA = ("peft", "bitsandbytes")
-"""Left out of the preload where there is a GPU: peft imports bitsandbytes, which asks every GPU for its capability."""
+TOUCHES_CUDA = ("peft", "bitsandbytes", "deepspeed")
+"""Left out of the preload where there is a GPU: peft imports bitsandbytes, which asks every GPU for its capability, and
+deepspeed may ask when it looks for its accelerator."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -120,7 +122,9 @@ def warm(preload: Sequence[str] = PRELOAD) -> None:
     """Starts the fork server if there is none yet, without waiting for its imports. Its environment is today's."""
     if start_method() == "fork":
         return
-    gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+    gpu = any(path.exists() for path in DRIVERS)
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
     multiprocessing.set_forkserver_preload([name for name in preload if not (gpu and name in TOUCHES_CUDA)])
     # torch then counts GPUs without initialising CUDA; and does not warn about every host name it cannot look up
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
