@@ -169,6 +169,8 @@ def run(
         found = summary.summarise(t, status, run_dir, time.perf_counter() - started)
         if engine.is_main:
             summary.write(found, run_dir)
+        engine.barrier()  # the other ranks leave with the code that the summary's status stands for
+        if engine.is_main:
             answers.write(run_dir / "report" / "answers.md")
             for path in ("config.yaml", "summary.json", "report"):
                 tracker.artifact(run_dir / path)

@@ -1,14 +1,19 @@
-"""`mft train` in ranks that torchrun or accelerate launch started: one folder, one config, written by rank 0."""
+"""`mft train` in ranks that torchrun, accelerate launch or srun started: one folder, one config, written by rank 0."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from mft import rundir
+from mft.checkpoint import newest
 from tests.dist.runs import LAYOUTS, SETTINGS, logged, write_tasks
 
 REPOSITORY = Path(__file__).parents[2]
@@ -64,3 +69,42 @@ def test_placed_ranks_share_one_run_and_conf_dist_decides(tmp_path: Path, how: s
     if how == "torchrun":
         refused = launched(launcher, ["-m", *overrides])
         assert refused.returncode != 0 and "A sweep (-m) starts the ranks of its jobs itself" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_slurm_script_trains_saves_in_time_and_is_put_back_into_the_queue(tmp_path: Path) -> None:
+    """docs/slurm.sbatch as it is; srun and scontrol are stand-ins, since SLURM is not here."""
+    (tmp_path / "bin").mkdir()
+    stand_ins = {
+        "srun": f'exec {sys.executable} -m tests.dist.srun "$@"',
+        "mft": f'exec {sys.executable} -m mft.cli "$@"',
+        "scontrol": f'echo "$@" > {tmp_path / "asked"}',
+    }
+    for name, line in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    folder = tmp_path / "run"
+    data = f"data.paths=[{','.join(map(str, write_tasks(tmp_path / 'tasks')))}]"
+    overrides = [*SETTINGS, *LAYOUTS["pad"], data, f"cache_dir={tmp_path / 'cache'}", f"output_dir={folder}"]
+    script = subprocess.Popen(
+        ["bash", "docs/slurm.sbatch", *overrides, "dist=zero2", "train.max_steps=100000", "train.epochs=100000"],
+        cwd=REPOSITORY,
+        env=os.environ
+        | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+        | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    end = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(logged(folder, "train/loss")) < 2:
+        assert script.poll() is None and time.monotonic() < end, script.communicate()[0]
+        time.sleep(0.1)
+    (srun,) = psutil.Process(script.pid).children()
+    srun.send_signal(signal.SIGTERM)  # what `#SBATCH --signal` does before the time is over
+    output = script.communicate(timeout=60)[0]
+    assert script.returncode == 75, output
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert rundir.status(folder) == "stopped" and newest(folder) is not None
+    assert "2/100000" in (folder / "log" / "rank0.log").read_text() and (folder / "log" / "rank1.log").exists()
