@@ -16,10 +16,10 @@ from mft.compose import compose_resolved
 from mft.errors import UserError
 from mft.model.audit import audit
 from mft.model.export import merge, save_final
-from mft.model.forward import TokenLoss
 from mft.model.peft import Lora, QLora
 from mft.model.tiny import Tiny
-from tests.model.rows import batch, inputs
+from tests.model.rows import batch
+from tests.model.steps import logits, trained
 from tests.training import resume, train, two_tasks
 
 IDS = torch.arange(2, 42)[None]
@@ -46,44 +46,25 @@ UNTIED_TOO = ("embedding", "head", "both_and_norm")
 CASES = [(kind, True) for kind in KINDS] + [(kind, False) for kind in UNTIED_TOO]
 
 
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits.float()
-
-
-def trained(peft: Lora, family: Tiny, steps: int = 3) -> TokenLoss:
-    """Really trained for a few steps."""
-    torch.manual_seed(0)
-    model = peft.attach(family.model(torch.float32, peft.quantization(torch.float32)), family)
-    module = TokenLoss(model, family)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        module(*inputs(DATA))[0].sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return module
-
-
 @pytest.mark.parametrize(("kind", "tied"), CASES)
 def test_trained_saved_loaded_merged(kind: str, tied: bool, cache_dir: Path, tokenizer, tmp_path: Path) -> None:
     family, peft = Tiny(cache_dir=str(cache_dir), tied=tied), KINDS[kind]
     peft.rank = 4
     peft.check()
-    before = logits(family.model(torch.float32, peft.quantization(torch.float32)))
-    begun = logits(trained(peft, family, steps=0).model)
+    before = logits(family.model(torch.float32, peft.quantization(torch.float32)), IDS)
+    begun = logits(trained(peft, family, DATA, steps=0).model, IDS)
     assert (begun - before).abs().max() < 1e-5  # no kind changes what the model says before it is trained
-    module = trained(peft, family)
-    expected = logits(module.model)
+    module = trained(peft, family, DATA)
+    expected = logits(module.model, IDS)
     assert (expected - before).abs().max() > 0.1
     save_final(module, tokenizer, tmp_path / "adapter")
     base = family.model(torch.float32, peft.quantization(torch.float32))
-    loaded = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    loaded = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"), IDS)
     assert (loaded - expected).abs().max() < (1e-5 if peft.changes_base else 1e-30)
     result = merge(tmp_path / "adapter", tmp_path / "merged")
     assert result.difference < (1e-5 if kind != "8_bit" else result.bound) and result.bound < result.effect / 10
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert (logits(merged) - expected).abs().max() < (1e-5 if kind != "8_bit" else result.bound)
+    assert (logits(merged, IDS) - expected).abs().max() < (1e-5 if kind != "8_bit" else result.bound)
     assert merged.config.tie_word_embeddings == tied
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
 
@@ -91,7 +72,7 @@ def test_trained_saved_loaded_merged(kind: str, tied: bool, cache_dir: Path, tok
 def test_what_began_as_a_part_of_the_base_is_saved_as_an_ordinary_adapter(
     tiny: Tiny, tokenizer, tmp_path: Path
 ) -> None:
-    save_final(trained(Lora(rank=4, init="pissa"), tiny), tokenizer, tmp_path)
+    save_final(trained(Lora(rank=4, init="pissa"), tiny, DATA), tokenizer, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 64.0, True)
     shapes = {tuple(t.shape) for n, t in load_file(tmp_path / "adapter_model.safetensors").items() if "q_proj" in n}
@@ -125,10 +106,10 @@ def test_tied_modules_are_trained_as_one_and_in_float32(tied: bool, cache_dir: P
 
 
 def test_goes_on_from_an_adapter_with_whole_modules(tiny: Tiny, tokenizer, tmp_path: Path) -> None:
-    first = trained(Lora(rank=4, modules_to_save=["lm_head"]), tiny)
+    first = trained(Lora(rank=4, modules_to_save=["lm_head"]), tiny, DATA)
     save_final(first, tokenizer, tmp_path)
     again = Lora(path=str(tmp_path)).attach(tiny.model(torch.float32), tiny)
-    assert torch.equal(logits(again), logits(first.model))
+    assert torch.equal(logits(again, IDS), logits(first.model, IDS))
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
         n for n, p in first.model.named_parameters() if p.requires_grad
     }
@@ -175,10 +156,10 @@ def test_an_untied_embedding_takes_an_adapter_of_the_plain_kind(cache_dir: Path,
     family = Tiny(cache_dir=str(cache_dir), tied=False)
     with pytest.raises(UserError, match=r"goes with peft\.use_dora=false and peft\.init=true or gaussian only"):
         Lora(targets=["embed_tokens"], init="pissa").attach(family.model(torch.float32), family)
-    module = trained(Lora(rank=4, targets=["embed_tokens", "lm_head"]), family)
+    module = trained(Lora(rank=4, targets=["embed_tokens", "lm_head"]), family, DATA)
     save_final(module, tokenizer, tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(family.model(torch.float32), tmp_path / "adapter")
-    assert torch.equal(logits(loaded), logits(module.model))
+    assert torch.equal(logits(loaded, IDS), logits(module.model, IDS))
     assert merge(tmp_path / "adapter", tmp_path / "merged").difference < 1e-5
 
 

@@ -17,27 +17,13 @@ from mft.model.forward import TokenLoss
 from mft.model.peft import Lora, QLora
 from tests.model.mixtures import MIXTURES, family_of, mixture, mixture_folder
 from tests.model.rows import batch, inputs
+from tests.model.steps import logits, shaken
 from tests.training import resume, train
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning:peft")
 
 IDS = torch.arange(2, 42)[None]
 DATA = batch([[20, 9], [30]], 32, 512)
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits.float()
-
-
-def moved(model: torch.nn.Module) -> torch.nn.Module:
-    """Adapters as if they had been trained."""
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 def loss(model: torch.nn.Module, name: str) -> torch.Tensor:
@@ -52,7 +38,7 @@ def adapted(model: torch.nn.Module) -> set[str]:
 @pytest.mark.parametrize("name", MIXTURES)
 def test_gradients_reach_the_experts_and_the_folder_loads_with_peft(name: str, tmp_path: Path) -> None:
     family = family_of(name)
-    model = moved(Lora(rank=4, experts=True).attach(mixture(name), family))
+    model = shaken(Lora(rank=4, experts=True).attach(mixture(name), family))
     block = "feed_forward" if name == "llama4" else "mlp"
     experts = {f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj"}
     assert adapted(model) == {f"self_attn.{leaf}" for leaf in family.lora_targets} | experts
@@ -62,11 +48,11 @@ def test_gradients_reach_the_experts_and_the_folder_loads_with_peft(name: str, t
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, path
         else:
             assert parameter.grad is None, path
-    expected = logits(model)
+    expected = logits(model, IDS)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    assert torch.equal(logits(PeftModel.from_pretrained(mixture(name), tmp_path)), expected)
+    assert torch.equal(logits(PeftModel.from_pretrained(mixture(name), tmp_path), IDS), expected)
     merged = PeftModel.from_pretrained(mixture(name), tmp_path).merge_and_unload()
-    assert (logits(merged) - expected).abs().max() < 1e-5 < (logits(mixture(name)) - expected).abs().max()
+    assert (logits(merged, IDS) - expected).abs().max() < 1e-5 < (logits(mixture(name), IDS) - expected).abs().max()
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -124,7 +110,7 @@ def test_checkpointing_gives_the_same_gradients(name: str) -> None:
     family = family_of(name)
     found = []
     for on in (False, True):
-        model = moved(Lora(rank=4, experts=True).attach(mixture(name), family))
+        model = shaken(Lora(rank=4, experts=True).attach(mixture(name), family))
         family.gradient_checkpointing = on
         assert family.checkpoint(model) == on
         loss(model, name).backward()
@@ -138,7 +124,7 @@ def test_experts_beside_4_bits(name: str, tokenizer, tmp_path: Path) -> None:
     family = family_of(name)
     family.path = str(mixture_folder(name, tmp_path / "base", tokenizer))
     peft = QLora(rank=4, experts=True)
-    model = moved(peft.attach(family.model(torch.float32, peft.quantization(torch.float32)), family))
+    model = shaken(peft.attach(family.model(torch.float32, peft.quantization(torch.float32)), family))
     rows = {row.kind: row for row in audit(model)}
     experts = [row for row in rows.values() if row.role == "experts"]
     assert all(row.adapted == row.total and not row.packed for row in experts)
@@ -155,7 +141,7 @@ def test_experts_beside_4_bits(name: str, tokenizer, tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(
         family.model(torch.float32, peft.quantization(torch.float32)), tmp_path / "adapter"
     )
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
     assert merge(tmp_path / "adapter", tmp_path / "merged").difference < 1e-5
 
 

@@ -15,6 +15,7 @@ from mft.model.forward import TokenLoss, trailing_positions
 from mft.model.peft import Full, Lora
 from mft.model.tiny import Tiny
 from tests.model.rows import alone, batch, inputs
+from tests.model.steps import shaken
 
 V = 512
 
@@ -28,15 +29,6 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], rt
     for name in one:
         scale = other[name].abs().max().item()
         assert torch.allclose(one[name], other[name], rtol=0, atol=rtol * scale + 1e-12), name
-
-
-def shake(model: torch.nn.Module) -> torch.nn.Module:
-    """Gives fresh adapters a B that is not zero, so that they matter."""
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 def small(config_class: str, **values: object) -> torch.nn.Module:
@@ -65,7 +57,7 @@ def test_equals_transformers(cache_dir: Path, tied: bool, peft: Full) -> None:
     if tied and getattr(peft, "targets", None):
         pytest.skip("an adapter on a tied head changes the embedding as well when merged; peft warns")
     family = Tiny(cache_dir=str(cache_dir), tied=tied)
-    model = shake(peft.attach(family.model(torch.float32), family))
+    model = shaken(peft.attach(family.model(torch.float32), family))
     data = batch([[19], [24], [7]], 24, V)
     module = TokenLoss(model, family, rows=5)
     nll_BT, router = module(*inputs(data))
@@ -229,7 +221,7 @@ QUIRKS = {
 def test_quirks_of_the_head(name: str, peft: Full) -> None:
     config, values = QUIRKS[name]
     family = CausalLM("unused")
-    model = shake(peft.attach(small(config, **values), family))
+    model = shaken(peft.attach(small(config, **values), family))
     data = batch([[19], [24]], 24, V)
     nll_BT, router = TokenLoss(model, family, rows=5)(*inputs(data))
     loss = nll_BT.sum() / (data.target_BT != IGNORE).sum() + router
@@ -260,7 +252,7 @@ def test_router_loss_without_a_trained_token() -> None:
 def test_gradient_checkpointing_changes_nothing(cache_dir: Path) -> None:
     family = Tiny(cache_dir=str(cache_dir), gradient_checkpointing=True)
     for peft in (Full(), Lora()):
-        model = shake(peft.attach(family.model(torch.float32), family))
+        model = shaken(peft.attach(family.model(torch.float32), family))
         data = batch([[9, 12], [20]], 24, V)
         found = []
         for on in (False, True):

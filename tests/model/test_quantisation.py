@@ -16,6 +16,7 @@ from mft.model.forward import TokenLoss
 from mft.model.peft import QLora
 from mft.model.tiny import Tiny
 from tests.model.rows import batch, inputs
+from tests.model.steps import logits
 
 IDS = torch.arange(2, 42)[None]
 KINDS = {
@@ -33,12 +34,6 @@ KINDS = {
 
 def load(peft: QLora, tiny: Tiny) -> Any:
     return tiny.model(torch.float32, peft.quantization(torch.float32))
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits.float()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,11 +54,11 @@ def test_trains_and_loads_onto_a_quantised_base_with_equal_logits(
         optimizer.step()
         optimizer.zero_grad()
     assert losses[1] < losses[0] - 1
-    expected = logits(model)
+    expected = logits(model, IDS)
     save_final(module, tokenizer, tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(load(peft, tiny), tmp_path)), expected)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(peft, tiny), tmp_path), IDS), expected)
     origin = Origin.read(tmp_path)  # the same base from the note alone, as mft merge and mft generate load it
-    assert torch.equal(logits(PeftModel.from_pretrained(origin.load(), tmp_path)), expected)
+    assert torch.equal(logits(PeftModel.from_pretrained(origin.load(), tmp_path), IDS), expected)
 
 
 def test_four_bit_values_reach_the_layers(tiny: Tiny) -> None:

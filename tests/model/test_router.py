@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -58,22 +60,26 @@ def router_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.dim() == 2 and p.shape[0] == 4}
 
 
-@pytest.mark.parametrize("name", WITH_ITS_OWN)
-def test_it_is_the_value_that_transformers_adds(name: str) -> None:
-    model = mixture(name)
+def both(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Our router loss at a coefficient of 0.5, the mask of DATA, and what transformers' own forward returns for it."""
     router = TokenLoss(model, CausalLM("unused", router_coef=0.5))(*inputs(DATA))[1]
     mask = (DATA.sample_BT >= 0).long()
-    theirs = model(input_ids=DATA.ids_BT, attention_mask=mask, output_router_logits=True, use_cache=False).aux_loss
+    outputs = model(input_ids=DATA.ids_BT, attention_mask=mask, output_router_logits=True, use_cache=False)
+    return router, mask, outputs
+
+
+@pytest.mark.parametrize("name", WITH_ITS_OWN)
+def test_it_is_the_value_that_transformers_adds(name: str) -> None:
+    router, _, outputs = both(mixture(name))
+    theirs = outputs.aux_loss
     assert router.item() == pytest.approx(0.5 * theirs.item(), rel=1e-5) and router.item() > 0.4
 
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_it_is_computed_where_transformers_has_none(name: str) -> None:
     model = mixture(name)
-    router = TokenLoss(model, CausalLM("unused", router_coef=0.5))(*inputs(DATA))[1]
-    mask = (DATA.sample_BT >= 0).long()
-    logits = model(input_ids=DATA.ids_BT, attention_mask=mask, output_router_logits=True, use_cache=False).router_logits
-    theirs = load_balancing_loss_func(tuple(logits), 4, model.config.num_experts_per_tok, mask)
+    router, mask, outputs = both(model)
+    theirs = load_balancing_loss_func(tuple(outputs.router_logits), 4, model.config.num_experts_per_tok, mask)
     assert router.item() == pytest.approx(0.5 * theirs.item(), rel=1e-5) and router.item() > 0.4
 
 

@@ -21,6 +21,7 @@ from mft.model.generate import Answerer
 from mft.model.peft import Full, Lora, QLora
 from mft.model.tiny import Tiny
 from tests.model.rows import inputs
+from tests.model.steps import logits, trained
 from tests.training import resume, train
 
 ADDED = {"add_tokens": ["<sql>", "SELECT"], "add_special_tokens": ["<|call|>"]}
@@ -45,24 +46,6 @@ def batch(tokenizer) -> Batch:
     target = torch.cat([ids[:, 1:], torch.tensor([[-100]])], 1)
     zeros = torch.zeros_like(ids)
     return Batch(ids, target, zeros, zeros, torch.arange(ids.shape[1])[None])
-
-
-def logits(model: torch.nn.Module, tokenizer) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=batch(tokenizer).ids_BT, use_cache=False).logits.float()
-
-
-def trained(peft: Full, tiny: Tiny, steps: int = 3) -> TokenLoss:
-    torch.manual_seed(0)
-    model = peft.attach(tiny.model(torch.float32, peft.quantization(torch.float32)), tiny)
-    module = TokenLoss(model, tiny)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        module(*inputs(batch(tiny.tokenizer())))[0].sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return module
 
 
 def test_tokenizer_and_rows(cache_dir: Path, tmp_path: Path) -> None:
@@ -106,20 +89,20 @@ def test_trained_saved_loaded_merged(kind: str, tied: bool, cache_dir: Path, tmp
     many = [f"<t{i}>" for i in range(60)] if kind in ("lora", "whole", "full", "qlora") else []
     peft, tiny = PEFTS[kind], family(cache_dir, tied, add_tokens=[*ADDED["add_tokens"], *many])
     tokenizer = tiny.tokenizer()
-    before = logits(tiny.model(torch.float32, peft.quantization(torch.float32)), tokenizer)
-    module = trained(peft, tiny)
-    expected = logits(module.model, tokenizer)
+    before = logits(tiny.model(torch.float32, peft.quantization(torch.float32)), batch(tokenizer).ids_BT)
+    module = trained(peft, tiny, batch(tiny.tokenizer()))
+    expected = logits(module.model, batch(tokenizer).ids_BT)
     assert (expected - before).abs().max() > 0.1
     new = tokenizer.convert_tokens_to_ids("<sql>")
     assert expected[0, 0, new] != before[0, 0, new]
     save_final(module, tokenizer, tmp_path / "final")
     if kind == "full":
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
-        assert torch.equal(logits(loaded, tokenizer), expected)
+        assert torch.equal(logits(loaded, batch(tokenizer).ids_BT), expected)
         return
     base = Origin.read(tmp_path / "final").load()
     loaded = PeftModel.from_pretrained(base, tmp_path / "final")
-    assert (logits(loaded, tokenizer) - expected).abs().max() < (1e-5 if kind == "pissa" else 1e-30)
+    assert (logits(loaded, batch(tokenizer).ids_BT) - expected).abs().max() < (1e-5 if kind == "pissa" else 1e-30)
     saved = load_file(tmp_path / "final" / "adapter_model.safetensors")
     deltas = {n: t for n, t in saved.items() if "trainable_tokens_delta" in n}
     assert len(deltas) == {"whole": 0, "embedding": 0 if tied else 1}.get(kind, 1 if tied else 2)
@@ -130,7 +113,8 @@ def test_trained_saved_loaded_merged(kind: str, tied: bool, cache_dir: Path, tmp
     result = merge(tmp_path / "final", tmp_path / "merged")
     assert result.difference < (1e-5 if kind != "8_bit" else result.bound)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert (logits(merged, tokenizer) - expected).abs().max() < (1e-5 if kind != "8_bit" else result.bound)
+    difference = (logits(merged, batch(tokenizer).ids_BT) - expected).abs().max()
+    assert difference < (1e-5 if kind != "8_bit" else result.bound)
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").convert_tokens_to_ids("<sql>") == new
 
@@ -138,7 +122,7 @@ def test_trained_saved_loaded_merged(kind: str, tied: bool, cache_dir: Path, tmp
 def test_plain_peft_loads_it_onto_a_base_of_the_same_size(cache_dir: Path, tmp_path: Path) -> None:
     """The rows that fill up are trained and saved as well, so whatever another library puts there is replaced."""
     tiny = family(cache_dir, add_tokens=[f"<t{i}>" for i in range(60)], add_special_tokens=[])
-    module = trained(Lora(rank=4), tiny)
+    module = trained(Lora(rank=4), tiny, batch(tiny.tokenizer()))
     save_final(module, tiny.tokenizer(), tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tiny.folder())
     base.resize_token_embeddings(len(AutoTokenizer.from_pretrained(tmp_path)), pad_to_multiple_of=16)
@@ -150,7 +134,7 @@ def test_plain_peft_loads_it_onto_a_base_of_the_same_size(cache_dir: Path, tmp_p
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients_are_those_of_peft(tied: bool, cache_dir: Path) -> None:
     tiny = family(cache_dir, tied)
-    model = trained(Lora(rank=4), tiny, steps=1).model
+    model = trained(Lora(rank=4), tiny, batch(tiny.tokenizer()), steps=1).model
     data = batch(tiny.tokenizer())
     nll = TokenLoss(model, tiny, rows=5)(*inputs(data))[0].sum()
     nll.backward()
@@ -178,11 +162,12 @@ def test_rows_are_float32_beside_a_bf16_base(cache_dir: Path, tmp_path: Path) ->
 
 def test_goes_on_from_an_adapter_with_the_same_tokens_only(cache_dir: Path, tmp_path: Path) -> None:
     tiny = family(cache_dir)
-    first = trained(Lora(rank=4), tiny)
+    first = trained(Lora(rank=4), tiny, batch(tiny.tokenizer()))
     save_final(first, tiny.tokenizer(), tmp_path)
     peft = Lora(path=str(tmp_path))
     again = peft.attach(tiny.model(torch.float32), tiny)
-    assert torch.equal(logits(again, tiny.tokenizer()), logits(first.model, tiny.tokenizer()))
+    ids_BT = batch(tiny.tokenizer()).ids_BT
+    assert torch.equal(logits(again, ids_BT), logits(first.model, ids_BT))
     assert any("trainable_tokens_delta" in n and p.requires_grad for n, p in again.named_parameters())
     plain = Tiny(cache_dir=str(cache_dir))
     with pytest.raises(UserError, match=r"was trained with 3 new rows of the embedding, not with none: give the same"):
