@@ -128,6 +128,11 @@ def build(node: DictConfig, path: str = "", allowed: Sequence[str] = ALLOWED_TAR
         raise
 
 
+def component(cfg: DictConfig, path: str, allow_targets: Sequence[str] = ()) -> Any:
+    """Instantiates the component at a path of a config. allow_targets: prefixes of `_target_` beside ours."""
+    return build(OmegaConf.select(cfg, path), path, (*ALLOWED_TARGETS, *allow_targets))
+
+
 def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> None:
     """Judges a resolved, typed config before any process starts or model loads; raises UserError with a sentence.
 

@@ -115,7 +115,7 @@ def train(args: list[str]) -> None:
         return
     dry_run = "--dry-run" in args
     overrides, config_dirs, hydra_flags = split_flags([arg for arg in args if arg != "--dry-run"])
-    from mft.compose import compose_resolved
+    from mft.compose import compose_resolved, key_of
 
     if {"-m", "--multirun"} & set(hydra_flags):
         from mft.launch import place
@@ -139,7 +139,7 @@ def train(args: list[str]) -> None:
     if placed is not None and placed.rank > 0:
         job.run(checked, Path(cfg.output_dir))  # rank 0 says which folder it is
         return
-    dated = not any(o.split("=", 1)[0].lstrip("+") == "output_dir" for o in overrides)
+    dated = not any(key_of(o) == "output_dir" for o in overrides)
     if dry_run:
         folder, goes_on = rundir.choose(Path(cfg.output_dir), dated, cfg.train.resume, checked.identity)
         done = rundir.is_finished(folder, checked.identity)

@@ -17,6 +17,11 @@ from mft.data.template import is_file
 from mft.errors import UserError, nearest
 
 
+def key_of(override: str) -> str:
+    """Returns what an override sets."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
 def search_path(config_dirs: Sequence[Path]) -> list[str]:
     """Returns the override that adds folders of yaml files to conf/; UserError for one that is no folder."""
     for folder in config_dirs:
@@ -100,12 +105,12 @@ def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match.group(1).removeprefix("/"), search, overrides)
     if match := re.search(r"Error merging override ([^=\s]+)", text):
-        key = match.group(1)
+        name = match.group(1)
         reason = next((line for line in text.splitlines() if "Value" in line or "Invalid" in line), "")
-        given = next((o for o in overrides if o.split("=", 1)[0].lstrip("+") == key), key)
-        return f"{given}: {reason.strip()}" if reason else _unknown_key(key, search, overrides)
+        given = next((o for o in overrides if key_of(o) == name), name)
+        return f"{given}: {reason.strip()}" if reason else _unknown_key(name, search, overrides)
     if match := re.search(r"full_key: (\S+)", text):
-        value = next((o.split("=", 1)[1] for o in overrides if o.split("=", 1)[0].lstrip("+") == match.group(1)), None)
+        value = next((o.split("=", 1)[1] for o in overrides if key_of(o) == match.group(1)), None)
         reason = next(
             (line for line in text.splitlines() if "Value" in line or "Invalid" in line), text.splitlines()[0]
         )
@@ -135,7 +140,7 @@ def group_options(group: str) -> list[str]:
 
 def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> str:
     """`peft.rnk`: composes without the wrong override to see which keys its node has."""
-    rest = [o for o in overrides if o.split("=", 1)[0].lstrip("+~").split("@")[0] != key]
+    rest = [o for o in overrides if key_of(o).split("@")[0] != key]
     try:
         cfg: Any = _compose([*search, *rest])
     except Exception:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -304,6 +305,11 @@ def batch_sizes(train: Any, world: int) -> BatchSizes:
             f"the nearest values that are: {values}."
         )
     return BatchSizes(per_device, total // unit, world)
+
+
+def under(path: str, prefixes: Iterable[str]) -> bool:
+    """Whether a dotted path is one of `prefixes` or lies below one."""
+    return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def identity(cfg: DictConfig, world: int, fingerprints: dict[str, str], extended: bool = True) -> str:

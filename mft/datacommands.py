@@ -63,6 +63,7 @@ def report(args: list[str]) -> None:
     """Prints the account of each task, and writes it with the list of dropped rows and a picture of the lengths."""
     found = prepared(args)
     from mft import rundir
+    from mft.compose import key_of
     from mft.config import batch_sizes
     from mft.data import mixture
     from mft.data import report as account
@@ -85,7 +86,7 @@ def report(args: list[str]) -> None:
     console.print(mixture.table(mixed, found.settings))
     for note in account.notes(known.stores, known.names):
         console.print(note)
-    given = any(arg.split("=", 1)[0].lstrip("+") == "output_dir" for arg in args)
+    given = any(key_of(arg) == "output_dir" for arg in args)
     folder = Path(found.cfg.output_dir) / "report" if given else Path(found.cfg.output_dir).parent / "data"
     known.write_report(folder)
     rundir.write_json(folder / "mixture.json", mixed)
@@ -155,7 +156,7 @@ def prepared(args: Sequence[str]) -> Prepared:
     """Returns the data that overrides compose, checked as for a run; raises UserError as `mft train` would."""
     from omegaconf import OmegaConf
 
-    from mft.build import ALLOWED_TARGETS, build, check
+    from mft.build import check, component
     from mft.cli import split_flags
     from mft.compose import compose_resolved
     from mft.launch import ranks
@@ -168,7 +169,7 @@ def prepared(args: Sequence[str]) -> Prepared:
     check(cfg, world, cfg.train.allow_targets)
 
     def make(path: str) -> Any:
-        return build(OmegaConf.select(cfg, path), path, (*ALLOWED_TARGETS, *cfg.train.allow_targets))
+        return component(cfg, path, cfg.train.allow_targets)
 
     from mft.dataset import dataset
     from mft.run import quiet_libraries

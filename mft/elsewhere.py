@@ -15,12 +15,12 @@ from omegaconf import DictConfig
 
 from mft import board, job, pool, rundir
 from mft.build import resolved
-from mft.compose import absolute_paths, with_choices
+from mft.compose import absolute_paths, key_of, with_choices
 from mft.config import register, typed
 from mft.jobs import finish, folder_of, judge, planned
 from mft.launch import Stopped
 from mft.pool import Task
-from mft.sweep import IDENTITY_DIGITS, RECORD, is_sweep, key, taken
+from mft.sweep import IDENTITY_DIGITS, RECORD, is_sweep, taken
 from mft.worker import INTERRUPTED
 
 
@@ -70,9 +70,9 @@ def one_job(cfg: DictConfig) -> float:
     register()
     hydra = HydraConfig.get()
     folder = Path(hydra.sweep.dir).absolute()
-    fixed = {key(o) for o in rundir.read_json(folder / RECORD).get("overrides", []) if not is_sweep(o)}
-    overrides = [o for o in hydra.overrides.task if key(o) != "sweep"]
-    label = " ".join(o for o in overrides if key(o) not in fixed)
+    fixed = {key_of(o) for o in rundir.read_json(folder / RECORD).get("overrides", []) if not is_sweep(o)}
+    overrides = [o for o in hydra.overrides.task if key_of(o) != "sweep"]
+    label = " ".join(o for o in overrides if key_of(o) not in fixed)
     composed = with_choices(cfg, hydra.runtime.choices)
     current = job.checked(absolute_paths(typed(resolved(composed))), overrides, label)
     run_dir = folder / current.identity.extended[:IDENTITY_DIGITS]

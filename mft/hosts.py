@@ -32,6 +32,9 @@ VISIBLE_SECONDS = 30.0
 LEAVING_SECONDS = 60.0
 """How long host 0 goes on serving its store to hosts that have not left yet, at most."""
 
+IFNAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Variables that name the interface over which ranks talk."""
+
 LEFT = "left"
 
 
@@ -123,7 +126,7 @@ class Hosts:
         """Returns the environment that makes `nproc` ranks of each host one group."""
         found = {"WORLD_SIZE": nproc * self.settings.nnodes, "MASTER_ADDR": self.address[0]}
         found |= {"MASTER_PORT": self.address[1]}
-        found |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.local[1])
+        found |= dict.fromkeys(IFNAMES, self.local[1])
         return {name: str(value) for name, value in found.items()}
 
     def watch(self, log: Path) -> None:

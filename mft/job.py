@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mft import rundir
-from mft.build import ALLOWED_TARGETS, build, check
+from mft.build import check, component
 from mft.config import LaunchMode, Precision, fast_precision, freeze, identity
 from mft.data.fingerprint import file_digests
 from mft.data.task import all_tasks
@@ -93,8 +93,7 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
         )
     world *= cfg.launch.nnodes
     check(cfg, world, allow_targets)
-    allowed = (*ALLOWED_TARGETS, *allow_targets)
-    chosen = {name: build(cfg.task[name], f"task.{name}", allowed) for name in cfg.task}
+    chosen = {name: component(cfg, f"task.{name}", allow_targets) for name in cfg.task}
     tasks = all_tasks(chosen, list(cfg.data.paths))
     if cfg.launch.mode is LaunchMode.processes and starts:
         warm(preload(cfg))  # the fork server imports while the data is read here
@@ -102,7 +101,7 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     data = hashlib.sha1(repr(sorted(fingerprints.items())).encode()).hexdigest()[:12]
     if is_file(cfg.data.template):
         fingerprints["template"] = file_digests([Path(cfg.data.template)], Path(cfg.cache_dir))[0]
-    fingerprints["model"] = build(cfg.model, "model", allowed).fingerprint()
+    fingerprints["model"] = component(cfg, "model", allow_targets).fingerprint()
     return Job(
         cfg,
         list(overrides),

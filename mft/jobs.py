@@ -13,13 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mft import board, job, pool, rundir
-from mft.build import build, resolved
-from mft.compose import absolute_paths, explain, without_hydra
+from mft.build import component, resolved
+from mft.compose import absolute_paths, explain, key_of, without_hydra
 from mft.config import LaunchMode, typed
 from mft.errors import UserError
 from mft.launch import Stopped, place
 from mft.pool import Task
-from mft.sweep import IDENTITY_DIGITS, Shown, is_sweep, key, remove_if_unused, taken
+from mft.sweep import IDENTITY_DIGITS, Shown, is_sweep, remove_if_unused, taken
 from mft.worker import SAVED
 
 OTHERS_FOR_THE_MEDIAN = 3
@@ -35,12 +35,12 @@ class Composer:
     def __init__(self, cfg: DictConfig, loader: Any, starts: bool = True):
         """cfg: the sweep's own config with its hydra node; loader: Hydra's config loader; starts: see `job.checked`."""
         self.cfg, self.loader, self.starts = cfg, loader, starts
-        self.fixed = {key(o) for o in cfg.hydra.overrides.task if not is_sweep(o)}  # keys: Hydra writes true as True
+        self.fixed = {key_of(o) for o in cfg.hydra.overrides.task if not is_sweep(o)}  # keys: Hydra writes true as True
         self.bases: dict[tuple[str, ...], DictConfig] = {}
 
     def label(self, overrides: Sequence[str]) -> str:
         """Returns what tells a job from the others of its sweep."""
-        return " ".join(o for o in overrides if key(o) not in self.fixed) or "(all as given)"
+        return " ".join(o for o in overrides if key_of(o) not in self.fixed) or "(all as given)"
 
     def job(self, overrides: Sequence[str]) -> job.Job:
         """Returns the checked job of these overrides; UserError that names it if it cannot run."""
@@ -51,7 +51,7 @@ class Composer:
             composed = self.composed(overrides)
             if composed.launch.get("nnodes", 1) > 1:
                 raise UserError("a sweep runs on one machine; launch.nnodes is for one run on several.")
-            ours = [o for o in overrides if key(o) != "sweep"]
+            ours = [o for o in overrides if key_of(o) != "sweep"]
             return job.checked(absolute_paths(typed(resolved(composed))), ours, label, self.starts)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(f"job {label}: {explain(error, [], overrides)}") from error
@@ -62,7 +62,7 @@ class Composer:
         """Returns what Hydra composes of these overrides (150 ms), or sets swept values in a copy of that."""
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
-        swept = [o for o in overrides if VALUE.match(o) and key(o) not in self.fixed]
+        swept = [o for o in overrides if VALUE.match(o) and key_of(o) not in self.fixed]
         rest = tuple(o for o in overrides if o not in swept)
         if rest in self.bases:
             cfg = copy.deepcopy(self.bases[rest])
@@ -208,8 +208,7 @@ def side_by_side(
 
 def trackers(cfg: DictConfig) -> list[Any]:
     """Returns the trackers of a job."""
-    allowed = (*job.ALLOWED_TARGETS, *cfg.train.allow_targets)
-    return [build(cfg.tracking[name], f"tracking.{name}", allowed) for name in cfg.tracking]
+    return [component(cfg, f"tracking.{name}", cfg.train.allow_targets) for name in cfg.tracking]
 
 
 def _here(tasks: Sequence[Task], fail_fast: bool) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft import worker
 from mft.failures import WorkerError, failure_of, forget_failures, write_report
-from mft.hosts import Hosts
+from mft.hosts import IFNAMES, Hosts
 from mft.machine import DRIVERS
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ PRELOAD = (
     "matplotlib.figure",
 )
 """Modules the fork server imports once. None may initialise CUDA: forked workers could not use a GPU."""
-
-IFNAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 TOUCHES_CUDA = ("peft", "bitsandbytes", "deepspeed")
 """Left out of the preload where there is a GPU: peft imports bitsandbytes, which asks every GPU for its capability, and

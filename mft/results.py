@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from mft import rundir
-from mft.config import CANNOT_CHANGE_THE_RESULT
+from mft.config import CANNOT_CHANGE_THE_RESULT, under
 from mft.errors import UserError, nearest
 from mft.metrics import criterion
 
@@ -83,7 +83,7 @@ def flat(config: Mapping[str, Any]) -> dict[str, str]:
     def walk(node: Mapping[str, Any], prefix: str) -> None:
         for key, value in node.items():
             path = f"{prefix}{key}"
-            if key == "_target_" or any(path == p or path.startswith(f"{p}.") for p in NOT_COMPARED):
+            if key == "_target_" or under(path, NOT_COMPARED):
                 continue
             if isinstance(value, Mapping):
                 walk(value, f"{path}.")
@@ -113,7 +113,7 @@ def read_experiment(name: str, uri: str) -> list[Run]:
         start, end = run.info.start_time, run.info.end_time
         skipped = (*NOT_COMPARED, "tracking", "launch")
         params = run.data.params.items()
-        values = {k: v for k, v in params if not k.endswith("_target_") and not k.startswith(skipped)}
+        values = {k: v for k, v in params if not k.endswith("_target_") and not under(k, skipped)}
         command = f"mft train {run.data.tags.get('overrides', '')}"
         seconds = (end - start) / 1000 if end else None
         by_step = [rows[step] for step in sorted(rows)]

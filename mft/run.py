@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft import rundir, summary
 from mft.answers import Answers, read_prompts
-from mft.build import ALLOWED_TARGETS, build, check_validation, learning_rate
+from mft.build import check_validation, component, learning_rate
 from mft.checkpoint import Checkpoints, newest, restore
 from mft.config import Train, batch_sizes, typed
 from mft.data import mixture, report
@@ -54,7 +54,7 @@ def run(
     assert isinstance(train, Train) and isinstance(data, DataSettings)
 
     def make(path: str) -> Any:
-        return build(OmegaConf.select(cfg, path), path, (*ALLOWED_TARGETS, *allow_targets))
+        return component(cfg, path, allow_targets)
 
     family, peft, optim, scheduler, loss = (make(p) for p in ("model", "peft", "optimizer", "scheduler", "loss"))
     precision = train.precision.value

@@ -140,7 +140,9 @@ def show(args: Sequence[str]) -> None:
 
 
 def _escaped(text: object) -> str:
-    return str(text).replace("[", "\\[")
+    from rich.markup import escape
+
+    return escape(str(text))
 
 
 def changes(run: Run) -> list[tuple[str, str, str]]:

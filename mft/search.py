@@ -13,11 +13,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mft import board, job, rundir
+from mft.compose import key_of
 from mft.errors import UserError, nearest
 from mft.jobs import Composer, checked, finish, folder_of, judge, side_by_side, task_of
 from mft.launch import place
 from mft.pool import Task
-from mft.sweep import Shown, is_sweep, key, remove_if_unused, taken
+from mft.sweep import Shown, is_sweep, remove_if_unused, taken
 
 JOURNAL = "search.journal"
 SAMPLERS = ("tpe", "random")
@@ -190,7 +191,7 @@ def installed() -> Any:
 
 def split(arguments: Sequence[str], params: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
     """Returns (overrides of every job, {key: distribution}); what the command line sweeps stands above `params`."""
-    given = {key(o): o for o in arguments}
+    given = {key_of(o): o for o in arguments}
     swept = {name: f"{name}={text}" for name, text in flat(params) if name not in given}
     swept |= {name: override for name, override in given.items() if is_sweep(override)}
     fixed = [override for name, override in given.items() if name not in swept]

@@ -14,8 +14,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mft import rundir
-from mft.compose import explain, search_path
-from mft.config import CANNOT_CHANGE_THE_RESULT, config_dir, register
+from mft.compose import explain, key_of, search_path
+from mft.config import CANNOT_CHANGE_THE_RESULT, config_dir, register, under
 from mft.errors import UserError
 
 IDENTITY_DIGITS = 10
@@ -50,7 +50,7 @@ def through_hydra(
 
     run_one.dry_run = dry_run  # type: ignore[attr-defined]  # Hydra hands this function to our plugins, which look
     for override in overrides:
-        if key(override) == "hydra/launcher":
+        if key_of(override) == "hydra/launcher":
             refuse(override.partition("=")[2])
     register()
     Plugins.instance()  # Hydra's own are registered first
@@ -61,7 +61,7 @@ def through_hydra(
     try:
         ours = []
         if "-m" in flags or "--multirun" in flags:
-            ours = [] if any(key(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
+            ours = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
         sys.argv = ["mft train", *flags, *search, *overrides, *ours]
         hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")(run_one)()
     except Shown:
@@ -128,15 +128,10 @@ def sweep_id(overrides: Sequence[str]) -> str:
 
     What only says how jobs run (launch, tracking, logging) has no part in it.
     """
-    kept = [o for o in overrides if not _says_how(key(o))]
+    kept = [o for o in overrides if not _says_how(key_of(o))]
     fixed = sorted(o for o in kept if not is_sweep(o))
-    axes = sorted(key(o) for o in kept if is_sweep(o))
+    axes = sorted(key_of(o) for o in kept if is_sweep(o))
     return hashlib.sha1(repr((fixed, axes)).encode()).hexdigest()[:IDENTITY_DIGITS]
-
-
-def key(override: str) -> str:
-    """Returns what an override sets."""
-    return override.split("=", 1)[0].lstrip("+~")
 
 
 def _says_how(name: str) -> bool:
@@ -144,7 +139,7 @@ def _says_how(name: str) -> bool:
         return False
     if name.startswith("hydra.") or name == "hydra/launcher":
         return True
-    return any(name == p or name.startswith(f"{p}.") for p in CANNOT_CHANGE_THE_RESULT)
+    return under(name, CANNOT_CHANGE_THE_RESULT)
 
 
 def is_sweep(override: str) -> bool:
@@ -162,7 +157,7 @@ def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
     except UserError:
         raise UserError(f"{folder}: this sweep is running already, in another process.") from None
     try:
-        hydra = [o for o in cfg.hydra.overrides.hydra if key(o) != "hydra.mode"]
+        hydra = [o for o in cfg.hydra.overrides.hydra if key_of(o) != "hydra.mode"]
         values = {"overrides": [*cfg.hydra.overrides.task, *hydra], "folder": str(Path.cwd()), "sweep_dir": str(folder)}
         rundir.write_json(folder / RECORD, {"id": cfg.sweep} | values)
         yield

@@ -53,11 +53,6 @@ stop = Stop()
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def stop_requested() -> bool:
-    """Whether this process was asked to stop."""
-    return stop()
-
-
 def exit_code(run_dir: Path, signum: int) -> int:
     """Returns how a run that a signal ended leaves: 130 after Ctrl-C, else 75 with and 143 without a checkpoint."""
     if signum == signal.SIGINT:

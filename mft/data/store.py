@@ -29,10 +29,7 @@ if TYPE_CHECKING:
 WAIT_SECONDS = 24 * 3600.0  # the last resort: when the building rank fails, the waiting ones are ended with it
 
 
-PER_SAMPLE = (
-    *("_start_N", "_stop_N", "_file_N", "_line_N"),
-    *("split_N", "trained_N", "digest_N", "lengths_N"),
-)
+PER_SAMPLE = ("_start_N", "_stop_N", "_file_N", "_line_N", "split_N", "trained_N", "digest_N", "lengths_N")
 """The columns of a Store."""
 
 

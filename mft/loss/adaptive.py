@@ -214,8 +214,8 @@ class Adaptive(TaskTokenMean):
         counted as dropped), and return values to log.
         """
         values: dict[str, float] = {}
-        both = ((self.learn_valid, valid_K), (self.learn_train, train_K), (self.learn_repeat, repeat_K))
-        for hook, loss_K in both:
+        hooks = ((self.learn_valid, valid_K), (self.learn_train, train_K), (self.learn_repeat, repeat_K))
+        for hook, loss_K in hooks:
             if loss_K is not None:
                 values |= hook(step, measured(loss_K, self.dropped_K))
         return values

@@ -53,11 +53,9 @@ def convert(folder: Path) -> list[Path]:
         save_file(tensors, target.with_suffix(".tmp"), metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, target.name)
         size += sum(tensor.nbytes for tensor in tensors.values())
-    for name in sorted(
-        set(where.values())
-    ):  # only now, so that an interrupted call leaves nothing that would be loaded
-        (folder / name).with_suffix(".tmp").rename(folder / name)
     made = [folder / name for name in sorted(set(where.values()))]
+    for target in made:  # only now, so that an interrupted call leaves nothing that would be loaded
+        target.with_suffix(".tmp").rename(target)
     if len(made) == 1 and made[0].name == "model.safetensors":
         return made
     index = folder / "model.safetensors.index.json"
