@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
-from mft.model import tokens
+from mft.model import ends, tokens
 from mft.model.parts import base_of, head_logits, head_quirks, parameter_count
 from mft.model.router import coefficient, routed
 from mft.model.source import check_path, folder_fingerprint, no_packing, recurrent, refuse_original
@@ -132,24 +132,17 @@ class CausalLM:
     # ── tokenizer ──
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Returns the tokenizer with its EOS and pad token set.
-
-        EOS: model.eos_token, else the tokenizer's, else that of the model's config. Raises UserError when none is
-        known.
-        """
+        """Returns the tokenizer with its EOS and pad token set (see `ends.settle`); raises UserError when no EOS is
+        known."""
         tokenizer = self.read_tokenizer()
         self._add_tokens(tokenizer)
-        eos = self.eos_token or tokenizer.eos_token or self._config_eos(tokenizer)
-        if eos is None:
-            raise UserError(
-                f"model.eos_token: neither the tokenizer nor config.json of {self.path} names a token that ends an "
-                "answer; set it here"
-            )
-        tokenizer.eos_token = known_token(tokenizer, eos, "model.eos_token")
-        # Padding is tracked by sample_BT, never by id: a pad token that equals EOS hides no trained EOS here. It still
-        # matters to whoever loads the checkpoint and masks by id, so EOS is the last choice.
-        pad = self.pad_token or tokenizer.pad_token or tokenizer.unk_token or eos
-        tokenizer.pad_token = known_token(tokenizer, pad, "model.pad_token")
+        ends.settle(
+            tokenizer,
+            self.eos_token,
+            self.pad_token,
+            lambda: getattr(self.config(), "eos_token_id", None),
+            self.path,
+        )
         return tokenizer
 
     def _add_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -167,11 +160,6 @@ class CausalLM:
         from transformers import AutoTokenizer
 
         return self._from_pretrained(AutoTokenizer)
-
-    def _config_eos(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        ids = getattr(self.config(), "eos_token_id", None)
-        first = ids[0] if isinstance(ids, list) and ids else ids
-        return str(tokenizer.convert_ids_to_tokens(first)) if isinstance(first, int) else None
 
     def config(self) -> Any:
         """Returns the transformers config of the model."""
@@ -305,18 +293,6 @@ class CausalLM:
                 raise UserError(f"model.router_coef={self.router_coef}: {type(base).__name__} has no router; remove it")
             return 0.0
         return coefficient(base) if self.router_coef is None else float(self.router_coef)
-
-
-def known_token(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> str:
-    """Returns `token` if the vocabulary has it; assigning an unknown one would silently train on the unk token."""
-    vocabulary = tokenizer.get_vocab()
-    if token not in vocabulary:
-        special = [str(t) for t in tokenizer.all_special_tokens] + list(tokenizer.get_added_vocab())
-        raise UserError(
-            f"{key}={token!r} is not in the tokenizer's vocabulary; its special tokens are "
-            f"{', '.join(dict.fromkeys(special)) or 'none'}{nearest(token, vocabulary)}"
-        )
-    return token
 
 
 def and_others(names: list[str]) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mft.errors import UserError
 from mft.model.family import CausalLM
-from mft.model.tiny import EOS, PAD, Tiny
+from mft.model.tiny import Tiny
 
 
 def copy_of(folder: Path, tmp_path: Path, **config: object) -> Path:
@@ -24,13 +24,6 @@ def copy_of(folder: Path, tmp_path: Path, **config: object) -> Path:
     values = json.loads((copy / "config.json").read_text()) | config
     (copy / "config.json").write_text(json.dumps(values))
     return copy
-
-
-def without_special_tokens(folder: Path) -> None:
-    path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in values.items() if k not in ("eos_token", "pad_token")}))
-    (folder / "special_tokens_map.json").unlink(missing_ok=True)
 
 
 def test_missing_path_names_the_nearest_sibling(tmp_path: Path) -> None:
@@ -88,22 +81,6 @@ def test_layers_to_shard(tiny: Tiny) -> None:
     model = tiny.model(torch.float32)
     assert tiny.layer_classes(model) == ["LlamaDecoderLayer"]
     assert CausalLM("x", shard_layers=["Block"]).layer_classes(model) == ["Block"]
-
-
-def test_eos_comes_from_yaml_tokenizer_config_in_turn(tiny_folder: Path, tmp_path: Path) -> None:
-    folder = copy_of(tiny_folder, tmp_path)
-    assert CausalLM(str(folder)).tokenizer().eos_token == EOS
-    assert CausalLM(str(folder), eos_token=PAD).tokenizer().eos_token == PAD
-    without_special_tokens(folder)
-    tokenizer = CausalLM(str(folder)).tokenizer()
-    assert (tokenizer.eos_token, tokenizer.pad_token) == (EOS, EOS)
-    assert CausalLM(str(folder), pad_token=PAD).tokenizer().pad_token == PAD
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    with pytest.raises(UserError, match=r"model.eos_token: neither"):
-        CausalLM(str(folder)).tokenizer()
-    with pytest.raises(UserError, match=r"model.eos_token='<\|endoftxt\|>' is not in .*; did you mean <\|endoftext\|>"):
-        CausalLM(str(folder), eos_token="<|endoftxt|>").tokenizer()
 
 
 def test_fingerprint_tells_weights_apart(tiny_folder: Path, tmp_path: Path) -> None:
