@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,8 @@ def frozen(run_dir: Path, overrides: Sequence[str]) -> Path:
 
 
 def play(run_dirs: Sequence[Path]) -> None:
-    """Runs each frozen run in this rank, without the pictures of its losses, which take longer than its steps."""
+    """Runs each frozen run in this rank, silently and without the pictures of its losses, which take longer than its
+    steps."""
     from omegaconf import OmegaConf
 
     from mft import plots
@@ -94,9 +97,10 @@ def play(run_dirs: Sequence[Path]) -> None:
 
     plots.loss_curves = plots.task_weights = lambda *paths: None  # type: ignore[assignment]
 
-    for run_dir in run_dirs:
-        status = run(OmegaConf.load(run_dir / "config.yaml"), run_dir, lambda: False)  # type: ignore[arg-type]
-        assert status == "finished"
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        for run_dir in run_dirs:
+            status = run(OmegaConf.load(run_dir / "config.yaml"), run_dir, lambda: False)  # type: ignore[arg-type]
+            assert status == "finished"
 
 
 def logged(run_dir: Path, name: str) -> list[float]:
