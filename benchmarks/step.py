@@ -36,7 +36,7 @@ def setting() -> tuple[Callable[[str], None], int]:
     from mft.data.task import all_tasks
     from mft.data.template import named
     from mft.data.tokenize import Encoder
-    from mft.dist.base import Single
+    from mft.dist.whole import Single
     from mft.loss.mean import TaskTokenMean
     from mft.model.forward import TokenLoss
     from mft.model.peft import compute_dtype

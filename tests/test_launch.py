@@ -30,7 +30,7 @@ def run_dir(tmp_path: Path) -> Path:
         "data": {"seq_length": 4096},
         "model": {"gradient_checkpointing": "auto"},
         "peft": {"_target_": "mft.model.peft.Lora"},
-        "dist": {"_target_": "mft.dist.base.Ddp"},
+        "dist": {"_target_": "mft.dist.whole.Ddp"},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     return tmp_path
@@ -198,7 +198,7 @@ def test_inline_runs_in_this_process(run_dir: Path, capfd: pytest.CaptureFixture
 @pytest.mark.dist
 def test_torchrun_replays_a_run_and_its_ranks_share_what_rank_0_decides(run_dir: Path) -> None:
     code = (
-        "import os\nfrom mft import worker\nfrom mft.dist.base import Ddp\nfrom mft.launch import share\n"
+        "import os\nfrom mft import worker\nfrom mft.dist.whole import Ddp\nfrom mft.launch import share\n"
         "for time in range(2):\n    assert share([time, os.environ['RANK']]) == [time, '0']\n"
         "Ddp().start('fp32', cpu=True).close()\n"
         f"worker.worker.__defaults__ = ('tests.dist.entries:tell', ())\nworker.main([{str(run_dir)!r}])\n"

@@ -12,7 +12,7 @@ CFG = {
     "data": {"seq_length": 4096},
     "model": {"gradient_checkpointing": "true"},
     "peft": {"_target_": "mft.model.peft.QLora"},
-    "dist": {"_target_": "mft.dist.base.Single"},
+    "dist": {"_target_": "mft.dist.whole.Single"},
 }
 
 

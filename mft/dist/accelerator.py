@@ -38,6 +38,23 @@ def accelerator(precision: str, cpu: bool | None, *handlers: Any, **options: Any
     return Accelerator(mixed_precision=PRECISIONS[precision], cpu=cpu, kwargs_handlers=list(handlers), **options)
 
 
+def grouped(precision: str, cpu: bool | None, *handlers: Any) -> tuple[Accelerator, bool]:
+    """Returns the Accelerator of this rank inside a process group, and whether the group was made here.
+
+    Ranks are read from the environment (RANK, WORLD_SIZE, ...); without them this is a group of one.
+    """
+    import torch
+
+    alone: dict[str, str | None] = {}
+    if "WORLD_SIZE" not in os.environ:
+        ours = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        alone = {name: str(value) for name, value in ours.items()}
+        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    owns_group = not torch.distributed.is_initialized()
+    with environment(alone):
+        return accelerator(precision, cpu, *handlers), owns_group
+
+
 def forget_foreign_settings() -> None:
     """Removes accelerate's own settings from the environment, with one warning: they would overrule conf/dist."""
     foreign = [

@@ -1,4 +1,4 @@
-"""The contract between a distribution backend and the training loop, and the two backends without sharding.
+"""The contract between a distribution backend and the training loop.
 
 A backend (`Single`, `Ddp`, ...) is a dataclass of plain values from conf/dist; its `start` returns the live `Engine`
 of this rank, which wraps an `accelerate.Accelerator`. A backend that shards overrides the methods of `Engine` that
@@ -11,12 +11,10 @@ import json
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mft.dist import pieces, rng
-from mft.dist.accelerator import accelerator, environment, free_port
 from mft.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
-
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Engine:
@@ -270,14 +266,6 @@ class Engine:
         GradientState._reset_state()
 
 
-class DdpEngine(Engine):
-    """Every rank holds the whole model; gradients are exchanged in the last micro-batch of a step."""
-
-    name = "ddp"
-    kinds = ("MULTI_CPU", "MULTI_GPU")
-    wrapper = "DistributedDataParallel"
-
-
 def _read_state(folder: Path) -> dict[str, Any]:
     """Returns engine.json of a resume state whose files are all there."""
     path = folder / "engine.json"
@@ -288,60 +276,3 @@ def _read_state(folder: Path) -> dict[str, Any]:
         if not (folder / f"shard-{rank}.safetensors").exists():
             raise UserError(f"{folder} is not a complete resume state: shard-{rank}.safetensors is missing")
     return saved
-
-
-def grouped(precision: str, cpu: bool | None, *handlers: Any) -> tuple[Accelerator, bool]:
-    """Returns the Accelerator of this rank inside a process group, and whether the group was made here.
-
-    Ranks are read from the environment (RANK, WORLD_SIZE, ...); without them this is a group of one.
-    """
-    import torch
-
-    alone: dict[str, str | None] = {}
-    if "WORLD_SIZE" not in os.environ:
-        ours = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        alone = {name: str(value) for name, value in ours.items()}
-        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    owns_group = not torch.distributed.is_initialized()
-    with environment(alone):
-        return accelerator(precision, cpu, *handlers), owns_group
-
-
-@dataclass
-class Single:
-    """One process on one device, without a process group."""
-
-    def start(self, precision: str, cpu: bool | None = None) -> Engine:
-        """Returns the engine. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.
-
-        Raises UserError when there is more than one rank, or when the device cannot do the precision.
-        """
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if world > 1:
-            raise UserError(f"dist=single with {world} ranks: choose dist=ddp, or launch.nproc=1")
-        with environment(dict.fromkeys(RANK_VARIABLES)):  # with them, accelerate would make a process group of one
-            return Engine(accelerator(precision, cpu), owns_group=False)
-
-
-@dataclass
-class Ddp:
-    """torch's DistributedDataParallel. Works with one rank too: a process group of one, the same code path."""
-
-    find_unused_parameters: bool = False
-
-    def start(self, precision: str, cpu: bool | None = None) -> DdpEngine:
-        """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.
-
-        Ranks are read from the environment (RANK, WORLD_SIZE, ...); without them this is a group of one.
-        Raises UserError when the device cannot do the precision or the group is not what was asked.
-        """
-        from accelerate import DistributedDataParallelKwargs
-
-        # the buffers of a language model are constants: broadcasting them before every forward would be wasted; and
-        # gradients as views of the exchange buffers save one copy of all gradients
-        options = DistributedDataParallelKwargs(
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=self.find_unused_parameters,
-        )
-        return DdpEngine(*grouped(precision, cpu, options))

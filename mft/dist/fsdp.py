@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mft.dist.accelerator import environment
-from mft.dist.base import Engine, grouped
+from mft.dist.accelerator import environment, grouped
+from mft.dist.base import Engine
 from mft.dist.pieces import Piece, local
 from mft.errors import UserError
 

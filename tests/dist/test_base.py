@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mft.dist.accelerator import environment
-from mft.dist.base import Ddp, DdpEngine, Engine, Single
+from mft.dist.base import Engine
+from mft.dist.whole import Ddp, DdpEngine, Single
 from mft.errors import UserError
 from tests.dist.ranks import run_ranks
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mft.dist import pieces
-from mft.dist.base import Ddp, Single
 from mft.dist.pieces import Piece
+from mft.dist.whole import Ddp, Single
 from mft.errors import UserError
 from tests.dist.ranks import run_ranks
 from tests.dist.runs import BACKENDS, LAYOUTS, Tree, largest, logged, play, weights

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from mft.batch import IGNORE, Batch
-from mft.dist.base import Ddp, Engine, Single
+from mft.dist.base import Engine
+from mft.dist.whole import Ddp, Single
 from mft.evaluate import Evaluator
 from mft.loss.base import TaskLoss, task_sums
 from mft.loss.coba import Coba
