@@ -24,10 +24,23 @@ mft: fine-tune large language models on several tasks at once
   mft merge RUN                   merge a run's adapter into its base model, and check the logits
   mft merge base=… adapter=… out=…
   mft convert FOLDER              write a model's pickled weights as safetensors
+  mft convert model=qwen model.path=… out=…    write an original checkpoint as a native folder
   mft generate RUN "a question"   answer a prompt, encoded as in training
   mft demo                        make the demo's model and its five code tasks, once, in the cache folder
 
   mft COMMAND --help says more. Start here: mft demo && mft train experiment=demo
+"""
+
+CONVERT_HELP = """\
+mft convert FOLDER
+mft convert model=FAMILY model.path=FOLDER out=NATIVE
+
+  With a folder alone: writes its pytorch_model*.bin files as model*.safetensors beside them. They are read as tensors
+  and plain containers alone: a file that would run code is refused.
+
+  With a family of an original format (chatglm2, chatglm3, codegeex2, qwen, baichuan, aquila2, …; see conf/model): reads
+  the checkpoint as a training would and writes it as a native folder that transformers loads by itself. Adapters
+  trained on the one work on the other.
 """
 
 TRAIN_HELP = """\
@@ -51,7 +64,7 @@ Every key of an option can be set: `mft train peft=lora --cfg job` shows them, c
 COMMANDS = {
     "train": "mft.cli:train",
     "merge": "mft.cli:merge",
-    "convert": "mft.model.pickled:command",
+    "convert": "mft.cli:convert",
     "generate": "mft.cli:generate",
     "sweep": "mft.sweep:resume",
     "compare": "mft.compare:command",
@@ -253,7 +266,7 @@ def merge(args: list[str]) -> None:
         print(f"{merge.__doc__}\n\n  Writes a plain Hugging Face folder and compares its logits with base + adapter.")
         return
     values, rest = options(args, MERGE_OPTIONS)
-    from mft.model.export import merge as merge_adapter
+    from mft.model.merge import merge as merge_adapter
 
     if rest:
         adapter = final_folder(rest[0])
@@ -265,6 +278,39 @@ def merge(args: list[str]) -> None:
         adapter, out = Path(values["adapter"]), Path(values["out"])
     result = merge_adapter(adapter, out, base=values["base"] or None, trust_remote_code=values["trust_remote_code"])
     print(f"merged into {out}\n{result}")
+
+
+def convert(args: list[str]) -> None:
+    """mft convert: see CONVERT_HELP."""
+    if "-h" in args or "--help" in args or not args:
+        print(CONVERT_HELP, end="")
+        return
+    if len(args) == 1 and "=" not in args[0]:
+        from mft.model.pickled import convert as convert_pickled
+
+        for file in convert_pickled(Path(args[0]).expanduser()):
+            print(file)
+        return
+    overrides = [arg for arg in args if not arg.startswith("out=")]
+    out = next((arg.removeprefix("out=") for arg in args if arg.startswith("out=")), "")
+    from mft.compose import compose_resolved, key_of
+
+    other = [arg for arg in overrides if "=" not in arg or key_of(arg).partition(".")[0] != "model"]
+    if other or not out or len(overrides) + 1 < len(args):
+        raise UserError(f"mft convert takes a folder alone, or model=…, model.… and out=…, got {' '.join(args)}.")
+    from mft.build import component
+    from mft.model.export import save_native
+    from mft.model.original import Original
+
+    family = component(compose_resolved(overrides), "model")
+    if not isinstance(family, Original):
+        raise UserError(
+            f"{' '.join(overrides)} is not a family with an original format, so there is nothing to convert: its "
+            "checkpoints are native already."
+        )
+    family.check()
+    save_native(family, Path(out).expanduser())
+    print(f"written to {out}")
 
 
 def generate(args: list[str]) -> None:

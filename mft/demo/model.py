@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
+from mft.model.folder import write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ def convert(gguf: Path, version: str, folder: Path) -> dict[str, Any]:
         check(model, tokenizer, nll)
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(tokenizer, folder)
     return {
         "name": HUB,
         "source": f"{gguf.name} from the Python package {PACKAGE} {version}, dequantised to bf16",

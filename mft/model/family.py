@@ -6,6 +6,7 @@ question.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -118,9 +119,7 @@ class CausalLM:
     def _from_pretrained(self, factory: Any, **arguments: Any) -> Any:
         config = Path(self.source()) / "config.json"
         if config.is_file() and '"mft_' in config.read_text(encoding="utf-8"):  # saved with a model class of ours
-            from mft.model.native import register_own_models
-
-            register_own_models()
+            importlib.import_module("mft.model.native")
         try:
             return factory.from_pretrained(
                 self.source(), revision=self.revision, trust_remote_code=self.trust_remote_code, **arguments

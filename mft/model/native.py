@@ -92,10 +92,9 @@ def plain_rows(base: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str
     return {name: F.normalize(t) if is_head.search(name) else t for name, t in state_dict.items()}
 
 
-def register_own_models() -> None:
-    """Makes the classes of this module known to AutoConfig and AutoModelForCausalLM."""
-    AutoConfig.register(AlibiConfig.model_type, AlibiConfig, exist_ok=True)
-    AutoModelForCausalLM.register(AlibiConfig, AlibiForCausalLM, exist_ok=True)
+# Importing this module is all that AutoConfig and AutoModelForCausalLM need to load a saved folder of this type.
+AutoConfig.register(AlibiConfig.model_type, AlibiConfig, exist_ok=True)
+AutoModelForCausalLM.register(AlibiConfig, AlibiForCausalLM, exist_ok=True)
 
 
 class OriginalChatGLMForCausalLM(GlmForCausalLM):

@@ -114,7 +114,9 @@ class Original(CausalLM):
         it that the original code does not add.
         """
         if not self.vocabulary or self._file("tokenizer.json"):
-            return super().read_tokenizer()
+            from transformers import AutoTokenizer
+
+            return self._from_pretrained(AutoTokenizer, config=self.config())
         file = self._file(self.vocabulary)
         if file is None:
             raise UserError(f"model.path={self.path} has neither {self.vocabulary} nor tokenizer.json")

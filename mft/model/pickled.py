@@ -10,22 +10,6 @@ from typing import Any
 
 from mft.errors import UserError, nearest
 
-USAGE = """\
-mft convert FOLDER
-
-  Writes the pytorch_model*.bin files of a model folder as model*.safetensors beside them. They are read as tensors and
-  plain containers alone: a file that would run code is refused.
-"""
-
-
-def command(args: list[str]) -> None:
-    """mft convert: see USAGE."""
-    if "-h" in args or "--help" in args or len(args) != 1:
-        print(USAGE, end="")
-        return
-    for file in convert(Path(args[0]).expanduser()):
-        print(file)
-
 
 def convert(folder: Path) -> list[Path]:
     """Returns the safetensors files, and their index, made of the pytorch_model*.bin files of a folder.

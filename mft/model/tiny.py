@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mft.errors import UserError
 from mft.model.family import CausalLM
+from mft.model.folder import write_tokenizer
 
 TEXT = (
     "def add(a, b):\n    return a + b\n",
@@ -116,7 +117,7 @@ class Tiny(CausalLM):
         # Not the model's save_pretrained: inside a process group it writes nothing on any rank but 0, without an error.
         folder.mkdir()
         config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(tokenizer, folder)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -15,7 +15,8 @@ from mft.build import check
 from mft.compose import compose_resolved
 from mft.errors import UserError
 from mft.model.audit import audit
-from mft.model.export import merge, save_final
+from mft.model.export import save_final
+from mft.model.merge import merge
 from mft.model.peft import Lora, QLora
 from mft.model.tiny import Tiny
 from tests.model.rows import batch

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from mft.errors import UserError
 from mft.model.audit import audit, notes
-from mft.model.export import merge, save_final
+from mft.model.export import save_final
 from mft.model.forward import TokenLoss
+from mft.model.merge import merge
 from mft.model.peft import Lora, QLora
 from tests.model.mixtures import MIXTURES, family_of, mixture, mixture_folder
 from tests.model.rows import batch, inputs

@@ -11,9 +11,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft.errors import UserError
-from mft.model.export import NOTE, merge, save_final
+from mft.model.export import NOTE, save_final
 from mft.model.family import CausalLM
 from mft.model.forward import TokenLoss
+from mft.model.merge import merge
 from mft.model.peft import Full, Lora, QLora
 from mft.model.tiny import Tiny
 

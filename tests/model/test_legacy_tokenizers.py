@@ -3,7 +3,6 @@ trains and leaves as a native folder."""
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from pathlib import Path
 
@@ -19,57 +18,11 @@ from mft.errors import UserError
 from mft.model.legacy import QWEN_WORDS
 from mft.model.original import Original
 from tests.model import originals, vocabularies
+from tests.model.vocabularies import released
 from tests.training import train
 
 CHATGLM = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
-OF_BAICHUAN = {  # as Baichuan 2 has it
-    "add_bos_token": False,
-    "add_eos_token": False,
-    "bos_token": {"__type": "AddedToken", "content": "<s>", "normalized": True, "single_word": True},
-    "eos_token": {"__type": "AddedToken", "content": "</s>", "normalized": True, "single_word": True},
-    "unk_token": {"__type": "AddedToken", "content": "<unk>", "normalized": True, "single_word": True},
-    "pad_token": {"__type": "AddedToken", "content": "<unk>", "normalized": True, "single_word": True},
-}
 KINDS = ["chatglm2", "qwen", "baichuan_7b", "baichuan2_13b", "aquila2"]
-
-
-def released(folder: Path, name: str, settings: dict[str, object] | None = None, weights: bool = True) -> Path:
-    """Writes a tiny checkpoint of that family as it is released, remote code named and all."""
-    alike = {"chatglm2": "chatglm2_32k", "chatglm3": "chatglm3_32k", "codegeex2": "chatglm2_32k"}
-    fixture = (alike | {"baichuan_7b": "baichuan2_7b"}).get(name, name)
-    values: dict[str, object] = {"padded_vocab_size": 832} if "chat" in fixture else {"vocab_size": 960}
-    folder.mkdir(parents=True)
-    if weights:
-        originals.write(folder, fixture, **values)
-    config: dict[str, object] = {}
-    if name == "qwen":
-        vocabularies.tiktoken(folder / "qwen.tiktoken", QWEN_WORDS)
-        config = {"tokenizer_class": "QWenTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_qwen.X", None]}}
-    elif name == "aquila2":
-        merges(folder)
-        config = {
-            "tokenizer_class": "GPT2Tokenizer",
-            "eos_token": "</s>",
-            "bos_token": "<s>",
-            "add_prefix_space": False,
-        }
-    else:
-        vocabularies.sentencepiece(folder / "tokenizer.model", add_dummy_prefix="baichuan" not in name)
-        kind = "BaichuanTokenizer" if "baichuan" in name else "ChatGLMTokenizer"
-        config = {"tokenizer_class": kind, "auto_map": {"AutoTokenizer": [f"tokenization.{kind}", None]}}
-        config |= OF_BAICHUAN if name == "baichuan2_13b" else {}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | (settings or {})))
-    return folder
-
-
-def merges(folder: Path) -> None:
-    """Trains the byte-level BPE of GPT-2's kind that Aquila has: vocab.json and merges.txt."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    tokenizer = ByteLevelBPETokenizer(add_prefix_space=False)
-    special = ["<|endoftext|>", "<s>", "</s>"]
-    tokenizer.train_from_iterator(vocabularies.TEXTS, vocab_size=900, special_tokens=special, show_progress=False)
-    tokenizer.save_model(str(folder))
 
 
 def family_of(name: str, folder: Path) -> Original:

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mft.batch import Batch
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
-from mft.model.export import Origin, merge, save_final
+from mft.model.export import Origin, save_final
 from mft.model.family import CausalLM
 from mft.model.forward import TokenLoss
 from mft.model.generate import Answerer
+from mft.model.merge import merge
 from mft.model.peft import Full, Lora, QLora
 from mft.model.tiny import Tiny
 from tests.model.rows import inputs
