@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,27 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft.errors import UserError, nearest
+from mft.model import adapters, quantisation
+from mft.model.quantisation import compute_dtype
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig
     from torch import nn
     from transformers import BitsAndBytesConfig
 
     from mft.model.audit import AuditRow
     from mft.model.family import CausalLM
-    from mft.model.targets import Site
 
 log = logging.getLogger(__name__)
-
-PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-def compute_dtype(precision: str) -> torch.dtype:
-    """Returns the torch dtype that a run of precision bf16, fp16 or fp32 computes in."""
-    import torch
-
-    return getattr(torch, PRECISIONS[precision])
 
 
 @dataclass
@@ -54,7 +45,11 @@ class Full:
         return ""
 
     def check(self) -> None:
-        """Nothing can be wrong."""
+        """Raises UserError for values that no model can take."""
+
+    def check_with(self, family: CausalLM, precision: str) -> None:
+        """Raises UserError for settings that the model cannot meet, as far as its config.json tells; loads no
+        weights. precision: bf16, fp16 or fp32."""
 
     def dtype(self, precision: str) -> torch.dtype:
         """Returns the dtype of the base weights; precision: bf16, fp16 or fp32."""
@@ -83,8 +78,8 @@ class Lora(Full):
     list or else all linear layers, a list of module names, "all-linear", or a regular expression over whole module
     paths; experts, router: adapt those of a mixture of experts besides; modules_to_save: names of modules trained whole
     and saved with the adapter; use_dora: train length and direction of the weights apart; use_rslora: scale by
-    alpha / sqrt(rank); init: how adapters begin, see INITS; path: an adapter folder to start from, whose own settings
-    then hold.
+    alpha / sqrt(rank); init: how adapters begin, see adapters.INITS; path: an adapter folder to start from, whose own
+    settings then hold.
     """
 
     rank: int = 16
@@ -119,63 +114,21 @@ class Lora(Full):
         return f"peft.init={self.init}" if self.changes_base else "peft.use_dora=true" if self.use_dora else ""
 
     def check(self) -> None:
-        """Raises UserError for values that no model can take."""
-        if self.rank < 1:
-            raise UserError(f"peft.rank={self.rank} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"peft.dropout={self.dropout} must be at least 0 and below 1")
-        self._check_targets()
-        self._check_init()
-        asked = "peft.experts=true" if self.experts else "peft.router=true" if self.router else ""
-        if asked and not self.path:
-            self._check_bare(asked)
-        if self.path:
-            self._check_adapter(Path(self.path).expanduser())
+        adapters.check(self)
 
-    def _check_targets(self) -> None:
-        if self.targets is not None and not isinstance(self.targets, str):
-            if not self.targets or not all(isinstance(name, str) for name in self.targets):
-                raise UserError(
-                    f"peft.targets={self.targets!r} must be a list of module names, or one regular expression"
-                )
-        elif self.targets:
-            try:
-                re.compile(self.targets)
-            except re.error as error:
-                raise UserError(f"peft.targets={self.targets!r} is not a regular expression: {error}") from error
+    def check_with(self, family: CausalLM, precision: str) -> None:
+        from mft.model.skeleton import skeleton
 
-    def _check_init(self) -> None:
-        value = str(self.init).lower()
-        if value in NEED_DATA:
-            raise UserError(
-                f"peft.init={self.init}: this beginning is computed from {NEED_DATA[value]}, which mft does not do; "
-                f"allowed are {', '.join(INITS)}"
-            )
-        if value not in INITS and not re.fullmatch(r"pissa_niter_\d+", value):
-            raise UserError(f"peft.init={self.init!r} is not one of {', '.join(INITS)}{nearest(value, INITS)}")
-        if value == "orthogonal" and self.rank % 2:
-            raise UserError(f"peft.init=orthogonal needs an even rank, not peft.rank={self.rank}")
+        if self._asks_of_the_model and not self.path:
+            model = skeleton(family, self.quantization(compute_dtype(precision)))
+            if model is not None:
+                self.config(model, family)
 
-    def _check_bare(self, what: str) -> None:
-        """Raises UserError for what peft cannot do to an adapter of a bare weight, which `what` needs."""
-        remedies = {
-            f"peft.dropout={self.dropout}": ("peft.dropout=0", self.dropout > 0),
-            "peft.use_dora=true": ("peft.use_dora=false", self.use_dora),
-            f"peft.init={self.init}": ("peft.init=true", str(self.init).lower() not in ("true", "gaussian")),
-        }
-        for given, (remedy, wrong) in remedies.items():
-            if wrong:
-                raise UserError(
-                    f"{given} cannot be combined with {what}: the weights of experts and routers are no layers of "
-                    f"their own, and their adapters are added to the weight itself; choose {remedy}, or leave them out"
-                )
-
-    def _check_adapter(self, folder: Path) -> None:
-        if not folder.is_dir():
-            siblings = [str(p) for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            raise UserError(f"peft.path={self.path} does not exist{nearest(folder, siblings)}")
-        if not (folder / "adapter_config.json").exists():
-            raise UserError(f"peft.path={self.path} has no adapter_config.json, so it is not an adapter folder")
+    @property
+    def _asks_of_the_model(self) -> bool:
+        """Whether there are settings that one model can meet and another cannot."""
+        placed = self.targets and self.targets != "all-linear"
+        return bool(placed or self.experts or self.router or self.modules_to_save)
 
     def dtype(self, precision: str) -> torch.dtype:
         # the base is frozen and loses nothing in half precision; the adapters are float32
@@ -186,12 +139,11 @@ class Lora(Full):
 
         Raises UserError when a target matches no module, with the names there are.
         """
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import PeftModel, get_peft_model
 
         from mft.model.parts import base_of
         from mft.model.start import in_float32, remember
-        from mft.model.targets import chosen, for_peft, whole_modules
-        from mft.model.tokens import check_same, trained_rows
+        from mft.model.tokens import check_same
 
         if self.path:
             check_same(base_of(model), Path(self.path).expanduser())
@@ -199,13 +151,30 @@ class Lora(Full):
                 model = PeftModel.from_pretrained(model, str(Path(self.path).expanduser()), is_trainable=True)
             self._tell_ignored(model.peft_config["default"])
             return in_float32(model)
-        targets = self.targets or list(family.lora_targets) or "all-linear"
+        with without_notices():
+            model = in_float32(get_peft_model(model, self.config(base_of(model), family)))
+        if self.changes_base:
+            remember(model)
+        return model
+
+    def config(self, model: Any, family: CausalLM) -> LoraConfig:
+        """Returns what peft is to do to a model, also to one without weights.
+
+        Raises UserError for settings that this model cannot meet: a target that matches nothing, with the names there
+        are; experts of a dense model.
+        """
+        from peft import LoraConfig
+
+        from mft.model.parts import is_tied
+        from mft.model.targets import chosen, for_peft, whole_modules
+        from mft.model.tokens import trained_rows
+
+        targets, init = self.targets or list(family.lora_targets) or "all-linear", str(self.init).lower()
         places = chosen(model, targets, self.experts, self.router)
-        self._check_places(model, places)
+        adapters.check_places(self, places, is_tied(model))
         saved, tied = whole_modules(model, self.modules_to_save, places)
         modules, parameters = for_peft(model, places)
-        rows = trained_rows(base_of(model), saved)
-        config = LoraConfig(
+        return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # a float is fine, and what rsLoRA needs
@@ -213,38 +182,12 @@ class Lora(Full):
             target_modules=modules,
             target_parameters=parameters or None,
             modules_to_save=saved or None,
-            trainable_token_indices=rows,
+            trainable_token_indices=trained_rows(model, saved),
             ensure_weight_tying=tied,
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
-            init_lora_weights=self._init(),
+            init_lora_weights=True if init == "true" else init,  # type: ignore[arg-type]  # peft checks it
         )
-        with without_notices():
-            model = in_float32(get_peft_model(model, config))
-        if self.changes_base:
-            remember(model)
-        return model
-
-    def _init(self) -> Any:
-        return True if str(self.init).lower() == "true" else str(self.init).lower()
-
-    def _check_places(self, model: nn.Module, places: list[Site]) -> None:
-        """Raises UserError for places that the other settings do not go with."""
-        from mft.model.parts import base_of, is_tied
-
-        for site in places:
-            if site.parameter:
-                self._check_bare(f"an adapter of {site.path}")
-            if site.kind == "embedding" and (self.use_dora or self._init() not in (True, "gaussian")):
-                raise UserError(
-                    f"peft.targets: an adapter of the embedding {site.path} goes with peft.use_dora=false and "
-                    "peft.init=true or gaussian only; leave one of them out"
-                )
-            if site.kind in ("embedding", "head") and is_tied(base_of(model)):
-                raise UserError(
-                    f"peft.targets: {site.path} shares its weight with {TIED[site.kind]}, so an adapter of one would "
-                    f"change the other when merged; train it whole with peft.modules_to_save=[{site.name}] instead"
-                )
 
     def _tell_ignored(self, config: Any) -> None:
         own = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
@@ -252,21 +195,6 @@ class Lora(Full):
         differing = [f"{n}={v} (asked: {getattr(self, n)})" for n, v in own.items() if getattr(self, n) != v]
         if differing:
             log.warning("the adapter at %s keeps its own %s", self.path, ", ".join(differing))
-
-
-INITS = ("true", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora")
-"""How adapters begin, by peft's names: true = B is zero; gaussian: the same with another A; orthogonal: A and B span
-spaces that do not meet; pissa: A and B hold the largest singular values of the weight, which lacks them from then on
-(pissa_niter_N: found by N iterations, faster); olora: the same with a QR decomposition."""
-
-NEED_DATA = {
-    "eva": "activations on data",
-    "corda": "activations on data",
-    "lora_ga": "gradients on data",
-    "loftq": "an unquantised copy of the base",
-}
-
-TIED = {"embedding": "the output layer", "head": "the embedding"}
 
 
 @dataclass
@@ -287,64 +215,23 @@ class QLora(Lora):
 
     def check(self) -> None:
         super().check()
-        allowed = {
-            "bits": (4, 8),
-            "quant_type": ("nf4", "fp4"),
-            "compute_dtype": (None, *PRECISIONS),
-            "storage_dtype": ("uint8", *PRECISIONS),
-        }
-        for name, values in allowed.items():
-            value = getattr(self, name)
-            if value not in values:
-                listed = ", ".join("null" if v is None else str(v) for v in values)
-                raise UserError(f"peft.{name}={value!r} is not one of {listed}{nearest(str(value), map(str, values))}")
-        if self.bits == 8 and self.use_dora:
-            raise UserError(
-                "peft.use_dora=true needs the weights while it is attached, which 8-bit layers do not give back before "
-                "they have computed; choose peft.bits=4 or peft.use_dora=false"
-            )
-        if self.changes_base:
-            raise UserError(
-                f"peft.init={self.init} takes the largest part out of the base's weights, which quantised weights "
-                "cannot hold; choose peft.init=true, or peft=lora"
-            )
+        quantisation.check(self)
+
+    def check_with(self, family: CausalLM, precision: str) -> None:
+        from mft.model.skeleton import has_experts, skeleton
+
+        super().check_with(family, precision)
+        if (self.skip_modules or has_experts(family)) and (model := skeleton(family)) is not None:
+            quantisation.check_skipped(model, self.skip_modules)
+            if left := quantisation.experts_left(model, self.dtype(precision)):
+                log.warning("%s", left)
 
     def quantization(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-        import torch
-        from transformers import BitsAndBytesConfig
-
-        # given patterns replace transformers' own list, which is the head, and are matched from the start of a path
-        skip = [rf"(?:.*\.)?{re.escape(n)}" for n in (*self.skip_modules, *HEADS)] if self.skip_modules else None
-        if self.bits == 8:
-            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-        storage = PRECISIONS.get(self.storage_dtype, self.storage_dtype)
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            llm_int8_skip_modules=skip,
-            bnb_4bit_quant_type=self.quant_type,
-            bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, PRECISIONS[self.compute_dtype])
-            if self.compute_dtype
-            else compute_dtype,
-            bnb_4bit_quant_storage=getattr(torch, storage),
-        )
+        return quantisation.config(self, compute_dtype)
 
     def attach(self, model: nn.Module, family: CausalLM) -> nn.Module:
-        from mft.model.targets import sites
-
-        places = sites(model)
-        for name in self.skip_modules:
-            if not any(f".{name}." in f".{site.path}." for site in places):
-                names = list(dict.fromkeys(site.name for site in places))
-                raise UserError(
-                    f"peft.skip_modules: {name!r} matches no module; this model has {', '.join(names)}"
-                    f"{nearest(name, names)}"
-                )
+        quantisation.check_skipped(model, self.skip_modules)
         return super().attach(model, family)
-
-
-HEADS = ("lm_head", "embed_out", "output_layer")
-"""Names of output layers in transformers."""
 
 
 @contextmanager

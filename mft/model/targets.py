@@ -63,9 +63,13 @@ def sites(model: nn.Module) -> list[Site]:
             found.append(Site(name, "router", "" if wrapped else weight))
         elif isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             kind = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "linear"
-            packed = not module.weight.is_floating_point() or hasattr(module.weight, "quant_state")
-            found.append(Site(name, kind, weight if leaf in taken else "", packed))
+            found.append(Site(name, kind, weight if leaf in taken else "", packed(module.weight)))
     return found
+
+
+def packed(weight: Any) -> bool:
+    """Whether a weight is quantised, or will be when it is loaded."""
+    return not weight.is_floating_point() or hasattr(weight, "quant_state") or hasattr(weight, "SCB")
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
@@ -219,7 +223,7 @@ def whole_modules(model: nn.Module, names: list[str], places: list[Site]) -> tup
             )
         found += [path for path in of_name if path not in found]
     for path in found:
-        if any(not p.is_floating_point() or hasattr(p, "quant_state") for p in base.get_submodule(path).parameters()):
+        if any(map(packed, base.get_submodule(path).parameters())):
             raise UserError(
                 f"peft.modules_to_save: {path} is quantised and cannot be trained whole; leave it out, or keep it "
                 "unquantised with peft.skip_modules"
