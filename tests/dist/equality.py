@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from tests.dist.ranks import run_ranks
 from tests.dist.runs import BACKENDS, LAYOUTS, Tree, largest, logged, play, weights
 
@@ -20,12 +22,12 @@ SERIES = ("train/loss", "valid/loss", "grad_norm")
 
 
 def play_beside_single(
-    tree: Tree, cases: Mapping[str, Sequence[str]], backends: Sequence[str] = BACKENDS, ranks: int = 2
+    tree: Tree, cases: Mapping[str, Sequence[str]], backends: Mapping[str, Sequence[str]] | None = None
 ) -> None:
-    """Runs each case in one process, and on `ranks` ranks of each backend."""
+    """Runs each case in one process, and on two ranks of each backend (or of those that `backends` has for it)."""
     run_ranks(1, play, [tree.frozen("single", case, overrides, 1) for case, overrides in cases.items()])
-    both = [(backend, case) for backend in backends for case in cases]
-    run_ranks(ranks, play, [tree.frozen(backend, case, cases[case], ranks) for backend, case in both])
+    both = [(backend, case) for case in cases for backend in (BACKENDS if backends is None else backends.get(case, ()))]
+    run_ranks(2, play, [tree.frozen(backend, case, cases[case]) for backend, case in both])
 
 
 def differences(one: Path, two: Path) -> dict[str, float]:
@@ -35,3 +37,41 @@ def differences(one: Path, two: Path) -> dict[str, float]:
     assert first.keys() == second.keys()
     found["weights"] = max(float((value - second[name]).abs().max()) for name, value in first.items())
     return found
+
+
+DESCENT = (
+    "optimizer.beta1=0.0",
+    "optimizer.beta2=0.0",
+    "optimizer.eps=1e4",
+    "optimizer.lr=1e3",
+    "scheduler=constant",
+    "train.eval_at_start=false",
+    "train.eval_every=null",
+    "train.eval_samples=2",
+    *LAYOUTS["pad"],
+)
+"""AdamW as gradient descent with learning rate 0.1: beside an eps of 1e4 the gradient's own size vanishes. AdamW as it
+is divides by that size, and so hides a gradient that is doubled or clipped too much."""
+
+START = ("optimizer.lr=1e-12", "train.max_steps=1")
+"""Ends with the weights that the run starts from."""
+
+
+def relative(one: Path, two: Path, start: Path) -> dict[str, float]:
+    """Returns the largest relative difference of losses and of gradient norms, and that of the whole update: the norm
+    of what the updates differ by over the norm of the first. start: a run with the weights before the first step."""
+    found = {}
+    for name in ("train/loss", "grad_norm"):
+        pairs = zip(logged(one, name), logged(two, name), strict=True)
+        found[name] = max(abs(a - b) / abs(a) for a, b in pairs)
+    rounds = "zero" in two.name and "bf16" in two.name  # DeepSpeed rounds the weights that it starts from
+    first, second = update(one, start), update(two, start, rounds)
+    return found | {"update": float((first - second).norm() / first.norm())}
+
+
+def update(run_dir: Path, start: Path, rounds: bool = False) -> torch.Tensor:
+    """Returns what a run has added to the weights it began with, as one vector; rounds: it rounded them to bf16."""
+    before, after = weights(start / "final"), weights(run_dir / "final")
+    assert before.keys() == after.keys()
+    began = {name: value.bfloat16() if rounds else value for name, value in before.items()}
+    return torch.cat([(value.double() - began[name].double()).flatten() for name, value in after.items()])
