@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import logging
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,7 +18,16 @@ from mft.errors import UserError, nearest
 from mft.model import ends, tokens
 from mft.model.parts import base_of, head_logits, head_quirks, parameter_count
 from mft.model.router import coefficient, routed
-from mft.model.source import check_path, folder_fingerprint, no_packing, recurrent, refuse_original
+from mft.model.source import (
+    check_path,
+    check_type,
+    check_vocabulary,
+    folder_fingerprint,
+    no_packing,
+    read_config,
+    recurrent,
+)
+from mft.model.weights import check_loaded
 
 if TYPE_CHECKING:
     import torch
@@ -92,16 +100,13 @@ class CausalLM:
     def _check_path(self) -> None:
         check_path(self.path, self.hint)
         if type(self) is CausalLM:
-            refuse_original(self.path)
+            check_type(self.path, self.trust_remote_code)
 
     def check_rows(self, several: bool) -> None:
         """Raises UserError for rows of several samples where the model's layers would mix them, as far as the
         config.json of a folder tells."""
-        file = Path(self.path).expanduser() / "config.json"
-        if several and self.path and file.is_file():
-            what = recurrent(json.loads(file.read_text(encoding="utf-8")))
-            if what:
-                raise UserError(no_packing(self.path, what))
+        if several and self.path and (what := recurrent(read_config(Path(self.path).expanduser()))):
+            raise UserError(no_packing(self.path, what))
 
     # ── where it comes from ──
 
@@ -117,8 +122,9 @@ class CausalLM:
         return folder_fingerprint(source) if source.is_dir() else f"{self.path}@{self.revision or 'main'}"
 
     def _from_pretrained(self, factory: Any, **arguments: Any) -> Any:
-        config = Path(self.source()) / "config.json"
-        if config.is_file() and '"mft_' in config.read_text(encoding="utf-8"):  # saved with a model class of ours
+        from huggingface_hub.errors import StrictDataclassError
+
+        if str(read_config(Path(self.source())).get("model_type")).startswith("mft_"):  # saved with a class of ours
             importlib.import_module("mft.model.native")
         try:
             return factory.from_pretrained(
@@ -127,6 +133,8 @@ class CausalLM:
         except (OSError, ValueError) as error:
             # transformers reports what a person got wrong (name, network, licence, no safetensors) as these two.
             raise UserError(f"model.path={self.path} cannot be loaded: {error}") from error
+        except StrictDataclassError as error:  # a value of config.json
+            raise UserError(f"model.path={self.path}: config.json: {str(error).splitlines()[-1].strip()}") from error
 
     # ── tokenizer ──
 
@@ -155,9 +163,10 @@ class CausalLM:
         return {name: getattr(self, name) for name in names} if added else None
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Returns the tokenizer as the checkpoint has it."""
+        """Returns the tokenizer as the checkpoint has it; UserError for a folder without one."""
         from transformers import AutoTokenizer
 
+        check_vocabulary(self.path, Path(self.source()))
         return self._from_pretrained(AutoTokenizer)
 
     def config(self) -> Any:
@@ -205,18 +214,10 @@ class CausalLM:
             # None: sdpa where the model can (gemma 2's soft cap and the sinks of gpt-oss cannot), else eager
             attn_implementation=None if asked == "sdpa" and self.attention == "auto" else asked,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
             **arguments,
         )
-        if missing := sorted(found["missing_keys"]):
-            raise UserError(
-                f"model.path={self.path} lacks the weight {missing[0]} of a {type(model).__name__}"
-                f"{and_others(missing)}: it would be trained from random values"
-            )
-        if whole and (unknown := sorted(found["unexpected_keys"])):
-            raise UserError(
-                f"model.path={self.path} has the weight {unknown[0]}, which a {type(model).__name__} does not"
-                f"{and_others(unknown)}: it would be left out"
-            )
+        check_loaded(Path(self.source()), model, found, whole)
         # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place at the first evaluation, after which
         # training gradients are wrong (relative error 0.73) while the loss looks right. from_pretrained returns eval
         # mode.
@@ -249,6 +250,12 @@ class CausalLM:
     def checkpoint(self, model: nn.Module) -> bool:
         """Turns gradient checkpointing on where asked, on a plain or peft model, and returns whether it is on."""
         on = self.checkpointing(parameter_count(model))
+        if on and not base_of(model).supports_gradient_checkpointing:
+            name = type(base_of(model)).__name__
+            if str(self.gradient_checkpointing).lower() == "true":
+                raise UserError(f"model.gradient_checkpointing=true: a {name} of transformers cannot; choose false")
+            log.warning("model.gradient_checkpointing=auto is off: a %s of transformers cannot", name)
+            return False
         if on:
             # Non-reentrant: the reentrant kind loses gradients of adapters behind a frozen embedding and breaks DDP.
             base_of(model).activation_checkpointing_enable({"use_reentrant": False})
@@ -292,10 +299,6 @@ class CausalLM:
                 raise UserError(f"model.router_coef={self.router_coef}: {type(base).__name__} has no router; remove it")
             return 0.0
         return coefficient(base) if self.router_coef is None else float(self.router_coef)
-
-
-def and_others(names: list[str]) -> str:
-    return f", and {len(names) - 1} others" if len(names) > 1 else ""
 
 
 def flash_attention_missing() -> str:

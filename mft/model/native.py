@@ -7,6 +7,7 @@ its plain class, so that what is trained and saved is native and carries no memo
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ class SplitQkv(ConversionOps):
         (joint,) = (t[0] if isinstance(t, list) else t for t in input_dict.values())
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        if self.per_head:
+        if joint.shape[0] != (heads + 2 * groups) * width:  # parts of wrong shapes, which are refused by name
+            parts = list(joint.tensor_split(3))
+        elif self.per_head:
             rows = joint.reshape(heads, 3, width, *joint.shape[1:])
             parts = [rows[:, i].reshape(heads * width, *joint.shape[1:]) for i in range(3)]
         else:
@@ -148,14 +151,28 @@ QWEN: list[Any] = [
     WeightConverter("attn.c_attn", QKV, [SplitQkv()]),
 ]
 
-for _class, _mapping in (
-    (OriginalChatGLMForCausalLM, _chatglm(per_head=False)),
-    (OriginalChatGLMPerHeadForCausalLM, _chatglm(per_head=True)),
-    (OriginalQwenForCausalLM, QWEN),
-    (OriginalBaichuanForCausalLM, BAICHUAN),
-    (OriginalBaichuanAlibiForCausalLM, BAICHUAN),
-):
+READS: dict[Any, list[Any]] = {
+    OriginalChatGLMForCausalLM: _chatglm(per_head=False),
+    OriginalChatGLMPerHeadForCausalLM: _chatglm(per_head=True),
+    OriginalQwenForCausalLM: QWEN,
+    OriginalBaichuanForCausalLM: BAICHUAN,
+    OriginalBaichuanAlibiForCausalLM: BAICHUAN,
+}
+for _class, _mapping in READS.items():
     register_checkpoint_conversion_mapping(_class.__name__, _mapping, overwrite=True)
     # buffers of the original code that the released files carry
     _class._keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"rotary_pos_emb\.inv_freq"]
 OriginalAquilaForCausalLM._keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+
+
+def original_names(reader: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Returns the name in the checkpoint of every native weight that a class of READS makes of the weights `stored`."""
+    found: dict[str, str] = {}
+    for name in stored:
+        native, parts = name, [""]
+        for step in READS.get(reader, []):
+            native, matched = step.rename_source_key(native)
+            if matched and len(step.target_patterns) > 1:
+                parts = step.target_patterns
+        found |= {native.replace(parts[0], part): name for part in parts}
+    return found

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
 from mft.model.family import CausalLM
+from mft.model.source import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ class Original(CausalLM):
         file = self._file("config.json")
         if file is None:
             raise UserError(f"model.path={self.path} has no config.json")
-        values: Values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_config(file.parent)
         self._check_config(values)
         return values
 
@@ -52,9 +53,8 @@ class Original(CausalLM):
 
     def _check_path(self) -> None:
         super()._check_path()
-        file = Path(self.path).expanduser() / "config.json"
-        if file.is_file():
-            self._check_config(json.loads(file.read_text(encoding="utf-8")))
+        if values := read_config(Path(self.path).expanduser()):
+            self._check_config(values)
 
     def _check_config(self, values: Values) -> None:
         if values.get("model_type") != self.model_type:
@@ -82,7 +82,10 @@ class Original(CausalLM):
     def _get(self, values: Values, name: str) -> Any:
         if name not in values:
             raise UserError(f"model.path={self.path}: its config.json has no {name}, which {self.model_type} has")
-        return values[name]
+        value = values[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"model.path={self.path}: {name}={value!r} in its config.json is no number above 0")
+        return value
 
     def native(self, values: Values) -> tuple[str, str, Values]:
         """Returns the class of mft.model.native that reads the weights, the name of the config class, and the config's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError, nearest, shortened
+from mft.model.weights import check_files
 
 
 def check_path(path: str, hint: str = "") -> None:
@@ -32,10 +34,39 @@ def _check_folder(path: str, folder: Path) -> None:
         raise UserError(f"model.path={path} holds an adapter; give its base model, and the adapter as peft.path")
     if not (folder / "config.json").exists():
         raise UserError(f"model.path={path} has no config.json, so it is not a Hugging Face model folder")
+    read_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"model.path={path} has no *.safetensors file"
             + (f"; pickled weights are not loaded: run mft convert {path}" if any(folder.glob("*.bin")) else "")
+        )
+    check_files(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns config.json of a folder, {} where there is none; UserError for one that is no JSON object."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is no JSON object but a {type(values).__name__}")
+    return values
+
+
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+"""Files that vocabularies come in."""
+
+
+def check_vocabulary(path: str, folder: Path) -> None:
+    """Raises UserError for a model folder without any vocabulary."""
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
+        raise UserError(
+            f"model.path={path} has no tokenizer, no file called {', '.join(VOCABULARIES[:-1])} or {VOCABULARIES[-1]}; "
+            "copy those of the model's release into it"
         )
 
 
@@ -48,15 +79,36 @@ ORIGINAL_FORMATS = {
 """Model types of checkpoints that came with code of their own, and the choice that loads them natively."""
 
 
-def refuse_original(path: str) -> None:
-    """Raises UserError for a folder in one of the original formats, with the choice that reads it."""
-    file = Path(path).expanduser() / "config.json"
-    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+def check_type(path: str, own_code: bool) -> None:
+    """Raises UserError for a folder whose model type is missing or unknown, and for one in an original format, with the
+    choice that reads it; own_code: whether code of the folder may be run, which may bring a type of its own."""
+    folder = Path(path).expanduser()
+    values = read_config(folder)
+    if not values:  # a hub name
+        return
+    kind = values.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"model.path={path}: its config.json has no model_type, which says what kind of model it is")
+    if kind not in ORIGINAL_FORMATS and not own_code and not _known_type(kind):
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as known
+
+        if kind not in known:
+            raise UserError(
+                f"model.path={path}: transformers has no model type {kind!r}, which its config.json names"
+                f"{nearest(kind, known)}"
+            )
     if kind in ORIGINAL_FORMATS:
         raise UserError(
             f"model.path={path} is a {kind} checkpoint in its original format, which transformers cannot read; choose "
             f"{ORIGINAL_FORMATS[kind]} with the same model.path"
         )
+
+
+def _known_type(kind: str) -> bool:
+    """Whether a model type is one of ours, or of transformers by a look at its files, without importing it."""
+    spec = importlib.util.find_spec("transformers")
+    roots = (spec.submodule_search_locations or []) if spec else []
+    return kind.startswith("mft_") or any((Path(root) / "models" / kind.replace("-", "_")).is_dir() for root in roots)
 
 
 RECURRENT = {"falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "minimax", "nemotron_h", "recurrent_gemma"}

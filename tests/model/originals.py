@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 Values = dict[str, Any]
 Weights = dict[str, torch.Tensor]
@@ -32,6 +32,17 @@ def write(folder: Path, name: str, seed: int = 0, dtype: torch.dtype = torch.flo
             weights[key] = weights[key] + 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def sharded(folder: Path) -> None:
+    """Cuts model.safetensors in two with an index, as large releases come; a layer's weights lie in both."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(weights)}
+    for file in set(where.values()):
+        save_file({k: t for k, t in weights.items() if where[k] == file}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def sizes(c: Values) -> tuple[int, int, int, int, int, int]:

@@ -94,23 +94,12 @@ def test_tied_heads(name: str, head: str, tmp_path: Path) -> None:
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == bool(head)
 
 
-def sharded(folder: Path) -> None:
-    """Cuts model.safetensors in two with an index, as large releases come; a layer's weights lie in both."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    where = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(weights)}
-    for file in set(where.values()):
-        save_file({k: t for k, t in weights.items() if where[k] == file}, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": 0}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 @pytest.mark.parametrize(("name", "fixture"), [("chatglm2", "chatglm2_32k"), ("qwen", "qwen"), ("aquila2", "aquila2")])
 def test_shards_and_half_precision(name: str, fixture: str, tmp_path: Path) -> None:
     """Released files are in several shards and of bfloat16."""
     values = {"rope_ratio": None} if fixture == "chatglm2_32k" else {}
     folder = originals.write(tmp_path, fixture, dtype=torch.bfloat16, **values)
-    sharded(folder)
+    originals.sharded(folder)
     family = family_of(name, folder)
     ids = torch.arange(2, 30)[None]
     difference = family.model(torch.float32).eval()(ids).logits[0] - reference(folder, ids[0].tolist())
@@ -178,7 +167,7 @@ def test_refused(name: str, values: dict[str, object], message: str, tmp_path: P
 
 def test_pickled_weights_are_refused_until_they_are_converted(tmp_path: Path) -> None:
     folder = originals.write(tmp_path, "qwen")
-    sharded(folder)
+    originals.sharded(folder)
     ids = torch.arange(2, 12)[None]
     expected = reference(folder, ids[0].tolist())
     for number, file in enumerate(sorted(folder.glob("*.safetensors")), 1):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from mft.build import check
 from mft.compose import compose_resolved
@@ -49,7 +50,7 @@ def test_rows_hold_one_sample(name: str, tmp_path: Path) -> None:
         module(*inputs(batch([[9, 14]], 24, V)))
 
     model.config.save_pretrained(tmp_path)  # and before anything is loaded, where the folder is there
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({}, tmp_path / "model.safetensors")
     tasks = tmp_path / "task"
     tasks.mkdir()
     rows = '{"chat_rounds": [{"role": "human", "content": "a"}, {"role": "bot", "content": "b"}]}\n'
