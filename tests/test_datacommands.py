@@ -64,6 +64,15 @@ def test_prepare_leaves_nothing_for_the_run_to_tokenise(overrides: list[str], tm
     assert summary["status"] == "finished"
 
 
+def test_data_sets_come_beside_files(overrides: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    paths = f"data.paths=['hf:{write_task(tmp_path / 'chatter', 30)}:train','{tmp_path / 'adding'}']"
+    text = said(capsys, "prepare", *overrides, paths)
+    assert "chatter: 30 samples in " in text and "adding: 40 samples in " in text
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

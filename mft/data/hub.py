@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError
 
 PREFIX = "hf:"
+FORM = re.compile(r"hf:([^:@]+)(?:@([^:]+))?(?::([^:\[]*(?:\[[^\]]*\])?))?(?::([^:]+))?")
+"""Name, revision, split (also a part of one, as `train[:1000]`), config."""
 
 
 def is_name(path: str | os.PathLike[str]) -> bool:
@@ -19,24 +22,23 @@ def is_name(path: str | os.PathLike[str]) -> bool:
 def load(name: str) -> Any:
     """Returns the rows of a data set: an iterable of dicts that knows its `_fingerprint`.
 
-    The split is `train` where none is named. What was loaded once is found in the cache of `datasets` offline.
-    Raises UserError where the package is missing, or where neither hub nor cache has the data set.
+    The split is `train` where none is named. What was loaded once is found in the cache of `datasets` offline. Raises
+    UserError where the package is missing, where neither hub nor cache has the data set, and for a split or config that
+    it has not.
     """
-    where, _, rest = name.removeprefix(PREFIX).partition(":")
-    path, _, revision = where.partition("@")
-    split, _, config = rest.partition(":")
+    path, revision, split, config = _parts(name)
     try:
         import datasets
     except ModuleNotFoundError:
-        raise UserError(f"{name}: data sets of the hub need the package datasets: pip install datasets") from None
+        raise UserError(f"{name}: data sets of the hub need the package datasets: pip install 'mft[hub]'") from None
     try:
-        return datasets.load_dataset(path, config or None, split=split or "train", revision=revision or None)
+        return datasets.load_dataset(path, config, split=split or "train", revision=revision)
     except Exception as error:  # the hub's client raises dozens of classes, from requests' to its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{name}: the data set cannot be loaded ({reason}). Without a network, download it and give its folder of "
-            "JSON lines or Parquet files"
-        ) from error
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        advice = "Without a network, download it and give its folder of JSON lines or Parquet files"
+        if isinstance(error, ValueError):  # what is wrong with split or config
+            advice = "The form is hf:owner/name[@revision][:split[:config]]"
+        raise UserError(f"{name}: the data set cannot be loaded ({reason[:300]}). {advice}") from error
 
 
 def digest(name: str) -> str:
@@ -46,4 +48,14 @@ def digest(name: str) -> str:
 
 def task_name(name: str) -> str:
     """Returns what a task made of the data set is called: the last part of its name."""
-    return Path(name.removeprefix(PREFIX).partition(":")[0].partition("@")[0]).name
+    return Path(_parts(name)[0]).name
+
+
+def _parts(name: str) -> tuple[str, str | None, str | None, str | None]:
+    """Returns name, revision, split and config; raises UserError for another form."""
+    found = FORM.fullmatch(name)
+    if found is None:
+        raise UserError(f"{name}: is no name of a data set; allowed: hf:owner/name[@revision][:split[:config]]")
+    path, *rest = found.groups()
+    revision, split, config = (part or None for part in rest)
+    return path, revision, split, config
