@@ -45,67 +45,74 @@ def resident() -> float:
 
 
 def per_piece(file: Path, tokenizer: Any, padded: bool) -> int:
-    """Tokenises a file as fine-tuning scripts do, piece by piece in Python; returns the number of tokens kept.
+    """Tokenises a file as MFTCoder 0.5 does, piece by piece in Python; returns the number of tokens kept.
 
-    Shaped like MFTCoder 0.5's UniformEncoder (an `encode` a role, lists of ids and of the loss mask that grow turn by
-    turn, long samples dropped), writing the template `mft`. padded: each sample is filled up to the sequence length
-    before it becomes an array, as there; without, a leaner encoder of the same kind.
+    Like its UniformEncoder: one `encode` for the system text, for each question, each answer and each line break after
+    it, lists of ids and of the loss mask that grow turn by turn, long samples dropped. padded: every list is filled up
+    to the sequence length, and all of a file become two float32 arrays at its end, as there; without, each sample
+    becomes two int32 arrays at once, a leaner encoder of the same kind.
     """
-    kept: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    kept: list[tuple[Any, Any]] = []
     tokens = 0
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             ids: list[int] = []
             mask: list[int] = []
-            text = ""
             for turn in json.loads(line)["chat_rounds"]:
-                if turn["role"] == "system":
-                    text += f"<s>system\n{turn['content']}\n"
-                elif turn["role"] == "human":
-                    text += f"<s>human\n{turn['content']}"
+                content = turn["content"].replace("\u202f", " ").replace("\xa0", " ") + "\n"
+                if turn["role"] == "bot":
+                    answer, end = [*encode(content), tokenizer.eos_token_id], encode("\n")
+                    ids += answer + end
+                    mask += [1] * len(answer) + [0] * len(end)
                 else:
-                    prompt = tokenizer.encode(text + "<s>bot\n", add_special_tokens=False)
-                    answer = [*tokenizer.encode(turn["content"], add_special_tokens=False), tokenizer.eos_token_id]
-                    ids += prompt + answer
-                    mask += [0] * len(prompt) + [1] * len(answer)
-                    text = "\n"
-            end = tokenizer.encode(text, add_special_tokens=False)
-            ids, mask = ids + end, mask + [0] * len(end)
+                    system = turn["role"] == "system"
+                    prompt = encode(f"<s>system\n{content}" if system else f"<s>human\n{content}<s>bot\n")
+                    ids += prompt
+                    mask += [0] * len(prompt)
             if len(ids) > SEQ_LENGTH:
                 continue
             tokens += len(ids)
             if padded:
                 ids += [tokenizer.pad_token_id] * (SEQ_LENGTH - len(ids))
                 mask += [0] * (SEQ_LENGTH - len(mask))
-            kept.append((np.array(ids, np.int32), np.array(mask, np.int32)))
+                kept.append((ids, mask))
+            else:
+                kept.append((np.array(ids, np.int32), np.array(mask, np.int32)))
+    if padded:
+        for column in zip(*kept, strict=True):
+            np.array(column, np.float32)
     return tokens
 
 
 def speed(folder: Path) -> None:
-    """Prints both rates, medians of rounds in turns, and their ratios."""
+    """Prints the rates and their ratios, medians of rounds in turns; all make the ids of the template `mftcoder`."""
     from transformers import AutoTokenizer
 
     from mft.data.settings import DataSettings
     from mft.data.store import prepare
     from mft.data.task import Task
-    from mft.data.template import Template
+    from mft.data.template import MftCoder
     from mft.data.tokenize import Encoder
 
-    tokenizer = AutoTokenizer.from_pretrained(demo() / "model")
     file = folder / "rows.jsonl"
     rows = "".join(path.read_text(encoding="utf-8") for path in sorted((demo() / "tasks").rglob("*.jsonl")))
     file.write_text(rows * COPIES, encoding="utf-8")
     settings = DataSettings(seq_length=SEQ_LENGTH)
+    theirs, ours = (AutoTokenizer.from_pretrained(demo() / "model") for _ in range(2))  # each has a cache of words
 
     def store(number: int) -> int:
         task = Task("rows", [str(file)])
-        return prepare(task, Encoder(tokenizer, Template()), settings, folder / f"cache{number}").report["tokens"]
+        return prepare(task, Encoder(ours, MftCoder()), settings, folder / f"cache{number}").report["tokens"]
 
     rates: dict[str, list[tuple[float, float]]] = {"per piece, padded": [], "per piece": [], "store": []}
     for number in range(ROUNDS):
         runs = (
-            lambda: per_piece(file, tokenizer, True),
-            lambda: per_piece(file, tokenizer, False),
+            lambda: per_piece(file, theirs, True),
+            lambda: per_piece(file, theirs, False),
             lambda n=number: store(n),
         )
         counts = []
@@ -116,11 +123,13 @@ def speed(folder: Path) -> None:
             rates[name].append((counts[-1] / cpu / 1e6, counts[-1] / wall / 1e6))
         assert len(set(counts)) == 1, f"all must make the same tokens: {counts}"
     print(f"{counts[0]:,} tokens, {ROUNDS} rounds in turns, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    median = {name: [statistics.median(part) for part in zip(*found, strict=True)] for name, found in rates.items()}
-    for name, (cpu, wall) in median.items():
+    for name, found in rates.items():
+        cpu, wall = (statistics.median(part) for part in zip(*found, strict=True))
         print(f"{name:<18} {cpu:.3f} million tokens a CPU second, {wall:.3f} a second")
     for name in list(rates)[:2]:
-        cpu, wall = (a / b for a, b in zip(median["store"], median[name], strict=True))
+        pairs = zip(rates["store"], rates[name], strict=True)  # of the same round: the machine's speed drifts
+        ratios = [[mine / other for mine, other in zip(*pair, strict=True)] for pair in pairs]
+        cpu, wall = (statistics.median(part) for part in zip(*ratios, strict=True))
         print(f"store / {name}: {cpu:.2f} x a CPU second, {wall:.2f} x a second")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,7 @@ BATCH_ROWS = 1024  # conversations given to the tokenizer at once ...
 BATCH_CHARACTERS = 4_000_000  # ... or fewer, when they are long
 AHEAD = 2  # batches being tokenised while the next one is read; each is a call that uses all cores by itself
 
-COMPARED_FIRST, COMPARED_EVERY = 1024, 64
+COMPARED_FIRST, COMPARED_EVERY = 256, 64
 """Rows that are also encoded as one string, to be compared: the first ones, and then every so many (2 % more work)."""
 
 
@@ -75,6 +76,7 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
         ThreadPoolExecutor(AHEAD) as pool,
     ):
         waiting: deque[tuple[list[Read], Future[list[Encoded]]]] = deque()
+        gc.freeze()  # or the collector walks over everything imported again and again, for the objects of the rows
         try:
             for batch in _batches(rows, found[1], encoder, settings, writer, {f: i for i, f in enumerate(files)}):
                 waiting.append((batch, pool.submit(_encode, encoder, batch)))
@@ -86,6 +88,7 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
                 keep(done, future.result())
                 show(writer)
         finally:
+            gc.unfreeze()
             pool.shutdown(cancel_futures=True)
         writer.finish({"task": task.name, "format": format_name})
 
