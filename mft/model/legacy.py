@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
 from mft.model.original import Original, Values
+from mft.model.source import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,8 @@ class ChatGLM(Original):
         self._need(values, hidden_dropout=0.0, interleaved_qkv=False, rotary_percent=0.5)
         grouped = bool(values.get("multi_query_attention", False))
         heads = self._get(values, "num_attention_heads")
+        if grouped:
+            self._divides(values, "multi_query_group_num", "num_attention_heads")
         ratio = float(values.get("rope_ratio") or 1.0)
         rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
         if ratio != 1.0 and self.rope_ratio == "positions":
@@ -131,11 +134,24 @@ class Qwen(Original):
     model_type = "qwen"
     vocabulary = "qwen.tiktoken"
 
+    def check(self) -> None:
+        super().check()
+        values = read_config(Path(self.path).expanduser())
+        if longer := [name for name in ("use_dynamic_ntk", "use_logn_attn") if values.get(name)]:
+            log.warning(
+                "%s of %s is left out: past %s tokens (seq_length) the original scales positions and attention when it "
+                "answers and evaluates, not when it trains",
+                *(" and ".join(longer), self.path, values.get("seq_length")),
+            )
+
     def native(self, values: Values) -> tuple[str, str, Values]:
-        values = {QWEN_EARLY.get(name, name): value for name, value in values.items()}
+        values = values | {QWEN_EARLY[name]: value for name, value in values.items() if name in QWEN_EARLY}
+        self._divides(values, "num_attention_heads", "hidden_size")
         hidden, heads = self._get(values, "hidden_size"), self._get(values, "num_attention_heads")
         self._need(values, visual=None, audio=None)  # Qwen-VL and Qwen-Audio call themselves qwen as well
         self._need(values, rotary_pct=1.0, no_bias=True, scale_attn_weights=True, emb_dropout_prob=0.0)
+        self._need(values, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # names of the first release
+        self._need(values, apply_residual_connection_post_layernorm=False, pos_emb="rotary")
         self._need(values, kv_channels=hidden // heads)
         return (
             "OriginalQwenForCausalLM",
@@ -224,6 +240,7 @@ class Baichuan(Original):
         self._need(values, z_loss_weight=0)
         if self.normalises(values):  # a tied matrix would be saved with its rows scaled
             self._need(values, tie_word_embeddings=False)
+        self._divides(values, "num_attention_heads", "hidden_size")
         heads = self._get(values, "num_attention_heads")
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")
         native = {name: self._get(values, name) for name in names} | {
@@ -294,7 +311,11 @@ class Aquila(Original):
         names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"]
         names += ["num_attention_heads", "max_position_embeddings"]
         native = {name: self._get(values, name) for name in names}
-        native["num_key_value_heads"] = values.get("num_key_value_heads") or values["num_attention_heads"]
+        self._divides(values, "num_attention_heads", "hidden_size")
+        native["num_key_value_heads"] = values["num_attention_heads"]
+        if values.get("num_key_value_heads"):
+            self._divides(values, "num_key_value_heads", "num_attention_heads")
+            native["num_key_value_heads"] = values["num_key_value_heads"]
         scaling = dict(values.get("rope_scaling") or {})
         kind = scaling.pop("type", scaling.pop("rope_type", "default"))
         if kind not in ("default", "linear"):

@@ -87,6 +87,14 @@ class Original(CausalLM):
             raise UserError(f"model.path={self.path}: {name}={value!r} in its config.json is no number above 0")
         return value
 
+    def _divides(self, values: Values, part: str, whole: str) -> None:
+        """Raises UserError where a count does not divide another."""
+        if self._get(values, whole) % self._get(values, part):
+            raise UserError(
+                f"model.path={self.path}: {part}={values[part]} in its config.json does not divide {whole}="
+                f"{values[whole]}"
+            )
+
     def native(self, values: Values) -> tuple[str, str, Values]:
         """Returns the class of mft.model.native that reads the weights, the name of the config class, and the config's
         values. Raises UserError for a configuration that has no native counterpart."""

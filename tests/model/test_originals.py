@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,32 @@ CASES: list[tuple[str, str, dict[str, object]]] = [
     ("aquila2", "aquila2", {"num_key_value_heads": 1, "num_attention_heads": 8, "vocab_size": 133}),
     ("aquila2", "aquila2", {"num_key_value_heads": None, "rope_theta": 1000000.0}),
     ("aquila2", "aquila2", {"rope_scaling": {"type": "linear", "factor": 8.0}, "rms_norm_eps": 1e-3}),
+    ("chatglm2", "chatglm2_32k", {"kv_channels": 12, "rope_ratio": None, "seq_length": 32, "original_rope": False}),
+    ("chatglm3", "chatglm3_32k", {"num_attention_heads": 6, "multi_query_group_num": 3, "quantization_bit": 0}),
+    ("chatglm3_32k", "chatglm3_32k", {"rope_ratio": 2.5, "multi_query_group_num": 3, "num_layers": 1}),
+    ("chatglm2_32k", "chatglm2_32k", {"apply_query_key_layer_scaling": False, "attention_softmax_in_fp32": False}),
+    ("codegeex2", "chatglm2_32k", {"rope_ratio": None, "multi_query_group_num": 1, "add_qkv_bias": False}),
+    (
+        "qwen",
+        "qwen",
+        {"num_attention_heads": 8, "kv_channels": 8, "bf16": True, "fp32": False},
+    ),
+    ("qwen", "qwen", {"use_dynamic_ntk": False, "use_logn_attn": False, "seq_length": 8}),
+    ("baichuan2_7b", "baichuan2_7b", {"z_loss_weight": 0, "num_attention_heads": 2}),
+    ("baichuan_13b", "baichuan_13b", {"num_attention_heads": 40, "hidden_size": 160}),
+    ("baichuan_13b", "baichuan_13b", {"num_attention_heads": 3, "model_max_length": 16}),
+    ("baichuan2_13b", "baichuan2_13b", {"num_attention_heads": 1, "hidden_size": 24, "rms_norm_eps": 1e-3}),
+    (
+        "aquila2",
+        "aquila2",
+        {"num_key_value_heads": 4, "pretraining_tp": 2, "rope_scaling": {}},
+    ),
 ]
+
+
+def length(weights: Iterable[torch.Tensor]) -> float:
+    """Returns the norm of all gradients together."""
+    return float(torch.cat([tensor.grad.flatten() for tensor in weights]).norm())
 
 
 @pytest.mark.parametrize(("name", "fixture", "values"), CASES)
@@ -74,12 +100,23 @@ def test_other_sizes(name: str, fixture: str, values: dict[str, object], tmp_pat
     model = family_of(name, folder).model(torch.float32).eval()
     ids = torch.randint(2, 120, (1, 40), generator=torch.Generator().manual_seed(0))
     rope = "positions" if name == "chatglm2_32k" else "base"
-    expected = reference(folder, ids[0].tolist(), rope_ratio=rope, norm_head=name.startswith("baichuan2"))
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    every = [tensor.requires_grad_() for tensor in weights.values()]
+    norm = name.startswith("baichuan2")
+    expected = originals.logits(config, weights, ids[0].tolist(), rope_ratio=rope, norm_head=norm)
     assert (model(ids).logits[0] - expected).abs().max() < 5e-5
+    loss = torch.nn.functional.cross_entropy(expected[:-1], ids[0, 1:])
+    loss.backward()
+    ours = model(ids, labels=ids).loss
+    ours.backward()
+    assert abs(ours.item() - loss.item()) < 1e-5
+    assert length(model.parameters()) == pytest.approx(length(every), rel=1e-5)
     assert isinstance(model.get_output_embeddings(), NormHead) == name.startswith("baichuan2")
 
 
-@pytest.mark.parametrize(("name", "head"), [("qwen", "lm_head"), ("aquila2", "lm_head"), ("chatglm2_32k", "")])
+@pytest.mark.parametrize(
+    ("name", "head"), [("qwen", "lm_head"), ("aquila2", "lm_head"), ("baichuan_13b", "lm_head"), ("chatglm2_32k", "")]
+)
 def test_tied_heads(name: str, head: str, tmp_path: Path) -> None:
     """transformers ties the head of those whose code names it as one; chatglm's does not, whatever its config says."""
     folder = originals.write(tmp_path, name, tie_word_embeddings=True)
@@ -108,13 +145,27 @@ def test_shards_and_half_precision(name: str, fixture: str, tmp_path: Path) -> N
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
-def test_buffers_that_released_files_carry_are_left_out(tmp_path: Path) -> None:
-    folder = originals.write(tmp_path, "qwen")
-    weights = load_file(folder / "model.safetensors") | {"transformer.rotary_emb.inv_freq": torch.ones(8)}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+BUFFERS = [
+    ("chatglm2", "chatglm2_32k", "transformer.rotary_pos_emb.inv_freq"),
+    ("qwen", "qwen", "transformer.rotary_emb.inv_freq"),
+    ("baichuan_7b", "baichuan2_7b", "model.layers.1.self_attn.rotary_emb.inv_freq"),
+    ("aquila2", "aquila2", "model.layers.1.self_attn.rotary_emb.inv_freq"),
+]
+
+
+@pytest.mark.parametrize(("name", "fixture", "buffer"), BUFFERS)
+def test_one_pickle_in_float16_with_buffers(name: str, fixture: str, buffer: str, tmp_path: Path) -> None:
+    """As the first releases came: one file, and in it buffers that the model makes itself."""
+    values = {"rope_ratio": None} if fixture == "chatglm2_32k" else {}
+    folder = originals.write(tmp_path, fixture, dtype=torch.float16, **values)
+    torch.save(load_file(folder / "model.safetensors") | {buffer: torch.ones(8)}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    convert(folder)
     ids = torch.arange(2, 12)[None]
-    difference = family_of("qwen", folder).model(torch.float32).eval()(ids).logits[0]
-    assert (difference - reference(folder, ids[0].tolist())).abs().max() < 5e-5
+    family = family_of(name, folder)
+    difference = family.model(torch.float32).eval()(ids).logits[0] - reference(folder, ids[0].tolist())
+    assert difference.abs().max() < 5e-5
+    assert {p.dtype for p in family.model(torch.float16).parameters()} == {torch.float16}
 
 
 @pytest.mark.parametrize("name", ["chatglm2_32k", "qwen", "baichuan2_7b", "aquila2"])
@@ -130,6 +181,11 @@ def test_a_weight_that_is_missing_or_too_much_is_refused(name: str, tmp_path: Pa
     save_file(whole | extra, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"has the weight .*extra\.weight, which"):
         family_of(name, folder).model(torch.float32)
+
+
+def test_what_qwen_does_beyond_its_length_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    family_of("qwen", originals.write(tmp_path, "qwen", use_dynamic_ntk=False))
+    assert "use_logn_attn of" in caplog.text and "is left out: past 64 tokens (seq_length)" in caplog.text
 
 
 def test_early_qwen_names(tmp_path: Path) -> None:
@@ -156,6 +212,16 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("qwen", {"use_dynamic_ntk": True, "visual": {"width": 1}}, "visual"),
     ("baichuan2_7b", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
     ("aquila2", {"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_scaling"),
+    ("chatglm2_32k", {"fp32_residual_connection": True}, "fp32_residual_connection=True"),
+    ("chatglm2_32k", {"interleaved_qkv": True}, "interleaved_qkv=True"),
+    ("chatglm2_32k", {"rotary_percent": 1.0}, r"rotary_percent=1\.0"),
+    ("chatglm3_32k", {"hidden_dropout": 0.1}, r"hidden_dropout=0\.1"),
+    ("chatglm3_32k", {"multi_query_group_num": 2}, "multi_query_group_num=2 .* does not divide num_attention_heads=3"),
+    ("qwen", {"scale_attn_weights": False}, "scale_attn_weights=False"),
+    ("qwen", {"embd_pdrop": 0.1}, r"embd_pdrop=0\.1"),
+    ("qwen", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=True"),
+    ("baichuan_13b", {"num_attention_heads": 7}, "num_attention_heads=7 .* does not divide hidden_size=60"),
+    ("aquila2", {"num_key_value_heads": 3}, "num_key_value_heads=3 .* does not divide num_attention_heads=4"),
 ]
 
 
