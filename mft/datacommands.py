@@ -82,7 +82,8 @@ def report(args: list[str]) -> None:
         [task.share for task in known.tasks],
     )
     mixed = feed.mixture(known.names)
-    console.print(account.table(known.stores, known.names))
+    for table in account.tables(known.stores, known.names):
+        console.print(table)
     console.print(mixture.table(mixed, found.settings))
     for note in account.notes(known.stores, known.names):
         console.print(note)
@@ -146,7 +147,8 @@ def prepare(args: list[str]) -> None:
     from mft.data import report as account
 
     known, console = found.dataset, screen()
-    console.print(account.table(known.stores, known.names))
+    for table in account.tables(known.stores, known.names):
+        console.print(table)
     for name, store in zip(known.names, known.stores, strict=True):
         folder = Path(found.cfg.cache_dir) / "tokens" / store.fingerprint
         console.print(f"{name}: {len(store):,} samples in {folder}", soft_wrap=True, markup=False)

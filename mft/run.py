@@ -67,7 +67,8 @@ def run(
     progress = Terminal(names) if engine.is_main else Silent()
     if engine.is_main:
         known.write_report(run_dir / "report")
-    progress.show(report.table(stores, names))
+    for table in report.tables(stores, names):
+        progress.show(table)
     for note in report.notes(stores, names):
         progress.show(note)
     sizes = batch_sizes(train, engine.world)

@@ -12,12 +12,10 @@ import numpy as np
 from mft.data.duplicates import HELD_OUT, REPEATED
 from mft.data.split import SPLITS
 from mft.data.store import Store
+from mft.data.writer import CUTS
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-LEFT_OUT = ("rounds_left_out", "parts_left_out")
 
 
 def as_json(stores: Sequence[Store], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -25,27 +23,38 @@ def as_json(stores: Sequence[Store], names: Sequence[str]) -> dict[str, dict[str
     return {name: store.report | {"length": _lengths(store)} for store, name in zip(stores, names, strict=True)}
 
 
-def table(stores: Sequence[Store], names: Sequence[str]) -> Table:
-    """Returns a line for each task and one for all of them; rows = kept + dropped in every line."""
+def tables(stores: Sequence[Store], names: Sequence[str]) -> list[Table]:
+    """Returns the account in rows and in tokens, each with a line for each task and one for all of them.
+
+    rows = kept + dropped in every line. Both fit into 80 columns: two tables, and names and reasons go on below.
+    """
     from rich.table import Table
 
-    result = Table(title="data", title_justify="left")
-    result.add_column("task")
-    result.add_column("format")
-    for header in ("rows", "kept", *SPLITS, "tokens", "trained", "%", "mean", "p50", "p95", "max"):
-        result.add_column(header, justify="right")
-    result.add_column("dropped and cut")
-    for store, name in zip(stores, names, strict=True):
-        length = _lengths(store)
-        shown = (f"{length[k]:,.0f}" for k in ("mean", "p50", "p95", "max"))
-        result.add_row(name, store.report["format"], *_cells(store.report), *shown, _lost(store.report))
+    reports = [store.report for store in stores]
+    rows, tokens = Table(title="rows", title_justify="left"), Table(title="tokens", title_justify="left")
+    for table in (rows, tokens):
+        table.add_column("task", overflow="fold")
+    rows.add_column("format", overflow="fold")
+    splits = [name for name in SPLITS if name != "test" or any(report["splits"][name] for report in reports)]
+    for header in ("rows", "kept", *splits):
+        rows.add_column(header, justify="right", no_wrap=True)
+    rows.add_column("dropped and cut", overflow="fold")
+    for header in ("tokens", "trained", "%", "mean", "p50", "p95", "max"):
+        tokens.add_column(header, justify="right", no_wrap=True)
+    lines = list(zip(names, reports, map(_lengths, stores), strict=True))
     if len(stores) > 1:
-        total = _total([store.report for store in stores])
-        result.add_section()
-        result.add_row(
-            "all", "", *_cells(total), f"{total['tokens'] / max(1, total['samples']):,.0f}", "", "", "", _lost(total)
-        )
-    return result
+        total = _total(reports)
+        lines.append(("all", total, {"mean": total["tokens"] / max(1, total["samples"])}))
+    for number, (name, report, length) in enumerate(lines):
+        if number == len(stores):
+            rows.add_section()
+            tokens.add_section()
+        counts = (report["rows"], report["kept"], *(report["splits"][split] for split in splits))
+        rows.add_row(name, report["format"], *(f"{count:,}" for count in counts), _lost(report))
+        percent = f"{100 * report['trained_tokens'] / max(1, report['tokens']):.0f}"
+        lengths = (f"{length[key]:,.0f}" if key in length else "" for key in ("mean", "p50", "p95", "max"))
+        tokens.add_row(name, f"{report['tokens']:,}", f"{report['trained_tokens']:,}", percent, *lengths)
+    return [rows, tokens]
 
 
 def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
@@ -79,15 +88,6 @@ def write_dropped(path: Path, stores: Sequence[Store], names: Sequence[str]) -> 
                 file.write(json.dumps({"task": name} | dropped, ensure_ascii=False) + "\n")
 
 
-def dropped_lines(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
-    """Returns a line for each dropped row that is known by name (the first 20 of a task)."""
-    return [
-        f"{name}: {d['where']}: {d['reason']}: {d['problem']}"
-        for store, name in zip(stores, names, strict=True)
-        for d in store.report["first_dropped"]
-    ]
-
-
 def _lengths(store: Store) -> dict[str, float]:
     if not len(store):
         return {"mean": 0.0, "p50": 0.0, "p95": 0.0, "max": 0.0}
@@ -95,23 +95,15 @@ def _lengths(store: Store) -> dict[str, float]:
     return {"mean": float(store.lengths_N.mean()), "p50": float(p50), "p95": float(p95), "max": float(top)}
 
 
-def _cells(report: dict[str, Any]) -> list[str]:
-    tokens, trained = report["tokens"], report["trained_tokens"]
-    counts = [report["rows"], report["kept"], *(report["splits"][s] for s in SPLITS), tokens, trained]
-    return [*(f"{count:,}" for count in counts), f"{100 * trained / max(1, tokens):.0f}"]
-
-
 def _lost(report: dict[str, Any]) -> str:
     parts = [f"{count:,} {reason}" for reason, count in report["dropped"].items() if count]
-    if report["truncated"]:
-        parts.append(f"{report['truncated']:,} cut")
-    parts += [f"{report[k]:,} {k.replace('_', ' ')}" for k in LEFT_OUT if report[k]]
+    parts += [f"{report[k]:,} {k.replace('_', ' ')}" for k in CUTS if report[k]]
     return ", ".join(parts) or "-"
 
 
 def _total(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    numbers = ("rows", "kept", "samples", "tokens", "trained_tokens", "truncated", *LEFT_OUT)
+    numbers = ("rows", "kept", "samples", "tokens", "trained_tokens", *CUTS)
     total: dict[str, Any] = {k: sum(r[k] for r in reports) for k in numbers}
     for k in ("splits", "dropped"):
         total[k] = {name: sum(r[k].get(name, 0) for r in reports) for name in reports[0][k]}
-    return total
+    return total | {"format": ""}

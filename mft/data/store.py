@@ -30,7 +30,7 @@ WAIT_SECONDS = 24 * 3600.0  # the last resort: when the building rank fails, the
 
 
 PER_SAMPLE = ("_start_N", "_stop_N", "_file_N", "_line_N", "split_N", "trained_N", "digest_N", "lengths_N")
-"""The columns of a Store."""
+"""The columns of a Store, beside those of what its rows lost (`writer.CUTS`)."""
 
 
 class Store:
@@ -53,6 +53,7 @@ class Store:
         self._start_N, self._stop_N = column["offsets"][:-1], column["offsets"][1:]
         self._file_N, self._line_N = column["file"], column["line"]
         self.split_N, self.trained_N, self.digest_N = column["split"], column["trained_counts"], column["digest"]
+        self._cuts_N = {name: column[name] for name in writer.CUTS}
         self.lengths_N = (self._stop_N - self._start_N).astype(np.int32)
         self.report: dict[str, Any] = meta["report"]
         self.report["format"] = meta["format"]
@@ -102,7 +103,10 @@ class Store:
             report["splits"][name] -= int((self.split_N[out_N] == index).sum())
         report["tokens"] -= int(self.lengths_N[out_N].sum(dtype=np.int64))
         report["trained_tokens"] -= int(self.trained_N[out_N].sum(dtype=np.int64))
+        for name, count_N in self._cuts_N.items():
+            report[name] -= int(count_N[out_N].sum())
         if out_N.any():
+            self._cuts_N = {name: count_N[~out_N] for name, count_N in self._cuts_N.items()}
             for name in PER_SAMPLE:
                 setattr(self, name, getattr(self, name)[~out_N])
 

@@ -17,8 +17,13 @@ from mft.data.split import SPLITS
 if TYPE_CHECKING:
     from mft.data.long import Fitted
 
-VERSION = 4
+VERSION = 5
 """Part of the fingerprint of every store: a change of layout, splitting or encoding raises it."""
+
+CUTS = ("truncated", "rounds_left_out", "parts_left_out")
+"""What a row that is kept may have lost: it was truncated (0 or 1), rounds too long for any sample, and parts in which
+nothing carries loss."""
+NOTHING = dict.fromkeys(CUTS, 0)
 
 COLUMNS = {
     "offsets": "int64",
@@ -27,10 +32,11 @@ COLUMNS = {
     "file": "int32",
     "line": "int64",
     "digest": "uint64",
+    **dict.fromkeys(CUTS, "int32"),
 }
 """Per-sample columns, one raw file each (`offsets.bin`, ...), beside `ids.bin` and `trained.bin`, which hold tokens.
 offsets has one entry more than there are samples: sample i is tokens offsets[i] to offsets[i + 1]. digest: of its row's
-conversation."""
+conversation; what the row lost stands with its first sample, 0 with the others."""
 
 BAD_ROW, TOO_LONG, UNTRAINED = "bad row", "too long", "no trained token"
 REASONS = (BAD_ROW, TOO_LONG, UNTRAINED)
@@ -54,8 +60,8 @@ class Writer:
         self.dropped: Counter[str] = Counter()
         self.named: list[dict[str, Any]] = []
         self.splits: Counter[int] = Counter()
-        self.kept = self.samples = self.truncated = self.tokens = self.trained_tokens = 0
-        self.rounds_left_out = self.parts_left_out = 0
+        self.kept = self.samples = self.tokens = self.trained_tokens = 0
+        self.cuts = dict.fromkeys(CUTS, 0)
         self.compared = self.differ = 0
         self.pending: dict[str, list[Any]] = {name: [] for name in self.dtypes}
 
@@ -101,22 +107,21 @@ class Writer:
             cut = f" left after cutting {length} tokens to data.seq_length {limit}" if length > limit else ""
             return self.drop(place, row, UNTRAINED, f"no token that carries loss{cut}")
         self.kept += 1
-        self.truncated += length > limit >= max(len(ids_S) for ids_S, _ in samples.parts)
-        self.rounds_left_out += samples.rounds
-        self.parts_left_out += len(counted) - len(taught)
+        truncated = int(length > limit >= max(len(ids_S) for ids_S, _ in samples.parts))
+        lost = dict(zip(CUTS, (truncated, samples.rounds, len(counted) - len(taught)), strict=True))
+        for name, count in lost.items():
+            self.cuts[name] += count
+        about = {"file": place[0], "line": place[1], "split": split, "digest": digest}
         for ids_S, trained_S, trained in taught:
-            self._sample(place, ids_S, trained_S, trained, split, digest)
+            self._sample(ids_S, trained_S, trained, split, about | lost)
+            lost = NOTHING
 
-    def _sample(
-        self, place: Place, ids_S: np.ndarray, trained_S: np.ndarray, trained: int, split: int, digest: int
-    ) -> None:
+    def _sample(self, ids_S: np.ndarray, trained_S: np.ndarray, trained: int, split: int, row: dict[str, int]) -> None:
         self.samples += 1
         self.splits[split] += 1
         self.tokens += len(ids_S)
         self.trained_tokens += trained
-        values = {"offsets": self.tokens, "trained_counts": trained, "split": split, "digest": digest}
-        values |= {"file": place[0], "line": place[1]}
-        for name, value in values.items():
+        for name, value in (row | {"offsets": self.tokens, "trained_counts": trained}).items():
             self.pending[name].append(value)
         self.pending["ids"].append(ids_S)
         self.pending["trained"].append(trained_S)
@@ -142,9 +147,7 @@ class Writer:
             "splits": {name: self.splits[index] for index, name in enumerate(SPLITS)},
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
-            "truncated": self.truncated,
-            "rounds_left_out": self.rounds_left_out,
-            "parts_left_out": self.parts_left_out,
+            **self.cuts,
             "dropped": {reason: self.dropped[reason] for reason in REASONS},
             "first_dropped": self.named,
             "one_string": {"compared": self.compared, "differ": self.differ},

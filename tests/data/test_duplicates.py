@@ -7,7 +7,7 @@ import pytest
 
 from mft.data.duplicates import settle
 from mft.data.formats import Chat
-from mft.data.report import as_json, notes, table, write_dropped
+from mft.data.report import as_json, notes, tables, write_dropped
 from mft.data.settings import DataSettings, Duplicates
 from mft.data.store import Samples, prepare
 from mft.data.task import Task
@@ -72,7 +72,7 @@ def test_duplicates_are_left_out_and_accounted_for(stores, tmp_path, encoder):
     assert (listed[0]["line"], listed[0]["reason"]) == (21, "repeated")
     assert listed[0]["problem"].endswith("own.jsonl:4")
     assert not notes([own, other], ["own", "other"])
-    assert table([own, other], ["own", "other"]).row_count == 3
+    assert [table.row_count for table in tables([own, other], ["own", "other"])] == [3, 3]
     assert json.loads(json.dumps(as_json([own, other], ["own", "other"])))["own"]["dropped"]["repeated"] == 4
 
 
@@ -83,6 +83,22 @@ def test_the_parts_of_a_row_are_no_duplicates_of_each_other(make_store):
     settle([store], Duplicates.drop)
     assert store.report["duplicates"]["repeated"] == 1 and store.report["kept"] == 2
     assert len(store) == (parts - 1) // 2 + 1 > 2
+
+
+@pytest.mark.parametrize("how", ["truncate_right", "split_turns"])
+def test_what_rows_lost_is_not_counted_of_those_left_out(make_store, how):
+    silent = [{"role": ("human", "bot")[i % 2], "content": "y " * 9, "train": i % 4 == 3} for i in range(8)]
+    long = chat("q", "a", *(f"turn {i} {'x ' * 20}" for i in range(6)), "q", "word " * 99)
+    rows = [long, chat("q", "a"), {"chat_rounds": silent}, long, {"chat_rounds": silent}, long]
+    both, once = (
+        make_store(r, name, seq_length=64, long_samples=how, split=[1, 0, 0])
+        for name, r in (("both", rows), ("once", rows[:3]))
+    )
+    assert both.report["truncated"] + both.report["rounds_left_out"] > 2
+    settle([both], Duplicates.drop)
+    settle([once], Duplicates.drop)
+    names = ("kept", "samples", "tokens", "truncated", "rounds_left_out", "parts_left_out")
+    assert {name: both.report[name] for name in names} == {name: once.report[name] for name in names}
 
 
 def test_which_rows_are_found_is_what_a_dictionary_finds(make_store):

@@ -1,31 +1,54 @@
 import io
 import json
 
+import pytest
 from rich.console import Console
 
-from mft.data.report import as_json, dropped_lines, notes, table, write_dropped
+from mft.data.report import as_json, notes, tables, write_dropped
 from tests.data.conftest import chat
 
 
-def test_the_table_accounts_for_every_row(make_store):
+def printed(stores, names, width: int) -> list[list[list[str]]]:
+    """Returns the cells of each line of each table, as a terminal of this width shows them."""
+    found = []
+    for table in tables(stores, names):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(table)
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= width
+        found.append([[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")])
+    return found
+
+
+def test_the_tables_account_for_every_row(make_store):
     a = make_store([*(chat(f"q{i}", "a") for i in range(30)), chat("q"), chat("q" * 999, "a")], "a", seq_length=64)
-    b = make_store([chat("q", "a " * 99)], "b", seq_length=64, long_samples="truncate_right")
-    console = Console(width=160, record=True, file=io.StringIO())
-    console.print(table([a, b], ["a", "b"]))
-    text = console.export_text()
-    cells = {
-        line.split("│")[1].strip(): [c.strip() for c in line.split("│")[1:-1]]
-        for line in text.splitlines()
-        if "│" in line
-    }
-    assert cells["a"][1:4] == ["chat", "32", "30"] and cells["a"][-1] == "1 too long, 1 no trained token"
-    assert cells["b"][-1] == "1 cut"
-    assert cells["all"][1:4] == ["", "33", "31"]
-    lines = dropped_lines([a, b], ["a", "b"])
-    assert lines[0].startswith("a: ") and "rows.jsonl:31: no trained token" in lines[0]
-    assert "rows.jsonl:32: too long: " in lines[1]
+    b = make_store([chat("q", "a " * 99)], "b", seq_length=64, long_samples="truncate_right", split=[0, 0, 1])
+    rows, tokens = ({line[0]: line[1:] for line in lines} for lines in printed([a, b], ["a", "b"], 160))
+    assert rows["a"][:3] == ["chat", "32", "30"] and rows["a"][-1] == "1 too long, 1 no trained token"
+    assert rows["b"] == ["chat", "1", "1", "0", "0", "1", "1 truncated"]
+    assert rows["all"][:3] == ["", "33", "31"] and rows["all"][-1] == "1 too long, 1 no trained token, 1 truncated"
+    total = a.report["tokens"] + 64
+    assert tokens["all"][0] == str(total) and tokens["all"][3:] == [f"{total / 31:.0f}", "", "", ""]
+    assert tokens["b"] == ["64", str(b.report["trained_tokens"]), tokens["b"][2], "64", "64", "64", "64"]
     stored = json.loads(json.dumps(as_json([a, b], ["a", "b"])))
     assert stored["a"]["rows"] == 32 and stored["b"]["length"]["max"] == 64
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_names_and_numbers_are_whole_in_a_narrow_terminal(make_store, width):
+    name = "unit_tests_of_the_standard_library"
+    rows = [*({"instruction": f"q{i}", "response": "a"} for i in range(1200)), {"instruction": "q", "response": 3}]
+    store = make_store([*rows, *([rows[0] | {"response": "a " * 99}] * 3)], name, bad_rows="skip", seq_length=64)
+    for number, lines in enumerate(printed([store, store], [name, "b"], width)):
+        assert all("…" not in cell for line in lines for cell in line)
+        upto = [line[0] for line in lines].index("b")
+        assert "".join(line[0] for line in lines[:upto]) == name
+        assert lines[0][2 if number == 0 else 1].replace(",", "").isdigit()
+        if number == 0:
+            assert lines[0][2:4] == ["1,204", "1,200"] and "".join(line[1] for line in lines[:upto]) == (
+                "instruction_response"
+            )
+            assert " ".join(line[-1] for line in lines[:upto]).split() == ["1", "bad", "row,", "3", "too", "long"]
 
 
 def test_the_files_of_the_report_lose_nothing(make_store, tmp_path):
