@@ -83,13 +83,40 @@ class Rows:
         number = 0
         try:
             table = pyarrow.parquet.ParquetFile(file)
+            names = table.schema_arrow.names
+            twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+            if twice is not None:
+                raise UserError(f"{file}: the column {twice!r} comes twice")
             for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for row in _values(batch):
                     number += 1
-                    yield file, number, row
+                    yield file, number, row.at(file, number) if isinstance(row, RowError) else row
                 self.done = before + size * number // max(1, table.metadata.num_rows)
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{file}: is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+        except (pyarrow.ArrowException, OSError) as error:
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{file}: is not a readable Parquet file: {problem}") from error
+
+
+def _values(batch: Any) -> Iterator[Any]:
+    """Yields the rows of a record batch as dicts; a RowError where a value is none that Python can hold.
+
+    Such are text that is not UTF-8, and times outside the years 1 to 9999 or finer than microseconds.
+    """
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        for i in range(batch.num_rows):
+            yield _row(batch, i)
+
+
+def _row(batch: Any, i: int) -> dict[str, Any] | RowError:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[i].as_py()
+        except (ValueError, OverflowError) as error:
+            return RowError(name, f"holds a value that cannot be read: {error}", text=repr(row)[:SHOWN_CHARACTERS])
+    return row
 
 
 def row_text(row: Any) -> str:

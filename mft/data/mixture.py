@@ -133,9 +133,9 @@ def table(accounts: dict[str, dict[str, Any]], settings: DataSettings) -> Table:
     kind = Mixture(settings.mixture)
     how = kind.value if kind is Mixture.natural else f"{kind.value}, by {MixtureBy(settings.mixture_by).value}"
     result = Table(title=f"mixture: {how}", title_justify="left")
-    result.add_column("task")
-    for header in ("train samples", "% of them", "% of what is trained on", "% of trained tokens", "epochs"):
-        result.add_column(header, justify="right")
+    result.add_column("task", overflow="fold")
+    for header in ("train samples", "% of all", "% of the run", "% of its loss", "epochs"):
+        result.add_column(header, justify="right", no_wrap=True)
     for name, a in accounts.items():
         shares = (f"{100 * a[k]:.1f}" for k in ("natural_share", "share", "trained_share"))
         result.add_row(name, f"{a['samples']:,}", *shares, f"{a['epochs']:.2f}")
