@@ -64,10 +64,8 @@ def setting() -> tuple[Callable[[str], None], int]:
         if variant == "where trained":
             nll_BT, _ = module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
         else:
-            with engine.autocast():
-                logits = model(
-                    input_ids=batch.ids_BT, position_ids=batch.position_BT, attention_mask=None, use_cache=False
-                ).logits
+            inputs = {"input_ids": batch.ids_BT, "position_ids": batch.position_BT}
+            logits = engine.inside(lambda: model(**inputs, attention_mask=None, use_cache=False).logits)
             flat = torch.nn.functional.cross_entropy(
                 logits.float().flatten(0, 1), batch.target_BT.flatten(), ignore_index=-100, reduction="none"
             )

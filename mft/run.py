@@ -127,16 +127,12 @@ def run(
 
     def answer(conversations: list[list[dict[str, str]]]) -> list[str]:
         model.eval()
-        with engine.autocast():
-            said = generate.answer(
-                model, encoder, conversations, do_sample=False, max_new_tokens=train.prompts_max_new_tokens
-            )
+        options = {"do_sample": False, "max_new_tokens": train.prompts_max_new_tokens, "together": engine.sharded}
+        said = engine.inside(lambda: generate.answer(model, encoder, conversations, **options))
         model.train()
         return said
 
-    if prompts and engine.sharded:
-        progress.show(f"train.prompts is left out: dist={engine.name} divides the model; ask with mft generate")
-    answers = Answers(prompts if engine.is_main and not engine.sharded else [], answer)
+    answers = Answers(prompts if engine.is_main or engine.sharded else [], answer)  # no rank has a divided model alone
     trained = peft.audit(model)
     if engine.is_main:
         rundir.write_json(run_dir / "report" / "trained.json", audit.as_json(trained))

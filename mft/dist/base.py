@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -74,9 +75,21 @@ class Engine:
         """Context for `from_pretrained`; without sharding every rank simply loads."""
         return nullcontext()
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Returns the context in which a module computes in the run's precision outside `prepare`'s own forward."""
-        return self.accelerator.autocast()
+    def inside(self, call: Callable[[], T]) -> T:
+        """Returns `call()`, in which parts of the prepared module may be called as they are in its own forward: in the
+        run's precision, and with what is divided over the ranks gathered as it computes. All ranks make it alike.
+        """
+        with self.accelerator.autocast():
+            return call()
+
+    def _in_place_of_forward(self, call: Callable[[], T]) -> T:
+        assert self._module is not None, "prepare first"
+        inner = self.unwrap(self._module)
+        inner.forward = call  # the hooks that gather parameters belong to the call of the module
+        try:
+            return cast("T", self._module())
+        finally:
+            del inner.forward
 
     def prepare(self, module: torch.nn.Module, optimizer: Any) -> tuple[torch.nn.Module, Any]:
         """Returns module and optimizer, placed on the device and wrapped; call the returned module, not its parts.

@@ -6,13 +6,13 @@ and under bf16 casts the losses that the model returns to bf16 (steps of 0.03).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mft.dist.accelerator import environment, grouped
-from mft.dist.base import Engine
+from mft.dist.base import Engine, T
 from mft.dist.pieces import Piece, local
 from mft.errors import UserError
 
@@ -106,9 +106,9 @@ class FsdpEngine(Engine):
         if not isinstance(first, DTensor):
             raise UserError(f"dist=fsdp did not come up as asked: the first parameter is a {type(first).__name__}")
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Nothing: gathered parameters come in the run's precision."""
-        return nullcontext()
+    def inside(self, call: Callable[[], T]) -> T:
+        """See `Engine.inside`; gathered parameters come in the run's precision."""
+        return self._in_place_of_forward(call)
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Exchanges gradients in the last micro-batch only, or in each, which keeps just a part of them on a rank."""

@@ -6,12 +6,13 @@ the ranks could agree that the step is finite, and clip at 1.0 where no clipping
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from mft.dist.base import Engine
+from mft.dist.accelerator import environment
+from mft.dist.base import Engine, T
 from mft.dist.pieces import Piece
 from mft.errors import UserError
 
@@ -61,9 +62,10 @@ class DeepSpeedEngine(Engine):
 
         self._require_trained(module)
         module.to(self.device)
-        self._module, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepcopy(self.config), dist_init_required=False
-        )
+        with environment({"LOCAL_RANK": str(self.local_rank)}):  # asked for, though unused; launch=inline has none
+            self._module, self._optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=deepcopy(self.config), dist_init_required=False
+            )
         if self.stage == 3:
             for weight in getattr(module, "direct_weights", list)():
                 deepspeed.zero.register_external_parameter(module, weight)
@@ -82,9 +84,9 @@ class DeepSpeedEngine(Engine):
         elif not hasattr(first, "ds_id"):
             raise UserError(f"dist={self.name} did not come up as asked: the first parameter is not partitioned")
 
-    def autocast(self) -> AbstractContextManager[None]:
-        """Nothing: DeepSpeed holds the parameters in the run's precision."""
-        return nullcontext()
+    def inside(self, call: Callable[[], T]) -> T:
+        """See `Engine.inside`; DeepSpeed holds the parameters in the run's precision."""
+        return self._in_place_of_forward(call) if self.stage == 3 else call()
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Tells DeepSpeed whether the optimizer's step follows this micro-batch."""

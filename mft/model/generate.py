@@ -77,11 +77,12 @@ def answer(
     num_beams: int = 1,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
+    together: bool = False,
 ) -> list[str]:
     """Returns one answer for each conversation, all generated as one batch by a plain or peft model in eval mode.
 
     system: a system message put before each that has none; seed: makes sampling repeatable, and keeps the random state
-    outside.
+    outside; together: all ranks ask the same, and none stops before the others, since they hold the model's parts.
     """
     import torch
 
@@ -104,6 +105,7 @@ def answer(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
+            synced_gpus=together,
             **sampling,
         )
     new = ids[:, inputs["input_ids"].shape[1] :]

@@ -30,9 +30,9 @@ def play_beside_single(
     run_ranks(2, play, [tree.frozen(backend, case, cases[case]) for backend, case in both])
 
 
-def differences(one: Path, two: Path) -> dict[str, float]:
-    """Returns the largest absolute difference of each of SERIES, and of the final weights as `weights`."""
-    found = {name: largest(logged(one, name), logged(two, name)) for name in SERIES}
+def differences(one: Path, two: Path, series: Sequence[str] = SERIES) -> dict[str, float]:
+    """Returns the largest absolute difference of each logged series, and of the final weights as `weights`."""
+    found = {name: largest(logged(one, name), logged(two, name)) for name in series}
     first, second = weights(one / "final"), weights(two / "final")
     assert first.keys() == second.keys()
     found["weights"] = max(float((value - second[name]).abs().max()) for name, value in first.items())
