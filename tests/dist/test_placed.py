@@ -17,23 +17,45 @@ from mft.checkpoint import newest
 from tests.dist.runs import LAYOUTS, SETTINGS, logged, write_tasks
 
 REPOSITORY = Path(__file__).parents[2]
-DS_CONFIG = """\
+COMMON = """\
 compute_environment: LOCAL_MACHINE
-deepspeed_config: {gradient_clipping: 1.0, zero_stage: 2}
-distributed_type: DEEPSPEED
+downcast_bf16: 'no'
+dynamo_backend: 'NO'
+machine_rank: 0
+main_training_function: main
+megatron_lm_config: {}
 mixed_precision: bf16
 num_machines: 1
 num_processes: 2
+rdzv_backend: static
+same_network: true
 use_cpu: true
 """
-FSDP_CONFIG = """\
-compute_environment: LOCAL_MACHINE
+"""What both of the original's files say, but for the number of processes and the CPU."""
+DS_CONFIG = f"""\
+{COMMON}
+distributed_type: DEEPSPEED
+deepspeed_config:
+  gradient_accumulation_steps: 1
+  gradient_clipping: 1.0
+  offload_optimizer_device: cpu
+  offload_param_device: none
+  zero3_init_flag: false
+  zero3_save_16bit_model: true
+  zero_stage: 2
+fsdp_config: {{}}
+"""
+FSDP_CONFIG = f"""\
+{COMMON}
 distributed_type: FSDP
-fsdp_config: {fsdp_version: 1, fsdp_sharding_strategy: FULL_SHARD, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}
-mixed_precision: bf16
-num_machines: 1
-num_processes: 2
-use_cpu: true
+deepspeed_config: {{}}
+fsdp_config:
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_backward_prefetch_policy: BACKWARD_PRE
+  fsdp_offload_params: false
+  fsdp_sharding_strategy: 1
+  fsdp_state_dict_type: FULL_STATE_DICT
+  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
 """
 
 
