@@ -211,6 +211,7 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
     components["model"].check_rows(components["data.rows"].several)
     precision = fast_precision() if cfg.train.precision == Precision.auto else Precision(cfg.train.precision)
     peft.check_with(components["model"], precision.value)
+    components["model"].check_precision(precision.value)
     for name in cfg.task:
         task = components[f"task.{name}"]
         _check_share(name, task.share, cfg.data.mixture)

@@ -7,15 +7,14 @@ question.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
 from mft.model import ends, tokens
+from mft.model.implementation import Attention, choose, refuse_flash
 from mft.model.parts import base_of, head_logits, head_quirks, parameter_count
 from mft.model.router import coefficient, routed
 from mft.model.source import (
@@ -38,15 +37,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTING_ABOVE = 1_000_000_000
 """Parameters above which gradient_checkpointing=auto turns checkpointing on."""
-
-
-class Attention(StrEnum):
-    """Implementations of attention a user can ask for; auto = flash_attention_2 where it can run, else sdpa."""
-
-    auto = "auto"
-    sdpa = "sdpa"
-    eager = "eager"
-    flash_attention_2 = "flash_attention_2"
 
 
 @dataclass
@@ -89,10 +79,7 @@ class CausalLM:
                 f"model.attention={self.attention!r} is not one of {', '.join(Attention.__members__)}"
                 f"{nearest(self.attention, Attention.__members__)}"
             )
-        if self.attention == "flash_attention_2" and (why := flash_attention_missing()):
-            raise UserError(
-                f"model.attention=flash_attention_2 cannot run here: {why}; use model.attention=auto or sdpa"
-            )
+        refuse_flash(self.attention)
         if self.trust_remote_code:
             log.warning("model.trust_remote_code=true: Python code that comes with %s will be run", self.path)
         self._check_path()
@@ -101,6 +88,10 @@ class CausalLM:
         check_path(self.path, self.hint)
         if type(self) is CausalLM:
             check_type(self.path, self.trust_remote_code)
+
+    def check_precision(self, precision: str) -> None:
+        """Raises UserError for an attention that has no kernel in this precision (fp32, bf16 or fp16)."""
+        refuse_flash(self.attention, precision)
 
     def check_rows(self, several: bool) -> None:
         """Raises UserError for rows of several samples where the model's layers would mix them, as far as the
@@ -204,7 +195,7 @@ class CausalLM:
         **arguments: Any,
     ) -> Any:
         """whole: refuse a checkpoint with weights that the model has not."""
-        asked = self.attention_for(compute_dtype or dtype)
+        asked = self.attention_for(compute_dtype or dtype, factory)
         model, found = self._from_pretrained(
             factory,
             output_loading_info=True,
@@ -229,12 +220,16 @@ class CausalLM:
         model.train()
         return model
 
-    def attention_for(self, dtype: torch.dtype) -> str:
-        """Returns the attention implementation for computing in `dtype`, with auto resolved."""
-        if self.attention != "auto":
-            return str(Attention(self.attention).value)
-        half = str(dtype) in ("torch.bfloat16", "torch.float16")
-        return "flash_attention_2" if half and not flash_attention_missing() else "sdpa"
+    def attention_for(self, dtype: torch.dtype, factory: Any) -> str:
+        """Returns the attention implementation for computing in `dtype`, with auto resolved; factory: the class of the
+        model, or AutoModelForCausalLM. Raises UserError where flash attention is asked for and cannot run."""
+        return choose(self.attention, str(dtype), lambda: self._model_class(factory))
+
+    def _model_class(self, factory: Any) -> Any:
+        """Returns the class of the model; None where it comes with code of its own."""
+        if not hasattr(factory, "_model_mapping"):
+            return factory
+        return factory._model_mapping.get(type(self.config()), None)
 
     def checkpointing(self, parameters: int) -> bool:
         """Returns gradient_checkpointing with auto resolved for a model of that many parameters."""
@@ -299,12 +294,3 @@ class CausalLM:
                 raise UserError(f"model.router_coef={self.router_coef}: {type(base).__name__} has no router; remove it")
             return 0.0
         return coefficient(base) if self.router_coef is None else float(self.router_coef)
-
-
-def flash_attention_missing() -> str:
-    """Returns why flash attention 2 cannot run on this machine, or "" if it can."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed"
-    import torch
-
-    return "" if torch.cuda.is_available() else "there is no CUDA device"

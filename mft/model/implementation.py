@@ -1,0 +1,113 @@
+"""Which implementation of attention is taken: whether flash attention 2 can run, by machine, dtype and model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from mft.errors import UserError
+from mft.machine import visible_gpus
+
+FLASH = "flash_attention_2"
+OLDEST = (2, 6)
+"""Version of flash-attn that came with soft caps: transformers leaves them out, without a word, under an older one."""
+
+AMPERE = (8, 0)
+"""Compute capability that its kernels need."""
+
+HALF = ("bfloat16", "float16", "bf16", "fp16")
+
+
+class Attention(StrEnum):
+    """Implementations of attention a user can ask for; auto = flash_attention_2 where it can run, else sdpa."""
+
+    auto = "auto"
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What flash attention finds on a machine: version of the package flash-attn, None without it; number of CUDA GPUs
+    and the lowest compute capability among them."""
+
+    version: tuple[int, int] | None
+    gpus: int = 0
+    capability: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def here(cls) -> Facts:
+        """Returns those of this machine; torch is imported only where package and GPU are there."""
+        try:
+            major, minor = importlib.metadata.version("flash-attn").split(".")[:2]
+        except importlib.metadata.PackageNotFoundError:
+            return cls(None)
+        version, gpus = (int(major), int(minor)), visible_gpus()
+        if not gpus:
+            return cls(version)
+        import torch
+
+        if torch.version.cuda is None:  # an AMD GPU
+            return cls(version)
+        return cls(version, gpus, min(torch.cuda.get_device_capability(i) for i in range(gpus)))
+
+
+def missing(facts: Facts, dtype: str = HALF[0]) -> str:
+    """Returns why flash attention cannot run on a machine in a computing dtype, e.g. torch.bfloat16 or bf16; "" if it
+    can."""
+    if facts.version is None:
+        return "the package flash-attn is not installed"
+    if facts.version < OLDEST:
+        return f"flash-attn is of version {_dotted(facts.version)}; {_dotted(OLDEST)} or newer is needed"
+    if not facts.gpus:
+        return "there is no CUDA device"
+    if facts.capability < AMPERE:
+        return f"the GPU has compute capability {_dotted(facts.capability)}; {_dotted(AMPERE)} or higher is needed"
+    if dtype.removeprefix("torch.") not in HALF:
+        return f"it has no kernel for {dtype.removeprefix('torch.')}; train in bf16 or fp16"
+    return ""
+
+
+def unfit(model_class: Any) -> str:
+    """Returns why a class of models cannot use flash attention 2, "" if it can."""
+    if not getattr(model_class, "_supports_flash_attn", False):
+        return f"{model_class.__name__} does not support it"
+    only = getattr(model_class, "_compatible_flash_implementations", None)
+    if only and FLASH not in only:  # gpt-oss: its sinks are in other kernels alone
+        return f"{model_class.__name__} adds to its attention what it does not compute"
+    return ""
+
+
+def refuse_flash(asked: str, dtype: str = HALF[0]) -> None:
+    """Raises UserError where flash attention is asked for and this machine cannot run it in that dtype."""
+    if asked == FLASH and (why := missing(Facts.here(), dtype)):
+        raise _refusal(why)
+
+
+def choose(asked: str, dtype: str, model_class: Callable[[], Any]) -> str:
+    """Returns the implementation to load a model with, auto resolved.
+
+    model_class: gives its class, None where it comes with code of its own, of which auto expects nothing. Raises
+    UserError where flash attention is asked for and cannot run.
+    """
+    if asked not in ("auto", FLASH):
+        return str(Attention(asked).value)
+    why = missing(Facts.here(), dtype)
+    if not why:
+        found = model_class()
+        why = unfit(found) if found else "" if asked == FLASH else "unknown"
+    if why and asked == FLASH:
+        raise _refusal(why)
+    return "sdpa" if why else FLASH
+
+
+def _refusal(why: str) -> UserError:
+    return UserError(f"model.attention={FLASH} cannot run here: {why}; use model.attention=auto or sdpa")
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
