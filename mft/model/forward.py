@@ -43,6 +43,7 @@ class TokenLoss(nn.Module):
         # packed samples would attend to each other without an error. As one long row the borders hold everywhere.
         flash = "flash" in (getattr(base.config, "_attn_implementation", None) or "")
         self.one_row = self.per_sample or (flash and not self.recurrent)
+        self.apart: bool | None = True if self.one_row or self.recurrent else None  # None: not tried yet
 
     def forward(
         self, ids_BT: torch.Tensor, target_BT: torch.Tensor, position_BT: torch.Tensor, sample_BT: torch.Tensor
@@ -61,8 +62,10 @@ class TokenLoss(nn.Module):
         if self.router_coef:
             arguments["output_router_logits"] = True
         present_BT = sample_BT >= 0
-        if self.recurrent and (((position_BT == 0) & present_BT).sum(1) > 1).any():
-            raise UserError(no_packing(self.family.path, self.recurrent))
+        if self.apart is None:  # by every rank, whatever its batch holds: under sharding each forward is one of all
+            self.apart = self._keeps_apart(base)
+        if (self.recurrent or not self.apart) and (((position_BT == 0) & present_BT).sum(1) > 1).any():
+            raise UserError(no_packing(self.family.path, self.recurrent) if self.recurrent else self._sees_others(base))
         if self.one_row:  # the samples of all rows one after the other, without padding
             if not present_BT.any():
                 present_BT[0, 0] = True  # a batch of padding still takes part, with one token
@@ -90,6 +93,32 @@ class TokenLoss(nn.Module):
         """Returns the class names of the decoder layers, the unit of sharding."""
         return self.family.layer_classes(self.model)
 
+    @torch.no_grad()
+    def _keeps_apart(self, base: Any) -> bool:
+        """Whether this model keeps the samples of a row apart by their positions alone, which older classes of
+        transformers (bloom, mpt, xglm, ...) do not, without an error: tried with two rows whose second samples are
+        equal and whose first are not."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        embedding = base.get_input_embeddings()
+        ids_BT = torch.tensor([[0, 1, 2, 6, 7, 8], [3, 4, 5, 6, 7, 8]], device=embedding.weight.device)
+        position_BT = torch.tensor([0, 1, 2, 0, 1, 2], device=ids_BT.device).expand(2, -1)
+        outputs = decoder_of(base)(
+            input_ids=ids_BT % vocabulary(embedding), position_ids=position_BT, attention_mask=None, use_cache=False
+        )
+        for module, mode in modes:
+            module.training = mode
+        one, other = outputs[0][:, 3:].float()
+        exact = outputs[0].dtype == torch.float32 and not torch.is_autocast_enabled(one.device.type)
+        # By rounding tiny models differ by 1e-7 of the norm, and by 1e-2 and more where samples see each other.
+        return bool((one - other).norm() <= (1e-3 if exact else 2e-2) * one.norm())
+
+    def _sees_others(self, base: Any) -> str:
+        return (
+            f"model.path={self.family.path}: a {type(base).__name__} of transformers lets the samples of one row see "
+            "each other; choose data=pad, which gives every sample a row of its own"
+        )
+
     def _nll(self, base: Any, hidden_nH: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
         head = base.get_output_embeddings()
         if self.family.plain_head(base):
@@ -97,7 +126,7 @@ class TokenLoss(nn.Module):
         return module_nll(lambda hidden_rH: self.family.logits(self.model, hidden_rH), hidden_nH, target_n, self.rows)
 
     def _router(self, base: Any, outputs: Any, mask_BT: torch.Tensor | None, trained: bool) -> torch.Tensor:
-        if not self.router_coef:
+        if not self.router_coef or not outputs.router_logits:  # none: a class with experts, of a config without them
             return outputs[0].new_zeros((), dtype=torch.float32)
         # The step divides router losses by the number of micro-batches that have a trained token: the others add
         # nothing. Their mask may be all padding, over which the balance is 0/0, so it is not taken at all.

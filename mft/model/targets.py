@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Model types whose out_proj peft refuses: their kernels read its weight, so an adapter would not be computed."""
+
+
 @dataclass(frozen=True)
 class Site:
     """A place for an adapter.
@@ -137,6 +141,8 @@ def chosen(model: nn.Module, targets: str | list[str], experts: bool, router: bo
     Raises UserError for what matches nothing, with the nearest names, and for places that peft cannot adapt.
     """
     places = sites(model)
+    kind: str = base_of(model).config.model_type
+    refused = [site for site in places if site.name == "out_proj" and kind in MAMBA]
     if targets == "all-linear":
         left_out = sorted({site.name for site in places if site.kind == "linear" and site.parameter and site.packed})
         if left_out:
@@ -146,14 +152,20 @@ def chosen(model: nn.Module, targets: str | list[str], experts: bool, router: bo
                 ", ".join(left_out),
             )
         wanted = [site for site in places if site.kind == "linear" and not (site.parameter and site.packed)]
+        wanted = [site for site in wanted if site not in refused]
     else:
         wanted = _named(places, targets)
-    for kind, asked in (("experts", experts), ("router", router)):
-        of_kind = [site for site in places if site.kind == kind]
+    for role, asked in (("experts", experts), ("router", router)):
+        of_kind = [site for site in places if site.kind == role]
         if asked and not of_kind:
-            raise UserError(f"peft.{kind}=true: this model is no mixture of experts; remove it")
+            raise UserError(f"peft.{role}=true: this model is no mixture of experts; remove it")
         wanted += of_kind if asked else []
     for site in wanted:
+        if site in refused:
+            raise UserError(
+                f"peft.targets: {site.path} cannot have an adapter, since the kernels of {kind} read its weight "
+                "themselves; leave out_proj out"
+            )
         if site.parameter and site.packed:
             raise UserError(
                 f"peft.targets: {site.path} is quantised, and peft takes the name {site.name} for the routed experts; "

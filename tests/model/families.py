@@ -67,18 +67,25 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
     "llama4": ("Llama4Text", {"num_local_experts": 2, "attention_chunk_size": 8, "intermediate_size_mlp": 128}),
 }
+OTHERS: dict[str, tuple[str, dict[str, object]]] = {
+    "opt": ("OPT", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "stablelm": ("StableLm", {}),
+    "cohere2": ("Cohere2", {"sliding_window": 6}),
+}
+"""Some without a yaml, for model=auto."""
+
 OWN_NAMES = ("codegen", "starcoder")  # their configs call sizes otherwise
 
 
 def tiny_model(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    kind, values = FAMILIES[name]
+    kind, values = (FAMILIES | OTHERS)[name]
     sizes = {k: v for k, v in SIZES.items() if name not in OWN_NAMES or k.endswith("_id") or k == "vocab_size"}
     config = getattr(transformers, f"{kind}Config")(**(sizes | values))
     for key in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout", "embedding_dropout"):
         if hasattr(config, key):
             setattr(config, key, 0.0)
-    for key in ("resid_dropout", "residual_dropout"):
+    for key in ("resid_dropout", "residual_dropout", "dropout"):
         if hasattr(config, key):
             setattr(config, key, 0.0)
     return transformers.AutoModelForCausalLM.from_config(config)
@@ -99,7 +106,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     model.save_pretrained(source)
     tokenizer = byte_tokenizer(V)
     tokenizer.save_pretrained(source)
-    overrides = [f"model={name}", f"model.path={source}", "model.router_coef=null", "model.eos_token=null"]
+    overrides = [f"model={name if name in FAMILIES else 'auto'}", f"model.path={source}", "model.router_coef=null"]
     family = build(compose_resolved(overrides).model, "model")
     family.check()
     assert set(family.shard_layers) <= set(model._no_split_modules)
@@ -140,7 +147,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
                 nll = [TokenLoss(m, family)(*inputs(padded))[0] for m in (base, plain)]
             found["4 bits"] = largest(*nll)
         trained = peft.attach(base, family)
-        if kind != "full":
+        if kind != "full" and family.lora_targets:
             adapted = {row.kind.rpartition(".")[2] for row in audit(trained) if row.adapted}
             assert adapted == set(family.lora_targets), adapted
         module = TokenLoss(trained, family)

@@ -1,0 +1,87 @@
+"""Causal LMs of transformers that have no yaml: model=auto trains them, or says why not."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from mft.errors import UserError
+from mft.model.audit import audit
+from mft.model.family import CausalLM
+from mft.model.forward import TokenLoss
+from mft.model.peft import Lora
+from tests.model.families import OTHERS, measure
+from tests.model.rows import alone, batch, inputs
+from tests.model.test_families import EXACT
+from tests.model.test_forward import V, small
+
+AUTO = CausalLM("mine")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_trains_as_the_families_do(name: str, tmp_path: Path) -> None:
+    found = measure(name, tmp_path)
+    assert {check: found[check] for check in EXACT if not found[check] < EXACT[check]} == {}
+    assert all(found[peft] > 0 for peft in ("full", "lora", "qlora"))
+    assert found["mixed"] > 100 * EXACT["packed"]
+
+
+HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4}
+SEE_OTHERS: dict[str, dict[str, object]] = {
+    "Falcon": HEADS | {"hidden_size": 64},
+    "Bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "Mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4},
+    "XGLM": {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 128, "dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", SEE_OTHERS)
+def test_samples_that_would_see_each_other_are_refused_in_one_row(name: str) -> None:
+    """These classes of transformers say nothing of it; the first forward tries it."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(vocab_size=V, **SEE_OTHERS[name])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.train()
+    module = TokenLoss(model, AUTO)
+    padded = batch([[9], [20]], 24, V)
+    whole = module(*inputs(padded))[0]
+    assert model.training and not module.apart
+    model.eval()
+    for n, one in enumerate(alone(padded)):
+        assert torch.allclose(module(*inputs(padded))[0][padded.sample_BT == n], module(*inputs(one))[0][0], atol=1e-5)
+    assert whole.requires_grad
+    with pytest.raises(UserError, match=r"model\.path=mine: a \w+ of transformers lets the samples of one row see"):
+        module(*inputs(batch([[9, 14]], 24, V)))
+
+
+def test_all_linear_leaves_out_what_mambas_kernels_read() -> None:
+    def model() -> torch.nn.Module:
+        return small("MambaConfig", state_size=8)
+
+    rows = audit(Lora(rank=2, targets="all-linear").attach(model(), AUTO))
+    adapted = {row.kind.rpartition(".")[2] for row in rows if row.adapted}
+    assert "in_proj" in adapted and "out_proj" not in adapted
+    with pytest.raises(UserError, match=r"mixer\.out_proj cannot have an adapter, since the kernels of mamba read its"):
+        Lora(targets=["out_proj"]).attach(model(), AUTO)
+
+
+def test_gradient_checkpointing_that_a_class_cannot_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small("JetMoeConfig", num_local_experts=4, num_experts_per_tok=2, kv_channels=16)
+    with pytest.raises(UserError, match=r"gradient_checkpointing=true: a JetMoeForCausalLM of transformers cannot"):
+        CausalLM("mine", gradient_checkpointing=True).checkpoint(model)
+    monkeypatch.setattr("mft.model.family.CHECKPOINTING_ABOVE", 1000)
+    with caplog.at_level(logging.WARNING):
+        assert not AUTO.checkpoint(model)
+    assert "gradient_checkpointing=auto is off: a JetMoeForCausalLM" in caplog.text
+
+
+def test_a_class_with_experts_whose_config_has_none_has_no_router_loss() -> None:
+    model = small("DogeConfig", is_moe=False)
+    nll_BT, router = TokenLoss(model, AUTO)(*inputs(batch([[9, 14]], 24, V)))
+    assert router == 0 and nll_BT.sum() > 0
