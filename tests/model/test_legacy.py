@@ -24,10 +24,17 @@ from tests.model.rows import alone, batch, inputs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "legacy_models"
 NAMES = sorted(p.name for p in FIXTURES.iterdir() if p.is_dir())
+BESIDE = Path(__file__).parents[3] / "shared" / "fixtures" / "legacy_models"
+"""Where fixtures of all families lie beside the repository, which keeps one of each kind."""
+ALL = NAMES + sorted(p.name for p in BESIDE.glob("*") if p.is_dir() and p.name not in NAMES)
+
+
+def fixture(name: str) -> Path:
+    return (FIXTURES if name in NAMES else BESIDE) / name
 
 
 def family_of(name: str, folder: Path | None = None) -> Original:
-    found = build(compose_resolved([f"model={name}", f"model.path={folder or FIXTURES / name}"]).model, "model")
+    found = build(compose_resolved([f"model={name}", f"model.path={folder or fixture(name)}"]).model, "model")
     found.check()
     return found
 
@@ -36,10 +43,10 @@ def as_tensor(expected: dict[str, np.ndarray], key: str) -> torch.Tensor | None:
     return torch.from_numpy(expected[key]).long() if key in expected else None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_computes_what_the_original_did(name: str) -> None:
     model = family_of(name).model(torch.float32).eval()
-    expected = dict(np.load(FIXTURES / name / "expected.npz"))
+    expected = dict(np.load(fixture(name) / "expected.npz"))
     for case in sorted({key.split(".")[0] for key in expected}):
         mask = as_tensor(expected, f"{case}.attention_mask")
         model.zero_grad()
