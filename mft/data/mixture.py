@@ -134,7 +134,7 @@ def table(accounts: dict[str, dict[str, Any]], settings: DataSettings) -> Table:
     how = kind.value if kind is Mixture.natural else f"{kind.value}, by {MixtureBy(settings.mixture_by).value}"
     result = Table(title=f"mixture: {how}", title_justify="left")
     result.add_column("task", overflow="fold")
-    for header in ("train samples", "% of all", "% of the run", "% of its loss", "epochs"):
+    for header in ("samples", "% of all", "% of the run", "% of tokens", "epochs"):
         result.add_column(header, justify="right", no_wrap=True)
     for name, a in accounts.items():
         shares = (f"{100 * a[k]:.1f}" for k in ("natural_share", "share", "trained_share"))

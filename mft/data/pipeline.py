@@ -139,33 +139,27 @@ def _batches(
 
 @contextmanager
 def _progress(name: str, rows: Rows) -> Iterator[Any]:
-    """Yields a function of the writer that moves the bar: bytes read of all files, rows and tokens written."""
+    """Yields a function of the writer that moves the bar: bytes read of all files, rows written."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    def whole() -> Column:
+        return Column(no_wrap=True)  # in a narrow terminal the bar alone gets shorter
 
     columns = (
-        TextColumn("tokenising {task.description}"),
+        TextColumn("tokenising {task.description}", table_column=whole()),
         BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[written]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TaskProgressColumn(table_column=whole()),
+        TextColumn("{task.fields[written]:,} rows, left", table_column=whole()),
+        TimeRemainingColumn(table_column=whole()),
     )
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(name, total=rows.total or None, written="")
+        bar = progress.add_task(name, total=rows.total or None, written=0)
 
         def show(writer: Writer) -> None:
-            written = f"{writer.rows:,} rows · {writer.tokens / 1e6:.1f} M tokens"
-            progress.update(bar, completed=rows.done, written=written)
+            progress.update(bar, completed=rows.done, written=writer.rows)
 
         yield show
 
