@@ -115,13 +115,13 @@ def updated(state: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tenso
     return whole
 
 
-def compare(tree: Tree, backend: str, case: str, full: bool) -> None:
-    """Loads final/ with transformers and peft alone: nothing missing, nothing unexpected, the weights as updated."""
+def compare(run_dir: Path, last: str, full: bool) -> None:
+    """Loads final/ with transformers and peft alone: nothing missing, nothing unexpected, the weights as updated, which
+    the checkpoint `last` holds, too."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    final = tree.folder(backend, case) / "final"
-    state = tree.folder(backend, case) / "checkpoints" / "step-9" / "state"
+    final, state = run_dir / "final", run_dir / "checkpoints" / last / "state"
     origin = json.loads((final / "mft.json").read_text())["origin"]["path"]
     model, info = AutoModelForCausalLM.from_pretrained(
         final if full else origin, dtype=torch.float32, output_loading_info=True
@@ -144,14 +144,14 @@ def compare(tree: Tree, backend: str, case: str, full: bool) -> None:
 @pytest.mark.parametrize("peft", PEFTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_saved_is_what_was_trained_and_loads_without_mft(tree: Tree, backend: str, peft: str) -> None:
-    compare(tree, backend, f"{peft}-whole", full=peft == "full")
+    compare(tree.folder(backend, f"{peft}-whole"), "step-9", full=peft == "full")
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("backend, case", HALF)
 def test_what_was_computed_in_half_precision_is_saved_as_it_was_updated(tree: Tree, backend: str, case: str) -> None:
-    compare(tree, backend, f"{case}-half", full=case == "full")
+    compare(tree.folder(backend, f"{case}-half"), "step-9", full=case == "full")
 
 
 def test_a_state_of_another_backend_is_taken_up(tmp_path: Path) -> None:
