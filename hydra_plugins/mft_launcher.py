@@ -1,4 +1,4 @@
-"""Hydra's launcher for `mft train -m`. Hydra finds launchers only in `hydra_plugins`; the work is in `mft.jobs`."""
+"""Hydra's launcher for `mft train -m`. Hydra finds launchers only in `hydra_plugins`; the work is in `mft.sweep`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hydra.plugins.launcher import Launcher
 
 
 class MftLauncher(Launcher):
-    """Hands the jobs of a sweep to `mft.jobs.run_grid`; how jobs run is said in `launch`."""
+    """Hands the jobs of a sweep to `mft.sweep.jobs.run_grid`; how jobs run is said in `launch`."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         self.hydra_context, self.config, self.dry_run = hydra_context, config, task_function.dry_run
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
-        from mft.jobs import run_grid
+        from mft.sweep.jobs import run_grid
 
         return run_grid(self.config, self.hydra_context.config_loader, job_overrides, self.dry_run)
 

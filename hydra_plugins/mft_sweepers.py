@@ -1,4 +1,4 @@
-"""Hydra's sweepers for `mft train -m`: a grid and a search; see `mft.jobs` and `mft.search`."""
+"""Hydra's sweepers for `mft train -m`: a grid and a search; see `mft.sweep.jobs` and `mft.sweep.search`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from hydra.plugins.sweeper import Sweeper
 
 
 class Grid(basic_sweeper.BasicSweeper):
-    """Every combination. Jobs are checked by `mft.jobs`, also where the launcher of another package runs them."""
+    """Every combination. Jobs are checked by `mft.sweep.jobs`, also where the launcher of another package runs them."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
-        from mft.elsewhere import Elsewhere
+        from mft.sweep.elsewhere import Elsewhere
 
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         if config.hydra.runtime.choices["hydra/launcher"] != "mft":
             self.launcher = Elsewhere(self.launcher, config, hydra_context.config_loader, task_function.dry_run)
 
     def validate_batch_is_legal(self, batch: Any) -> None:
-        """Nothing: composing every job twice would double the time, and `mft.jobs` says more."""
+        """Nothing: composing every job twice would double the time, and `mft.sweep.jobs` says more."""
 
 
 class Optuna(Sweeper):
@@ -33,7 +33,7 @@ class Optuna(Sweeper):
         self.hydra_context, self.config, self.dry_run = hydra_context, config, task_function.dry_run
 
     def sweep(self, arguments: list[str]) -> Any:
-        from mft.search import run
+        from mft.sweep.search import run
 
         return run(self.config, self.hydra_context.config_loader, arguments, self.settings, self.dry_run)
 

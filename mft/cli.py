@@ -66,11 +66,11 @@ COMMANDS = {
     "merge": "mft.cli:merge",
     "convert": "mft.cli:convert",
     "generate": "mft.cli:generate",
-    "sweep": "mft.sweep:resume",
-    "compare": "mft.compare:command",
-    "runs": "mft.runs:runs",
-    "show": "mft.runs:show",
-    "tracking": "mft.runs:tracking",
+    "sweep": "mft.sweep.command:resume",
+    "compare": "mft.runs.compare:command",
+    "runs": "mft.runs.listing:runs",
+    "show": "mft.runs.listing:show",
+    "tracking": "mft.runs.listing:tracking",
     "data": "mft.datacommands:data",
     "demo": "mft.cli:demo",
 }
@@ -139,7 +139,7 @@ def train(args: list[str]) -> None:
                 "launch or srun, or one job at a time with them."
             )
     if hydra_flags:
-        from mft.sweep import through_hydra
+        from mft.sweep.command import through_hydra
 
         through_hydra(overrides, config_dirs, hydra_flags, dry_run)
         return
@@ -244,20 +244,14 @@ def _typed(key: str, text: str, default: Any) -> Any:
 def final_folder(run: str) -> Path:
     """Returns where a run's model is: its `final`, else its newest checkpoint, else the folder itself."""
     from mft.checkpoint import newest
+    from mft.model.generate import model_folder
 
     folder = Path(run)
     if not folder.is_dir():
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise UserError(f"{run} is not a folder{nearest(folder.name, siblings) or '.'}")
-    if (folder / "final").is_dir():
-        return folder / "final"
-    if (checkpoint := newest(folder)) is not None:
-        return checkpoint
-    if any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
-        return folder
-    raise UserError(
-        f"{run} holds no model: neither final/ nor a complete checkpoint, adapter_config.json or config.json."
-    )
+    checkpoint = None if (folder / "final").is_dir() else newest(folder)
+    return model_folder(checkpoint or folder)
 
 
 def merge(args: list[str]) -> None:

@@ -27,13 +27,11 @@ FLOOR = {
             "launch",
             "job",
             "sweep",
+            "runs",
+            "datacommands",
             "cli",
             "demo",
         ),
-        4,
-    ),
-    **dict.fromkeys(
-        ("pool", "board", "jobs", "elsewhere", "search", "results", "compare", "comparereport", "runs", "datacommands"),
         4,
     ),
 }

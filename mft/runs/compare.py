@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from mft import results, rundir
+from mft import rundir
 from mft.config import EXTENDABLE
 from mft.errors import UserError, nearest
-from mft.results import Run
+from mft.runs import results
+from mft.runs.results import Run
 
 SEED = "train.seed"
 STANDARD_ERRORS = 2.0
@@ -173,7 +174,7 @@ def _mean(values: Sequence[float | None], how: str) -> str:
 
 def leave_report(folder: Path) -> Path | None:
     """Writes `report.html` into the folder of a sweep, of what is finished there; None where nothing has a value."""
-    from mft.comparereport import write
+    from mft.runs.report import write
 
     runs = [results.read_run(path) for path in rundir.runs_under(folder)]
     runs = [run for run in runs if run.best("mean") is not None]
@@ -192,7 +193,7 @@ def command(args: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mft.comparereport import write
+    from mft.runs.report import write
 
     if not args or "-h" in args or "--help" in args:
         print(command.__doc__)

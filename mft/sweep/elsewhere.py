@@ -13,14 +13,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from mft import board, job, pool, rundir
+from mft import job, rundir
 from mft.build import resolved
 from mft.compose import absolute_paths, key_of, with_choices
 from mft.config import register, typed
-from mft.jobs import finish, folder_of, judge, planned
 from mft.launch import Stopped
-from mft.pool import Task
-from mft.sweep import IDENTITY_DIGITS, RECORD, is_sweep, taken
+from mft.sweep import board, pool
+from mft.sweep.command import IDENTITY_DIGITS, RECORD, is_sweep, taken
+from mft.sweep.jobs import finish, folder_of, judge, planned
+from mft.sweep.pool import Task
 from mft.worker import INTERRUPTED
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mft import cli
-from mft.compare import Group, verdicts
-from mft.results import Run
+from mft.runs.compare import Group, verdicts
+from mft.runs.results import Run
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_an_mlflow_experiment_by_name_gives_the_same_table(here: Path, tmp_path:
         (["multirun/small", "--group-by", "los"], ["--group-by los", "did you mean loss?"]),
         (["multirun/small", "--csv"], ["--csv needs a value"]),
         (["smal"], ["neither a folder nor an experiment", "did you mean small?"]),
-        ([str(Path(__file__).parent / "data")], ["There is no run"]),
+        ([str(Path(__file__).parents[1] / "data")], ["There is no run"]),
     ],
 )
 def test_a_mistake_gets_a_sentence(here: Path, args: list[str], parts: list[str], capsys) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mft.pool import Task
+from mft.sweep.pool import Task
 
 STYLE = {"finished": "green", "skipped": "green", "failed": "red", "stopped": "yellow", "pruned": "yellow"}
 BAR = 12

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from mft import rundir
 from mft.errors import UserError, nearest
-from mft.results import Run, flat, read_run
-from mft.sweep import RECORD
+from mft.runs.results import Run, flat, read_run
+from mft.sweep.command import RECORD
 
 ROOTS = ("outputs", "multirun")
 """Where runs are looked for when no folder is named."""

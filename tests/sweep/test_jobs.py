@@ -9,7 +9,7 @@ import pytest
 
 from mft import cli, rundir
 from mft.checkpoint import newest
-from mft.sweep import sweep_id
+from mft.sweep.command import sweep_id
 from tests.sweeping import FAST, mft, runs, start, states, two_tasks, until, until_nothing_runs
 
 AXES = ["loss=task_token_mean,coba", "optimizer.lr=1e-3,2e-3,3e-3", "train.seed=1,2"]

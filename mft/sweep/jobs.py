@@ -12,14 +12,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mft import board, job, pool, rundir
+from mft import job, rundir
 from mft.build import component, resolved
 from mft.compose import absolute_paths, explain, key_of, without_hydra
 from mft.config import LaunchMode, typed
 from mft.errors import UserError
 from mft.launch import Stopped, place
-from mft.pool import Task
-from mft.sweep import IDENTITY_DIGITS, Shown, is_sweep, remove_if_unused, taken
+from mft.sweep import board, pool
+from mft.sweep.command import IDENTITY_DIGITS, Shown, is_sweep, remove_if_unused, taken
+from mft.sweep.pool import Task
 from mft.worker import SAVED
 
 OTHERS_FOR_THE_MEDIAN = 3
@@ -250,7 +251,7 @@ def behind(task: Task, tasks: Sequence[Task], validations: int) -> str:
 
 def leave_report(tasks: Sequence[Task], folder: Path) -> None:
     """Leaves the comparison of what is finished in the sweep's folder, and with every tracker that keeps such files."""
-    from mft.compare import leave_report
+    from mft.runs.compare import leave_report
 
     try:
         report = leave_report(folder)

@@ -35,7 +35,7 @@ class Shown(Exception):
 def through_hydra(
     overrides: Sequence[str], config_dirs: Sequence[Path], flags: Sequence[str], dry_run: bool = False
 ) -> None:
-    """Serves what needs Hydra's own application: `-m` (plugins call `mft.jobs`), `--cfg`, `--info`, `--hydra-help`."""
+    """Serves what needs Hydra's own application: `-m` (plugins call `mft.sweep`), `--cfg`, `--info`, `--hydra-help`."""
     import hydra
     from hydra.core.plugins import Plugins
     from hydra.errors import HydraException
@@ -44,7 +44,7 @@ def through_hydra(
     from hydra_plugins.mft_sweepers import grids_are_ours
 
     def run_one(cfg: DictConfig) -> float:  # called by the launchers of other packages only
-        from mft.elsewhere import one_job
+        from mft.sweep.elsewhere import one_job
 
         return one_job(cfg)
 

@@ -10,7 +10,7 @@ import pytest
 
 from mft import cli, rundir
 from mft.errors import UserError
-from mft.search import corners, distribution, split
+from mft.sweep.search import corners, distribution, split
 from tests.sweeping import FAST, mft, runs, start, two_tasks, until, until_nothing_runs
 
 pytest.importorskip("optuna")

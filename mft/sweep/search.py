@@ -12,13 +12,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft import board, job, rundir
+from mft import job, rundir
 from mft.compose import key_of
 from mft.errors import UserError, nearest
-from mft.jobs import Composer, checked, finish, folder_of, judge, side_by_side, task_of
 from mft.launch import place
-from mft.pool import Task
-from mft.sweep import Shown, is_sweep, remove_if_unused, taken
+from mft.sweep import board
+from mft.sweep.command import Shown, is_sweep, remove_if_unused, taken
+from mft.sweep.jobs import Composer, checked, finish, folder_of, judge, side_by_side, task_of
+from mft.sweep.pool import Task
 
 JOURNAL = "search.journal"
 SAMPLERS = ("tpe", "random")

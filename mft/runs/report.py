@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mft.compare import SEED, Group, columns, differing, verdicts
 from mft.panels import color_of, label_axes, panel_grid
+from mft.runs.compare import SEED, Group, columns, differing, verdicts
 
 MOST_CURVES = 12
 """Settings drawn in a picture of curves, the best first; the table has all."""

@@ -1,0 +1,1 @@
+"""Runs that are over or under way: read back, listed, compared."""
