@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 from mft.dist.accelerator import grouped
 from mft.dist.zero import DeepSpeedEngine
-from mft.errors import UserError
+from mft.errors import UserError, nearest
 
 OURS = {
     "train_batch_size": "train.global_batch_size",
@@ -23,6 +24,13 @@ OURS = {
     "fp16.enabled": "train.precision",
     "bf16.enabled": "train.precision",
     "zero_optimization.stage": "dist",
+    "zero_optimization.reduce_bucket_size": "dist.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size": "dist.allgather_bucket_size",
+    "zero_optimization.overlap_comm": "dist.overlap_comm",
+    "zero_optimization.stage3_prefetch_bucket_size": "dist.prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold": "dist.persistence_threshold",
+    "zero_optimization.stage3_max_live_parameters": "dist.max_live_parameters",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "dist.gather_on_save",
 }
 """Keys of DeepSpeed's JSON that `dist.config` may not set -> the setting that says the same."""
 
@@ -44,6 +52,22 @@ def refuse_decided(config: Mapping[str, Any]) -> None:
             node = node.get(part) if isinstance(node, Mapping) else None
         if node is not None:
             raise UserError(f"dist.config.{key} is decided by {setting}; set that instead")
+
+
+def refuse_invalid(config: Mapping[str, Any]) -> None:
+    """Raises UserError for what DeepSpeed cannot read: a key unknown to its zero_optimization, a wrong value."""
+    import deepspeed
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = DeepSpeedZeroConfig.model_fields
+    names = set(known) | {field.alias for field in known.values() if field.alias}
+    for key in config["zero_optimization"]:
+        if key not in names:
+            raise UserError(f"dist.config.zero_optimization.{key}: DeepSpeed has no such key{nearest(key, names)}")
+    try:
+        deepspeed.DeepSpeedConfig(deepcopy(dict(config)))
+    except Exception as error:  # each part of DeepSpeed has its own kind of error
+        raise UserError(f"dist.config: DeepSpeed does not take it: {' '.join(str(error).split())}") from error
 
 
 def start(
@@ -72,7 +96,10 @@ def start(
     }
     if accelerator.mixed_precision != "no":
         config[accelerator.mixed_precision] = {"enabled": True}
-    return DeepSpeedEngine(accelerator, owns_group, merged(config, over), gather_on_save)
+    config = merged(config, over)
+    if over:
+        refuse_invalid(config)
+    return DeepSpeedEngine(accelerator, owns_group, config, gather_on_save)
 
 
 @dataclass
@@ -92,9 +119,11 @@ class Zero2:
     config: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises UserError for a stage of another class, and for keys of `config` that another setting decides."""
+        """Raises UserError for a stage of another class, an odd size, and keys of `config` that a setting decides."""
         if self.stage not in (1, 2):
             raise UserError(f"dist.stage={self.stage}: dist=zero2 has stages 1 and 2; stage 3 is dist=zero3")
+        if self.allgather_bucket_size % 2:
+            raise UserError(f"dist.allgather_bucket_size={self.allgather_bucket_size}: DeepSpeed wants an even number")
         refuse_decided(self.config)
 
     def zero(self, gpu: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mft.dist.accelerator import environment, grouped
 from mft.dist.base import Engine, T
 from mft.dist.pieces import Piece, local
-from mft.errors import UserError
+from mft.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +54,7 @@ class FsdpEngine(Engine):
             group["params"] = []  # the whole parameters are freed one by one below
         del names
         options = self.settings.options(self.accelerator.mixed_precision, self.device)
-        units = [part for part in module.modules() if type(part).__name__ in self._unit_classes(module)]
-        if not units:
-            raise UserError("dist=fsdp finds no decoder layer to shard by; name their class in model.shard_layers")
+        units = self._units(module)
         done: set[int] = set()
         for unit in [*units, module]:
             self._fill(unit, done)
@@ -71,8 +69,17 @@ class FsdpEngine(Engine):
         self._module, self._optimizer = module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         return module, self._optimizer
 
-    def _unit_classes(self, module: torch.nn.Module) -> set[str]:
-        return set(getattr(module, "layer_classes", list)())
+    def _units(self, module: torch.nn.Module) -> list[torch.nn.Module]:
+        """Returns the decoder layers. Of the class names that transformers has for a family a model may lack some."""
+        asked: list[str] = getattr(module, "layer_classes", list)()
+        units = [part for part in module.modules() if type(part).__name__ in asked]
+        if not units:
+            hint = nearest(asked[0], {type(part).__name__ for part in module.modules()}) if asked else ""
+            raise UserError(
+                f"dist=fsdp finds no decoder layer to divide the model by: model.shard_layers={asked}, and none of its "
+                f"modules is of such a class{hint}"
+            )
+        return units
 
     def _fill(self, unit: torch.nn.Module, done: set[int]) -> None:
         """Gives what is not sharded yet in `unit` its place on the device and rank 0's values."""
@@ -193,7 +200,11 @@ class Fsdp:
 
         Raises UserError when the device cannot do the precision or the group is not what was asked.
         """
-        return FsdpEngine(*grouped(precision, cpu), self)
+        from accelerate import InitProcessGroupKwargs
+
+        # parts in the CPU's memory are gathered and added up there, which NCCL alone cannot; on a CPU it is gloo anyway
+        both = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if self.offload else []
+        return FsdpEngine(*grouped(precision, cpu, *both), self)
 
     def options(self, mixed_precision: str, device: torch.device) -> dict[str, Any]:
         """Returns the arguments of `fully_shard`; mixed_precision: accelerate's name of it."""

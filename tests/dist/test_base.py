@@ -43,8 +43,8 @@ def micro_batches(step: int) -> list[torch.Tensor]:
     return [torch.randn(rows, 6, generator=generator) for rows in ROWS]
 
 
-def prepared(engine: Engine, dropout: float = 0.0) -> tuple[torch.nn.Module, Any]:
-    model = Model(dropout)
+def prepared(engine: Engine, dropout: float = 0.0, kind: type[Model] = Model) -> tuple[torch.nn.Module, Any]:
+    model = kind(dropout)
     trained = [p for p in model.parameters() if p.requires_grad]
     return engine.prepare(model, torch.optim.AdamW(trained, lr=0.1))
 
@@ -103,10 +103,10 @@ def interrupted(backend: Single | Ddp, folder: str) -> dict[str, Any]:
     return {"exact": exact, "same": same, "draws": (draws, draws_again), "norms": (norms, norms_again)}
 
 
-def poisoned(backend: Single | Ddp) -> dict[str, Any]:
+def poisoned(backend: Any, kind: type[Model] = Model) -> dict[str, Any]:
     """One rank's second step has a NaN; then a clean step."""
     engine = backend.start("fp32", cpu=True)
-    module, optimizer = prepared(engine)
+    module, optimizer = prepared(engine, kind=kind)
     train(engine, module, optimizer, range(1), None)
     before = trained(engine, module)
     share = module(micro_batches(1)[0]).sum()
