@@ -20,8 +20,6 @@ from mft.errors import UserError
 from mft.loop import Training, fit
 from mft.model.tiny import Tiny
 from mft.run import quiet_libraries
-from tests.dist.ranks import run_ranks
-from tests.dist.runs import frozen, play
 from tests.loss.loop import Layout, Recorder, Stage, write_tasks
 from tests.loss.modes import made
 from tests.training import logged, train
@@ -34,9 +32,13 @@ POISON = "Z"
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with a head of its own (a tied one would hand the NaN to every logit)."""
-    tiny = Tiny(cache_dir=str(tmp_path_factory.mktemp("poisoned")), tied=False, layers=1)
-    folder = shutil.copytree(tiny.folder(), tmp_path_factory.mktemp("model") / "poisoned")
+    return poisoned_model(tmp_path_factory.mktemp("poisoned"))
+
+
+def poisoned_model(root: Path) -> Path:
+    """Makes a tiny model with a head of its own (a tied one would hand the NaN to every logit)."""
+    tiny = Tiny(cache_dir=str(root / "cache"), tied=False, layers=1)
+    folder = shutil.copytree(tiny.folder(), root / "poisoned")
     weights = load_file(folder / "model.safetensors")
     (token,) = tiny.tokenizer()(POISON).input_ids
     weights["model.embed_tokens.weight"][token] = math.nan
@@ -98,24 +100,6 @@ def test_one_more_than_allowed_ends_the_run_with_step_task_and_samples(
         summary = json.loads((tmp_path / f"skip{allowed}" / "summary.json").read_text())
         assert summary["status"] == "failed" and f"Step {steps[-1]} " in summary["error"]
     assert steps[0] < steps[1]
-
-
-def refused(run_dir: Path) -> str:
-    """Returns what a rank is told."""
-    with pytest.raises(UserError) as told:
-        play([run_dir])
-    return str(told.value)
-
-
-@pytest.mark.dist
-@pytest.mark.filterwarnings("ignore:Step")
-def test_both_ranks_are_told_the_sample_that_one_of_them_holds(poisoned: Path, tmp_path: Path) -> None:
-    given = [f"cache_dir={tmp_path / 'cache'}", *settings(poisoned, odd_task(tmp_path / "odd"))]
-    given += ["dist=ddp", "launch.nproc=2", "train.per_device_batch_size=1", "train.skip_nonfinite_steps=1"]
-    given += ["train.eval_every=null", "train.eval_at_start=false"]
-    first, second = run_ranks(2, refused, frozen(tmp_path / "run", given))
-    assert first == second
-    assert "task odd, " in first and any(f"rows.jsonl:{line}" in first for line in (5, 12, 17))
 
 
 def decided(rows: list[dict[str, Any]], judged: list[float], patience: int) -> tuple[int, float, int]:
