@@ -21,11 +21,12 @@ def decoder_of(base: Any) -> Any:
     return base.model if decoder is base else decoder  # llama 4 keeps it under a name that get_decoder does not try
 
 
-def head_quirks(base: nn.Module) -> dict[str, float]:
+def head_quirks(base: Any) -> dict[str, float]:
     """Returns what a config does to the logits after the head: granite divides, cohere multiplies, gemma 2 caps
     softly."""
     names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
-    values = {name: getattr(base.config, name, None) for name in names}
+    config = base.config.get_text_config()  # a part of it in models that also see: gemma 4
+    values = {name: getattr(config, name, None) for name in names}
     return {n: float(v) for n, v in values.items() if isinstance(v, int | float) and not (v == 1 and n != names[2])}
 
 

@@ -31,7 +31,7 @@ def routed(base: Any) -> bool:
 def coefficient(base: Any) -> float:
     """Returns the coefficient in the model's config, 0 where it has none."""
     for name in COEFFICIENTS:
-        if (value := getattr(base.config, name, None)) is not None:
+        if (value := getattr(base.config.get_text_config(), name, None)) is not None:
             return float(value)
     return 0.0
 
@@ -44,7 +44,7 @@ def balance_loss(base: Any, logits: tuple[torch.Tensor, ...], mask_BT: torch.Ten
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     function: Callable[..., Any] = _own_loss(base) or load_balancing_loss_func
-    per_token = getattr(base, "num_experts_per_tok", None) or base.config.num_experts_per_tok
+    per_token = getattr(base, "num_experts_per_tok", None) or base.config.get_text_config().num_experts_per_tok
     loss: torch.Tensor = function(logits, logits[0].shape[-1], per_token, mask_BT)
     return loss
 

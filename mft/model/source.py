@@ -119,6 +119,7 @@ RECURRENT |= {"bamba", "rwkv", "xlstm", "zamba", "zamba2"}
 def recurrent(config: Mapping[str, Any]) -> str:
     """Returns which layers of a model (its config.json) carry something from token to token beside attention, "" if
     none do: a state or a convolution, which no mask keeps from running over the border of two samples."""
+    config = config.get("text_config") or config  # of a model that also sees
     kinds = [kind for key in ("layer_types", "layers_block_type") for kind in config.get(key) or ()]
     other = sorted({str(kind) for kind in kinds if not str(kind).endswith("attention") or kind == "linear_attention"})
     if other:

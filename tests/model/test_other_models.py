@@ -9,11 +9,13 @@ import pytest
 import torch
 import transformers
 
+from mft.batch import IGNORE
 from mft.errors import UserError
 from mft.model.audit import audit
 from mft.model.family import CausalLM
 from mft.model.forward import TokenLoss
 from mft.model.peft import Lora
+from mft.model.source import recurrent
 from tests.model.families import OTHERS, measure
 from tests.model.rows import alone, batch, inputs
 from tests.model.test_families import EXACT
@@ -85,3 +87,25 @@ def test_a_class_with_experts_whose_config_has_none_has_no_router_loss() -> None
     model = small("DogeConfig", is_moe=False)
     nll_BT, router = TokenLoss(model, AUTO)(*inputs(batch([[9, 14]], 24, V)))
     assert router == 0 and nll_BT.sum() > 0
+
+
+def test_settings_of_a_model_that_also_sees_are_those_of_its_text_part() -> None:
+    """Gemma 4 caps its logits by a value of text_config; without it the loss would be another one."""
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "vocab_size": V, "pad_token_id": 0}
+    text |= {"vocab_size_per_layer_input": V, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "final_logit_softcapping": 2.0}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert not hasattr(config, "final_logit_softcapping")
+    data = batch([[19], [24]], 24, V)
+    ours = TokenLoss(model, AUTO)(*inputs(data))[0].sum() / (data.target_BT != IGNORE).sum()
+    labels = torch.full_like(data.ids_BT, IGNORE)
+    labels[:, 1:] = data.target_BT[:, :-1]
+    mask, pictures = (data.sample_BT >= 0).long(), torch.zeros_like(data.ids_BT)
+    theirs = model(input_ids=data.ids_BT, attention_mask=mask, labels=labels, mm_token_type_ids=pictures).loss
+    assert abs(ours.item() - theirs.item()) < 2e-6
+    assert recurrent({"text_config": {"layer_types": ["linear_attention"]}}) == "layers of the kind linear_attention"
