@@ -156,7 +156,10 @@ def model_folder(folder: Path) -> Path:
     for candidate in (folder, folder / "final", folder / "model"):
         if any((candidate / name).exists() for name in ("adapter_config.json", "config.json")):
             return candidate
-    raise UserError(f"{folder} holds no model: neither it nor its final/ has a config.json or an adapter_config.json")
+    raise UserError(
+        f"{folder} holds no model: no complete checkpoint, and neither it nor its final/ has a config.json or an "
+        "adapter_config.json"
+    )
 
 
 def saved_dtype(folder: Path) -> torch.dtype:
