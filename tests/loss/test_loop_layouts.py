@@ -3,6 +3,7 @@ and rows, and on every backend."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,12 @@ BY_SOURCE = {"probes": "coba", "training losses": "lbtw", "statistics and repeat
 """One adaptive mode of each way of learning, played on the backends that shard."""
 
 
-def everything(root: Path) -> dict[str, dict[str, Played]]:
-    """Plays all layouts; returns what each mode did, by layout."""
+def everything(root: Path, sharded: Sequence[str] = tuple(BY_SOURCE.values())) -> dict[str, dict[str, Played]]:
+    """Plays all layouts, those of SHARDED with the modes named; returns what each mode did, by layout."""
     write_tasks(root / "tasks")
     found = {}
     for world, layouts in ((1, ONE), (2, TWO | SHARDED), (4, FOUR)):
-        plan = [(layout, tuple(BY_SOURCE.values()) if name in SHARDED else MODES) for name, layout in layouts.items()]
+        plan = [(layout, sharded if name in SHARDED else MODES) for name, layout in layouts.items()]
         results = played(str(root), plan) if world == 1 else run_ranks(world, played, str(root), plan)[0]
         found |= dict(zip(layouts, results, strict=True))
     return found
