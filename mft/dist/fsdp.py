@@ -200,10 +200,12 @@ class Fsdp:
 
         Raises UserError when the device cannot do the precision or the group is not what was asked.
         """
+        import torch
         from accelerate import InitProcessGroupKwargs
 
-        # parts in the CPU's memory are gathered and added up there, which NCCL alone cannot; on a CPU it is gloo anyway
-        both = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if self.offload else []
+        # NCCL cannot add up parts in the CPU's memory; a group of a CPU is gloo's, which accelerate insists on by itself
+        gpu = torch.cuda.is_available() and not cpu
+        both = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if self.offload and gpu else []
         return FsdpEngine(*grouped(precision, cpu, *both), self)
 
     def options(self, mixed_precision: str, device: torch.device) -> dict[str, Any]:
