@@ -203,7 +203,7 @@ class Fsdp:
         import torch
         from accelerate import InitProcessGroupKwargs
 
-        # NCCL cannot add up parts in the CPU's memory; a group of a CPU is gloo's, which accelerate insists on by itself
+        # NCCL cannot add up parts in the CPU's memory; a group on a CPU is gloo's, and accelerate takes no other
         gpu = torch.cuda.is_available() and not cpu
         both = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if self.offload and gpu else []
         return FsdpEngine(*grouped(precision, cpu, *both), self)
