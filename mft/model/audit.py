@@ -126,7 +126,8 @@ def notes(rows: Sequence[AuditRow]) -> list[str]:
 
 
 def table(rows: Sequence[AuditRow]) -> Table:
-    """Returns the audit as a rich table."""
+    """Returns the audit as a rich table whose names are whole in 80 columns; 0 of 48 x 128: of 48 layers of 128
+    experts."""
     from rich.table import Table
 
     trainable, parameters = sum(row.trainable for row in rows), sum(row.parameters for row in rows)
@@ -134,16 +135,26 @@ def table(rows: Sequence[AuditRow]) -> Table:
         title=f"trained: {trainable:,} of {parameters:,} weights ({trainable_share(rows):.2%})",
         caption="\n".join(notes(rows)) or None,
         caption_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("module")
-    for title in ("adapted", "of", "trainable", "weights", "share", "GiB"):
-        table.add_column(title, justify="right")
+    table.add_column("module", overflow="fold")
+    for title in ("adapted", "trained", "weights", "share", "GiB"):
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        share = f"{row.trainable / row.parameters:.2%}" if row.parameters else ""
-        total = f"{row.total} x {row.experts} experts" if row.experts else str(row.total)
-        counts = (f"{row.trainable:,}", f"{row.parameters:,}", share, f"{row.bytes / GIB:.3f}")
-        table.add_row(row.kind, str(row.adapted), total, *counts, style=None if row.adapted else "dim")
+        share = f"{row.trainable / row.parameters:.2%}" if row.trainable else "0%"
+        adapted = f"{row.adapted} of {row.total}" + (f" x {row.experts}" if row.experts else "")
+        counts = (_short(row.trainable), _short(row.parameters), share, f"{row.bytes / GIB:.2f}")
+        table.add_row(row.kind.removeprefix("model."), adapted, *counts, style=None if row.adapted else "dim")
     return table
+
+
+def _short(count: int) -> str:
+    """Returns a count in three digits: 17.9K, 1.05M, 30.5B."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}" if count < 999.5 * size else f"{count / size:.0f}{unit}"
+    return str(count)
 
 
 def as_json(rows: Sequence[AuditRow]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def test_audit_counts(tiny: Tiny) -> None:
     console = Console(file=io.StringIO(), width=120)
     console.print(table(rows))
     text = console.file.getvalue()
-    assert "trained: 2,560 of" in text and "model.layers.*.self_attn.q_proj" in text
+    assert "trained: 2,560 of" in text and "layers.*.self_attn.q_proj" in text
     assert as_json(rows)["modules"]["lm_head" if "lm_head" in by_kind else "model.embed_tokens"]["adapted"] == 0
 
 
@@ -45,6 +45,21 @@ def test_audit_counts_4_bit_weights_in_full(tiny: Tiny) -> None:
     assert trainable_share(full) == 1 and all(row.adapted == row.total for row in full)
 
 
+def test_names_are_whole_in_80_columns() -> None:
+    large = AuditRow(
+        "model.layers.*.mlp.experts.gate_up_proj", 0, 48, 0, 19_327_352_832, "experts", 128, 38_654_705_664
+    )
+    rows = [*Lora(rank=2).audit(Lora(rank=2).attach(mixture("deepseek_v3"), family_of("deepseek_v3"))), large]
+    text = io.StringIO()
+    Console(file=text, width=80).print(table(rows))
+    lines = text.getvalue().splitlines()
+    printed = [line.split() for line in lines]
+    assert max(map(len, lines)) <= 80 and {row.kind.removeprefix("model.") for row in rows} <= {
+        p[0] for p in printed if p
+    }
+    assert ["layers.*.mlp.experts.gate_up_proj", "0", "of", "48", "x", "128", "0", "19.3B", "0%", "36.00"] in printed
+
+
 def test_experts_and_router_are_named_in_sentences() -> None:
     frozen = Lora(rank=2).audit(Lora(rank=2).attach(mixture("qwen3_moe"), family_of("qwen3_moe")))
     assert notes(frozen) == [
@@ -53,7 +68,7 @@ def test_experts_and_router_are_named_in_sentences() -> None:
     ]
     text = io.StringIO()
     Console(file=text, width=140).print(table(frozen))
-    assert "2 x 4 experts" in text.getvalue() and "experts: 0 of 4 adapted" in text.getvalue()
+    assert "0 of 2 x 4 " in text.getvalue() and "experts: 0 of 4 adapted" in text.getvalue()
     peft = Lora(rank=2, experts=True, router=True)
     rows = peft.audit(peft.attach(mixture("qwen3_moe"), family_of("qwen3_moe")))
     assert notes(rows) == ["experts: 4 of 4 adapted (in each of 2 layers)", "router: 2 of 2 adapted"]
