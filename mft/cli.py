@@ -85,6 +85,7 @@ GENERATE_OPTIONS: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "system": "",
     "seed": 0,
+    "trust_remote_code": False,
 }
 
 MERGE_OPTIONS: dict[str, Any] = {"base": "", "adapter": "", "out": "", "trust_remote_code": False}
@@ -309,7 +310,7 @@ def convert(args: list[str]) -> None:
 
 def generate(args: list[str]) -> None:
     """mft generate RUN "prompt" ["prompt" …] [max_new_tokens=512 top_p=0.95 temperature=0.1 do_sample=true \
-num_beams=1 repetition_penalty=1.0 system=… seed=0]"""
+num_beams=1 repetition_penalty=1.0 system=… seed=0 trust_remote_code=false]"""
     if "-h" in args or "--help" in args or not args:
         print(generate.__doc__)
         return
@@ -322,7 +323,9 @@ num_beams=1 repetition_penalty=1.0 system=… seed=0]"""
     from mft.model.generate import Answerer
 
     values["system"] = values["system"] or None
-    answers = Answerer(final_folder(rest[0]), Encoder.saved).answer(rest[1:], **values)
+    own_code = values.pop("trust_remote_code")
+    answerer = Answerer(final_folder(rest[0]), Encoder.saved, trust_remote_code=own_code)
+    answers = answerer.answer(rest[1:], **values)
     for number, answer in enumerate(answers):
         print(f"── {rest[1 + number]}\n{answer}" if len(answers) > 1 else answer)
 

@@ -81,13 +81,16 @@ class CausalLM:
             )
         refuse_flash(self.attention)
         if self.trust_remote_code:
-            log.warning("model.trust_remote_code=true: Python code that comes with %s will be run", self.path)
+            self._warn_of_code()
         self._check_path()
 
     def _check_path(self) -> None:
         check_path(self.path, self.hint)
         if type(self) is CausalLM:
             check_type(self.path, self.trust_remote_code)
+
+    def _warn_of_code(self) -> None:
+        log.warning("model.trust_remote_code=true: Python code that comes with %s will be run", self.path)
 
     def check_precision(self, precision: str) -> None:
         """Raises UserError for an attention that has no kernel in this precision (fp32, bf16 or fp16)."""

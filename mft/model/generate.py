@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 Conversation = str | Sequence[Message | Mapping[str, str]]
 """A prompt of one user turn, or messages with `role` (system, user or human, assistant or bot) and `content`."""
+
+log = logging.getLogger(__name__)
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "bot": "assistant"}
 
@@ -53,6 +56,8 @@ class Answerer:
         import torch
 
         self.folder = model_folder(Path(folder))
+        if trust_remote_code:
+            log.warning("trust_remote_code=true: Python code that comes with the model of %s will be run", self.folder)
         self.tokenizer = tokenizer or CausalLM(str(self.folder), trust_remote_code=trust_remote_code).tokenizer()
         if self.tokenizer.chat_template is None:
             raise UserError(f"the tokenizer in {self.folder} has no chat template, so it is not known how to ask")

@@ -7,6 +7,7 @@ its weights while they are read (mft.model.native), its vocabulary into a fast t
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,17 @@ if TYPE_CHECKING:
 
 Values = dict[str, Any]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Original(CausalLM):
     """A checkpoint in its original format. Subclasses say which `model_type` they read, and translate its config."""
 
     model_type = ""  # of the original config.json; not a field
+
+    def _warn_of_code(self) -> None:
+        log.warning("model.trust_remote_code=true does nothing here: the code that comes with %s is not run", self.path)
 
     def original_config(self) -> Values:
         """Returns the checkpoint's config.json.

@@ -93,9 +93,10 @@ def check_type(path: str, own_code: bool) -> None:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as known
 
         if kind not in known:
+            code = "; it comes with code of its own, which model.trust_remote_code=true would run"
             raise UserError(
                 f"model.path={path}: transformers has no model type {kind!r}, which its config.json names"
-                f"{nearest(kind, known)}"
+                f"{code if 'auto_map' in values else ''}{nearest(kind, known)}"
             )
     if kind in ORIGINAL_FORMATS:
         raise UserError(

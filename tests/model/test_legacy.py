@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from mft.build import build
 from mft.compose import compose_resolved
 from mft.errors import UserError
-from mft.model.export import Origin, save_final
+from mft.model.export import Origin, save_final, save_native
 from mft.model.family import CausalLM
 from mft.model.forward import TokenLoss
 from mft.model.legacy import ChatGLM, Original
 from mft.model.native import NormHead, SplitQkv
-from mft.model.peft import Lora
+from mft.model.peft import Lora, QLora
+from mft.model.tiny import byte_tokenizer
+from tests.model import originals
 from tests.model.rows import alone, batch, inputs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "legacy_models"
@@ -181,3 +183,19 @@ def test_rows_per_head(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(grouped.parameters(), per_head.parameters(), strict=True))
     with pytest.raises(NotImplementedError):
         _ = SplitQkv().reverse_op
+
+
+@pytest.mark.parametrize("name", ["qwen", "aquila2"])
+def test_quantised_while_it_is_read(name: str, tmp_path: Path) -> None:
+    """4 bits of an original checkpoint are those of the native folder made of it, and adapters train on them."""
+    family = family_of(name, originals.write(tmp_path / "source", name, intermediate_size=256))
+    byte_tokenizer(260).save_pretrained(tmp_path / "source")
+    save_native(family, tmp_path / "native")
+    mode = QLora(rank=4)
+    bits, ids = mode.quantization(torch.float32), torch.arange(2, 30)[None]
+    found = [one.model(torch.float32, bits) for one in (family, CausalLM(str(tmp_path / "native")))]
+    with torch.no_grad():
+        assert torch.equal(*(model(input_ids=ids, use_cache=False).logits for model in found))
+    adapted = mode.attach(found[0], family)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapted.parameters() if p.requires_grad)
