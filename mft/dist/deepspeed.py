@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mft.dist.accelerator import grouped
@@ -116,7 +116,7 @@ class Zero2:
     reduce_bucket_size: int = 200_000_000
     allgather_bucket_size: int = 200_000_000
     overlap_comm: bool = True
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
 
     def check(self) -> None:
         """Raises UserError for a stage of another class, an odd size, and keys of `config` that a setting decides."""
@@ -124,7 +124,7 @@ class Zero2:
             raise UserError(f"dist.stage={self.stage}: dist=zero2 has stages 1 and 2; stage 3 is dist=zero3")
         if self.allgather_bucket_size % 2:
             raise UserError(f"dist.allgather_bucket_size={self.allgather_bucket_size}: DeepSpeed wants an even number")
-        refuse_decided(self.config)
+        refuse_decided(self.config or {})
 
     def zero(self, gpu: bool) -> dict[str, Any]:
         """Returns the zero_optimization part of DeepSpeed's JSON."""
@@ -139,7 +139,7 @@ class Zero2:
     def start(self, precision: str, cpu: bool | None = None) -> DeepSpeedEngine:
         """Returns the engine of this rank; see `start`."""
         self.check()
-        return start(precision, cpu, self.zero, self.config)
+        return start(precision, cpu, self.zero, self.config or {})
 
 
 @dataclass
@@ -162,16 +162,16 @@ class Zero3:
     max_live_parameters: int = 1_000_000_000
     overlap_comm: bool = True
     gather_on_save: bool = True
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
 
     def check(self) -> None:
         """Raises UserError for keys of `config` that another setting decides."""
-        refuse_decided(self.config)
+        refuse_decided(self.config or {})
 
     def start(self, precision: str, cpu: bool | None = None) -> DeepSpeedEngine:
         """Returns the engine of this rank; see `start`."""
         self.check()
-        return start(precision, cpu, self.zero, self.config, self.gather_on_save)
+        return start(precision, cpu, self.zero, self.config or {}, self.gather_on_save)
 
     def zero(self, gpu: bool) -> dict[str, Any]:
         """Returns the zero_optimization part of DeepSpeed's JSON."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mft.build import component
+from mft.compose import compose_resolved
 from mft.dist.deepspeed import Zero2, Zero3, merged
 from mft.errors import UserError
 from tests.dist.equality import MATRIX, differences, play_beside_single
@@ -44,6 +46,10 @@ def test_raw_config_is_merged_over_ours_and_may_not_say_what_a_setting_says() ->
         "zero_optimization": {"stage": 2, "overlap_comm": False},
         "x": 1,
     }
+    one = compose_resolved(["dist=zero2", "dist.config={zero_optimization: {round_robin_gradients: true}}"])
+    other = compose_resolved(["dist=zero3", "+dist.config.zero_optimization.zero_hpz_partition_size=8"])
+    assert component(one, "dist").config == {"zero_optimization": {"round_robin_gradients": True}}
+    assert component(other, "dist").config == {"zero_optimization": {"zero_hpz_partition_size": 8}}
     with pytest.raises(UserError, match=r"dist\.config\.gradient_clipping is decided by train\.max_grad_norm"):
         Zero2(config={"gradient_clipping": 1.0}).check()
     with pytest.raises(UserError, match=r"zero_optimization\.stage is decided by dist"):
