@@ -47,13 +47,26 @@ def play_with(run_dirs: list[Path], defect: str) -> None:
     loop.marked = right  # type: ignore[assignment]
 
 
+DEFECTS = {
+    "doubled": ["grad_norm"],  # the update is clipped to the same size
+    "left_out": ["train/loss", "grad_norm", "update"],
+    "clipped": ["train/loss", "grad_norm", "update"],  # to half of what is asked
+}
+"""What each defect breaks."""
+
+
+def play_defects(tree: Tree) -> None:
+    """Runs full-bf16 with each defect on two ranks of ddp."""
+    for defect in ("doubled", "left_out"):
+        run_ranks(2, play_with, [tree.frozen("ddp", f"full-bf16-{defect}", CASES["full-bf16"])], defect)
+    run_ranks(2, play, [tree.frozen("ddp", "full-bf16-clipped", (*CASES["full-bf16"], "train.max_grad_norm=0.25"))])
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     tree = Tree(tmp_path_factory.mktemp("descent"))
     play_beside_single(tree, STARTS | CASES, BACKENDS_OF)
-    for defect in ("doubled", "left_out"):
-        run_ranks(2, play_with, [tree.frozen("ddp", f"full-bf16-{defect}", CASES["full-bf16"])], defect)
-    run_ranks(2, play, [tree.frozen("ddp", "full-bf16-clipped", (*CASES["full-bf16"], "train.max_grad_norm=0.25"))])
+    play_defects(tree)
     return tree
 
 
@@ -84,14 +97,7 @@ def test_bf16_is_within_its_rounding(tree: Tree, backend: str, case: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("defect", "broken"),
-    [
-        ("doubled", ["grad_norm"]),  # the update is clipped to the same size
-        ("left_out", ["train/loss", "grad_norm", "update"]),
-        ("clipped", ["train/loss", "grad_norm", "update"]),  # to half of what is asked
-    ],
-)
+@pytest.mark.parametrize(("defect", "broken"), DEFECTS.items())
 def test_a_defect_breaks_the_bounds_of_bf16(tree: Tree, defect: str, broken: list[str]) -> None:
     two = tree.folder("ddp", f"full-bf16-{defect}")
     found = relative(tree.folder("single", "full-bf16"), two, tree.folder("single", "full-bf16-start"))
