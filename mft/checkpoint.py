@@ -5,10 +5,12 @@ step-N/ holds the model as transformers or peft load it, and in state/ what an e
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +52,16 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "state").mkdir(parents=True)
         self.engine.barrier()
-        self.export(temporary)
-        self.engine.save_state(temporary / "state")
+        with full_disk_told(temporary, self.folder.parent):
+            self.export(temporary)
+            self.engine.save_state(temporary / "state")
+            if self.engine.is_main:
+                torch.save(self.loss.state_dict(), temporary / "state" / "loss.pt")
+                (temporary / "state" / "loop.json").write_text(json.dumps(state.as_dict(), indent=2), encoding="utf-8")
+            self.engine.barrier()
+            if self.engine.is_main:
+                _mark_complete(temporary)
         if self.engine.is_main:
-            torch.save(self.loss.state_dict(), temporary / "state" / "loss.pt")
-            (temporary / "state" / "loop.json").write_text(json.dumps(state.as_dict(), indent=2), encoding="utf-8")
-        self.engine.barrier()
-        if self.engine.is_main:
-            _mark_complete(temporary)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             best_of_tasks = state.task_saved_step.values() if self.keep_task_best else ()
@@ -72,6 +76,25 @@ class Checkpoints:
         for step in complete_steps(self.folder)[: -self.keep] if self.keep else ():
             if step not in protect:
                 shutil.rmtree(self.folder / f"step-{step}")
+
+
+@contextmanager
+def full_disk_told(folder: Path, run_dir: Path) -> Iterator[None]:
+    """Context in which a folder of a run is written: where the disk is full it is removed, and a UserError raised."""
+    try:
+        yield
+    except Exception as error:  # json, safetensors and torch each raise a kind of their own, torch's without the reason
+        free = shutil.disk_usage(run_dir).free
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if not full and free > 2**20:
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        older = newest(run_dir)
+        goes_on = f"; the same command then goes on from {older.name}" if older else ""
+        raise UserError(
+            f"The disk is full: {folder} could not be written ({free / 2**20:,.0f} MiB were free). Make room, or keep "
+            f"fewer checkpoints (train.keep){goes_on}"
+        ) from error
 
 
 def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> bool:

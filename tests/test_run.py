@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,26 @@ def test_killed_in_the_middle_of_a_save_the_older_checkpoint_is_taken(tmp_path: 
     summary, _ = train(tmp_path, cache_dir, *settings)
     assert summary["steps"] == 4 and same(before, weights(run_dir / "final"))
     assert not (run_dir / "checkpoints" / ".step-6.tmp").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True).returncode:
+        pytest.skip("a disk may be mounted by root only")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_told_of_and_leaves_the_older_checkpoint(small_disk: Path, cache_dir: Path) -> None:
+    settings = ["peft=full", "train.save_every=1"]
+    with pytest.raises(UserError, match=r"The disk is full: .*\.step-\d\.tmp could not .* goes on from step-\d"):
+        train(small_disk, cache_dir, *settings, "train.keep=9")
+    steps = complete_steps(small_disk / "run" / "checkpoints")
+    assert steps and not list((small_disk / "run" / "checkpoints").glob(".step*"))
+    assert "The disk is full" in (small_disk / "run" / "summary.json").read_text()
 
 
 def test_finished_run_is_skipped_and_a_longer_one_goes_on(tmp_path: Path, cache_dir: Path) -> None:
