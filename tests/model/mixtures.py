@@ -8,43 +8,24 @@ import torch
 import transformers
 
 from mft.model.family import CausalLM
+from tests.model.families import FAMILIES, SIZES
 
-LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
-DEEPSEEK = LATENT | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-DEEPSEEK |= {"first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 16}
-MIXTURES: dict[str, tuple[str, dict[str, object]]] = {
-    "mixtral": ("Mixtral", {"num_local_experts": 4}),
-    "qwen2_moe": ("Qwen2Moe", {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 64}),
-    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2}),
-    "deepseek_v2": ("DeepseekV2", DEEPSEEK | {"q_lora_rank": None}),
-    "deepseek_v3": ("DeepseekV3", DEEPSEEK),
-    "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "llama4": ("Llama4Text", {"num_local_experts": 2, "intermediate_size_mlp": 128}),
-}
-"""The seven families: class and what differs from SIZES; 4-bit weights want widths in multiples of 64."""
-
-SIZES: dict[str, object] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4")
+OTHERWISE: dict[str, object] = {
     "vocab_size": 512,
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
     "pad_token_id": 1,
-    "bos_token_id": None,
     "eos_token_id": 0,
 }
+"""How they differ from tests.model.families: they take the tiny tokenizer's tokens."""
 
 
 def mixture(name: str) -> torch.nn.Module:
     """Returns the random model of a family, the same at every call."""
-    kind, values = MIXTURES[name]
+    kind, values = FAMILIES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**(SIZES | values))
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | values | OTHERWISE))
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 

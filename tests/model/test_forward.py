@@ -14,6 +14,7 @@ from mft.model.family import CausalLM
 from mft.model.forward import TokenLoss, trailing_positions
 from mft.model.peft import Full, Lora
 from mft.model.tiny import Tiny
+from tests.model.families import SIZES
 from tests.model.rows import alone, batch, inputs
 from tests.model.steps import shaken
 
@@ -33,19 +34,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], rt
 
 def small(config_class: str, **values: object) -> torch.nn.Module:
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": V,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    config = getattr(transformers, config_class)(**(sizes | values))
+    config = getattr(transformers, config_class)(**(SIZES | {"vocab_size": V} | values))
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
