@@ -99,3 +99,35 @@ def loadings(cases: dict[str, tuple[Any, Full]], first: str, path: str) -> dict[
     for name in ("zero3-full", "fsdp-qlora"):
         loading(*cases[name], first)
     return {name: loading(backend, peft, path) for name, (backend, peft) in cases.items()}
+
+
+def training(backend: Any, peft: Full, path: str, steps: int = 2) -> float:
+    """Returns in MiB how far this rank's memory rose while a model was loaded, prepared and trained on short rows."""
+    engine = backend.start("fp32", cpu=True)
+    torch.manual_seed(0)
+    family = CausalLM(path)
+    with Watch() as watch:
+        with engine.loading():
+            model = family.model(torch.float32, peft.quantization(torch.float32), compute_dtype=torch.float32)
+        module = TokenLoss(peft.attach(model, family), family)
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
+        del model
+        module, optimizer = engine.prepare(module, optimizer)
+        ids_BT = torch.arange(16)[None] + engine.rank
+        for _ in range(steps):
+            with engine.accumulating(last=True):
+                nll_BT, _ = module(ids_BT, ids_BT, torch.arange(16)[None], torch.zeros_like(ids_BT))
+                engine.backward(nll_BT.sum() / 32)
+            assert engine.step(1.0) > 0
+    del module, optimizer, nll_BT
+    engine.close()
+    return watch.peak
+
+
+def trainings(cases: dict[str, tuple[Any, Full]], first: str, path: str) -> dict[str, float]:
+    """Returns `training` of each case; each has trained the model in `first` before, so that all imports are done."""
+    torch.set_num_threads(1)
+    give_back_what_is_freed()
+    for backend, peft in cases.values():
+        training(backend, peft, first, steps=1)
+    return {name: training(backend, peft, path) for name, (backend, peft) in cases.items()}
