@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import AnyNode, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from mft.build import resolved
@@ -152,6 +152,8 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
             break
         node, path = node._get_node(part), [*path, part]
     if not isinstance(node, DictConfig):
+        if type(node) is AnyNode and node._is_none():
+            return f"{key}: {'.'.join(path)} is null so far; a plus adds keys to it: +{key}=…"
         return f"{key}: {'.'.join(path)} is a value and has no keys below it."
     if len(path) == len(key.split(".")):
         known = ", ".join(map(str, node)) or "none yet"

@@ -32,10 +32,11 @@ def message(*overrides: str, world: int = 1) -> str:
         ("train.precision=bf61", ["train.precision", "bf16"]),
         ("name.x=1", ["name", "no keys below"]),
         ("train={steps: 3}", ["train", "+train.NAME"]),
+        ("loss.gamma_by_task.sql=1.5", ["loss.gamma_by_task is null so far", "+loss.gamma_by_task.sql=…"]),
     ],
 )
 def test_a_wrong_key_or_choice_is_named_with_the_nearest_match(override: str, parts: list[str]) -> None:
-    text = message("model=tiny", override)
+    text = message("model=tiny", "loss=task_focal", override)
     assert all(part in text for part in parts), text
     assert "\n" not in text
 
