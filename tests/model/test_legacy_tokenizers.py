@@ -22,7 +22,6 @@ from tests.model.vocabularies import released
 from tests.training import train
 
 CHATGLM = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
-KINDS = ["chatglm2", "qwen", "baichuan_7b", "baichuan2_13b", "aquila2"]
 
 
 def family_of(name: str, folder: Path) -> Original:
@@ -135,7 +134,7 @@ def test_without_a_vocabulary_or_with_a_tokenizer_json(tokenizer, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["aquila2", "baichuan2_13b"])  # the others: test_native_folders.py
 def test_a_released_folder_trains_and_leaves_native(name: str, tmp_path: Path, cache_dir: Path) -> None:
     folder = released(tmp_path / name, name)
     asked = ["peft=full", f"model={name}", f"model.path={folder}", "train.max_steps=2"]

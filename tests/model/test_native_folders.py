@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
+from mft.build import build
 from mft.cli import main
+from mft.compose import compose_resolved
 from mft.errors import UserError
 from mft.model.folder import write_model
 from mft.model.generate import load
@@ -101,11 +103,14 @@ def test_adapters_work_on_the_native_folder_without_mft(written: Path) -> None:
 @pytest.mark.slow
 def test_tokenizers_are_the_same(written: Path) -> None:
     for name in KINDS:
-        before = AutoTokenizer.from_pretrained(written / name / "run" / "final")
-        after = AutoTokenizer.from_pretrained(written / name / "native")
-        for text in vocabularies.TEXTS:
-            assert after(text).input_ids == before(text).input_ids
-        assert (after.eos_token, after.pad_token) == (before.eos_token, before.pad_token)
+        overrides = [f"model={name}", f"model.path={written / name / 'source'}"]
+        before = build(compose_resolved(overrides).model, "model").tokenizer()
+        for folder in ("run/final", "native"):
+            after = AutoTokenizer.from_pretrained(written / name / folder)
+            for text in vocabularies.TEXTS:
+                ids = before(text).input_ids
+                assert after(text).input_ids == ids and after.decode(ids) == before.decode(ids)
+            assert (after.eos_token, after.pad_token) == (before.eos_token, before.pad_token)
 
 
 @pytest.mark.slow
