@@ -22,6 +22,7 @@ CASES = {
 }
 BACKENDS = {
     "ddp": ("experts", "pissa", "tokens", "tokens_full"),
+    "zero2": ("dora_4_bit", "pissa", "tokens", "tied_head"),
     "zero3": ("experts", "tied_head"),  # the others read whole weights, and are refused
     "fsdp": tuple(CASES),
 }
