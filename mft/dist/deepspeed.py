@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+from mft.dist import cpu_op
 from mft.dist.accelerator import grouped
 from mft.dist.zero import DeepSpeedEngine
 from mft.errors import UserError, nearest
@@ -85,6 +86,8 @@ def start(
     accelerator, owns_group = grouped(precision, cpu)
     gpu = accelerator.device.type != "cpu"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
+    if not gpu:
+        cpu_op.load()
     config: dict[str, Any] = {
         # one micro-batch a step as DeepSpeed sees it: the engine scales by the whole step, and says when it ends
         "train_micro_batch_size_per_gpu": 1,
