@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+from fnmatch import fnmatch
 from pathlib import Path
+
+import pytest
 
 import mft
 
@@ -113,6 +116,15 @@ def test_entry_points_and_component_classes_import_nothing_heavy_at_the_top() ->
         if imported.split(".")[0] in HEAVY
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_folder_of_tests_is_collected(pytestconfig: pytest.Config) -> None:
+    passed_over = pytestconfig.getini("norecursedirs")
+    folders = {
+        part for path in Path(__file__).parent.rglob("test_*.py") for part in path.relative_to(ROOT.parent).parts
+    }
+    assert "dist" in folders
+    assert not [name for name in folders for pattern in passed_over if fnmatch(name, pattern)]
 
 
 def test_no_module_is_named_after_nothing() -> None:
