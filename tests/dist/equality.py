@@ -39,6 +39,15 @@ def differences(one: Path, two: Path, series: Sequence[str] = SERIES) -> dict[st
     return found
 
 
+def assert_gone_on(whole: Path, again: Path, steps: int) -> None:
+    """Asserts that a run which began at a checkpoint of `whole` after that many steps is the rest of it, to the bit."""
+    for name in ("train/loss", "grad_norm"):
+        assert logged(again, name) == logged(whole, name)[steps:]
+    first, second = weights(whole / "final"), weights(again / "final")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 DESCENT = (
     "optimizer.beta1=0.0",
     "optimizer.beta2=0.0",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,19 @@ class Tree:
         """Returns the folder of a run."""
         return self.root / f"{backend}-{case}"
 
-    def frozen(self, backend: str, case: str, overrides: Sequence[str], ranks: int = 2) -> Path:
-        """Freezes a run and returns its folder."""
+    def step(self, backend: str, case: str, number: int) -> Path:
+        """Returns the folder of a run's checkpoint."""
+        return self.folder(backend, case) / "checkpoints" / f"step-{number}"
+
+    def frozen(
+        self, backend: str, case: str, overrides: Sequence[str], ranks: int = 2, start: Path | None = None
+    ) -> Path:
+        """Freezes a run and returns its folder; start: a checkpoint that it is to go on from."""
         settings = [*self.data, f"dist={backend}", f"launch.nproc={ranks}", *FORCED.get(backend, []), *overrides]
-        return frozen(self.folder(backend, case), settings)
+        folder = frozen(self.folder(backend, case), settings)
+        if start:
+            shutil.copytree(start, folder / "checkpoints" / start.name)
+        return folder
 
 
 def write_tasks(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from mft.dist import pieces
 from mft.dist.pieces import Piece
 from mft.dist.whole import Ddp, Single
 from mft.errors import UserError
+from tests.dist.equality import assert_gone_on
 from tests.dist.ranks import run_ranks
 from tests.dist.runs import BACKENDS, LAYOUTS, Tree, largest, logged, play, weights
 from tests.dist.test_base import prepared, train, trained
@@ -42,21 +43,15 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
 
     def frozen(backend: str, peft: str, case: str, ranks: int, steps: int = 9, start: Path | None = None) -> Path:
         settings = (f"peft={peft}", *SETTINGS, f"train.max_steps={steps}", *DROPOUT.get(peft, ()))
-        folder = tree.frozen(backend, f"{peft}-{case}", settings, ranks)
-        if start:
-            shutil.copytree(start, folder / "checkpoints" / start.name)
-        return folder
-
-    def step(backend: str, case: str, number: int) -> Path:
-        return tree.folder(backend, case) / "checkpoints" / f"step-{number}"
+        return tree.frozen(backend, f"{peft}-{case}", settings, ranks, start)
 
     both = [(backend, peft) for backend in BACKENDS for peft in PEFTS]
     half = [tree.frozen(b, f"{p}-half", (f"peft={p}", *SETTINGS, "train.precision=bf16")) for b, p in HALF]
     run_ranks(2, play, [*(frozen(backend, peft, "whole", 2) for backend, peft in both), *half])
-    run_ranks(2, play, [frozen(b, p, "again", 2, start=step(b, f"{p}-whole", 3)) for b, p in both])
-    fewer = [frozen(b, p, "fewer", 1, 6, step(b, f"{p}-whole", 3)) for b, p in both if p not in DROPOUT]
+    run_ranks(2, play, [frozen(b, p, "again", 2, start=tree.step(b, f"{p}-whole", 3)) for b, p in both])
+    fewer = [frozen(b, p, "fewer", 1, 6, tree.step(b, f"{p}-whole", 3)) for b, p in both if p not in DROPOUT]
     run_ranks(1, play, fewer)
-    more = [frozen(b, "full", "more", 4, start=step(b, "full-fewer", 6)) for b in BACKENDS]
+    more = [frozen(b, "full", "more", 4, start=tree.step(b, "full-fewer", 6)) for b in BACKENDS]
     run_ranks(4, play, more)
     return tree
 
@@ -68,12 +63,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
 def test_on_the_same_layout_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     tree: Tree, backend: str, peft: str
 ) -> None:
-    whole, again = tree.folder(backend, f"{peft}-whole"), tree.folder(backend, f"{peft}-again")
-    assert logged(again, "train/loss") == logged(whole, "train/loss")[3:]
-    assert logged(again, "grad_norm") == logged(whole, "grad_norm")[3:]
-    first, second = weights(whole / "final"), weights(again / "final")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert_gone_on(tree.folder(backend, f"{peft}-whole"), tree.folder(backend, f"{peft}-again"), 3)
 
 
 @pytest.mark.slow
