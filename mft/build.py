@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from mft.config import Precision, batch_sizes, fast_precision
+from mft.config import batch_sizes, settled
 from mft.data.settings import LongSamples, Mixture
 from mft.data.task import all_tasks
 from mft.errors import UserError, nearest, shortened
@@ -209,7 +209,7 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
         )
     _check_rows(components["data.rows"], components["loss"], cfg.data.long_samples)
     components["model"].check_rows(components["data.rows"].several)
-    precision = fast_precision() if cfg.train.precision == Precision.auto else Precision(cfg.train.precision)
+    precision = settled(cfg.train.precision)
     peft.check_with(components["model"], precision.value)
     components["model"].check_precision(precision.value)
     for name in cfg.task:

@@ -269,6 +269,11 @@ def fast_precision() -> Precision:
     return Precision.fp16 if visible_gpus() else Precision.fp32
 
 
+def settled(precision: Precision | str) -> Precision:
+    """Returns train.precision with auto resolved for this machine."""
+    return fast_precision() if precision == Precision.auto else Precision(precision)
+
+
 def batch_sizes(train: Any, world: int) -> BatchSizes:
     """Derives accumulation from the global batch or the other way round.
 

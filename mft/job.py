@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft import rundir
 from mft.build import check, component
-from mft.config import LaunchMode, Precision, fast_precision, freeze, identity
+from mft.config import LaunchMode, freeze, identity, settled
 from mft.data.fingerprint import file_digests
 from mft.data.task import all_tasks
 from mft.data.template import is_file
@@ -81,8 +81,7 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     Reads the task files once to fingerprint them; loads no model and starts no process.
     """
     allow_targets = tuple(cfg.train.allow_targets)
-    if cfg.train.precision is Precision.auto:
-        cfg.train.precision = fast_precision()
+    cfg.train.precision = settled(cfg.train.precision)
     launch_settings: Any = OmegaConf.to_object(cfg.launch)
     launch_settings.check()
     world = ranks(share_of_gpus(cfg.launch.nproc, cfg.launch.jobs), cfg.launch.mode.value)

@@ -1,9 +1,8 @@
-"""The tokens that end an answer and that fill rows: which they are, and how a saved model says so."""
+"""The tokens that end an answer and that fill rows: which they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
@@ -71,28 +70,3 @@ def known_token(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> str
             f"{', '.join(dict.fromkeys(special)) or 'none'}{nearest(token, vocabulary)}"
         )
     return token
-
-
-def write(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Puts the tokenizer's EOS first among those by which the model saved in a folder stops, and its pad token there
-    where none is named; nothing in a folder without a model.
-
-    generate() of transformers, and vLLM, read generation_config.json, not the tokenizer: with the base's alone an
-    answer would run on over the end that was trained. The pad token stays out of config.json: there it is the row of
-    the embedding that is not trained.
-    """
-    from mft.model.folder import edit_json
-
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-
-    def stopped(values: dict[str, Any]) -> dict[str, Any]:
-        ids = [end, *(i for i in listed(values.get("eos_token_id")) if i != end)]
-        return values | {"eos_token_id": ids if len(ids) > 1 else end}
-
-    if (folder / "config.json").is_file():
-        edit_json(folder / "config.json", stopped)
-    if (folder / "generation_config.json").is_file():
-        edit_json(
-            folder / "generation_config.json",
-            lambda values: stopped(values) | ({"pad_token_id": pad} if values.get("pad_token_id") is None else {}),
-        )

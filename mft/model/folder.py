@@ -89,8 +89,31 @@ PART = "partial_rotary_factor"
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a tokenizer with its chat template, and its EOS into the configs of a model that is there already."""
     tokenizer.save_pretrained(str(folder))
-    ends.write(tokenizer, folder)
+    _write_ends(tokenizer, folder)
     edit_json(folder / "tokenizer_config.json", _former_tokenizer)
+
+
+def _write_ends(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Puts the tokenizer's EOS first among those by which the model saved in a folder stops, and its pad token there
+    where none is named; nothing in a folder without a model.
+
+    generate() of transformers, and vLLM, read generation_config.json, not the tokenizer: with the base's alone an
+    answer would run on over the end that was trained. The pad token stays out of config.json: there it is the row of
+    the embedding that is not trained.
+    """
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+
+    def stopped(values: dict[str, Any]) -> dict[str, Any]:
+        ids = [end, *(i for i in ends.listed(values.get("eos_token_id")) if i != end)]
+        return values | {"eos_token_id": ids if len(ids) > 1 else end}
+
+    if (folder / "config.json").is_file():
+        edit_json(folder / "config.json", stopped)
+    if (folder / "generation_config.json").is_file():
+        edit_json(
+            folder / "generation_config.json",
+            lambda values: stopped(values) | ({"pad_token_id": pad} if values.get("pad_token_id") is None else {}),
+        )
 
 
 def _former_tokenizer(values: dict[str, Any]) -> dict[str, Any]:

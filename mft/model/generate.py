@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from mft.batch import Message
 from mft.errors import UserError, shortened
 from mft.model.export import Origin
 from mft.model.family import CausalLM
+from mft.model.source import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -171,5 +171,5 @@ def saved_dtype(folder: Path) -> torch.dtype:
     """Returns the dtype a model folder's config names, float32 if none."""
     import torch
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")

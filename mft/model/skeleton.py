@@ -5,11 +5,11 @@ Building one takes a tenth of a second, whatever the model's size; the imports b
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
+from mft.model.source import read_config
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -45,10 +45,7 @@ def has_experts(family: CausalLM) -> bool:
     """Whether the config.json of a folder names routed experts; reads nothing else and imports nothing."""
 
     def named(values: dict[str, Any]) -> bool:
-        parts = [
-            value for value in values.values() if isinstance(value, dict)
-        ]  # of a model that also sees: text_config
+        parts = [value for value in values.values() if isinstance(value, dict)]  # text_config of one that also sees
         return any((values.get(key) or 0) > 1 for key in EXPERTS) or any(map(named, parts))
 
-    file = Path(family.source()) / "config.json"
-    return file.is_file() and named(json.loads(file.read_text(encoding="utf-8")))
+    return named(read_config(Path(family.source())))

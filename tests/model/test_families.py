@@ -12,13 +12,14 @@ import torch
 from mft.build import build
 from mft.compose import compose_resolved, group_options
 from mft.model.forward import TokenLoss
-from tests.model.families import FAMILIES, measure, tiny_model
+from tests.model.families import FAMILIES, OTHERS, measure, tiny_model
 
 EXACT = {"packed": 5e-6, "padded": 5e-6, "loss": 5e-6, "checkpointing": 1e-6, "4 bits": 5e-6, "saved": 5e-6}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
 def test_family(name: str, tmp_path: Path) -> None:
+    """OTHERS: models without a yaml, of which a few of different kinds are held to the same."""
     found = measure(name, tmp_path)
     assert {check: found[check] for check in EXACT if not found[check] < EXACT[check]} == {}
     assert all(found[peft] > 0 for peft in ("full", "lora", "qlora"))

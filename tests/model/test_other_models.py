@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,20 +15,10 @@ from mft.model.family import CausalLM
 from mft.model.forward import TokenLoss
 from mft.model.peft import Lora
 from mft.model.source import recurrent
-from tests.model.families import OTHERS, measure
 from tests.model.rows import alone, batch, inputs
-from tests.model.test_families import EXACT
 from tests.model.test_forward import V, small
 
 AUTO = CausalLM("mine")
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_trains_as_the_families_do(name: str, tmp_path: Path) -> None:
-    found = measure(name, tmp_path)
-    assert {check: found[check] for check in EXACT if not found[check] < EXACT[check]} == {}
-    assert all(found[peft] > 0 for peft in ("full", "lora", "qlora"))
-    assert found["mixed"] > 100 * EXACT["packed"]
 
 
 HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4}
