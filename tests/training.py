@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import shutil
@@ -46,6 +47,7 @@ def train(tmp_path: Path, cache_dir: Path, *overrides: str, out: str = "run") ->
     cfg = compose_resolved(given)
     checked = job.checked(cfg, given)
     chosen, _ = rundir.choose(folder, False, cfg.train.resume, checked.identity)
+    gc.freeze()  # what is imported by now, or the collector walks over it at the end of every run
     return job.run(checked, chosen, say=lambda text: None), chosen
 
 

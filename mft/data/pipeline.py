@@ -76,6 +76,7 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
         ThreadPoolExecutor(AHEAD) as pool,
     ):
         waiting: deque[tuple[list[Read], Future[list[Encoded]]]] = deque()
+        frozen = gc.get_freeze_count() > 0  # in a worker
         gc.freeze()  # or the collector walks over everything imported again and again, for the objects of the rows
         try:
             for batch in _batches(rows, found[1], encoder, settings, writer, {f: i for i, f in enumerate(files)}):
@@ -88,7 +89,8 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
                 keep(done, future.result())
                 show(writer)
         finally:
-            gc.unfreeze()
+            if not frozen:
+                gc.unfreeze()
             pool.shutdown(cancel_futures=True)
         writer.finish({"task": task.name, "format": format_name})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -111,6 +112,7 @@ def play(run_dirs: Sequence[Path]) -> None:
         for run_dir in run_dirs:
             status = run(OmegaConf.load(run_dir / "config.yaml"), run_dir, lambda: False)  # type: ignore[arg-type]
             assert status == "finished"
+            gc.freeze()  # what the run has imported, or the collector walks over it at the end of every further run
 
 
 def logged(run_dir: Path, name: str) -> list[float]:
