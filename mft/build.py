@@ -39,7 +39,9 @@ def component_class(node: Any, path: str, allowed: Sequence[str] = ALLOWED_TARGE
     """
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     if not isinstance(target, str):
-        raise UserError(f"{path} has no _target_: it names a component to build, got {shortened(node)}.")
+        raise UserError(
+            f"{path} has no _target_: it names a component to build, got {shortened(node)}. {_choose(path)}"
+        )
     if not target.startswith(tuple(allowed)):
         raise UserError(
             f"{path}._target_={target} may not be built: allowed are {', '.join(p + '*' for p in allowed)}; "
@@ -54,6 +56,14 @@ def component_class(node: Any, path: str, allowed: Sequence[str] = ALLOWED_TARGE
     if found is None:
         raise UserError(f"{path}._target_={target}: {module_name} has no {name}{nearest(name, vars(module))}")
     return found
+
+
+def _choose(path: str) -> str:
+    group = path.partition(".")[0]
+    if group == "task":
+        return "The yaml of a task begins with the line `# @package task.NAME` and holds _target_: mft.data.task.Task."
+    option = f"/{group}: NAME" if group != "tracking" else "/tracking: [NAME]"
+    return f"Choose one with {group}=NAME, or in a yaml with `defaults: [override {option}]`."
 
 
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
@@ -140,6 +150,8 @@ def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> Non
     paths, an attention that cannot run here), then what only the whole can tell.
     """
     allowed = (*ALLOWED_TARGETS, *allow_targets)
+    for path in component_paths(cfg):
+        component_class(OmegaConf.select(cfg, path), path, allowed)
     nodes = [pair for path in component_paths(cfg) for pair in _nodes(OmegaConf.select(cfg, path), path)]
     for path, node in nodes:
         cls = component_class(node, path, allowed)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from omegaconf import AnyNode, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mft.build import resolved
 from mft.config import config_dir, register, typed
 from mft.data.template import is_file
-from mft.errors import UserError, nearest
+from mft.errors import UserError, nearest, shortened
 
 
 def key_of(override: str) -> str:
@@ -27,7 +29,8 @@ def search_path(config_dirs: Sequence[Path]) -> list[str]:
     for folder in config_dirs:
         if not folder.is_dir():
             raise UserError(f"--config-dir {folder} is not a folder.")
-    return [f"hydra.searchpath=[{','.join('file://' + str(f.resolve()) for f in config_dirs)}]"] if config_dirs else []
+    quoted = ",".join("'file://" + str(folder.resolve()).replace("'", "\\'") + "'" for folder in config_dirs)
+    return [f"hydra.searchpath=[{quoted}]"] if config_dirs else []
 
 
 def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
@@ -35,19 +38,22 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
 
     Raises UserError for unknown groups, options and keys, and for values of the wrong type.
     """
-    from hydra.errors import HydraException
-
     register()
     search = search_path(config_dirs)
     try:
+        check_choices(overrides)
         return _compose([*search, *overrides])
-    except (HydraException, OmegaConfBaseException) as error:
+    except refusals() as error:
         raise UserError(explain(error, search, overrides)) from error
 
 
 def compose_resolved(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
     """Returns the composed config with every interpolation replaced and paths of the settings made absolute."""
-    return absolute_paths(typed(resolved(compose(overrides, config_dirs))))
+    cfg = resolved(compose(overrides, config_dirs))
+    try:
+        return absolute_paths(typed(cfg))
+    except refusals() as error:
+        raise UserError(explain(error, search_path(config_dirs), overrides)) from error
 
 
 def absolute_paths(cfg: DictConfig) -> DictConfig:
@@ -58,14 +64,20 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
             return path
         return os.path.abspath(os.path.expanduser(path))
 
+    def all_absolute(paths: Iterable[Any], key: str) -> list[str]:
+        paths = list(paths)
+        if wrong := [path for path in paths if not isinstance(path, str)]:
+            raise UserError(f"{key}: {shortened(wrong[0])} is no path; allowed: text, in quotes where it is a number.")
+        return [absolute(path) for path in paths]
+
     cfg.output_dir, cfg.cache_dir = absolute(cfg.output_dir), absolute(cfg.cache_dir)
-    cfg.data.paths = [absolute(path) for path in cfg.data.paths]
+    cfg.data.paths = all_absolute(cfg.data.paths, "data.paths")
     if is_file(cfg.data.template):
         cfg.data.template = absolute(cfg.data.template)
-    for task in cfg.task.values():
+    for name, task in cfg.task.items():
         for key in ("paths", "valid"):
             if isinstance(task, DictConfig) and OmegaConf.is_list(task.get(key)):
-                task[key] = [absolute(path) for path in task[key]]
+                task[key] = all_absolute(task[key], f"task.{name}.{key}")
     return cfg
 
 
@@ -97,32 +109,97 @@ def with_choices(cfg: DictConfig, groups: Mapping[str, Any]) -> DictConfig:
     return cfg
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """Returns what is raised while composing where the command line or a yaml is wrong; `explain` says it."""
+    from hydra.errors import HydraException
+
+    return HydraException, OmegaConfBaseException, YAMLError
+
+
+def check_choices(overrides: Sequence[str]) -> None:
+    """Raises UserError where a config group is given a number or null, at which Hydra itself ends in a traceback."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        group = override.key_or_group
+        if not (config_dir() / group).is_dir() or override.is_delete() or override.is_sweep_override():
+            continue
+        value = override.value()
+        if value is None or isinstance(value, int | float):
+            options = ", ".join(group_options(group))
+            raise UserError(
+                f"{override.input_line}: {group} takes the name of an option, or is left out. Allowed: {options}."
+            )
+
+
 def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -> str:
-    """Returns a sentence for what Hydra or OmegaConf said: the key, what is allowed, the nearest match."""
+    """Returns a sentence for what was refused while composing: the key, what is allowed, the nearest match."""
+    if isinstance(error, YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        place = f"{mark.name}:{mark.line + 1}: " if mark else ""
+        return f"{place}is not YAML: {getattr(error, 'problem', None) or error}."
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
+    if (unread := getattr(error, "override", None)) is not None:
+        return (
+            f"{unread}: cannot be read ({text.splitlines()[0].strip()}). Brackets and quotes must be closed; text that "
+            'holds brackets, commas or = stands in quotes of its own: \'data.paths=["a,b","c=d"]\'.'
+        )
+    if match := re.search(r"Ambiguous value for argument '(([^=]+)=(.*))'", text):
+        given, key, values = match.groups()
+        return f"{given}: several values are a sweep, mft train -m {given}; a list is written {key}=[{values}]."
+    if match := re.search(r"Multiple values for ([^.]+)\.|(\S+) appears more than once", text):
+        group = match.group(1) or match.group(2)
+        return f"+{group}: an option of this group is chosen already; write {group}=… without the plus."
     if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
-        return _missing_option(match.group(1))
+        return _missing_option(match.group(1), search)
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match.group(1).removeprefix("/"), search, overrides)
-    if match := re.search(r"Error merging override ([^=\s]+)", text):
-        name = match.group(1)
-        reason = next((line for line in text.splitlines() if "Value" in line or "Invalid" in line), "")
-        given = next((o for o in overrides if key_of(o) == name), name)
-        return f"{given}: {reason.strip()}" if reason else _unknown_key(name, search, overrides)
+    reason = next((line.strip() for line in text.splitlines() if re.search(REASON, line)), "")
+    reason = next((sentence for said, sentence in PLAINER.items() if said in reason), reason)
+    if match := re.search(r"In '([^']+)': \w+ raised", text):
+        return _wrong_yaml(match.group(1), text, reason, search, overrides)
+    if match := re.search(r"Error merging override (.+)", text):
+        given = match.group(1)
+        return f"{given}: {reason}" if reason else _unknown_key(key_of(given), search, overrides)
     if match := re.search(r"full_key: (\S+)", text):
-        value = next((o.split("=", 1)[1] for o in overrides if key_of(o) == match.group(1)), None)
-        reason = next(
-            (line for line in text.splitlines() if "Value" in line or "Invalid" in line), text.splitlines()[0]
-        )
-        given = f"{match.group(1)}={value}" if value is not None else match.group(1)
-        return f"{given}: {reason.strip()}"
+        name = match.group(1)
+        if "not in '" in text:
+            return _unknown_key(name, search, overrides)
+        value = next((o.split("=", 1)[1] for o in overrides if key_of(o) == name), None)
+        return f"{name if value is None else f'{name}={value}'}: {reason or text.splitlines()[0]}"
     return text.strip()
 
 
-def _missing_option(option: str) -> str:
+REASON = r"Value '|Invalid (value|type)|is not Optional|does not support deletion|Cannot (merge|convert 'list')"
+"""Lines in which OmegaConf says what is wrong with a value."""
+
+PLAINER = {
+    "Invalid value assigned": "is no list; a list is written [a,b]",
+    "DictConfig with ListConfig": "is no list; a list is written [a,b]",
+    "is not Optional": "must not be null",
+    "does not support deletion": "a setting cannot be taken out; leave it as it is, or give it a value",
+}
+"""Part of such a line → what a person reads instead."""
+
+
+def _wrong_yaml(name: str, text: str, reason: str, search: Sequence[str], overrides: Sequence[str]) -> str:
+    """`experiment/mine`: a yaml that does not fit into the config."""
+    group = name.partition("/")[0]
+    match = re.search(r"full_key: (\S+)", text)
+    key = match.group(1) if match else ""
+    if key == group != "task" and "not in '" in text:
+        return f"{name}.yaml: its first line must be `# @package _global_`."
+    if "not in '" in text:
+        return f"{name}.yaml: {_unknown_key(key, search, [o for o in overrides if key_of(o) != group])}"
+    return f"{name}.yaml: {key}: {reason}" if key and reason else f"{name}.yaml: holds no keys of the config."
+
+
+def _missing_option(option: str, search: Sequence[str]) -> str:
     """`peft/lroa`: names the group's options and the nearest one."""
     group, _, name = option.rpartition("/")
-    options = group_options(group)
+    found = [path for override in search for path in re.findall(r"'file://((?:[^'\\]|\\.)+)'", override)]
+    folders = [Path(path.replace("\\'", "'")) for path in found]
+    options = group_options(group, folders)
     more = (
         " A yaml of your own goes into task/ under --config-dir; folders need none: data.paths=[…]."
         if group == "task"
@@ -133,14 +210,15 @@ def _missing_option(option: str) -> str:
     return f"{group}={name}: there is no {name!r} in the config group {group!r}{hint}{allowed}{more}"
 
 
-def group_options(group: str) -> list[str]:
-    """Returns the options of a config group in conf/; `base` holds what options share and is none."""
-    return [path.stem for path in sorted((config_dir() / group).glob("*.yaml")) if path.stem != "base"]
+def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
+    """Returns the options of a config group in conf/ and `folders`; `base` holds what options share and is none."""
+    found = {path.stem for folder in (config_dir(), *folders) for path in (folder / group).glob("*.yaml")}
+    return sorted(found - {"base"})
 
 
 def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> str:
     """`peft.rnk`: composes without the wrong override to see which keys its node has."""
-    rest = [o for o in overrides if key_of(o).split("@")[0] != key]
+    rest = [o for o in overrides if key_of(o).split("@")[0] != key.split("@")[0]]
     try:
         cfg: Any = _compose([*search, *rest])
     except Exception:
@@ -160,12 +238,26 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
         return f"{key} is a group of keys ({known}); a new one is added with +{key}.NAME=…"
     wrong = key.split(".")[len(path)]
     keys = [str(k) for k in node if not str(k).startswith("_")]
+    if path == ["task"]:
+        return (
+            f"{key}: no task {wrong!r} is chosen{nearest(wrong, keys) or '.'} Chosen: {', '.join(keys) or 'none'}; "
+            "task=[NAME] chooses one that has a yaml, and a folder of data.paths has no settings of its own."
+        )
     groups = [p.name for p in config_dir().iterdir() if p.is_dir()] if not path else []
     options = [*keys, *(g for g in groups if g not in keys)]
     where = f"{'.'.join(path)} has" if path else "the config has"
-    if not path and (deep := [p for p in _all_keys(cfg) if p.rsplit(".", 1)[-1] == wrong]):
-        return f"{key}: {where} no key {wrong!r}; did you mean {deep[0]}?"
-    return f"{key}: {where} no key {wrong!r}{nearest(wrong, options) or '.'} Allowed: {', '.join(options) or 'none'}."
+    hint = nearest(wrong, options) or _elsewhere(wrong, cfg, similar=not path) or "."
+    return f"{key}: {where} no key {wrong!r}{hint} Allowed: {', '.join(options) or 'none'}."
+
+
+def _elsewhere(wrong: str, cfg: DictConfig, similar: bool) -> str:
+    """Returns "; did you mean optimizer.lr?" where a key of this name (or one like it) stands in another place."""
+    places: dict[str, str] = {}
+    for path in _all_keys(cfg):
+        places.setdefault(path.rsplit(".", 1)[-1], path)
+    close = get_close_matches(wrong, places, n=1, cutoff=0.75) if similar else []
+    name = wrong if wrong in places else next(iter(close), None)
+    return f"; did you mean {places[name]}?" if name else ""
 
 
 def _all_keys(node: Any, prefix: str = "") -> list[str]:

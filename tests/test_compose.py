@@ -32,6 +32,22 @@ def message(*overrides: str, world: int = 1) -> str:
         ("train.precision=bf61", ["train.precision", "bf16"]),
         ("name.x=1", ["name", "no keys below"]),
         ("train={steps: 3}", ["train", "+train.NAME"]),
+        ("epocs=1", ["epocs", "did you mean train.epochs?"]),
+        ("train.seq_length=64", ["train.seq_length", "did you mean data.seq_length?"]),
+        ("+train.fast=1", ["train.fast", "did you mean fail_fast?"]),
+        ("+nme=1", ["nme", "did you mean name?"]),
+        ("peft=3", ["peft=3", "full, lora, qlora"]),
+        ("peft=null", ["peft=null", "full, lora, qlora"]),
+        ("+loss=coba", ["+loss", "loss=… without the plus"]),
+        ("peft=lora,qlora", ["mft train -m peft=lora,qlora", "peft=[lora,qlora]"]),
+        ("data.paths=here", ["data.paths=here", "[a,b]"]),
+        ("data.paths=[here", ["data.paths=[here", "quotes"]),
+        ("data.paths=[[here]]", ["data.paths", "['here'] is no path"]),
+        ("data.paths=null", ["data.paths=null", "must not be null"]),
+        ("name=[a]", ["name=[a]", "string"]),
+        ("~train.epochs", ["~train.epochs", "cannot be taken out"]),
+        ("~peft", ["peft", "Choose one with peft=NAME"]),
+        ("task.sql.weight=2", ["task.sql.weight", "Chosen: none", "data.paths"]),
         ("loss.gamma_by_task.sql=1.5", ["loss.gamma_by_task is null so far", "+loss.gamma_by_task.sql=…"]),
     ],
 )
@@ -103,6 +119,35 @@ def test_a_task_yaml_of_ones_own_config_dir_is_found(tmp_path: Path) -> None:
     assert cfg.task.sql.paths == ["/data/sql"] and "docstring" in cfg.task
     with pytest.raises(UserError, match="not a folder"):
         compose_resolved([], [tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize(
+    "yaml, parts",
+    [
+        ("# @package _global_\ntrain:\n  max_stesp: 3\n", ["experiment/it.yaml", "did you mean max_steps?"]),
+        ("# @package _global_\ntrain:\n  max_steps: ten\n", ["experiment/it.yaml: train.max_steps", "Integer"]),
+        ("# @package _global_\npeft: lora\n", ["peft", "got 'lora'", "override /peft: NAME"]),
+        ("train:\n  max_steps: 3\n", ["experiment/it.yaml", "`# @package _global_`"]),
+        ("# @package _global_\n- train\n", ["experiment/it.yaml", "no keys"]),
+        ("train: [1\nname: a", ["experiment/it.yaml:2", "is not YAML"]),
+    ],
+)
+def test_a_wrong_yaml_of_ones_own_is_named(yaml: str, parts: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "it's a=b, [c]"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "it.yaml").write_text(yaml)
+    with pytest.raises(UserError) as caught:
+        check(compose_resolved(["model=tiny", "experiment=it"], [folder]), world=1)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    with pytest.raises(UserError, match=r"did you mean it\?.*Allowed: demo, .*it"):
+        compose_resolved(["experiment=iit"], [folder])
+
+
+def test_a_task_yaml_without_its_first_line_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "sql.yaml").write_text("_target_: mft.data.task.Task\npaths: [/data/sql]\n")
+    with pytest.raises(UserError, match=r"begins with the line `# @package task\.NAME`"):
+        check(compose_resolved(["model=tiny", "task=sql"], [tmp_path]), world=1)
 
 
 def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

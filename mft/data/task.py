@@ -44,13 +44,13 @@ class Task:
         existing name beside it), a folder without a data file, a file named twice.
         """
         if not self.paths:
-            raise UserError(f"task.{self.name}.paths: is empty; allowed: folders with {_ENDINGS} files, or such files")
+            raise UserError(f"{self._at('paths')}: is empty; allowed: folders with {_ENDINGS} files, or such files")
         files = self._files("paths") + self._files("valid")
         seen: set[str] = set()
         for file in files:
             real = str(file) if hub.is_name(file) else os.path.realpath(file)
             if real in seen:
-                raise UserError(f"task.{self.name}.paths: {file} is named twice; its rows would count double")
+                raise UserError(f"{self._at('paths')}: {file} is named twice; its rows would count double")
             seen.add(real)
         return files
 
@@ -97,7 +97,7 @@ class Task:
         if path.is_file():
             return [path]
         if not path.is_dir():
-            raise UserError(f"task.{self.name}.{key}: {path} does not exist{_beside(path)}{self._advice()}")
+            raise UserError(f"{self._at(key)}: {path} does not exist{_beside(path)}{self._advice()}")
         files: list[Path] = []
         others: set[str] = set()
         visited: set[str] = set()
@@ -114,14 +114,26 @@ class Task:
                     others.add(os.path.splitext(name)[1].lower() or name)
         if not files:
             found = f" (it holds: {', '.join(sorted(others)[:8])})" if others else " (it is empty)"
-            raise UserError(f"task.{self.name}.{key}: no {_ENDINGS} file in the folder {path}{found}{self._advice()}")
+            raise UserError(f"{self._at(key)}: no {_ENDINGS} file in the folder {path}{found}{self._advice()}")
         return sorted(files)
 
     def _unreadable(self, error: OSError) -> None:
-        raise UserError(f"task.{self.name}.paths: {error.filename} cannot be read: {error.strerror}") from error
+        raise UserError(f"{self._at('paths')}: {error.filename} cannot be read: {error.strerror}") from error
+
+    def _at(self, key: str) -> str:
+        """Returns where the config says it."""
+        return f"task.{self.name}.{key}"
 
     def _advice(self) -> str:
         return f"; {self.hint}" if self.hint else ""
+
+
+@dataclass
+class FolderTask(Task):
+    """A task that one of `data.paths` makes."""
+
+    def _at(self, key: str) -> str:
+        return "data.paths"
 
 
 def all_tasks(chosen: Mapping[str, Task], paths: Sequence[str]) -> list[Task]:
@@ -150,7 +162,7 @@ def tasks_from_paths(paths: Sequence[str], taken: Sequence[Task], format: Format
     taken: the tasks there already are. Raises UserError with both origins where a name comes twice.
     """
     origins = {task.name: f"task.{task.name} ({', '.join(task.paths)})" for task in taken}
-    tasks = []
+    tasks: list[Task] = []
     for path in paths:
         place = Path(os.path.normpath(Path(path).expanduser().absolute()))
         name = hub.task_name(path) if hub.is_name(path) else stem(place)
@@ -160,7 +172,7 @@ def tasks_from_paths(paths: Sequence[str], taken: Sequence[Task], format: Format
                 "or choose one of them"
             )
         origins[name] = f"data.paths ({path})"
-        tasks.append(Task(name=name, paths=[str(path)], format=format or Auto()))
+        tasks.append(FolderTask(name=name, paths=[str(path)], format=format or Auto()))
     return tasks
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mft import rundir
-from mft.compose import explain, key_of, search_path
+from mft.compose import check_choices, explain, key_of, refusals, search_path
 from mft.config import CANNOT_CHANGE_THE_RESULT, config_dir, register, under
 from mft.errors import UserError
 
@@ -38,8 +38,6 @@ def through_hydra(
     """Serves what needs Hydra's own application: `-m` (plugins call `mft.sweep`), `--cfg`, `--info`, `--hydra-help`."""
     import hydra
     from hydra.core.plugins import Plugins
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     from hydra_plugins.mft_sweepers import grids_are_ours
 
@@ -59,6 +57,7 @@ def through_hydra(
     kept_argv, kept_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting, so that we can say it better
     try:
+        check_choices(overrides)
         ours = []
         if "-m" in flags or "--multirun" in flags:
             ours = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
@@ -66,7 +65,7 @@ def through_hydra(
         hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")(run_one)()
     except Shown:
         pass
-    except (HydraException, OmegaConfBaseException) as error:
+    except refusals() as error:
         raise UserError(explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
     finally:
         sys.argv = kept_argv

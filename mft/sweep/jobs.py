@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mft import job, rundir
 from mft.build import component, resolved
-from mft.compose import absolute_paths, explain, key_of, without_hydra
+from mft.compose import absolute_paths, check_choices, explain, key_of, refusals, without_hydra
 from mft.config import LaunchMode, typed
 from mft.errors import UserError
 from mft.launch import Stopped, place
@@ -45,17 +45,17 @@ class Composer:
 
     def job(self, overrides: Sequence[str]) -> job.Job:
         """Returns the checked job of these overrides; UserError that names it if it cannot run."""
-        from hydra.errors import HydraException
-
         label = self.label(overrides)
         try:
+            check_choices(overrides)
             composed = self.composed(overrides)
             if composed.launch.get("nnodes", 1) > 1:
                 raise UserError("a sweep runs on one machine; launch.nnodes is for one run on several.")
             ours = [o for o in overrides if key_of(o) != "sweep"]
             return job.checked(absolute_paths(typed(resolved(composed))), ours, label, self.starts)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(f"job {label}: {explain(error, [], overrides)}") from error
+        except refusals() as error:
+            search = [o for o in self.cfg.hydra.overrides.hydra if key_of(o) == "hydra.searchpath"]
+            raise UserError(f"job {label}: {explain(error, search, overrides)}") from error
         except UserError as error:
             raise UserError(f"job {label}: {error}") from error
 
