@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from mft.answers import read_prompts
 from mft.data.settings import DataSettings
 from mft.errors import UserError
 from mft.machine import computes_in_bf16, visible_gpus
@@ -73,23 +75,23 @@ class Train:
 
     def check(self) -> None:
         """Raises UserError for values that types alone cannot refuse."""
-        for key in (
-            "max_steps",
-            "eval_samples",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "keep",
-            "early_stopping_stall_num",
-            "prune_after",
-        ):
+        may_be_null = ("max_steps", "eval_samples", "eval_every", "save_every", "keep")
+        for key in (*may_be_null, "log_every", "early_stopping_stall_num", "prune_after", "prompts_max_new_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:
-                raise UserError(f"train.{key}={value} must be at least 1{'' if key == 'log_every' else ', or null'}.")
+                raise UserError(f"train.{key}={value} must be at least 1{', or null' if key in may_be_null else ''}.")
         if self.skip_nonfinite_steps < 0:
             raise UserError(f"train.skip_nonfinite_steps={self.skip_nonfinite_steps} must be 0 (stop at once) or more.")
-        if not self.epochs > 0:
-            raise UserError(f"train.epochs={self.epochs} must be above 0.")
+        if not 0 < self.epochs < math.inf:
+            raise UserError(f"train.epochs={self.epochs} must be above 0 and finite.")
+        for key, without in (("max_grad_norm", "no clipping"), ("peak_tflops", "known GPUs only")):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise UserError(f"train.{key}={value} must be above 0, or null ({without}).")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"train.seed={self.seed} must be 0 or more, and below 2**63.")
+        if self.prompts:
+            read_prompts(Path(self.prompts))
 
 
 @dataclass

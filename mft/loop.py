@@ -189,7 +189,10 @@ def repeated(t: Training, batches: Sequence[Batch]) -> torch.Tensor:
 
 
 def validate(t: Training) -> bool:
-    """Validates every task, logs it, keeps count of the best and of the stall; returns whether it is the best yet."""
+    """Validates every task, logs it, keeps count of the best and of the stall; returns whether it is the best yet.
+
+    Raises UserError, on all ranks, where no task's loss is finite.
+    """
     state = t.state
     with t.progress.validating():
         losses = t.validation.by_name(t.module)
@@ -205,6 +208,11 @@ def validate(t: Training) -> bool:
             state.task_best_loss[name], state.task_best_step[name] = loss, state.step
     t.tracker.log(state.step, values)
     t.progress.validated(state.step, losses)
+    if not any(math.isfinite(loss) for loss in losses.values()):
+        raise UserError(
+            f"The validation after step {state.step} has no finite loss for any task: the weights are no longer of "
+            "use and were not saved. A lower optimizer.lr, longer scheduler.warmup or train.precision=fp32 often helps."
+        )
     state.first_valid = state.first_valid or losses
     state.last_valid, state.valid_step = losses, state.step
     if judged < state.best_loss:

@@ -51,8 +51,8 @@ class Adam:
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"optimizer.{key} is {getattr(self, key)}; it must be 0 or larger and below 1")
         for key in ("eps", "weight_decay"):
-            if not getattr(self, key) >= 0:
-                raise UserError(f"optimizer.{key} is {getattr(self, key)}; it must be 0 or larger")
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UserError(f"optimizer.{key} is {getattr(self, key)}; it must be 0 or larger, and finite")
 
     def base_lr(self, default_lr: float) -> float:
         """Returns the peak learning rate: `lr`, or what the peft mode suggests when it is null."""

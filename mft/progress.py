@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from mft.metrics import mean_of_tasks
+
 
 class Silent:
     """The progress of ranks other than 0: says nothing."""
@@ -118,6 +120,6 @@ def losses_table(
     for name in last:
         row(name, first.get(name, float("nan")), last[name], best.get(name, float("nan")))
     if len(last) > 1:
-        means = [sum(losses.values()) / max(1, len(losses)) for losses in (first, last, best)]
+        means = [mean_of_tasks(losses) for losses in (first, last, best)]
         row("mean", means[0], means[1], means[2], style="bold")
     return table

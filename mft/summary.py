@@ -76,10 +76,12 @@ def show(summary: dict[str, Any], t: Training, run_dir: Path) -> None:
     progress.show(settings_table(rows, f"{summary['status']} after {summary['steps']} steps"))
 
 
-def _losses(by_task: dict[str, float]) -> dict[str, float]:
-    named = {f"valid/loss/{name}": value for name, value in by_task.items()}
-    mean = mean_of_tasks(by_task)
-    return named if math.isnan(mean) else {"valid/loss": mean} | named
+def _losses(by_task: dict[str, float]) -> dict[str, float | None]:
+    """Returns the losses by the names they have in metrics.jsonl; null where one is not finite, as there."""
+    if not by_task:
+        return {}
+    named = {"valid/loss": mean_of_tasks(by_task)} | {f"valid/loss/{name}": value for name, value in by_task.items()}
+    return {name: value if math.isfinite(value) else None for name, value in named.items()}
 
 
 def _best(t: Training) -> dict[str, Any]:

@@ -54,6 +54,27 @@ def test_counted_samples_are_judged_by_the_same_rule() -> None:
         check_validation(Train(), Coba(), {"a": 0, "b": 0})
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "epochs=inf",
+        "max_grad_norm=0",
+        "max_grad_norm=-1",
+        "max_grad_norm=nan",
+        "peak_tflops=-1",
+        "prompts_max_new_tokens=0",
+        "seed=-1",
+        "seed=99999999999999999999",
+        "early_stopping_stall_num=0",
+        "prompts=/nowhere.jsonl",
+    ],
+)
+def test_settings_no_run_could_work_with_are_refused(rows: Path, setting: str) -> None:
+    key = setting.partition("=")[0]
+    with pytest.raises(UserError, match=rf"^train\.{key}="):
+        checked(rows, f"data.paths=[{rows / 'naming'}]", f"train.{setting}")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_that_need_validation_are_those_that_probe(mode: str) -> None:
     loss = made(mode)

@@ -72,6 +72,14 @@ def settings(model: Path, task: Path) -> list[str]:
     ]
 
 
+def test_weights_that_the_last_step_spoilt_are_not_saved(tmp_path: Path, cache_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"after step 1 has no finite loss for any task"):
+        train(tmp_path, cache_dir, "train.max_steps=1", "optimizer.lr=1e30")
+    run_dir = tmp_path / "run"
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "failed"
+    assert not (run_dir / "final").exists() and not complete_steps(run_dir / "checkpoints")
+
+
 @pytest.mark.filterwarnings("ignore:Step")
 def test_non_finite_steps_are_passed_over_and_counted(poisoned: Path, tmp_path: Path, cache_dir: Path) -> None:
     given = settings(poisoned, odd_task(tmp_path / "odd"))

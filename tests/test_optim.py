@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,9 @@ def test_nothing_trained_is_told():
         AdamW().build(net.named_parameters(), 1e-4)
 
 
-@pytest.mark.parametrize("values", [{"lr": 0.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"eps": -1.0}, {"weight_decay": -1}])
+@pytest.mark.parametrize(
+    "values", [{"lr": 0.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"eps": -1.0}, {"weight_decay": -1}, {"eps": math.inf}]
+)
 def test_impossible_values_are_told(values):
     ((key, value),) = values.items()
     with pytest.raises(UserError, match=rf"optimizer\.{key} is {value}"):

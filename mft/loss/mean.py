@@ -66,9 +66,9 @@ def present_weights(weight_K: torch.Tensor, present_K: torch.Tensor, names: Sequ
 
     weight_K, present_K = weight_K.double().cpu(), present_K.cpu()
     weight_K = torch.where(present_K, weight_K, torch.zeros_like(weight_K))
-    total = float(weight_K.sum())
-    if total > 0:
-        return weight_K / total
+    if float(weight_K.max()) > 0:
+        weight_K = weight_K / weight_K.max()  # first: the sum of the largest numbers there are would be inf
+        return weight_K / weight_K.sum()
     if bool(present_K.any()):
         here = ", ".join(f"task.{name}.weight" for name, there in zip(names, present_K.tolist(), strict=True) if there)
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ def check(lora: Lora) -> None:
     """Raises UserError for values that no model can take."""
     if lora.rank < 1:
         raise UserError(f"peft.rank={lora.rank} must be at least 1")
+    if not 0 < lora.alpha < math.inf:
+        raise UserError(f"peft.alpha={lora.alpha} must be above 0 and finite: the update is scaled by alpha / rank")
     if not 0 <= lora.dropout < 1:
         raise UserError(f"peft.dropout={lora.dropout} must be at least 0 and below 1")
     _check_targets(lora.targets)

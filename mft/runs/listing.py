@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -120,7 +121,11 @@ def show(args: Sequence[str]) -> None:
     console.print(settings_table(changed, "changed from the defaults (dim: the default)"))
     prefix = "valid/loss/"
     first, last, best = (
-        {k.removeprefix(prefix): v for k, v in summary.get(part, {}).items() if k.startswith(prefix)}
+        {
+            key.removeprefix(prefix): math.inf if loss is None else loss
+            for key, loss in summary.get(part, {}).items()
+            if key.startswith(prefix)
+        }
         for part in ("first", "last", "best")
     )
     if last:

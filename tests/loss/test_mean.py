@@ -25,6 +25,8 @@ def two_by_four():
         (TaskTokenMean, [3, 1], 0.75 * 2 + 0.25 * 8),
         (TaskSampleMean, [1, 1], (2 + 8) / 2),
         (TaskTokenMean, [0, 2], 8),
+        (TaskTokenMean, [1e308, 1e308], 5),
+        (TaskSampleMean, [1e308, 1.0], 2),
     ],
 )
 def test_two_by_four_by_hand(kind, weights, expected):

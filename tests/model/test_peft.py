@@ -83,6 +83,7 @@ def test_quantization_settings() -> None:
     ("peft", "message"),
     [
         (Lora(rank=0), "peft.rank=0"),
+        (Lora(alpha=0.0), "peft.alpha=0.0"),
         (Lora(dropout=1.0), "peft.dropout=1.0"),
         (Lora(targets="(q"), "not a regular expression"),
         (Lora(targets=[]), "must be a list of module names"),
