@@ -73,7 +73,7 @@ class Answers:
                 *(said[number] for said in self.said.values()),
                 prompt.expected,
             ]
-            table.add_row(prompt.task, *(Text(_first_lines(cell)) for cell in cells))
+            table.add_row(Text(prompt.task), *(Text(_first_lines(cell)) for cell in cells))
         return table
 
     def write(self, path: Path) -> None:

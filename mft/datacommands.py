@@ -86,7 +86,7 @@ def report(args: list[str]) -> None:
         console.print(table)
     console.print(mixture.table(mixed, found.settings))
     for note in account.notes(known.stores, known.names):
-        console.print(note)
+        console.print(note, markup=False)
     given = any(key_of(arg) == "output_dir" for arg in args)
     folder = Path(found.cfg.output_dir) / "report" if given else Path(found.cfg.output_dir).parent / "data"
     known.write_report(folder)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -18,6 +20,17 @@ def nearest(value: object, allowed: Iterable[object]) -> str:
     options = [str(option) for option in allowed]
     matches = difflib.get_close_matches(str(value), options, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def writable(folder: Path, key: str) -> Path:
+    """Returns a folder, made where it is not there; UserError names its config key where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: the folder {folder} cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: the folder {folder} cannot be written to: permission denied.")
+    return folder
 
 
 def shortened(value: object, limit: int = 80) -> str:

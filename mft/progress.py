@@ -61,7 +61,7 @@ class Terminal(Silent):
         self.task = self.bar.add_task("training", total=None, numbers="")
 
     def show(self, renderable: Any) -> None:
-        self.console.print(renderable)
+        self.console.print(renderable, markup=False)
 
     def start(self, done: int, total: int) -> None:
         self.total = total
@@ -83,23 +83,27 @@ class Terminal(Silent):
         self.bar.update(self.task, description="training")
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
-        self._line(step, f"[bold]valid {sum(losses.values()) / len(losses):.3f}[/]", losses, "")
+        self._line(step, f"valid {sum(losses.values()) / len(losses):.3f}", losses, "", "bold")
 
-    def _line(self, step: int, numbers: str, losses: Mapping[str, float], prefix: str) -> None:
+    def _line(self, step: int, numbers: str, losses: Mapping[str, float], prefix: str, style: str = "") -> None:
+        from rich.text import Text
+
         by_task = " · ".join(f"{name} {losses[prefix + name]:.3f}" for name in self.names if prefix + name in losses)
-        self.console.print(f"step {step:>{len(str(self.total))}}/{self.total}  {numbers}  [dim]{by_task}[/]")
+        at = f"step {step:>{len(str(self.total))}}/{self.total}  "
+        self.console.print(Text.assemble(at, (numbers, style), "  ", (by_task, "dim")))
 
     def close(self) -> None:
         self.bar.stop()
 
 
 def settings_table(rows: Sequence[tuple[str, Any]], title: str) -> Any:
-    """Returns a two-column rich table of names and values."""
+    """Returns a two-column rich table of names and values, which may be rich texts."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, show_header=False, title_justify="left", box=None, padding=(0, 2))
+    table = Table(title=Text(title, style="italic"), show_header=False, title_justify="left", box=None, padding=(0, 2))
     for name, value in rows:
-        table.add_row(f"[dim]{name}[/]", str(value))
+        table.add_row(Text(name, style="dim"), value if isinstance(value, Text) else Text(str(value)))
     return table
 
 
@@ -108,6 +112,7 @@ def losses_table(
 ) -> Any:
     """Returns the table at the end of a run: per task the first, last and best validation loss (nats per token)."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="Validation loss per task (nats per token)", title_justify="left")
     table.add_column("task")
@@ -115,7 +120,7 @@ def losses_table(
         table.add_column(column, justify="right")
 
     def row(name: str, a: float, b: float, c: float, style: str = "") -> None:
-        table.add_row(name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{c:.3f}", style=style)
+        table.add_row(Text(name), f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{c:.3f}", style=style)
 
     for name in last:
         row(name, first.get(name, float("nan")), last[name], best.get(name, float("nan")))

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mft.errors import UserError
+from mft.errors import UserError, writable
 
 LOCK = ".lock"
 
@@ -111,9 +111,8 @@ def is_finished(run_dir: Path, identity: Identity) -> bool:
 
 
 def lock(run_dir: Path) -> FileLock:
-    """Takes the run folder for this process; UserError when another process is writing it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    taken = FileLock(run_dir / LOCK)
+    """Takes the run folder for this process; UserError when another process is writing it, or none can."""
+    taken = FileLock(writable(run_dir, "output_dir") / LOCK)
     try:
         taken.acquire(timeout=0)
     except Timeout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,9 @@ def show(summary: dict[str, Any], t: Training, run_dir: Path) -> None:
     rows = [("run folder", folder)]
     if summary["final"]:
         rows.append(("model", f"{folder}/final"))
-        rows.append(("ask it", f'mft generate {folder} "Write a function that reverses a list."'))
+        rows.append(("ask it", f'mft generate {shlex.quote(folder)} "Write a function that reverses a list."'))
         if (run_dir / "final" / "adapter_config.json").exists():
-            rows.append(("merge it", f"mft merge {folder}"))
+            rows.append(("merge it", f"mft merge {shlex.quote(folder)}"))
     if summary["best_checkpoint"]:
         rows.append(("best checkpoint", _shown(Path(summary["best_checkpoint"]))))
     if summary["status"] == "stopped":

@@ -129,6 +129,7 @@ def account(samples: Samples, names: Sequence[str], streams: Streams, epochs: fl
 def table(accounts: dict[str, dict[str, Any]], settings: DataSettings) -> Table:
     """Returns a line for each task of what `account` says."""
     from rich.table import Table
+    from rich.text import Text
 
     kind = Mixture(settings.mixture)
     how = kind.value if kind is Mixture.natural else f"{kind.value}, by {MixtureBy(settings.mixture_by).value}"
@@ -138,5 +139,5 @@ def table(accounts: dict[str, dict[str, Any]], settings: DataSettings) -> Table:
         result.add_column(header, justify="right", no_wrap=True)
     for name, a in accounts.items():
         shares = (f"{100 * a[k]:.1f}" for k in ("natural_share", "share", "trained_share"))
-        result.add_row(name, f"{a['samples']:,}", *shares, f"{a['epochs']:.2f}")
+        result.add_row(Text(name), f"{a['samples']:,}", *shares, f"{a['epochs']:.2f}")
     return result

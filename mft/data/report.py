@@ -29,6 +29,7 @@ def tables(stores: Sequence[Store], names: Sequence[str]) -> list[Table]:
     rows = kept + dropped in every line. Both fit into 80 columns: two tables, and names and reasons go on below.
     """
     from rich.table import Table
+    from rich.text import Text
 
     reports = [store.report for store in stores]
     rows, tokens = Table(title="rows", title_justify="left"), Table(title="tokens", title_justify="left")
@@ -50,10 +51,10 @@ def tables(stores: Sequence[Store], names: Sequence[str]) -> list[Table]:
             rows.add_section()
             tokens.add_section()
         counts = (report["rows"], report["kept"], *(report["splits"][split] for split in splits))
-        rows.add_row(name, report["format"], *(f"{count:,}" for count in counts), _lost(report))
+        rows.add_row(Text(name), report["format"], *(f"{count:,}" for count in counts), _lost(report))
         percent = f"{100 * report['trained_tokens'] / max(1, report['tokens']):.0f}"
         lengths = (f"{length[key]:,.0f}" if key in length else "" for key in ("mean", "p50", "p95", "max"))
-        tokens.add_row(name, f"{report['tokens']:,}", f"{report['trained_tokens']:,}", percent, *lengths)
+        tokens.add_row(Text(name), f"{report['tokens']:,}", f"{report['trained_tokens']:,}", percent, *lengths)
     return [rows, tokens]
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mft.errors import UserError
+from mft.errors import UserError, writable
 
 FORMAT = 1  # raised when rows or model change, so that an older cache is made again
 ROLES = {"system": "system", "human": "user", "bot": "assistant"}
@@ -43,7 +43,7 @@ def make(cache_dir: Path, progress: Progress | None = None, model: bool = True) 
     if complete(root, "tasks") and (not model or complete(root, "model")):
         return root
     say = progress or (lambda _: None)
-    root.mkdir(parents=True, exist_ok=True)
+    writable(root, "the cache folder (cache_dir, $MFT_CACHE)")
     with FileLock(root / ".lock"):
         if not complete(root, "tasks"):
             say("five tasks from the source of Python's standard library (about 20 seconds)")

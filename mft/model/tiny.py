@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from mft.errors import UserError
+from mft.errors import UserError, writable
 from mft.model.family import CausalLM
 from mft.model.folder import write_tokenizer
 
@@ -74,8 +74,7 @@ class Tiny(CausalLM):
         )
         recipe = {name: getattr(self, name) for name in (*names, "seed")} | {"text": TEXT, "version": 2}
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-        folder = Path(self.cache_dir).expanduser().resolve() / "tiny" / digest
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder = writable(Path(self.cache_dir).expanduser().resolve() / "tiny", "cache_dir") / digest
         if not folder.exists():
             with FileLock(f"{folder}.lock"):
                 if not folder.exists():

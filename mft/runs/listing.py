@@ -109,6 +109,7 @@ def show(args: Sequence[str]) -> None:
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml (mft runs lists the runs).")
     from rich.console import Console
+    from rich.text import Text
 
     from mft.progress import losses_table, settings_table
 
@@ -117,7 +118,7 @@ def show(args: Sequence[str]) -> None:
     seconds, memory = summary.get("seconds"), summary.get("peak_memory_gib")
     took = "" if seconds is None else f", took {seconds:.0f} s and {memory:.1f} GiB at most"
     console.print(settings_table([("state", f"{run.state}, {_run_row(folder)[3]} steps{took}")], str(folder)))
-    changed = [(key, f"{_escaped(value)}  [dim]{_escaped(default)}[/]") for key, value, default in changes(run)]
+    changed = [(key, Text.assemble(value, "  ", (default, "dim"))) for key, value, default in changes(run)]
     console.print(settings_table(changed, "changed from the defaults (dim: the default)"))
     prefix = "valid/loss/"
     first, last, best = (
@@ -139,15 +140,9 @@ def show(args: Sequence[str]) -> None:
         "output": folder / "log" / "output.txt",
         "traceback": folder / "log" / "traceback.txt",
     }
-    rows = [(name, _escaped(path)) for name, path in places.items() if path.exists()]
-    rows += [("error", _escaped(summary["error"]))] if summary.get("error") else []
-    console.print(settings_table([*rows, ("again", _escaped(run.command))], "where things are"), soft_wrap=True)
-
-
-def _escaped(text: object) -> str:
-    from rich.markup import escape
-
-    return escape(str(text))
+    rows = [(name, path) for name, path in places.items() if path.exists()]
+    rows += [("error", summary["error"])] if summary.get("error") else []
+    console.print(settings_table([*rows, ("again", run.command)], "where things are"), soft_wrap=True)
 
 
 def changes(run: Run) -> list[tuple[str, str, str]]:

@@ -158,7 +158,7 @@ def table(tasks: Sequence[Task], folder: Path) -> None:
     from rich.text import Text
 
     write_jobs(tasks, folder)
-    ended = Table(title=f"Sweep {shown(folder)}", title_justify="left")
+    ended = Table(title=Text(f"Sweep {shown(folder)}", style="italic"), title_justify="left")
     for column, justify in (
         ("job", "left"),
         ("state", "left"),
