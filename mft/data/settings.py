@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional
 
-from mft.data.template import check_name
+from mft.data import template
 from mft.errors import UserError, shortened
 
 
@@ -83,7 +83,6 @@ class DataSettings:
         """Raises UserError for values that types alone cannot refuse."""
         if self.seq_length < 2:
             raise UserError(f"data.seq_length: {self.seq_length} is too small; allowed: 2 or more tokens")
-        check_name(self.template)
         if self.window < 1:
             raise UserError(f"data.window: {self.window} is too small; allowed: 1 or more samples")
         if self.length_group < 1:
@@ -98,6 +97,7 @@ class DataSettings:
                 f"data.role_markers: {shortened(self.role_markers)} is no mapping; allowed: "
                 '{system: "...", user: "...", assistant: "..."}, or null'
             )
+        template.check(self.template, self.role_markers)
         if self.limit is not None and self.limit < 1:
             raise UserError(f"data.limit: {self.limit} is too small; allowed: 1 or more samples a task, or null")
         parts = list(self.split)

@@ -177,17 +177,22 @@ def is_file(name: str) -> bool:
     return name.lower().endswith(FILES)
 
 
-def check_name(name: str) -> None:
-    """Raises UserError where `data.template` is neither a template's name nor a file that is there."""
-    if is_file(name):
+def check(name: str, role_markers: Mapping[str, str] | None = None) -> None:
+    """Raises UserError where `data.template` is neither a template's name nor a file that is there, and for markers
+    that it cannot take."""
+    if name in TEMPLATES:
+        TEMPLATES[name](role_markers)
+    elif is_file(name):
         if not Path(name).expanduser().is_file():
             raise UserError(f"data.template: there is no file {name}")
-    elif name not in (*TEMPLATES, OWN):
+    elif name != OWN:
         allowed = ", ".join((*TEMPLATES, OWN))
         raise UserError(
             f"data.template: unknown template {name!r}; allowed: {allowed}, or a file *.jinja"
             f"{nearest(name, (*TEMPLATES, OWN))}"
         )
+    if role_markers and name not in TEMPLATES:
+        raise UserError(f"data.role_markers: does nothing with data.template={name}, which writes its own markers")
 
 
 def named(
@@ -199,11 +204,9 @@ def named(
     """
     from mft.data.jinja import Jinja
 
-    check_name(name)
+    check(name, role_markers)
     if name in TEMPLATES:
         return TEMPLATES[name](role_markers)
-    if role_markers:
-        raise UserError(f"data.role_markers: does nothing with data.template={name}, which writes its own markers")
     assert tokenizer is not None, "a Jinja template is rendered by the tokenizer"
     if name == OWN:
         return of_tokenizer(tokenizer)
