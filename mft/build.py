@@ -14,10 +14,11 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from mft.config import batch_sizes, settled
+from mft.config import Precision, batch_sizes, settled
 from mft.data.settings import LongSamples, Mixture
 from mft.data.task import all_tasks
 from mft.errors import UserError, nearest, shortened
+from mft.machine import visible_gpus
 from mft.metrics import BEST
 
 ALLOWED_TARGETS = ("mft.", "torch.optim.", "bitsandbytes.optim.")
@@ -179,6 +180,8 @@ def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> Non
     # How many samples validate is known once they are cut; where none can be, it is known now.
     may_validate = {task.name: int(cfg.data.split[1] > 0 or bool(task.valid)) for task in tasks}
     check_validation(cfg.train, components["loss"], may_validate)
+    if hasattr(components["dist"], "check_ranks"):
+        components["dist"].check_ranks(world)
     _check_together(cfg, components)
 
 
@@ -222,6 +225,8 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
     _check_rows(components["data.rows"], components["loss"], cfg.data.long_samples)
     components["model"].check_rows(components["data.rows"].several)
     precision = settled(cfg.train.precision)
+    if precision is Precision.fp16 and not visible_gpus():
+        raise UserError("train.precision=fp16 needs a GPU; on the CPU choose bf16 or fp32")
     peft.check_with(components["model"], precision.value)
     components["model"].check_precision(precision.value)
     for name in cfg.task:

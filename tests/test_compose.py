@@ -113,6 +113,15 @@ def test_batch_sizes_that_do_not_divide_name_the_nearest_that_do(tmp_path: Path)
     assert "train.global_batch_size=8" in both and "train.gradient_accumulation_steps=2" in both
 
 
+def test_a_machine_that_cannot_do_what_is_asked_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    base = ["model=tiny", f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]"]
+    assert "dist=single with 2 ranks" in message(*base, world=2)
+    assert "fp16 needs a GPU" in message(*base, "train.precision=fp16")
+
+
 def test_a_task_yaml_of_ones_own_config_dir_is_found(tmp_path: Path) -> None:
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "sql.yaml").write_text(

@@ -24,14 +24,17 @@ class DdpEngine(Engine):
 class Single:
     """One process on one device, without a process group."""
 
+    def check_ranks(self, world: int) -> None:
+        """Raises UserError for more than one rank."""
+        if world > 1:
+            raise UserError(f"dist=single with {world} ranks: choose dist=ddp, or launch.nproc=1")
+
     def start(self, precision: str, cpu: bool | None = None) -> Engine:
         """Returns the engine. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.
 
         Raises UserError when there is more than one rank, or when the device cannot do the precision.
         """
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if world > 1:
-            raise UserError(f"dist=single with {world} ranks: choose dist=ddp, or launch.nproc=1")
+        self.check_ranks(int(os.environ.get("WORLD_SIZE", 1)))
         with environment(dict.fromkeys(RANK_VARIABLES)):  # with them, accelerate would make a process group of one
             return Engine(accelerator(precision, cpu), owns_group=False)
 
