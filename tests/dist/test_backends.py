@@ -14,9 +14,8 @@ from tests.dist.runs import BACKENDS, LAYOUTS, Tree, logged
 OTHER = {
     "adaptive": ("peft=full", "loss=famo", *LAYOUTS["pack"]),
     "checkpointing": ("peft=qlora", "model.gradient_checkpointing=true", *LAYOUTS["pad"]),
-    "checkpointing_full": ("peft=full", "model.gradient_checkpointing=true", *LAYOUTS["pack"]),
+    "checkpointing_full": ("peft=full", "model.tied=false", "model.gradient_checkpointing=true", *LAYOUTS["pack"]),
     "checkpointing_lora": ("peft=lora", "model.gradient_checkpointing=true", *LAYOUTS["pack"]),
-    "untied": ("peft=full", "model.tied=false", *LAYOUTS["pad"]),
 }
 """Further runs of each backend: a loss mode that runs the micro-batches without gradient too, and so on."""
 
