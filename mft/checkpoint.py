@@ -62,8 +62,7 @@ class Checkpoints:
             if self.engine.is_main:
                 _mark_complete(temporary)
         if self.engine.is_main:
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+            put(temporary, final)
             best_of_tasks = state.task_saved_step.values() if self.keep_task_best else ()
             self._prune(protect={state.step, state.best_saved_step, *best_of_tasks})
         self.engine.barrier()
@@ -75,7 +74,41 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
         for step in complete_steps(self.folder)[: -self.keep] if self.keep else ():
             if step not in protect:
-                shutil.rmtree(self.folder / f"step-{step}")
+                remove(self.folder / f"step-{step}")
+
+
+def write_final(run_dir: Path, engine: Any, export: Callable[[Path], None]) -> None:
+    """Writes the trained model to final/, which is whole or absent. All ranks call it.
+
+    export: writes the model to a folder (all ranks call it).
+    """
+    temporary = run_dir / ".final.tmp"
+    if engine.is_main:
+        for leftover in run_dir.glob(".final*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    engine.barrier()
+    with full_disk_told(temporary, run_dir):
+        export(temporary)
+        if engine.is_main:
+            _flush(temporary)
+    if engine.is_main:
+        put(temporary, run_dir / "final")
+    engine.barrier()
+
+
+def put(temporary: Path, folder: Path) -> None:
+    """Gives a folder that is written whole its name, in place of what was there."""
+    if folder.exists():
+        remove(folder)
+    temporary.rename(folder)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder under another name: what a kill in the middle leaves is not taken for a whole one."""
+    old = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -116,12 +149,16 @@ def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> bool:
     return same_layout
 
 
-def _mark_complete(folder: Path) -> None:
-    """Flushes the files to disk before the marker, so that a power cut cannot leave a marker over missing data."""
+def _flush(folder: Path) -> None:
+    """Puts the files onto the disk, so that a power cut cannot leave a name or marker over missing data."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def _mark_complete(folder: Path) -> None:
+    _flush(folder)
     with (folder / COMPLETE).open("w") as marker:
         marker.write("all files of this checkpoint are written\n")
         marker.flush()

@@ -261,8 +261,12 @@ def merge(args: list[str]) -> None:
         print(f"{merge.__doc__}\n\n  Writes a plain Hugging Face folder and compares its logits with base + adapter.")
         return
     values, rest = options(args, MERGE_OPTIONS)
+    if len(rest) > 1:
+        raise UserError(f"mft merge takes one run folder, got {' '.join(rest)}; where to write it is out=….")
     from mft.model.merge import merge as merge_adapter
+    from mft.run import quiet_libraries
 
+    quiet_libraries()
     if rest:
         adapter = final_folder(rest[0])
         out = Path(values["out"] or Path(rest[0]) / "merged")
@@ -320,8 +324,12 @@ num_beams=1 repetition_penalty=1.0 system=… seed=0 trust_remote_code=false]"""
             'mft generate needs a run folder and at least one prompt: mft generate outputs/demo/… "def quick_sort(".'
         )
     from mft.data.tokenize import Encoder
-    from mft.model.generate import Answerer
+    from mft.model.generate import Answerer, check_options
+    from mft.run import quiet_libraries
 
+    names = ("max_new_tokens", "top_p", "temperature", "num_beams", "repetition_penalty")
+    check_options(**{name: values[name] for name in names})
+    quiet_libraries()
     values["system"] = values["system"] or None
     own_code = values.pop("trust_remote_code")
     answerer = Answerer(final_folder(rest[0]), Encoder.saved, trust_remote_code=own_code)

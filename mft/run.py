@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from mft import rundir, summary
 from mft.answers import Answers, read_prompts
 from mft.build import check_validation, component, learning_rate
-from mft.checkpoint import Checkpoints, full_disk_told, newest, restore
+from mft.checkpoint import Checkpoints, newest, restore, write_final
 from mft.config import Train, batch_sizes, typed
 from mft.data import mixture, report
 from mft.data.settings import DataSettings
@@ -161,8 +161,7 @@ def run(
         status = fit(t)
         progress.close()
         if status == "finished":
-            with full_disk_told(run_dir / "final", run_dir):
-                export(run_dir / "final")
+            write_final(run_dir, engine, export)
             answers.ask("after")
         found = summary.summarise(t, status, run_dir, time.perf_counter() - started)
         if engine.is_main:

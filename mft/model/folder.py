@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft.errors import UserError
+from mft.errors import UserError, writable
 from mft.model import ends
 
 if TYPE_CHECKING:
@@ -135,9 +135,10 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) ->
 def new_folder(out: Path) -> Path:
     """Returns an empty folder beside `out` to write into, to be renamed to it when it is whole.
 
-    Raises UserError when there is something at `out` already.
+    Raises UserError when there is something at `out` already, or nothing can be written there.
     """
     refuse_existing(out)
+    writable(out.parent, f"out={out}")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

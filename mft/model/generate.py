@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -88,8 +89,11 @@ def answer(
 
     system: a system message put before each that has none; seed: makes sampling repeatable, and keeps the random state
     outside; together: all ranks ask the same, and none stops before the others, since they hold the model's parts.
+    Raises UserError as `check_options`.
     """
     import torch
+
+    check_options(max_new_tokens, top_p, temperature, num_beams, repetition_penalty)
 
     if not conversations:
         return []
@@ -116,6 +120,21 @@ def answer(
     new = ids[:, inputs["input_ids"].shape[1] :]
     # Not stripped: a function's body begins with its indentation.
     return tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def check_options(
+    max_new_tokens: int, top_p: float, temperature: float, num_beams: int, repetition_penalty: float
+) -> None:
+    """Raises UserError for values of these options of `answer` with which nothing can be generated."""
+    for name, count in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
+        if count < 1:
+            raise UserError(f"{name}={count}: allowed are 1 and more")
+    for name, factor in (("temperature", temperature), ("repetition_penalty", repetition_penalty)):
+        if not 0 < factor < math.inf:
+            more = "; do_sample=false takes the likeliest token" if name == "temperature" else ""
+            raise UserError(f"{name}={factor}: allowed are numbers above 0{more}")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p}: allowed are numbers above 0 and up to 1")
 
 
 def padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft.errors import UserError
+from mft.errors import UserError, writable
 from mft.model.export import Origin
 from mft.model.family import CausalLM
 from mft.model.folder import new_folder, put, refuse_existing, write_model, write_tokenizer
@@ -65,6 +65,7 @@ def merge(
 
     adapter, out = Path(adapter), Path(out)
     refuse_existing(out)
+    writable(out.parent, f"out={out}")
     refuse_untrained(adapter)
     origin = Origin.read(adapter, base)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(adapter))
