@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -10,6 +11,13 @@ DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of /proc/cpuinfo (x86, x86, Arm). A CPU without them emulates bf16, 7 times slower than fp32 with AVX2."""
+
+
+def quiet_without_gpu() -> None:
+    """Keeps libraries, while they are imported, from warning of what they could use on another machine."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a package with CPU kernels
+    if not any(path.exists() for path in DRIVERS):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed says that it found nothing better
 
 
 def visible_gpus() -> int:

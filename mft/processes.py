@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mft import worker
 from mft.failures import WorkerError, failure_of, forget_failures, write_report
 from mft.hosts import IFNAMES, Hosts
-from mft.machine import DRIVERS
+from mft.machine import DRIVERS, quiet_without_gpu
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
@@ -121,8 +121,7 @@ def warm(preload: Sequence[str] = PRELOAD) -> None:
     if start_method() == "fork":
         return
     gpu = any(path.exists() for path in DRIVERS)
-    if not gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found nothing better
+    quiet_without_gpu()
     multiprocessing.set_forkserver_preload([name for name in preload if not (gpu and name in TOUCHES_CUDA)])
     # torch then counts GPUs without initialising CUDA; and does not warn about every host name it cannot look up
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import logging
 import multiprocessing
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import Any, cast
 from mft import rundir
 from mft.errors import UserError
 from mft.failures import is_the_first, told, write_report
+from mft.machine import quiet_without_gpu
 from mft.output import written_to
 
 ENTRY = "mft.run:run"
@@ -50,8 +50,7 @@ class Stop:
 
 stop = Stop()
 
-# while it is imported it warns, on every machine without a GPU, of a package that it could use there
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+quiet_without_gpu()  # here, because the fork server imports this module before all others
 
 
 def exit_code(run_dir: Path, signum: int) -> int:
