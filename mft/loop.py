@@ -97,6 +97,7 @@ def fit(t: Training) -> str:
             return status
     learned: dict[str, float] = {}
     t.module.train()
+    t.meter.restart()
     for data in t.data(state) if state.step < t.total else ():
         step = state.step + 1
         counts = Counts.from_tensor(t.engine.sum(Counts.of(data.batches, len(t.names), t.stop()).tensor()))
@@ -147,7 +148,8 @@ def fit(t: Training) -> str:
         keeping = (improved and settings.early_stopping) or (settings.keep_task_best and step in task_bests(state))
         if ending or every(step, settings.save_every) or keeping:
             note_saved(t)
-            t.save(state)
+            with t.meter.paused():
+                t.save(state)
         if ending:
             break
     return status
@@ -194,7 +196,7 @@ def validate(t: Training) -> bool:
     Raises UserError, on all ranks, where no task's loss is finite.
     """
     state = t.state
-    with t.progress.validating():
+    with t.meter.paused(), t.progress.validating():
         losses = t.validation.by_name(t.module)
     if not losses:
         return False

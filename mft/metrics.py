@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
@@ -43,15 +44,23 @@ class Meter:
         self.losses_2 = torch.zeros(2, dtype=torch.float64, device=device)  # the objective and the router's loss
         self.flops_per_token = flops_per_token
         self.peak_flops = (peak_tflops or known_peak(device) or 0.0) * 1e12
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Forgets what was summed; the time counts from now on."""
         self.sums_2K.zero_()
         self.losses_2.zero_()
         self.steps, self.tokens, self.padding, self.skipped = 0, 0, 0, 0
         self.grad_norm = math.nan
         self.samples_K = [0.0] * len(self.names)
         self.started = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context whose time does not count: validating and saving are no part of a step."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
     def step(
         self,
@@ -116,7 +125,7 @@ class Meter:
         if self.peak_flops and self.flops_per_token:
             values["speed/mfu"] = tokens / seconds * self.flops_per_token / (self.peak_flops * engine.world)
         values["memory/peak_gib"] = peak_memory_gib(self.sums_2K.device)
-        self._restart()
+        self.restart()
         return values
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mft.checkpoint import COMPLETE, complete_steps
+from mft.checkpoint import COMPLETE, Checkpoints, complete_steps
 from mft.errors import UserError
+from mft.evaluate import Evaluator
 from tests.training import logged, train, two_tasks, write_task
 
 pytestmark = pytest.mark.slow
@@ -72,6 +74,27 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
     assert same(weights(whole / "final"), weights(parts / "final"))
     # the interrupted run logs at the step it stops, too; from then on the two logs are equal
     assert [r for r in logged(whole) if r["step"] > 4] == [r for r in logged(parts) if r["step"] > 4]
+
+
+def test_the_time_of_a_step_is_without_validating_and_saving(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, validation = Checkpoints.save, Evaluator.by_name
+
+    def slow_save(self, state):
+        time.sleep(2)
+        return save(self, state)
+
+    def slow_validation(self, module):
+        time.sleep(2)
+        return validation(self, module)
+
+    monkeypatch.setattr(Checkpoints, "save", slow_save)
+    monkeypatch.setattr(Evaluator, "by_name", slow_validation)
+    _, run_dir = train(tmp_path, cache_dir, "train.max_steps=2", "train.save_every=1", "train.eval_every=1")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["speed/seconds_per_step"] for row in rows if "train/loss" in row]
+    assert len(steps) == 2 and max(steps) < 2
 
 
 @pytest.fixture
