@@ -126,7 +126,10 @@ class CausalLM:
             )
         except (OSError, ValueError) as error:
             # transformers reports what a person got wrong (name, network, licence, no safetensors) as these two.
-            raise UserError(f"model.path={self.path} cannot be loaded: {error}") from error
+            told = " ".join(str(error).split())
+            if "couldn't connect" in told:
+                told = "there is no such folder, the hub cannot be reached, and its files were never fetched before"
+            raise UserError(f"model.path={self.path} cannot be loaded: {told}") from error
         except StrictDataclassError as error:  # a value of config.json
             raise UserError(f"model.path={self.path}: config.json: {str(error).splitlines()[-1].strip()}") from error
 

@@ -32,7 +32,7 @@ class Tiny(CausalLM):
     """A llama with random weights under `<cache_dir>/tiny/<hash of its fields>`, made when it is first used.
 
     Widths are in tokens and units: keep hidden_size and intermediate_size multiples of 64, which 4-bit weights on CPU
-    need. `path` is not used.
+    need. `path` stays empty.
     """
 
     path: str = ""
@@ -48,6 +48,10 @@ class Tiny(CausalLM):
     seed: int = 0
 
     def _check_path(self) -> None:
+        if self.path:
+            raise UserError(
+                f"model.path={self.path}: model=tiny makes its own weights; for weights of your own take model=auto"
+            )
         if not self.cache_dir:
             raise UserError("model.cache_dir is empty; the tiny model needs a folder to be made in")
         if self.hidden_size % self.heads or self.heads % self.kv_heads:

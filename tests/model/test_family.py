@@ -95,8 +95,13 @@ def test_fingerprint_tells_weights_apart(tiny_folder: Path, tmp_path: Path) -> N
 
 def test_a_hub_name_that_cannot_be_loaded_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"model.path=nobody/nothing cannot be loaded"):
+    with pytest.raises(UserError, match=r"model.path=nobody/nothing cannot be loaded: there is no such folder"):
         CausalLM("nobody/nothing").tokenizer()
+
+
+def test_tiny_takes_no_path(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.path=weights: model=tiny makes its own weights; .* model=auto"):
+        Tiny(path="weights", cache_dir=str(tmp_path)).check()
 
 
 def test_tiny_is_made_once(tmp_path: Path) -> None:
