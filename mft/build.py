@@ -14,9 +14,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from mft.config import Precision, batch_sizes, settled
+from mft.config import batch_sizes, settled
 from mft.data.settings import LongSamples, Mixture
 from mft.data.task import all_tasks
+from mft.dist.accelerator import refuse_fp16
 from mft.errors import UserError, nearest, shortened
 from mft.machine import visible_gpus
 from mft.metrics import BEST
@@ -151,9 +152,11 @@ def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> Non
     paths, an attention that cannot run here), then what only the whole can tell.
     """
     allowed = (*ALLOWED_TARGETS, *allow_targets)
+    nodes: list[tuple[str, DictConfig]] = []
     for path in component_paths(cfg):
-        component_class(OmegaConf.select(cfg, path), path, allowed)
-    nodes = [pair for path in component_paths(cfg) for pair in _nodes(OmegaConf.select(cfg, path), path)]
+        node = OmegaConf.select(cfg, path)
+        component_class(node, path, allowed)  # a group that was taken out or set to a value has no node below
+        nodes += _nodes(node, path)
     for path, node in nodes:
         cls = component_class(node, path, allowed)
         if dataclasses.is_dataclass(cls):
@@ -225,8 +228,7 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
     _check_rows(components["data.rows"], components["loss"], cfg.data.long_samples)
     components["model"].check_rows(components["data.rows"].several)
     precision = settled(cfg.train.precision)
-    if precision is Precision.fp16 and not visible_gpus():
-        raise UserError("train.precision=fp16 needs a GPU; on the CPU choose bf16 or fp32")
+    refuse_fp16(precision.value, cpu=not visible_gpus())
     peft.check_with(components["model"], precision.value)
     components["model"].check_precision(precision.value)
     for name in cfg.task:

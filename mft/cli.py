@@ -10,7 +10,6 @@ from typing import Any
 
 from mft import __version__
 from mft.errors import UserError, nearest
-from mft.machine import quiet_without_gpu
 
 HELP = """\
 mft: fine-tune large language models on several tasks at once
@@ -264,7 +263,6 @@ def merge(args: list[str]) -> None:
     values, rest = options(args, MERGE_OPTIONS)
     if len(rest) > 1:
         raise UserError(f"mft merge takes one run folder, got {' '.join(rest)}; where to write it is out=….")
-    quiet_without_gpu()
     from mft.model.merge import merge as merge_adapter
     from mft.run import quiet_libraries
 
@@ -325,7 +323,6 @@ num_beams=1 repetition_penalty=1.0 system=… seed=0 trust_remote_code=false]"""
         raise UserError(
             'mft generate needs a run folder and at least one prompt: mft generate outputs/demo/… "def quick_sort(".'
         )
-    quiet_without_gpu()
     from mft.data.tokenize import Encoder
     from mft.model.generate import Answerer, check_options
     from mft.run import quiet_libraries

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import AnyNode, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -196,10 +196,12 @@ def _wrong_yaml(name: str, text: str, reason: str, search: Sequence[str], overri
 
 def _missing_option(option: str, search: Sequence[str]) -> str:
     """`peft/lroa`: names the group's options and the nearest one."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     group, _, name = option.rpartition("/")
-    found = [path for override in search for path in re.findall(r"'file://((?:[^'\\]|\\.)+)'", override)]
-    folders = [Path(path.replace("\\'", "'")) for path in found]
-    options = group_options(group, folders)
+    parsed = OverridesParser.create().parse_overrides(list(search))
+    found = [place for override in parsed for place in cast("list[str]", override.value())]
+    options = group_options(group, [Path(str(place).removeprefix("file://")) for place in found])
     more = (
         " A yaml of your own goes into task/ under --config-dir; folders need none: data.paths=[…]."
         if group == "task"

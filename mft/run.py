@@ -23,6 +23,7 @@ from mft.dataset import dataset
 from mft.evaluate import Evaluator
 from mft.feed import Feed
 from mft.loop import Training, fit
+from mft.machine import quiet_without_gpu
 from mft.metrics import Meter, flops_per_token
 from mft.progress import Silent, Terminal, settings_table
 from mft.provenance import tags
@@ -194,6 +195,7 @@ def ignore(folder: Path) -> None:
 
 def quiet_libraries() -> None:
     """Silences what libraries say on every start and a person can do nothing about; errors stay."""
+    quiet_without_gpu()
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\.")

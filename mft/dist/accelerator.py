@@ -30,12 +30,17 @@ def accelerator(precision: str, cpu: bool | None, *handlers: Any, **options: Any
         )
     if cpu is None:
         cpu = not torch.cuda.is_available()  # cpu=False on a machine without GPU would be no distribution at all
-    if cpu and precision == "fp16":
-        raise UserError("train.precision=fp16 needs a GPU; on the CPU choose bf16 or fp32")
+    refuse_fp16(precision, cpu)
     if not cpu and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("train.precision=bf16 is not supported by this GPU; choose fp16 or fp32")
     forget_foreign_settings()
     return Accelerator(mixed_precision=PRECISIONS[precision], cpu=cpu, kwargs_handlers=list(handlers), **options)
+
+
+def refuse_fp16(precision: str, cpu: bool) -> None:
+    """Raises UserError for fp16 on a CPU."""
+    if cpu and precision == "fp16":
+        raise UserError("train.precision=fp16 needs a GPU; on the CPU choose bf16 or fp32")
 
 
 def grouped(precision: str, cpu: bool | None, *handlers: Any) -> tuple[Accelerator, bool]:

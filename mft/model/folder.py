@@ -135,20 +135,20 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) ->
 def new_folder(out: Path) -> Path:
     """Returns an empty folder beside `out` to write into, to be renamed to it when it is whole.
 
-    Raises UserError when there is something at `out` already, or nothing can be written there.
+    Raises UserError as `check_out`.
     """
-    refuse_existing(out)
-    writable(out.parent, f"out={out}")
+    check_out(out)
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     return part
 
 
-def refuse_existing(out: Path) -> None:
-    """Raises UserError when there is something at `out` that would be overwritten."""
+def check_out(out: Path) -> None:
+    """Raises UserError when there is something at `out` that would be overwritten, or nothing can be written there."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={out} exists already; give a folder that does not")
+    writable(out.parent, f"out={out}")
 
 
 def put(part: Path, out: Path) -> None:

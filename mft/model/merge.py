@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft.errors import UserError, writable
+from mft.errors import UserError
 from mft.model.export import Origin
 from mft.model.family import CausalLM
-from mft.model.folder import new_folder, put, refuse_existing, write_model, write_tokenizer
+from mft.model.folder import check_out, new_folder, put, write_model, write_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +64,7 @@ def merge(
     from transformers import AutoTokenizer
 
     adapter, out = Path(adapter), Path(out)
-    refuse_existing(out)
-    writable(out.parent, f"out={out}")
+    check_out(out)
     refuse_untrained(adapter)
     origin = Origin.read(adapter, base)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(adapter))
