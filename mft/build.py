@@ -206,7 +206,7 @@ def check_validation(train: Any, loss: Any, counts: Mapping[str, int]) -> None:
     )
     if not any(counts.values()):
         if loss.needs_validation:
-            name = type(loss).__module__.rpartition(".")[2]
+            name = loss.public_name or type(loss).__name__
             raise UserError(f"loss={name} learns its weights from validation samples, and no task has any{without}")
         if train.early_stopping:
             raise UserError(f"train.early_stopping=true needs validation samples, and no task has any{without}")

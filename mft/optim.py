@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.errors import UserError
 
@@ -66,6 +66,8 @@ class Adam:
 class AdamW(Adam):
     """torch.optim.AdamW."""
 
+    public_name: ClassVar[str] = "adamw"
+
     fused: bool = True
 
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
@@ -79,6 +81,8 @@ class AdamW(Adam):
 @dataclass
 class AdamW8bit(Adam):
     """bitsandbytes.optim.AdamW8bit: states in 8 bits, block by block (tensors below 4,096 values keep 32 bits)."""
+
+    public_name: ClassVar[str] = "adamw8bit"
 
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
         """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is null.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from mft.errors import UserError
 
@@ -36,6 +36,8 @@ def warmup_steps(warmup: float, total: int) -> int:
 @dataclass
 class Constant:
     """The peak in every step after an optional linear warm-up."""
+
+    public_name: ClassVar[str] = "constant"
 
     warmup: float = 0.0
 
@@ -90,6 +92,8 @@ class Decay:
 class Linear(Decay):
     """A straight line."""
 
+    public_name: ClassVar[str] = "linear"
+
     def curve(self, progress: float) -> float:
         return 1 - progress
 
@@ -98,6 +102,8 @@ class Linear(Decay):
 class Cosine(Decay):
     """Half a cosine."""
 
+    public_name: ClassVar[str] = "cosine"
+
     def curve(self, progress: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -105,6 +111,8 @@ class Cosine(Decay):
 @dataclass
 class CosineRestarts(Decay):
     """`cycles` half cosines of equal length, each from the peak."""
+
+    public_name: ClassVar[str] = "cosine_with_restarts"
 
     cycles: int = 2
 
@@ -120,6 +128,8 @@ class CosineRestarts(Decay):
 @dataclass
 class Polynomial(Decay):
     """(1 - progress) ^ power."""
+
+    public_name: ClassVar[str] = "polynomial"
 
     power: float = 2.0
 

@@ -113,6 +113,7 @@ class Turns(Format):
 class Chat(Turns):
     """chatML: `chat_rounds` is a list of `{"role", "content"}`, roles system/human/bot or system/user/assistant."""
 
+    public_name: ClassVar[str] = "chat"
     FIELD = "chat_rounds"
     ONE = "round"
     USER = ("human", "user")
@@ -126,6 +127,7 @@ class Messages(Turns):
     content may be a list of text parts, `[{"type": "text", "text": "..."}]`, which are joined.
     """
 
+    public_name: ClassVar[str] = "messages"
     FIELD = "messages"
     ONE = "message"
     SYSTEM = ("system", "developer")
@@ -149,6 +151,7 @@ class ShareGPT(Turns):
     A field `system` beside the list is the system turn.
     """
 
+    public_name: ClassVar[str] = "sharegpt"
     FIELD = "conversations"
     ROLE = "from"
     CONTENT = "value"
@@ -170,6 +173,8 @@ class Pair(Format):
     system: field of an optional system text; input: field of optional further input, put on a new line below the
     question ("" = there is none). Other fields are ignored.
     """
+
+    public_name: ClassVar[str] = "pair"
 
     prompt: str = "prompt"
     answer: str = "answer"
@@ -202,6 +207,8 @@ class Pair(Format):
 @dataclass
 class Text(Format):
     """Plain text for continued pretraining; every token carries loss. field: the name of its field."""
+
+    public_name: ClassVar[str] = "text"
 
     field: str = "text"
 
@@ -237,6 +244,8 @@ KNOWN: dict[str, Format] = {
 @dataclass
 class Auto(Format):
     """The format is found once for a task: the first of KNOWN that its first recognisable row fits."""
+
+    public_name: ClassVar[str] = "auto"
 
     def settled(self, row: Any) -> tuple[str, Format] | None:
         """Returns the name and format that a row fits; None for a row that fits none."""

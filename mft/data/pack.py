@@ -85,6 +85,7 @@ class Pad(RowBuilder):
     length follow each other in training; 1 = samples come as they are drawn. It means nothing for pad_to=seq_length.
     """
 
+    public_name: ClassVar[str] = "pad"
     several: ClassVar[bool] = False
 
     pad_to: PadTo = PadTo.longest
@@ -119,6 +120,8 @@ class Pad(RowBuilder):
 class Pack(RowBuilder):
     """Whole samples side by side in a row, best-fit decreasing; `sample_BT` keeps them apart in attention."""
 
+    public_name: ClassVar[str] = "pack"
+
     def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[Row]:
         lengths = np.asarray(lengths)
         assert not (lengths > seq_length).any(), "the store deals with samples longer than seq_length"
@@ -147,6 +150,7 @@ class Concat(RowBuilder):
     A part of a sample sees itself alone, and its positions count from 0.
     """
 
+    public_name: ClassVar[str] = "concat"
     cuts_samples = True
 
     def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[Row]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import xxhash
 
@@ -28,6 +28,8 @@ class Task:
     `paths` does. weight: weight in the loss. share: part of the mixture under data.mixture=shares, relative to the
     other tasks; None = 1. format: a Format. hint: what to do when a path is missing.
     """
+
+    public_name: ClassVar[str] = "task"
 
     name: str = ""
     paths: list[str] = field(default_factory=list)

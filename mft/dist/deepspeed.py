@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mft.dist import cpu_op
 from mft.dist.accelerator import grouped
@@ -114,6 +114,8 @@ class Zero2:
     config: further keys of DeepSpeed's JSON, merged over ours.
     """
 
+    public_name: ClassVar[str] = "zero2"
+
     stage: int = 2
     offload_optimizer: bool = False
     reduce_bucket_size: int = 200_000_000
@@ -156,6 +158,7 @@ class Zero3:
     only (`final/` is whole anyway); config: further keys of DeepSpeed's JSON, merged over ours.
     """
 
+    public_name: ClassVar[str] = "zero3"
     divides_on_load = True  # not a field: a rank never holds a whole weight
     offload_optimizer: bool = False
     offload_parameters: bool = False

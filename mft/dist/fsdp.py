@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.dist.accelerator import environment, grouped
 from mft.dist.base import Engine, T
@@ -189,6 +189,8 @@ class Fsdp:
     gather_on_save: checkpoints hold the model as transformers or peft load it, else the sharded state only (`final/` is
     whole anyway).
     """
+
+    public_name: ClassVar[str] = "fsdp"
 
     reshard: bool = True
     offload: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mft.dist.accelerator import accelerator, environment, grouped
 from mft.dist.base import Engine
@@ -24,6 +25,8 @@ class DdpEngine(Engine):
 class Single:
     """One process on one device, without a process group."""
 
+    public_name: ClassVar[str] = "single"
+
     def check_ranks(self, world: int) -> None:
         """Raises UserError for more than one rank."""
         if world > 1:
@@ -42,6 +45,8 @@ class Single:
 @dataclass
 class Ddp:
     """torch's DistributedDataParallel. Works with one rank too: a process group of one, the same code path."""
+
+    public_name: ClassVar[str] = "ddp"
 
     find_unused_parameters: bool = False
 

@@ -10,7 +10,7 @@ import enum
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -82,15 +82,15 @@ class History:
         there = np.isfinite(table)
         return np.array([line_slope(x[there[:, i]], table[there[:, i], i]) for i in range(table.shape[1])])
 
-    def state_dict(self) -> dict[str, Any]:
-        import torch
+    def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        """names: of the columns."""
+        columns = zip(names, self.array().T.tolist() if self.row_n else [[] for _ in names], strict=True)
+        return {"updates": list(self.update_n), "columns": dict(columns)}
 
-        rows = torch.from_numpy(self.array()) if self.row_n else torch.zeros(0, 0, dtype=torch.float64)
-        return {"updates": list(self.update_n), "rows": rows}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
         self.update_n = [int(update) for update in state["updates"]]
-        self.row_n = list(state["rows"].double().cpu().numpy().copy())
+        columns = [remembered(state["columns"], name) for name in names]
+        self.row_n = list(np.array(columns, dtype=np.float64).T)
 
 
 class Adam:
@@ -112,23 +112,28 @@ class Adam:
         self.steps_K = np.where(present_K, steps_K, self.steps_K)
         return np.where(present_K, value_K - move_K, value_K)
 
-    def state_dict(self) -> dict[str, Any]:
-        return tensors(mean=self.mean_K, square=self.square_K, steps=self.steps_K)
+    def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        return by_task(names, mean=self.mean_K, square=self.square_K, steps=self.steps_K)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.mean_K, self.square_K, self.steps_K = arrays(state, "mean", "square", "steps")
-
-
-def tensors(**arrays_K: np.ndarray) -> dict[str, torch.Tensor]:
-    """Returns copies as torch tensors, which `torch.load(weights_only=True)` accepts and numpy arrays are not."""
-    import torch
-
-    return {name: torch.from_numpy(array.copy()) for name, array in arrays_K.items()}
+    def load_state_dict(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
+        self.mean_K, self.square_K, self.steps_K = arrays(state, names, "mean", "square", "steps")
 
 
-def arrays(state: Mapping[str, Any], *names: str) -> list[np.ndarray]:
-    """Inverse of `tensors`: float64 copies of the entries called `names`."""
-    return [state[name].double().cpu().numpy().copy() for name in names]
+def by_task(names: Sequence[str], **arrays_K: np.ndarray) -> dict[str, dict[str, float]]:
+    """Returns {entry: {task: value}}: the names say whose memory it is, so that the order of the tasks does not."""
+    return {entry: dict(zip(names, array_K.tolist(), strict=True)) for entry, array_K in arrays_K.items()}
+
+
+def arrays(state: Mapping[str, Any], names: Sequence[str], *entries: str) -> list[np.ndarray]:
+    """Inverse of `by_task`: float64 [K] of each entry, in the order of `names`. Raises UserError, see `remembered`."""
+    return [np.array([remembered(state[entry], name) for name in names], dtype=np.float64) for entry in entries]
+
+
+def remembered(values: Mapping[str, Any], name: str) -> Any:
+    """Returns the value of a task; raises UserError where the checkpoint's loss knows no task of this name."""
+    if name not in values:
+        raise UserError(f"the checkpoint's loss remembers the tasks {', '.join(values)}, but not {name}")
+    return values[name]
 
 
 def measured(loss_K: torch.Tensor, dropped_K: np.ndarray) -> np.ndarray:
@@ -190,6 +195,8 @@ def warn_of_a_short_run(mode: str, steps: int, still: int, key: str, value: int,
 class Adaptive(TaskTokenMean):
     """task_token_mean with weights that move during training; the static weights hold until the mode has its own."""
 
+    public_name: ClassVar[str] = ""
+
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().start(names, weights)
         self.dropped_K = np.zeros(len(self.names))
@@ -246,11 +253,13 @@ class Adaptive(TaskTokenMean):
     @property
     def mode(self) -> str:
         """The first part of the names of what this mode logs."""
-        return type(self).__module__.rpartition(".")[2]
+        return self.public_name or type(self).__name__.lower()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weight_K": self.weight_K.clone()} | tensors(dropped=self.dropped_K)
+        return by_task(self.names, weight=self.weight_K.numpy(), dropped=self.dropped_K)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.weight_K = state["weight_K"].double().cpu().clone()
-        (self.dropped_K,) = arrays(state, "dropped")
+        import torch
+
+        weight_K, self.dropped_K = arrays(state, self.names, "weight", "dropped")
+        self.weight_K = torch.from_numpy(weight_K)

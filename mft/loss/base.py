@@ -39,10 +39,12 @@ class TaskLoss:
     `state_dict` goes into checkpoints. Steps are numbered from 1: a probe before step s measures the model after s - 1
     updates, and its weights hold from step s on.
 
-    needs_statistics: whether the mode has `statistics`; by_sample: whether it counts samples, which must then be whole;
+    public_name: what it is called in names of metrics and in a run's identity; needs_statistics: whether the mode has
+    `statistics`; by_sample: whether it counts samples, which must then be whole;
     probe_samples: samples of each task that one probe reads, all ranks together (0 = the mode makes no probes).
     """
 
+    public_name: ClassVar[str] = ""
     names: Sequence[str] = ()
     weight_K: Any  # float64 [K]; Any, because OmegaConf reads annotations where torch is not imported
     needs_statistics: ClassVar[bool] = False
@@ -123,7 +125,8 @@ class TaskLoss:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs to go on bit-identically (tensors and plain values)."""
+        """Returns what a resumed run needs to continue bit-identically: tensors and plain values, those of a task under
+        its name, since the tasks of a resumed run may come in another order."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

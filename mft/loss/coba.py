@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -28,13 +28,13 @@ from mft.loss.adaptive import (
     Adaptive,
     History,
     arrays,
+    by_task,
     check_probes,
     check_probing,
     chosen,
     line_slope,
     measured,
     softmax,
-    tensors,
     warn_of_a_short_run,
 )
 
@@ -73,6 +73,8 @@ class Coba(Adaptive):
     Safeguards of `paper`: a task without two probes keeps the weight 1/K and takes no part in the others' scores;
     slopes within rounding are 0; equal slopes give equal weights; losses that are not finite are dropped and counted.
     """
+
+    public_name: ClassVar[str] = "coba"
 
     variant: Variant = Variant.paper
     warmup_steps: int = 100
@@ -160,11 +162,15 @@ class Coba(Adaptive):
         return float(np.nan_to_num(line_slope(np.arange(len(value_c), dtype=np.float64), value_c), nan=0.0))
 
     def state_dict(self) -> dict[str, Any]:
-        histories = {name: getattr(self, name).state_dict() for name in ("ratios", "slopes", "largest")}
-        return super().state_dict() | tensors(first=self.first_K) | histories
+        histories = {name: getattr(self, name).state_dict(columns) for name, columns in self._histories().items()}
+        return super().state_dict() | by_task(self.names, first=self.first_K) | histories
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        (self.first_K,) = arrays(state, "first")
-        for name in ("ratios", "slopes", "largest"):
-            getattr(self, name).load_state_dict(state[name])
+        (self.first_K,) = arrays(state, self.names, "first")
+        for name, columns in self._histories().items():
+            getattr(self, name).load_state_dict(state[name], columns)
+
+    def _histories(self) -> dict[str, Sequence[str]]:
+        """Returns the histories with the names of their columns."""
+        return {"ratios": self.names, "slopes": self.names, "largest": ("largest",)}

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mft.errors import UserError
-from mft.loss.adaptive import Adaptive, arrays, softmax, tensors, warn_of_a_short_run
+from mft.loss.adaptive import Adaptive, arrays, by_task, softmax, warn_of_a_short_run
 
 
 @dataclass
@@ -23,6 +23,8 @@ class Dwa(Adaptive):
 
     A task absent from one of the two windows counts as neither faster nor slower (r = 1).
     """
+
+    public_name: ClassVar[str] = "dwa"
 
     window: int = 25
     temperature: float = 2.0
@@ -60,10 +62,10 @@ class Dwa(Adaptive):
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        own = tensors(sum=self.sum_K, count=self.count_K, last=self.last_K) | {"windows": self.windows}
+        own = by_task(self.names, sum=self.sum_K, count=self.count_K, last=self.last_K) | {"windows": self.windows}
         return super().state_dict() | own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.sum_K, self.count_K, self.last_K = arrays(state, "sum", "count", "last")
+        self.sum_K, self.count_K, self.last_K = arrays(state, self.names, "sum", "count", "last")
         self.windows = int(state["windows"])

@@ -23,9 +23,9 @@ import numpy as np
 
 from mft.batch import Batch, Counts
 from mft.errors import UserError
-from mft.loss.adaptive import Adam, Adaptive, arrays, check_probes, chosen, softmax, tensors
+from mft.loss.adaptive import Adam, Adaptive, arrays, by_task, check_probes, chosen, softmax
 from mft.loss.base import task_sums
-from mft.loss.focal import by_task
+from mft.loss.focal import values_of
 from mft.loss.mean import inverse, weighted_sum
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Famo(Adaptive):
     gradient.
     """
 
+    public_name: ClassVar[str] = "famo"
     needs_statistics: ClassVar[bool] = True
 
     source: Source = Source.train
@@ -69,7 +70,7 @@ class Famo(Adaptive):
         if len(set(weights)) > 1:
             warnings.warn("loss=famo starts from equal task weights; task.<name>.weight does nothing", stacklevel=2)
         super().start(names, [1.0] * len(names))
-        self.min_loss_K = by_task("loss.min_loss", self.names, self.min_loss, self.min_loss_by_task or {}).numpy()
+        self.min_loss_K = values_of("loss.min_loss", self.names, self.min_loss, self.min_loss_by_task or {}).numpy()
         self.xi_K = np.zeros(len(self.names))
         self.before_K = np.full(len(self.names), np.nan)
         self.adam = Adam(len(self.names), self.lr, self.weight_decay)
@@ -155,10 +156,10 @@ class Famo(Adaptive):
             self.before_K = np.where(np.isfinite(after_K), after_K, self.before_K)
 
     def state_dict(self) -> dict[str, Any]:
-        own = tensors(xi=self.xi_K, before=self.before_K) | {"adam": self.adam.state_dict()}
+        own = by_task(self.names, xi=self.xi_K, before=self.before_K) | {"adam": self.adam.state_dict(self.names)}
         return super().state_dict() | own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.xi_K, self.before_K = arrays(state, "xi", "before")
-        self.adam.load_state_dict(state["adam"])
+        self.xi_K, self.before_K = arrays(state, self.names, "xi", "before")
+        self.adam.load_state_dict(state["adam"], self.names)

@@ -32,7 +32,7 @@ CERTAIN = 1e-6
 """Smallest 1 - P: below it float32 has no digits left, and for gamma < 1 the derivative would be infinite."""
 
 
-def by_task(key: str, names: Sequence[str], default: float, values: Mapping[str, float]) -> torch.Tensor:
+def values_of(key: str, names: Sequence[str], default: float, values: Mapping[str, float]) -> torch.Tensor:
     """Returns float64 [K]: the value of each task, `default` where `values` has none.
 
     Raises UserError naming `key` for an unknown task and for a value that is negative.
@@ -72,6 +72,7 @@ def sample_means(nll_BT: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torc
 class SampleFocal(Unweighted):
     """Samples that the model already predicts well count less (Eq. 2, from memory of the paper)."""
 
+    public_name: ClassVar[str] = "sample_focal"
     by_sample: ClassVar[bool] = True
 
     gamma: float = 2.0
@@ -81,8 +82,8 @@ class SampleFocal(Unweighted):
 
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().start(names, weights)
-        self.gamma_K = by_task("loss.gamma", self.names, self.gamma, self.gamma_by_task or {})
-        self.alpha_K = by_task("loss.alpha", self.names, self.alpha, self.alpha_by_task or {})
+        self.gamma_K = values_of("loss.gamma", self.names, self.gamma, self.gamma_by_task or {})
+        self.alpha_K = values_of("loss.alpha", self.names, self.alpha, self.alpha_by_task or {})
 
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
@@ -113,6 +114,7 @@ class TaskFocal(TaskLoss):
     linear in q for fixed p and the second term has the value 0.
     """
 
+    public_name: ClassVar[str] = "task_focal"
     by_sample: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
 
@@ -123,8 +125,8 @@ class TaskFocal(TaskLoss):
 
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().start(names, weights)
-        self.gamma_K = by_task("loss.gamma", self.names, self.gamma, self.gamma_by_task or {})
-        self.alpha_K = by_task("loss.alpha", self.names, self.alpha, self.alpha_by_task or {})
+        self.gamma_K = values_of("loss.gamma", self.names, self.gamma, self.gamma_by_task or {})
+        self.alpha_K = values_of("loss.alpha", self.names, self.alpha, self.alpha_by_task or {})
 
     def statistics(self, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Returns float64 [K, 2]: sum_j P_ij and sum_j Q_ij."""

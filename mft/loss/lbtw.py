@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mft.errors import UserError
-from mft.loss.adaptive import Adaptive, arrays, tensors
+from mft.loss.adaptive import Adaptive, arrays, by_task
 
 
 @dataclass
 class Lbtw(Adaptive):
     """See the module for the formula, conf/loss/lbtw.yaml for the fields. A task not seen yet has the ratio 1."""
+
+    public_name: ClassVar[str] = "lbtw"
 
     alpha: float = 0.5
     reset_every: int = 0
@@ -49,8 +51,8 @@ class Lbtw(Adaptive):
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | tensors(first=self.first_K, last=self.last_K)
+        return super().state_dict() | by_task(self.names, first=self.first_K, last=self.last_K)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.first_K, self.last_K = arrays(state, "first", "last")
+        self.first_K, self.last_K = arrays(state, self.names, "first", "last")

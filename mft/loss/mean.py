@@ -100,6 +100,8 @@ class Unweighted(TaskLoss):
 class TokenMean(Unweighted):
     """Every trained token of the step counts the same: sum of token losses / tokens."""
 
+    public_name: ClassVar[str] = "token_mean"
+
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -111,6 +113,7 @@ class TokenMean(Unweighted):
 class SampleMean(Unweighted):
     """Every sample of the step counts the same, however long: mean over samples of the sample's token mean."""
 
+    public_name: ClassVar[str] = "sample_mean"
     by_sample: ClassVar[bool] = True
 
     def share(
@@ -124,6 +127,8 @@ class SampleMean(Unweighted):
 class TaskTokenMean(TaskLoss):
     """Weighted mean over the tasks present in the step of each task's token mean (MFTCoder paper, Eq. 1)."""
 
+    public_name: ClassVar[str] = "task_token_mean"
+
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -135,6 +140,7 @@ class TaskTokenMean(TaskLoss):
 class TaskSampleMean(TaskLoss):
     """Weighted mean over the tasks present in the step of each task's sample mean."""
 
+    public_name: ClassVar[str] = "task_sample_mean"
     by_sample: ClassVar[bool] = True
 
     def share(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,6 +34,8 @@ def self_paced_weights(slope_K: np.ndarray, scale: float) -> np.ndarray:
 @dataclass
 class SelfPaced(Adaptive):
     """Weights from the slopes of the validation losses; the fields are explained in conf/loss/self_paced.yaml."""
+
+    public_name: ClassVar[str] = "self_paced"
 
     scale: float = 50.0
     warmup_steps: int = 100
@@ -73,8 +75,8 @@ class SelfPaced(Adaptive):
         return self.logged(slope=slope_K)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"history": self.history.state_dict()}
+        return super().state_dict() | {"history": self.history.state_dict(self.names)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.history.load_state_dict(state["history"])
+        self.history.load_state_dict(state["history"], self.names)

@@ -12,17 +12,19 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mft.errors import UserError
-from mft.loss.adaptive import Adam, Adaptive, arrays, tensors
+from mft.loss.adaptive import Adam, Adaptive, arrays, by_task
 
 
 @dataclass
 class Uncertainty(Adaptive):
     """See the module for the formula, conf/loss/uncertainty.yaml for the fields."""
+
+    public_name: ClassVar[str] = "uncertainty"
 
     lr: float = 0.025
     start_value: float = 0.0
@@ -52,9 +54,9 @@ class Uncertainty(Adaptive):
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | tensors(s=self.s_K) | {"adam": self.adam.state_dict()}
+        return super().state_dict() | by_task(self.names, s=self.s_K) | {"adam": self.adam.state_dict(self.names)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        (self.s_K,) = arrays(state, "s")
-        self.adam.load_state_dict(state["adam"])
+        (self.s_K,) = arrays(state, self.names, "s")
+        self.adam.load_state_dict(state["adam"], self.names)

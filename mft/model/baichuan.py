@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.errors import UserError, nearest
 from mft.model.original import Original, Values
@@ -25,6 +25,8 @@ class Baichuan(Original):
     releases do, else alibi) | rope | alibi; norm_head: auto (by the vocabulary: 125,696 tokens in Baichuan 2, 64,000
     before) | true | false; whether the rows of the output layer are scaled to length 1.
     """
+
+    public_name: ClassVar[str] = "baichuan"
 
     positions: str = "auto"
     norm_head: Any = "auto"

@@ -10,7 +10,7 @@ import importlib
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.errors import UserError, nearest
 from mft.model import ends, tokens
@@ -50,6 +50,8 @@ class CausalLM:
     list); router_coef: weight of a mixture of experts' balance loss (None = the model's own); trust_remote_code: run
     code that comes with the checkpoint; hint: what to do when a local path is missing.
     """
+
+    public_name: ClassVar[str] = "causal_lm"
 
     path: str
     revision: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.errors import UserError, nearest
 from mft.model.baichuan import Baichuan
@@ -48,6 +48,8 @@ class ChatGLM(Original):
     (divided by it, chatglm2) or base (multiplied by it, chatglm3). Without the key it does not matter.
     roles: whether the tokenizer has the four role tokens that came with chatglm3.
     """
+
+    public_name: ClassVar[str] = "chatglm"
 
     rope_ratio: str = "base"
     roles: bool = False
@@ -131,6 +133,7 @@ class Qwen(Original):
     """Qwen, the first generation -> Qwen2. Its dynamic NTK and logn scaling act only when answering beyond seq_length,
     and are left out."""
 
+    public_name: ClassVar[str] = "qwen"
     model_type = "qwen"
     vocabulary = "qwen.tiktoken"
 
@@ -193,6 +196,7 @@ class Qwen(Original):
 class Aquila(Original):
     """Aquila2 -> llama: names and config are llama's."""
 
+    public_name: ClassVar[str] = "aquila"
     model_type = "aquila"
 
     def native(self, values: Values) -> tuple[str, str, Values]:

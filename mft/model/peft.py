@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.model import adapters, quantisation
 from mft.model.quantisation import compute_dtype
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 class Full:
     """Trains every parameter. The weights are float32 whatever the precision: bf16 cannot hold an update of 1e-5 of its
     value."""
+
+    public_name: ClassVar[str] = "full"
 
     @property
     def default_lr(self) -> float:
@@ -81,6 +83,8 @@ class Lora(Full):
     alpha / sqrt(rank); init: how adapters begin, see adapters.INITS; path: an adapter folder to start from, whose own
     settings then hold.
     """
+
+    public_name: ClassVar[str] = "lora"
 
     rank: int = 16
     alpha: float = 32.0
@@ -205,6 +209,8 @@ class QLora(Lora):
     bf16 | fp16 | fp32, None = the run's precision; storage_dtype: uint8 | bf16 | fp16 | fp32, of the packed weights;
     skip_modules: names that stay unquantised besides the head. The last four but skip_modules are for 4 bits.
     """
+
+    public_name: ClassVar[str] = "qlora"
 
     bits: int = 4
     quant_type: str = "nf4"

@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from mft.errors import UserError, writable
 from mft.model.family import CausalLM
@@ -34,6 +35,8 @@ class Tiny(CausalLM):
     Widths are in tokens and units: keep hidden_size and intermediate_size multiples of 64, which 4-bit weights on CPU
     need. `path` stays empty.
     """
+
+    public_name: ClassVar[str] = "tiny"
 
     path: str = ""
     cache_dir: str = ""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -39,6 +39,8 @@ class Mlflow(Tracker):
     the seconds of PATIENCE at the start and at the end, and what it missed is sent when it answers again, by this
     process, by the resumed run, or by `sync`. A run opened again in the same folder goes on as the same MLflow run.
     """
+
+    public_name: ClassVar[str] = "mlflow"
 
     uri: str | None = None
     store: str = "."

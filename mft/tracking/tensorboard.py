@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mft.errors import UserError
 from mft.tracking.base import Tracker
@@ -16,6 +16,8 @@ from mft.tracking.params import hidden
 @dataclass
 class TensorBoard(Tracker):
     """Writes metrics as scalars, and config and tags as text, into `tensorboard/` of the run folder or `dir/<run>/`."""
+
+    public_name: ClassVar[str] = "tensorboard"
 
     dir: str | None = None
 

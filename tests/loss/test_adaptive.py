@@ -1,5 +1,6 @@
 """Adaptive modes against the original's numbers, and what they do where the original went wrong."""
 
+import io
 import json
 import math
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from mft.errors import UserError
-from mft.loss.adaptive import line_slope
+from mft.loss.adaptive import Adaptive, line_slope
 from mft.loss.coba import Coba
 from mft.loss.dwa import Dwa
 from mft.loss.famo import Famo
@@ -16,6 +17,7 @@ from mft.loss.lbtw import Lbtw
 from mft.loss.self_paced import SelfPaced
 from mft.loss.uncertainty import Uncertainty
 from tests.loss.fixtures import FIXTURES, losses, original_probe, started
+from tests.loss.modes import MODES, made
 
 
 def fixtures(pattern: str):
@@ -189,3 +191,40 @@ def test_uncertainty_follows_the_gradient_of_its_objective():
         loss.learn(number, train_K=row)
     weight_K = (-s_K).exp().detach()
     torch.testing.assert_close(loss.weight_K, weight_K / weight_K.sum(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if isinstance(made(mode), Adaptive)])
+def test_memory_belongs_to_a_tasks_name_whatever_its_place(mode):
+    """A checkpoint of the tasks a, b, c is loaded where they come as c, a, b; both then learn the same losses."""
+    names, others = ["a", "b", "c"], ["c", "a", "b"]
+    draw = np.random.default_rng(1)
+
+    def teach(loss, step, table):
+        loss_K = losses(table[name] for name in loss.names)
+        if step == 1:
+            loss.begin(loss_K)
+        loss.learn(step, valid_K=loss_K)
+        loss.learn(step, train_K=loss_K)
+        return loss.learn(step, repeat_K=loss_K * torch.tensor([table[name] for name in loss.names]).sqrt())
+
+    one, other = made(mode), made(mode)
+    one.start(names, [1.0] * 3)
+    other.start(others, [1.0] * 3)
+    for step in range(1, 7):
+        teach(one, step, dict(zip(names, draw.uniform(0.5, 3, 3), strict=True)))
+    file = io.BytesIO()
+    torch.save(one.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    other.load_state_dict(state)
+    for step in range(7, 12):
+        table = dict(zip(names, draw.uniform(0.5, 3, 3), strict=True))
+        teach(one, step, table)
+        teach(other, step, table)
+        weights = dict(zip(others, other.weight_K.tolist(), strict=True))
+        assert [weights[name] for name in names] == pytest.approx(one.weight_K.tolist(), rel=1e-9)
+    assert len(set(one.weight_K.tolist())) == 3, "the memory was never needed"
+    third = made(mode)
+    third.start(["a", "b", "d"], [1.0] * 3)
+    with pytest.raises(UserError, match="remembers the tasks a, b, c, but not d"):
+        third.load_state_dict(state)
