@@ -155,7 +155,7 @@ def train(args: list[str]) -> None:
         return
     dated = not any(key_of(o) == "output_dir" for o in overrides)
     if dry_run:
-        folder, goes_on = rundir.choose(Path(cfg.output_dir), dated, cfg.train.resume, checked.identity)
+        folder, goes_on = checked.choose(dated)
         done = rundir.is_finished(folder, checked.identity)
         print(
             f"{folder}: {'finished already' if done else 'would go on' if goes_on else 'would run'}; "
@@ -166,7 +166,7 @@ def train(args: list[str]) -> None:
         if hosts is not None and hosts.rank > 0:
             job.follow(checked, hosts)
             return
-        folder, _ = rundir.choose(Path(cfg.output_dir), dated, cfg.train.resume, checked.identity)
+        folder, _ = checked.choose(dated)
         job.run(checked, folder, hosts=hosts)
 
 

@@ -1,4 +1,4 @@
-"""The settings of a run: their schema, where conf/ lies, and how a resolved config is frozen, read back and identified.
+"""The settings of a run: their schema, where conf/ lies, and how a resolved config is frozen and read back.
 
 Settings (`name`, `train`, `launch`, `data`) are read by the code and typed here; components (`model`, `peft`, ...) are
 built by `mft.build`, their schema is their class.
@@ -6,11 +6,8 @@ built by `mft.build`, their schema is their class.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -172,40 +169,6 @@ class Config:
     launch: Launch = field(default_factory=Launch)
 
 
-CANNOT_CHANGE_THE_RESULT = (
-    "name",
-    "sweep",
-    "choices",
-    "output_dir",
-    "cache_dir",
-    "launch",
-    "tracking",
-    "train.resume",
-    "train.keep",
-    "train.keep_task_best",
-    "train.skip_nonfinite_steps",  # a run that ends without a skipped step is the same for all values
-    "train.log_every",
-    "train.save_every",
-    "train.prompts",
-    "train.prompts_max_new_tokens",
-    "train.peak_tflops",
-    "train.fail_fast",
-    "train.prune",
-    "train.prune_after",
-    "train.allow_targets",
-    "train.per_device_batch_size",
-    "train.gradient_accumulation_steps",
-    "train.global_batch_size",
-    "train.per_device_eval_batch_size",
-    "data.paths",
-    "data.bad_rows",
-)
-"""Config paths left out of a run's identity. The batch sizes enter as the global batch, data as fingerprints."""
-
-EXTENDABLE = ("train.max_steps", "train.epochs")
-"""A run with larger values of these is the same run, trained further."""
-
-
 def config_dir() -> Path:
     """Returns the folder of the yaml tree: `mft/conf` in an installed wheel, else the repository's `conf`."""
     inside = Path(__file__).parent / "conf"
@@ -312,32 +275,3 @@ def batch_sizes(train: Any, world: int) -> BatchSizes:
             f"the nearest values that are: {values}."
         )
     return BatchSizes(per_device, total // unit, world)
-
-
-def under(path: str, prefixes: Iterable[str]) -> bool:
-    """Whether a dotted path is one of `prefixes` or lies below one."""
-    return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def identity(cfg: DictConfig, world: int, fingerprints: dict[str, str], extended: bool = True) -> str:
-    """Returns the hash that says whether two runs are the same experiment (40 hex digits).
-
-    cfg: resolved; world: number of ranks; fingerprints: of the data and the base model, by name.
-    With `extended` False the length of the run is left out, so that a longer run is recognised as the same.
-    """
-    plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    for path in CANNOT_CHANGE_THE_RESULT + (() if extended else EXTENDABLE):
-        node = plain
-        *parents, last = path.split(".")
-        for parent in parents:
-            node = node.get(parent, {})
-        node.pop(last, None)
-    for task in plain["task"].values():
-        task.pop("valid", None)
-        task.pop("paths", None)  # the fingerprint of their content stands for them
-        task.pop("hint", None)
-    for key in ("path", "hint", "cache_dir"):
-        plain["model"].pop(key, None)
-    plain["global_batch"] = batch_sizes(cfg.train, world).total
-    plain["fingerprints"] = fingerprints
-    return hashlib.sha1(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -38,6 +38,11 @@ class Dataset:
         return [task.name for task in self.tasks]
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the rows that the stores were made of: `task.<name>` → hash."""
+        return {f"task.{name}": store.contents for name, store in zip(self.names, self.stores, strict=True)}
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, as it is saved with the model."""
         return self.encoder.tokenizer

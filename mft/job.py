@@ -13,15 +13,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft import rundir
-from mft.build import check, component
-from mft.config import LaunchMode, freeze, identity, settled
-from mft.data.fingerprint import file_digests
+from mft import inputs, rundir
+from mft.build import ALLOWED_TARGETS, check, component
+from mft.config import LaunchMode, freeze, settled
 from mft.data.task import all_tasks
-from mft.data.template import is_file
 from mft.errors import UserError
 from mft.failures import forget_failures
 from mft.hosts import Hosts
+from mft.identity import Identity
 from mft.launch import Stopped, launch, place, ranks, share, warm
 from mft.machine import visible_gpus
 from mft.meeting import meet
@@ -37,7 +36,7 @@ class Job:
     cfg: DictConfig
     overrides: list[str]
     world: int
-    identity: rundir.Identity
+    identity: Identity
     allow_targets: tuple[str, ...] = ()
     label: str = ""  # what tells it from the other jobs of its sweep
     data: str = ""  # fingerprint of all tasks
@@ -50,6 +49,11 @@ class Job:
             return None
         weights = {name: task.get("weight", 1.0) for name, task in self.cfg.task.items()}
         return criterion(losses, self.cfg.train.best, dict.fromkeys(losses, 1.0) | weights)
+
+    def choose(self, dated: bool) -> tuple[Path, bool]:
+        """Returns (run folder, whether its run is to be resumed), see `rundir.choose`."""
+        config: Any = OmegaConf.to_container(self.cfg, enum_to_str=True)
+        return rundir.choose(Path(self.cfg.output_dir), dated, self.cfg.train.resume, self.identity, config)
 
     def describe(self) -> dict[str, Any]:
         """Returns what is left in its run folder beside the config (`overrides.json`)."""
@@ -96,20 +100,13 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     tasks = all_tasks(chosen, list(cfg.data.paths))
     if cfg.launch.mode is LaunchMode.processes and starts:
         warm(preload(cfg))  # the fork server imports while the data is read here
-    fingerprints = {f"task.{task.name}": task.fingerprint(cfg.cache_dir) for task in tasks}
-    data = hashlib.sha1(repr(sorted(fingerprints.items())).encode()).hexdigest()[:12]
-    if is_file(cfg.data.template):
-        fingerprints["template"] = file_digests([Path(cfg.data.template)], Path(cfg.cache_dir))[0]
-    fingerprints["model"] = component(cfg, "model", allow_targets).fingerprint()
-    return Job(
-        cfg,
-        list(overrides),
-        world,
-        rundir.Identity(identity(cfg, world, fingerprints), identity(cfg, world, fingerprints, extended=False)),
-        allow_targets,
-        label,
-        data,
-    )
+    family, peft = (component(cfg, path, allow_targets) for path in ("model", "peft"))
+    fingerprints = inputs.fingerprints(cfg, tasks, family, peft)
+    rows = sorted((name, value) for name, value in fingerprints.items() if name.startswith("task."))
+    data = hashlib.sha1(repr(rows).encode()).hexdigest()[:12]
+    allowed = (*ALLOWED_TARGETS, *allow_targets)
+    identity = inputs.identity(cfg, world, [task.name for task in tasks], fingerprints, allowed)
+    return Job(cfg, list(overrides), world, identity, allow_targets, label, data)
 
 
 def preload(cfg: DictConfig) -> tuple[str, ...]:
@@ -140,7 +137,7 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = print, hosts: Hosts
         say(f"run folder {shown}")
         job.cfg.output_dir = str(folder)
         freeze(job.cfg, folder / "config.yaml")
-        job.identity.write(folder)
+        rundir.write_json(folder / "identity.json", job.identity.as_json())
         rundir.write_json(folder / "overrides.json", job.describe())
         share(str(folder))
         if hosts:
@@ -174,7 +171,8 @@ def together(job: Job) -> Iterator[Hosts | None]:
         return
     settings: Any = OmegaConf.to_object(job.cfg.launch)
     facts = {"launch.nnodes": settings.nnodes, "ranks": job.world // settings.nnodes, "data": job.data}
-    hosts = meet(settings, facts | {"config or base model": job.identity.extended[:10]})
+    facts |= {name: value[:10] for name, value in job.identity.fingerprints.items() if not name.startswith("task.")}
+    hosts = meet(settings, facts | {"config": job.identity.extended[:10]})
     try:
         yield hosts
     finally:

@@ -22,6 +22,11 @@ def tags() -> dict[str, str]:
     return found
 
 
+def fingerprint_tag(name: str) -> str:
+    """Returns the tag that holds a fingerprint, for example base_model_fingerprint."""
+    return f"{name.replace(' ', '_')}_fingerprint"
+
+
 def _version(package: str) -> str:
     try:
         return version(package)

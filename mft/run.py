@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft import rundir, summary
+from mft import inputs, rundir, summary
 from mft.answers import Answers, read_prompts
 from mft.build import check_validation, component, learning_rate
 from mft.checkpoint import Checkpoints, newest, restore, write_final
@@ -22,11 +23,12 @@ from mft.data.settings import DataSettings
 from mft.dataset import dataset
 from mft.evaluate import Evaluator
 from mft.feed import Feed
+from mft.identity import CONTENTS
 from mft.loop import Training, fit
 from mft.machine import quiet_without_gpu
 from mft.metrics import Meter, flops_per_token
 from mft.progress import Silent, Terminal, settings_table
-from mft.provenance import tags
+from mft.provenance import fingerprint_tag, tags
 from mft.tracking.base import FanOut, Jsonl, Tracker
 
 
@@ -62,6 +64,8 @@ def run(
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of each machine tokenises, before any process group
     known = dataset(cfg, data, family, make, first)
     tasks, names, stores, encoder, tokenizer = known.tasks, known.names, known.stores, known.encoder, known.tokenizer
+    require = requirement(cfg, run_dir, family, peft)
+    require(known.fingerprints)
     prompts = read_prompts(Path(train.prompts)) if train.prompts else []
 
     engine = make("dist").start(precision)
@@ -90,6 +94,7 @@ def run(
     with engine.loading():
         model = family.model(peft.dtype(precision), peft.quantization(computing), compute_dtype=computing)
     model = peft.attach(model, family)
+    require({})
     checkpointing = family.checkpoint(model)
     base_lr = learning_rate(optim, peft)
     module = TokenLoss(model, family)
@@ -189,6 +194,21 @@ def run(
     return status
 
 
+def requirement(cfg: DictConfig, run_dir: Path, family: Any, peft: Any) -> Callable[[Mapping[str, str]], None]:
+    """Returns a function that raises UserError where what was read is not what the folder's identity records.
+
+    It is called after each reading, since files may change between the check of a run, or of a sweep, and its start. It
+    takes the fingerprints of what was read and looks at the other files itself.
+    """
+    recorded = rundir.identity_of(run_dir)
+
+    def require(read: Mapping[str, str]) -> None:
+        if recorded is not None:
+            recorded.require({**read, **inputs.files(cfg, family, peft)}, plain(cfg))
+
+    return require
+
+
 def ignore(folder: Path) -> None:
     """Exports nothing."""
 
@@ -222,13 +242,17 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def run_tags(cfg: DictConfig, run_dir: Path) -> dict[str, str]:
     """Returns what a tracker keeps beside the config: what ran, in which sweep, on which data, versions, host."""
     known = rundir.read_json(run_dir / "overrides.json")
-    identity = rundir.Identity.read(run_dir)
+    identity = rundir.identity_of(run_dir)
     found = tags() | {
         "overrides": " ".join(known.get("overrides", [])),
         "identity": identity.extended if identity else "",
         "data_fingerprint": known.get("data", ""),
         "run_folder": str(run_dir),
     }
+    if identity:
+        contents = {name: value for name, value in identity.fingerprints.items() if name in CONTENTS}
+        found |= {fingerprint_tag(name): value for name, value in contents.items()}
+        found |= {"tasks": json.dumps(identity.tasks)}
     found |= {group: option for group, option in cfg.choices.items() if group in ("model", "peft", "dist", "loss")}
     if known.get("sweep"):
         found |= {"sweep": known["sweep"], "job": known.get("label") or found["overrides"]}

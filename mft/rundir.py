@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from mft.errors import UserError, writable
+from mft.identity import VERSION, Identity, differences
 
 LOCK = ".lock"
 
 
-@dataclass(frozen=True)
-class Identity:
-    """extended: hash of everything that can change the result; base: the same without the run's length."""
-
-    extended: str
-    base: str
-
-    def write(self, run_dir: Path) -> None:
-        """Leaves the identity in the run folder."""
-        write_json(run_dir / "identity.json", {"identity": self.extended, "base": self.base})
-
-    @classmethod
-    def read(cls, run_dir: Path) -> Identity | None:
-        """Returns the identity of the run in a folder, or None."""
-        values = read_json(run_dir / "identity.json")
-        return cls(values["identity"], values["base"]) if values else None
+def identity_of(run_dir: Path) -> Identity | None:
+    """Returns the identity of the run in a folder, None where there is no run."""
+    return Identity.from_json(read_json(run_dir / "identity.json"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,7 +95,8 @@ def runs_under(folder: Path) -> list[Path]:
 
 def is_finished(run_dir: Path, identity: Identity) -> bool:
     """Whether the folder holds the finished run of exactly this length."""
-    return status(run_dir) == "finished" and Identity.read(run_dir) == identity
+    found = identity_of(run_dir)
+    return found is not None and found.extended == identity.extended and status(run_dir) == "finished"
 
 
 def lock(run_dir: Path) -> FileLock:
@@ -122,20 +111,23 @@ def lock(run_dir: Path) -> FileLock:
     return taken
 
 
-def choose(output_dir: Path, dated: bool, resume: str, identity: Identity) -> tuple[Path, bool]:
+def choose(
+    output_dir: Path, dated: bool, resume: str, identity: Identity, config: Mapping[str, Any] | None = None
+) -> tuple[Path, bool]:
     """Returns (folder, whether its run is to be gone on with).
 
     output_dir: where a fresh run would go; dated: whether that folder was made up from the date, so that with
-    resume=auto the newest unfinished run of this identity beside it is taken instead.
+    resume=auto the newest unfinished run of this identity beside it is taken instead; config: of this run, nested, to
+    say in what another one differs.
     Raises UserError when the folder holds another run, or when `resume` names a folder that cannot be continued.
     """
     if resume not in ("auto", "never"):
-        return _named(Path(os.path.abspath(os.path.expanduser(resume))), identity), True
+        return _named(Path(os.path.abspath(os.path.expanduser(resume))), identity, config or {}), True
     if not dated:
-        return output_dir, _in_place(output_dir, resume, identity)
+        return output_dir, _in_place(output_dir, resume, identity, config or {})
     if resume == "auto":
         for folder in sorted(output_dir.parent.glob("*"), reverse=True):
-            found = Identity.read(folder)
+            found = identity_of(folder)
             if found and found.base == identity.base and status(folder) != "finished" and not _busy(folder):
                 return folder, True
     number, folder = 1, output_dir
@@ -145,34 +137,59 @@ def choose(output_dir: Path, dated: bool, resume: str, identity: Identity) -> tu
     return folder, False
 
 
-def _named(folder: Path, identity: Identity) -> Path:
-    found = Identity.read(folder)
+def _named(folder: Path, identity: Identity, config: Mapping[str, Any]) -> Path:
+    found = identity_of(folder)
     if found is None:
         raise UserError(
             f"train.resume={folder} is no run folder (no identity.json in it); allowed: auto, never, or a run folder."
         )
     if found.base != identity.base:
-        raise UserError(
-            f"train.resume={folder} holds a run of another config; `diff` its config.yaml with what "
-            "`mft train --cfg job` prints."
-        )
+        raise UserError(f"train.resume={folder} {_another(folder, found, identity, config)}.")
     return folder
 
 
-def _in_place(folder: Path, resume: str, identity: Identity) -> bool:
-    found = Identity.read(folder)
+def _in_place(folder: Path, resume: str, identity: Identity, config: Mapping[str, Any]) -> bool:
+    found = identity_of(folder)
     entries = [p for p in folder.iterdir() if p.name != LOCK] if folder.is_dir() else []
     if found is None and entries:
         raise UserError(f"output_dir={folder} is not empty and holds no run; choose another folder.")
     if found is None:
         return False
     if found.base != identity.base:
-        raise UserError(f"output_dir={folder} holds a run of another config; choose another folder, or remove it.")
+        another = _another(folder, found, identity, config)
+        raise UserError(f"output_dir={folder} {another}; choose another folder, or remove it.")
     if resume == "never":
         raise UserError(
             f"output_dir={folder} already holds this run and train.resume=never; choose another folder, or remove it."
         )
     return True
+
+
+def _another(folder: Path, found: Identity, identity: Identity, config: Mapping[str, Any]) -> str:
+    """Returns what is said of a folder whose run is not the one of `identity`: in what it differs."""
+    if found.version != VERSION:
+        trained = sorted([*folder.glob("final"), *folder.glob("checkpoints/step-*")], key=lambda f: f.stat().st_mtime)
+        key = "peft.path" if trained and (trained[-1] / "adapter_config.json").exists() else "model.path"
+        more = f"; {key}={trained[-1]} trains its model further, as a new run" if trained else ""
+        return (
+            f"holds a run that another version of mft wrote {found.numbers()}, so it cannot be resumed; mft show, "
+            f"compare, merge and generate still read it{more}"
+        )
+    contents, values = differences(found, identity, _config(folder), config)
+    if contents and values:
+        return f"holds a run on other inputs: {contents}; and of another config: {values}"
+    return f"holds a run on other inputs: {contents}" if contents else f"holds a run of another config: {values}"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Returns the config of a run folder as it was written; {} where it cannot be read."""
+    import yaml
+
+    try:
+        found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _busy(folder: Path) -> bool:

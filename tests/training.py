@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mft import job, rundir
+from mft import job
 from mft.compose import compose_resolved
 
 
@@ -46,7 +46,7 @@ def train(tmp_path: Path, cache_dir: Path, *overrides: str, out: str = "run") ->
     ]
     cfg = compose_resolved(given)
     checked = job.checked(cfg, given)
-    chosen, _ = rundir.choose(folder, False, cfg.train.resume, checked.identity)
+    chosen, _ = checked.choose(dated=False)
     gc.freeze()  # what is imported by now, or the collector walks over it at the end of every run
     return job.run(checked, chosen, say=lambda text: None), chosen
 

@@ -22,8 +22,9 @@ YOUNG_SECONDS = 2.0
 def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
     """Returns the xxh3-128 of each file's content, in order.
 
-    `<cache_dir>/fingerprints.json` remembers them by absolute path, size and mtime_ns; it is replaced atomically under
-    a lock, so several processes may share it. Raises UserError for a file that cannot be read.
+    `<cache_dir>/fingerprints.json` remembers them by absolute path, size, times of change and inode (a copy that keeps
+    size and mtime has another ctime); it is replaced atomically under a lock, so several processes may share it.
+    Raises UserError for a file that cannot be read.
     """
     memo_path = cache_dir / "fingerprints.json"
     memo = _read(memo_path)
@@ -33,15 +34,16 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
         key = str(file.absolute())
         try:
             stat = file.stat()
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
             known = memo.get(key)
-            if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-                digests.append(str(known[2]))
+            if isinstance(known, list) and known[:-1] == stamp:
+                digests.append(str(known[-1]))
                 continue
             digests.append(_digest(file))
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-        if time.time() - stat.st_mtime > YOUNG_SECONDS:
-            fresh[key] = [stat.st_size, stat.st_mtime_ns, digests[-1]]
+        if time.time() - max(stat.st_mtime, stat.st_ctime) > YOUNG_SECONDS:
+            fresh[key] = [*stamp, digests[-1]]
     if fresh:
         # A cache that can only be read still serves the stores in it; these files are then hashed at every start.
         with suppress(OSError):

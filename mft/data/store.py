@@ -39,6 +39,7 @@ class Store:
     lengths_N: tokens of each; trained_N: tokens that carry loss; split_N: index in SPLITS.
     report: rows, kept, splits, tokens, trained_tokens, truncated, dropped {reason: count}, first_dropped,
     one_string (rows compared with their encoding as one string, and how many differ); duplicates (see `settle`).
+    contents: the fingerprint of the rows it was made of (`Task.fingerprint`), "" until `prepare` sets it.
     fingerprint: hash of contents, tokenizer, template and options. digest_N: equal where the conversations of two
     samples' rows are.
     """
@@ -46,6 +47,7 @@ class Store:
     def __init__(self, folder: Path, files: Sequence[Path]):
         """files: `Task.files()`, by which samples are traced to file and line."""
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.contents = ""
         self.fingerprint = folder.name
         self.files = list(files)
         column = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in meta["dtypes"].items()}
@@ -180,14 +182,15 @@ def prepare(
     """
     settings.check()
     files = task.files()
-    tokens_dir = Path(cache_dir) / "tokens"
-    folder = tokens_dir / store_fingerprint(task, encoder, settings, cache_dir)
+    contents = task.fingerprint(cache_dir)
+    folder = Path(cache_dir) / "tokens" / store_fingerprint(task, contents, encoder, settings)
     if not _complete(folder):
         if first:
-            _build(folder, task, encoder, settings)
+            _build(folder, task, contents, encoder, settings, cache_dir)
         else:
             _wait(folder, task)
     store = Store(folder, files)
+    store.contents = contents
     dropped = store.report["dropped"]
     if settings.bad_rows == BadRows.error and dropped[writer.BAD_ROW]:  # built by a run that skipped them
         bad = next((d for d in store.report["first_dropped"] if d["reason"] == writer.BAD_ROW), None)
@@ -203,14 +206,24 @@ def prepare(
     return store
 
 
-def store_fingerprint(task: Task, encoder: Encoder, settings: DataSettings, cache_dir: str | os.PathLike[str]) -> str:
-    """Returns the hash of all that decides the samples of a task; not of what only decides whether to stop."""
+def store_fingerprint(task: Task, contents: str, encoder: Encoder, settings: DataSettings) -> str:
+    """Returns the hash of all that decides the samples of a task; not of what only decides whether to stop.
+
+    contents: `task.fingerprint()`.
+    """
     options = [settings.seq_length, LongSamples(settings.long_samples).value, [float(part) for part in settings.split]]
-    parts = [writer.VERSION, task.fingerprint(cache_dir), repr(task.format), encoder.fingerprint(), options]
+    parts = [writer.VERSION, contents, repr(task.format), encoder.fingerprint(), options]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 
-def _build(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) -> None:
+def _build(
+    folder: Path,
+    task: Task,
+    contents: str,
+    encoder: Encoder,
+    settings: DataSettings,
+    cache_dir: str | os.PathLike[str],
+) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder, task):
@@ -222,6 +235,11 @@ def _build(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) -
             try:
                 temporary.mkdir()
                 pipeline.write(temporary, task, encoder, settings)
+                if task.fingerprint(cache_dir) != contents:  # else the store would bear the name of other rows
+                    raise UserError(
+                        f"task.{task.name}: its files have changed while they were read ({', '.join(task.paths)}); "
+                        "start again once they are written"
+                    )
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -18,9 +18,11 @@ from mft.model.implementation import Attention, choose, refuse_flash
 from mft.model.parts import base_of, head_logits, head_quirks, parameter_count
 from mft.model.router import coefficient, routed
 from mft.model.source import (
+    TOKENIZER_FILES,
     check_path,
     check_type,
     check_vocabulary,
+    contents_fingerprint,
     folder_fingerprint,
     no_packing,
     read_config,
@@ -116,6 +118,19 @@ class CausalLM:
         and samples of their bytes for a folder; name@revision for a hub name."""
         source = Path(self.source())
         return folder_fingerprint(source) if source.is_dir() else f"{self.path}@{self.revision or 'main'}"
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns the hashes of all that is read of the model, by name (see `mft.identity.CONTENTS`).
+
+        `fingerprint` is of the weights alone, as adapters have it in their mft.json. Of a hub name there is only that.
+        """
+        source = Path(self.source())
+        found = {"base model": self.fingerprint()}
+        if source.is_dir():
+            found["tokenizer"] = contents_fingerprint(source, TOKENIZER_FILES)
+            if self.trust_remote_code:
+                found["code"] = contents_fingerprint(source, ("**/*.py",))
+        return found
 
     def _from_pretrained(self, factory: Any, **arguments: Any) -> Any:
         from huggingface_hub.errors import StrictDataclassError

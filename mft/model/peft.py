@@ -46,6 +46,10 @@ class Full:
         """The setting for which `attach` has to read the base's weights, "" for none."""
         return ""
 
+    def files(self) -> list[Path]:
+        """Returns the files that are read beside the base model."""
+        return []
+
     def check(self) -> None:
         """Raises UserError for values that no model can take."""
 
@@ -116,6 +120,12 @@ class Lora(Full):
         if self.path:
             return ""
         return f"peft.init={self.init}" if self.changes_base else "peft.use_dora=true" if self.use_dora else ""
+
+    def files(self) -> list[Path]:
+        if not self.path:
+            return []
+        folder = Path(self.path).expanduser()
+        return [folder / "adapter_config.json", *sorted(folder.glob("*.safetensors"))]
 
     def check(self) -> None:
         adapters.check(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,31 @@ def looks_local(path: str) -> bool:
     if path.startswith(("/", "./", "../", "~", "\\")) or path.count("/") > 1:
         return True
     return "/" in path and Path(path).parent.is_dir()
+
+
+TOKENIZER_FILES = (
+    *VOCABULARIES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+)
+"""Files of a model folder, beside config and weights, that decide what is trained or what is saved with it."""
+
+
+def contents_fingerprint(folder: Path, patterns: Sequence[str]) -> str:
+    """Returns a hash over the names and contents of the files of a folder that match one of the patterns."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
+        content = file.read_bytes()
+        digest.update(json.dumps([file.relative_to(folder).as_posix(), len(content)]).encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def folder_fingerprint(folder: Path) -> str:

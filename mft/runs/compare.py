@@ -10,9 +10,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from mft import rundir
-from mft.config import EXTENDABLE
 from mft.errors import UserError, nearest
 from mft.runs import results
+from mft.runs.apart import differing, shorten_paths
+from mft.runs.direction import higher_is_better
 from mft.runs.results import Run
 
 SEED = "train.seed"
@@ -22,11 +23,13 @@ STANDARD_ERRORS = 2.0
 
 @dataclass
 class Group:
-    """Runs that differ by their seed alone. keys: what tells them from the other groups."""
+    """Runs that differ by their seed alone. keys: what tells them from the other groups; higher: whether the highest
+    value of the metric is the best one."""
 
     keys: dict[str, str]
     runs: list[Run]
     metric: str
+    higher: bool = False
 
     @property
     def label(self) -> str:
@@ -35,7 +38,8 @@ class Group:
 
     def numbers(self, metric: str = "") -> list[float]:
         """Returns the best value of every run that has one."""
-        return [v for v in (run.best(metric or self.metric) for run in self.runs) if v is not None]
+        higher = self.higher and metric in ("", self.metric)  # the others are losses
+        return [v for v in (run.best(metric or self.metric, higher) for run in self.runs) if v is not None]
 
     def mean(self, metric: str = "") -> float:
         """Returns the mean over seeds, NaN without any."""
@@ -48,32 +52,13 @@ class Group:
         return stdev(values) if len(values) > 1 else None
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
-    """Returns the keys whose values differ, options of groups first; not those that follow from a group's option."""
-    keys = dict.fromkeys(key for run in runs for key in run.values)
-    found = []
-    for key in keys:
-        group = key.split(".")[0]
-        by_option: dict[str, set[str]] = {}
-        for run in runs:
-            if key in run.values:
-                by_option.setdefault(run.values.get(group, "") if "." in key else "", set()).add(run.values[key])
-        follows = (
-            "." in key and any(group in run.values for run in runs) and all(len(v) == 1 for v in by_option.values())
-        )
-        missing = "." not in key and any(key not in run.values for run in runs)
-        if not follows and (missing or len(set().union(*by_option.values())) > 1):
-            found.append(key)
-    return sorted(found, key=lambda key: ("." in key, key in EXTENDABLE))
-
-
-def grouped(runs: Sequence[Run], keys: Sequence[str], metric: str) -> list[Group]:
+def grouped(runs: Sequence[Run], keys: Sequence[str], metric: str, higher: bool = False) -> list[Group]:
     """Returns the groups of runs with equal values of the keys, the best mean first; runs without a value come last."""
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         groups.setdefault(tuple(run.values.get(key, "-") for key in keys), []).append(run)
-    made = [Group(dict(zip(keys, values, strict=True)), members, metric) for values, members in groups.items()]
-    return sorted(made, key=lambda group: (math.isnan(group.mean()), group.mean()))
+    made = [Group(dict(zip(keys, values, strict=True)), members, metric, higher) for values, members in groups.items()]
+    return sorted(made, key=lambda group: (math.isnan(group.mean()), -group.mean() if higher else group.mean()))
 
 
 def pooled(groups: Sequence[Group]) -> float | None:
@@ -87,48 +72,53 @@ def pooled(groups: Sequence[Group]) -> float | None:
 def verdicts(groups: Sequence[Group]) -> tuple[list[str], str]:
     """Returns a word for every group and a sentence on the whole; a winner is named only where seeds tell it apart."""
     noise = pooled(groups)
+    higher = any(group.higher for group in groups)
+    best, better, worse, behind = ("highest", "higher", "lower", -1) if higher else ("lowest", "lower", "higher", 1)
     counts = [len(group.numbers()) for group in groups]
     ranked = [i for i, count in enumerate(counts) if count]
     if not ranked:
         return ["no value"] * len(groups), "No run has a value of this metric yet."
     words = ["no value"] * len(groups)
-    words[ranked[0]] = "lowest"
+    words[ranked[0]] = best
     for i in ranked[1:]:
         if noise is None or counts[i] < 2 or counts[ranked[0]] < 2:
             words[i] = (
-                "one seed: not told apart" if noise is None or counts[i] < 2 else "not told apart: lowest has one seed"
+                "one seed: not told apart" if noise is None or counts[i] < 2 else f"not told apart: {best} has one seed"
             )
             continue
         error = noise * math.sqrt(1 / counts[i] + 1 / counts[ranked[0]])
-        within = groups[i].mean() - groups[ranked[0]].mean() <= STANDARD_ERRORS * error
-        words[i] = "within seed noise" if within else "higher"
+        within = behind * (groups[i].mean() - groups[ranked[0]].mean()) <= STANDARD_ERRORS * error
+        words[i] = "within seed noise" if within else worse
     if noise is None or counts[ranked[0]] < 2:
         return (
             words,
-            "No winner: the lowest mean is of one seed (n = 1). Repeat with train.seed=1,2,3 to know the noise.",
+            f"No winner: the {best} mean is of one seed (n = 1). Repeat with train.seed=1,2,3 to know the noise.",
         )
     told = f"Noise between seeds: {noise:.4f} (standard deviation, pooled)."
     if len(ranked) == 1:
         return words, f"{told} One setting only: nothing to compare it with."
-    if any(words[i] != "higher" for i in ranked[1:]):
-        near = sum(words[i] != "higher" for i in ranked[1:])
+    if any(words[i] != worse for i in ranked[1:]):
+        near = sum(words[i] != worse for i in ranked[1:])
         more = "one more is" if near == 1 else f"{near} more are"
-        return words, f"{told} No winner: {more} not told apart from the lowest (less than 2 standard errors)."
-    return words, f"{told} {groups[ranked[0]].label} is lower than all others by more than 2 standard errors."
+        return words, f"{told} No winner: {more} not told apart from the {best} (less than 2 standard errors)."
+    winner = groups[ranked[0]].label
+    return words, f"{told} {winner} is {better} than all others by more than 2 standard errors."
 
 
-def prepare(runs: Sequence[Run], metric: str, by: Sequence[str]) -> list[Group]:
-    """Returns the groups to compare; UserError for keys or metrics that no run has."""
+def prepare(runs: Sequence[Run], metric: str, by: Sequence[str], better: str = "") -> list[Group]:
+    """Returns the groups to compare; UserError for keys or metrics that no run has, and where it is not known whether
+    a lower or a higher value of the metric is better (better: lower or higher, else by its name)."""
+    shorten_paths(runs)
     known = sorted({key for run in runs for key in run.values})
     for key in by:
         if key not in known:
             raise UserError(f"--group-by {key}: no run has this key{nearest(key, known) or '.'}")
     keys = list(by) or [key for key in differing(runs) if key != SEED]
-    groups = grouped(runs, keys, metric)
-    if all(not group.numbers() for group in groups) and any(run.rows for run in runs):
+    if any(run.rows for run in runs) and not any(run.series(metric) for run in runs):
         options = ["mean", "worst", *dict.fromkeys(k for run in runs for row in run.rows for k in row)]
         raise UserError(f"--metric {metric}: no run has logged it{nearest(metric, options) or '.'}")
-    return groups
+    tasks = [task for run in runs for task in run.tasks]
+    return grouped(runs, keys, metric, higher_is_better(metric, tasks, better))
 
 
 def columns(groups: Sequence[Group], metric: str) -> tuple[list[str], list[list[str]]]:
@@ -184,11 +174,13 @@ def leave_report(folder: Path) -> Path | None:
 
 
 def command(args: Sequence[str]) -> None:
-    """mft compare DIR [DIR …] | EXPERIMENT [--metric mean|worst|TASK|NAME] [--group-by KEY,KEY] [--csv FILE]
-             [--out FILE] [--uri ADDRESS]
+    """mft compare DIR [DIR …] | EXPERIMENT [--metric mean|worst|TASK|NAME] [--better lower|higher] [--group-by KEY,KEY]
+             [--csv FILE] [--out FILE] [--uri ADDRESS]
 
     Ranks the runs in folders (multirun/<name>, one sweep, outputs/<name>) or of an MLflow experiment, by their lowest
-    validation loss, and writes a report with pictures (report.html in the folder; --out says where).
+    validation loss, and writes a report with pictures (report.html in the folder; --out says where). Of metrics that
+    are called accuracy, f1, pass@1, tokens_per_second and the like the highest value is the best; --better says it for
+    names that do not tell.
     """
     from rich.console import Console
     from rich.table import Table
@@ -199,11 +191,11 @@ def command(args: Sequence[str]) -> None:
         print(command.__doc__)
         return
     places, chosen = options(args)
-    runs = [run for place in places for run in results.at(place, chosen["uri"])]
+    runs = [run for place in places for run in results.at(place, chosen["uri"], chosen["metric"])]
     if not runs:
         raise UserError(f"There is no run in {', '.join(places)}.")
     by = [key for key in chosen["group-by"].split(",") if key]
-    groups = prepare(runs, chosen["metric"], by)
+    groups = prepare(runs, chosen["metric"], by, chosen["better"])
     head, rows = columns(groups, chosen["metric"])
     table = Table(title=f"{len(runs)} runs, {len(groups)} settings", title_justify="left")
     for name in head:
@@ -227,7 +219,7 @@ def command(args: Sequence[str]) -> None:
 
 def options(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Splits the command line into places and flags; UserError for a flag that is none, or has no value."""
-    chosen = {"metric": "mean", "group-by": "", "csv": "", "out": "", "uri": ""}
+    chosen = {"metric": "mean", "better": "", "group-by": "", "csv": "", "out": "", "uri": ""}
     places, rest = [], list(args)
     while rest:
         arg = rest.pop(0)

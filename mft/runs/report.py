@@ -12,7 +12,9 @@ from statistics import fmean
 from typing import Any
 
 from mft.panels import color_of, label_axes, panel_grid
-from mft.runs.compare import SEED, Group, columns, differing, verdicts
+from mft.runs.apart import differing
+from mft.runs.compare import SEED, Group, columns, verdicts
+from mft.runs.direction import LOSSES
 
 MOST_CURVES = 12
 """Settings drawn in a picture of curves, the best first; the table has all."""
@@ -37,8 +39,8 @@ def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
     sentence = verdicts(groups)[1]
     parts = [
         HEAD.format(title=escape(f"mft compare: {title}")),
-        f"<h1>{escape(title)}</h1><p>{len(runs)} runs, {len(groups)} settings. Each run's lowest validation "
-        f"loss (nats per token), ranked by <b>{escape(metric)}</b>, mean over n seeds.</p>",
+        f"<h1>{escape(title)}</h1><p>{len(runs)} runs, {len(groups)} settings, ranked by <b>{escape(metric)}</b>: each "
+        f"run's {_what(groups, metric)}, mean over n seeds. Losses are nats per token.</p>",
         f"<p class=say>{escape(sentence)}</p>",
         _table(head, rows),
         "<h2>Settings and seeds</h2>" + _image(_dots(groups, metric), "every seed, mean and spread"),
@@ -57,6 +59,13 @@ def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
+
+
+def _what(groups: Sequence[Group], metric: str) -> str:
+    """Returns which value of a run is compared, in words."""
+    best = "highest" if any(group.higher for group in groups) else "lowest"
+    losses = {*LOSSES, *(task for group in groups for run in group.runs for task in run.tasks)}
+    return f"{best} {metric} validation loss" if metric in losses else f"{best} {metric}"
 
 
 def _note(groups: Sequence[Group]) -> str:
@@ -89,9 +98,7 @@ def _dots(groups: Sequence[Group], metric: str) -> Any:
         range(len(groups)), [f"{group.label}  (n = {len(group.numbers())})" for group in groups], fontsize=8
     )
     axis.invert_yaxis()
-    axis.set_xlabel(
-        f"lowest {metric} validation loss (nats/token); dots: seeds, bar: mean ± standard deviation", fontsize=8
-    )
+    axis.set_xlabel(f"{_what(groups, metric)}; dots: seeds, bar: mean ± standard deviation", fontsize=8)
     axis.grid(alpha=0.25, axis="x")
     return figure
 

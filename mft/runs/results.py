@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,33 @@ from typing import Any
 import yaml
 
 from mft import rundir
-from mft.config import CANNOT_CHANGE_THE_RESULT, under
 from mft.errors import UserError, nearest
+from mft.identity import CONTENTS, VERSION
+from mft.inputs import CANNOT_CHANGE_THE_RESULT, under
 from mft.metrics import criterion
+from mft.provenance import fingerprint_tag
 
-NOT_COMPARED = tuple(key for key in CANNOT_CHANGE_THE_RESULT if "batch_size" not in key)
+NOT_COMPARED = (
+    *(key for key in CANNOT_CHANGE_THE_RESULT if "batch_size" not in key),
+    *("task.*.paths", "task.*.valid", "task.*.name"),  # the names of the tasks and the data's fingerprint tell more
+)
+
+FINGERPRINT = " fingerprint"
+"""Ends the keys of `Run.values` that are hashes of contents: the data's, and those of `mft.identity.CONTENTS`."""
+
+DATA = f"data{FINGERPRINT}"
+
+PAGE = 1000
+"""Runs asked of an MLflow store at once."""
 
 
 @dataclass
 class Run:
-    """What one run folder says. values: flat config with the option taken of every group; rows: metrics.jsonl."""
+    """What one run folder says.
+
+    values: flat config with the option taken of every group; `task` are the names of all tasks in order, keys that end
+    in FINGERPRINT are hashes of contents, where they are known; rows: metrics.jsonl.
+    """
 
     name: str
     values: dict[str, str]
@@ -52,9 +69,9 @@ class Run:
                 found.append((int(row["step"]), float(value)))
         return found
 
-    def best(self, metric: str) -> float | None:
-        """Returns the lowest value of a metric, None where it was not logged."""
-        return min((value for _, value in self.series(metric)), default=None)
+    def best(self, metric: str, higher: bool = False) -> float | None:
+        """Returns the lowest (or highest) value of a metric, None where it was not logged."""
+        return (max if higher else min)((value for _, value in self.series(metric)), default=None)
 
 
 def read_run(folder: Path) -> Run:
@@ -67,13 +84,31 @@ def read_run(folder: Path) -> Run:
     command = shlex.join(["mft", "train", *known.get("overrides", [])])
     return Run(
         name=os.path.relpath(folder),
-        values=flat(config),
+        values=flat(config) | _contents(folder, known),
         rows=rundir.rows_from(folder / "metrics.jsonl")[0],
         state=rundir.state(folder),
         seconds=summary.get("seconds"),
         memory=summary.get("peak_memory_gib"),
         command=command,
     )
+
+
+def _contents(folder: Path, known: Mapping[str, Any]) -> dict[str, str]:
+    """Returns `task` and the fingerprints of a run folder; known: its overrides.json."""
+    found = rundir.identity_of(folder)
+    if found is None or found.version != VERSION:
+        return with_contents(rundir.read_json(folder / "plan.json").get("tasks", []), known.get("data", ""), None)
+    return with_contents(found.tasks, known.get("data", ""), found.fingerprints)
+
+
+def with_contents(tasks: Sequence[str], data: str, fingerprints: Mapping[str, str] | None) -> dict[str, str]:
+    """Returns the values of a run that stand for what it has read; fingerprints: None = unknown, besides the data's."""
+    values = {"task": f"[{','.join(tasks)}]"} if tasks else {}
+    if data:
+        values[DATA] = data[:8]
+    if fingerprints is not None:
+        values |= {f"{name}{FINGERPRINT}": fingerprints.get(name, "none")[:8] for name in CONTENTS}
+    return values
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, str]:
@@ -94,8 +129,9 @@ def flat(config: Mapping[str, Any]) -> dict[str, str]:
     return {k: v for k, v in found.items() if k.split(".")[0] not in ("tracking", "launch", "debug", "experiment")}
 
 
-def read_experiment(name: str, uri: str) -> list[Run]:
-    """Returns the runs of an MLflow experiment, from the store alone."""
+def read_experiment(name: str, uri: str, asked: str = "mean") -> list[Run]:
+    """Returns the runs of an MLflow experiment, from the store alone; asked: a metric to read besides the losses."""
+    from mft.tracking.params import safe_name
     from mft.tracking.store import client_for
 
     client = client_for(uri)
@@ -104,29 +140,48 @@ def read_experiment(name: str, uri: str) -> list[Run]:
         names = [e.name for e in client.search_experiments()]
         raise UserError(f"{name} is neither a folder nor an experiment of {uri}{nearest(name, names) or '.'}")
     runs = []
-    for run in client.search_runs([experiment.experiment_id], max_results=1000):
+    for run in _all_runs(client, experiment.experiment_id):
         rows: dict[int, dict[str, Any]] = {}
         for metric in run.data.metrics:
-            if metric.startswith(("valid/", "train/weight/", "train/loss")):
+            if metric.startswith(("valid/", "train/weight/", "train/loss")) or metric == safe_name(asked):
+                called = asked if metric == safe_name(asked) else metric
                 for point in client.get_metric_history(run.info.run_id, metric):
-                    rows.setdefault(point.step, {"step": point.step})[metric] = point.value
+                    rows.setdefault(point.step, {"step": point.step})[called] = point.value
         start, end = run.info.start_time, run.info.end_time
         skipped = (*NOT_COMPARED, "tracking", "launch")
         params = run.data.params.items()
         values = {k: v for k, v in params if not k.endswith("_target_") and not under(k, skipped)}
-        command = f"mft train {run.data.tags.get('overrides', '')}"
+        tags = run.data.tags
+        command = f"mft train {tags.get('overrides', '')}"
         seconds = (end - start) / 1000 if end else None
         by_step = [rows[step] for step in sorted(rows)]
-        runs.append(Run(run.info.run_name, values, by_step, run.info.status.lower(), seconds, None, command))
+        found = Run(run.info.run_name, values, by_step, run.info.status.lower(), seconds, None, command)
+        known = {kind: tags[tag] for kind in CONTENTS if (tag := fingerprint_tag(kind)) in tags}
+        tasks = json.loads(tags["tasks"]) if "tasks" in tags else sorted(found.tasks)
+        found.values |= with_contents(tasks, tags.get("data_fingerprint", ""), known if "tasks" in tags else None)
+        runs.append(found)
     return runs
 
 
-def at(place: str, uri: str) -> list[Run]:
-    """Returns the runs of a folder, or of an MLflow experiment of that name (uri: of its store, else ./mlflow.db)."""
+def _all_runs(client: Any, experiment: str) -> Iterator[Any]:
+    """Yields the runs of an experiment, page by page: a store gives so many at once."""
+    token = None
+    while True:
+        page = client.search_runs([experiment], max_results=PAGE, page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
+def at(place: str, uri: str, asked: str = "mean") -> list[Run]:
+    """Returns the runs of a folder, or of an MLflow experiment of that name.
+
+    uri: of its store, else ./mlflow.db; asked: the metric to compare by.
+    """
     if Path(place).is_dir():
         return [read_run(path) for path in rundir.runs_under(Path(place))]
     if not uri and not Path("mlflow.db").exists():
         raise UserError(
             f"{place} is no folder, and there is no MLflow store here (mlflow.db) to look for an experiment in."
         )
-    return read_experiment(place, uri or f"sqlite:///{Path('mlflow.db').resolve()}")
+    return read_experiment(place, uri or f"sqlite:///{Path('mlflow.db').resolve()}", asked)

@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 
 from mft import rundir
 from mft.compose import check_choices, explain, key_of, refusals, search_path
-from mft.config import CANNOT_CHANGE_THE_RESULT, config_dir, register, under
+from mft.config import config_dir, register
 from mft.errors import UserError
+from mft.inputs import CANNOT_CHANGE_THE_RESULT, under
 
 IDENTITY_DIGITS = 10
 """Digits of an identity that name a folder: in a million jobs two collide with a probability below one half."""
@@ -24,7 +25,7 @@ IDENTITY_DIGITS = 10
 RECORD = "sweep.json"
 """In the sweep's folder: the command that made it, so that it can be gone on with."""
 
-IN_THE_ID = ("data.paths", "batch_size", "gradient_accumulation_steps")
+IN_THE_ID = ("batch_size", "gradient_accumulation_steps")
 """Parts of keys that name a sweep though they are not, as such, part of a run's identity."""
 
 

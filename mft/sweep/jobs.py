@@ -17,6 +17,7 @@ from mft.build import component, resolved
 from mft.compose import absolute_paths, check_choices, explain, key_of, refusals, without_hydra
 from mft.config import LaunchMode, typed
 from mft.errors import UserError
+from mft.identity import VERSION
 from mft.launch import Stopped, place
 from mft.sweep import board, pool
 from mft.sweep.command import IDENTITY_DIGITS, Shown, is_sweep, remove_if_unused, taken
@@ -96,6 +97,7 @@ def planned(
 ) -> list[Task]:
     """Returns the checked jobs with their folders and what is to be done with each; a dry run ends here, with Shown."""
     folder = folder_of(cfg)
+    refuse_another_version(folder)
     try:
         jobs = checked(Composer(cfg, loader, starts and not dry_run), job_overrides)
     except UserError:
@@ -114,6 +116,19 @@ def planned(
 def folder_of(cfg: DictConfig) -> Path:
     """Returns the folder of a sweep."""
     return Path(cfg.hydra.sweep.dir).absolute()
+
+
+def refuse_another_version(folder: Path) -> None:
+    """Raises UserError for a sweep whose jobs another version of mft wrote: their folders are named otherwise, so that
+    finished ones would run again beside them."""
+    for run in rundir.runs_under(folder) if folder.is_dir() else ():
+        found = rundir.identity_of(run)
+        if found is not None and found.version != VERSION:
+            raise UserError(
+                f"{board.shown(folder)} holds jobs that another version of mft wrote {found.numbers()}, so this sweep "
+                "cannot be resumed; mft runs, show, compare, merge and generate still read them. Add sweep=NAME to its "
+                "command to run it anew beside them."
+            )
 
 
 def task_of(current: job.Job, folder: Path, number: int, earlier: Sequence[Task]) -> Task:

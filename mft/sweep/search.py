@@ -18,7 +18,7 @@ from mft.errors import UserError, nearest
 from mft.launch import place
 from mft.sweep import board
 from mft.sweep.command import Shown, is_sweep, remove_if_unused, taken
-from mft.sweep.jobs import Composer, checked, finish, folder_of, judge, side_by_side, task_of
+from mft.sweep.jobs import Composer, checked, finish, folder_of, judge, refuse_another_version, side_by_side, task_of
 from mft.sweep.pool import Task
 
 JOURNAL = "search.journal"
@@ -34,6 +34,7 @@ def run(cfg: DictConfig, loader: Any, arguments: Sequence[str], settings: Mappin
     """Runs the trials that are left; returns (values, objective) of the best. UserError if any failed."""
     optuna = installed()
     folder = folder_of(cfg)
+    refuse_another_version(folder)
     try:
         fixed, space = split(arguments, settings.get("params") or {})
         refuse(cfg, settings, space)

@@ -77,6 +77,7 @@ def test_fingerprint_is_of_contents_only_and_remembered(tmp_path, monkeypatch):
     file = write(tmp_path / "docs" / "x.jsonl", [chat("q", "a")])
     old = time.time() - 100
     os.utime(file, (old, old))
+    monkeypatch.setattr("mft.data.fingerprint.YOUNG_SECONDS", -1.0)  # the time of a file's change cannot be set back
     task, cache = Task("docs", [str(tmp_path / "docs")]), tmp_path / "cache"
     first = task.fingerprint(cache)
     moved = write(tmp_path / "other" / "y.jsonl", [chat("q", "a")])
@@ -97,6 +98,21 @@ def test_a_file_changed_within_a_tick_of_the_clock_is_seen(tmp_path):
     first = task.fingerprint(tmp_path / "cache")
     write(file, [chat("q", "b")])
     os.utime(file, ns=(stamp, stamp))
+    assert task.fingerprint(tmp_path / "cache") != first
+
+
+def test_other_content_of_the_same_size_and_time_is_seen(tmp_path, monkeypatch):
+    """As a copy with `cp -p`, `rsync -t` or `tar` leaves it."""
+    monkeypatch.setattr("mft.data.fingerprint.YOUNG_SECONDS", -1.0)
+    file = write(tmp_path / "x.jsonl", [chat("q", "a")])
+    os.utime(file, (1e9, 1e9))
+    task = Task("docs", [str(file)])
+    first = task.fingerprint(tmp_path / "cache")
+    other = write(tmp_path / "other.jsonl", [chat("q", "b")])
+    os.utime(other, (1e9, 1e9))
+    time.sleep(0.02)  # more than a tick of the file system's clock
+    other.rename(file)
+    assert file.stat().st_mtime == 1e9
     assert task.fingerprint(tmp_path / "cache") != first
 
 
