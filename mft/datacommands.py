@@ -63,11 +63,11 @@ def report(args: list[str]) -> None:
     """Prints the account of each task, and writes it with the list of dropped rows and a picture of the lengths."""
     found = prepared(args)
     from mft import rundir
-    from mft.compose import key_of
     from mft.config import batch_sizes
     from mft.data import mixture
     from mft.data import report as account
     from mft.feed import Feed
+    from mft.overrides import key_of
     from mft.plots import length_histogram
 
     known, console = found.dataset, screen()
@@ -188,7 +188,7 @@ def show_options(args: Sequence[str]) -> tuple[list[str], int, str]:
     Returns (the other arguments, n, the task's name or "").
     """
     from mft.cli import split_flags
-    from mft.compose import group_options
+    from mft.overrides import group_options
 
     _, config_dirs, _ = split_flags(args)
     options = [*group_options("task"), *(p.stem for folder in config_dirs for p in (folder / "task").glob("*.yaml"))]

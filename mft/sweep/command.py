@@ -14,9 +14,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mft import rundir
-from mft.compose import check_choices, explain, key_of, refusals, search_path
+from mft.compose import explain, refusals, search_path
 from mft.config import CANNOT_CHANGE_THE_RESULT, config_dir, register, under
 from mft.errors import UserError
+from mft.overrides import check_overrides, key_of
 
 IDENTITY_DIGITS = 10
 """Digits of an identity that name a folder: in a million jobs two collide with a probability below one half."""
@@ -47,6 +48,7 @@ def through_hydra(
         return one_job(cfg)
 
     run_one.dry_run = dry_run  # type: ignore[attr-defined]  # Hydra hands this function to our plugins, which look
+    check_overrides(overrides)
     for override in overrides:
         if key_of(override) == "hydra/launcher":
             refuse(override.partition("=")[2])
@@ -57,7 +59,6 @@ def through_hydra(
     kept_argv, kept_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting, so that we can say it better
     try:
-        check_choices(overrides)
         ours = []
         if "-m" in flags or "--multirun" in flags:
             ours = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]

@@ -14,10 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mft import job, rundir
 from mft.build import component, resolved
-from mft.compose import absolute_paths, check_choices, explain, key_of, refusals, without_hydra
+from mft.compose import absolute_paths, explain, refusals, without_hydra
 from mft.config import LaunchMode, typed
 from mft.errors import UserError
 from mft.launch import Stopped, place
+from mft.overrides import check_overrides, key_of
 from mft.sweep import board, pool
 from mft.sweep.command import IDENTITY_DIGITS, Shown, is_sweep, remove_if_unused, taken
 from mft.sweep.pool import Task
@@ -47,7 +48,7 @@ class Composer:
         """Returns the checked job of these overrides; UserError that names it if it cannot run."""
         label = self.label(overrides)
         try:
-            check_choices(overrides)
+            check_overrides(overrides)
             composed = self.composed(overrides)
             if composed.launch.get("nnodes", 1) > 1:
                 raise UserError("a sweep runs on one machine; launch.nnodes is for one run on several.")
