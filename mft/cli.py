@@ -130,7 +130,8 @@ def train(args: list[str]) -> None:
     dry_run = "--dry-run" in args
     overrides, config_dirs, hydra_flags = split_flags([arg for arg in args if arg != "--dry-run"])
     from mft.compose import compose_resolved
-    from mft.overrides import key_of
+    from mft.inert import given_keys, without_effect
+    from mft.overrides import key_of, of_hydra, replaced, with_output_dir
 
     if {"-m", "--multirun"} & set(hydra_flags):
         from mft.launch import place
@@ -148,9 +149,14 @@ def train(args: list[str]) -> None:
     from mft import job, rundir
     from mft.launch import place
 
+    overrides = with_output_dir(overrides)
     cfg = compose_resolved(overrides, config_dirs)
     checked = job.checked(cfg, overrides, starts=not dry_run)
     placed = place()
+    if placed is None or placed.rank == 0:
+        inert = without_effect(cfg, checked.world, given_keys(overrides, config_dirs))
+        for note in [*replaced(overrides), *of_hydra(overrides, sweep=False), *inert]:
+            print(f"mft: {note}", file=sys.stderr)
     if placed is not None and placed.rank > 0:
         job.run(checked, Path(cfg.output_dir))  # rank 0 says which folder it is
         return

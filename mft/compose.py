@@ -96,8 +96,11 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 def without_hydra(cfg: DictConfig) -> DictConfig:
     """Takes Hydra's own node out of a composed config; what it knows of the options taken stays in `choices`."""
     with open_dict(cfg):
-        groups = cfg.pop("hydra").runtime.choices
-    return with_choices(cfg, groups)
+        hydra = cfg.pop("hydra")
+    folder = hydra.run._get_node("dir")._value()
+    if folder != "${output_dir}" and not any(key_of(o) == "output_dir" for o in hydra.overrides.task):
+        cfg.output_dir = folder  # a yaml set what Hydra's users call the run folder
+    return with_choices(cfg, hydra.runtime.choices)
 
 
 def with_choices(cfg: DictConfig, groups: Mapping[str, Any]) -> DictConfig:

@@ -87,7 +87,7 @@ def report(args: list[str]) -> None:
     console.print(mixture.table(mixed, found.settings))
     for note in account.notes(known.stores, known.names):
         console.print(note, markup=False)
-    given = any(key_of(arg) == "output_dir" for arg in args)
+    given = any(key_of(arg) in ("output_dir", "hydra.run.dir") for arg in args)
     folder = Path(found.cfg.output_dir) / "report" if given else Path(found.cfg.output_dir).parent / "data"
     known.write_report(folder)
     rundir.write_json(folder / "mixture.json", mixed)
@@ -162,11 +162,12 @@ def prepared(args: Sequence[str]) -> Prepared:
     from mft.cli import split_flags
     from mft.compose import compose_resolved
     from mft.launch import ranks
+    from mft.overrides import with_output_dir
 
     overrides, config_dirs, flags = split_flags(args)
     if flags:
         raise UserError(f"mft data has no flag {flags[0]}; `mft train` has. Flags: --config-dir, --help.")
-    cfg = compose_resolved(overrides, config_dirs)
+    cfg = compose_resolved(with_output_dir(overrides), config_dirs)
     world = ranks(cfg.launch.nproc, cfg.launch.mode)
     check(cfg, world, cfg.train.allow_targets)
 

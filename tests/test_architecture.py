@@ -17,7 +17,9 @@ FLOOR = {
     **dict.fromkeys(
         ("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "panels", "provenance"), 2
     ),
-    **dict.fromkeys(("config", "overrides", "build", "compose", "rundir", "dataset", "feed", "run", "summary"), 3),
+    **dict.fromkeys(
+        ("config", "overrides", "inert", "build", "compose", "rundir", "dataset", "feed", "run", "summary"), 3
+    ),
     **dict.fromkeys(
         (
             "memory",

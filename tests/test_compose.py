@@ -137,7 +137,10 @@ def test_a_task_yaml_of_ones_own_config_dir_is_found(tmp_path: Path) -> None:
     "yaml, parts",
     [
         ("# @package _global_\ntrain:\n  max_stesp: 3\n", ["experiment/it.yaml", "did you mean max_steps?"]),
-        ("# @package _global_\ntrain:\n  max_steps: ten\n", ["experiment/it.yaml: train.max_steps", "must be an integer"]),
+        (
+            "# @package _global_\ntrain:\n  max_steps: ten\n",
+            ["experiment/it.yaml: train.max_steps", "must be an integer"],
+        ),
         ("# @package _global_\npeft: lora\n", ["peft", "got 'lora'", "override /peft: NAME"]),
         ("train:\n  max_steps: 3\n", ["experiment/it.yaml", "`# @package _global_`"]),
         ("# @package _global_\n- train\n", ["experiment/it.yaml", "no keys"]),

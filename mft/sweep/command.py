@@ -17,7 +17,7 @@ from mft import rundir
 from mft.compose import explain, refusals, search_path
 from mft.config import CANNOT_CHANGE_THE_RESULT, config_dir, register, under
 from mft.errors import UserError
-from mft.overrides import check_overrides, key_of
+from mft.overrides import check_overrides, key_of, of_hydra, replaced
 
 IDENTITY_DIGITS = 10
 """Digits of an identity that name a folder: in a million jobs two collide with a probability below one half."""
@@ -61,6 +61,8 @@ def through_hydra(
     try:
         ours = []
         if "-m" in flags or "--multirun" in flags:
+            for note in [*replaced(overrides), *of_hydra(overrides, sweep=True)]:
+                print(f"mft: {note}", file=sys.stderr)
             ours = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
         sys.argv = ["mft train", *flags, *search, *overrides, *ours]
         hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")(run_one)()
