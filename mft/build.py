@@ -18,9 +18,11 @@ from mft.config import batch_sizes, settled
 from mft.data.settings import LongSamples, Mixture
 from mft.data.task import all_tasks
 from mft.dist.accelerator import refuse_fp16
-from mft.errors import UserError, nearest, shortened
+from mft.errors import UserError, nearest, plainly, shortened
+from mft.foreign import here
 from mft.machine import visible_gpus
 from mft.metrics import BEST
+from mft.ranges import check_ranges
 
 ALLOWED_TARGETS = ("mft.", "torch.optim.", "bitsandbytes.optim.")
 """Prefixes of `_target_` that may be built; `train.allow_targets` adds to them from the command line."""
@@ -87,8 +89,8 @@ def _check_fields(node: DictConfig, cls: type, path: str) -> None:
     for key in (str(key) for key in node if not str(key).startswith("_")):
         if key not in fields:
             raise UserError(
-                f"{path}.{key}: {cls.__name__} has no such field{nearest(key, fields) or '.'} "
-                f"Its fields: {', '.join(fields)}."
+                f"{path}.{key}: {cls.__name__} has no such field{nearest(key, fields) or here(key) or '.'} "
+                f"Fields: {', '.join(fields) or 'none'}."
             )
         if OmegaConf.is_missing(node, key):
             continue
@@ -100,7 +102,7 @@ def _check_fields(node: DictConfig, cls: type, path: str) -> None:
         try:
             OmegaConf.update(schema, key, value, merge=False)
         except (ValidationError, ConfigKeyError) as error:
-            raise UserError(f"{path}.{key}={shortened(value)}: {_first_line(error)}") from error
+            raise UserError(f"{path}.{key}={shortened(value)}: {plainly(_first_line(error))}.") from error
 
 
 def _check_nothing_missing(node: DictConfig, path: str) -> None:
@@ -172,7 +174,9 @@ def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> Non
         OmegaConf.to_object(settings).check()  # type: ignore[union-attr]
     batch_sizes(cfg.train, world)
     components = {path: build(OmegaConf.select(cfg, path), path, allowed) for path in component_paths(cfg)}
-    for component in components.values():
+    for path, component in components.items():
+        if dataclasses.is_dataclass(component):
+            check_ranges(component, path)
         if hasattr(component, "check"):
             component.check()
     chosen = {name: components[f"task.{name}"] for name in cfg.task}

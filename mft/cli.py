@@ -103,11 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if args[0] not in COMMANDS:
             known = ", ".join(COMMANDS)
-            fail(f"there is no command {args[0]!r}{nearest(args[0], COMMANDS) or '.'} Commands: {known}.", 2)
+            fail(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS) or '.'} Commands: {known}.", 2)
         module, _, function = COMMANDS[args[0]].partition(":")
         getattr(importlib.import_module(module), function)(args[1:])
     except UserError as error:
-        fail(str(error))
+        fail(str(error), error.exit_code)
     except Exception as error:
         if type(error).__name__ != "WorkerError":  # which carries the traceback of the rank that failed, not ours
             raise
@@ -129,7 +129,9 @@ def train(args: list[str]) -> None:
         return
     dry_run = "--dry-run" in args
     overrides, config_dirs, hydra_flags = split_flags([arg for arg in args if arg != "--dry-run"])
-    from mft.compose import compose_resolved, key_of
+    from mft.compose import compose_resolved
+    from mft.inert import given_keys, without_effect
+    from mft.overrides import key_of, of_hydra, replaced, with_output_dir
 
     if {"-m", "--multirun"} & set(hydra_flags):
         from mft.launch import place
@@ -147,9 +149,14 @@ def train(args: list[str]) -> None:
     from mft import job, rundir
     from mft.launch import place
 
+    overrides = with_output_dir(overrides)
     cfg = compose_resolved(overrides, config_dirs)
     checked = job.checked(cfg, overrides, starts=not dry_run)
     placed = place()
+    if placed is None or placed.rank == 0:
+        inert = without_effect(cfg, checked.world, given_keys(overrides, config_dirs))
+        for note in [*replaced(overrides), *of_hydra(overrides, sweep=False), *inert]:
+            print(f"mft: {note}", file=sys.stderr)
     if placed is not None and placed.rank > 0:
         job.run(checked, Path(cfg.output_dir))  # rank 0 says which folder it is
         return
@@ -172,6 +179,8 @@ def train(args: list[str]) -> None:
 
 def split_flags(args: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
     """Returns (overrides, --config-dir folders, the flags that Hydra itself has to serve)."""
+    from mft.overrides import not_an_override, unknown_flag
+
     overrides, config_dirs, flags = [], [], []
     rest = list(args)
     while rest:
@@ -182,36 +191,47 @@ def split_flags(args: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
                 raise UserError("--config-dir needs a folder.")
             config_dirs.append(Path(value if equals else rest.pop(0)))
         elif name in ("--cfg", "-c", "--info", "-i", "--package", "-p"):
-            flags += [arg] if equals or not rest else [arg, rest.pop(0)]
+            flags += flag_with_value(arg, rest)
         elif arg in ("-m", "--multirun", "--resolve", "--hydra-help"):
             flags.append(arg)
         elif arg.startswith("-") and not arg.lstrip("-")[:1].isdigit():
-            allowed = [
-                "-m",
-                "--multirun",
-                "--dry-run",
-                "--cfg",
-                "--resolve",
-                "--package",
-                "--info",
-                "--config-dir",
-                "--help",
-            ]
-            raise UserError(f"mft train has no flag {arg}{nearest(arg, allowed) or '.'} Flags: {', '.join(allowed)}.")
+            raise UserError(unknown_flag(arg, FLAGS))
         elif "=" not in arg and not arg.startswith("~"):
-            raise UserError(
-                f"{arg!r} is no override; overrides are written key=value "
-                "(a group: peft=lora, a value: optimizer.lr=2e-4)."
-            )
+            raise UserError(not_an_override(arg))
         else:
             overrides.append(arg)
     return overrides, config_dirs, flags
 
 
+FLAGS = ("-m", "--multirun", "--dry-run", "--cfg", "--resolve", "--package", "--info", "--config-dir", "--help")
+
+FLAG_VALUES = {
+    "--cfg": ("job", "hydra", "all"),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+    "--package": (),
+}
+"""Flags that Hydra serves with a value → the values it knows, () for any."""
+
+
+def flag_with_value(arg: str, rest: list[str]) -> list[str]:
+    """Returns a flag of FLAG_VALUES with its value, which may be the next word and is then taken out of `rest`."""
+    flag, equals, value = arg.partition("=")
+    flag = next(long for long in FLAG_VALUES if flag in (long, long[1:3]))
+    values = FLAG_VALUES[flag]
+    if not equals and rest and rest[0][:1] != "-" and "=" not in rest[0]:
+        value = rest.pop(0)
+    if not value and flag == "--info":
+        return [flag]
+    if not value or (values and value not in values):
+        known = f"one of {', '.join(values)}" if values else "a package, such as train"
+        raise UserError(f"{flag}{f'={value}' if value else ''} needs {known}{nearest(value, values) or '.'}")
+    return [f"{flag}={value}"]
+
+
 def config_groups() -> str:
     """Returns a line per config group with its options, read from the folder names."""
-    from mft.compose import group_options
     from mft.config import config_dir
+    from mft.overrides import group_options
 
     groups = sorted(p.name for p in config_dir().iterdir() if p.is_dir() and p.name != "local")
     return "\n".join(f"  {group:<11} {' · '.join(group_options(group))}" for group in groups)
@@ -226,7 +246,7 @@ def options(args: Sequence[str], allowed: Mapping[str, Any]) -> tuple[dict[str, 
             rest.append(arg)
             continue
         if key not in allowed:
-            raise UserError(f"There is no option {key!r}{nearest(key, allowed) or '.'} Options: {', '.join(allowed)}.")
+            raise UserError(f"Unknown option {key!r}{nearest(key, allowed) or '.'} Options: {', '.join(allowed)}.")
         values[key] = _typed(key, text, allowed[key])
     return values, rest
 
@@ -234,12 +254,12 @@ def options(args: Sequence[str], allowed: Mapping[str, Any]) -> tuple[dict[str, 
 def _typed(key: str, text: str, default: Any) -> Any:
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
-            raise UserError(f"{key}={text}: allowed are true and false.")
+            raise UserError(f"{key}={text} must be true or false.")
         return text.lower() == "true"
     try:
         return type(default)(text)
     except ValueError:
-        raise UserError(f"{key}={text}: a number is needed, for example {key}={default}.") from None
+        raise UserError(f"{key}={text} must be a number, for example {key}={default}.") from None
 
 
 def final_folder(run: str) -> Path:
@@ -292,7 +312,8 @@ def convert(args: list[str]) -> None:
         return
     overrides = [arg for arg in args if not arg.startswith("out=")]
     out = next((arg.removeprefix("out=") for arg in args if arg.startswith("out=")), "")
-    from mft.compose import compose_resolved, key_of
+    from mft.compose import compose_resolved
+    from mft.overrides import key_of
 
     other = [arg for arg in overrides if "=" not in arg or key_of(arg).partition(".")[0] != "model"]
     if other or not out or len(overrides) + 1 < len(args):

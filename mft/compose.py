@@ -16,12 +16,10 @@ from yaml import YAMLError
 from mft.build import resolved
 from mft.config import config_dir, register, typed
 from mft.data.template import is_file
-from mft.errors import UserError, nearest, shortened
-
-
-def key_of(override: str) -> str:
-    """Returns what an override sets."""
-    return override.split("=", 1)[0].lstrip("+~")
+from mft.errors import UserError, nearest, plainly, shortened
+from mft.foreign import here
+from mft.inputs import under
+from mft.overrides import check_overrides, group_options, key_of
 
 
 def search_path(config_dirs: Sequence[Path]) -> list[str]:
@@ -41,7 +39,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
     register()
     search = search_path(config_dirs)
     try:
-        check_choices(overrides)
+        check_overrides(overrides)
         return _compose([*search, *overrides])
     except refusals() as error:
         raise UserError(explain(error, search, overrides)) from error
@@ -67,7 +65,7 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
     def all_absolute(paths: Iterable[Any], key: str) -> list[str]:
         paths = list(paths)
         if wrong := [path for path in paths if not isinstance(path, str)]:
-            raise UserError(f"{key}: {shortened(wrong[0])} is no path; allowed: text, in quotes where it is a number.")
+            raise UserError(f"{key}: {shortened(wrong[0])} must be a path, in quotes where it is a number.")
         return [absolute(path) for path in paths]
 
     cfg.output_dir, cfg.cache_dir = absolute(cfg.output_dir), absolute(cfg.cache_dir)
@@ -99,8 +97,11 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 def without_hydra(cfg: DictConfig) -> DictConfig:
     """Takes Hydra's own node out of a composed config; what it knows of the options taken stays in `choices`."""
     with open_dict(cfg):
-        groups = cfg.pop("hydra").runtime.choices
-    return with_choices(cfg, groups)
+        hydra = cfg.pop("hydra")
+    folder = hydra.run._get_node("dir")._value()
+    if folder != "${output_dir}" and not any(key_of(o) == "output_dir" for o in hydra.overrides.task):
+        cfg.output_dir = folder  # a yaml set what Hydra's users call the run folder
+    return with_choices(cfg, hydra.runtime.choices)
 
 
 def with_choices(cfg: DictConfig, groups: Mapping[str, Any]) -> DictConfig:
@@ -116,70 +117,41 @@ def refusals() -> tuple[type[Exception], ...]:
     return HydraException, OmegaConfBaseException, YAMLError
 
 
-def check_choices(overrides: Sequence[str]) -> None:
-    """Raises UserError where a config group is given a number or null, at which Hydra itself ends in a traceback."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        group = override.key_or_group
-        if not (config_dir() / group).is_dir() or override.is_delete() or override.is_sweep_override():
-            continue
-        value = override.value()
-        if value is None or isinstance(value, int | float):
-            options = ", ".join(group_options(group))
-            raise UserError(
-                f"{override.input_line}: {group} takes the name of an option, or is left out. Allowed: {options}."
-            )
-
-
 def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -> str:
     """Returns a sentence for what was refused while composing: the key, what is allowed, the nearest match."""
     if isinstance(error, YAMLError):
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name}:{mark.line + 1}: " if mark else ""
-        return f"{place}is not YAML: {getattr(error, 'problem', None) or error}."
+        return f"{place}not valid YAML: {getattr(error, 'problem', None) or error}."
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
-    if (unread := getattr(error, "override", None)) is not None:
-        return (
-            f"{unread}: cannot be read ({text.splitlines()[0].strip()}). Brackets and quotes must be closed; text that "
-            'holds brackets, commas or = stands in quotes of its own: \'data.paths=["a,b","c=d"]\'.'
-        )
     if match := re.search(r"Ambiguous value for argument '(([^=]+)=(.*))'", text):
         given, key, values = match.groups()
-        return f"{given}: several values are a sweep, mft train -m {given}; a list is written {key}=[{values}]."
+        return f"{given}: several values make a sweep, mft train -m {given}; for a list write {key}=[{values}]."
     if match := re.search(r"Multiple values for ([^.]+)\.|(\S+) appears more than once", text):
         group = match.group(1) or match.group(2)
-        return f"+{group}: an option of this group is chosen already; write {group}=… without the plus."
+        return f"+{group}: an option of this group is already chosen; write {group}=… without the plus."
     if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
         return _missing_option(match.group(1), search)
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match.group(1).removeprefix("/"), search, overrides)
     reason = next((line.strip() for line in text.splitlines() if re.search(REASON, line)), "")
-    reason = next((sentence for said, sentence in PLAINER.items() if said in reason), reason)
+    reason = plainly(reason)
     if match := re.search(r"In '([^']+)': \w+ raised", text):
         return _wrong_yaml(match.group(1), text, reason, search, overrides)
     if match := re.search(r"Error merging override (.+)", text):
         given = match.group(1)
-        return f"{given}: {reason}" if reason else _unknown_key(key_of(given), search, overrides)
+        return f"{given}: {reason}." if reason else _unknown_key(key_of(given), search, overrides)
     if match := re.search(r"full_key: (\S+)", text):
         name = match.group(1)
         if "not in '" in text:
             return _unknown_key(name, search, overrides)
         value = next((o.split("=", 1)[1] for o in overrides if key_of(o) == name), None)
-        return f"{name if value is None else f'{name}={value}'}: {reason or text.splitlines()[0]}"
+        return f"{name if value is None else f'{name}={value}'}: {(reason or text.splitlines()[0]).rstrip('.')}."
     return text.strip()
 
 
 REASON = r"Value '|Invalid (value|type)|is not Optional|does not support deletion|Cannot (merge|convert 'list')"
 """Lines in which OmegaConf says what is wrong with a value."""
-
-PLAINER = {
-    "Invalid value assigned": "is no list; a list is written [a,b]",
-    "DictConfig with ListConfig": "is no list; a list is written [a,b]",
-    "is not Optional": "must not be null",
-    "does not support deletion": "a setting cannot be taken out; leave it as it is, or give it a value",
-}
-"""Part of such a line → what a person reads instead."""
 
 
 def _wrong_yaml(name: str, text: str, reason: str, search: Sequence[str], overrides: Sequence[str]) -> str:
@@ -191,7 +163,7 @@ def _wrong_yaml(name: str, text: str, reason: str, search: Sequence[str], overri
         return f"{name}.yaml: its first line must be `# @package _global_`."
     if "not in '" in text:
         return f"{name}.yaml: {_unknown_key(key, search, [o for o in overrides if key_of(o) != group])}"
-    return f"{name}.yaml: {key}: {reason}" if key and reason else f"{name}.yaml: holds no keys of the config."
+    return f"{name}.yaml: {key}: {reason}." if key and reason else f"{name}.yaml: contains no keys of the config."
 
 
 def _missing_option(option: str, search: Sequence[str]) -> str:
@@ -207,20 +179,17 @@ def _missing_option(option: str, search: Sequence[str]) -> str:
         if group == "task"
         else ""
     )
-    allowed = f" Allowed: {', '.join(options)}." if options else ""
+    known = f" Allowed: {', '.join(options)}." if options else ""
     hint = nearest(name, options) or "."
-    return f"{group}={name}: there is no {name!r} in the config group {group!r}{hint}{allowed}{more}"
-
-
-def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
-    """Returns the options of a config group in conf/ and `folders`; `base` holds what options share and is none."""
-    found = {path.stem for folder in (config_dir(), *folders) for path in (folder / group).glob("*.yaml")}
-    return sorted(found - {"base"})
+    return f"{group}={name}: unknown option {name!r} of the config group {group!r}{hint}{known}{more}"
 
 
 def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> str:
     """`peft.rnk`: composes without the wrong override to see which keys its node has."""
-    rest = [o for o in overrides if key_of(o).split("@")[0] != key.split("@")[0]]
+    rest = [o for o in overrides if not under(key_of(o).split("@")[0], [key.split("@")[0]])]
+    if "@" in key:
+        group, _, package = key.partition("@")
+        return f"{key}: no option of {group} is placed at {package!r}; choose one with {group}=…, without @."
     try:
         cfg: Any = _compose([*search, *rest])
     except Exception:
@@ -234,10 +203,10 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
     if not isinstance(node, DictConfig):
         if type(node) is AnyNode and node._is_none():
             return f"{key}: {'.'.join(path)} is null so far; a plus adds keys to it: +{key}=…"
-        return f"{key}: {'.'.join(path)} is a value and has no keys below it."
+        return f"{key}: {'.'.join(path)} is a single value and has no keys below it."
     if len(path) == len(key.split(".")):
         known = ", ".join(map(str, node)) or "none yet"
-        return f"{key} is a group of keys ({known}); a new one is added with +{key}.NAME=…"
+        return f"{key} is a mapping with the keys {known}; add a new one with +{key}.NAME=…"
     wrong = key.split(".")[len(path)]
     keys = [str(k) for k in node if not str(k).startswith("_")]
     if path == ["task"]:
@@ -248,7 +217,8 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
     groups = [p.name for p in config_dir().iterdir() if p.is_dir()] if not path else []
     options = [*keys, *(g for g in groups if g not in keys)]
     where = f"{'.'.join(path)} has" if path else "the config has"
-    hint = nearest(wrong, options) or _elsewhere(wrong, cfg, similar=not path) or "."
+    hint = here(wrong) if wrong not in map(_last, _all_keys(cfg)) else ""
+    hint = hint or nearest(wrong, options) or _elsewhere(wrong, cfg, similar=not path) or "."
     return f"{key}: {where} no key {wrong!r}{hint} Allowed: {', '.join(options) or 'none'}."
 
 
@@ -256,10 +226,14 @@ def _elsewhere(wrong: str, cfg: DictConfig, similar: bool) -> str:
     """Returns "; did you mean optimizer.lr?" where a key of this name (or one like it) stands in another place."""
     places: dict[str, str] = {}
     for path in _all_keys(cfg):
-        places.setdefault(path.rsplit(".", 1)[-1], path)
+        places.setdefault(_last(path), path)
     close = get_close_matches(wrong, places, n=1, cutoff=0.75) if similar else []
     name = wrong if wrong in places else next(iter(close), None)
     return f"; did you mean {places[name]}?" if name else ""
+
+
+def _last(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
 
 
 def _all_keys(node: Any, prefix: str = "") -> list[str]:

@@ -6,7 +6,6 @@ built by `mft.build`, their schema is their class.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,6 +18,10 @@ from mft.answers import read_prompts
 from mft.data.settings import DataSettings
 from mft.errors import UserError
 from mft.machine import computes_in_bf16, visible_gpus
+from mft.ranges import check_ranges, ranged
+
+LONGEST = 10_000_000
+"""Seconds that a setting may ask to wait, four months; timers of the system end not far beyond."""
 
 
 class Precision(StrEnum):
@@ -41,52 +44,38 @@ class LaunchMode(StrEnum):
 class Train:
     """Settings of the training loop; conf/train.yaml explains every one."""
 
-    epochs: float = 3.0
-    max_steps: int | None = None
-    per_device_batch_size: int = 4
-    per_device_eval_batch_size: int = 4
-    global_batch_size: int | None = None
-    gradient_accumulation_steps: int | None = None
+    epochs: float = ranged(3.0, above=0)
+    max_steps: int | None = ranged(None, min=1)
+    per_device_batch_size: int = ranged(4, min=1)
+    per_device_eval_batch_size: int = ranged(4, min=1)
+    global_batch_size: int | None = ranged(None, min=1)
+    gradient_accumulation_steps: int | None = ranged(None, min=1)
     precision: Precision = Precision.auto
-    max_grad_norm: float | None = 1.0
-    seed: int = 42
-    log_every: int = 10
-    eval_every: int | None = 100
+    max_grad_norm: float | None = ranged(1.0, above=0)
+    seed: int = ranged(42, min=0)
+    log_every: int = ranged(10, min=1)
+    eval_every: int | None = ranged(100, min=1)
     eval_at_start: bool = True
-    eval_samples: int | None = None
-    save_every: int | None = 100
-    keep: int | None = None
+    eval_samples: int | None = ranged(None, min=1)
+    save_every: int | None = ranged(100, min=1)
+    keep: int | None = ranged(None, min=1)
     best: str = "mean"
     keep_task_best: bool = False
-    skip_nonfinite_steps: int = 0
+    skip_nonfinite_steps: int = ranged(0, min=0)
     early_stopping: bool = False
-    early_stopping_stall_num: int = 3
+    early_stopping_stall_num: int = ranged(3, min=1)
     resume: str = "auto"
     prompts: str | None = None
-    prompts_max_new_tokens: int = 64
-    peak_tflops: float | None = None
+    prompts_max_new_tokens: int = ranged(64, min=1)
+    peak_tflops: float | None = ranged(None, above=0)
     fail_fast: bool = False
     prune: bool = False
-    prune_after: int = 2
+    prune_after: int = ranged(2, min=1)
     allow_targets: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """Raises UserError for values that types alone cannot refuse."""
-        may_be_null = ("max_steps", "eval_samples", "eval_every", "save_every", "keep")
-        for key in (*may_be_null, "log_every", "early_stopping_stall_num", "prune_after", "prompts_max_new_tokens"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"train.{key}={value} must be at least 1{', or null' if key in may_be_null else ''}.")
-        if self.skip_nonfinite_steps < 0:
-            raise UserError(f"train.skip_nonfinite_steps={self.skip_nonfinite_steps} must be 0 (stop at once) or more.")
-        if not 0 < self.epochs < math.inf:
-            raise UserError(f"train.epochs={self.epochs} must be above 0 and finite.")
-        for key, without in (("max_grad_norm", "no clipping"), ("peak_tflops", "known GPUs only")):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise UserError(f"train.{key}={value} must be above 0, or null ({without}).")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"train.seed={self.seed} must be 0 or more, and below 2**63.")
+        check_ranges(self, "train")
         if self.prompts:
             read_prompts(Path(self.prompts))
 
@@ -97,29 +86,25 @@ class Launch:
 
     mode: LaunchMode = LaunchMode.processes
     nproc: Any = "auto"
-    shutdown_seconds: int = 600
-    jobs: int = 1
-    nnodes: int = 1
+    shutdown_seconds: int = ranged(600, min=0, max=LONGEST)
+    jobs: int = ranged(1, min=1)
+    nnodes: int = ranged(1, min=1)
     node_rank: int | None = None
     main_address: str | None = None
-    main_port: int = 29500
+    main_port: int = ranged(29500, min=1, max=65535)
     rdzv_endpoint: str | None = None
     local_addr: str | None = None
-    join_seconds: int = 600
-    lost_seconds: int = 60
+    join_seconds: int = ranged(600, min=1, max=LONGEST)
+    lost_seconds: int = ranged(60, min=1, max=LONGEST)
 
     def check(self) -> None:
         """Raises UserError for values that types alone cannot refuse."""
-        for key in ("jobs", "nnodes", "join_seconds", "lost_seconds"):
-            if getattr(self, key) < 1:
-                raise UserError(f"launch.{key}={getattr(self, key)} must be at least 1.")
+        check_ranges(self, "launch")
         if self.node_rank is not None and not 0 <= self.node_rank < self.nnodes:
             raise UserError(
                 f"launch.node_rank={self.node_rank}: with launch.nnodes={self.nnodes} machines are numbered 0 to "
                 f"{self.nnodes - 1}."
             )
-        if not 1 <= self.main_port <= 65535:
-            raise UserError(f"launch.main_port={self.main_port}: a port is a number from 1 to 65535.")
         if self.rdzv_endpoint is not None:
             host, _, port = self.rdzv_endpoint.rpartition(":")
             if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
@@ -242,17 +227,8 @@ def settled(precision: Precision | str) -> Precision:
 def batch_sizes(train: Any, world: int) -> BatchSizes:
     """Derives accumulation from the global batch or the other way round.
 
-    Raises UserError when both are given, when a size is not positive or when the global batch does not divide.
+    Raises UserError when both are given or when the global batch does not divide.
     """
-    for key in (
-        "per_device_batch_size",
-        "per_device_eval_batch_size",
-        "global_batch_size",
-        "gradient_accumulation_steps",
-    ):
-        value = getattr(train, key)
-        if value is not None and value < 1:
-            raise UserError(f"train.{key}={value} must be at least 1.")
     per_device, accumulation, total = (
         train.per_device_batch_size,
         train.gradient_accumulation_steps,

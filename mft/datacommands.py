@@ -63,11 +63,11 @@ def report(args: list[str]) -> None:
     """Prints the account of each task, and writes it with the list of dropped rows and a picture of the lengths."""
     found = prepared(args)
     from mft import rundir
-    from mft.compose import key_of
     from mft.config import batch_sizes
     from mft.data import mixture
     from mft.data import report as account
     from mft.feed import Feed
+    from mft.overrides import key_of
     from mft.plots import length_histogram
 
     known, console = found.dataset, screen()
@@ -87,7 +87,7 @@ def report(args: list[str]) -> None:
     console.print(mixture.table(mixed, found.settings))
     for note in account.notes(known.stores, known.names):
         console.print(note, markup=False)
-    given = any(key_of(arg) == "output_dir" for arg in args)
+    given = any(key_of(arg) in ("output_dir", "hydra.run.dir") for arg in args)
     folder = Path(found.cfg.output_dir) / "report" if given else Path(found.cfg.output_dir).parent / "data"
     known.write_report(folder)
     rundir.write_json(folder / "mixture.json", mixed)
@@ -162,11 +162,12 @@ def prepared(args: Sequence[str]) -> Prepared:
     from mft.cli import split_flags
     from mft.compose import compose_resolved
     from mft.launch import ranks
+    from mft.overrides import with_output_dir
 
     overrides, config_dirs, flags = split_flags(args)
     if flags:
         raise UserError(f"mft data has no flag {flags[0]}; `mft train` has. Flags: --config-dir, --help.")
-    cfg = compose_resolved(overrides, config_dirs)
+    cfg = compose_resolved(with_output_dir(overrides), config_dirs)
     world = ranks(cfg.launch.nproc, cfg.launch.mode)
     check(cfg, world, cfg.train.allow_targets)
 
@@ -188,7 +189,7 @@ def show_options(args: Sequence[str]) -> tuple[list[str], int, str]:
     Returns (the other arguments, n, the task's name or "").
     """
     from mft.cli import split_flags
-    from mft.compose import group_options
+    from mft.overrides import group_options
 
     _, config_dirs, _ = split_flags(args)
     options = [*group_options("task"), *(p.stem for folder in config_dirs for p in (folder / "task").glob("*.yaml"))]

@@ -151,14 +151,18 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = print, hosts: Hosts
 
 def start_ranks(job: Job, folder: Path, hosts: Hosts | None = None) -> None:
     """Runs this machine's ranks of the run in `folder`. Raises what ended it, also a signal to another machine."""
-    launch(
-        folder,
-        nproc=job.world // job.cfg.launch.nnodes,
-        mode=job.cfg.launch.mode.value,
-        shutdown_seconds=job.cfg.launch.shutdown_seconds,
-        allow_targets=job.allow_targets,
-        hosts=hosts,
-    )
+    try:
+        launch(
+            folder,
+            nproc=job.world // job.cfg.launch.nnodes,
+            mode=job.cfg.launch.mode.value,
+            shutdown_seconds=job.cfg.launch.shutdown_seconds,
+            allow_targets=job.allow_targets,
+            hosts=hosts,
+        )
+    except UserError as error:
+        error.exit_code = 1  # the run had started
+        raise
     if hosts and rundir.status(folder) == "stopped":
         raise Stopped(signal.SIGTERM, SAVED)
 

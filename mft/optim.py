@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.errors import UserError
+from mft.ranges import check_ranges, ranged
 
 if TYPE_CHECKING:
     import torch
@@ -38,21 +38,14 @@ def groups(named_parameters: Named, weight_decay: float) -> list[dict[str, Any]]
 class Adam:
     """The fields both optimizers have; raises UserError for values no Adam can run with."""
 
-    lr: float | None = None
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float | None = ranged(None, above=0)
+    beta1: float = ranged(0.9, min=0, below=1)
+    beta2: float = ranged(0.999, min=0, below=1)
+    eps: float = ranged(1e-8, min=0)
+    weight_decay: float = ranged(0.0, min=0)
 
     def __post_init__(self) -> None:
-        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
-            raise UserError(f"optimizer.lr is {self.lr}; it must be above 0, or null to follow the peft mode")
-        for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"optimizer.{key} is {getattr(self, key)}; it must be 0 or larger and below 1")
-        for key in ("eps", "weight_decay"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise UserError(f"optimizer.{key} is {getattr(self, key)}; it must be 0 or larger, and finite")
+        check_ranges(self, "optimizer")
 
     def base_lr(self, default_lr: float) -> float:
         """Returns the peak learning rate: `lr`, or what the peft mode suggests when it is null."""

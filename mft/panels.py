@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +12,18 @@ if TYPE_CHECKING:
 
 # Okabe and Ito: told apart by the colour-blind and in grey; yellow, invisible as a line, left out.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+MOST = 24
+"""Panels of a figure, and lines of one panel that have a name: what one can look through, drawn within seconds."""
+
+
+def most(names: Sequence[str], rank: Mapping[str, float], room: int = MOST) -> list[str]:
+    """Returns the names with the highest rank, at most `room`, in their own order; those without a rank come last."""
+    if len(names) <= room:
+        return list(names)
+    chosen = set(sorted(names, key=lambda name: rank.get(name, -math.inf), reverse=True)[:room])
+    return [name for name in names if name in chosen]
 
 
 def color_of(name: str, names: Sequence[str]) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft.panels import color_of, label_axes, panel_grid
+from mft.panels import MOST, color_of, label_axes, most, panel_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,21 +23,25 @@ MANY = 60  # from this many points on, train losses are drawn pale with their mo
 def loss_curves(metrics: Sequence[Row] | Path, folder: Path, title: str = "") -> Path | None:
     """Draws `losses.png` into folder: validation losses of all tasks together, then train and valid in a panel a task.
 
-    metrics: rows of metrics.jsonl (`{"step": 10, "train/loss/<task>": 1.2, ...}`), or that file. Losses in nats/token.
-    Returns the file, or None where no loss was logged.
+    Of many tasks the ones with the highest last loss have a panel and a name; the others are thin grey lines in the
+    first one. metrics: rows of metrics.jsonl (`{"step": 10, "train/loss/<task>": 1.2, ...}`), or that file. Losses in
+    nats/token. Returns the file, or None where no loss was logged.
     """
     rows = _rows(metrics)
-    tasks = _names(rows, ("train/loss/", "valid/loss/"))
+    every = _names(rows, ("train/loss/", "valid/loss/"))
+    tasks = most(every, _last(rows, "train/loss/") | _last(rows, "valid/loss/"), MOST - 2)
     panels = [(task, f"train/loss/{task}", f"valid/loss/{task}") for task in tasks]
-    if len(tasks) != 1 and any(key in row for row in rows for key in ("train/loss", "valid/loss")):
+    if len(every) != 1 and any(key in row for row in rows for key in ("train/loss", "valid/loss")):
         panels.insert(0, ("objective of all tasks" if tasks else "loss", "train/loss", "valid/loss"))
     if not panels:
         return None
     together = [task for task in tasks if _series(rows, f"valid/loss/{task}")[0]]
     first = 1 if len(together) > 1 else 0
-    figure, axes = panel_grid(first + len(panels), title or "Losses")
+    some = f"; the {len(tasks)} tasks with the highest last loss of {len(every)}" if len(tasks) < len(every) else ""
+    figure, axes = panel_grid(first + len(panels), (title or "Losses") + some)
     if first:
         axes[0].set_title("validation, every task", fontsize=10)
+        _others(axes[0], rows, "valid/loss/", every, tasks)
         for task in together:
             steps, values = _series(rows, f"valid/loss/{task}")
             axes[0].plot(steps, values, marker="o", markersize=3, color=color_of(task, tasks), label=task)
@@ -58,9 +62,14 @@ def task_weights(metrics: Sequence[Row] | Path, folder: Path, title: str = "") -
     weighted = _names(rows, ("train/weight/",))
     if not weighted:
         return None
-    tasks = _names(rows, ("train/loss/", "valid/loss/")) or weighted  # the colours of losses.png
-    figure, axes = panel_grid(1, title or "Weights of the tasks in the loss", size=(7.2, 4.0))
-    for task in weighted:
+    every = _names(rows, ("train/loss/", "valid/loss/")) or weighted
+    losses = _last(rows, "train/loss/") | _last(rows, "valid/loss/")
+    tasks = most(every, losses, MOST - 2) if len(every) <= MOST - 2 else most(weighted, _last(rows, "train/weight/"))
+    named = [task for task in weighted if task in set(tasks)]  # few tasks have the colours of losses.png
+    some = f"; the {len(named)} largest of {len(weighted)}" if len(named) < len(weighted) else ""
+    figure, axes = panel_grid(1, (title or "Weights of the tasks in the loss") + some, size=(7.2, 4.0))
+    _others(axes[0], rows, "train/weight/", weighted, named)
+    for task in named:
         steps, values = _series(rows, f"train/weight/{task}")
         marker = "o" if len(steps) < MANY else None
         axes[0].plot(steps, values, marker=marker, markersize=3, color=color_of(task, tasks), label=task)
@@ -73,15 +82,20 @@ def task_weights(metrics: Sequence[Row] | Path, folder: Path, title: str = "") -
 def length_histogram(lengths: Mapping[str, Any], seq_length: int, folder: Path) -> Path:
     """Draws `lengths.png` into folder: a histogram of the samples' lengths for each task, on one axis.
 
+    Of many tasks the largest have a panel of their own, and the others one together.
     lengths: int array [N] of tokens a sample, by task; seq_length: drawn as a line, the longest there can be.
     """
     import numpy as np
 
+    shown = most(list(lengths), {task: len(length_N) for task, length_N in lengths.items()}, MOST - 1)
+    others = [length_N for task, length_N in lengths.items() if task not in set(shown)]
+    if others:
+        lengths = {task: lengths[task] for task in shown} | {f"{len(others)} other tasks": np.concatenate(others)}
     figure, axes = panel_grid(len(lengths), "Tokens of a sample", size=(4.2, 2.4))
     longest = max((int(length_N.max()) for length_N in lengths.values() if len(length_N)), default=1)
     edges = np.linspace(0, max(longest, 1), 41)
     for axis, (task, length_N) in zip(axes, lengths.items(), strict=True):
-        axis.hist(length_N, bins=edges.tolist(), color=color_of(task, list(lengths)))
+        axis.stairs(np.histogram(length_N, edges)[0], edges, fill=True, color=color_of(task, list(lengths)))
         axis.set_title(f"{task}: {len(length_N):,} samples", fontsize=10)
         if len(length_N):
             p50, p95 = (float(p) for p in np.percentile(length_N, [50, 95]))
@@ -123,6 +137,32 @@ def _series(rows: Iterable[Row], key: str) -> Series:
     """Returns steps and values; null, as non-finite values are written, becomes a gap."""
     points = sorted((int(row["step"]), row[key]) for row in rows if key in row and "step" in row)
     return [step for step, _ in points], [math.nan if value is None else float(value) for _, value in points]
+
+
+def _last(rows: Iterable[Row], prefix: str) -> dict[str, float]:
+    """Returns the last finite value of every task under a prefix."""
+    return {
+        key.removeprefix(prefix): float(value)
+        for row in rows
+        for key, value in row.items()
+        if key.startswith(prefix) and value is not None and math.isfinite(value)
+    }
+
+
+def _others(axis: Axes, rows: Sequence[Row], prefix: str, every: Sequence[str], named: Sequence[str]) -> None:
+    """Draws the tasks without a name of their own, all in one go: a line each, thin and grey."""
+    from matplotlib.collections import LineCollection
+
+    rest = set(every) - set(named)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for key, value in row.items() if "step" in row else ():
+            if key.startswith(prefix) and key.removeprefix(prefix) in rest and value is not None:
+                points.setdefault(key, []).append((int(row["step"]), float(value)))
+    if points:
+        lines = LineCollection(list(points.values()), colors="#999999", linewidths=0.5, alpha=0.4, label="other tasks")
+        axis.add_collection(lines)
+        axis.autoscale_view()
 
 
 def _panel(axis: Axes, train: Series, valid: Series, color: Any) -> None:

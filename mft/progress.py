@@ -9,6 +9,9 @@ from typing import Any
 
 from mft.metrics import mean_of_tasks
 
+NAMED = 12
+"""Tasks that a line names; of more it names those with the highest loss."""
+
 
 class Silent:
     """The progress of ranks other than 0: says nothing."""
@@ -88,7 +91,11 @@ class Terminal(Silent):
     def _line(self, step: int, numbers: str, losses: Mapping[str, float], prefix: str, style: str = "") -> None:
         from rich.text import Text
 
-        by_task = " · ".join(f"{name} {losses[prefix + name]:.3f}" for name in self.names if prefix + name in losses)
+        known = {name: losses[prefix + name] for name in self.names if prefix + name in losses}
+        shown = sorted(known, key=lambda name: known[name], reverse=True)[:NAMED] if len(known) > NAMED + 1 else known
+        by_task = " · ".join(f"{name} {known[name]:.3f}" for name in shown)
+        if len(shown) < len(known):
+            by_task = f"highest: {by_task} · {len(known) - len(shown)} more tasks"
         at = f"step {step:>{len(str(self.total))}}/{self.total}  "
         self.console.print(Text.assemble(at, (numbers, style), "  ", (by_task, "dim")))
 

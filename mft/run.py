@@ -81,6 +81,8 @@ def run(
     feed = Feed(stores, make("data.rows"), sizes, engine.rank, tokenizer.pad_token_id, train, data, shares)
     total, mixed = feed.total_steps(), feed.mixture(names)
     progress.show(mixture.table(mixed, data))
+    if (warmup := getattr(scheduler, "warmup", 0)) >= 1 and warmup > total:
+        progress.show(f"scheduler.warmup={warmup:g}: the learning rate does not reach its peak in {total:,} steps")
     if engine.is_main:
         rundir.write_json(run_dir / "report" / "mixture.json", mixed)
         rundir.write_json(run_dir / "plan.json", {"total_steps": total, "tasks": names})

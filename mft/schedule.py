@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from mft.errors import UserError
+from mft.ranges import check_ranges, ranged
 
 FLOOR = 0.1
 """The default `min_lr` as a part of the peak."""
@@ -20,11 +21,12 @@ class Schedule(Protocol):
         ...
 
 
-def check_warmup(warmup: float) -> None:
-    """Raises UserError unless `warmup` is 0, a fraction below 1 or a whole number of steps."""
-    if not (warmup >= 0 and math.isfinite(warmup) and (warmup < 1 or warmup == int(warmup))):
+def check(schedule: Constant | Decay) -> None:
+    """Raises UserError for a number out of its range, and for `warmup` between two whole numbers of steps."""
+    check_ranges(schedule, "scheduler")
+    if schedule.warmup > 1 and schedule.warmup != int(schedule.warmup):
         raise UserError(
-            f"scheduler.warmup is {warmup}; it must be 0, a fraction of all steps below 1, or a whole number of steps"
+            f"scheduler.warmup={schedule.warmup} must be a fraction of all steps below 1, or a whole number of steps."
         )
 
 
@@ -39,10 +41,10 @@ class Constant:
 
     public_name: ClassVar[str] = "constant"
 
-    warmup: float = 0.0
+    warmup: float = ranged(0.0, min=0)
 
     def __post_init__(self) -> None:
-        check_warmup(self.warmup)
+        check(self)
 
     def lr(self, step: int, total: int, base_lr: float) -> float:
         # Step `warm` has the peak, so that with no warm-up the first step has it, and no step trains with 0.
@@ -53,15 +55,11 @@ class Constant:
 class Decay:
     """A linear warm-up to the peak, then a fall along the subclass's curve; the last step has `min_lr`."""
 
-    warmup: float = 0.03
-    min_lr: float | None = None
+    warmup: float = ranged(0.03, min=0)
+    min_lr: float | None = ranged(None, min=0)
 
     def __post_init__(self) -> None:
-        check_warmup(self.warmup)
-        if self.min_lr is not None and not (self.min_lr >= 0 and math.isfinite(self.min_lr)):
-            raise UserError(
-                f"scheduler.min_lr is {self.min_lr}; it must be 0 or larger, or null for a tenth of the peak"
-            )
+        check(self)
 
     def curve(self, progress: float) -> float:
         """Returns the part of the way from `min_lr` (0) to the peak (1); progress runs from 0 to 1."""
@@ -114,12 +112,7 @@ class CosineRestarts(Decay):
 
     public_name: ClassVar[str] = "cosine_with_restarts"
 
-    cycles: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cycles < 1:
-            raise UserError(f"scheduler.cycles is {self.cycles}; it must be 1 or more")
+    cycles: int = ranged(2, min=1)
 
     def curve(self, progress: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * (self.cycles * progress % 1.0)))
@@ -131,12 +124,7 @@ class Polynomial(Decay):
 
     public_name: ClassVar[str] = "polynomial"
 
-    power: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.power > 0:
-            raise UserError(f"scheduler.power is {self.power}; it must be above 0")
+    power: float = ranged(2.0, above=0)
 
     def curve(self, progress: float) -> float:
         return (1 - progress) ** self.power

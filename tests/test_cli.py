@@ -35,7 +35,7 @@ assert not heavy, heavy
     [
         (["trian"], ["'trian'", "did you mean train?"]),
         (["train", "--mutlirun"], ["--mutlirun", "did you mean --multirun?"]),
-        (["train", "peft"], ["'peft'", "key=value"]),
+        (["train", "peft"], ["'peft'", "did you mean peft=…?"]),
         (["generate", "somewhere", "hi", "max_new_token=3"], ["max_new_token", "did you mean max_new_tokens?"]),
         (["generate", "somewhere", "hi", "top_p=much"], ["top_p=much", "number"]),
         (["generate", "somewhere"], ["at least one prompt"]),

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from mft.build import build, check
-from mft.compose import compose, compose_resolved, group_options
+from mft.compose import compose, compose_resolved
 from mft.config import Launch, Train, config_dir
+from mft.overrides import group_options
 
 GROUPS = [p.name for p in sorted(config_dir().iterdir()) if p.is_dir() and p.name not in ("local", "format", "task")]
 OPTIONS = [(group, option) for group in GROUPS for option in group_options(group)]

@@ -153,7 +153,7 @@ def test_a_meeting_that_cannot_be_is_a_sentence(settings: Launch, told: str) -> 
         ({"nnodes": 2, "node_rank": 1, "rdzv_endpoint": "a:1"}, r"numbered as they come"),
         ({"rdzv_endpoint": "a"}, r"launch\.rdzv_endpoint=a: write host:port"),
         ({"rdzv_endpoint": "a:99999"}, r"write host:port"),
-        ({"main_port": 0}, r"launch\.main_port=0: a port is a number from 1 to 65535"),
+        ({"main_port": 0}, r"launch\.main_port=0 must be at least 1 and at most 65535"),
         ({"nnodes": 2, "mode": LaunchMode.inline}, r"launch=inline is one rank"),
     ],
 )

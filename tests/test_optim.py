@@ -46,7 +46,7 @@ def test_nothing_trained_is_told():
 )
 def test_impossible_values_are_told(values):
     ((key, value),) = values.items()
-    with pytest.raises(UserError, match=rf"optimizer\.{key} is {value}"):
+    with pytest.raises(UserError, match=rf"optimizer\.{key}={value} must be"):
         AdamW(**values)
 
 

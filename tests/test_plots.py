@@ -5,7 +5,9 @@ import struct
 
 import pytest
 
+from mft.panels import MOST
 from mft.plots import length_histogram, loss_curves, task_weights
+from mft.progress import Terminal
 
 
 def size(path):
@@ -50,3 +52,27 @@ def test_length_histogram(tmp_path):
     lengths = {"a": np.arange(1, 500), "b": np.array([7]), "empty": np.empty(0, np.int32)}
     picture = length_histogram(lengths, 512, tmp_path / "report")
     assert picture == tmp_path / "report" / "lengths.png" and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_many_tasks_the_worst_have_panels_and_the_picture_says_so(tmp_path, monkeypatch):
+    import numpy as np
+
+    figures = []
+    monkeypatch.setattr("mft.plots._save", lambda figure, path: figures.append(figure) or path)
+    many = rows(300, 3)
+    loss_curves(many, tmp_path)
+    task_weights(many, tmp_path)
+    length_histogram({f"t{i}": np.arange(1, 2 + i) for i in range(300)}, 512, tmp_path)
+    losses, weights, lengths = figures
+    titles = [axis.get_title() for axis in losses.axes]
+    assert len(titles) == MOST and titles[-1] == "t299" and "t0" not in titles
+    assert "22 tasks with the highest last loss of 300" in losses.get_suptitle()
+    assert "24 largest of 300" in weights.get_suptitle()
+    assert len(lengths.axes) == MOST and lengths.axes[-1].get_title().startswith("277 other tasks: ")
+
+
+def test_a_line_names_the_worst_of_many_tasks(capsys):
+    names = [f"t{i}" for i in range(300)]
+    Terminal(names).validated(1, {name: float(i) for i, name in enumerate(names)})
+    said = capsys.readouterr().out
+    assert "highest: t299 299.000 · t298" in said and "288 more tasks" in said and "t0 " not in said

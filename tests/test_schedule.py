@@ -57,11 +57,11 @@ def test_floor_above_the_peak_is_told(kind):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: Cosine(warmup=-1), r"scheduler\.warmup is -1"),
-        (lambda: Cosine(warmup=2.5), r"scheduler\.warmup is 2\.5"),
-        (lambda: Linear(min_lr=-1e-5), r"scheduler\.min_lr is -1e-05"),
-        (lambda: CosineRestarts(cycles=0), r"scheduler\.cycles is 0"),
-        (lambda: Polynomial(power=0), r"scheduler\.power is 0"),
+        (lambda: Cosine(warmup=-1), r"scheduler\.warmup=-1"),
+        (lambda: Cosine(warmup=2.5), r"scheduler\.warmup=2\.5"),
+        (lambda: Linear(min_lr=-1e-5), r"scheduler\.min_lr=-1e-05"),
+        (lambda: CosineRestarts(cycles=0), r"scheduler\.cycles=0"),
+        (lambda: Polynomial(power=0), r"scheduler\.power=0"),
     ],
 )
 def test_impossible_values_are_told(make, told):

@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 from mft.data import template
 from mft.errors import UserError, shortened
+from mft.ranges import check_ranges, ranged
 
 
 class LongSamples(str, Enum):  # noqa: UP042  (values come back from yaml as plain strings; str keeps them equal)
@@ -65,44 +66,32 @@ class DataSettings:
     paths: list[str] = field(default_factory=list)
     template: str = "mft"
     role_markers: Any = None  # dict of role -> marker; Any, since a typed dict takes no new key from the command line
-    seq_length: int = 1024
+    seq_length: int = ranged(1024, min=2, max=2**31 - 1)
     long_samples: LongSamples = LongSamples.drop
     split: list[float] = field(default_factory=lambda: [95.0, 5.0, 0.0])
     bad_rows: BadRows = BadRows.error
     duplicates: Duplicates = Duplicates.keep
     pad_to: PadTo = PadTo.longest
-    length_group: int = 4
+    length_group: int = ranged(4, min=1)
     rows: Any = None
-    window: int = 4096
+    window: int = ranged(4096, min=1)
     mixture: Mixture = Mixture.natural
     mixture_by: MixtureBy = MixtureBy.samples
-    mixture_temperature: float = 2.0
-    limit: Optional[int] = None  # noqa: UP045
+    mixture_temperature: float = ranged(2.0, above=0)
+    limit: Optional[int] = ranged(None, min=1)  # noqa: UP045
 
     def check(self) -> None:
         """Raises UserError for values that types alone cannot refuse."""
-        if self.seq_length < 2:
-            raise UserError(f"data.seq_length: {self.seq_length} is too small; allowed: 2 or more tokens")
-        if self.window < 1:
-            raise UserError(f"data.window: {self.window} is too small; allowed: 1 or more samples")
-        if self.length_group < 1:
-            raise UserError(f"data.length_group: {self.length_group} is too small; allowed: 1 or more samples")
-        if not (self.mixture_temperature > 0 and math.isfinite(self.mixture_temperature)):
-            raise UserError(
-                f"data.mixture_temperature: {self.mixture_temperature} is no temperature; allowed: above 0 (1 = "
-                "natural shares, larger = nearer to equal ones)"
-            )
+        check_ranges(self, "data")
         if self.role_markers is not None and not isinstance(self.role_markers, dict):
             raise UserError(
-                f"data.role_markers: {shortened(self.role_markers)} is no mapping; allowed: "
+                f"data.role_markers: {shortened(self.role_markers)} must be a mapping such as "
                 '{system: "...", user: "...", assistant: "..."}, or null'
             )
         template.check(self.template, self.role_markers)
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"data.limit: {self.limit} is too small; allowed: 1 or more samples a task, or null")
         parts = list(self.split)
         if len(parts) != 3 or any(not math.isfinite(p) or p < 0 for p in parts) or sum(parts) <= 0:
             raise UserError(
-                f"data.split: {shortened(parts)} is not a split; allowed: three proportions for train, valid and test, "
-                "none negative and not all zero, e.g. [95,5,0]"
+                f"data.split={shortened(parts)} must be three proportions for train, valid and test, none negative and "
+                "not all zero, e.g. [95,5,0]"
             )

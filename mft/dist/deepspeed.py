@@ -14,6 +14,7 @@ from mft.dist import cpu_op
 from mft.dist.accelerator import grouped
 from mft.dist.zero import DeepSpeedEngine
 from mft.errors import UserError, nearest
+from mft.ranges import ranged
 
 OURS = {
     "train_batch_size": "train.global_batch_size",
@@ -118,8 +119,8 @@ class Zero2:
 
     stage: int = 2
     offload_optimizer: bool = False
-    reduce_bucket_size: int = 200_000_000
-    allgather_bucket_size: int = 200_000_000
+    reduce_bucket_size: int = ranged(200_000_000, min=1)
+    allgather_bucket_size: int = ranged(200_000_000, min=1)
     overlap_comm: bool = True
     config: dict[str, Any] | None = None
 
@@ -162,10 +163,10 @@ class Zero3:
     divides_on_load = True  # not a field: a rank never holds a whole weight
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    reduce_bucket_size: int = 200_000_000
-    prefetch_bucket_size: int = 50_000_000
-    persistence_threshold: int = 100_000
-    max_live_parameters: int = 1_000_000_000
+    reduce_bucket_size: int = ranged(200_000_000, min=1)
+    prefetch_bucket_size: int = ranged(50_000_000, min=0)
+    persistence_threshold: int = ranged(100_000, min=0)
+    max_live_parameters: int = ranged(1_000_000_000, min=1)
     overlap_comm: bool = True
     gather_on_save: bool = True
     config: dict[str, Any] | None = None

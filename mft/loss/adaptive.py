@@ -145,13 +145,9 @@ def measured(loss_K: torch.Tensor, dropped_K: np.ndarray) -> np.ndarray:
     return row_K
 
 
-def check_probing(mode: str, warmup_steps: int, history_length: int, update_interval: int, probe_samples: int) -> None:
-    """Raises UserError unless u >= 1, W % u == 0, W >= 3u and N >= W / u (W warm-up, u interval, N history length)."""
+def check_probing(mode: str, warmup_steps: int, history_length: int, update_interval: int) -> None:
+    """Raises UserError unless W % u == 0, W >= 3u and N >= W / u (W warm-up, u interval, N history length)."""
     w, n, u = warmup_steps, history_length, update_interval
-    if u < 1:
-        raise UserError(f"loss.update_interval is {u}; it must be 1 or more optimizer steps ({mode})")
-    if probe_samples < 1:
-        raise UserError(f"loss.probe_samples is {probe_samples}; {mode} needs 1 or more of each task")
     if w < 3 * u:
         raise UserError(
             f"loss.warmup_steps is {w}; {mode} needs at least 3 x loss.update_interval = {3 * u} "

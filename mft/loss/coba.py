@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from mft.errors import UserError
 from mft.loss.adaptive import (
     Adaptive,
     History,
@@ -37,6 +36,7 @@ from mft.loss.adaptive import (
     softmax,
     warn_of_a_short_run,
 )
+from mft.ranges import check_ranges, ranged
 
 if TYPE_CHECKING:
     import torch
@@ -77,17 +77,16 @@ class Coba(Adaptive):
     public_name: ClassVar[str] = "coba"
 
     variant: Variant = Variant.paper
-    warmup_steps: int = 100
-    history_length: int = 40
-    tau: float = 5.0
-    update_interval: int = 5
-    probe_samples: int = 2
+    warmup_steps: int = ranged(100, min=1)
+    history_length: int = ranged(40, min=1)
+    tau: float = ranged(5.0, above=0)
+    update_interval: int = ranged(5, min=1)
+    probe_samples: int = ranged(2, min=1)
 
     def __post_init__(self) -> None:
         self.variant = chosen(Variant, self.variant, "loss.variant")
-        if not self.tau > 0:
-            raise UserError(f"loss.tau is {self.tau}; it must be above 0 (the paper wants it above 1)")
-        check_probing("coba", self.warmup_steps, self.history_length, self.update_interval, self.probe_samples)
+        check_ranges(self, "loss")
+        check_probing("coba", self.warmup_steps, self.history_length, self.update_interval)
 
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().start(names, weights)

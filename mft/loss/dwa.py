@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mft.errors import UserError
 from mft.loss.adaptive import Adaptive, arrays, by_task, softmax, warn_of_a_short_run
+from mft.ranges import check_ranges, ranged
 
 
 @dataclass
@@ -26,14 +26,11 @@ class Dwa(Adaptive):
 
     public_name: ClassVar[str] = "dwa"
 
-    window: int = 25
-    temperature: float = 2.0
+    window: int = ranged(25, min=1)
+    temperature: float = ranged(2.0, above=0)
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise UserError(f"loss.window is {self.window}; it must be 1 or more optimizer steps")
-        if not self.temperature > 0:
-            raise UserError(f"loss.temperature is {self.temperature}; it must be above 0")
+        check_ranges(self, "loss")
 
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().start(names, weights)

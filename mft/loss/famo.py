@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mft.batch import Batch, Counts
-from mft.errors import UserError
 from mft.loss.adaptive import Adam, Adaptive, arrays, by_task, check_probes, chosen, softmax
 from mft.loss.base import task_sums
 from mft.loss.focal import values_of
 from mft.loss.mean import inverse, weighted_sum
+from mft.ranges import check_ranges, ranged
 
 if TYPE_CHECKING:
     import torch
@@ -53,18 +53,15 @@ class Famo(Adaptive):
     needs_statistics: ClassVar[bool] = True
 
     source: Source = Source.train
-    lr: float = 0.025
-    weight_decay: float = 0.01
-    min_loss: float = 0.0
+    lr: float = ranged(0.025, above=0)
+    weight_decay: float = ranged(0.01, min=0)
+    min_loss: float = ranged(0.0, min=0)
     min_loss_by_task: dict[str, float] | None = None
-    probe_samples: int = 2
+    probe_samples: int = ranged(2, min=1)
 
     def __post_init__(self) -> None:
         self.source = chosen(Source, self.source, "loss.source")
-        if not self.lr > 0:
-            raise UserError(f"loss.lr is {self.lr}; the learning rate of the task weights must be above 0")
-        if self.source is Source.valid and self.probe_samples < 1:
-            raise UserError(f"loss.probe_samples is {self.probe_samples}; loss.source=valid needs 1 or more")
+        check_ranges(self, "loss")
 
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
         if len(set(weights)) > 1:

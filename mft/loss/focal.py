@@ -24,6 +24,7 @@ from mft.batch import IGNORE, Batch, Counts
 from mft.errors import UserError, nearest
 from mft.loss.base import TaskLoss
 from mft.loss.mean import Unweighted, inverse, present_weights, sample_slots, sample_tokens
+from mft.ranges import ranged
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +76,8 @@ class SampleFocal(Unweighted):
     public_name: ClassVar[str] = "sample_focal"
     by_sample: ClassVar[bool] = True
 
-    gamma: float = 2.0
-    alpha: float = 1.0
+    gamma: float = ranged(2.0, min=0)
+    alpha: float = ranged(1.0, min=0)
     gamma_by_task: dict[str, float] | None = None
     alpha_by_task: dict[str, float] | None = None
 
@@ -118,8 +119,8 @@ class TaskFocal(TaskLoss):
     by_sample: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
 
-    gamma: float = 2.0
-    alpha: float = 1.0
+    gamma: float = ranged(2.0, min=0)
+    alpha: float = ranged(1.0, min=0)
     gamma_by_task: dict[str, float] | None = None
     alpha_by_task: dict[str, float] | None = None
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mft.errors import UserError
 from mft.loss.adaptive import Adaptive, arrays, by_task
+from mft.ranges import check_ranges, ranged
 
 
 @dataclass
@@ -23,14 +23,11 @@ class Lbtw(Adaptive):
 
     public_name: ClassVar[str] = "lbtw"
 
-    alpha: float = 0.5
-    reset_every: int = 0
+    alpha: float = ranged(0.5, min=0)
+    reset_every: int = ranged(0, min=0)
 
     def __post_init__(self) -> None:
-        if not self.alpha >= 0:
-            raise UserError(f"loss.alpha is {self.alpha}; it must be 0 or larger")
-        if self.reset_every < 0:
-            raise UserError(f"loss.reset_every is {self.reset_every}; it must be a number of steps, or 0 for never")
+        check_ranges(self, "loss")
 
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().start(names, weights)

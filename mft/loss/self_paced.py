@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mft.errors import UserError
 from mft.loss.adaptive import Adaptive, History, check_probes, check_probing, softmax, warn_of_a_short_run
+from mft.ranges import check_ranges, ranged
 
 
 def self_paced_weights(slope_K: np.ndarray, scale: float) -> np.ndarray:
@@ -37,16 +37,15 @@ class SelfPaced(Adaptive):
 
     public_name: ClassVar[str] = "self_paced"
 
-    scale: float = 50.0
-    warmup_steps: int = 100
-    history_length: int = 100
-    update_interval: int = 1
-    probe_samples: int = 2
+    scale: float = ranged(50.0, min=0)
+    warmup_steps: int = ranged(100, min=1)
+    history_length: int = ranged(100, min=1)
+    update_interval: int = ranged(1, min=1)
+    probe_samples: int = ranged(2, min=1)
 
     def __post_init__(self) -> None:
-        if not self.scale >= 0:
-            raise UserError(f"loss.scale is {self.scale}; it must be 0 or larger")
-        check_probing("self_paced", self.warmup_steps, self.history_length, self.update_interval, self.probe_samples)
+        check_ranges(self, "loss")
+        check_probing("self_paced", self.warmup_steps, self.history_length, self.update_interval)
 
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().start(names, weights)

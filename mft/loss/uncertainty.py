@@ -8,7 +8,6 @@ method's.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mft.errors import UserError
 from mft.loss.adaptive import Adam, Adaptive, arrays, by_task
+from mft.ranges import check_ranges, ranged
 
 
 @dataclass
@@ -26,14 +25,11 @@ class Uncertainty(Adaptive):
 
     public_name: ClassVar[str] = "uncertainty"
 
-    lr: float = 0.025
+    lr: float = ranged(0.025, above=0)
     start_value: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"loss.lr is {self.lr}; the learning rate of the log-variances must be above 0")
-        if not math.isfinite(self.start_value):
-            raise UserError(f"loss.start_value is {self.start_value}; it must be a finite number")
+        check_ranges(self, "loss")
 
     def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
         if len(set(weights)) > 1:

@@ -14,6 +14,7 @@ from typing import ClassVar
 from mft.errors import UserError, writable
 from mft.model.family import CausalLM
 from mft.model.folder import write_tokenizer
+from mft.ranges import ranged
 
 TEXT = (
     "def add(a, b):\n    return a + b\n",
@@ -40,13 +41,13 @@ class Tiny(CausalLM):
 
     path: str = ""
     cache_dir: str = ""
-    hidden_size: int = 64
-    intermediate_size: int = 128
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    vocab_size: int = 512
-    max_positions: int = 4096
+    hidden_size: int = ranged(64, min=1, max=2**16)
+    intermediate_size: int = ranged(128, min=1, max=2**18)
+    layers: int = ranged(2, min=1, max=1024)
+    heads: int = ranged(4, min=1)
+    kv_heads: int = ranged(2, min=1)
+    vocab_size: int = ranged(512, min=258, max=2**22)  # 256 bytes and two special tokens
+    max_positions: int = ranged(4096, min=1, max=2**31 - 1)
     tied: bool = True
     seed: int = 0
 
@@ -62,8 +63,6 @@ class Tiny(CausalLM):
                 f"model.hidden_size={self.hidden_size} must be a multiple of model.heads={self.heads}, "
                 f"and that of model.kv_heads={self.kv_heads}"
             )
-        if self.vocab_size < 258:
-            raise UserError(f"model.vocab_size={self.vocab_size} is less than 256 bytes and two special tokens")
 
     def folder(self) -> Path:
         """Returns the checkpoint folder, made under a lock if it is not there yet."""

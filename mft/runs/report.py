@@ -11,13 +11,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mft.panels import color_of, label_axes, panel_grid
+from mft.panels import MOST, color_of, label_axes, most, panel_grid
 from mft.runs.apart import differing
 from mft.runs.compare import SEED, Group, columns, verdicts
 from mft.runs.direction import LOSSES
 
 MOST_CURVES = 12
 """Settings drawn in a picture of curves, the best first; the table has all."""
+
+MOST_ROWS = 100
+"""Settings in a picture with a line for each, the best first."""
 
 HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <link rel="icon" href="data:,">
@@ -34,7 +37,9 @@ img{{max-width:100%}} code{{background:#f3f3f3;padding:1px 4px;white-space:pre-w
 def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
     """Writes the report; returns its file."""
     runs = [run for group in groups for run in group.runs]
-    tasks = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    every = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    worst = {task: max(g.mean(task) for g in groups if g.numbers(task)) for task in every if _known(groups, task)}
+    tasks = most(every, worst, MOST - 2)
     head, rows = columns(groups, metric)
     sentence = verdicts(groups)[1]
     parts = [
@@ -44,7 +49,9 @@ def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
         f"<p class=say>{escape(sentence)}</p>",
         _table(head, rows),
         "<h2>Settings and seeds</h2>" + _image(_dots(groups, metric), "every seed, mean and spread"),
-        "<h2>Validation loss of every task</h2>" + _note(groups) + _image(_curves(groups, tasks), "learning curves"),
+        "<h2>Validation loss of every task</h2>"
+        + _note(groups, tasks, every)
+        + _image(_curves(groups, tasks), "learning curves"),
     ]
     if maps := _heat(groups, ["mean", "worst", *tasks]):
         parts.append("<h2>Heat maps</h2>" + _image(maps, "heat maps"))
@@ -68,8 +75,14 @@ def _what(groups: Sequence[Group], metric: str) -> str:
     return f"{best} {metric} validation loss" if metric in losses else f"{best} {metric}"
 
 
-def _note(groups: Sequence[Group]) -> str:
-    return f"<p>The best {MOST_CURVES} of {len(groups)} settings.</p>" if len(groups) > MOST_CURVES else ""
+def _known(groups: Sequence[Group], metric: str) -> bool:
+    return any(group.numbers(metric) for group in groups)
+
+
+def _note(groups: Sequence[Group], tasks: Sequence[str], every: Sequence[str]) -> str:
+    best = f"<p>The best {MOST_CURVES} of {len(groups)} settings.</p>" if len(groups) > MOST_CURVES else ""
+    worst = f"<p>The {len(tasks)} tasks with the highest loss of {len(every)}; the table has all.</p>"
+    return best + (worst if len(tasks) < len(every) else "")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -87,6 +100,7 @@ def _image(figure: Any, alt: str) -> str:
 def _dots(groups: Sequence[Group], metric: str) -> Any:
     from matplotlib.figure import Figure
 
+    groups = groups[:MOST_ROWS]
     figure = Figure(figsize=(9, 1.2 + 0.34 * len(groups)), layout="constrained")
     axis = figure.add_subplot()
     for place, group in enumerate(groups):
@@ -195,6 +209,7 @@ def _cell(groups: Sequence[Group], keys: dict[str, str], metric: str) -> float:
 def _cost(groups: Sequence[Group]) -> Any:
     from matplotlib.figure import Figure
 
+    groups = groups[:MOST_ROWS]
     figure = Figure(figsize=(10, 1.2 + 0.3 * len(groups)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, name, attribute in ((axes[0], "seconds", "seconds"), (axes[1], "peak memory (GiB)", "memory")):

@@ -14,10 +14,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mft import rundir
-from mft.compose import check_choices, explain, key_of, refusals, search_path
+from mft.compose import explain, refusals, search_path
 from mft.config import config_dir, register
 from mft.errors import UserError
 from mft.inputs import CANNOT_CHANGE_THE_RESULT, under
+from mft.overrides import check_overrides, key_of, of_hydra, replaced
 
 IDENTITY_DIGITS = 10
 """Digits of an identity that name a folder: in a million jobs two collide with a probability below one half."""
@@ -48,6 +49,7 @@ def through_hydra(
         return one_job(cfg)
 
     run_one.dry_run = dry_run  # type: ignore[attr-defined]  # Hydra hands this function to our plugins, which look
+    check_overrides(overrides)
     for override in overrides:
         if key_of(override) == "hydra/launcher":
             refuse(override.partition("=")[2])
@@ -58,9 +60,10 @@ def through_hydra(
     kept_argv, kept_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting, so that we can say it better
     try:
-        check_choices(overrides)
         ours = []
         if "-m" in flags or "--multirun" in flags:
+            for note in [*replaced(overrides), *of_hydra(overrides, sweep=True)]:
+                print(f"mft: {note}", file=sys.stderr)
             ours = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
         sys.argv = ["mft train", *flags, *search, *overrides, *ours]
         hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")(run_one)()

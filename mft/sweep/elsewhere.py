@@ -15,9 +15,10 @@ from omegaconf import DictConfig
 
 from mft import job, rundir
 from mft.build import resolved
-from mft.compose import absolute_paths, key_of, with_choices
+from mft.compose import absolute_paths, with_choices
 from mft.config import register, typed
 from mft.launch import Stopped
+from mft.overrides import key_of
 from mft.sweep import board, pool
 from mft.sweep.command import IDENTITY_DIGITS, RECORD, is_sweep, taken
 from mft.sweep.jobs import finish, folder_of, judge, planned

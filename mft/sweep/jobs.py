@@ -14,11 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mft import job, rundir
 from mft.build import component, resolved
-from mft.compose import absolute_paths, check_choices, explain, key_of, refusals, without_hydra
+from mft.compose import absolute_paths, explain, refusals, without_hydra
 from mft.config import LaunchMode, typed
 from mft.errors import UserError
 from mft.identity import VERSION
+from mft.inert import given_keys, without_effect
 from mft.launch import Stopped, place
+from mft.overrides import check_overrides, key_of
 from mft.sweep import board, pool
 from mft.sweep.command import IDENTITY_DIGITS, Shown, is_sweep, remove_if_unused, taken
 from mft.sweep.pool import Task
@@ -39,6 +41,9 @@ class Composer:
         self.cfg, self.loader, self.starts = cfg, loader, starts
         self.fixed = {key_of(o) for o in cfg.hydra.overrides.task if not is_sweep(o)}  # keys: Hydra writes true as True
         self.bases: dict[tuple[str, ...], DictConfig] = {}
+        folders = [Path(str(folder).removeprefix("file://")) for folder in cfg.hydra.searchpath]
+        self.given = given_keys(cfg.hydra.overrides.task, folders)
+        self.notes: list[str] | None = None  # settings without effect in every job so far
 
     def label(self, overrides: Sequence[str]) -> str:
         """Returns what tells a job from the others of its sweep."""
@@ -48,12 +53,15 @@ class Composer:
         """Returns the checked job of these overrides; UserError that names it if it cannot run."""
         label = self.label(overrides)
         try:
-            check_choices(overrides)
+            check_overrides(overrides)
             composed = self.composed(overrides)
             if composed.launch.get("nnodes", 1) > 1:
                 raise UserError("a sweep runs on one machine; launch.nnodes is for one run on several.")
             ours = [o for o in overrides if key_of(o) != "sweep"]
-            return job.checked(absolute_paths(typed(resolved(composed))), ours, label, self.starts)
+            current = job.checked(absolute_paths(typed(resolved(composed))), ours, label, self.starts)
+            notes = without_effect(current.cfg, current.world, self.given, sweep=True)
+            self.notes = notes if self.notes is None else [note for note in self.notes if note in notes]
+            return current
         except refusals() as error:
             search = [o for o in self.cfg.hydra.overrides.hydra if key_of(o) == "hydra.searchpath"]
             raise UserError(f"job {label}: {explain(error, search, overrides)}") from error
@@ -99,10 +107,13 @@ def planned(
     folder = folder_of(cfg)
     refuse_another_version(folder)
     try:
-        jobs = checked(Composer(cfg, loader, starts and not dry_run), job_overrides)
+        composer = Composer(cfg, loader, starts and not dry_run)
+        jobs = checked(composer, job_overrides)
     except UserError:
         remove_if_unused(folder)
         raise
+    for note in composer.notes or ():
+        board.say(note)
     tasks: list[Task] = []
     for number, current in enumerate(jobs, start=1):
         tasks.append(task_of(current, folder, number, tasks))
@@ -175,9 +186,10 @@ def judge(tasks: Sequence[Task]) -> None:
     counts = {state: sum(task.state == state for task in tasks) for state in ("failed", "stopped", "waiting")}
     said = [f"{n} {word}" for n, word in zip(counts.values(), ("failed", "stopped", "not started"), strict=True) if n]
     if said:
-        raise UserError(
-            f"of {len(tasks)} jobs {', '.join(said)}; the same command again runs them and skips the others."
-        )
+        again = "the same command again runs them and skips the others"
+        error = UserError(f"of {len(tasks)} jobs {', '.join(said)}; {again}.")
+        error.exit_code = 1
+        raise error
 
 
 def _work(tasks: list[Task], folder: Path) -> int:

@@ -131,8 +131,8 @@ def test_line_slope_by_hand():
             {"warmup_steps": 100, "history_length": 50, "update_interval": 1},
             r"loss\.history_length is 50.*update_interval = 100",
         ),
-        ({"update_interval": 0}, r"loss\.update_interval is 0"),
-        ({"probe_samples": 0}, r"loss\.probe_samples is 0"),
+        ({"update_interval": 0}, r"loss\.update_interval=0 must be"),
+        ({"probe_samples": 0}, r"loss\.probe_samples=0 must be"),
     ],
 )
 def test_impossible_windows_name_the_number_to_change(kind, values, told):

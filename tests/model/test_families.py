@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from mft.build import build
-from mft.compose import compose_resolved, group_options
+from mft.compose import compose_resolved
 from mft.model.forward import TokenLoss
+from mft.overrides import group_options
 from tests.model.families import FAMILIES, OTHERS, measure, tiny_model
 
 EXACT = {"packed": 5e-6, "padded": 5e-6, "loss": 5e-6, "checkpointing": 1e-6, "4 bits": 5e-6, "saved": 5e-6}
