@@ -28,7 +28,7 @@ SHOWN = 6
 """Differences that a sentence names at most."""
 
 CONTENTS = {
-    "base model": ("the weights or config.json of the base model", "model.path"),
+    "base model": ("the base model (its weights or config.json)", "model.path"),
     "tokenizer": ("the tokenizer, chat template or generation config of the base model", "model.path"),
     "code": ("the Python code that comes with the base model", "model.path"),
     "adapter": ("the adapter", "peft.path"),
@@ -125,7 +125,7 @@ def changed_content(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) 
     else:
         what, key = CONTENTS.get(name, (name, ""))
         old, new = _at(then, key), _at(now, key)
-    return f"{what} has changed ({new})" if old == new else f"{what} is another one ({old} there, {new} here)"
+    return f"{what} has changed ({new})" if old == new else f"{what} differs ({old} there, {new} here)"
 
 
 def _contents(there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

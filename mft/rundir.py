@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from mft.checkpoint import newest
 from mft.errors import UserError, writable
 from mft.identity import VERSION, Identity, differences
 
@@ -168,9 +169,9 @@ def _in_place(folder: Path, resume: str, identity: Identity, config: Mapping[str
 def _another(folder: Path, found: Identity, identity: Identity, config: Mapping[str, Any]) -> str:
     """Returns what is said of a folder whose run is not the one of `identity`: in what it differs."""
     if found.version != VERSION:
-        trained = sorted([*folder.glob("final"), *folder.glob("checkpoints/step-*")], key=lambda f: f.stat().st_mtime)
-        key = "peft.path" if trained and (trained[-1] / "adapter_config.json").exists() else "model.path"
-        more = f"; {key}={trained[-1]} trains its model further, as a new run" if trained else ""
+        trained = folder / "final" if (folder / "final").is_dir() else newest(folder)
+        key = "peft.path" if trained and (trained / "adapter_config.json").exists() else "model.path"
+        more = f"; {key}={trained} trains its model further, as a new run" if trained else ""
         return (
             f"holds a run that another version of mft wrote {found.numbers()}, so it cannot be resumed; mft show, "
             f"compare, merge and generate still read it{more}"

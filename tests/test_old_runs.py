@@ -49,8 +49,8 @@ def again(run: Path, *more: str) -> list[str]:
 
 
 def test_they_are_listed_shown_and_compared(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    listed = mft(capsys, "runs", ".", "multirun")
-    assert "3 runs and sweeps" in listed and "sweep of 2 jobs, best: train.seed=1" in listed
+    listed = mft(capsys, "runs", "finished", "stopped", "multirun")
+    assert "3 runs and sweeps" in listed and "sweep of 2 jobs" in listed
     for run, state in (("finished", "finished"), ("stopped", "stopped"), (str(STOPPED_JOB), "stopped")):
         shown = mft(capsys, "show", run)
         assert f"{state}, " in shown and "peft.rank" in shown
@@ -62,9 +62,9 @@ def test_they_are_listed_shown_and_compared(old: Path, capsys: pytest.CaptureFix
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_their_adapters_are_merged_and_answer(old: Path, adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
-    mft(capsys, "merge", adapter, "merged")
+    mft(capsys, "merge", adapter, "out=merged")
     assert (old / "merged" / "model.safetensors").is_file()
-    answer = mft(capsys, "generate", adapter, "x 1", "--max-new-tokens", "3")
+    answer = mft(capsys, "generate", adapter, "x 1", "max_new_tokens=3")
     assert answer
 
 

@@ -37,14 +37,15 @@ def differing_contents(runs: Sequence[Run]) -> list[str]:
             continue
         if len(set(contents)) == 1:
             continue
-        told = False
-        for key in readable:
-            pairs = {(content, run.values.get(key)) for content, run in zip(contents, runs, strict=True)}
-            several = len({value for _, value in pairs})
-            if several > 1 and len(pairs) == len(set(contents)) and not told:
-                found[key] = None
-                told = several == len(pairs)
-        if not told:
+        if name == "data":  # the order of the tasks counts as well
+            contents = [f"{content} {run.values.get('task')}" for content, run in zip(contents, runs, strict=True)]
+        apart = len(set(contents))
+        kinds = {key: {run.values.get(key) for run in runs} for key in readable}
+        pairs = {key: set(zip(contents, (run.values.get(key) for run in runs), strict=True)) for key in readable}
+        telling = [key for key in readable if len(kinds[key]) > 1 and len(pairs[key]) == apart]  # never of equal ones
+        exact = [key for key in telling if len(kinds[key]) == apart]
+        found |= dict.fromkeys((exact or telling)[:1])
+        if not exact:
             found[fingerprint] = None
     by_found: dict[tuple[str | None, ...], set[str | None]] = {}
     for run in runs:
@@ -75,7 +76,12 @@ def differing(runs: Sequence[Run]) -> list[str]:
         missing = "." not in key and any(key not in run.values for run in runs)
         if not follows and (missing or len(set().union(*by_option.values())) > 1):
             found.append(key)
-    return sorted(found, key=lambda key: (key not in contents, "." in key, key in EXTENDABLE))
+    of_model = [key for key in found if key.split(".")[0] == "model"]
+    for name in ("base model", "tokenizer", "code"):  # of a model that is made of its settings they follow from those
+        pairs = {(run.values.get(f"{name}{FINGERPRINT}"), *(run.values.get(key) for key in of_model)) for run in runs}
+        if len(pairs) == len({pair[1:] for pair in pairs}):
+            found = [key for key in found if key != f"{name}{FINGERPRINT}"]
+    return sorted(found, key=lambda key: (0,) if key in contents else (1, "." in key, key in EXTENDABLE))
 
 
 def shorten_paths(runs: Sequence[Run]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mft import cli
+from mft.runs import results
 from mft.runs.compare import Group, verdicts
 from mft.runs.results import Run
 
@@ -91,3 +92,23 @@ def test_a_winner_is_named_only_where_seeds_tell_it_apart() -> None:
     assert "No winner" in verdicts([group("a", 1.0, 1.2), group("b", 1.1, 1.3)])[1]
     words, told = verdicts([group("a", 1.0, 1.01), group("b", 2.0, 2.01)])
     assert words == ["lowest", "higher"] and "lower than all others" in told
+
+
+def test_all_pages_of_an_experiment_are_read(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(results, "PAGE", 1)
+    assert "4 runs, 2 settings" in compare(capsys, "small", "--out", str(tmp_path / "r.html"))
+
+
+def test_a_metric_of_an_experiment_is_compared_by_its_own_name(here: Path, tmp_path: Path, capsys) -> None:
+    """MLflow knows it by another one where it has an @."""
+    from mft.tracking.store import client_for
+
+    client = client_for(f"sqlite:///{here}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'small'")
+    for number, run in enumerate(client.search_runs([experiment.experiment_id])):
+        client.log_metric(run.info.run_id, "pass_at_1", number / 10, step=6)
+    compare(capsys, "small", "--metric", "pass@1", "--out", str(tmp_path / "r.html"), f"--csv={tmp_path / 't.csv'}")
+    table = rows(tmp_path / "t.csv")
+    assert float(table[0]["pass@1"]) > float(table[1]["pass@1"]) and len(table) == 2
