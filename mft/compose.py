@@ -19,6 +19,7 @@ from mft.data.template import is_file
 from mft.errors import UserError, nearest, plainly, shortened
 from mft.foreign import here
 from mft.overrides import check_overrides, group_options, key_of
+from mft.places import check_places
 
 
 def search_path(config_dirs: Sequence[Path]) -> list[str]:
@@ -67,6 +68,7 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
             raise UserError(f"{key}: {shortened(wrong[0])} must be a path, in quotes where it is a number.")
         return [absolute(path) for path in paths]
 
+    check_places(cfg)
     cfg.output_dir, cfg.cache_dir = absolute(cfg.output_dir), absolute(cfg.cache_dir)
     cfg.data.paths = all_absolute(cfg.data.paths, "data.paths")
     if is_file(cfg.data.template):
@@ -113,11 +115,17 @@ def refusals() -> tuple[type[Exception], ...]:
     """Returns what is raised while composing where the command line or a yaml is wrong; `explain` says it."""
     from hydra.errors import HydraException
 
-    return HydraException, OmegaConfBaseException, YAMLError
+    return HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError
 
 
 def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -> str:
     """Returns a sentence for what was refused while composing: the key, what is allowed, the nearest match."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{_not_text(search)} is not text in UTF-8; save it as UTF-8."
+    if isinstance(error, RecursionError):
+        return "A yaml or an override contains itself, or nests too deeply to be read."
+    if "'defaults'" in str(error) or "Invalid format for defaults" in str(error):
+        return " ".join(str(error).split())
     if isinstance(error, YAMLError):
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name}:{mark.line + 1}: " if mark else ""
@@ -153,6 +161,26 @@ REASON = r"Value '|Invalid (value|type)|is not Optional|does not support deletio
 """Lines in which OmegaConf says what is wrong with a value."""
 
 
+def _not_text(search: Sequence[str]) -> str:
+    """Returns the yaml, of those of one's own, that is not UTF-8."""
+    for folder in _folders(search):
+        for path in sorted(folder.rglob("*.yaml")):
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                return str(path)
+    return "A yaml"
+
+
+def _folders(search: Sequence[str]) -> list[Path]:
+    """Returns the folders of a search path as it is written for Hydra."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(search))
+    found = [place for override in parsed for place in cast("list[str]", override.value())]
+    return [Path(str(place).removeprefix("file://")) for place in found]
+
+
 def _wrong_yaml(name: str, text: str, reason: str, search: Sequence[str], overrides: Sequence[str]) -> str:
     """`experiment/mine`: a yaml that does not fit into the config."""
     group = name.partition("/")[0]
@@ -167,12 +195,8 @@ def _wrong_yaml(name: str, text: str, reason: str, search: Sequence[str], overri
 
 def _missing_option(option: str, search: Sequence[str]) -> str:
     """`peft/lroa`: names the group's options and the nearest one."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     group, _, name = option.rpartition("/")
-    parsed = OverridesParser.create().parse_overrides(list(search))
-    found = [place for override in parsed for place in cast("list[str]", override.value())]
-    options = group_options(group, [Path(str(place).removeprefix("file://")) for place in found])
+    options = group_options(group, _folders(search))
     more = (
         " A yaml of your own goes into task/ under --config-dir; folders need none: data.paths=[…]."
         if group == "task"

@@ -11,6 +11,7 @@ from typing import Any
 from mft.config import config_dir, under
 from mft.errors import UserError, nearest, shortened
 from mft.foreign import here
+from mft.places import check_name
 
 SEVERAL = ("task", "tracking")
 """Groups of which several options can be chosen."""
@@ -65,6 +66,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
         _check_characters(override)
         parsed = _parsed(override)
         _check_hydra(override)
+        if parsed.key_or_group == "name" and isinstance(name := parsed.value(), str) and "${" not in name:
+            check_name(name)  # before a sweep makes a folder of it
         if parsed.is_delete():
             _check_deletion(override, parsed)
         elif (config_dir() / parsed.key_or_group).is_dir() and parsed.package is None:

@@ -12,13 +12,13 @@ import mft
 
 ROOT = Path(mft.__file__).parent
 FLOOR = {
-    **dict.fromkeys(("errors", "batch", "machine", "ranges", "foreign"), 0),
+    **dict.fromkeys(("errors", "batch", "machine", "ranges", "foreign", "streams"), 0),
     **dict.fromkeys(("data", "model", "loss", "optim", "schedule", "dist", "tracking"), 1),
     **dict.fromkeys(
         ("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "panels", "provenance"), 2
     ),
     **dict.fromkeys(
-        ("config", "overrides", "inert", "build", "compose", "rundir", "dataset", "feed", "run", "summary"), 3
+        ("config", "places", "overrides", "inert", "build", "compose", "rundir", "dataset", "feed", "run", "summary"), 3
     ),
     **dict.fromkeys(
         (

@@ -171,7 +171,9 @@ def judge(tasks: Sequence[Task]) -> None:
     counts = {state: sum(task.state == state for task in tasks) for state in ("failed", "stopped", "waiting")}
     said = [f"{n} {word}" for n, word in zip(counts.values(), ("failed", "stopped", "not started"), strict=True) if n]
     if said:
-        error = UserError(f"of {len(tasks)} jobs {', '.join(said)}; the same command again runs them and skips the others.")
+        error = UserError(
+            f"of {len(tasks)} jobs {', '.join(said)}; the same command again runs them and skips the others."
+        )
         error.exit_code = 1
         raise error
 
