@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steady(lasting=bool(args) and args[0] in WRITE)
     try:
         _main(args)
-        if (out := sys.stdout) is not None and out is sys.__stdout__:
-            out.flush()  # here, where a pipe that was closed meanwhile is no traceback
+        if sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
+            sys.__stdout__.flush()  # here, where a pipe that was closed meanwhile is no traceback
     except BrokenPipeError:
         unread()
 
@@ -114,6 +115,10 @@ def _main(args: list[str]) -> None:
     if args[0] in ("-V", "--version", "version"):
         print(f"mft {__version__}")
         return
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        fail("The current folder no longer exists; change to another one.", 2)
     try:
         if args[0] not in COMMANDS:
             known = ", ".join(COMMANDS)

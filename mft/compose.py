@@ -43,6 +43,21 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
         return _compose([*search, *overrides])
     except refusals() as error:
         raise UserError(explain(error, search, overrides)) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        if (said := of_defaults(error)) is None:
+            raise
+        raise UserError(said) from error
+
+
+def of_defaults(error: Exception) -> str | None:
+    """Returns the sentence for a `defaults` in a yaml that Hydra cannot read, None for errors of another kind."""
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename.endswith(("defaults_list.py", "config_repository.py")):
+            reason = " ".join(str(error).split())
+            return f"The defaults of a yaml cannot be read: {reason}. Write a list such as `- override /peft: lora`."
+        frame = frame.tb_next
+    return None
 
 
 def compose_resolved(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
@@ -124,8 +139,6 @@ def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -
         return f"{_not_text(search)} is not text in UTF-8; save it as UTF-8."
     if isinstance(error, RecursionError):
         return "A yaml or an override contains itself, or nests too deeply to be read."
-    if "'defaults'" in str(error) or "Invalid format for defaults" in str(error):
-        return " ".join(str(error).split())
     if isinstance(error, YAMLError):
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name}:{mark.line + 1}: " if mark else ""

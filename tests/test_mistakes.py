@@ -1,4 +1,4 @@
-"""Mistakes of a command line: each is one sentence, before anything starts, and a setting without effect is reported."""
+"""Mistakes of a command line: one sentence before anything starts; settings without effect: one line each."""
 
 from __future__ import annotations
 
@@ -139,7 +139,6 @@ def test_ranges_of_components(override: str, parts: list[str], tmp_path: Path) -
         (["train", "--cfg", "peft=lora"], ["--cfg needs one of"]),
         (["train", "--cfg=jop"], ["did you mean job?"]),
         (["train", "--learning_rate=1e-4"], ["did you mean optimizer.lr=1e-4, without dashes?"]),
-        (["train", "peft=lora", "peft=full"], ["peft is chosen twice"]),
         (["train", "-m", "data.paths=[~/x],[x]"], ["cannot be read"]),
         (["train", "-m", "hydra.job=null"], ["cannot be replaced"]),
         (["train", "-m", f"name={'x' * 300}", "optimizer.lr=1,2"], ["300 bytes"]),
@@ -161,6 +160,15 @@ def test_a_yaml_that_is_not_utf_8_is_named(text: bytes, tmp_path: Path) -> None:
         compose_resolved(["experiment=mine"], [tmp_path])
 
 
+@pytest.mark.parametrize("defaults", ["lora", "\n  - mine", "\n  - 5", "\n  - override /peft: [a, b]", "{a: b}"])
+def test_a_defaults_list_that_cannot_be_read_is_one_sentence(defaults: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\ndefaults: {defaults}\n")
+    with pytest.raises(UserError) as caught:
+        compose_resolved(["experiment=mine", "model=tiny"], [tmp_path])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500, str(caught.value)
+
+
 def test_names_for_folders() -> None:
     for name in ("mft", "a/b", "größe", "x" * 255):
         check_name(name)
@@ -173,7 +181,13 @@ def test_what_other_trainers_call_a_setting_is_known() -> None:
     table = (config_dir().parent / "docs" / "migrating.md").read_text().partition("## Other scripts")[0]
     theirs = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
     same = {"output_dir", "gradient_accumulation_steps", "weight_decay", "min_lr", "seq_length", "seed", "role_markers"}
-    same |= {"early_stopping", "early_stopping_stall_num", "trust_remote_code", "--distributed_type"}
+    same |= {
+        "early_stopping",
+        "early_stopping_stall_num",
+        "trust_remote_code",
+        "per_device_eval_batch_size",
+        "--distributed_type",
+    }
     assert len(theirs) > 30 and set(theirs) - same <= set(HERE)
     cfg = compose_resolved(["model=tiny", "tracking=[mlflow,tensorboard]"])
     for name, here in HERE.items():
@@ -231,7 +245,9 @@ def test_a_setting_with_an_effect_is_not_reported() -> None:
     assert not inert("train.prune=true", "train.prune_after=3", "launch.jobs=2", sweep=True)
     assert not inert("data=pad", "data.length_group=8", "data.pad_to=longest")
     assert not inert("dist=ddp", "dist.find_unused_parameters=true", world=2)
-    assert not inert("launch.main_port=29500", "train.early_stopping_stall_num=3", "peft=qlora", "peft.bits=8"), "defaults"
+    assert not inert("launch.main_port=29500", "train.early_stopping_stall_num=3", "peft=qlora", "peft.bits=8"), (
+        "defaults"
+    )
     (peak,) = inert("scheduler.warmup=100", "train.max_steps=20")
     assert "does not reach its peak" in peak
     assert [note.partition(" has")[0] for note in inert("output_dir=x", "train.resume=never", sweep=True)] == [
@@ -269,8 +285,12 @@ def test_settings_of_hydra_are_honoured_or_reported() -> None:
     assert note.startswith("hydra.sweep.dir=x has no effect") and "output_dir" in note
     (note,) = of_hydra(["hydra.run.dir=x", "hydra.sweep.dir=x", "hydra.sweeper.n_trials=3"], sweep=True)
     assert note.startswith("hydra.run.dir=x has no effect") and "hydra.sweep.dir" in note
-    (note,) = replaced(["optimizer.lr=1", "peft=lora", "optimizer.lr=2"])
-    assert note == "optimizer.lr is set 2 times; optimizer.lr=2 is used."
+    assert replaced(["optimizer.lr=1", "peft=lora", "optimizer.lr=2", "peft=full"]) == [
+        "optimizer.lr is set 2 times; optimizer.lr=2 is used.",
+        "peft is set 2 times; peft=full is used.",
+    ]
+    cfg = compose_resolved(["model=tiny", "optimizer.lr=1", "peft=lora", "optimizer.lr=2", "peft=full"])
+    assert cfg.optimizer.lr == 2 and cfg.choices.peft == "full"
 
 
 def test_a_yaml_may_name_the_run_folder_as_hydra_does(tmp_path: Path) -> None:
@@ -280,13 +300,21 @@ def test_a_yaml_may_name_the_run_folder_as_hydra_does(tmp_path: Path) -> None:
     assert compose_resolved(["experiment=mine", "output_dir=/other"], [tmp_path]).output_dir == "/other"
 
 
+def test_a_folder_that_was_deleted_is_told(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    done = mft("runs", prefix=f"mkdir {gone}; cd {gone}; rmdir {gone};")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no longer exists" in done.stderr, done.stderr
+
+
 # --- a terminal that takes little, or is gone ---
 
 
-def mft(*args: str, shell: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    command = f'"{sys.executable}" -m mft.cli {" ".join(args)} {shell}'
+def mft(*args: str, shell: str = "", prefix: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    command = f'{prefix} "{sys.executable}" -c "from mft.cli import main; main()" {" ".join(args)} {shell}'
     environment = os.environ | variables
-    return subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, env=environment
+    )
 
 
 @pytest.mark.parametrize(

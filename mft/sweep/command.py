@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mft import rundir
-from mft.compose import explain, refusals, search_path
+from mft.compose import explain, of_defaults, refusals, search_path
 from mft.config import CANNOT_CHANGE_THE_RESULT, config_dir, register, under
 from mft.errors import UserError
 from mft.overrides import check_overrides, key_of, of_hydra, replaced
@@ -70,6 +70,10 @@ def through_hydra(
         pass
     except refusals() as error:
         raise UserError(explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        if (said := of_defaults(error)) is None:
+            raise
+        raise UserError(said) from error
     finally:
         sys.argv = kept_argv
         if kept_full is None:
