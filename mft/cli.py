@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from mft import __version__
 from mft.errors import UserError, nearest
+from mft.streams import steady, unread
 
 HELP = """\
 mft: fine-tune large language models on several tasks at once
@@ -76,6 +78,9 @@ COMMANDS = {
 }
 """Command -> module:function(arguments); imported only when it is asked for."""
 
+WRITE = ("train", "sweep", "tracking", "merge", "convert", "demo")
+"""Commands whose work is not what they print: they finish it when nobody reads their output any more."""
+
 GENERATE_OPTIONS: dict[str, Any] = {
     "max_new_tokens": 512,
     "top_p": 0.95,
@@ -94,12 +99,26 @@ MERGE_OPTIONS: dict[str, Any] = {"base": "", "adapter": "", "out": "", "trust_re
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script; exits with 0, 1 (an error), 2 (a wrong command line), 75, 130 or 143."""
     args = list(sys.argv[1:] if arguments is None else arguments)
+    steady(lasting=bool(args) and args[0] in WRITE)
+    try:
+        _main(args)
+        if sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
+            sys.__stdout__.flush()  # here, where a pipe that was closed meanwhile is no traceback
+    except BrokenPipeError:
+        unread()
+
+
+def _main(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return
     if args[0] in ("-V", "--version", "version"):
         print(f"mft {__version__}")
         return
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        fail("The current folder no longer exists; change to another one.", 2)
     try:
         if args[0] not in COMMANDS:
             known = ", ".join(COMMANDS)

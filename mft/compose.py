@@ -20,6 +20,7 @@ from mft.errors import UserError, nearest, plainly, shortened
 from mft.foreign import here
 from mft.inputs import under
 from mft.overrides import check_overrides, group_options, key_of
+from mft.places import check_places
 
 
 def search_path(config_dirs: Sequence[Path]) -> list[str]:
@@ -43,6 +44,21 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
         return _compose([*search, *overrides])
     except refusals() as error:
         raise UserError(explain(error, search, overrides)) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        if (said := of_defaults(error)) is None:
+            raise
+        raise UserError(said) from error
+
+
+def of_defaults(error: Exception) -> str | None:
+    """Returns the sentence for a `defaults` in a yaml that Hydra cannot read, None for errors of another kind."""
+    frame = error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename.endswith(("defaults_list.py", "config_repository.py")):
+            reason = " ".join(str(error).split())
+            return f"The defaults of a yaml cannot be read: {reason}. Write a list such as `- override /peft: lora`."
+        frame = frame.tb_next
+    return None
 
 
 def compose_resolved(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
@@ -68,6 +84,7 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
             raise UserError(f"{key}: {shortened(wrong[0])} must be a path, in quotes where it is a number.")
         return [absolute(path) for path in paths]
 
+    check_places(cfg)
     cfg.output_dir, cfg.cache_dir = absolute(cfg.output_dir), absolute(cfg.cache_dir)
     cfg.data.paths = all_absolute(cfg.data.paths, "data.paths")
     if is_file(cfg.data.template):
@@ -114,11 +131,15 @@ def refusals() -> tuple[type[Exception], ...]:
     """Returns what is raised while composing where the command line or a yaml is wrong; `explain` says it."""
     from hydra.errors import HydraException
 
-    return HydraException, OmegaConfBaseException, YAMLError
+    return HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError
 
 
 def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -> str:
     """Returns a sentence for what was refused while composing: the key, what is allowed, the nearest match."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{_not_text(search)} is not text in UTF-8; save it as UTF-8."
+    if isinstance(error, RecursionError):
+        return "A yaml or an override contains itself, or nests too deeply to be read."
     if isinstance(error, YAMLError):
         mark = getattr(error, "problem_mark", None)
         place = f"{mark.name}:{mark.line + 1}: " if mark else ""
@@ -154,6 +175,26 @@ REASON = r"Value '|Invalid (value|type)|is not Optional|does not support deletio
 """Lines in which OmegaConf says what is wrong with a value."""
 
 
+def _not_text(search: Sequence[str]) -> str:
+    """Returns the yaml, of those of one's own, that is not UTF-8."""
+    for folder in _folders(search):
+        for path in sorted(folder.rglob("*.yaml")):
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                return str(path)
+    return "A yaml"
+
+
+def _folders(search: Sequence[str]) -> list[Path]:
+    """Returns the folders of a search path as it is written for Hydra."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(search))
+    found = [place for override in parsed for place in cast("list[str]", override.value())]
+    return [Path(str(place).removeprefix("file://")) for place in found]
+
+
 def _wrong_yaml(name: str, text: str, reason: str, search: Sequence[str], overrides: Sequence[str]) -> str:
     """`experiment/mine`: a yaml that does not fit into the config."""
     group = name.partition("/")[0]
@@ -168,12 +209,8 @@ def _wrong_yaml(name: str, text: str, reason: str, search: Sequence[str], overri
 
 def _missing_option(option: str, search: Sequence[str]) -> str:
     """`peft/lroa`: names the group's options and the nearest one."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     group, _, name = option.rpartition("/")
-    parsed = OverridesParser.create().parse_overrides(list(search))
-    found = [place for override in parsed for place in cast("list[str]", override.value())]
-    options = group_options(group, [Path(str(place).removeprefix("file://")) for place in found])
+    options = group_options(group, _folders(search))
     more = (
         " A yaml of your own goes into task/ under --config-dir; folders need none: data.paths=[…]."
         if group == "task"

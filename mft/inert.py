@@ -258,4 +258,4 @@ def shown(value: Any) -> str:
         value = value.value
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mft.streams import steady
+
 MOVES = re.compile(r"\x1b\[(\d*)A")
 """Moves the cursor up: a progress bar overwrites what it drew before."""
 
@@ -92,6 +94,7 @@ def written_to(path: Path, rank: int) -> Iterator[int]:
         os.close(file)
         yield terminal
         return
+    steady(lasting=True)
     transcript, streams = Transcript(path), (sys.stdout, sys.stderr)
     for stream in streams:
         copy(stream, transcript)

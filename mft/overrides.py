@@ -12,6 +12,7 @@ from mft.config import config_dir
 from mft.errors import UserError, nearest, shortened
 from mft.foreign import here
 from mft.inputs import under
+from mft.places import check_name
 
 SEVERAL = ("task", "tracking")
 """Groups of which several options can be chosen."""
@@ -58,24 +59,19 @@ def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
 def check_overrides(overrides: Sequence[str]) -> None:
     """Raises UserError for overrides that Hydra cannot read or answers with a traceback, and for what they must not do.
 
-    These are: unreadable text, characters that cannot be seen, groups that are taken out or given a number, null or
-    several options, two choices of one group, and Hydra's own nodes replaced as a whole.
+    These are: unreadable text, characters that cannot be seen, groups that are removed or given a number, null or
+    several options, and Hydra's own nodes replaced as a whole.
     """
-    chosen: dict[str, str] = {}
     for override in overrides:
         _check_characters(override)
         parsed = _parsed(override)
         _check_hydra(override)
+        if parsed.key_or_group == "name" and isinstance(name := parsed.value(), str) and "${" not in name:
+            check_name(name)  # before a sweep makes a folder of it
         if parsed.is_delete():
             _check_deletion(override, parsed)
-        elif (config_dir() / parsed.key_or_group).is_dir() and parsed.package is None:
-            if not parsed.is_sweep_override():
-                _check_choice(override, parsed)
-            first = chosen.setdefault(parsed.key_or_group, override)
-            if first is not override and _is_choice(first) and _is_choice(override):
-                raise UserError(
-                    f"{parsed.key_or_group} is chosen twice, with {first} and {override}; keep one of them."
-                )
+        elif (config_dir() / parsed.key_or_group).is_dir() and not parsed.package and not parsed.is_sweep_override():
+            _check_choice(override, parsed)
 
 
 def replaced(overrides: Sequence[str]) -> list[str]:
@@ -203,10 +199,6 @@ def _check_deletion(override: str, parsed: Any) -> None:
     if key in KEPT:
         what = f"choose another option with {key}=…" if (config_dir() / key).is_dir() else "set its keys one by one"
         raise UserError(f"{override}: {key} cannot be removed, since every run needs it; {what}.")
-
-
-def _is_choice(override: str) -> bool:
-    return "={" not in override and override[:1] != "+"
 
 
 def _check_choice(override: str, parsed: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mft import rundir
-from mft.compose import explain, refusals, search_path
+from mft.compose import explain, of_defaults, refusals, search_path
 from mft.config import config_dir, register
 from mft.errors import UserError
 from mft.inputs import CANNOT_CHANGE_THE_RESULT, under
@@ -71,6 +71,10 @@ def through_hydra(
         pass
     except refusals() as error:
         raise UserError(explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        if (said := of_defaults(error)) is None:
+            raise
+        raise UserError(said) from error
     finally:
         sys.argv = kept_argv
         if kept_full is None:
