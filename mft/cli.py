@@ -34,6 +34,7 @@ mft: fine-tune large language models on several tasks at once
 CONVERT_HELP = """\
 mft convert FOLDER
 mft convert model=FAMILY model.path=FOLDER out=NATIVE
+mft convert model.path=QUANTISED out=PLAIN
 
   With a folder alone: writes its pytorch_model*.bin files as model*.safetensors beside them. They are read as tensors
   and plain containers alone: a file that would run code is refused.
@@ -41,6 +42,9 @@ mft convert model=FAMILY model.path=FOLDER out=NATIVE
   With a family of an original format (chatglm2, chatglm3, codegeex2, qwen, baichuan, aquila2, …; see conf/model): reads
   the checkpoint as a training would and writes it as a native folder that transformers loads by itself. Adapters
   trained on the one work on the other.
+
+  With a checkpoint that is quantised (fp8, mxfp4, bitsandbytes, compressed-tensors): writes its weights dequantised, in
+  the dtype that its config.json names.
 """
 
 TRAIN_HELP = """\
@@ -302,12 +306,12 @@ def convert(args: list[str]) -> None:
     from mft.model.original import Original
 
     family = component(compose_resolved(overrides), "model")
-    if not isinstance(family, Original):
-        raise UserError(
-            f"{' '.join(overrides)} is not a family with an original format, so there is nothing to convert: its "
-            "checkpoints are native already."
-        )
     family.check()
+    if not isinstance(family, Original) and not family.stored().method:
+        raise UserError(
+            f"{' '.join(overrides)} is neither quantised nor in an original format, so there is nothing to convert: "
+            "its checkpoints are native already."
+        )
     save_native(family, Path(out).expanduser())
     print(f"written to {out}")
 

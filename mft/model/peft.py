@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.model import adapters, quantisation
 from mft.model.quantisation import compute_dtype
+from mft.model.stored import refuse_quantised
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from mft.model.audit import AuditRow
     from mft.model.family import CausalLM
+    from mft.model.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,11 @@ class Full:
     def check_with(self, family: CausalLM, precision: str) -> None:
         """Raises UserError for settings that the model cannot meet, as far as its config.json tells; loads no
         weights. precision: bf16, fp16 or fp32."""
+        if Path(family.source()).is_dir():  # what a hub name holds is known when it is loaded
+            self._check_stored(family.path, family.stored())
+
+    def _check_stored(self, path: str, held: Stored) -> None:
+        refuse_quantised(path, held, 0)
 
     def dtype(self, precision: str) -> torch.dtype:
         """Returns the dtype of the base weights; precision: bf16, fp16 or fp32."""
@@ -119,6 +126,7 @@ class Lora(Full):
     def check_with(self, family: CausalLM, precision: str) -> None:
         from mft.model.skeleton import skeleton
 
+        super().check_with(family, precision)
         if self._asks_of_the_model and not self.path:
             model = skeleton(family, self.quantization(compute_dtype(precision)))
             if model is not None:
@@ -225,6 +233,11 @@ class QLora(Lora):
             quantisation.check_skipped(model, self.skip_modules)
             if left := quantisation.experts_left(model, self.dtype(precision)):
                 log.warning("%s", left)
+
+    def _check_stored(self, path: str, held: Stored) -> None:
+        refuse_quantised(path, held, self.bits)
+        if held.method and (differing := quantisation.kept(self, held.settings)):
+            log.warning("model.path=%s is quantised already and keeps its own %s", path, differing)
 
     def quantization(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
         return quantisation.config(self, compute_dtype)
