@@ -81,6 +81,7 @@ COMMANDS = {
 """Command -> module:function(arguments); imported only when it is asked for."""
 
 GENERATE_OPTIONS: dict[str, Any] = {
+    "base": "",
     "max_new_tokens": 512,
     "top_p": 0.95,
     "temperature": 0.1,
@@ -318,7 +319,9 @@ def convert(args: list[str]) -> None:
 
 def generate(args: list[str]) -> None:
     """mft generate RUN "prompt" ["prompt" …] [max_new_tokens=512 top_p=0.95 temperature=0.1 do_sample=true \
-num_beams=1 repetition_penalty=1.0 system=… seed=0 trust_remote_code=false]"""
+num_beams=1 repetition_penalty=1.0 system=… seed=0 base=… trust_remote_code=false]
+
+  base=…: where the base model of an adapter is, if it has moved since the training"""
     if "-h" in args or "--help" in args or not args:
         print(generate.__doc__)
         return
@@ -336,7 +339,8 @@ num_beams=1 repetition_penalty=1.0 system=… seed=0 trust_remote_code=false]"""
     quiet_libraries()
     values["system"] = values["system"] or None
     own_code = values.pop("trust_remote_code")
-    answerer = Answerer(final_folder(rest[0]), Encoder.saved, trust_remote_code=own_code)
+    base = values.pop("base") or None
+    answerer = Answerer(final_folder(rest[0]), Encoder.saved, base=base, trust_remote_code=own_code)
     answers = answerer.answer(rest[1:], **values)
     for number, answer in enumerate(answers):
         print(f"── {rest[1 + number]}\n{answer}" if len(answers) > 1 else answer)

@@ -114,6 +114,7 @@ class Zero2:
     config: further keys of DeepSpeed's JSON, merged over ours.
     """
 
+    casts_weights = True  # not a field: DeepSpeed holds them in the run's precision
     stage: int = 2
     offload_optimizer: bool = False
     reduce_bucket_size: int = 200_000_000
@@ -157,6 +158,7 @@ class Zero3:
     """
 
     divides_on_load = True  # not a field: a rank never holds a whole weight
+    casts_weights = True  # not a field
     offload_optimizer: bool = False
     offload_parameters: bool = False
     reduce_bucket_size: int = 200_000_000

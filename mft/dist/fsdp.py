@@ -190,6 +190,8 @@ class Fsdp:
     whole anyway).
     """
 
+    divides_into_dtensors = True  # not a field
+    casts_weights = True  # not a field: a unit is gathered in the run's precision
     reshard: bool = True
     offload: bool = False
     reduce_every_micro_batch: bool = False

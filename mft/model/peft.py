@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.model import adapters, quantisation
 from mft.model.quantisation import compute_dtype
+from mft.model.source import read_config
 from mft.model.stored import refuse_quantised
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class Full:
     def check_with(self, family: CausalLM, precision: str) -> None:
         """Raises UserError for settings that the model cannot meet, as far as its config.json tells; loads no
         weights. precision: bf16, fp16 or fp32."""
+        if family.router_coef:
+            from mft.model.skeleton import skeleton
+
+            if (model := skeleton(family)) is not None:
+                family.router_weight(model)
         if Path(family.source()).is_dir():  # what a hub name holds is known when it is loaded
             self._check_stored(family.path, family.stored())
 
@@ -127,6 +133,8 @@ class Lora(Full):
         from mft.model.skeleton import skeleton
 
         super().check_with(family, precision)
+        if not self.path:
+            adapters.check_rank(self.rank, read_config(Path(family.source())).get("hidden_size"))
         if self._asks_of_the_model and not self.path:
             model = skeleton(family, self.quantization(compute_dtype(precision)))
             if model is not None:
@@ -178,6 +186,7 @@ class Lora(Full):
         from mft.model.tokens import trained_rows
 
         targets, init = self.targets or list(family.lora_targets) or "all-linear", str(self.init).lower()
+        adapters.check_rank(self.rank, getattr(model.config.get_text_config(), "hidden_size", None))
         places = chosen(model, targets, self.experts, self.router)
         adapters.check_places(self, places, is_tied(model))
         saved, tied = whole_modules(model, self.modules_to_save, places)
