@@ -229,6 +229,7 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
             f"{whole} reads whole weights of the base, of which every rank has a part only under dist=zero3; choose "
             "dist=fsdp, zero2 or ddp"
         )
+    _check_dist(components["dist"], optimizer, peft, settled(cfg.train.precision).value)
     _check_rows(components["data.rows"], components["loss"], cfg.data.long_samples)
     components["model"].check_rows(components["data.rows"].several)
     precision = settled(cfg.train.precision)
@@ -240,6 +241,20 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
         _check_share(name, task.share, cfg.data.mixture)
         if task.weight < 0:
             raise UserError(f"task.{name}.weight={task.weight} must not be negative.")
+
+
+def _check_dist(dist: Any, optimizer: Any, peft: Any, precision: str) -> None:
+    if getattr(dist, "divides_into_dtensors", False) and not getattr(optimizer, "takes_dtensors", True):
+        raise UserError(
+            "optimizer=adamw8bit: bitsandbytes cannot update what dist=fsdp divides over ranks; choose "
+            "optimizer=adamw, or dist=ddp"
+        )
+    stored = getattr(peft, "storage_dtype", "uint8")
+    if getattr(dist, "casts_weights", False) and precision != "fp32" and stored not in ("uint8", precision):
+        raise UserError(
+            f"peft.storage_dtype={stored}: this dist casts weights to {precision}, packed ones by value, which would "
+            f"destroy them; choose peft.storage_dtype={precision} or uint8"
+        )
 
 
 def _check_rows(rows: Any, loss: Any, long_samples: LongSamples) -> None:

@@ -36,6 +36,7 @@ mft: fine-tune large language models on several tasks at once
 CONVERT_HELP = """\
 mft convert FOLDER
 mft convert model=FAMILY model.path=FOLDER out=NATIVE
+mft convert model.path=QUANTISED out=PLAIN
 
   With a folder alone: writes its pytorch_model*.bin files as model*.safetensors beside them. They are read as tensors
   and plain containers alone: a file that would run code is refused.
@@ -43,6 +44,9 @@ mft convert model=FAMILY model.path=FOLDER out=NATIVE
   With a family of an original format (chatglm2, chatglm3, codegeex2, qwen, baichuan, aquila2, …; see conf/model): reads
   the checkpoint as a training would and writes it as a native folder that transformers loads by itself. Adapters
   trained on the one work on the other.
+
+  With a checkpoint that is quantised (fp8, mxfp4, bitsandbytes, compressed-tensors): writes its weights dequantised, in
+  the dtype that its config.json names.
 """
 
 TRAIN_HELP = """\
@@ -82,6 +86,7 @@ WRITE = ("train", "sweep", "tracking", "merge", "convert", "demo")
 """Commands whose work is not what they print: they finish it when nobody reads their output any more."""
 
 GENERATE_OPTIONS: dict[str, Any] = {
+    "base": "",
     "max_new_tokens": 512,
     "top_p": 0.95,
     "temperature": 0.1,
@@ -342,19 +347,21 @@ def convert(args: list[str]) -> None:
     from mft.model.original import Original
 
     family = component(compose_resolved(overrides), "model")
-    if not isinstance(family, Original):
-        raise UserError(
-            f"{' '.join(overrides)} is not a family with an original format, so there is nothing to convert: its "
-            "checkpoints are native already."
-        )
     family.check()
+    if not isinstance(family, Original) and not family.stored().method:
+        raise UserError(
+            f"{' '.join(overrides)} is neither quantised nor in an original format, so there is nothing to convert: "
+            "its checkpoints are native already."
+        )
     save_native(family, Path(out).expanduser())
     print(f"written to {out}")
 
 
 def generate(args: list[str]) -> None:
     """mft generate RUN "prompt" ["prompt" …] [max_new_tokens=512 top_p=0.95 temperature=0.1 do_sample=true \
-num_beams=1 repetition_penalty=1.0 system=… seed=0 trust_remote_code=false]"""
+num_beams=1 repetition_penalty=1.0 system=… seed=0 base=… trust_remote_code=false]
+
+  base=…: where the base model of an adapter is, if it has moved since the training"""
     if "-h" in args or "--help" in args or not args:
         print(generate.__doc__)
         return
@@ -372,7 +379,8 @@ num_beams=1 repetition_penalty=1.0 system=… seed=0 trust_remote_code=false]"""
     quiet_libraries()
     values["system"] = values["system"] or None
     own_code = values.pop("trust_remote_code")
-    answerer = Answerer(final_folder(rest[0]), Encoder.saved, trust_remote_code=own_code)
+    base = values.pop("base") or None
+    answerer = Answerer(final_folder(rest[0]), Encoder.saved, base=base, trust_remote_code=own_code)
     answers = answerer.answer(rest[1:], **values)
     for number, answer in enumerate(answers):
         print(f"── {rest[1 + number]}\n{answer}" if len(answers) > 1 else answer)

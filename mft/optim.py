@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -76,6 +77,14 @@ class AdamW8bit(Adam):
     """bitsandbytes.optim.AdamW8bit: states in 8 bits, block by block (tensors below 4,096 values keep 32 bits)."""
 
     public_name: ClassVar[str] = "adamw8bit"
+    takes_dtensors: ClassVar[bool] = (
+        False  # not a field: its kernels mix parameters divided by fsdp with plain states, and fail
+    )
+
+    def check(self) -> None:
+        """Raises UserError where bitsandbytes is not installed."""
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError("optimizer=adamw8bit needs bitsandbytes, which is not installed; use optimizer=adamw")
 
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
         """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is null.

@@ -14,6 +14,7 @@ from mft.errors import UserError
 from mft.loss.coba import Coba
 from mft.loss.mean import TaskTokenMean
 from tests.loss.modes import MODES, made
+from tests.model import quantised
 
 
 @pytest.fixture
@@ -79,3 +80,54 @@ def test_settings_no_run_could_work_with_are_refused(rows: Path, setting: str) -
 def test_modes_that_need_validation_are_those_that_probe(mode: str) -> None:
     loss = made(mode)
     assert loss.needs_validation == loss.wants_probe(1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["optimizer=adamw8bit", "dist=fsdp"],
+            r"optimizer=adamw8bit: .*dist=fsdp.*; choose optimizer=adamw, or",
+        ),
+        (["peft=qlora", "dist=fsdp", "peft.storage_dtype=fp32"], r"peft\.storage_dtype=fp32: .*=bf16 or uint8"),
+        (["peft=qlora", "dist=zero2", "peft.storage_dtype=fp16"], r"peft\.storage_dtype=fp16: .*=bf16 or uint8"),
+        (["peft=qlora", "dist=zero3", "peft.storage_dtype=fp16"], r"peft\.storage_dtype=fp16: .*=bf16 or uint8"),
+        (["peft.targets=5"], r"peft\.targets=5 must be a list of module names, one regular expression"),
+        (["peft.targets=[5]"], r"peft\.targets=\[5\] must be a list"),
+        (["peft.targets={q_proj:1}"], r"peft\.targets=\{'q_proj': 1\} must be a list"),
+        (["peft.targets=true"], r"peft\.targets=True must be a list"),
+        (["peft.targets=''"], r"peft\.targets='' must be a list"),
+        (["peft.targets=[qproj]"], r"'qproj' matches no module; .*; did you mean q_proj"),
+        (["peft.targets='.*layers\\.99.*'"], r"the regular expression .* matches no module"),
+        (["peft.modules_to_save=[lmhead]"], r"peft\.modules_to_save: the name 'lmhead' matches no module"),
+        (["peft.rank=100000"], r"peft\.rank=100000: the matrices of this model have no rank above 64, its hidden size"),
+        (["peft=qlora", "peft.rank=65"], r"peft\.rank=65: "),
+        (["model.router_coef=0.1"], r"model\.router_coef=0\.1: LlamaForCausalLM has no router; remove it"),
+        (["peft=full", "model.router_coef=0.1"], r"model\.router_coef=0\.1: LlamaForCausalLM has no router; remove it"),
+    ],
+)
+def test_what_a_rank_would_refuse_is_refused_before_any_starts(rows: Path, settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        checked(rows, f"data.paths=[{rows / 'naming'}]", "train.precision=bf16", *settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["optimizer=adamw8bit", "dist=ddp"],
+        ["peft=qlora", "dist=fsdp", "peft.storage_dtype=bf16"],
+        ["peft=qlora", "dist=ddp", "peft.storage_dtype=fp32"],
+        ["peft.rank=64"],
+        ["peft.targets=all-linear"],
+    ],
+)
+def test_what_goes_together(rows: Path, settings: list[str]) -> None:
+    checked(rows, f"data.paths=[{rows / 'naming'}]", "train.precision=bf16", *settings)
+
+
+def test_a_quantised_base_is_refused_before_any_rank_starts(rows: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    quantised.fp8(tiny_folder, tmp_path / "fp8")
+    for mode in ("full", "lora", "qlora"):
+        given = [f"data.paths=[{rows / 'naming'}]", "model=auto", f"model.path={tmp_path / 'fp8'}", f"peft={mode}"]
+        with pytest.raises(UserError, match="quantised by fp8; write its real values once, `mft convert"):
+            check(compose_resolved(given), world=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,31 @@ def test_generate_and_merge_a_run(tmp_path: Path, cache_dir: Path, capsys: pytes
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == "<s>human\nhi<s>bot\n"
     assert torch.isfinite(merged(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_generate_with_a_base_that_has_moved(
+    tmp_path: Path, cache_dir: Path, tiny_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    given = ["model=auto", f"model.path={base}", "peft=lora", "train.max_steps=1"]
+    _, run_dir = train(tmp_path, cache_dir, *given)
+    asked = ["generate", str(run_dir), "what comes next?", "max_new_tokens=4", "do_sample=false"]
+    capsys.readouterr()
+    cli.main(asked)
+    answer = capsys.readouterr().out
+    moved = base.rename(tmp_path / "moved")
+    with pytest.raises(SystemExit):
+        cli.main(asked)
+    assert "give another with base=" in capsys.readouterr().err
+    cli.main([*asked, f"base={moved}"])
+    assert capsys.readouterr().out == answer
+    with pytest.raises(SystemExit):
+        cli.main(["generate", str(moved), "hi", f"base={moved}"])
+    assert "chat template" in capsys.readouterr().err  # a plain base: how to ask is not known
+    cli.main(["merge", str(run_dir), f"base={moved}"])
+    with pytest.raises(SystemExit):
+        cli.main(["generate", str(run_dir / "merged"), "hi", f"base={moved}"])
+    assert "holds a whole model, not an adapter, and needs no base; leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -116,6 +116,8 @@ class Zero2:
     """
 
     public_name: ClassVar[str] = "zero2"
+    casts_weights: ClassVar[bool] = True
+    """DeepSpeed holds the weights in the run's precision."""
 
     stage: int = 2
     offload_optimizer: bool = False
@@ -161,6 +163,7 @@ class Zero3:
 
     public_name: ClassVar[str] = "zero3"
     divides_on_load = True  # not a field: a rank never holds a whole weight
+    casts_weights: ClassVar[bool] = True
     offload_optimizer: bool = False
     offload_parameters: bool = False
     reduce_bucket_size: int = ranged(200_000_000, min=1)

@@ -191,6 +191,9 @@ class Fsdp:
     """
 
     public_name: ClassVar[str] = "fsdp"
+    divides_into_dtensors: ClassVar[bool] = True
+    casts_weights: ClassVar[bool] = True
+    """A unit is gathered in the run's precision."""
 
     reshard: bool = True
     offload: bool = False

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft.errors import UserError, nearest
+from mft.errors import UserError, nearest, shortened
 
 if TYPE_CHECKING:
     from mft.model.peft import Lora
@@ -46,14 +46,27 @@ def check(lora: Lora) -> None:
 
 
 def _check_targets(targets: Any) -> None:
-    if targets is not None and not isinstance(targets, str):
-        if not targets or not all(isinstance(name, str) for name in targets):
-            raise UserError(f"peft.targets={targets!r} must be a list of module names, or one regular expression")
-    elif targets:
+    if targets is None:
+        return
+    if isinstance(targets, str) and targets:
         try:
             re.compile(targets)
         except re.error as error:
             raise UserError(f"peft.targets={targets!r} is not a regular expression: {error}") from error
+    elif not isinstance(targets, list) or not targets or not all(isinstance(n, str) and n for n in targets):
+        raise UserError(
+            f"peft.targets={shortened(targets)} must be a list of module names, one regular expression, all-linear, or "
+            "null for the model's own list"
+        )
+
+
+def check_rank(rank: int, width: Any) -> None:
+    """Raises UserError for a rank above the width of the model's hidden states, which is a side of every matrix."""
+    if isinstance(width, int) and rank > width:
+        raise UserError(
+            f"peft.rank={rank}: the matrices of this model have no rank above {width}, its hidden size; choose a "
+            f"smaller one, e.g. {max(1, min(16, width // 4))}, or peft=full"
+        )
 
 
 def _check_init(init: Any, rank: int) -> None:

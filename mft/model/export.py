@@ -15,6 +15,7 @@ from mft.errors import UserError
 from mft.model.family import CausalLM
 from mft.model.folder import edit_json, new_folder, put, write_model, write_tokenizer
 from mft.model.legacy import Original, from_options
+from mft.model.stored import refuse_quantised
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,8 @@ class Origin:
         )
         try:
             family.check()
+            held = family.stored()
+            refuse_quantised(self.path, held, held.bits)
         except UserError as error:
             raise UserError(
                 f"the base model of this adapter cannot be used: {error}; give another with base="
@@ -109,8 +112,12 @@ class Origin:
         """
         from transformers import BitsAndBytesConfig
 
-        quantization = BitsAndBytesConfig(**self.quantization) if self.quantization else None
-        return self.family(trust_remote_code).model(self.torch_dtype(), quantization)
+        family = self.family(trust_remote_code)
+        settings = self.quantization
+        held = family.stored()
+        if not settings and held.bits:  # the adapter of other software, which does not note it
+            settings = {f"load_in_{held.bits}bit": True, "bnb_4bit_compute_dtype": self.dtype}
+        return family.model(self.torch_dtype(), BitsAndBytesConfig(**settings) if settings else None)
 
 
 def save_final(
@@ -160,14 +167,18 @@ def _write_note(folder: Path, kind: str, origin: Origin) -> None:
     (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
-def save_native(family: Original, out: Path) -> None:
-    """Writes a checkpoint in its original format as a native folder, its weights in the dtype they have.
+def save_native(family: CausalLM, out: Path) -> None:
+    """Writes a checkpoint in its original format, or a quantised one dequantised, as a native folder, its weights in
+    the dtype they have, or that the config of a quantised one names (bfloat16 if none).
 
     An adapter trained on the one works on the other. Raises UserError when `out` exists already.
     """
+    import torch
+
     part = new_folder(out)
     stored: Any = "auto"
-    model = family.model(stored)
+    quantised = bool(family.stored().method)
+    model = family.dequantised(family.config().dtype or torch.bfloat16) if quantised else family.model(stored)
     write_model(model, part)
     write_tokenizer(family.tokenizer(), part)
     _write_note(part, CONVERTED, Origin.of(model, family))

@@ -28,6 +28,7 @@ from mft.model.source import (
     read_config,
     recurrent,
 )
+from mft.model.stored import Stored, forget, in_dtype, judge, prepare, refuse_quantised
 from mft.model.weights import check_loaded
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class CausalLM:
         check_path(self.path, self.hint)
         if type(self) is CausalLM:
             check_type(self.path, self.trust_remote_code)
+        if Path(self.source()).is_dir():
+            self.stored()
 
     def _warn_of_code(self) -> None:
         log.warning("model.trust_remote_code=true: Python code that comes with %s will be run", self.path)
@@ -131,6 +134,14 @@ class CausalLM:
             if self.trust_remote_code:
                 found["code"] = contents_fingerprint(source, ("**/*.py",))
         return found
+
+    def stored(self) -> Stored:
+        """Returns how the weights are stored, judged without loading any: a folder by its config.json and the headers
+        of its files, a hub name by its config. Raises UserError for what cannot be read."""
+        folder = Path(self.source())
+        if folder.is_dir():
+            return judge(f"model.path={self.path}", read_config(folder), folder)
+        return judge(f"model.path={self.path}", self.config().to_dict(), None)
 
     def _from_pretrained(self, factory: Any, **arguments: Any) -> Any:
         from huggingface_hub.errors import StrictDataclassError
@@ -201,11 +212,18 @@ class CausalLM:
         """Returns the model in train mode, its weights in `dtype` or quantised.
 
         compute_dtype: what autocast will compute in, where that differs from dtype (float32 master weights under bf16);
-        attention=auto needs it, since flash attention has no float32 kernel.
+        attention=auto needs it, since flash attention has no float32 kernel. Raises UserError for a checkpoint that is
+        quantised already, unless by bitsandbytes to the bits that `quantization` asks for.
         """
         from transformers import AutoModelForCausalLM
 
         return self._load(AutoModelForCausalLM, dtype, quantization, device_map, compute_dtype)
+
+    def dequantised(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Returns the model of a quantised checkpoint with the values that its numbers stand for, in `dtype`."""
+        from transformers import AutoModelForCausalLM
+
+        return self._load(AutoModelForCausalLM, dtype, None, None, None, dequantise=True)
 
     def _load(
         self,
@@ -214,16 +232,21 @@ class CausalLM:
         quantization: Any,
         device_map: Any,
         compute_dtype: Any,
-        whole: bool = False,
+        dequantise: bool = False,
         **arguments: Any,
     ) -> Any:
-        """whole: refuse a checkpoint with weights that the model has not."""
         asked = self.attention_for(compute_dtype or dtype, factory)
+        held = self.stored()
+        if not dequantise:
+            refuse_quantised(self.path, held, (8 if quantization.load_in_8bit else 4) if quantization else 0)
+        if held.method:
+            arguments["config"] = prepare(self.config(), held, getattr(quantization, "bnb_4bit_compute_dtype", None))
+        elif quantization:  # None would take the checkpoint's own away
+            arguments["quantization_config"] = quantization
         model, found = self._from_pretrained(
             factory,
             output_loading_info=True,
             dtype=dtype,
-            quantization_config=quantization,
             device_map=device_map,
             # None: sdpa where the model can (gemma 2's soft cap and the sinks of gpt-oss cannot), else eager
             attn_implementation=None if asked == "sdpa" and self.attention == "auto" else asked,
@@ -231,7 +254,15 @@ class CausalLM:
             ignore_mismatched_sizes=True,  # they are refused here, by name
             **arguments,
         )
-        check_loaded(Path(self.source()), model, found, whole)
+        check_loaded(Path(self.source()), model, found)
+        if fetched := self._fetched():
+            judge(f"model.path={self.path}", read_config(fetched), fetched)
+        if held.bits and dequantise:
+            model = model.dequantize(dtype)
+        if dequantise:
+            in_dtype(model, dtype)
+        if held.method:
+            forget(model)
         # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place at the first evaluation, after which
         # training gradients are wrong (relative error 0.73) while the loss looks right. from_pretrained returns eval
         # mode.
@@ -242,6 +273,16 @@ class CausalLM:
             tokens.widen(model, self._add_tokens(self.read_tokenizer()), self.pad_to_multiple_of)
         model.train()
         return model
+
+    def _fetched(self) -> Path | None:
+        """Returns where the files of a hub name lie once it was loaded, None for a folder."""
+        from transformers.utils import cached_file
+
+        if Path(self.source()).is_dir():
+            return None
+        where = {"revision": self.revision, "local_files_only": True}
+        file = cached_file(self.source(), "config.json", _raise_exceptions_for_missing_entries=False, **where)
+        return Path(file).parent if file else None
 
     def attention_for(self, dtype: torch.dtype, factory: Any) -> str:
         """Returns the attention implementation for computing in `dtype`, with auto resolved; factory: the class of the

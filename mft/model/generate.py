@@ -172,6 +172,8 @@ def load(folder: Path, base: str | None, dtype: torch.dtype | None, trust_remote
         from peft import PeftModel
 
         return PeftModel.from_pretrained(Origin.read(folder, base).load(trust_remote_code), str(folder))
+    if base:
+        raise UserError(f"base={base}: {folder} holds a whole model, not an adapter, and needs no base; leave it out")
     return CausalLM(str(folder), trust_remote_code=trust_remote_code).model(dtype or saved_dtype(folder))
 
 

@@ -77,7 +77,8 @@ def merge(
     del model  # before the second copy is loaded
 
     plain = origin.load(trust_remote_code)
-    if origin.quantization:
+    held = getattr(plain.config, "quantization_config", None)
+    if held is not None:
         plain = plain.dequantize(origin.torch_dtype())
     # safe_merge: refuses an adapter whose weights are not finite
     plain = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload(safe_merge=True)
@@ -88,7 +89,7 @@ def merge(
 
     written = CausalLM(str(part), trust_remote_code=trust_remote_code).model(origin.torch_dtype()).eval()
     difference = _difference(expected, _logits(written, probes))
-    rounding = TOLERANCE_8_BIT if (origin.quantization or {}).get("load_in_8bit") else 0.0
+    rounding = TOLERANCE_8_BIT if getattr(held, "load_in_8bit", False) else 0.0
     bound = max(TOLERANCE[origin.dtype], rounding) * max(logits.abs().max().item() for logits in expected)
     if not difference <= bound:  # also for NaN
         raise UserError(

@@ -169,7 +169,7 @@ class Original(CausalLM):
         from mft.model import native
 
         reader = getattr(native, self.native(self.original_config())[0])
-        model = self._load(reader, dtype, quantization, device_map, compute_dtype, config=self.config(), whole=True)
+        model = self._load(reader, dtype, quantization, device_map, compute_dtype, config=self.config())
         model.__class__ = reader.__bases__[0]
         model.config.architectures = [type(model).__name__]
         model.__dict__.pop("_weight_conversions", None)  # or saving would try to write the original names

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.model import adapters, quantisation
 from mft.model.quantisation import compute_dtype
+from mft.model.source import read_config
+from mft.model.stored import refuse_quantised
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from mft.model.audit import AuditRow
     from mft.model.family import CausalLM
+    from mft.model.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,16 @@ class Full:
     def check_with(self, family: CausalLM, precision: str) -> None:
         """Raises UserError for settings that the model cannot meet, as far as its config.json tells; loads no
         weights. precision: bf16, fp16 or fp32."""
+        if family.router_coef:
+            from mft.model.skeleton import skeleton
+
+            if (model := skeleton(family)) is not None:
+                family.router_weight(model)
+        if Path(family.source()).is_dir():  # what a hub name holds is known when it is loaded
+            self._check_stored(family.path, family.stored())
+
+    def _check_stored(self, path: str, held: Stored) -> None:
+        refuse_quantised(path, held, 0)
 
     def dtype(self, precision: str) -> torch.dtype:
         """Returns the dtype of the base weights; precision: bf16, fp16 or fp32."""
@@ -133,6 +146,9 @@ class Lora(Full):
     def check_with(self, family: CausalLM, precision: str) -> None:
         from mft.model.skeleton import skeleton
 
+        super().check_with(family, precision)
+        if not self.path:
+            adapters.check_rank(self.rank, read_config(Path(family.source())).get("hidden_size"))
         if self._asks_of_the_model and not self.path:
             model = skeleton(family, self.quantization(compute_dtype(precision)))
             if model is not None:
@@ -184,6 +200,7 @@ class Lora(Full):
         from mft.model.tokens import trained_rows
 
         targets, init = self.targets or list(family.lora_targets) or "all-linear", str(self.init).lower()
+        adapters.check_rank(self.rank, getattr(model.config.get_text_config(), "hidden_size", None))
         places = chosen(model, targets, self.experts, self.router)
         adapters.check_places(self, places, is_tied(model))
         saved, tied = whole_modules(model, self.modules_to_save, places)
@@ -241,6 +258,11 @@ class QLora(Lora):
             quantisation.check_skipped(model, self.skip_modules)
             if left := quantisation.experts_left(model, self.dtype(precision)):
                 log.warning("%s", left)
+
+    def _check_stored(self, path: str, held: Stored) -> None:
+        refuse_quantised(path, held, self.bits)
+        if held.method and (differing := quantisation.kept(self, held.settings)):
+            log.warning("model.path=%s is quantised already and keeps its own %s", path, differing)
 
     def quantization(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
         return quantisation.config(self, compute_dtype)

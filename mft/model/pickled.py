@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError, nearest
+from mft.model.headers import check_tensors
+from mft.model.source import read_config
+from mft.model.stored import judge
+from mft.model.weights import Tensor
+from mft.model.weights import tensors as header
 
 
 def convert(folder: Path) -> list[Path]:
     """Returns the safetensors files, and their index, made of the pytorch_model*.bin files of a folder.
 
-    Raises UserError when there are none, when safetensors are there already, and for a file that holds more than
-    tensors.
+    Raises UserError when there are none, when safetensors are there already, for a file that holds more than tensors,
+    and for quantised weights that could not be read afterwards.
     """
     from safetensors.torch import save_file
 
@@ -27,7 +32,9 @@ def convert(folder: Path) -> list[Path]:
         raise UserError(f"{folder} has no pytorch_model*.bin file")
     if there := sorted(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has {there[0].name} already; models are loaded from it")
+    stored = judge(str(folder), read_config(folder), None)
     where: dict[str, str] = {}
+    found: dict[str, Tensor] = {}
     size = 0
     for file in files:
         weights = read(file)
@@ -36,7 +43,14 @@ def convert(folder: Path) -> list[Path]:
         tensors = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
         save_file(tensors, target.with_suffix(".tmp"), metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, target.name)
+        found |= header(target.with_suffix(".tmp"))
         size += sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        check_tensors(str(folder), stored.method, stored.settings, found, folder)
+    except UserError:
+        for name in set(where.values()):
+            (folder / name).with_suffix(".tmp").unlink()
+        raise
     made = [folder / name for name in sorted(set(where.values()))]
     for target in made:  # only now, so that an interrupted call leaves nothing that would be loaded
         target.with_suffix(".tmp").rename(target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
@@ -72,6 +72,24 @@ def config(qlora: QLora, computing: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=compute_dtype(qlora.compute_dtype) if qlora.compute_dtype else computing,
         bnb_4bit_quant_storage=getattr(torch, PRECISIONS.get(qlora.storage_dtype, qlora.storage_dtype)),
     )
+
+
+def kept(qlora: QLora, stored: Mapping[str, Any]) -> str:
+    """Returns the settings that do nothing on a base that bitsandbytes has quantised otherwise, "" for none.
+
+    stored: quantization_config of the base's config.json.
+    """
+    own: dict[str, Any] = {"skip_modules": stored.get("llm_int8_skip_modules") or []}
+    if qlora.bits == 4:
+        own |= {
+            "quant_type": stored.get("bnb_4bit_quant_type", "fp4"),
+            "double_quant": stored.get("bnb_4bit_use_double_quant", False),
+            "storage_dtype": stored.get("bnb_4bit_quant_storage", "uint8"),
+        }
+    asked = {name: getattr(qlora, name) for name in own}
+    asked["storage_dtype"] = PRECISIONS.get(qlora.storage_dtype, qlora.storage_dtype)
+    differing = [name for name in own if asked[name] != own[name] and (name != "skip_modules" or asked[name])]
+    return ", ".join(f"{name}={own[name]} (asked: {asked[name]})" for name in differing)
 
 
 def check_skipped(model: nn.Module, names: Sequence[str]) -> None:

@@ -34,6 +34,11 @@ def _check_folder(path: str, folder: Path) -> None:
         raise UserError(f"model.path={path} holds an adapter; give its base model, and the adapter as peft.path")
     if not (folder / "config.json").exists():
         raise UserError(f"model.path={path} has no config.json, so it is not a Hugging Face model folder")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"model.path={path} holds an adapter_config.json beside its config.json, for which transformers would load "
+            "another base; move the adapter's files elsewhere, and give that folder as peft.path"
+        )
     read_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise UserError(

@@ -129,7 +129,7 @@ def changed(name: str, tmp_path: Path, **values: object) -> Path:
     ("name", "values", "message"),
     [
         ("chatglm2_32k", {"quantization_bit": 4}, "quantised already; give the unquantised checkpoint"),
-        ("qwen", {"quantization_config": {"bits": 4}}, "quantised already"),
+        ("qwen", {"quantization_config": {"bits": 4}}, "does not name the method"),
         ("chatglm2_32k", {"pre_seq_len": 128}, "pre_seq_len=128 in its config.json has no native counterpart"),
         ("chatglm2_32k", {"rmsnorm": False}, "rmsnorm=False"),
         ("chatglm2_32k", {"post_layer_norm": False}, "post_layer_norm=False"),

@@ -151,7 +151,7 @@ def test_positions_are_also_written_as_transformers_4_reads_them(name: str, toke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["model=llama", "model.path=x", "out=y"], "model=llama model.path=x is not a family with an original format"),
+        (["model=llama", "model.path=/no/where", "out=y"], "model.path=/no/where does not exist"),
         (["model=qwen", "peft=lora", "out=y"], r"takes a folder alone, or model=…, model\.… and out=…, got model=qwen"),
         (["model=qwen", "model.path=x"], "takes a folder alone"),
         (["model=qwen", "model.pth=x", "out=y"], "did you mean path"),

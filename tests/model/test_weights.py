@@ -17,7 +17,7 @@ from mft.errors import UserError
 from mft.model.family import CausalLM
 from mft.model.folder import write_model
 from mft.model.peft import QLora
-from tests.model import originals
+from tests.model import originals, quantised
 from tests.model.families import tiny_model
 
 INDEX = "model.safetensors.index.json"
@@ -157,10 +157,73 @@ def test_a_quantised_weight_that_contradicts_the_config(llama: Path) -> None:
         family(llama).model(torch.float32, QLora().quantization(torch.float32))
 
 
-def test_layers_that_the_config_does_not_have_are_named(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings(llama, num_hidden_layers=1)
-    family(llama).model(torch.float32)
-    assert "has the weight model.layers.1.input_layernorm.weight, which a LlamaForCausalLM does not" in caplog.text
+def add(folder: Path, **tensors: torch.Tensor) -> None:
+    weights = load_file(folder / "model.safetensors") | tensors
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def fewer_layers(folder: Path) -> None:
+    settings(folder, num_hidden_layers=1)
+
+
+TOO_MANY: list[tuple[Callable[[Path], None], str]] = [
+    (fewer_layers, r"has the weight model\.layers\.1\.input_layernorm\.weight in model\.safetensors, .*, and 8 others"),
+    (lambda f: add(f, **{"score.weight": torch.ones(1, 64)}), r"the weight score\.weight in .*, which a LlamaForCaus"),
+    (
+        lambda f: add(f, **{"model.layers.0.mlp.up_proj.scales": torch.ones(4)}),
+        r"up_proj\.scales in model\.safetensors",
+    ),
+    (lambda f: add(f, **{"model.layers.0.mlp.up_proj.bias": torch.ones(128)}), r"up_proj\.bias in model\.safetensors"),
+    (lambda f: add(f, **{"model.layers.0.self_attn.bias": torch.ones(64)}), r"self_attn\.bias in model\.safetensors"),
+    (lambda f: add(f, **{"visual.blocks.0.weight": torch.ones(4, 4)}), r"visual\.blocks\.0\.weight in model\.safete"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), TOO_MANY)
+def test_weights_that_the_model_does_not_take(change: Callable[[Path], None], message: str, llama: Path) -> None:
+    """Left out, the model would be another: fewer layers, no scales, no head that was trained."""
+    change(llama)
+    with pytest.raises(UserError, match=message):
+        family(llama).model(torch.float32)
+
+
+def test_weights_under_another_prefix(llama: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    save_file({f"module.{k}": v for k, v in weights.items()}, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks the weight .*; .* has module\.lm_head\.weight, and 20 others instead"):
+        family(llama).model(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "buffers",
+    [
+        {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)},
+        {"model.layers.0.attn.bias": torch.ones(1, 1, 8, 8), "model.layers.0.attn.masked_bias": torch.tensor(-1e4)},
+        {"model.position_ids": torch.arange(8)},
+    ],
+)
+def test_buffers_of_older_releases_are_taken(buffers: dict[str, torch.Tensor], llama: Path) -> None:
+    before = family(llama).model(torch.float32).state_dict()
+    add(llama, **buffers)
+    after = family(llama).model(torch.float32).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_second_copy_of_a_tied_head_is_taken(llama: Path) -> None:
+    settings(llama, tie_word_embeddings=True)
+    assert family(llama).model(torch.float32).lm_head.weight.shape == (320, 64)
+
+
+def test_a_base_packed_to_4_bits_that_contradicts_the_config(llama: Path, tmp_path: Path) -> None:
+    quantised.bnb4(llama, tmp_path / "packed")
+    settings(tmp_path / "packed", intermediate_size=192)
+    message = (
+        r"down_proj\.weight in .* is packed to 4 bits by bitsandbytes and stands for \[64, 128\], by .* \[64, 192\]"
+    )
+    with pytest.raises(UserError, match=message):
+        family(tmp_path / "packed").model(torch.float32, QLora().quantization(torch.float32))
+    with pytest.raises(UserError, match=message):
+        family(tmp_path / "packed").dequantised(torch.float32)
 
 
 ORIGINAL: list[tuple[str, dict[str, object], str]] = [
