@@ -77,9 +77,8 @@ class AdamW8bit(Adam):
     """bitsandbytes.optim.AdamW8bit: states in 8 bits, block by block (tensors below 4,096 values keep 32 bits)."""
 
     public_name: ClassVar[str] = "adamw8bit"
-    takes_dtensors: ClassVar[bool] = (
-        False  # not a field: its kernels mix parameters divided by fsdp with plain states, and fail
-    )
+    takes_dtensors: ClassVar[bool] = False
+    """Its kernels mix parameters divided by fsdp with plain states, and fail."""
 
     def check(self) -> None:
         """Raises UserError where bitsandbytes is not installed."""
