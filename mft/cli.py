@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mft import __version__
+from mft import __version__, plugins
 from mft.errors import UserError, nearest
 
 HELP = """\
@@ -54,6 +54,7 @@ mft train [overrides] [-m] [--cfg job] [--config-dir DIR]
   --dry-run           say what would run, with all jobs checked, and start nothing
   --cfg job           print the composed config (--resolve: with interpolations replaced)
   --config-dir DIR    a folder of your own yaml files beside conf/ (task/mine.yaml, experiment/mine.yaml, …)
+  --plugin PACKAGE    a Python package of your own components (a loss, a format, …), which yaml files may then name
 
 Config groups (GROUP=OPTION) and their options:
 {groups}
@@ -75,6 +76,9 @@ COMMANDS = {
     "demo": "mft.cli:demo",
 }
 """Command -> module:function(arguments); imported only when it is asked for."""
+
+BUILDING = ("train", "sweep", "data", "merge", "convert", "generate")
+"""Commands that may build components of a plug-in, and take --plugin."""
 
 GENERATE_OPTIONS: dict[str, Any] = {
     "max_new_tokens": 512,
@@ -104,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args[0] not in COMMANDS:
             known = ", ".join(COMMANDS)
             fail(f"there is no command {args[0]!r}{nearest(args[0], COMMANDS) or '.'} Commands: {known}.", 2)
+        if args[0] in BUILDING:
+            args = plugins.taken(args)
         module, _, function = COMMANDS[args[0]].partition(":")
         getattr(importlib.import_module(module), function)(args[1:])
     except UserError as error:
@@ -147,6 +153,7 @@ def train(args: list[str]) -> None:
     from mft import job, rundir
     from mft.launch import place
 
+    plugins.name(known_plugins(overrides))
     cfg = compose_resolved(overrides, config_dirs)
     checked = job.checked(cfg, overrides, starts=not dry_run)
     placed = place()
@@ -168,6 +175,15 @@ def train(args: list[str]) -> None:
             return
         folder, _ = rundir.choose(Path(cfg.output_dir), dated, cfg.train.resume, checked.identity)
         job.run(checked, folder, hosts=hosts)
+
+
+def known_plugins(overrides: Sequence[str]) -> list[str]:
+    """Returns the packages recorded in the run folder that the command line names to be resumed."""
+    from mft import rundir
+
+    given = [o.partition("=") for o in overrides]
+    folders = [Path(value).expanduser() for key, _, value in given if key in ("output_dir", "train.resume")]
+    return [package for folder in folders for package in rundir.plugins_of(folder)]
 
 
 def split_flags(args: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
@@ -195,6 +211,7 @@ def split_flags(args: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
                 "--package",
                 "--info",
                 "--config-dir",
+                "--plugin",
                 "--help",
             ]
             raise UserError(f"mft train has no flag {arg}{nearest(arg, allowed) or '.'} Flags: {', '.join(allowed)}.")
@@ -255,6 +272,20 @@ def final_folder(run: str) -> Path:
     return model_folder(checkpoint or folder)
 
 
+def know_family(run: str) -> None:
+    """Imports the model family of a run where it is a plug-in's, since it may register an architecture."""
+    from mft import rundir
+    from mft.components import component_class, inside
+    from mft.config import load
+
+    folder = Path(run)
+    if rundir.plugins_of(folder) or plugins.allowed():
+        model = load(folder).model if (folder / "config.yaml").is_file() else {}
+        if not inside(str(model.get("_target_", "mft")), "mft"):
+            plugins.name(rundir.plugins_of(folder))
+            component_class(model, "model")
+
+
 def merge(args: list[str]) -> None:
     """mft merge RUN [out=…]  |  mft merge base=… adapter=… out=…"""
     if "-h" in args or "--help" in args or not args:
@@ -268,6 +299,7 @@ def merge(args: list[str]) -> None:
 
     quiet_libraries()
     if rest:
+        know_family(rest[0])
         adapter = final_folder(rest[0])
         out = Path(values["out"] or Path(rest[0]) / "merged")
     else:
@@ -330,6 +362,7 @@ num_beams=1 repetition_penalty=1.0 system=… seed=0 trust_remote_code=false]"""
     names = ("max_new_tokens", "top_p", "temperature", "num_beams", "repetition_penalty")
     check_options(**{name: values[name] for name in names})
     quiet_libraries()
+    know_family(rest[0])
     values["system"] = values["system"] or None
     own_code = values.pop("trust_remote_code")
     answerer = Answerer(final_folder(rest[0]), Encoder.saved, trust_remote_code=own_code)

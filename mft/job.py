@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft import rundir
+from mft import plugins, rundir
 from mft.build import check, component
 from mft.config import LaunchMode, freeze, identity, settled
 from mft.data.fingerprint import file_digests
@@ -38,9 +38,9 @@ class Job:
     overrides: list[str]
     world: int
     identity: rundir.Identity
-    allow_targets: tuple[str, ...] = ()
     label: str = ""  # what tells it from the other jobs of its sweep
     data: str = ""  # fingerprint of all tasks
+    plugins: tuple[str, ...] = ()  # packages named for it beside installed plug-ins
 
     def judged(self, row: Mapping[str, Any]) -> float | None:
         """Returns the objective (`train.best`) of a row of metrics.jsonl, None where it is no validation."""
@@ -59,6 +59,7 @@ class Job:
             "sweep": self.cfg.sweep or "",
             "data": self.data,
             "folder": str(Path.cwd()),
+            "plugins": list(self.plugins),
         }
 
 
@@ -80,7 +81,6 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     label: what tells the job from the others of its sweep; starts: whether it is to be run by this process (soon).
     Reads the task files once to fingerprint them; loads no model and starts no process.
     """
-    allow_targets = tuple(cfg.train.allow_targets)
     cfg.train.precision = settled(cfg.train.precision)
     launch_settings: Any = OmegaConf.to_object(cfg.launch)
     launch_settings.check()
@@ -91,8 +91,8 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
             f"{world} ranks already; leave launch.nnodes out, or start `mft train` once on each machine."
         )
     world *= cfg.launch.nnodes
-    check(cfg, world, allow_targets)
-    chosen = {name: component(cfg, f"task.{name}", allow_targets) for name in cfg.task}
+    check(cfg, world)
+    chosen = {name: component(cfg, f"task.{name}") for name in cfg.task}
     tasks = all_tasks(chosen, list(cfg.data.paths))
     if cfg.launch.mode is LaunchMode.processes and starts:
         warm(preload(cfg))  # the fork server imports while the data is read here
@@ -100,15 +100,15 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     data = hashlib.sha1(repr(sorted(fingerprints.items())).encode()).hexdigest()[:12]
     if is_file(cfg.data.template):
         fingerprints["template"] = file_digests([Path(cfg.data.template)], Path(cfg.cache_dir))[0]
-    fingerprints["model"] = component(cfg, "model", allow_targets).fingerprint()
+    fingerprints["model"] = component(cfg, "model").fingerprint()
     return Job(
         cfg,
         list(overrides),
         world,
         rundir.Identity(identity(cfg, world, fingerprints), identity(cfg, world, fingerprints, extended=False)),
-        allow_targets,
         label,
         data,
+        plugins.named(),
     )
 
 
@@ -159,7 +159,6 @@ def start_ranks(job: Job, folder: Path, hosts: Hosts | None = None) -> None:
         nproc=job.world // job.cfg.launch.nnodes,
         mode=job.cfg.launch.mode.value,
         shutdown_seconds=job.cfg.launch.shutdown_seconds,
-        allow_targets=job.allow_targets,
         hosts=hosts,
     )
     if hosts and rundir.status(folder) == "stopped":

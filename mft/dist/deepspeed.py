@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mft.dist import cpu_op
 from mft.dist.accelerator import grouped
+from mft.dist.base import Backend
 from mft.dist.zero import DeepSpeedEngine
 from mft.errors import UserError, nearest
 
@@ -106,7 +107,7 @@ def start(
 
 
 @dataclass
-class Zero2:
+class Zero2(Backend):
     """DeepSpeed ZeRO stage 2: each rank holds all parameters, and its part of the gradients and of the optimizer.
 
     stage: 2, or 1 (the gradients whole too, exchanged once a step); offload_optimizer: keep the optimizer's part in the
@@ -146,7 +147,7 @@ class Zero2:
 
 
 @dataclass
-class Zero3:
+class Zero3(Backend):
     """DeepSpeed ZeRO stage 3: each rank holds its part of parameters, gradients and optimizer; layers are gathered
     while they compute.
 
@@ -156,7 +157,7 @@ class Zero3:
     only (`final/` is whole anyway); config: further keys of DeepSpeed's JSON, merged over ours.
     """
 
-    divides_on_load = True  # not a field: a rank never holds a whole weight
+    divides_on_load: ClassVar[bool] = True
     offload_optimizer: bool = False
     offload_parameters: bool = False
     reduce_bucket_size: int = 200_000_000

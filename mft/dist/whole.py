@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from mft.dist.accelerator import accelerator, environment, grouped
-from mft.dist.base import Engine
+from mft.dist.base import Backend, Engine
 from mft.errors import UserError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -21,7 +21,7 @@ class DdpEngine(Engine):
 
 
 @dataclass
-class Single:
+class Single(Backend):
     """One process on one device, without a process group."""
 
     def check_ranks(self, world: int) -> None:
@@ -40,7 +40,7 @@ class Single:
 
 
 @dataclass
-class Ddp:
+class Ddp(Backend):
     """torch's DistributedDataParallel. Works with one rank too: a process group of one, the same code path."""
 
     find_unused_parameters: bool = False

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from mft import rundir
-from mft.compose import check_choices, explain, key_of, refusals, search_path
+from mft import plugins, rundir
+from mft.compose import check_choices, check_sweep, explain, key_of, refusals, search_path, without_search_path
 from mft.config import CANNOT_CHANGE_THE_RESULT, config_dir, register, under
 from mft.errors import UserError
 
@@ -53,11 +53,14 @@ def through_hydra(
     register()
     Plugins.instance()  # Hydra's own are registered first
     grids_are_ours()
-    search = search_path(config_dirs)
+    search: list[str] = []
     kept_argv, kept_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting, so that we can say it better
     try:
+        search = search_path(config_dirs, overrides)
+        overrides = without_search_path(overrides)
         check_choices(overrides)
+        check_sweep([*search, *overrides])
         ours = []
         if "-m" in flags or "--multirun" in flags:
             ours = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
@@ -102,6 +105,7 @@ def resume(args: Sequence[str]) -> None:
         raise UserError("mft sweep resume needs the folder of a sweep: mft sweep resume multirun/demo/…")
     folder = the_sweep(Path(words[0]))
     record = rundir.read_json(folder / RECORD)
+    plugins.name(rundir.plugins_of(folder, RECORD))
     print(f"going on with: mft train -m {' '.join(record['overrides'])}")
     if not Path(record["folder"]).is_dir():
         raise UserError(f"{folder} was started in {record['folder']}, which is gone; run its command by hand.")
@@ -158,7 +162,7 @@ def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
     try:
         hydra = [o for o in cfg.hydra.overrides.hydra if key_of(o) != "hydra.mode"]
         values = {"overrides": [*cfg.hydra.overrides.task, *hydra], "folder": str(Path.cwd()), "sweep_dir": str(folder)}
-        rundir.write_json(folder / RECORD, {"id": cfg.sweep} | values)
+        rundir.write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)
         yield
     finally:
         held.release()
