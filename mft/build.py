@@ -1,12 +1,11 @@
 """From config nodes to objects: `check` judges a composed config in the parent, `build` makes one component.
 
-`build` is the only caller of `hydra.utils.instantiate`, and builds only targets of an allow-list.
+Which classes may be named is the rule of `mft.components`; nothing else calls what a config names.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
+from mft.components import component_class
 from mft.config import batch_sizes, settled
 from mft.data.settings import LongSamples, Mixture
 from mft.data.task import all_tasks
@@ -22,10 +22,8 @@ from mft.errors import UserError, nearest, plainly, shortened
 from mft.foreign import here
 from mft.machine import visible_gpus
 from mft.metrics import BEST
+from mft.optim import Library, Optimizer
 from mft.ranges import check_ranges
-
-ALLOWED_TARGETS = ("mft.", "torch.optim.", "bitsandbytes.optim.")
-"""Prefixes of `_target_` that may be built; `train.allow_targets` adds to them from the command line."""
 
 COMPONENTS = ("data.rows", "model", "peft", "dist", "loss", "optimizer", "scheduler")
 """Single component nodes; every entry of `task` and `tracking` is one too."""
@@ -34,40 +32,6 @@ COMPONENTS = ("data.rows", "model", "peft", "dist", "loss", "optimizer", "schedu
 def component_paths(cfg: DictConfig) -> list[str]:
     """Returns the yaml paths of all component nodes, tasks first."""
     return [f"task.{name}" for name in cfg.task] + list(COMPONENTS) + [f"tracking.{name}" for name in cfg.tracking]
-
-
-def component_class(node: Any, path: str, allowed: Sequence[str] = ALLOWED_TARGETS) -> type:
-    """Returns the class that a component node names in `_target_`.
-
-    Raises UserError when there is none, when it is not on the allow-list, or when it cannot be imported.
-    """
-    target = node.get("_target_") if isinstance(node, DictConfig) else None
-    if not isinstance(target, str):
-        raise UserError(
-            f"{path} has no _target_: it names a component to build, got {shortened(node)}. {_choose(path)}"
-        )
-    if not target.startswith(tuple(allowed)):
-        raise UserError(
-            f"{path}._target_={target} may not be built: allowed are {', '.join(p + '*' for p in allowed)}; "
-            f"add a prefix with train.allow_targets=[{target.split('.')[0]}.] on the command line."
-        )
-    module_name, _, name = target.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path}._target_={target}: there is no module {error.name}.") from error
-    found = getattr(module, name, None)
-    if found is None:
-        raise UserError(f"{path}._target_={target}: {module_name} has no {name}{nearest(name, vars(module))}")
-    return found
-
-
-def _choose(path: str) -> str:
-    group = path.partition(".")[0]
-    if group == "task":
-        return "The yaml of a task begins with the line `# @package task.NAME` and holds _target_: mft.data.task.Task."
-    option = f"/{group}: NAME" if group != "tracking" else "/tracking: [NAME]"
-    return f"Choose one with {group}=NAME, or in a yaml with `defaults: [override {option}]`."
 
 
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
@@ -105,6 +69,13 @@ def _check_fields(node: DictConfig, cls: type, path: str) -> None:
             raise UserError(f"{path}.{key}={shortened(value)}: {plainly(_first_line(error))}.") from error
 
 
+def _refuse_special_keys(node: DictConfig, path: str) -> None:
+    """Raises UserError for Hydra's other keys of a component, which nothing here reads."""
+    for key in map(str, node):
+        if key.startswith("_") and key != "_target_":
+            raise UserError(f"{path}.{key}: unexpected; a component has _target_ and the fields of its class.")
+
+
 def _check_nothing_missing(node: DictConfig, path: str) -> None:
     for key in map(str, node):
         if OmegaConf.is_missing(node, key):
@@ -127,41 +98,49 @@ def resolved(cfg: DictConfig) -> DictConfig:
     return copy
 
 
-def build(node: DictConfig, path: str = "", allowed: Sequence[str] = ALLOWED_TARGETS, **runtime: Any) -> Any:
-    """Instantiates a component node; nested nodes are built first. `runtime` values override the node's."""
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    for inner_path, inner in _nodes(node, path or "component"):
-        component_class(inner, inner_path, allowed)
-    try:
-        return instantiate(node, **runtime, _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+def build(node: DictConfig, path: str, **runtime: Any) -> Any:
+    """Makes a component of its node; those inside it are built first. `runtime` values override the node's."""
+    cls = component_class(node, path)
+    _refuse_special_keys(node, path)
+    values = {str(key): _value(node[key], f"{path}.{key!s}") for key in node if key != "_target_"} | runtime
+    return cls(**values) if not _of_a_library(cls, path) else Library(cls, values)
 
 
-def component(cfg: DictConfig, path: str, allow_targets: Sequence[str] = ()) -> Any:
-    """Instantiates the component at a path of a config. allow_targets: prefixes of `_target_` beside ours."""
-    return build(OmegaConf.select(cfg, path), path, (*ALLOWED_TARGETS, *allow_targets))
+def _value(value: Any, path: str) -> Any:
+    """Returns a setting as a plain value, with the components in it built."""
+    if isinstance(value, DictConfig):
+        if "_target_" in value:
+            return build(value, path)
+        return {key: _value(value[key], f"{path}.{key!s}") for key in value}
+    if isinstance(value, ListConfig):
+        return [_value(item, f"{path}[{number}]") for number, item in enumerate(value)]
+    return value
 
 
-def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> None:
+def _of_a_library(cls: type, path: str) -> bool:
+    return path == "optimizer" and not issubclass(cls, Optimizer)
+
+
+def component(cfg: DictConfig, path: str) -> Any:
+    """Makes the component at a path of a config."""
+    return build(OmegaConf.select(cfg, path), path)
+
+
+def check(cfg: DictConfig, world: int) -> None:
     """Judges a resolved, typed config before any process starts or model loads; raises UserError with a sentence.
 
     Field names and types of every component come first, then what a component itself can tell (`check` methods: missing
     paths, an attention that cannot run here), then what only the whole can tell.
     """
-    allowed = (*ALLOWED_TARGETS, *allow_targets)
     nodes: list[tuple[str, DictConfig]] = []
     for path in component_paths(cfg):
         node = OmegaConf.select(cfg, path)
-        component_class(node, path, allowed)  # a group that was taken out or set to a value has no node below
+        component_class(node, path)  # a group that was taken out or set to a value has no node below
         nodes += _nodes(node, path)
     for path, node in nodes:
-        cls = component_class(node, path, allowed)
-        if dataclasses.is_dataclass(cls):
+        _refuse_special_keys(node, path)
+        cls = component_class(node, path)
+        if not _of_a_library(cls, path):
             _check_fields(node, cls, path)
     for path, node in nodes:
         _check_nothing_missing(node, path)
@@ -173,7 +152,7 @@ def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> Non
     for settings in (cfg.train, cfg.data):
         OmegaConf.to_object(settings).check()  # type: ignore[union-attr]
     batch_sizes(cfg.train, world)
-    components = {path: build(OmegaConf.select(cfg, path), path, allowed) for path in component_paths(cfg)}
+    components = {path: build(OmegaConf.select(cfg, path), path) for path in component_paths(cfg)}
     for path, component in components.items():
         if dataclasses.is_dataclass(component):
             check_ranges(component, path)
@@ -187,8 +166,7 @@ def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> Non
     # How many samples validate is known once they are cut; where none can be, it is known now.
     may_validate = {task.name: int(cfg.data.split[1] > 0 or bool(task.valid)) for task in tasks}
     check_validation(cfg.train, components["loss"], may_validate)
-    if hasattr(components["dist"], "check_ranks"):
-        components["dist"].check_ranks(world)
+    components["dist"].check_ranks(world)
     _check_together(cfg, components)
 
 
@@ -224,7 +202,7 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
     lr = learning_rate(optimizer, peft)
     scheduler.lr(1, 2, lr)  # a min_lr above the learning rate is refused here
     whole = "model.add_tokens" if components["model"].new_tokens() else peft.reads_base
-    if whole and getattr(components["dist"], "divides_on_load", False):
+    if whole and components["dist"].divides_on_load:
         raise UserError(
             f"{whole} reads whole weights of the base, of which every rank has a part only under dist=zero3; choose "
             "dist=fsdp, zero2 or ddp"

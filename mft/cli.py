@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mft import __version__
+from mft import __version__, plugins
 from mft.errors import UserError, nearest
 from mft.streams import steady, unread
 
@@ -60,6 +60,7 @@ mft train [overrides] [-m] [--cfg job] [--config-dir DIR]
   --dry-run           say what would run, with all jobs checked, and start nothing
   --cfg job           print the composed config (--resolve: with interpolations replaced)
   --config-dir DIR    a folder of your own yaml files beside conf/ (task/mine.yaml, experiment/mine.yaml, …)
+  --plugin PACKAGE    a Python package of your own components (a loss, a format, …), which yaml files may then name
 
 Config groups (GROUP=OPTION) and their options:
 {groups}
@@ -84,6 +85,9 @@ COMMANDS = {
 
 WRITE = ("train", "sweep", "tracking", "merge", "convert", "demo")
 """Commands whose work is not what they print: they finish it when nobody reads their output any more."""
+
+BUILDING = ("train", "sweep", "data", "merge", "convert", "generate")
+"""Commands that may build components of a plug-in, and take --plugin."""
 
 GENERATE_OPTIONS: dict[str, Any] = {
     "base": "",
@@ -128,6 +132,8 @@ def _main(args: list[str]) -> None:
         if args[0] not in COMMANDS:
             known = ", ".join(COMMANDS)
             fail(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS) or '.'} Commands: {known}.", 2)
+        if args[0] in BUILDING:
+            args = plugins.taken(args)
         module, _, function = COMMANDS[args[0]].partition(":")
         getattr(importlib.import_module(module), function)(args[1:])
     except UserError as error:
@@ -174,6 +180,7 @@ def train(args: list[str]) -> None:
     from mft.launch import place
 
     overrides = with_output_dir(overrides)
+    plugins.name(known_plugins(overrides))
     cfg = compose_resolved(overrides, config_dirs)
     checked = job.checked(cfg, overrides, starts=not dry_run)
     placed = place()
@@ -199,6 +206,15 @@ def train(args: list[str]) -> None:
             return
         folder, _ = checked.choose(dated)
         job.run(checked, folder, hosts=hosts)
+
+
+def known_plugins(overrides: Sequence[str]) -> list[str]:
+    """Returns the packages recorded in the run folder that the command line names to be resumed."""
+    from mft import rundir
+
+    given = [o.partition("=") for o in overrides]
+    folders = [Path(value).expanduser() for key, _, value in given if key in ("output_dir", "train.resume")]
+    return [package for folder in folders for package in rundir.plugins_of(folder)]
 
 
 def split_flags(args: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
@@ -227,7 +243,18 @@ def split_flags(args: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
     return overrides, config_dirs, flags
 
 
-FLAGS = ("-m", "--multirun", "--dry-run", "--cfg", "--resolve", "--package", "--info", "--config-dir", "--help")
+FLAGS = (
+    "-m",
+    "--multirun",
+    "--dry-run",
+    "--cfg",
+    "--resolve",
+    "--package",
+    "--info",
+    "--config-dir",
+    "--plugin",
+    "--help",
+)
 
 FLAG_VALUES = {
     "--cfg": ("job", "hydra", "all"),
@@ -299,6 +326,20 @@ def final_folder(run: str) -> Path:
     return model_folder(checkpoint or folder)
 
 
+def know_family(run: str) -> None:
+    """Imports the model family of a run where it is a plug-in's, since it may register an architecture."""
+    from mft import rundir
+    from mft.components import component_class, inside
+    from mft.config import load
+
+    folder = Path(run)
+    if rundir.plugins_of(folder) or plugins.allowed():
+        model = load(folder).model if (folder / "config.yaml").is_file() else {}
+        if not inside(str(model.get("_target_", "mft")), "mft"):
+            plugins.name(rundir.plugins_of(folder))
+            component_class(model, "model")
+
+
 def merge(args: list[str]) -> None:
     """mft merge RUN [out=…]  |  mft merge base=… adapter=… out=…"""
     if "-h" in args or "--help" in args or not args:
@@ -312,6 +353,7 @@ def merge(args: list[str]) -> None:
 
     quiet_libraries()
     if rest:
+        know_family(rest[0])
         adapter = final_folder(rest[0])
         out = Path(values["out"] or Path(rest[0]) / "merged")
     else:
@@ -377,6 +419,7 @@ num_beams=1 repetition_penalty=1.0 system=… seed=0 base=… trust_remote_code=
     names = ("max_new_tokens", "top_p", "temperature", "num_beams", "repetition_penalty")
     check_options(**{name: values[name] for name in names})
     quiet_libraries()
+    know_family(rest[0])
     values["system"] = values["system"] or None
     own_code = values.pop("trust_remote_code")
     base = values.pop("base") or None

@@ -13,6 +13,7 @@ from omegaconf import AnyNode, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from mft import hydra_node, plugins
 from mft.build import resolved
 from mft.config import config_dir, register, typed
 from mft.data.template import is_file
@@ -23,13 +24,34 @@ from mft.overrides import check_overrides, group_options, key_of
 from mft.places import check_places
 
 
-def search_path(config_dirs: Sequence[Path]) -> list[str]:
-    """Returns the override that adds folders of yaml files to conf/; UserError for one that is no folder."""
+def search_path(config_dirs: Sequence[Path], overrides: Sequence[str] = ()) -> list[str]:
+    """Returns the override that adds folders of yaml files, and those of plug-ins, to conf/ and what `overrides` add.
+
+    Of several such overrides Hydra reads the first alone. Raises UserError for one that is not a folder.
+    """
     for folder in config_dirs:
         if not folder.is_dir():
             raise UserError(f"--config-dir {folder} is not a folder.")
-    quoted = ",".join("'file://" + str(folder.resolve()).replace("'", "\\'") + "'" for folder in config_dirs)
-    return [f"hydra.searchpath=[{quoted}]"] if config_dirs else []
+    places = [place for o in overrides if key_of(o) == "hydra.searchpath" for place in _places(o)]
+    places += [f"file://{folder.resolve()}" for folder in (*config_dirs, *plugins.yaml_folders())]
+    quoted = ",".join("'" + place.replace("'", "\\'") + "'" for place in dict.fromkeys(places))
+    return [f"hydra.searchpath=[{quoted}]"] if places else []
+
+
+def _places(search: str) -> list[str]:
+    """Returns the folders and packages of an override of Hydra's search path; UserError for a package not named."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    value = OverridesParser.create().parse_override(search).value()
+    hydra_node.check_searchpath(value)
+    if not (isinstance(value, list) and all(isinstance(place, str) for place in value)):
+        raise UserError(f"{search}: expected a list of folders, hydra.searchpath=['file:///my/folder'].")
+    return cast("list[str]", value)
+
+
+def without_search_path(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides but those that `search_path` has taken up."""
+    return [o for o in overrides if key_of(o) != "hydra.searchpath"]
 
 
 def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
@@ -38,8 +60,10 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
     Raises UserError for unknown groups, options and keys, and for values of the wrong type.
     """
     register()
-    search = search_path(config_dirs)
+    search: list[str] = []
     try:
+        search = search_path(config_dirs, overrides)
+        overrides = without_search_path(overrides)
         check_overrides(overrides)
         return _compose([*search, *overrides])
     except refusals() as error:
@@ -67,7 +91,7 @@ def compose_resolved(overrides: Sequence[str], config_dirs: Sequence[Path] = ())
     try:
         return absolute_paths(typed(cfg))
     except refusals() as error:
-        raise UserError(explain(error, search_path(config_dirs), overrides)) from error
+        raise UserError(explain(error, search_path(config_dirs, overrides), overrides)) from error
 
 
 def absolute_paths(cfg: DictConfig) -> DictConfig:
@@ -96,23 +120,41 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
+def check_sweep(overrides: Sequence[str]) -> None:
+    """Judges Hydra's own node of a sweep, before Hydra builds its launcher, sweeper and callbacks."""
+    hydra_node.check(_with_hydra(overrides, sweep=True).hydra)
+
+
 def _compose(overrides: Sequence[str]) -> DictConfig:
-    from hydra import compose as hydra_compose
+    return without_hydra(_with_hydra(overrides))
+
+
+def _with_hydra(overrides: Sequence[str], sweep: bool = False) -> DictConfig:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
 
     instance = GlobalHydra.instance()
     running, instance.hydra = instance.hydra, None  # of the sweep in which a wrong key is explained
     try:
         with initialize_config_dir(str(config_dir().resolve()), version_base="1.3"):
-            cfg = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+            hydra = instance.hydra
+            assert hydra is not None
+            return hydra.compose_config(
+                config_name="config",
+                overrides=list(overrides),
+                run_mode=RunMode.MULTIRUN if sweep else RunMode.RUN,
+                from_shell=False,
+                with_log_configuration=False,
+                validate_sweep_overrides=not sweep,
+            )
     finally:
         instance.hydra = running
-    return without_hydra(cfg)
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
-    """Takes Hydra's own node out of a composed config; what it knows of the options taken stays in `choices`."""
+    """Takes Hydra's own node, once judged, out of a composed config; the options taken stay in `choices`."""
+    hydra_node.check(cfg.hydra)
     with open_dict(cfg):
         hydra = cfg.pop("hydra")
     folder = hydra.run._get_node("dir")._value()
@@ -188,11 +230,14 @@ def _not_text(search: Sequence[str]) -> str:
 
 def _folders(search: Sequence[str]) -> list[Path]:
     """Returns the folders of a search path as it is written for Hydra."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+    return [Path(place.removeprefix("file://")) for override in search for place in _places(override)]
 
-    parsed = OverridesParser.create().parse_overrides(list(search))
-    found = [place for override in parsed for place in cast("list[str]", override.value())]
-    return [Path(str(place).removeprefix("file://")) for place in found]
+
+GONE = {
+    "train.allow_targets": "unknown; the package of classes of your own is named with --plugin PACKAGE on the command "
+    "line, or by its installed entry point (docs/plugins.md)."
+}
+"""Keys of earlier versions → what stands in their place."""
 
 
 def _wrong_yaml(name: str, text: str, reason: str, search: Sequence[str], overrides: Sequence[str]) -> str:
@@ -223,6 +268,8 @@ def _missing_option(option: str, search: Sequence[str]) -> str:
 
 def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> str:
     """`peft.rnk`: composes without the wrong override to see which keys its node has."""
+    if key in GONE:
+        return f"{key}: {GONE[key]}"
     rest = [o for o in overrides if not under(key_of(o).split("@")[0], [key.split("@")[0]])]
     if "@" in key:
         group, _, package = key.partition("@")

@@ -71,7 +71,6 @@ class Train:
     fail_fast: bool = False
     prune: bool = False
     prune_after: int = ranged(2, min=1)
-    allow_targets: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """Raises UserError for values that types alone cannot refuse."""
@@ -188,7 +187,15 @@ def load(run_dir: Path) -> DictConfig:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no config.yaml.")
-    return typed(OmegaConf.load(path))
+    return typed(read(path))
+
+
+def read(path: Path) -> Any:
+    """Returns a frozen config without its types; keys that earlier versions had are left out."""
+    cfg = OmegaConf.load(path)
+    if isinstance(cfg, DictConfig) and isinstance(cfg.get("train"), DictConfig):
+        cfg.train.pop("allow_targets", None)
+    return cfg
 
 
 def typed(cfg: Any) -> DictConfig:

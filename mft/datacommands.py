@@ -169,10 +169,10 @@ def prepared(args: Sequence[str]) -> Prepared:
         raise UserError(f"mft data has no flag {flags[0]}; `mft train` has. Flags: --config-dir, --help.")
     cfg = compose_resolved(with_output_dir(overrides), config_dirs)
     world = ranks(cfg.launch.nproc, cfg.launch.mode)
-    check(cfg, world, cfg.train.allow_targets)
+    check(cfg, world)
 
     def make(path: str) -> Any:
-        return component(cfg, path, cfg.train.allow_targets)
+        return component(cfg, path)
 
     from mft.dataset import dataset
     from mft.run import quiet_libraries

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft.build import component_class
+from mft.components import component_class
 from mft.config import Launch, Train, batch_sizes
 from mft.data.fingerprint import file_digests
 from mft.data.settings import DataSettings
@@ -43,7 +43,6 @@ CANNOT_CHANGE_THE_RESULT: dict[str, str] = {
     "train.fail_fast": "about the other jobs of a sweep",
     "train.prune": "ends a job early, which is then not finished",
     "train.prune_after": "ends a job early, which is then not finished",
-    "train.allow_targets": "what is built enters by its full target",
     "train.per_device_batch_size": "enters as the global batch",
     "train.gradient_accumulation_steps": "enters as the global batch",
     "train.global_batch_size": "enters as the global batch",
@@ -82,14 +81,12 @@ def under(path: str, prefixes: Iterable[str]) -> bool:
     return False
 
 
-def identity(
-    cfg: DictConfig, world: int, tasks: Sequence[str], fingerprints: Mapping[str, str], allowed: Sequence[str]
-) -> Identity:
+def identity(cfg: DictConfig, world: int, tasks: Sequence[str], fingerprints: Mapping[str, str]) -> Identity:
     """Returns which experiment a resolved, checked config is.
 
-    world: number of ranks; tasks: names in order; fingerprints: see `fingerprints`; allowed: prefixes of `_target_`.
+    world: number of ranks; tasks: names in order; fingerprints: see `fingerprints`.
     """
-    choices, values = config_parts(cfg, allowed)
+    choices, values = config_parts(cfg)
     choices["global batch"] = str(batch_sizes(cfg.train, world).total)
     return Identity.of(tasks, choices, values, fingerprints)
 
@@ -114,7 +111,7 @@ def files(cfg: DictConfig, family: Any, peft: Any) -> dict[str, str]:
     return found
 
 
-def config_parts(cfg: DictConfig, allowed: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
+def config_parts(cfg: DictConfig) -> tuple[dict[str, str], dict[str, Any]]:
     """Returns ({component path: public name}, {dotted key: value}) of all that enters an identity as a value."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     choices: dict[str, str] = {}
@@ -124,7 +121,7 @@ def config_parts(cfg: DictConfig, allowed: Sequence[str]) -> tuple[dict[str, str
         if under(path, CANNOT_CHANGE_THE_RESULT) or under(path, FINGERPRINTED):
             return
         if isinstance(value, dict) and "_target_" in value:
-            cls = component_class(OmegaConf.select(cfg, path), path, allowed)
+            cls = component_class(OmegaConf.select(cfg, path), path)
             if default != Named(name := public_name(cls, value["_target_"])):
                 choices[path] = name
             enter_fields(path, value, defaults(cls) if name != value["_target_"] else {})

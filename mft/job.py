@@ -13,8 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft import inputs, rundir
-from mft.build import ALLOWED_TARGETS, check, component
+from mft import inputs, plugins, rundir
+from mft.build import check, component
 from mft.config import LaunchMode, freeze, settled
 from mft.data.task import all_tasks
 from mft.errors import UserError
@@ -37,9 +37,9 @@ class Job:
     overrides: list[str]
     world: int
     identity: Identity
-    allow_targets: tuple[str, ...] = ()
     label: str = ""  # what tells it from the other jobs of its sweep
     data: str = ""  # fingerprint of all tasks
+    plugins: tuple[str, ...] = ()  # packages named for it beside installed plug-ins
 
     def judged(self, row: Mapping[str, Any]) -> float | None:
         """Returns the objective (`train.best`) of a row of metrics.jsonl, None where it is no validation."""
@@ -63,6 +63,7 @@ class Job:
             "sweep": self.cfg.sweep or "",
             "data": self.data,
             "folder": str(Path.cwd()),
+            "plugins": list(self.plugins),
         }
 
 
@@ -84,7 +85,6 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     label: what tells the job from the others of its sweep; starts: whether it is to be run by this process (soon).
     Reads the task files once to fingerprint them; loads no model and starts no process.
     """
-    allow_targets = tuple(cfg.train.allow_targets)
     cfg.train.precision = settled(cfg.train.precision)
     launch_settings: Any = OmegaConf.to_object(cfg.launch)
     launch_settings.check()
@@ -95,18 +95,17 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
             f"{world} ranks already; leave launch.nnodes out, or start `mft train` once on each machine."
         )
     world *= cfg.launch.nnodes
-    check(cfg, world, allow_targets)
-    chosen = {name: component(cfg, f"task.{name}", allow_targets) for name in cfg.task}
+    check(cfg, world)
+    chosen = {name: component(cfg, f"task.{name}") for name in cfg.task}
     tasks = all_tasks(chosen, list(cfg.data.paths))
     if cfg.launch.mode is LaunchMode.processes and starts:
         warm(preload(cfg))  # the fork server imports while the data is read here
-    family, peft = (component(cfg, path, allow_targets) for path in ("model", "peft"))
+    family, peft = (component(cfg, path) for path in ("model", "peft"))
     fingerprints = inputs.fingerprints(cfg, tasks, family, peft)
     rows = sorted((name, value) for name, value in fingerprints.items() if name.startswith("task."))
     data = hashlib.sha1(repr(rows).encode()).hexdigest()[:12]
-    allowed = (*ALLOWED_TARGETS, *allow_targets)
-    identity = inputs.identity(cfg, world, [task.name for task in tasks], fingerprints, allowed)
-    return Job(cfg, list(overrides), world, identity, allow_targets, label, data)
+    identity = inputs.identity(cfg, world, [task.name for task in tasks], fingerprints)
+    return Job(cfg, list(overrides), world, identity, label, data, plugins.named())
 
 
 def preload(cfg: DictConfig) -> tuple[str, ...]:
@@ -157,7 +156,6 @@ def start_ranks(job: Job, folder: Path, hosts: Hosts | None = None) -> None:
             nproc=job.world // job.cfg.launch.nnodes,
             mode=job.cfg.launch.mode.value,
             shutdown_seconds=job.cfg.launch.shutdown_seconds,
-            allow_targets=job.allow_targets,
             hosts=hosts,
         )
     except UserError as error:

@@ -111,7 +111,6 @@ def launch(
     mode: str = "processes",
     shutdown_seconds: int = 600,
     preload: Sequence[str] = PRELOAD,
-    allow_targets: Sequence[str] = (),
     entry: str = worker.ENTRY,
     hosts: Hosts | None = None,
 ) -> None:
@@ -122,7 +121,7 @@ def launch(
     Raises UserError for a mistake found in a rank (its sentence alone), WorkerError with the traceback of the rank
     that failed first, Stopped when a signal ended the run.
     """
-    arguments = (str(run_dir), entry, tuple(allow_targets))
+    arguments = (str(run_dir), entry)
     log = Path(run_dir) / "log"
     placed = place()
     if placed is not None:
@@ -138,7 +137,7 @@ def launch(
             raise Stopped(stopped.signum, worker.exit_code(Path(run_dir), stopped.signum)) from None
 
 
-def _placed(log: Path, arguments: tuple[str, str, tuple[str, ...]], rank: int) -> None:
+def _placed(log: Path, arguments: tuple[str, str], rank: int) -> None:
     since = time.time()
     try:
         worker.enter(str(log), worker.worker, arguments)
@@ -148,7 +147,7 @@ def _placed(log: Path, arguments: tuple[str, str, tuple[str, ...]], rank: int) -
         raise
 
 
-def _inline(log: Path, arguments: tuple[str, str, tuple[str, ...]]) -> None:
+def _inline(log: Path, arguments: tuple[str, str]) -> None:
     log.mkdir(parents=True, exist_ok=True)
     with handlers(worker.stop.request), written_to(log / "rank0.log", 0):
         try:

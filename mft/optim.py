@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mft.errors import UserError
+from mft.errors import UserError, nearest
 from mft.ranges import check_ranges, ranged
 
 if TYPE_CHECKING:
@@ -35,8 +37,51 @@ def groups(named_parameters: Named, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in both if group["params"]]
 
 
+class Optimizer(ABC):
+    """What conf/optimizer chooses. Subclasses are dataclasses of plain values."""
+
+    lr: float | None
+
+    def base_lr(self, default_lr: float) -> float:
+        """Returns the peak learning rate: `lr`, or what the peft mode suggests when it is null."""
+        return default_lr if self.lr is None else self.lr
+
+    @abstractmethod
+    def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
+        """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is null."""
+
+
+class Library(Optimizer):
+    """An optimizer of torch or bitsandbytes, named in a yaml by its own class, with that class's arguments."""
+
+    def __init__(self, kind: type[torch.optim.Optimizer], values: dict[str, Any]):
+        self.kind, self.values = kind, dict(values)
+        known = {name: p.default for name, p in inspect.signature(kind).parameters.items() if name != "params"}
+        for key in values:
+            if key not in known:
+                raise UserError(
+                    f"optimizer.{key}: {kind.__name__} has no such argument{nearest(key, known) or '.'} Its arguments: "
+                    f"{', '.join(known)}."
+                )
+        self.lr = self.values.pop("lr", None)
+        self.decay = self.values.pop("weight_decay", known.get("weight_decay", 0.0))
+
+    def check(self) -> None:
+        """Raises UserError for values that the optimizer itself refuses."""
+        import torch
+
+        self.build([("weight", torch.nn.Parameter(torch.zeros(1, 1)))], 1e-4)
+
+    def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
+        parameters = groups(named_parameters, self.decay)
+        try:
+            return self.kind(parameters, **{"lr": self.base_lr(default_lr), **self.values})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer: {self.kind.__name__} refuses its arguments: {error}") from error
+
+
 @dataclass
-class Adam:
+class Adam(Optimizer):
     """The fields both optimizers have; raises UserError for values no Adam can run with."""
 
     lr: float | None = ranged(None, above=0)
@@ -47,10 +92,6 @@ class Adam:
 
     def __post_init__(self) -> None:
         check_ranges(self, "optimizer")
-
-    def base_lr(self, default_lr: float) -> float:
-        """Returns the peak learning rate: `lr`, or what the peft mode suggests when it is null."""
-        return default_lr if self.lr is None else self.lr
 
     def arguments(self, default_lr: float) -> dict[str, Any]:
         return {"lr": self.base_lr(default_lr), "betas": (self.beta1, self.beta2), "eps": self.eps}

@@ -7,7 +7,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,10 @@ def run(
     cfg: DictConfig,
     run_dir: Path,
     stop: Callable[[], bool],
-    allow_targets: Sequence[str] = (),
 ) -> str:
     """Runs, or goes on with, the run of a frozen config; returns finished or stopped.
 
-    stop: whether this rank was asked to end after the current step; allow_targets: further prefixes of `_target_` that
-    may be built (they come from the command line, never from the frozen config).
+    stop: whether this rank was asked to end after the current step.
     """
     from mft.model import audit, generate
     from mft.model.attention import described
@@ -57,7 +55,7 @@ def run(
     assert isinstance(train, Train) and isinstance(data, DataSettings)
 
     def make(path: str) -> Any:
-        return component(cfg, path, allow_targets)
+        return component(cfg, path)
 
     family, peft, optim, scheduler, loss = (make(p) for p in ("model", "peft", "optimizer", "scheduler", "loss"))
     precision = train.precision.value

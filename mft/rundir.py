@@ -42,6 +42,12 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def plugins_of(folder: Path, record: str = "overrides.json") -> list[str]:
+    """Returns the packages that were named with --plugin for a run, or with its record for a sweep."""
+    found = read_json(folder / record).get("plugins", [])
+    return [package for package in found if isinstance(package, str)] if isinstance(found, list) else []
+
+
 def status(run_dir: Path) -> str:
     """Returns finished, stopped, failed, or unfinished where the run left no word."""
     return read_json(run_dir / "summary.json").get("status", "unfinished")

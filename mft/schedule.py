@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from mft.errors import UserError
 from mft.ranges import check_ranges, ranged
@@ -13,12 +14,12 @@ FLOOR = 0.1
 """The default `min_lr` as a part of the peak."""
 
 
-class Schedule(Protocol):
-    """What the loop asks before each optimizer step."""
+class Schedule(ABC):
+    """What the loop asks before each optimizer step. Subclasses are dataclasses of plain values."""
 
+    @abstractmethod
     def lr(self, step: int, total: int, base_lr: float) -> float:
         """Returns the learning rate of optimizer step `step` of 1..`total`; base_lr: the peak."""
-        ...
 
 
 def check(schedule: Constant | Decay) -> None:
@@ -36,7 +37,7 @@ def warmup_steps(warmup: float, total: int) -> int:
 
 
 @dataclass
-class Constant:
+class Constant(Schedule):
     """The peak in every step after an optional linear warm-up."""
 
     public_name: ClassVar[str] = "constant"
@@ -52,7 +53,7 @@ class Constant:
 
 
 @dataclass
-class Decay:
+class Decay(Schedule):
     """A linear warm-up to the peak, then a fall along the subclass's curve; the last step has `min_lr`."""
 
     warmup: float = ranged(0.03, min=0)
@@ -61,9 +62,9 @@ class Decay:
     def __post_init__(self) -> None:
         check(self)
 
+    @abstractmethod
     def curve(self, progress: float) -> float:
         """Returns the part of the way from `min_lr` (0) to the peak (1); progress runs from 0 to 1."""
-        raise NotImplementedError
 
     def lowest(self, base_lr: float) -> float:
         """Returns `min_lr`, by default a tenth of the peak; raises UserError when it is above the peak."""

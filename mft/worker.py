@@ -16,14 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from mft import rundir
+from mft import plugins, rundir
 from mft.errors import UserError
 from mft.failures import is_the_first, told, write_report
 from mft.machine import quiet_without_gpu
 from mft.output import written_to
 
 ENTRY = "mft.run:run"
-"""What a worker calls: function(cfg, run_dir: Path, stop: Stop, allow_targets: tuple[str, ...])."""
+"""What a worker calls: function(cfg, run_dir: Path, stop: Stop)."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVED, INTERRUPTED, UNSAVED = 75, 130, 143
@@ -60,13 +60,14 @@ def exit_code(run_dir: Path, signum: int) -> int:
     return SAVED if rundir.status(run_dir) in ("stopped", "finished") else UNSAVED
 
 
-def worker(run_dir: str, entry: str = ENTRY, allow_targets: Sequence[str] = ()) -> None:
+def worker(run_dir: str, entry: str = ENTRY) -> None:
     """Runs the run of a folder in this rank. Raises UserError for mistakes and for memory that ran out.
 
     Ends with SystemExit and the code of `exit_code` when a signal asked to stop: the run has ended in good order then.
     """
     from omegaconf import OmegaConf
 
+    from mft.config import read
     from mft.memory import explain
 
     folder = Path(run_dir)
@@ -77,10 +78,11 @@ def worker(run_dir: str, entry: str = ENTRY, allow_targets: Sequence[str] = ()) 
     config = folder / "config.yaml"
     if not config.is_file():
         raise UserError(f"{config} does not exist: give the folder of a run")
-    cfg = OmegaConf.load(config)
+    plugins.name(rundir.plugins_of(folder))
+    cfg = read(config)
     try:
         module, _, function = entry.partition(":")
-        getattr(importlib.import_module(module), function)(cfg, folder, stop, tuple(allow_targets))
+        getattr(importlib.import_module(module), function)(cfg, folder, stop)
     except Exception as error:
         explained = explain(error, cast("dict[str, Any]", OmegaConf.to_container(cfg)))
         if explained is None:

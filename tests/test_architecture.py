@@ -12,7 +12,7 @@ import mft
 
 ROOT = Path(mft.__file__).parent
 FLOOR = {
-    **dict.fromkeys(("errors", "batch", "machine", "ranges", "foreign", "streams"), 0),
+    **dict.fromkeys(("errors", "batch", "machine", "plugins", "ranges", "foreign", "streams"), 0),
     **dict.fromkeys(("data", "model", "loss", "optim", "schedule", "dist", "tracking"), 1),
     **dict.fromkeys(
         ("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "panels", "provenance"), 2
@@ -23,6 +23,8 @@ FLOOR = {
             "places",
             "overrides",
             "inert",
+            "components",
+            "hydra_node",
             "build",
             "compose",
             "identity",

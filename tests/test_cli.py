@@ -116,5 +116,5 @@ def test_train_as_a_command_in_worker_processes(tmp_path: Path, cache_dir: Path)
     assert "step 3/3" in done.stdout and "mft generate" in done.stdout
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
     broken = run(*common, f"output_dir={tmp_path / 'broken'}", "peft.targets=[q_prjo]")
-    assert broken.returncode == 1
+    assert broken.returncode == 2
     assert broken.stderr.strip().count("\n") == 0 and "did you mean q_proj?" in broken.stderr, broken.stderr

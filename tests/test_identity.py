@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from mft import inputs, job, rundir
-from mft.build import ALLOWED_TARGETS
+from mft import inputs, job, plugins, rundir
 from mft.compose import compose_resolved
 from mft.config import config_dir, freeze
 from mft.errors import UserError
 from mft.identity import CONTENTS, VERSION, Identity
 from mft.inputs import CANNOT_CHANGE_THE_RESULT, FINGERPRINTED, under
+from mft.loss.mean import TokenMean
 from mft.model.family import CausalLM
 from mft.model.peft import Full, Lora
 from tests.training import two_tasks, write_task
@@ -101,11 +101,11 @@ def another(value: Any) -> Any:
 @pytest.mark.parametrize(("place", "node"), NODES, ids=[f"{p}-{n._target_.rpartition('.')[2]}" for p, n in NODES])
 def test_every_value_enters_or_is_listed_with_a_reason(place: str, node: DictConfig) -> None:
     cfg = placed(place, node)
-    before = inputs.config_parts(cfg, ALLOWED_TARGETS)
+    before = inputs.config_parts(cfg)
     walked = [(path, value) for path, value in leaves(cfg) if place.startswith("data") or under(path, [place])]
     for path, value in walked:
         OmegaConf.update(cfg, path, another(value), merge=False)
-        enters = inputs.config_parts(cfg, ALLOWED_TARGETS) != before
+        enters = inputs.config_parts(cfg) != before
         listed = under(path, [*CANNOT_CHANGE_THE_RESULT, *FINGERPRINTED])
         assert enters != listed, f"{path} {'is listed and enters' if enters else 'neither enters nor is listed'}"
         OmegaConf.update(cfg, path, value, merge=False)
@@ -130,21 +130,21 @@ def test_every_component_has_a_public_name_of_its_own_in_its_group() -> None:
 
 def test_a_moved_class_keeps_the_identity_and_a_foreign_one_enters_by_its_target(monkeypatch) -> None:
     import mft.loss.base as elsewhere
-    from mft.loss.mean import TokenMean
 
     cfg = placed("loss", OmegaConf.create({"_target_": "mft.loss.mean.TokenMean"}))
-    before = inputs.config_parts(cfg, ALLOWED_TARGETS)
+    before = inputs.config_parts(cfg)
     monkeypatch.setattr(elsewhere, "Renamed", TokenMean, raising=False)
     cfg.loss._target_ = "mft.loss.base.Renamed"
-    assert inputs.config_parts(cfg, ALLOWED_TARGETS) == before and before[0]["loss"] == "token_mean"
+    monkeypatch.setattr(plugins, "_named", {"tests": None})
+    assert inputs.config_parts(cfg) == before and before[0]["loss"] == "token_mean"
     cfg.loss._target_ = "tests.test_identity.Ours"
-    choices, _ = inputs.config_parts(cfg, (*ALLOWED_TARGETS, "tests."))
+    choices, _ = inputs.config_parts(cfg)
     assert choices["loss"] == "tests.test_identity.Ours"
     cfg.loss.power = 1
-    assert "loss.power" in inputs.config_parts(cfg, (*ALLOWED_TARGETS, "tests."))[1], "its defaults are not known to us"
+    assert "loss.power" in inputs.config_parts(cfg)[1], "its defaults are not known to us"
 
 
-class Ours:
+class Ours(TokenMean):
     """A loss of somebody else's."""
 
     public_name = "token_mean"
@@ -173,7 +173,7 @@ def test_defaults_are_those_of_this_version() -> None:
 def test_the_hash_is_that_of_this_version() -> None:
     overrides = ["model=tiny", "output_dir=/o", "cache_dir=/c", "data.paths=[/d/x]", "loss=coba", "optimizer.lr=1e-3"]
     cfg = compose_resolved([*overrides, "train.precision=fp32"])
-    found = inputs.identity(cfg, 2, ["x"], {"task.x": "1", "base model": "2"}, ALLOWED_TARGETS)
+    found = inputs.identity(cfg, 2, ["x"], {"task.x": "1", "base model": "2"})
     assert found.choices["loss"] == "coba" and found.choices["global batch"] == "8"
     assert "optimizer.lr" in found.values and "loss.tau" not in found.values and "train.seed" not in found.values
     assert found.extended == GOLDEN, "another hash: raise mft.identity.VERSION"
@@ -182,7 +182,7 @@ def test_the_hash_is_that_of_this_version() -> None:
 def test_equal_values_written_otherwise_are_equal() -> None:
     def parts(*overrides: str) -> Any:
         cfg = compose_resolved(["model=tiny", "cache_dir=/c", "output_dir=/o", *overrides])
-        return inputs.config_parts(cfg, ALLOWED_TARGETS)
+        return inputs.config_parts(cfg)
 
     assert parts("peft.alpha=16") == parts("peft.alpha=16.0") != parts("peft.alpha=17")
     assert parts("data.split=[95,5,0]") == parts("data.split=[95.0,5.0,0.0]") == parts()

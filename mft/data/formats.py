@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +29,15 @@ class RowError(UserError):
         return RowError(self.field, self.problem, file, line, self.text)
 
 
-class Format:
+class Format(ABC):
     """Turns the parsed rows of one task into conversations. Subclasses are dataclasses of plain values.
 
     Their repr is part of the token cache's fingerprint, so every value that changes the result must be a field.
     """
 
+    @abstractmethod
     def messages(self, row: Any) -> list[Message]:
         """Returns the conversation of a row, roles system, user and assistant; raises RowError naming the field."""
-        raise NotImplementedError
 
     def describe(self) -> str:
         """Returns the name by which reports call it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from mft.batch import IGNORE, Batch, Row, Sample, Span
 from mft.data.settings import PadTo
 
 
-class RowBuilder:
+class RowBuilder(ABC):
     """Groups samples into rows of at most `seq_length` tokens. Subclasses are dataclasses of plain values.
 
     by_length: whether rows of similar length are to meet in a micro-batch; cuts_samples: whether a sample may begin in
@@ -35,9 +36,9 @@ class RowBuilder:
         """Returns the rows of a window in groups, each row once; those of a group follow each other in training."""
         return [[row] for row in rows]
 
+    @abstractmethod
     def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[Row]:
         """Returns rows of indices into `lengths`, or spans of them: every token once, no row longer than seq_length."""
-        raise NotImplementedError
 
     def width(self, longest: int, seq_length: int) -> int:
         """Returns T of a micro-batch whose longest row has `longest` tokens."""

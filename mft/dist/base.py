@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from mft.dist import pieces, rng
 from mft.errors import UserError
@@ -23,6 +24,24 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+
+
+class Backend(ABC):
+    """What conf/dist chooses: subclasses are dataclasses of plain values, whose `start` returns the live engine."""
+
+    divides_on_load: ClassVar[bool] = False
+    """Whether a rank never holds a whole weight, not even while the model is loaded."""
+
+    def check_ranks(self, world: int) -> None:
+        """Raises UserError for a number of ranks that this backend cannot have."""
+
+    @abstractmethod
+    def start(self, precision: str, cpu: bool | None = None) -> Engine:
+        """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.
+
+        Ranks are read from the environment (RANK, WORLD_SIZE, ...). Raises UserError when the device cannot do the
+        precision, or when the group of ranks is not what was asked for.
+        """
 
 
 class Engine:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from mft.dist import cpu_op
 from mft.dist.accelerator import grouped
+from mft.dist.base import Backend
 from mft.dist.zero import DeepSpeedEngine
 from mft.errors import UserError, nearest
 from mft.ranges import ranged
@@ -107,7 +108,7 @@ def start(
 
 
 @dataclass
-class Zero2:
+class Zero2(Backend):
     """DeepSpeed ZeRO stage 2: each rank holds all parameters, and its part of the gradients and of the optimizer.
 
     stage: 2, or 1 (the gradients whole too, exchanged once a step); offload_optimizer: keep the optimizer's part in the
@@ -151,7 +152,7 @@ class Zero2:
 
 
 @dataclass
-class Zero3:
+class Zero3(Backend):
     """DeepSpeed ZeRO stage 3: each rank holds its part of parameters, gradients and optimizer; layers are gathered
     while they compute.
 
@@ -162,7 +163,7 @@ class Zero3:
     """
 
     public_name: ClassVar[str] = "zero3"
-    divides_on_load = True  # not a field: a rank never holds a whole weight
+    divides_on_load: ClassVar[bool] = True
     casts_weights: ClassVar[bool] = True
     offload_optimizer: bool = False
     offload_parameters: bool = False

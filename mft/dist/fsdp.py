@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.dist.accelerator import environment, grouped
-from mft.dist.base import Engine, T
+from mft.dist.base import Backend, Engine, T
 from mft.dist.pieces import Piece, local
 from mft.errors import UserError, nearest
 
@@ -181,7 +181,7 @@ class FsdpEngine(Engine):
 
 
 @dataclass
-class Fsdp:
+class Fsdp(Backend):
     """PyTorch's FSDP2. Sharding unit: the family's decoder layer (`model.shard_layers`).
 
     reshard: free a layer's gathered parameters after its forward and gather them again for its backward; offload: keep

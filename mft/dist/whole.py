@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mft.dist.accelerator import accelerator, environment, grouped
-from mft.dist.base import Engine
+from mft.dist.base import Backend, Engine
 from mft.errors import UserError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -22,7 +22,7 @@ class DdpEngine(Engine):
 
 
 @dataclass
-class Single:
+class Single(Backend):
     """One process on one device, without a process group."""
 
     public_name: ClassVar[str] = "single"
@@ -43,7 +43,7 @@ class Single:
 
 
 @dataclass
-class Ddp:
+class Ddp(Backend):
     """torch's DistributedDataParallel. Works with one rank too: a process group of one, the same code path."""
 
     public_name: ClassVar[str] = "ddp"

@@ -8,6 +8,7 @@ depend on the number of ranks, on accumulation or on how samples are packed into
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,7 +30,7 @@ def task_sums(nll_BT: torch.Tensor, batch: Batch, tasks: int) -> torch.Tensor:
     return sums_2K.scatter_add_(1, task_n.expand(2, -1), value_2n)[:, :tasks]
 
 
-class TaskLoss:
+class TaskLoss(ABC):
     """Turns per-token losses into this micro-batch's share of the step's objective.
 
     Subclasses are dataclasses of plain values (their yaml lists every field). Order of calls: `start` and `planned`
@@ -78,6 +79,7 @@ class TaskLoss:
     def begin(self, valid_K: torch.Tensor) -> None:
         """Takes the per-task losses of the validation before the first step, if there is one (train.eval_at_start)."""
 
+    @abstractmethod
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -88,7 +90,6 @@ class TaskLoss:
         statistics: the summed result of `statistics`, None unless the mode has them
         A batch without a trained token gives 0.
         """
-        raise NotImplementedError
 
     def statistics(self, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Returns a float64 [K, S] of sums that modes non-linear in a task's loss need of the whole step.

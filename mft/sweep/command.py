@@ -13,8 +13,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from mft import rundir
-from mft.compose import explain, of_defaults, refusals, search_path
+from mft import plugins, rundir
+from mft.compose import check_sweep, explain, of_defaults, refusals, search_path, without_search_path
 from mft.config import config_dir, register
 from mft.errors import UserError
 from mft.inputs import CANNOT_CHANGE_THE_RESULT, under
@@ -56,10 +56,13 @@ def through_hydra(
     register()
     Plugins.instance()  # Hydra's own are registered first
     grids_are_ours()
-    search = search_path(config_dirs)
+    search: list[str] = []
     kept_argv, kept_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting, so that we can say it better
     try:
+        search = search_path(config_dirs, overrides)
+        overrides = without_search_path(overrides)
+        check_sweep([*search, *overrides])
         ours = []
         if "-m" in flags or "--multirun" in flags:
             for note in [*replaced(overrides), *of_hydra(overrides, sweep=True)]:
@@ -110,6 +113,7 @@ def resume(args: Sequence[str]) -> None:
         raise UserError("mft sweep resume needs the folder of a sweep: mft sweep resume multirun/demo/…")
     folder = the_sweep(Path(words[0]))
     record = rundir.read_json(folder / RECORD)
+    plugins.name(rundir.plugins_of(folder, RECORD))
     print(f"going on with: mft train -m {' '.join(record['overrides'])}")
     if not Path(record["folder"]).is_dir():
         raise UserError(f"{folder} was started in {record['folder']}, which is gone; run its command by hand.")
@@ -166,7 +170,7 @@ def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
     try:
         hydra = [o for o in cfg.hydra.overrides.hydra if key_of(o) != "hydra.mode"]
         values = {"overrides": [*cfg.hydra.overrides.task, *hydra], "folder": str(Path.cwd()), "sweep_dir": str(folder)}
-        rundir.write_json(folder / RECORD, {"id": cfg.sweep} | values)
+        rundir.write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)
         yield
     finally:
         held.release()

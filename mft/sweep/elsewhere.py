@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from mft import job, rundir
+from mft import job, plugins, rundir
 from mft.build import resolved
 from mft.compose import absolute_paths, with_choices
 from mft.config import register, typed
@@ -72,6 +72,7 @@ def one_job(cfg: DictConfig) -> float:
     register()
     hydra = HydraConfig.get()
     folder = Path(hydra.sweep.dir).absolute()
+    plugins.name(rundir.plugins_of(folder, RECORD))
     fixed = {key_of(o) for o in rundir.read_json(folder / RECORD).get("overrides", []) if not is_sweep(o)}
     overrides = [o for o in hydra.overrides.task if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)

@@ -236,7 +236,7 @@ def side_by_side(
 
 def trackers(cfg: DictConfig) -> list[Any]:
     """Returns the trackers of a job."""
-    return [component(cfg, f"tracking.{name}", cfg.train.allow_targets) for name in cfg.tracking]
+    return [component(cfg, f"tracking.{name}") for name in cfg.tracking]
 
 
 def _here(tasks: Sequence[Task], fail_fast: bool) -> int:

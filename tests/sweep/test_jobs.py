@@ -128,7 +128,7 @@ format:
   _target_: counting.Counting
 """
     (work / "yaml" / "task" / "docs.yaml").write_text(task)
-    given = ["debug=fast", "task=[docs]", "train.seed=1,2", "launch.jobs=2", "train.allow_targets=[counting.]"]
+    given = ["debug=fast", "task=[docs]", "train.seed=1,2", "launch.jobs=2", "--plugin", "counting"]
     code, said = mft(work, "train", "-m", "--config-dir", "yaml", *given)
     assert code == 0, said
     readers = (work / "rows-read.txt").read_text().split()

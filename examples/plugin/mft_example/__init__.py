@@ -1,0 +1,1 @@
+"""A loss, a data format and a tracker for mft, in a package of their own."""
