@@ -152,6 +152,10 @@ def train(args: list[str]) -> None:
     from mft.inert import given_keys, without_effect
     from mft.overrides import key_of, of_hydra, replaced, with_output_dir
 
+    if hydra_flags and not {"-m", "--multirun", "--hydra-help"} & set(hydra_flags):
+        alone = [flag for flag in hydra_flags if flag == "--resolve" or flag.startswith("--package")]
+        if len(alone) == len(hydra_flags):
+            raise UserError(f"{alone[0]} needs --cfg job, whose output it changes.")
     if {"-m", "--multirun"} & set(hydra_flags):
         from mft.launch import place
 

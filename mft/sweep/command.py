@@ -70,7 +70,7 @@ def through_hydra(
         pass
     except refusals() as error:
         raise UserError(explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         if (said := of_defaults(error)) is None:
             raise
         raise UserError(said) from error

@@ -69,7 +69,7 @@ def test_a_mistake_gets_a_sentence(here: Path, args: list[str], parts: list[str]
     with pytest.raises(SystemExit) as caught:
         cli.main(["compare", *args])
     said = capsys.readouterr().err
-    assert caught.value.code == 1 and all(part in said for part in parts), said
+    assert caught.value.code == 2 and all(part in said for part in parts), said
 
 
 def test_the_sweep_leaves_its_report(here: Path) -> None:
