@@ -103,6 +103,8 @@ def _check_fields(node: DictConfig, cls: type, path: str) -> None:
             OmegaConf.update(schema, key, value, merge=False)
         except (ValidationError, ConfigKeyError) as error:
             raise UserError(f"{path}.{key}={shortened(value)}: {plainly(_first_line(error)).rstrip('.')}.") from error
+        if isinstance(value, int | float) and type(schema[key]) is str:
+            node[key] = schema[key]  # a name of digits, which yaml reads as a number
 
 
 def _check_nothing_missing(node: DictConfig, path: str) -> None:

@@ -185,6 +185,16 @@ def test_a_defaults_list_that_cannot_be_read_is_one_sentence(defaults: str, tmp_
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500, str(caught.value)
 
 
+def test_a_name_of_digits_reaches_its_component_as_text(tmp_path: Path) -> None:
+    from mft.build import check, component
+
+    paths = [f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]"]
+    cfg = compose_resolved(["model=tiny", *paths, "tracking.mlflow.experiment=2026", "tracking.mlflow.run_name=7"])
+    check(cfg, world=1)
+    tracker = component(cfg, "tracking.mlflow")
+    assert tracker.experiment == "2026" and tracker.run_name == "7"
+
+
 def test_names_for_folders() -> None:
     for name in ("mft", "a/b", "größe", "x" * 255):
         check_name(name)
