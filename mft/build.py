@@ -66,7 +66,9 @@ def _check_fields(node: DictConfig, cls: type, path: str) -> None:
         try:
             OmegaConf.update(schema, key, value, merge=False)
         except (ValidationError, ConfigKeyError) as error:
-            raise UserError(f"{path}.{key}={shortened(value)}: {plainly(_first_line(error))}.") from error
+            raise UserError(f"{path}.{key}={shortened(value)}: {plainly(_first_line(error)).rstrip('.')}.") from error
+        if isinstance(value, int | float) and type(schema[key]) is str:
+            node[key] = schema[key]  # a name of digits, which yaml reads as a number
 
 
 def _refuse_special_keys(node: DictConfig, path: str) -> None:
@@ -162,7 +164,9 @@ def check(cfg: DictConfig, world: int) -> None:
     tasks = all_tasks(chosen, list(cfg.data.paths))
     for task in tasks:
         task.files()  # a missing folder, a folder without rows
-    _check_best(cfg.train.best, [task.name for task in tasks])
+    names = [task.name for task in tasks]
+    _check_best(cfg.train.best, names)
+    _check_by_task(components["loss"], names)
     # How many samples validate is known once they are cut; where none can be, it is known now.
     may_validate = {task.name: int(cfg.data.split[1] > 0 or bool(task.valid)) for task in tasks}
     check_validation(cfg.train, components["loss"], may_validate)
@@ -176,6 +180,18 @@ def _check_best(best: str, names: Sequence[str]) -> None:
         raise UserError(
             f"train.best={best}: allowed are {', '.join(BEST)} or a task ({', '.join(names)}){nearest(best, allowed)}"
         )
+
+
+def _check_by_task(loss: Any, names: Sequence[str]) -> None:
+    """Values of single tasks, such as loss.gamma_by_task: of tasks that exist, and numbers of at least 0."""
+    for key in vars(loss):
+        for name, value in (getattr(loss, key) or {}).items() if key.endswith("_by_task") else ():
+            if name not in names:
+                raise UserError(
+                    f"loss.{key}.{name}: unknown task{nearest(name, names) or '.'} Allowed: {', '.join(names)}."
+                )
+            if not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise UserError(f"loss.{key}.{name}={value} must be at least 0 and finite.")
 
 
 def check_validation(train: Any, loss: Any, counts: Mapping[str, int]) -> None:

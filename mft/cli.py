@@ -18,9 +18,9 @@ mft: fine-tune large language models on several tasks at once
 
   mft train [overrides]           compose a run from conf/, check it, run it   (-m sweeps, --cfg job prints)
   mft data report [overrides]     what becomes of every task's rows (also: show, the samples; prepare, tokenise now)
-  mft sweep resume DIR            go on with a sweep that was ended by whatever
+  mft sweep resume DIR            resume an interrupted sweep
   mft runs [DIR …]                runs and sweeps: state, age, best loss, folder
-  mft show RUN                    a run's config beside the defaults, its losses, where things are
+  mft show RUN                    a run's config beside the defaults, its losses, its files
   mft compare DIR                 ranked table and HTML report of a sweep (or of an MLflow experiment)
   mft tracking sync [DIR …]       send what MLflow has missed; mark runs that were killed
   mft merge RUN                   merge a run's adapter into its base model, and check the logits
@@ -163,6 +163,10 @@ def train(args: list[str]) -> None:
     from mft.inert import given_keys, without_effect
     from mft.overrides import key_of, of_hydra, replaced, with_output_dir
 
+    if hydra_flags and not {"-m", "--multirun", "--hydra-help"} & set(hydra_flags):
+        alone = [flag for flag in hydra_flags if flag == "--resolve" or flag.startswith("--package")]
+        if len(alone) == len(hydra_flags):
+            raise UserError(f"{alone[0]} needs --cfg job, whose output it changes.")
     if {"-m", "--multirun"} & set(hydra_flags):
         from mft.launch import place
 

@@ -68,7 +68,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
         return _compose([*search, *overrides])
     except refusals() as error:
         raise UserError(explain(error, search, overrides)) from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         if (said := of_defaults(error)) is None:
             raise
         raise UserError(said) from error
@@ -104,7 +104,7 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
 
     def all_absolute(paths: Iterable[Any], key: str) -> list[str]:
         paths = list(paths)
-        if wrong := [path for path in paths if not isinstance(path, str)]:
+        if wrong := [path for path in paths if not isinstance(path, str) or not path.strip()]:
             raise UserError(f"{key}: {shortened(wrong[0])} must be a path, in quotes where it is a number.")
         return [absolute(path) for path in paths]
 
@@ -203,13 +203,16 @@ def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -
         return _wrong_yaml(match.group(1), text, reason, search, overrides)
     if match := re.search(r"Error merging override (.+)", text):
         given = match.group(1)
-        return f"{given}: {reason}." if reason else _unknown_key(key_of(given), search, overrides)
+        if reason.startswith("must be a list") and key_of(given) in ("train", "launch", "data"):
+            reason = "must be a mapping, such as {a: 1}"
+        return f"{given}: {_ended(reason)}" if reason else _unknown_key(key_of(given), search, overrides)
     if match := re.search(r"full_key: (\S+)", text):
         name = match.group(1)
         if "not in '" in text:
             return _unknown_key(name, search, overrides)
         value = next((o.split("=", 1)[1] for o in overrides if key_of(o) == name), None)
-        return f"{name if value is None else f'{name}={value}'}: {(reason or text.splitlines()[0]).rstrip('.')}."
+        said = reason or next((line.strip() for line in text.splitlines() if line.strip()), "cannot be read")
+        return f"{name if value is None else f'{name}={value}'}: {_ended(said)}"
     return text.strip()
 
 
@@ -240,6 +243,10 @@ GONE = {
 """Keys of earlier versions → what stands in their place."""
 
 
+def _ended(sentence: str) -> str:
+    return sentence if sentence.endswith(("?", ".")) else f"{sentence}."
+
+
 def _wrong_yaml(name: str, text: str, reason: str, search: Sequence[str], overrides: Sequence[str]) -> str:
     """`experiment/mine`: a yaml that does not fit into the config."""
     group = name.partition("/")[0]
@@ -249,7 +256,9 @@ def _wrong_yaml(name: str, text: str, reason: str, search: Sequence[str], overri
         return f"{name}.yaml: its first line must be `# @package _global_`."
     if "not in '" in text:
         return f"{name}.yaml: {_unknown_key(key, search, [o for o in overrides if key_of(o) != group])}"
-    return f"{name}.yaml: {key}: {reason}." if key and reason else f"{name}.yaml: contains no keys of the config."
+    return (
+        f"{name}.yaml: {key}: {_ended(reason)}" if key and reason else f"{name}.yaml: contains no keys of the config."
+    )
 
 
 def _missing_option(option: str, search: Sequence[str]) -> str:

@@ -37,6 +37,8 @@ REFUSALS = (
     ),
     (r"(is not a DictConfig|Cannot assign \w+ to DictConfig|to DictConfig)", "must be a mapping, such as {a: 1}"),
     (r"(is not Optional|None to non-optional)", "must not be null"),
+    (r"is not a subclass of str", "must be a string"),
+    (r"(is not a subclass of [A-Z]|to Dict\[)", "must be a mapping, such as {a: 1}"),
     (r"does not support deletion", "a setting cannot be removed; leave it as it is, or give it a value"),
 )
 """What the config's schema says of a value that it refuses → how a person reads it."""

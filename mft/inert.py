@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft.config import Launch, Train, config_dir
 from mft.data.settings import DataSettings
+from mft.errors import shortened
 from mft.inputs import under
 from mft.overrides import key_of
 
@@ -254,6 +255,8 @@ def _leaves(values: Any, prefix: str = "") -> list[str]:
 
 def shown(value: Any) -> str:
     """Returns a value as it is written on the command line."""
+    if OmegaConf.is_config(value):
+        return shortened(OmegaConf.to_container(value), 40)
     if isinstance(value, Enum):
         value = value.value
     if value is None or isinstance(value, bool):

@@ -17,7 +17,10 @@ from mft.places import check_name
 SEVERAL = ("task", "tracking")
 """Groups of which several options can be chosen."""
 
-KEPT = ("data", "model", "peft", "dist", "loss", "optimizer", "scheduler", "train", "launch", "hydra", "schema")
+KEPT = (
+    *("data", "model", "peft", "dist", "loss", "optimizer", "scheduler", "train", "launch", "hydra", "schema"),
+    *("name", "sweep", "choices", "output_dir", "cache_dir"),
+)
 """What no run can do without."""
 
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
@@ -65,7 +68,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
     for override in overrides:
         _check_characters(override)
         parsed = _parsed(override)
-        _check_hydra(override)
+        _check_hydra(override, parsed)
         if parsed.key_or_group == "name" and isinstance(name := parsed.value(), str) and "${" not in name:
             check_name(name)  # before a sweep makes a folder of it
         if parsed.is_delete():
@@ -156,7 +159,7 @@ def _check_characters(override: str) -> None:
                 raise UserError(
                     f"{shortened(override)}: its {place} contains {name} (U+{ord(letter):04X}); type it again without."
                 )
-    if equals and not bare:
+    if equals and (not bare or bare.startswith("@")):
         raise UserError(f"{override}: the key before = is missing; use key=value, for example optimizer.lr=2e-4.")
     if not override.isprintable() and "\n" not in override and "\t" not in override:
         raise UserError(f"{shortened(override)}: contains bytes that are not text in UTF-8.")
@@ -184,9 +187,13 @@ def _parsed(override: str) -> Any:
         ) from error
 
 
-def _check_hydra(override: str) -> None:
+def _check_hydra(override: str, parsed: Any) -> None:
     key = key_of(override)
     node = key == "hydra" or (key.startswith("hydra.") and key.count(".") == 1 and key not in HYDRA_VALUES)
+    if key == "hydra.searchpath" and isinstance(places := parsed.value(), list):
+        for place in map(str, places):
+            if not place.startswith("pkg://") and not Path(place.removeprefix("file://")).is_dir():
+                raise UserError(f"hydra.searchpath: {place} is not a folder; --config-dir DIR adds a folder of yamls.")
     if node or under(key, ("hydra.runtime", "hydra.overrides")):
         raise UserError(
             f"{override}: {key} belongs to Hydra and cannot be replaced; the folder of a run is output_dir=…, that of "
@@ -197,15 +204,20 @@ def _check_hydra(override: str) -> None:
 def _check_deletion(override: str, parsed: Any) -> None:
     key = parsed.key_or_group
     if key in KEPT:
-        what = f"choose another option with {key}=…" if (config_dir() / key).is_dir() else "set its keys one by one"
-        raise UserError(f"{override}: {key} cannot be removed, since every run needs it; {what}.")
+        raise UserError(f"{override}: {key} cannot be removed, since every run needs it; set another value, {key}=…")
 
 
 def _check_choice(override: str, parsed: Any) -> None:
     group, value = parsed.key_or_group, parsed.value()
     several = isinstance(value, list) and group not in SEVERAL
-    if value is None or value == "" or isinstance(value, int | float) or several:
+    words = value if isinstance(value, list) else [value]
+    outside = any(isinstance(word, str) and (word.startswith("/") or ".." in word) for word in words)
+    nothing = any(word is None or word == "" or isinstance(word, int | float) for word in words)
+    none_of_several = group == "tracking" and "none" in words and len(words) > 1
+    if nothing or several or outside or none_of_several:
         options = group_options(group)
         first = next((nearest(word, options) for word in value), "") if several else ""
         takes = "one option" if several else "the name of an option"
+        if group == "tracking" and "none" in words:
+            takes = "none, or names of trackers"
         raise UserError(f"{override}: {group} takes {takes}{first or '.'} Allowed: {', '.join(options)}.")

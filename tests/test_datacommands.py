@@ -87,7 +87,7 @@ def test_data_sets_come_beside_files(overrides: list[str], tmp_path: Path, capsy
 def test_mistakes_are_sentences(overrides: list[str], args: list[str], says: str, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["data", args[0], *overrides, *args[1:]])
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     message = capsys.readouterr().err
     assert any(part in message for part in says.split("|")) and message.count("\n") == 1, message
 

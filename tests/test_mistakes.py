@@ -76,6 +76,16 @@ def test_a_range_is_said_with_its_bounds() -> None:
         ("++nope.x=3", ["nope", "no key 'nope'"]),
         ("~train", ["~train", "cannot be removed"]),
         ("~launch", ["~launch", "launch=…"]),
+        ("~output_dir", ["~output_dir", "cannot be removed"]),
+        ("task=[5]", ["task=[5]", "Allowed: completion"]),
+        ("peft=../dist/single", ["peft=../dist/single", "lora"]),
+        ("tracking=[mlflow,none]", ["none, or names of trackers"]),
+        ("@x=5", ["key before = is missing"]),
+        ("hydra.searchpath=[nope]", ["nope is not a folder", "--config-dir"]),
+        ("train=5", ["train=5", "must be a mapping"]),
+        ("train=[1]", ["train=[1]", "must be a mapping"]),
+        ("data.paths=['']", ["data.paths", "must be a path"]),
+        ("train.precision=fp64", ["must be one of", "did you mean fp16?"]),
         ("~data", ["~data", "data=…"]),
         ("peft=[lora,full]", ["one option", "lora"]),
         ("hydra=null", ["hydra", "output_dir=…"]),
@@ -116,14 +126,19 @@ def test_what_hydra_answers_with_a_traceback_or_in_its_own_words(override: str, 
         ("model.layers=0", ["model.layers=0 must be at least 1"]),
         ("peft.alpha=nan", ["peft.alpha"]),
         ("optimizer.lr=1e400", ["optimizer.lr=inf must be greater than 0 and finite"]),
+        ("loss=task_focal loss.gamma_by_task={nope: 1}", ["loss.gamma_by_task.nope: unknown task", "Allowed: task"]),
+        ("loss=task_focal loss.gamma_by_task={task: nan}", ["loss.gamma_by_task.task=nan must be at least 0"]),
         ("loss=dwa loss.window=0", ["loss.window=0 must be at least 1"]),
         ("loss=coba loss.tau=nan", ["loss.tau=nan must be greater than 0 and finite"]),
         ("data.seq_length=999999999999", ["data.seq_length=999999999999 must be at least 2 and at most"]),
         ("+peft.rank=4 peft=full", ["peft.rank", "Fields: none"]),
+        ("dist=zero2 dist.config={zero_optimization: {stag: 2}}", ["zero_optimization.stag", "did you mean stage?"]),
     ],
 )
 def test_ranges_of_components(override: str, parts: list[str], tmp_path: Path) -> None:
-    text = message("model=tiny", f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]", *override.split())
+    text = message(
+        "model=tiny", f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]", *override.split(" ", 1)
+    )
     assert all(part in text for part in parts), text
 
 
@@ -138,6 +153,7 @@ def test_ranges_of_components(override: str, parts: list[str], tmp_path: Path) -
         (["train", "--cfg"], ["--cfg needs one of job, hydra, all"]),
         (["train", "--cfg", "peft=lora"], ["--cfg needs one of"]),
         (["train", "--cfg=jop"], ["did you mean job?"]),
+        (["train", "--resolve"], ["--resolve needs --cfg job"]),
         (["train", "--learning_rate=1e-4"], ["did you mean optimizer.lr=1e-4, without dashes?"]),
         (["train", "-m", "data.paths=[~/x],[x]"], ["cannot be read"]),
         (["train", "-m", "hydra.job=null"], ["cannot be replaced"]),
@@ -167,6 +183,16 @@ def test_a_defaults_list_that_cannot_be_read_is_one_sentence(defaults: str, tmp_
     with pytest.raises(UserError) as caught:
         compose_resolved(["experiment=mine", "model=tiny"], [tmp_path])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500, str(caught.value)
+
+
+def test_a_name_of_digits_reaches_its_component_as_text(tmp_path: Path) -> None:
+    from mft.build import check, component
+
+    paths = [f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]"]
+    cfg = compose_resolved(["model=tiny", *paths, "tracking.mlflow.experiment=2026", "tracking.mlflow.run_name=7"])
+    check(cfg, world=1)
+    tracker = component(cfg, "tracking.mlflow")
+    assert tracker.experiment == "2026" and tracker.run_name == "7"
 
 
 def test_names_for_folders() -> None:

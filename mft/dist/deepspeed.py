@@ -57,16 +57,24 @@ def refuse_decided(config: Mapping[str, Any]) -> None:
             raise UserError(f"dist.config.{key} is decided by {setting}; set that instead")
 
 
-def refuse_invalid(config: Mapping[str, Any]) -> None:
-    """Raises UserError for what DeepSpeed cannot read: a key unknown to its zero_optimization, a wrong value."""
-    import deepspeed
+def refuse_unknown(config: Mapping[str, Any]) -> None:
+    """Raises UserError for a key of `zero_optimization` that DeepSpeed does not have; imports it where there are any."""
+    if not (given := config.get("zero_optimization")):
+        return
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     known = DeepSpeedZeroConfig.model_fields
     names = set(known) | {field.alias for field in known.values() if field.alias}
-    for key in config["zero_optimization"]:
+    for key in given:
         if key not in names:
             raise UserError(f"dist.config.zero_optimization.{key}: DeepSpeed has no such key{nearest(key, names)}")
+
+
+def refuse_invalid(config: Mapping[str, Any]) -> None:
+    """Raises UserError for what DeepSpeed cannot read: a key unknown to its zero_optimization, a wrong value."""
+    import deepspeed
+
+    refuse_unknown(config)
     try:
         deepspeed.DeepSpeedConfig(deepcopy(dict(config)))
     except Exception as error:  # each part of DeepSpeed has its own kind of error
@@ -134,6 +142,7 @@ class Zero2(Backend):
         if self.allgather_bucket_size % 2:
             raise UserError(f"dist.allgather_bucket_size={self.allgather_bucket_size}: DeepSpeed wants an even number")
         refuse_decided(self.config or {})
+        refuse_unknown(self.config or {})
 
     def zero(self, gpu: bool) -> dict[str, Any]:
         """Returns the zero_optimization part of DeepSpeed's JSON."""
@@ -178,6 +187,7 @@ class Zero3(Backend):
     def check(self) -> None:
         """Raises UserError for keys of `config` that another setting decides."""
         refuse_decided(self.config or {})
+        refuse_unknown(self.config or {})
 
     def start(self, precision: str, cpu: bool | None = None) -> DeepSpeedEngine:
         """Returns the engine of this rank; see `start`."""

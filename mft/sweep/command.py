@@ -74,7 +74,7 @@ def through_hydra(
         pass
     except refusals() as error:
         raise UserError(explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         if (said := of_defaults(error)) is None:
             raise
         raise UserError(said) from error
@@ -108,7 +108,7 @@ def resume(args: Sequence[str]) -> None:
     if words[0] == "resume":
         words = words[1:]
     elif not Path(words[0]).is_dir():
-        raise UserError(f"mft sweep knows resume, not {words[0]!r}: mft sweep resume multirun/demo/…")
+        raise UserError(f"unknown subcommand {words[0]!r}; did you mean mft sweep resume multirun/demo/…?")
     if not words:
         raise UserError("mft sweep resume needs the folder of a sweep: mft sweep resume multirun/demo/…")
     folder = the_sweep(Path(words[0]))
@@ -130,7 +130,7 @@ def the_sweep(folder: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise UserError(f"{folder} is no sweep: there is no {RECORD} in it.")
+        raise UserError(f"{folder} is not a sweep: it has no {RECORD}.")
     raise UserError(f"{folder} holds {len(found)} sweeps, name one of them: {', '.join(str(path) for path in found)}.")
 
 

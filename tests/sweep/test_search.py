@@ -103,5 +103,5 @@ def test_a_mistake_is_told_before_anything_starts(
     with pytest.raises(SystemExit) as caught:
         cli.main([*kept, *given, "--dry-run"])
     said = capsys.readouterr().err
-    assert caught.value.code == 1 and all(part in said for part in parts), said
+    assert caught.value.code == 2 and all(part in said for part in parts), said
     assert not list(tmp_path.glob("multirun/*/*"))
