@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mft import __version__, plugins
-from mft.errors import UserError, nearest
+from mft.errors import UserError, nearest, printable
+from mft.screen import guard_logs, say
 
 HELP = """\
 mft: fine-tune large language models on several tasks at once
@@ -104,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args[0] in ("-V", "--version", "version"):
         print(f"mft {__version__}")
         return
+    guard_logs()
     try:
         if args[0] not in COMMANDS:
             known = ", ".join(COMMANDS)
@@ -124,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def fail(message: str, code: int = 1) -> None:
     """Prints one error for a person and exits."""
-    print(f"mft: {message}", file=sys.stderr)
+    say(f"mft: {message}", sys.stderr)
     sys.exit(code)
 
 
@@ -164,7 +166,7 @@ def train(args: list[str]) -> None:
     if dry_run:
         folder, goes_on = rundir.choose(Path(cfg.output_dir), dated, cfg.train.resume, checked.identity)
         done = rundir.is_finished(folder, checked.identity)
-        print(
+        say(
             f"{folder}: {'finished already' if done else 'would go on' if goes_on else 'would run'}; "
             "nothing was started"
         )
@@ -308,7 +310,7 @@ def merge(args: list[str]) -> None:
             raise UserError(f"mft merge needs {' and '.join(k + '=…' for k in missing)}, or a run folder.")
         adapter, out = Path(values["adapter"]), Path(values["out"])
     result = merge_adapter(adapter, out, base=values["base"] or None, trust_remote_code=values["trust_remote_code"])
-    print(f"merged into {out}\n{result}")
+    say(f"merged into {out}\n{result}")
 
 
 def convert(args: list[str]) -> None:
@@ -320,7 +322,7 @@ def convert(args: list[str]) -> None:
         from mft.model.pickled import convert as convert_pickled
 
         for file in convert_pickled(Path(args[0]).expanduser()):
-            print(file)
+            say(file)
         return
     overrides = [arg for arg in args if not arg.startswith("out=")]
     out = next((arg.removeprefix("out=") for arg in args if arg.startswith("out=")), "")
@@ -341,7 +343,7 @@ def convert(args: list[str]) -> None:
         )
     family.check()
     save_native(family, Path(out).expanduser())
-    print(f"written to {out}")
+    say(f"written to {out}")
 
 
 def generate(args: list[str]) -> None:
@@ -367,7 +369,8 @@ num_beams=1 repetition_penalty=1.0 system=… seed=0 trust_remote_code=false]"""
     own_code = values.pop("trust_remote_code")
     answerer = Answerer(final_folder(rest[0]), Encoder.saved, trust_remote_code=own_code)
     answers = answerer.answer(rest[1:], **values)
-    for number, answer in enumerate(answers):
+    steered = sys.stdout.isatty()  # a file or another program gets the answer as it is
+    for number, answer in enumerate(printable(answer) if steered else answer for answer in answers):
         print(f"── {rest[1 + number]}\n{answer}" if len(answers) > 1 else answer)
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import AnyNode, DictConfig, OmegaConf, open_dict
+from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mft import hydra_node, plugins
-from mft.build import resolved
+from mft import credentials, hydra_node, plugins
 from mft.config import config_dir, register, typed
 from mft.data.template import is_file
 from mft.errors import UserError, nearest, shortened
+from mft.interpolations import bound, replaced
+from mft.yaml_files import circle
 
 
 def key_of(override: str) -> str:
@@ -67,13 +68,16 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
         overrides = without_search_path(overrides)
         check_choices(overrides)
         return _compose([*search, *overrides])
+    except RecursionError:
+        raise UserError(circle()) from None
     except refusals() as error:
         raise UserError(explain(error, search, overrides)) from error
 
 
 def compose_resolved(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
-    """Returns the composed config with every interpolation replaced and paths of the settings made absolute."""
-    cfg = resolved(compose(overrides, config_dirs))
+    """Returns the composed config with paths of the settings made absolute and every interpolation replaced, but those
+    of environment variables, which stay as they are written."""
+    cfg = replaced(compose(overrides, config_dirs))
     try:
         return absolute_paths(typed(cfg))
     except refusals() as error:
@@ -88,16 +92,22 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
             return path
         return os.path.abspath(os.path.expanduser(path))
 
-    def all_absolute(paths: Iterable[Any], key: str) -> list[str]:
-        paths = list(paths)
+    def place(node: Any, key: Any) -> str:
+        value = node[key]
+        if not OmegaConf.is_interpolation(node, key):
+            return absolute(value)
+        written = os.path.expanduser(node._get_node(key)._value())  # of a variable, which stays as it is written
+        return written if absolute(value) == os.path.expanduser(value) else os.path.join(os.getcwd(), written)
+
+    def all_absolute(paths: Any, key: str) -> list[str]:
         if wrong := [path for path in paths if not isinstance(path, str)]:
             raise UserError(f"{key}: {shortened(wrong[0])} is no path; allowed: text, in quotes where it is a number.")
-        return [absolute(path) for path in paths]
+        return [place(paths, number) for number in range(len(paths))]
 
-    cfg.output_dir, cfg.cache_dir = absolute(cfg.output_dir), absolute(cfg.cache_dir)
+    cfg.output_dir, cfg.cache_dir = place(cfg, "output_dir"), place(cfg, "cache_dir")
     cfg.data.paths = all_absolute(cfg.data.paths, "data.paths")
     if is_file(cfg.data.template):
-        cfg.data.template = absolute(cfg.data.template)
+        cfg.data.template = place(cfg.data, "template")
     for name, task in cfg.task.items():
         for key in ("paths", "valid"):
             if isinstance(task, DictConfig) and OmegaConf.is_list(task.get(key)):
@@ -107,7 +117,9 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
 
 def check_sweep(overrides: Sequence[str]) -> None:
     """Judges Hydra's own node of a sweep, before Hydra builds its launcher, sweeper and callbacks."""
-    hydra_node.check(_with_hydra(overrides, sweep=True).hydra)
+    cfg = _with_hydra(overrides, sweep=True)
+    bound(cfg)
+    hydra_node.check(cfg.hydra)
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -139,7 +151,9 @@ def _with_hydra(overrides: Sequence[str], sweep: bool = False) -> DictConfig:
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
     """Takes Hydra's own node, once judged, out of a composed config; the options taken stay in `choices`."""
+    bound(cfg)
     hydra_node.check(cfg.hydra)
+    refuse_credentials(cfg)
     with open_dict(cfg):
         groups = cfg.pop("hydra").runtime.choices
     return with_choices(cfg, groups)
@@ -162,6 +176,11 @@ def check_choices(overrides: Sequence[str]) -> None:
     """Raises UserError where a config group is given a number or null, at which Hydra itself ends in a traceback."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    for line in overrides:
+        if max(map(line.count, "[{(")) > DEEPEST:
+            raise UserError(f"{shortened(key_of(line))}: its value has too many brackets; expected at most {DEEPEST}.")
+        if credentials.written_out(line.partition("=")[2], key_of(line)):
+            raise UserError(credentials_in(key_of(line)))
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         group = override.key_or_group
         if not (config_dir() / group).is_dir() or override.is_delete() or override.is_sweep_override():
@@ -172,6 +191,30 @@ def check_choices(overrides: Sequence[str]) -> None:
             raise UserError(
                 f"{override.input_line}: {group} takes the name of an option, or is left out. Allowed: {options}."
             )
+
+
+def credentials_in(key: str) -> str:
+    """Returns the refusal of a password or key, which it does not repeat."""
+    return (
+        f"{key}: the address holds a user, a password or a key, and configs are kept with the run; write it as "
+        "${oc.env:NAME}, which is kept as written and read in every rank, or, for MLflow, give it as "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment."
+    )
+
+
+def refuse_credentials(node: Any, path: str = "") -> None:
+    """Raises UserError for a password or key that an address in a config has written out."""
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        child = node._get_node(key)
+        value, here = child._value(), f"{path}.{key}" if path else str(key)
+        if isinstance(value, str) and credentials.written_out(value, path if isinstance(key, int) else here):
+            raise UserError(credentials_in(here))
+        if isinstance(child, DictConfig | ListConfig) and isinstance(value, dict | list):
+            refuse_credentials(child, here)
+
+
+DEEPEST = 64
+"""Brackets that a value on the command line may have."""
 
 
 def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,17 @@ class UserError(Exception):
 
     Entry points print its text alone, without a traceback; everything else that is raised is a defect of ours.
     """
+
+
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"  # and turned directions
+)
+"""Characters that a terminal obeys instead of showing them; tab and line feed are not among them."""
+
+
+def printable(text: str) -> str:
+    """Returns text with control characters as Python would write them, so that data cannot steer a terminal."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def nearest(value: object, allowed: Iterable[object]) -> str:

@@ -12,14 +12,13 @@ import mft
 
 ROOT = Path(mft.__file__).parent
 FLOOR = {
-    **dict.fromkeys(("errors", "batch", "machine", "plugins"), 0),
+    **dict.fromkeys(("errors", "batch", "machine", "plugins", "credentials", "screen"), 0),
     **dict.fromkeys(("data", "model", "loss", "optim", "schedule", "dist", "tracking"), 1),
     **dict.fromkeys(
         ("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "panels", "provenance"), 2
     ),
-    **dict.fromkeys(
-        ("config", "components", "hydra_node", "build", "compose", "rundir", "dataset", "feed", "run", "summary"), 3
-    ),
+    **dict.fromkeys(("config", "interpolations", "yaml_files", "components", "hydra_node", "build", "compose"), 3),
+    **dict.fromkeys(("rundir", "dataset", "feed", "run", "summary"), 3),
     **dict.fromkeys(
         (
             "memory",

@@ -17,6 +17,8 @@ from mft import plugins, rundir
 from mft.compose import check_choices, check_sweep, explain, key_of, refusals, search_path, without_search_path
 from mft.config import CANNOT_CHANGE_THE_RESULT, config_dir, register, under
 from mft.errors import UserError
+from mft.screen import say
+from mft.yaml_files import circle
 
 IDENTITY_DIGITS = 10
 """Digits of an identity that name a folder: in a million jobs two collide with a probability below one half."""
@@ -68,6 +70,8 @@ def through_hydra(
         hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")(run_one)()
     except Shown:
         pass
+    except RecursionError:
+        raise UserError(circle()) from None
     except refusals() as error:
         raise UserError(explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
     finally:
@@ -106,7 +110,7 @@ def resume(args: Sequence[str]) -> None:
     folder = the_sweep(Path(words[0]))
     record = rundir.read_json(folder / RECORD)
     plugins.name(rundir.plugins_of(folder, RECORD))
-    print(f"going on with: mft train -m {' '.join(record['overrides'])}")
+    say(f"going on with: mft train -m {' '.join(record['overrides'])}")
     if not Path(record["folder"]).is_dir():
         raise UserError(f"{folder} was started in {record['folder']}, which is gone; run its command by hand.")
     os.chdir(record["folder"])

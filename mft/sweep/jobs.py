@@ -13,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mft import job, rundir
-from mft.build import component, resolved
+from mft.build import component
 from mft.compose import absolute_paths, check_choices, explain, key_of, refusals, without_hydra
 from mft.config import LaunchMode, typed
 from mft.errors import UserError
+from mft.interpolations import replaced
 from mft.launch import Stopped, place
 from mft.sweep import board, pool
 from mft.sweep.command import IDENTITY_DIGITS, Shown, is_sweep, remove_if_unused, taken
@@ -52,7 +53,7 @@ class Composer:
             if composed.launch.get("nnodes", 1) > 1:
                 raise UserError("a sweep runs on one machine; launch.nnodes is for one run on several.")
             ours = [o for o in overrides if key_of(o) != "sweep"]
-            return job.checked(absolute_paths(typed(resolved(composed))), ours, label, self.starts)
+            return job.checked(absolute_paths(typed(replaced(composed))), ours, label, self.starts)
         except refusals() as error:
             search = [o for o in self.cfg.hydra.overrides.hydra if key_of(o) == "hydra.searchpath"]
             raise UserError(f"job {label}: {explain(error, search, overrides)}") from error

@@ -25,6 +25,7 @@ from mft import job, rundir
 from mft.errors import UserError
 from mft.launch import Stopped, warm
 from mft.processes import handlers, variables
+from mft.screen import say
 from mft.worker import INTERRUPTED, SAVED, UNSAVED
 
 LOOK_SECONDS = 0.5
@@ -212,7 +213,7 @@ def leave_failure(folder: Path, error: Exception) -> None:
     rundir.write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
     summary = rundir.read_json(folder / "summary.json")
     rundir.write_json(folder / "summary.json", summary | {"status": "failed", "error": sentence})
-    print(f"mft: this job failed: {error}", file=sys.stderr)
+    say(f"mft: this job failed: {error}", sys.stderr)
 
 
 def _end_with_parent() -> None:
