@@ -43,7 +43,16 @@ def hidden(text: str) -> str:
     """Returns text with credentials of the addresses in it as ***, and values of the environment as written."""
     for value in sorted(_remembered, key=len, reverse=True):
         text = text.replace(value, _remembered[value])
-    return _PARAMETER.sub(r"\1\2=***", _NO_SCHEME.sub("***@", _USERINFO.sub("***@", text)))
+    for pattern in (_USERINFO, _NO_SCHEME):
+        text = pattern.sub(lambda match: match[0] if _of_environment(match[0][:-1]) else "***@", text)
+    return _PARAMETER.sub(lambda m: m[0] if _ENVIRONMENT.match(m[0], m.end(2) + 1) else f"{m[1]}{m[2]}=***", text)
+
+
+def _of_environment(user: str) -> bool:
+    """Whether `user:password` has a password only by a variable, which is no secret to show."""
+    return (
+        "${" in user and not _ENVIRONMENT.sub("", user).partition(":")[2] and not _ENVIRONMENT.sub("", user).isalnum()
+    )
 
 
 def as_written(text: str) -> str:

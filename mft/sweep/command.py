@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 from mft import plugins, rundir
 from mft.compose import check_choices, check_sweep, explain, key_of, refusals, search_path, without_search_path
 from mft.config import CANNOT_CHANGE_THE_RESULT, config_dir, register, under
+from mft.credentials import as_written
 from mft.errors import UserError
 from mft.screen import say
 from mft.yaml_files import circle
@@ -67,7 +69,13 @@ def through_hydra(
         if "-m" in flags or "--multirun" in flags:
             ours = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
         sys.argv = ["mft train", *flags, *search, *overrides, *ours]
-        hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")(run_one)()
+        application = hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")
+        if "--resolve" in flags:  # what is printed then has the values of environment variables in it
+            with redirect_stdout(io.StringIO()) as printed:
+                application(run_one)()
+            sys.stdout.write(as_written(printed.getvalue()))
+        else:
+            application(run_one)()
     except Shown:
         pass
     except RecursionError:

@@ -23,6 +23,7 @@ from mft.sweep import board, pool
 from mft.sweep.command import IDENTITY_DIGITS, Shown, is_sweep, remove_if_unused, taken
 from mft.sweep.pool import Task
 from mft.worker import SAVED
+from mft.yaml_files import circle
 
 OTHERS_FOR_THE_MEDIAN = 3
 """Jobs that must have come as far as one that is to be ended early."""
@@ -54,6 +55,8 @@ class Composer:
                 raise UserError("a sweep runs on one machine; launch.nnodes is for one run on several.")
             ours = [o for o in overrides if key_of(o) != "sweep"]
             return job.checked(absolute_paths(typed(replaced(composed))), ours, label, self.starts)
+        except RecursionError:
+            raise UserError(f"job {label}: {circle()}") from None
         except refusals() as error:
             search = [o for o in self.cfg.hydra.overrides.hydra if key_of(o) == "hydra.searchpath"]
             raise UserError(f"job {label}: {explain(error, search, overrides)}") from error

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from mft import job, rundir
+from mft.credentials import hidden
 from mft.errors import UserError
 from mft.launch import Stopped, warm
 from mft.processes import handlers, variables
@@ -207,9 +208,10 @@ def leave_failure(folder: Path, error: Exception) -> None:
     sentence = getattr(error, "sentence", "") or (
         str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     )
+    sentence = hidden(sentence)
     log = folder / "log"
     log.mkdir(parents=True, exist_ok=True)
-    (log / "traceback.txt").write_text(trace, encoding="utf-8")
+    (log / "traceback.txt").write_text(hidden(trace), encoding="utf-8")
     rundir.write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
     summary = rundir.read_json(folder / "summary.json")
     rundir.write_json(folder / "summary.json", summary | {"status": "failed", "error": sentence})
