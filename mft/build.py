@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, ValidationError
 
 from mft.components import component_class
 from mft.config import batch_sizes, settled
@@ -65,6 +65,8 @@ def _check_fields(node: DictConfig, cls: type, path: str) -> None:
             value = OmegaConf.to_container(value)
         try:
             OmegaConf.update(schema, key, value, merge=False)
+            if isinstance(schema[key], str) and isinstance(value, int | float):
+                node[key] = schema[key]  # text that looks like a number, run_name=2026
         except (ValidationError, ConfigKeyError) as error:
             raise UserError(f"{path}.{key}={shortened(value)}: {plainly(_first_line(error)).rstrip('.')}.") from error
         if isinstance(value, int | float) and type(schema[key]) is str:
@@ -86,18 +88,6 @@ def _check_nothing_missing(node: DictConfig, path: str) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
-
-
-def resolved(cfg: DictConfig) -> DictConfig:
-    """Returns the config with every interpolation replaced; UserError names the one that cannot be."""
-    try:
-        copy = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, structured_config_mode=SCMode.DICT))
-    except MissingMandatoryValue as error:
-        raise UserError(f"{_first_line(error)}.") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {_first_line(error)}") from error
-    assert isinstance(copy, DictConfig)
-    return copy
 
 
 def build(node: DictConfig, path: str, **runtime: Any) -> Any:

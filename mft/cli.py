@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mft import __version__, plugins
-from mft.errors import UserError, nearest
+from mft.errors import UserError, nearest, printable
+from mft.screen import guard_logs, say
 from mft.streams import steady, unread
 
 HELP = """\
@@ -124,6 +125,7 @@ def _main(args: list[str]) -> None:
     if args[0] in ("-V", "--version", "version"):
         print(f"mft {__version__}")
         return
+    guard_logs()
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -148,7 +150,7 @@ def _main(args: list[str]) -> None:
 
 def fail(message: str, code: int = 1) -> None:
     """Prints one error for a person and exits."""
-    print(f"mft: {message}", file=sys.stderr)
+    say(f"mft: {message}", sys.stderr)
     sys.exit(code)
 
 
@@ -199,7 +201,7 @@ def train(args: list[str]) -> None:
     if dry_run:
         folder, goes_on = checked.choose(dated)
         done = rundir.is_finished(folder, checked.identity)
-        print(
+        say(
             f"{folder}: {'finished already' if done else 'would go on' if goes_on else 'would run'}; "
             "nothing was started"
         )
@@ -366,7 +368,7 @@ def merge(args: list[str]) -> None:
             raise UserError(f"mft merge needs {' and '.join(k + '=…' for k in missing)}, or a run folder.")
         adapter, out = Path(values["adapter"]), Path(values["out"])
     result = merge_adapter(adapter, out, base=values["base"] or None, trust_remote_code=values["trust_remote_code"])
-    print(f"merged into {out}\n{result}")
+    say(f"merged into {out}\n{result}")
 
 
 def convert(args: list[str]) -> None:
@@ -378,7 +380,7 @@ def convert(args: list[str]) -> None:
         from mft.model.pickled import convert as convert_pickled
 
         for file in convert_pickled(Path(args[0]).expanduser()):
-            print(file)
+            say(file)
         return
     overrides = [arg for arg in args if not arg.startswith("out=")]
     out = next((arg.removeprefix("out=") for arg in args if arg.startswith("out=")), "")
@@ -400,7 +402,7 @@ def convert(args: list[str]) -> None:
             "its checkpoints are native already."
         )
     save_native(family, Path(out).expanduser())
-    print(f"written to {out}")
+    say(f"written to {out}")
 
 
 def generate(args: list[str]) -> None:
@@ -429,7 +431,8 @@ num_beams=1 repetition_penalty=1.0 system=… seed=0 base=… trust_remote_code=
     base = values.pop("base") or None
     answerer = Answerer(final_folder(rest[0]), Encoder.saved, base=base, trust_remote_code=own_code)
     answers = answerer.answer(rest[1:], **values)
-    for number, answer in enumerate(answers):
+    steered = sys.stdout.isatty()  # a file or another program gets the answer as it is
+    for number, answer in enumerate(printable(answer) if steered else answer for answer in answers):
         print(f"── {rest[1 + number]}\n{answer}" if len(answers) > 1 else answer)
 
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import AnyNode, DictConfig, OmegaConf, open_dict
+from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mft import hydra_node, plugins
-from mft.build import resolved
+from mft import credentials, hydra_node, plugins
 from mft.config import config_dir, register, typed
 from mft.data.template import is_file
 from mft.errors import UserError, nearest, plainly, shortened
 from mft.foreign import here
 from mft.inputs import under
-from mft.overrides import check_overrides, group_options, key_of
+from mft.interpolations import bound, replaced
+from mft.overrides import check_overrides, credentials_in, group_options, key_of
 from mft.places import check_places
+from mft.yaml_files import circle
 
 
 def search_path(config_dirs: Sequence[Path], overrides: Sequence[str] = ()) -> list[str]:
@@ -66,6 +67,8 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
         overrides = without_search_path(overrides)
         check_overrides(overrides)
         return _compose([*search, *overrides])
+    except RecursionError:
+        raise UserError(circle()) from None
     except refusals() as error:
         raise UserError(explain(error, search, overrides)) from error
     except (ValueError, TypeError, AttributeError, OSError) as error:
@@ -86,8 +89,9 @@ def of_defaults(error: Exception) -> str | None:
 
 
 def compose_resolved(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
-    """Returns the composed config with every interpolation replaced and paths of the settings made absolute."""
-    cfg = resolved(compose(overrides, config_dirs))
+    """Returns the composed config with paths of the settings made absolute and every interpolation replaced, but those
+    of environment variables, which stay as they are written."""
+    cfg = replaced(compose(overrides, config_dirs))
     try:
         return absolute_paths(typed(cfg))
     except refusals() as error:
@@ -102,17 +106,23 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
             return path
         return os.path.abspath(os.path.expanduser(path))
 
-    def all_absolute(paths: Iterable[Any], key: str) -> list[str]:
-        paths = list(paths)
+    def place(node: Any, key: Any) -> str:
+        value = node[key]
+        if not OmegaConf.is_interpolation(node, key):
+            return absolute(value)
+        written = os.path.expanduser(node._get_node(key)._value())  # of a variable, which stays as it is written
+        return written if absolute(value) == os.path.expanduser(value) else os.path.join(os.getcwd(), written)
+
+    def all_absolute(paths: Any, key: str) -> list[str]:
         if wrong := [path for path in paths if not isinstance(path, str) or not path.strip()]:
             raise UserError(f"{key}: {shortened(wrong[0])} must be a path, in quotes where it is a number.")
-        return [absolute(path) for path in paths]
+        return [place(paths, number) for number in range(len(paths))]
 
     check_places(cfg)
-    cfg.output_dir, cfg.cache_dir = absolute(cfg.output_dir), absolute(cfg.cache_dir)
+    cfg.output_dir, cfg.cache_dir = place(cfg, "output_dir"), place(cfg, "cache_dir")
     cfg.data.paths = all_absolute(cfg.data.paths, "data.paths")
     if is_file(cfg.data.template):
-        cfg.data.template = absolute(cfg.data.template)
+        cfg.data.template = place(cfg.data, "template")
     for name, task in cfg.task.items():
         for key in ("paths", "valid"):
             if isinstance(task, DictConfig) and OmegaConf.is_list(task.get(key)):
@@ -122,7 +132,9 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
 
 def check_sweep(overrides: Sequence[str]) -> None:
     """Judges Hydra's own node of a sweep, before Hydra builds its launcher, sweeper and callbacks."""
-    hydra_node.check(_with_hydra(overrides, sweep=True).hydra)
+    cfg = _with_hydra(overrides, sweep=True)
+    bound(cfg)
+    hydra_node.check(cfg.hydra)
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -154,7 +166,9 @@ def _with_hydra(overrides: Sequence[str], sweep: bool = False) -> DictConfig:
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
     """Takes Hydra's own node, once judged, out of a composed config; the options taken stay in `choices`."""
+    bound(cfg)
     hydra_node.check(cfg.hydra)
+    refuse_credentials(cfg)
     with open_dict(cfg):
         hydra = cfg.pop("hydra")
     folder = hydra.run._get_node("dir")._value()
@@ -174,6 +188,17 @@ def refusals() -> tuple[type[Exception], ...]:
     from hydra.errors import HydraException
 
     return HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, RecursionError
+
+
+def refuse_credentials(node: Any, path: str = "") -> None:
+    """Raises UserError for a password or key that an address in a config has written out."""
+    for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
+        child = node._get_node(key)
+        value, here = child._value(), f"{path}.{key}" if path else str(key)
+        if isinstance(value, str) and credentials.written_out(value, path if isinstance(key, int) else here):
+            raise UserError(credentials_in(here))
+        if isinstance(child, DictConfig | ListConfig) and isinstance(value, dict | list):
+            refuse_credentials(child, here)
 
 
 def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -> str:

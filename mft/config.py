@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from mft import interpolations, yaml_files
 from mft.answers import read_prompts
 from mft.data.settings import DataSettings
 from mft.errors import UserError
@@ -171,14 +172,16 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     OmegaConf.register_new_resolver("mft_cache", default_cache_dir, replace=True)
+    interpolations.register()
+    yaml_files.register()
     ConfigStore.instance().store(name="schema", node=Config, provider="mft")
 
 
 def freeze(cfg: DictConfig, path: Path) -> None:
-    """Writes the resolved config atomically; every rank reads this file and nothing else."""
+    """Writes the config atomically; every rank reads this file and nothing else, but for `${oc.env:NAME}` in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    temporary.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -192,6 +195,8 @@ def load(run_dir: Path) -> DictConfig:
 
 def read(path: Path) -> Any:
     """Returns a frozen config without its types; keys that earlier versions had are left out."""
+    interpolations.register()
+    yaml_files.check(path)
     cfg = OmegaConf.load(path)
     if isinstance(cfg, DictConfig) and isinstance(cfg.get("train"), DictConfig):
         cfg.train.pop("allow_targets", None)

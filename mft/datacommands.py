@@ -209,7 +209,7 @@ def show_options(args: Sequence[str]) -> tuple[list[str], int, str]:
 
 def screen() -> Console:
     """Returns the standard output, wide where it is no terminal."""
-    from rich.console import Console
+    from mft.screen import console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    found = console()
+    return found if found.is_terminal else console(width=PLAIN_WIDTH)

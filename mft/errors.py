@@ -19,6 +19,17 @@ class UserError(Exception):
     exit_code = 2
 
 
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"  # and turned directions
+)
+"""Characters that a terminal obeys instead of showing them; tab and line feed are not among them."""
+
+
+def printable(text: str) -> str:
+    """Returns text with control characters as Python would write them, so that data cannot steer a terminal."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def nearest(value: object, allowed: Iterable[object]) -> str:
     """Returns "; did you mean X?" for the closest allowed value, or "" when none is close."""
     options = [str(option) for option in allowed]

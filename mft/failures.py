@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft import rundir
+from mft.credentials import hidden
 from mft.errors import UserError
+from mft.screen import shown
 
 if TYPE_CHECKING:
     from mft.hosts import Hosts
@@ -43,9 +45,9 @@ def write_report(path: Path, error: BaseException, rank: int) -> None:
             "rank": rank,
             "time": time.time(),
             "type": type(error).__name__,
-            "message": str(error),
+            "message": hidden(str(error)),
             "user": isinstance(error, UserError),
-            "traceback": "".join(traceback.format_exception(error)),
+            "traceback": hidden("".join(traceback.format_exception(error))),
         },
     )
 
@@ -60,8 +62,8 @@ def forget_failures(reports: Path) -> None:
 def told(error: BaseException, rank: int) -> str:
     """Returns what a person reads about a rank's failure: a UserError's sentence, or a traceback and whose it is."""
     if isinstance(error, UserError):
-        return f"mft: {error}"
-    return str(WorkerError(_sentence(rank, error), "".join(traceback.format_exception(error))))
+        return shown(f"mft: {error}")
+    return shown(WorkerError(_sentence(rank, error), "".join(traceback.format_exception(error))))
 
 
 def is_the_first(report: Path, since: float) -> bool:

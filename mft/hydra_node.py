@@ -92,7 +92,7 @@ def _check_target(target: Any, path: str) -> None:
 def _check_logging(hydra: DictConfig, name: str) -> None:
     for path, node in _mappings(hydra[name], f"hydra.{name}"):
         for key in map(str, node):
-            written, value = cast("Any", node._get_node(key))._value(), _value(node, key)
+            written, value = _written(node, key), _value(node, key)
             allowed = LOGGING.get(key)
             if allowed and written not in allowed:
                 raise UserError(f"{path}.{key}={shortened(written)}: expected one of {', '.join(allowed)}.")
@@ -131,4 +131,8 @@ def _value(node: Any, key: Any) -> Any:
     try:
         return node[key]
     except OmegaConfBaseException:
-        return cast("Any", node._get_node(key))._value()
+        return _written(node, key)
+
+
+def _written(node: Any, key: Any) -> Any:
+    return cast("Any", node._get_node(key))._value()

@@ -26,6 +26,7 @@ from mft.machine import visible_gpus
 from mft.meeting import meet
 from mft.metrics import criterion
 from mft.processes import PRELOAD
+from mft.screen import say
 from mft.worker import SAVED
 
 
@@ -113,7 +114,7 @@ def preload(cfg: DictConfig) -> tuple[str, ...]:
     return (*PRELOAD, "deepspeed") if str(cfg.dist._target_).startswith("mft.dist.deepspeed.") else PRELOAD
 
 
-def run(job: Job, folder: Path, say: Callable[[str], None] = print, hosts: Hosts | None = None) -> dict[str, Any]:
+def run(job: Job, folder: Path, say: Callable[[str], None] = say, hosts: Hosts | None = None) -> dict[str, Any]:
     """Runs, continues or skips the job in `folder`; returns its summary. Raises what ended the run otherwise.
 
     A finished run of the same length is skipped; a longer one goes on from its last checkpoint.
@@ -181,7 +182,7 @@ def together(job: Job) -> Iterator[Hosts | None]:
         hosts.close()
 
 
-def follow(job: Job, hosts: Hosts, say: Callable[[str], None] = print) -> None:
+def follow(job: Job, hosts: Hosts, say: Callable[[str], None] = say) -> None:
     """Runs this machine's ranks in the run folder that host 0 chooses. Raises what ended the run otherwise."""
     folder = hosts.told()
     if folder is None:

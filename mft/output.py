@@ -7,11 +7,12 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mft.credentials import hidden
 from mft.streams import steady
 
 MOVES = re.compile(r"\x1b\[(\d*)A")
@@ -63,18 +64,24 @@ class Transcript:
 
 
 def copy(stream: Any, transcript: Transcript) -> None:
-    """Writes what goes to a stream to a transcript, too. The stream stays what it is, for everybody who holds it.
+    """Writes what goes to a stream to a transcript, too, both without credentials. The stream stays what it is, for
+    everybody who holds it.
 
     A log that cannot be written (a full disk) does not end a run.
     """
     write = stream.write
 
     def both(text: str) -> Any:
+        text = hidden(text)
         with suppress(OSError, ValueError):
             transcript.write(text)
         return write(text)
 
     stream.write = both
+
+
+def _hiding(write: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: write(hidden(text))
 
 
 @contextmanager
@@ -92,6 +99,8 @@ def written_to(path: Path, rank: int) -> Iterator[int]:
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(file)
+        for stream in (sys.stdout, sys.stderr):
+            stream.write = _hiding(stream.write)  # type: ignore[method-assign]
         yield terminal
         return
     steady(lasting=True)
@@ -101,7 +110,7 @@ def written_to(path: Path, rank: int) -> Iterator[int]:
     try:
         yield 2
     except Exception:
-        transcript.write(traceback.format_exc())
+        transcript.write(hidden(traceback.format_exc()))
         raise
     finally:
         for stream in streams:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mft import credentials
 from mft.config import config_dir
 from mft.errors import UserError, nearest, shortened
 from mft.foreign import here
@@ -48,6 +49,10 @@ HYDRA_INSTEAD = {
 """Why some of Hydra's settings have no effect."""
 
 
+DEEPEST = 64
+"""Brackets that a value on the command line may have."""
+
+
 def key_of(override: str) -> str:
     """Returns what an override sets."""
     return override.split("=", 1)[0].lstrip("+~")
@@ -59,6 +64,15 @@ def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
     return sorted(found - {"base"})
 
 
+def credentials_in(key: str) -> str:
+    """Returns the refusal of a password or key, which it does not repeat."""
+    return (
+        f"{key}: the address holds a user, a password or a key, and configs are kept with the run; write it as "
+        "${oc.env:NAME}, which is kept as written and read in every rank, or, for MLflow, give it as "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment."
+    )
+
+
 def check_overrides(overrides: Sequence[str]) -> None:
     """Raises UserError for overrides that Hydra cannot read or answers with a traceback, and for what they must not do.
 
@@ -67,6 +81,12 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """
     for override in overrides:
         _check_characters(override)
+        if max(map(override.count, "[{(")) > DEEPEST:
+            raise UserError(
+                f"{shortened(key_of(override))}: its value has too many brackets; expected at most {DEEPEST}."
+            )
+        if credentials.written_out(override.partition("=")[2], key_of(override)):
+            raise UserError(credentials_in(key_of(override)))
         parsed = _parsed(override)
         _check_hydra(override, parsed)
         if parsed.key_or_group == "name" and isinstance(name := parsed.value(), str) and "${" not in name:

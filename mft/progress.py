@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mft.metrics import mean_of_tasks
+from mft.screen import console
 
 NAMED = 12
 """Tasks that a line names; of more it names those with the highest loss."""
@@ -37,7 +38,6 @@ class Terminal(Silent):
     """Step, loss, loss of every task, tokens/s and time left; a live bar only where the output is a terminal."""
 
     def __init__(self, names: Sequence[str]):
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -49,7 +49,7 @@ class Terminal(Silent):
 
         self.names, self.total = list(names), 0
         width = None if sys.stdout.isatty() else 120
-        self.console = Console(file=sys.stdout, highlight=False, width=width)
+        self.console = console(file=sys.stdout, width=width)
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),

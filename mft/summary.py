@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mft import plots, rundir
+from mft.credentials import hidden
 from mft.loop import State, Training
 from mft.metrics import mean_of_tasks, peak_memory_gib
 from mft.progress import losses_table, settings_table
@@ -51,7 +52,7 @@ def write(summary: dict[str, Any], run_dir: Path) -> None:
 
 def failed(run_dir: Path, error: BaseException, steps: int) -> None:
     """Writes the summary of a run that ended in an error after `steps` steps."""
-    values = {"status": "failed", "steps": steps, "error": f"{type(error).__name__}: {error}"}
+    values = {"status": "failed", "steps": steps, "error": hidden(f"{type(error).__name__}: {error}")}
     rundir.write_json(run_dir / "summary.json", values)
 
 

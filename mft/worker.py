@@ -21,6 +21,7 @@ from mft.errors import UserError
 from mft.failures import is_the_first, told, write_report
 from mft.machine import quiet_without_gpu
 from mft.output import written_to
+from mft.screen import guard_logs, say
 
 ENTRY = "mft.run:run"
 """What a worker calls: function(cfg, run_dir: Path, stop: Stop)."""
@@ -68,6 +69,7 @@ def worker(run_dir: str, entry: str = ENTRY) -> None:
     from omegaconf import OmegaConf
 
     from mft.config import read
+    from mft.interpolations import check_variables
     from mft.memory import explain
 
     folder = Path(run_dir)
@@ -80,6 +82,7 @@ def worker(run_dir: str, entry: str = ENTRY) -> None:
         raise UserError(f"{config} does not exist: give the folder of a run")
     plugins.name(rundir.plugins_of(folder))
     cfg = read(config)
+    check_variables(cfg)
     try:
         module, _, function = entry.partition(":")
         getattr(importlib.import_module(module), function)(cfg, folder, stop)
@@ -113,6 +116,7 @@ def enter(
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
     started = time.time()
+    guard_logs()
     with written_to(report.with_name(f"rank{rank}.log"), rank) as terminal:
         _take_share_of_cores()
         gc.freeze()  # else an engine that ends makes the collector walk over all that was imported: 0.3 to 0.5 s
@@ -184,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         enter(str(Path(folders[0]) / "log"), worker, (folders[0],))
     except UserError as error:
-        print(error, file=sys.stderr)
+        say(error, sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -12,31 +12,15 @@ import mft
 
 ROOT = Path(mft.__file__).parent
 FLOOR = {
-    **dict.fromkeys(("errors", "batch", "machine", "plugins", "ranges", "foreign", "streams"), 0),
+    **dict.fromkeys(("errors", "batch", "machine", "plugins", "credentials", "screen"), 0),
+    **dict.fromkeys(("ranges", "foreign", "streams"), 0),
     **dict.fromkeys(("data", "model", "loss", "optim", "schedule", "dist", "tracking"), 1),
     **dict.fromkeys(
         ("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "panels", "provenance"), 2
     ),
-    **dict.fromkeys(
-        (
-            "config",
-            "places",
-            "overrides",
-            "inert",
-            "components",
-            "hydra_node",
-            "build",
-            "compose",
-            "identity",
-            "inputs",
-            "rundir",
-            "dataset",
-            "feed",
-            "run",
-            "summary",
-        ),
-        3,
-    ),
+    **dict.fromkeys(("config", "places", "overrides", "inert", "interpolations", "yaml_files", "components"), 3),
+    **dict.fromkeys(("hydra_node", "build", "compose", "identity", "inputs"), 3),
+    **dict.fromkeys(("rundir", "dataset", "feed", "run", "summary"), 3),
     **dict.fromkeys(
         (
             "memory",

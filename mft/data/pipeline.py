@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mft import screen
 from mft.data.files import Rows
 from mft.data.formats import RowError
 from mft.data.long import Encoded, fitted
@@ -142,7 +143,6 @@ def _batches(
 @contextmanager
 def _progress(name: str, rows: Rows) -> Iterator[Any]:
     """Yields a function of the writer that moves the bar: bytes read of all files, rows written."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.table import Column
 
@@ -156,7 +156,7 @@ def _progress(name: str, rows: Rows) -> Iterator[Any]:
         TextColumn("{task.fields[written]:,} rows, left", table_column=whole()),
         TimeRemainingColumn(table_column=whole()),
     )
-    console = Console(stderr=True)
+    console = screen.console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(name, total=rows.total or None, written=0)
 

@@ -15,6 +15,7 @@ from mft.runs import results
 from mft.runs.apart import differing, shorten_paths
 from mft.runs.direction import higher_is_better
 from mft.runs.results import Run
+from mft.screen import console, say
 
 SEED = "train.seed"
 STANDARD_ERRORS = 2.0
@@ -182,7 +183,6 @@ def command(args: Sequence[str]) -> None:
     are called accuracy, f1, pass@1, tokens_per_second and the like the highest value is the best; --better says it for
     names that do not tell.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from mft.runs.report import write
@@ -202,19 +202,19 @@ def command(args: Sequence[str]) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(markup=False, highlight=False)
-    console.print(table) if console.is_terminal else Console(markup=False, highlight=False, width=200).print(table)
-    print(verdicts(groups)[1])
+    terminal = console()
+    terminal.print(table) if terminal.is_terminal else console(width=200).print(table)
+    say(verdicts(groups)[1])
     unfinished = [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]
     if unfinished:
-        print(f"not finished, counted as far as they came: {', '.join(unfinished)}")
+        say(f"not finished, counted as far as they came: {', '.join(unfinished)}")
     if chosen["csv"]:
         with open(chosen["csv"], "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([head, *rows])
-        print(f"table: {chosen['csv']}")
+        say(f"table: {chosen['csv']}")
     first = Path(places[0])
     out = Path(chosen["out"]) if chosen["out"] else (first if first.is_dir() else Path(".")) / "report.html"
-    print(f"report: {write(groups, chosen['metric'], out, ', '.join(places))}")
+    say(f"report: {write(groups, chosen['metric'], out, ', '.join(places))}")
 
 
 def options(args: Sequence[str]) -> tuple[list[str], dict[str, str]]:

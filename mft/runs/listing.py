@@ -13,6 +13,7 @@ from pathlib import Path
 from mft import rundir
 from mft.errors import UserError, nearest
 from mft.runs.results import Run, flat, read_run
+from mft.screen import console, say
 from mft.sweep.command import RECORD
 
 ROOTS = ("outputs", "multirun")
@@ -37,7 +38,6 @@ def runs(args: Sequence[str]) -> None:
     if "-h" in args or "--help" in args:
         print(runs.__doc__)
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -58,8 +58,8 @@ def runs(args: Sequence[str]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console = Console(highlight=False)
-    (console if console.is_terminal else Console(highlight=False, width=180)).print(table)
+    terminal = console()
+    (terminal if terminal.is_terminal else console(width=180)).print(table)
 
 
 def _run_row(folder: Path) -> list[str]:
@@ -108,18 +108,17 @@ def show(args: Sequence[str]) -> None:
     folder = Path(args[0])
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml (mft runs lists the runs).")
-    from rich.console import Console
     from rich.text import Text
 
     from mft.progress import losses_table, settings_table
 
     run, summary = read_run(folder), rundir.read_json(folder / "summary.json")
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    terminal = console(width=None if sys.stdout.isatty() else 140)
     seconds, memory = summary.get("seconds"), summary.get("peak_memory_gib")
     took = "" if seconds is None else f", took {seconds:.0f} s and {memory:.1f} GiB at most"
-    console.print(settings_table([("state", f"{run.state}, {_run_row(folder)[3]} steps{took}")], str(folder)))
+    terminal.print(settings_table([("state", f"{run.state}, {_run_row(folder)[3]} steps{took}")], str(folder)))
     changed = [(key, Text.assemble(value, "  ", (default, "dim"))) for key, value, default in changes(run)]
-    console.print(settings_table(changed, "changed from the defaults (dim: the default)"))
+    terminal.print(settings_table(changed, "changed from the defaults (dim: the default)"))
     prefix = "valid/loss/"
     first, last, best = (
         {
@@ -130,7 +129,7 @@ def show(args: Sequence[str]) -> None:
         for part in ("first", "last", "best")
     )
     if last:
-        console.print(losses_table(first, last, best, summary["best"].get("step", 0)))
+        terminal.print(losses_table(first, last, best, summary["best"].get("step", 0)))
     places = {
         "config": folder / "config.yaml",
         "metrics": folder / "metrics.jsonl",
@@ -142,7 +141,7 @@ def show(args: Sequence[str]) -> None:
     }
     rows = [(name, path) for name, path in places.items() if path.exists()]
     rows += [("error", summary["error"])] if summary.get("error") else []
-    console.print(settings_table([*rows, ("again", run.command)], "where things are"), soft_wrap=True)
+    terminal.print(settings_table([*rows, ("again", run.command)], "where things are"), soft_wrap=True)
 
 
 def changes(run: Run) -> list[tuple[str, str, str]]:
@@ -190,11 +189,11 @@ def tracking(args: Sequence[str]) -> None:
     for folder in spooled:
         state = rundir.state(folder)
         if state == "running":
-            print(f"{folder}: still running, it sends its record itself")
+            say(f"{folder}: still running, it sends its record itself")
             continue
         try:
             killed = state != "finished" and mark_killed(folder)
-            print(f"{folder}: {sync(folder, uri)} records and files sent{', marked as failed' if killed else ''}")
+            say(f"{folder}: {sync(folder, uri)} records and files sent{', marked as failed' if killed else ''}")
         except UserError as error:
             failures.append(str(error))
     if not spooled:

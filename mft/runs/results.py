@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mft import rundir
+from mft import rundir, yaml_files
 from mft.errors import UserError, nearest
 from mft.identity import CONTENTS, VERSION
 from mft.inputs import CANNOT_CHANGE_THE_RESULT, under
@@ -77,7 +75,7 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Returns what a run folder says."""
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        config = yaml_files.load(folder / "config.yaml") or {}
     except OSError:
         config = {}
     known, summary = rundir.read_json(folder / "overrides.json"), rundir.read_json(folder / "summary.json")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mft.screen import console as new_console
+from mft.screen import say as say_line
 from mft.sweep.pool import Task
 
 STYLE = {"finished": "green", "skipped": "green", "failed": "red", "stopped": "yellow", "pruned": "yellow"}
@@ -20,7 +22,7 @@ SAID = {"skipped": "finished before", "same": "same as an earlier job", "waiting
 
 def say(line: str) -> None:
     """Prints a line at once, also into a pipe."""
-    print(line, flush=True)
+    say_line(line)
 
 
 def shown(path: Path) -> str:
@@ -87,11 +89,10 @@ def live(tasks: Sequence[Task], folder: Path, total: int | None = None) -> Itera
     On a terminal the running jobs have a line each that is drawn again; elsewhere a line is printed at start and end.
     total: how many jobs there will be, None: those there are.
     """
-    from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = new_console()
 
     def count() -> int:
         return total or len(tasks)
@@ -153,7 +154,6 @@ def line(task: Task, total: int) -> str:
 
 def table(tasks: Sequence[Task], folder: Path) -> None:
     """Prints what became of every job, and of the failed ones why and where to read more."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -171,7 +171,7 @@ def table(tasks: Sequence[Task], folder: Path) -> None:
         best = "" if task.best is None else f"{task.best:.4f}"
         state = Text(SAID.get(task.state, task.state), style=STYLE.get(task.state, ""))
         ended.add_row(Text(task.job.label), state, best, str(task.step or ""), task.folder.name)
-    Console(width=None if sys.stdout.isatty() else 140).print(ended)
+    new_console(width=None if sys.stdout.isatty() else 140).print(ended)
     for task in tasks:
         if task.state == "failed":
             where = shown(task.folder / "log" / "traceback.txt")

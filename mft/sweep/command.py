@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -16,9 +17,12 @@ from omegaconf import DictConfig
 from mft import plugins, rundir
 from mft.compose import check_sweep, explain, of_defaults, refusals, search_path, without_search_path
 from mft.config import config_dir, register
+from mft.credentials import as_written
 from mft.errors import UserError
 from mft.inputs import CANNOT_CHANGE_THE_RESULT, under
 from mft.overrides import check_overrides, key_of, of_hydra, replaced
+from mft.screen import say
+from mft.yaml_files import circle
 
 IDENTITY_DIGITS = 10
 """Digits of an identity that name a folder: in a million jobs two collide with a probability below one half."""
@@ -69,9 +73,17 @@ def through_hydra(
                 print(f"mft: {note}", file=sys.stderr)
             ours = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
         sys.argv = ["mft train", *flags, *search, *overrides, *ours]
-        hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")(run_one)()
+        application = hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")
+        if "--resolve" in flags:  # what is printed then has the values of environment variables in it
+            with redirect_stdout(io.StringIO()) as printed:
+                application(run_one)()
+            sys.stdout.write(as_written(printed.getvalue()))
+        else:
+            application(run_one)()
     except Shown:
         pass
+    except RecursionError:
+        raise UserError(circle()) from None
     except refusals() as error:
         raise UserError(explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
     except (ValueError, TypeError, AttributeError, OSError) as error:
@@ -114,7 +126,7 @@ def resume(args: Sequence[str]) -> None:
     folder = the_sweep(Path(words[0]))
     record = rundir.read_json(folder / RECORD)
     plugins.name(rundir.plugins_of(folder, RECORD))
-    print(f"going on with: mft train -m {' '.join(record['overrides'])}")
+    say(f"going on with: mft train -m {' '.join(record['overrides'])}")
     if not Path(record["folder"]).is_dir():
         raise UserError(f"{folder} was started in {record['folder']}, which is gone; run its command by hand.")
     os.chdir(record["folder"])

@@ -14,9 +14,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from mft import job, plugins, rundir
-from mft.build import resolved
 from mft.compose import absolute_paths, with_choices
 from mft.config import register, typed
+from mft.interpolations import replaced
 from mft.launch import Stopped
 from mft.overrides import key_of
 from mft.sweep import board, pool
@@ -77,7 +77,7 @@ def one_job(cfg: DictConfig) -> float:
     overrides = [o for o in hydra.overrides.task if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)
     composed = with_choices(cfg, hydra.runtime.choices)
-    current = job.checked(absolute_paths(typed(resolved(composed))), overrides, label)
+    current = job.checked(absolute_paths(typed(replaced(composed))), overrides, label)
     run_dir = folder / current.identity.extended[:IDENTITY_DIGITS]
     try:
         return job.objective(job.run(current, run_dir))

@@ -13,18 +13,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mft import job, rundir
-from mft.build import component, resolved
+from mft.build import component
 from mft.compose import absolute_paths, explain, refusals, without_hydra
 from mft.config import LaunchMode, typed
 from mft.errors import UserError
 from mft.identity import VERSION
 from mft.inert import given_keys, without_effect
+from mft.interpolations import replaced
 from mft.launch import Stopped, place
 from mft.overrides import check_overrides, key_of
 from mft.sweep import board, pool
 from mft.sweep.command import IDENTITY_DIGITS, Shown, is_sweep, remove_if_unused, taken
 from mft.sweep.pool import Task
 from mft.worker import SAVED
+from mft.yaml_files import circle
 
 OTHERS_FOR_THE_MEDIAN = 3
 """Jobs that must have come as far as one that is to be ended early."""
@@ -58,10 +60,12 @@ class Composer:
             if composed.launch.get("nnodes", 1) > 1:
                 raise UserError("a sweep runs on one machine; launch.nnodes is for one run on several.")
             ours = [o for o in overrides if key_of(o) != "sweep"]
-            current = job.checked(absolute_paths(typed(resolved(composed))), ours, label, self.starts)
+            current = job.checked(absolute_paths(typed(replaced(composed))), ours, label, self.starts)
             notes = without_effect(current.cfg, current.world, self.given, sweep=True)
             self.notes = notes if self.notes is None else [note for note in self.notes if note in notes]
             return current
+        except RecursionError:
+            raise UserError(f"job {label}: {circle()}") from None
         except refusals() as error:
             search = [o for o in self.cfg.hydra.overrides.hydra if key_of(o) == "hydra.searchpath"]
             raise UserError(f"job {label}: {explain(error, search, overrides)}") from error

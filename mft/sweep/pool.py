@@ -22,9 +22,11 @@ from types import FrameType
 from typing import Any
 
 from mft import job, rundir
+from mft.credentials import hidden
 from mft.errors import UserError
 from mft.launch import Stopped, warm
 from mft.processes import handlers, variables
+from mft.screen import say
 from mft.worker import INTERRUPTED, SAVED, UNSAVED
 
 LOOK_SECONDS = 0.5
@@ -206,13 +208,14 @@ def leave_failure(folder: Path, error: Exception) -> None:
     sentence = getattr(error, "sentence", "") or (
         str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     )
+    sentence = hidden(sentence)
     log = folder / "log"
     log.mkdir(parents=True, exist_ok=True)
-    (log / "traceback.txt").write_text(trace, encoding="utf-8")
+    (log / "traceback.txt").write_text(hidden(trace), encoding="utf-8")
     rundir.write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
     summary = rundir.read_json(folder / "summary.json")
     rundir.write_json(folder / "summary.json", summary | {"status": "failed", "error": sentence})
-    print(f"mft: this job failed: {error}", file=sys.stderr)
+    say(f"mft: this job failed: {error}", sys.stderr)
 
 
 def _end_with_parent() -> None:

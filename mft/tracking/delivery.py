@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from mft.credentials import as_written, filled, hidden, without_credentials
 from mft.errors import UserError
-from mft.tracking.params import TAG_LIMIT, cut, hidden, safe_name, without_credentials
+from mft.tracking.params import TAG_LIMIT, cut, safe_name
 from mft.tracking.spool import Spool
 from mft.tracking.store import artifact_root, client_for, database_file, prepare
 
@@ -40,9 +41,10 @@ class Delivery:
         self.uri = uri
         self.alive = alive
         self.client: MlflowClient | None = None
-        if self.state["uri"] != without_credentials(uri):  # the first time, or another store than last time
+        kept = as_written(without_credentials(uri))
+        if self.state["uri"] != kept:  # the first time, or another store than last time
             self.state |= {
-                "uri": without_credentials(uri),
+                "uri": kept,
                 "run_id": None,
                 "experiment_id": None,
                 "sent": 0,
@@ -265,7 +267,10 @@ def sync(run_dir: Path, uri: str | None = None) -> int:
         uri = uri or spool.state["uri"]
         if uri is None:
             raise UserError(f"{run_dir}: its MLflow store is not known; give the address (tracking.mlflow.uri)")
-        return Delivery(spool, uri).send()
+        try:
+            return Delivery(spool, filled(uri)).send()
+        except KeyError as error:
+            raise UserError(f"{run_dir}: the environment variable {error} is not set, and {uri} reads it") from error
     except UserError:
         raise
     except Exception as error:

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from mft.credentials import filled, hidden, without_credentials
 from mft.errors import UserError, nearest
 from mft.tracking.base import Tracker
 from mft.tracking.delivery import Delivery, cause
-from mft.tracking.params import cut, flattened, hidden, without_credentials
+from mft.tracking.params import cut, flattened
 from mft.tracking.spool import Spool, new_key
 from mft.tracking.store import database_file, prepare
 
@@ -50,14 +50,6 @@ class Mlflow(Tracker):
     register_as: str | None = None
     checkpoints: bool = False
 
-    def check(self) -> None:
-        """Refuses a password in the address: configs are written to disk and kept with the run."""
-        if self.uri and urlsplit(self.uri).username:
-            raise UserError(
-                f"tracking.mlflow.uri={hidden(self.uri)} holds a user or password, and configs are kept with the run; "
-                "give them as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
-            )
-
     def __post_init__(self) -> None:
         if self.uri is None or self.uri == "databricks":
             return
@@ -69,7 +61,7 @@ class Mlflow(Tracker):
                 f"{nearest(scheme, SCHEMES) if scheme else ''}"
             )
         if scheme == "sqlite" and not self.uri.startswith("sqlite:///"):
-            raise UserError(f"tracking.mlflow.uri: {self.uri!r} needs three slashes: sqlite:///path/mlflow.db")
+            raise UserError(f"tracking.mlflow.uri: {hidden(self.uri)!r} needs three slashes: sqlite:///path/mlflow.db")
 
     def prepare(self) -> None:
         try:
@@ -173,6 +165,7 @@ class Mlflow(Tracker):
     def _address(self, last: str | None = None) -> str:
         """The configured store, else the one that has this run already, else the default; sqlite made absolute."""
         if self.uri is None and last is not None:
+            last = filled(last)
             database = database_file(last)
             if database is not None and database.exists():
                 return last

@@ -9,24 +9,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mft.credentials import hidden
+
 KEY_LIMIT = 250  # MLflow refuses longer keys
 VALUE_LIMIT = 500  # what MLflow servers of every age take (3.x takes 6,000); the whole config is kept as an artifact
 TAG_LIMIT = 5000  # likewise (3.x takes 8,000)
 
-# user:password@ of an address, and passwords in its query. Rather too much is hidden than too little.
-_USERINFO = re.compile(r"(?<=://)[^/\s'\"]+@")
-_QUERY = re.compile(r"(?<=[?&])(password|passwd|pwd|token|secret)=[^&\s'\"]+", re.IGNORECASE)
 _REFUSED = re.compile(r"[^\w/.\- :]")
-
-
-def hidden(text: str) -> str:
-    """Returns text with the credentials of all addresses in it replaced by ***."""
-    return _QUERY.sub(r"\1=***", _USERINFO.sub("***@", text))
-
-
-def without_credentials(uri: str) -> str:
-    """Returns an address without its user and password, so that it is still one."""
-    return _QUERY.sub(r"\1=", _USERINFO.sub("", uri))
 
 
 def safe_name(name: str) -> str:

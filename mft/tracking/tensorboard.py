@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mft.credentials import hidden
 from mft.errors import UserError
 from mft.tracking.base import Tracker
-from mft.tracking.params import hidden
 
 
 @dataclass

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft.tracking.params import KEY_LIMIT, VALUE_LIMIT, flattened, hidden, safe_name, without_credentials
+from mft.credentials import hidden, without_credentials
+from mft.tracking.params import KEY_LIMIT, VALUE_LIMIT, flattened, safe_name
 
 
 def test_config_becomes_dotted_keys_and_yaml_values():

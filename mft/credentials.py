@@ -1,0 +1,108 @@
+"""Passwords and keys: found where an address has them written out, and hidden wherever text leaves this process.
+
+Values that a config takes from the environment, `${oc.env:NAME}`, are kept as they are written: what was read is
+remembered here, and hidden in all that is printed, logged or sent to a tracker.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from urllib.parse import unquote
+
+SECRET = r"pass(?:word|wd|phrase)?|pwd|token|secret|api[_-]?key|access[_-]?key|private[_-]?key|auth\w*|credentials?|sig"
+"""What the name of a parameter of an address holds where its value is a secret."""
+
+HARMLESS = re.compile(
+    r"(ssl\w*(?<!password)|charset|driver|connect_timeout|application_name|target_session_attrs|encrypt|"
+    r"trustservercertificate|trusted_connection|unix_socket|timeout|mode|cache|host|port)",
+    re.IGNORECASE,
+)
+"""Parameters that the address of a database may hold in plain text."""
+
+ADDRESS = re.compile(r"(^|[._])(uri|url|endpoint|address|addr|proxy|proxies|host)$")
+"""Keys whose values are addresses."""
+
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^{},\s]+)\s*(?:,([^{}]*))?\}")
+_USERINFO = re.compile(r"(?<=://)[^\s'\"]*@")
+_NO_SCHEME = re.compile(r"(?<![\w/:.*-])[^\s'\"=/:@,\[\]{}()]+:[^\s'\"@]+@(?=[\w.$*-])")
+_PARAMETER = re.compile(rf"([?&;#]|%3F|%26|%23)([\w.-]*(?:{SECRET}|(?<![\w])key)[\w.-]*)=[^&;\s'\"#]+", re.IGNORECASE)
+_SHORTEST = 5  # characters of a remembered value; shorter ones stand in too many words
+
+_remembered: dict[str, str] = {}
+
+
+def remember(value: str, variable: str) -> None:
+    """Notes a value that was read from an environment variable, so that it is shown as it is written."""
+    if len(value) >= _SHORTEST:
+        _remembered[value] = f"${{oc.env:{variable}}}"
+
+
+def hidden(text: str) -> str:
+    """Returns text with credentials of the addresses in it as ***, and values of the environment as written."""
+    for value in sorted(_remembered, key=len, reverse=True):
+        text = text.replace(value, _remembered[value])
+    for pattern in (_USERINFO, _NO_SCHEME):
+        text = pattern.sub(lambda match: match[0] if _of_environment(match[0][:-1]) else "***@", text)
+    return _PARAMETER.sub(lambda m: m[0] if _ENVIRONMENT.match(m[0], m.end(2) + 1) else f"{m[1]}{m[2]}=***", text)
+
+
+def _of_environment(user: str) -> bool:
+    """Whether `user:password` has a password only by a variable, which is no secret to show."""
+    return (
+        "${" in user and not _ENVIRONMENT.sub("", user).partition(":")[2] and not _ENVIRONMENT.sub("", user).isalnum()
+    )
+
+
+def as_written(text: str) -> str:
+    """Returns text with values that came from the environment as they are written in the config."""
+    for value in sorted(_remembered, key=len, reverse=True):
+        text = text.replace(value, _remembered[value])
+    return text
+
+
+def filled(text: str) -> str:
+    """Returns what `as_written` made of a text with the variables' values in it again; KeyError for one not set."""
+    return _ENVIRONMENT.sub(lambda match: os.environ[match[1]], text)
+
+
+def without_credentials(uri: str) -> str:
+    """Returns an address without user, password, fragment and all parameters that could be secret."""
+    address, question, query = _USERINFO.sub("", uri.partition("#")[0]).partition("?")
+    kept = [part for part in query.split("&") if HARMLESS.fullmatch(part.partition("=")[0])]
+    return address + (question + "&".join(kept) if kept else "")
+
+
+def written_out(text: str, key: str = "") -> bool:
+    """Whether an address in a text as it stands in a config has a user, a password or a key written out.
+
+    `${oc.env:NAME}` in their place is none. key: where it stands, which says whether all of the text is an address.
+    """
+    text = _ENVIRONMENT.sub(lambda match: "\0" + ("" if (match[2] or "null").strip() == "null" else match[2]), text)
+    for _ in range(3):  # percent signs may be escaped themselves
+        text = unicodedata.normalize("NFKC", text)
+        if _in_plain(text.strip(" '\"[]"), ADDRESS.search(key) is not None):
+            return True
+        text = unquote(text)
+    return False
+
+
+def _in_plain(text: str, address: bool) -> bool:
+    """text: with \\0 for what comes from the environment."""
+    local = re.match(r"(sqlite|file)(\+\w+)?:/", text, re.IGNORECASE)
+    if not local:
+        for before in re.findall(r"://([^\s'\"]*)@", text) or (re.findall(r"(\S*)@", text) if address else []):
+            password = before.partition(":")[2] if "\0" in before else before
+            if password.replace("\0", ""):
+                return True
+    if not address and "://" not in text:
+        return False
+    for part in re.split(r"[?&;#]", text)[1:]:
+        name, _, value = part.partition("=")
+        value = value.replace("\0", "")
+        if re.search(rf"({SECRET}|^key$)", name, re.IGNORECASE) and value:
+            return True
+        if address and part.replace("\0", "") and not (HARMLESS.fullmatch(name)) and (value or "=" not in part):
+            return True
+    return False
