@@ -17,6 +17,7 @@ from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS, digest_of, split_of
 from mft.data.task import Task
 from mft.data.template import Piece
+from mft.data.unread import NOTHING
 from mft.data.writer import BAD_ROW, Place, Writer
 from mft.errors import UserError
 
@@ -125,6 +126,10 @@ def _batches(
                 raise _explained(error.at(file, line)) from None
             writer.drop(place, row, BAD_ROW, error.problem, error.field)
             continue
+        if (unread := row_format.unread(row)) != NOTHING:
+            writer.leave_unread(unread)
+        for message in messages:
+            writer.answers_without_loss += not message.train
         compared = understood < COMPARED_FIRST or understood % COMPARED_EVERY == 0
         whole = None
         if compared and messages[0].role != "text":

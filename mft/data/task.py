@@ -13,7 +13,7 @@ import xxhash
 from mft.data import hub
 from mft.data.files import SUFFIXES, Rows, is_data, stem
 from mft.data.fingerprint import file_digests
-from mft.data.formats import KNOWN, Auto, Format, RowError, no_format
+from mft.data.formats import KNOWN, Auto, Format, RowError, misread, no_format
 from mft.errors import UserError, nearest
 
 _ENDINGS = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
@@ -72,11 +72,13 @@ class Task:
         first: dict[str, Any] | None = None
         for _, _, row in self.rows():
             if not isinstance(row, RowError) and (found := self.format.settled(row)):
+                if reason := misread(found[0], row):
+                    raise UserError(f"task.{self.name}: {reason}.")
                 return found
             if first is None and isinstance(row, dict):
                 first = row
         if first is not None:
-            raise UserError(f"task.{self.name}: {no_format(list(first))}")
+            raise UserError(f"task.{self.name}: {misread('', first) or no_format(list(first))}")
         return next(iter(KNOWN.items()))
 
     def fingerprint(self, cache_dir: str | os.PathLike[str]) -> str:
