@@ -50,24 +50,23 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
     """
     files = task.files()
     format_name, _ = found = task.settled_format()
-    train, valid, test = settings.split
-    proportions = [train + valid, 0.0, test] if task.valid else list(settings.split)
-    of_paths = task.training_files()
+    splits, proportions = task.splits(), task.proportions(settings.split)
     rows = task.rows()
 
     def keep(batch: Sequence[Read], encoded: Sequence[Encoded]) -> None:
         wholes = iter(encoded[len(batch) :])
-        for (place, row, messages, _, whole), sample in zip(batch, encoded, strict=False):
+        for (place, row, messages, _, text), sample in zip(batch, encoded, strict=False):
             length = len(sample[0])
             if length > settings.seq_length and settings.long_samples == LongSamples.error:
                 raise UserError(
                     f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is {settings.seq_length}; "
                     "allowed: a larger one, or data.long_samples = drop, truncate_left, truncate_right, split_turns"
                 )
-            if whole is not None:
+            if text is not None:
                 writer.compare(next(wholes)[0].tolist() == sample[0].tolist())
             digest = digest_of(messages)
-            split = SPLITS.index("valid") if place[0] >= of_paths else split_of(digest, proportions)
+            whole = splits[place[0]]
+            split = SPLITS.index(whole) if whole else split_of(digest, proportions)
             writer.add(place, row, fitted(messages, sample, encoder, settings), length, split, digest)
         writer.flush()
 
@@ -93,7 +92,7 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
             if not frozen:
                 gc.unfreeze()
             pool.shutdown(cancel_futures=True)
-        writer.finish({"task": task.name, "format": format_name})
+        writer.finish({"task": task.name, "format": format_name, "splits": splits})
 
 
 def _encode(encoder: Encoder, batch: Sequence[Read]) -> list[Encoded]:

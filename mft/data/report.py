@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 
 def as_json(stores: Sequence[Store], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns each task's report (see Store) with its lengths in tokens: mean, p50, p95, max."""
-    return {name: store.report | {"length": _lengths(store)} for store, name in zip(stores, names, strict=True)}
+    """Returns each task's report (see Store), its lengths in tokens (mean, p50, p95, max) and files held out whole."""
+    return {
+        name: store.report | {"length": _lengths(store), "held_out_files": store.held_out_files()}
+        for store, name in zip(stores, names, strict=True)
+    }
 
 
 def tables(stores: Sequence[Store], names: Sequence[str]) -> list[Table]:
@@ -62,10 +65,14 @@ def tables(stores: Sequence[Store], names: Sequence[str]) -> list[Table]:
 
 
 def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
-    """Returns what a table has no room for: fields that are not read, duplicates, and rows that other programs would
-    encode to other ids."""
+    """Returns what a table has no room for: fields that are not read, files held out whole, duplicates, and rows that
+    other programs would encode to other ids."""
     found = unread_notes(stores, names)
     for store, name in zip(stores, names, strict=True):
+        if files := store.held_out_files():
+            listed = [f"{_printable(Path(f['file']).name)} ({f['split']}, {f['rows']:,} rows)" for f in files[:6]]
+            more = f" and {len(files) - 6} more (data.json)" if len(files) > 6 else ""
+            found.append(f"{name}: held out, never trained: {', '.join(listed)}{more}")
         kept = {
             reason: n
             for reason, n in store.report.get("duplicates", {}).items()

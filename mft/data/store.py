@@ -60,6 +60,7 @@ class Store:
         self.report: dict[str, Any] = meta["report"]
         self.report["format"] = meta["format"]
         self.report["first_dropped"] = [self._named(d) for d in self.report["first_dropped"]]
+        self._splits: list[str] = meta["splits"]
         self._dropped = folder / writer.DROPPED
         self._left_out: list[tuple[str, tuple[np.ndarray, ...]]] = []
 
@@ -86,6 +87,15 @@ class Store:
                 about = {"file": str(self.files[file]), "line": line, "reason": reason, "field": "", "row": ""}
                 same = self._where(same_file, same_line) if same_line else "a row of a validation or test part"
                 yield about | {"problem": f"says the same as {same}"}
+
+    def held_out_files(self) -> list[dict[str, Any]]:
+        """Returns the files held out as a whole: file, split (valid or test), rows of it that are kept."""
+        rows_F = np.bincount(self._file_N[self.begins_N()], minlength=len(self.files))
+        return [
+            {"file": str(file), "split": split, "rows": int(rows)}
+            for file, split, rows in zip(self.files, self._splits, rows_F, strict=True)
+            if split
+        ]
 
     def leave_out(self, out_N: np.ndarray, reason: str, same_N: np.ndarray | None = None) -> None:
         """Takes rows out of the store, as if they had been dropped while it was made; samples get other numbers.

@@ -10,9 +10,9 @@ SAYS_LOSS = ("train", "weight", "loss_mask", "mask", "loss", "loss_scale", "loss
 
 LABELS = frozenset(
     (
-        *("id", "_id", "uid", "uuid", "idx", "index", "row_id", "prompt_id", "conversation_id", "question_id", "task_id"),
-        *("data_name", "dataset", "dataset_name", "source", "category", "subset", "split", "tag", "tags", "url"),
-        *("lang", "language", "license", "created", "created_at", "date", "timestamp"),
+        *("id", "_id", "uid", "uuid", "idx", "index", "row_id", "prompt_id", "conversation_id", "question_id"),
+        *("task_id", "data_name", "dataset", "dataset_name", "source", "category", "subset", "split", "tag"),
+        *("tags", "url", "lang", "language", "license", "created", "created_at", "date", "timestamp"),
     )
 )
 """Fields that say what a row is, not what it teaches; the report names them last, in a line of their own."""
