@@ -15,6 +15,12 @@ from mft.errors import UserError, shortened
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OPENING = r"<[\w:|-]+>|\[[\w-]+\]"
+CLOSING = r"</[\w:-]+>|<\|?(?:end|END)[\w:-]*\|?>|\[/[\w-]+\]"
+EMPTY_THOUGHT = re.compile(rf"\s*(?:{OPENING})\s*(?:{CLOSING})\s*")
+"""Tags with nothing between: <think></think>, [THINK][/THINK], <|START_THINKING|><|END_THINKING|>."""
+OPENED = re.compile(rf"(?:{OPENING})\s*\Z")
+
 PROBE = (Message("user", "What is 1+1?"), Message("assistant", "It is two."))
 
 
@@ -22,8 +28,9 @@ class Jinja(Template):
     """A chat template of which only the rendered text is known.
 
     The part that carries loss is what the model has to write itself: from the end of the generation prompt up to the
-    first special token after the answer, that one included. Raises UserError for a template that cannot be rendered,
-    that writes no such token, or whose generation prompt is not how it begins an answer.
+    first special token after the answer, that one included. An empty thought that the template puts before the answer
+    is not part of it: the row does not teach to think of nothing. Raises UserError for a template that cannot be
+    rendered, that writes no such token, or whose generation prompt is not how it begins an answer.
     """
 
     NAME = "jinja"
@@ -50,9 +57,11 @@ class Jinja(Template):
         for i, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            start, stop = self._trained(messages, i, whole)
+            start, answer_start, stop = self._trained(messages, i, whole)
             pieces.append(Piece(whole[done:start], False, False))
-            answer = whole[start:stop]
+            if answer_start > start:  # a piece of its own, so that the ids of the prompt stay a prefix
+                pieces.append(Piece(whole[start:answer_start], False, False, thought=True))
+            answer = whole[answer_start:stop]
             if eos and answer.endswith(eos):
                 pieces.append(Piece(answer.removesuffix(eos), message.train, True))
             else:
@@ -75,8 +84,8 @@ class Jinja(Template):
         if self._render(PROBE, False) != text:  # the template writes its EOS elsewhere; then both must stay
             tokenizer.eos_token = before
 
-    def _trained(self, messages: Sequence[Message], i: int, whole: str) -> tuple[int, int]:
-        """Returns where the part of answer i that carries loss begins and ends in the whole text."""
+    def _trained(self, messages: Sequence[Message], i: int, whole: str) -> tuple[int, int, int]:
+        """Returns where answer i begins in the whole text, where its loss begins, and where both end."""
         prompt = self._render(messages[:i], True)
         if not whole.startswith(prompt):
             raise RowError(
@@ -91,13 +100,13 @@ class Jinja(Template):
             raise RowError("", f"the chat template does not write out the answer {shortened(messages[i].content)}")
         stop = len(until) - len(self.tail) + len(self.closing)
         if whole.startswith(until[:stop]):
-            return len(prompt), stop
+            return len(prompt), _behind_thought(prompt, whole, stop - len(self.closing) - len(form)), stop
         # Some templates write an earlier answer shorter than the last one, e.g. without its empty thoughts.
         at = whole.find(form + self.closing, len(prompt))
         if at < 0:
             problem = f"the chat template writes the answer {shortened(form)} differently once turns follow"
             raise RowError("", problem)
-        return len(prompt), at + len(form) + len(self.closing)
+        return len(prompt), _behind_thought(prompt, whole, at), at + len(form) + len(self.closing)
 
     def _ending(self) -> tuple[str, str, str]:
         """Returns what follows an answer: all of it, up to and with the end-of-turn token, and that token."""
@@ -126,6 +135,15 @@ class Jinja(Template):
             )
         except (TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
             raise RowError("", f"the chat template cannot write it: {error}") from error
+
+
+def _behind_thought(prompt: str, whole: str, at: int) -> int:
+    """Returns where the loss begins: at the answer's own text (`at`) if only an empty thought stands before it, whose
+    tag the prompt may have opened; else where the prompt ends."""
+    opened = OPENED.search(prompt[-80:])
+    before = whole[len(prompt) : at]
+    empty = EMPTY_THOUGHT.fullmatch(before) or (opened and EMPTY_THOUGHT.fullmatch(opened.group() + before))
+    return at if before and empty else len(prompt)
 
 
 def _forms(content: str) -> list[str]:

@@ -129,6 +129,8 @@ def _batches(
             writer.leave_unread(unread)
         for message in messages:
             writer.answers_without_loss += not message.train
+        for piece in pieces:
+            writer.empty_thoughts += piece.thought
         compared = understood < COMPARED_FIRST or understood % COMPARED_EVERY == 0
         whole = None
         if compared and messages[0].role != "text":

@@ -82,6 +82,8 @@ def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
             said = {REPEATED: "repeat an earlier row of the task", HELD_OUT: "train and are held out, too"}
             counted = ", ".join(f"{n:,} rows {said[reason]}" for reason, n in kept.items())
             found.append(f"{name}: {counted} (data.duplicates=drop leaves them out)")
+        if n := store.report["empty_thoughts"]:
+            found.append(f"{name}: the template puts an empty thought before {n:,} answers; it carries no loss")
         compared, differ = (store.report["one_string"][k] for k in ("compared", "differ"))
         if differ:
             found.append(

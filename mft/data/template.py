@@ -18,11 +18,15 @@ KEYS = {"system": "system", "user": "user", "human": "user", "assistant": "assis
 
 
 class Piece(NamedTuple):
-    """A stretch of the text that is tokenised on its own; `eos`: the end-of-sequence token follows it."""
+    """A stretch of the text that is tokenised on its own.
+
+    eos: the end-of-sequence token follows it; thought: it is an empty thought that the template puts before an answer.
+    """
 
     text: str
     trained: bool
     eos: bool
+    thought: bool = False
 
 
 class Template:

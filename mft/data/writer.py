@@ -68,7 +68,7 @@ class Writer:
         self.compared = self.differ = 0
         self.unread: Counter[str] = Counter()
         self.declared = True  # whether the format says which fields it reads
-        self.answers_without_loss = 0
+        self.answers_without_loss = self.empty_thoughts = 0
         self.pending: dict[str, list[Any]] = {name: [] for name in self.dtypes}
 
     def __enter__(self) -> Writer:
@@ -169,6 +169,7 @@ class Writer:
             "one_string": {"compared": self.compared, "differ": self.differ},
             "unread": dict(self.unread) if self.declared else None,
             "answers_without_loss": self.answers_without_loss,
+            "empty_thoughts": self.empty_thoughts,
         }
 
     def finish(self, about: dict[str, Any]) -> None:
