@@ -7,13 +7,19 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
 from mft.batch import Message
 from mft.data.formats import RowError
-from mft.data.template import Piece, Template
+from mft.data.sandbox import TooMuch, bound
+from mft.data.template import OWN, Piece, Template
 from mft.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+LONGEST = 250_000
+"""Characters of a chat template; the longest of released models have about 20,000."""
 
 OPENING = r"<[\w:|-]+>|\[[\w-]+\]"
 CLOSING = r"</[\w:-]+>|<\|?(?:end|END)[\w:-]*\|?>|\[/[\w-]+\]"
@@ -38,6 +44,9 @@ class Jinja(Template):
     def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, name: str):
         """name: how `data.template` calls it."""
         super().__init__()
+        if len(source) > LONGEST:
+            raise UserError(f"data.template={name}: has {len(source):,} characters; a template has {LONGEST:,} at most")
+        bound()
         self.source, self.tokenizer, self.name = source, tokenizer, name
         special = {str(token) for token in tokenizer.get_added_vocab()} | {str(t) for t in tokenizer.all_special_tokens}
         longest_first = sorted(filter(None, special), key=len, reverse=True)
@@ -124,8 +133,6 @@ class Jinja(Template):
         return tail, tail[: found.end()], found.group()
 
     def _render(self, messages: Sequence[Message], generation: bool) -> str:
-        from jinja2 import TemplateError
-
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return str(
@@ -133,8 +140,16 @@ class Jinja(Template):
                     turns, chat_template=self.source, tokenize=False, add_generation_prompt=generation
                 )
             )
-        except (TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
+        except TooMuch as error:
+            where = f" of {self.tokenizer.name_or_path}" if self.name == OWN and self.tokenizer.name_or_path else ""
+            raise UserError(f"data.template={self.name}: the chat template{where} is refused: {error}.") from error
+        except TemplateError as error:
             raise RowError("", f"the chat template cannot write it: {error}") from error
+        except RecursionError as error:
+            raise RowError("", "the chat template cannot write it: it is nested too deeply, or calls itself") from error
+        except Exception as error:  # the template is a program from outside, and may fail in any way
+            problem = f"the chat template cannot write it: {type(error).__name__}: {error}"
+            raise RowError("", problem) from error
 
 
 def _behind_thought(prompt: str, whole: str, at: int) -> int:

@@ -214,7 +214,10 @@ def named(
     assert tokenizer is not None, "a Jinja template is rendered by the tokenizer"
     if name == OWN:
         return of_tokenizer(tokenizer)
-    source = Path(name).expanduser().read_text(encoding="utf-8")
+    try:
+        source = Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.template={name}: cannot be read as UTF-8 text: {error}") from error
     return Jinja(source, tokenizer, name)
 
 
