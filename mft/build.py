@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigKeyError, ValidationError
 from mft.components import component_class
 from mft.config import batch_sizes, settled
 from mft.data.settings import LongSamples, Mixture
-from mft.data.task import all_tasks
+from mft.data.task import Task, all_tasks
 from mft.dist.accelerator import refuse_fp16
 from mft.errors import UserError, nearest, plainly, shortened
 from mft.foreign import here
@@ -154,11 +154,13 @@ def check(cfg: DictConfig, world: int) -> None:
     tasks = all_tasks(chosen, list(cfg.data.paths))
     for task in tasks:
         task.files()  # a missing folder, a folder without rows
+        task.splits()  # files for validation and test alone
+    _check_something_trains(tasks, cfg.data.mixture)
     names = [task.name for task in tasks]
     _check_best(cfg.train.best, names)
     _check_by_task(components["loss"], names)
     # How many samples validate is known once they are cut; where none can be, it is known now.
-    may_validate = {task.name: int(cfg.data.split[1] > 0 or bool(task.valid)) for task in tasks}
+    may_validate = {task.name: int(cfg.data.split[1] > 0 or "valid" in task.splits()) for task in tasks}
     check_validation(cfg.train, components["loss"], may_validate)
     components["dist"].check_ranks(world)
     _check_together(cfg, components)
@@ -223,8 +225,6 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
     for name in cfg.task:
         task = components[f"task.{name}"]
         _check_share(name, task.share, cfg.data.mixture)
-        if task.weight < 0:
-            raise UserError(f"task.{name}.weight={task.weight} must not be negative.")
 
 
 def _check_dist(dist: Any, optimizer: Any, peft: Any, precision: str) -> None:
@@ -252,6 +252,17 @@ def _check_rows(rows: Any, loss: Any, long_samples: LongSamples) -> None:
             "data.long_samples=keep is for rows that cut samples (data=concat); choose drop, truncate_left, "
             "truncate_right, split_turns or error."
         )
+
+
+def _check_something_trains(tasks: Sequence[Task], mixture: Mixture) -> None:
+    """Raises UserError where every task has a share or a weight of 0."""
+    trained = [task for task in tasks if mixture is not Mixture.shares or task.share != 0]
+    if not trained:
+        keys = ", ".join(f"task.{task.name}.share" for task in tasks)
+        raise UserError(f"{keys}: all are 0, so no task would be trained; one must be above 0.")
+    if not any(task.weight for task in trained):
+        keys = ", ".join(f"task.{task.name}.weight" for task in trained)
+        raise UserError(f"{keys}: all are 0, so nothing would be trained; one must be above 0.")
 
 
 def _check_share(name: str, share: float | None, mixture: Mixture) -> None:

@@ -124,6 +124,9 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
     if is_file(cfg.data.template):
         cfg.data.template = place(cfg.data, "template")
     for name, task in cfg.task.items():
+        if isinstance(task, DictConfig) and not {"_target_", "paths"} & set(task):
+            chosen = [str(key) for key, node in cfg.task.items() if "_target_" in node]
+            raise UserError(f"task.{name}.{next(map(str, task), '')}: {_not_chosen(str(name), chosen)}")
         for key in ("paths", "valid"):
             if isinstance(task, DictConfig) and OmegaConf.is_list(task.get(key)):
                 task[key] = all_absolute(task[key], f"task.{name}.{key}")
@@ -328,16 +331,20 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
     wrong = key.split(".")[len(path)]
     keys = [str(k) for k in node if not str(k).startswith("_")]
     if path == ["task"]:
-        return (
-            f"{key}: no task {wrong!r} is chosen{nearest(wrong, keys) or '.'} Chosen: {', '.join(keys) or 'none'}; "
-            "task=[NAME] chooses one that has a yaml, and a folder of data.paths has no settings of its own."
-        )
+        return f"{key}: {_not_chosen(wrong, keys)}"
     groups = [p.name for p in config_dir().iterdir() if p.is_dir()] if not path else []
     options = [*keys, *(g for g in groups if g not in keys)]
     where = f"{'.'.join(path)} has" if path else "the config has"
     hint = here(wrong) if wrong not in map(_last, _all_keys(cfg)) else ""
     hint = hint or nearest(wrong, options) or _elsewhere(wrong, cfg, similar=not path) or "."
     return f"{key}: {where} no key {wrong!r}{hint} Allowed: {', '.join(options) or 'none'}."
+
+
+def _not_chosen(wrong: str, chosen: Sequence[str]) -> str:
+    return (
+        f"no task {wrong!r} is chosen{nearest(wrong, chosen) or '.'} Chosen: {', '.join(chosen) or 'none'}; "
+        "task=[NAME] chooses one that has a yaml, and a folder of data.paths has no settings of its own."
+    )
 
 
 def _elsewhere(wrong: str, cfg: DictConfig, similar: bool) -> str:

@@ -174,7 +174,11 @@ def register() -> None:
     OmegaConf.register_new_resolver("mft_cache", default_cache_dir, replace=True)
     interpolations.register()
     yaml_files.register()
-    ConfigStore.instance().store(name="schema", node=Config, provider="mft")
+    schema = OmegaConf.structured(Config)
+    # A task's yaml may leave out fields that have defaults; without the flag Hydra would not let them be set either.
+    # Wrong names are refused by the task's class.
+    schema.task._set_flag("struct", False)
+    ConfigStore.instance().store(name="schema", node=schema, provider="mft")
 
 
 def freeze(cfg: DictConfig, path: Path) -> None:

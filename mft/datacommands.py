@@ -109,6 +109,7 @@ def show(args: list[str]) -> None:
     found = prepared(args)
     from rich.text import Text
 
+    from mft.data import report as account
     from mft.data.preview import chosen, spans
     from mft.data.store import Samples
 
@@ -135,6 +136,9 @@ def show(args: list[str]) -> None:
                 body.append(text if coloured else f"⟦{text}⟧", style="bold green")
         console.print(body, soft_wrap=True)
         console.print()
+    shown = [known.names.index(only)] if only else range(len(known.names))
+    for note in account.unread_notes([known.stores[k] for k in shown], [known.names[k] for k in shown]):
+        console.print(note, markup=False, soft_wrap=True)
     key = "green" if coloured else "⟦ ⟧"
     console.print(
         f"{key}: what carries loss, up to and with the end of sequence {known.tokenizer.eos_token}", markup=False

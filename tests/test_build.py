@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,3 +132,55 @@ def test_a_quantised_base_is_refused_before_any_rank_starts(rows: Path, tiny_fol
         given = [f"data.paths=[{rows / 'naming'}]", "model=auto", f"model.path={tmp_path / 'fp8'}", f"peft={mode}"]
         with pytest.raises(UserError, match="quantised by fp8; write its real values once, `mft convert"):
             check(compose_resolved(given), world=1)
+
+
+def own_task(rows: Path, name: str, text: str) -> str:
+    """Writes the yaml of a task with these lines; returns the override that chooses it."""
+    (rows / "conf" / "task").mkdir(parents=True, exist_ok=True)
+    head = f"# @package task.{name}\n_target_: mft.data.task.Task\npaths: [{rows / 'naming'}]\n"
+    (rows / "conf" / "task" / f"{name}.yaml").write_text(head + text)
+    return f"task=[{name}]"
+
+
+def composed(rows: Path, *overrides: str) -> Any:
+    return compose_resolved(["model=tiny", f"cache_dir={rows}", *overrides], [rows / "conf"])
+
+
+def test_every_field_of_a_task_can_be_set_where_its_yaml_leaves_it_out(rows: Path) -> None:
+    choice = own_task(rows, "z", "format: chat\n")
+    given = ("task.z.weight=2", "task.z.share=1", "task.z.hint=none", "task.z.name=zed", f"task.z.valid=[{rows}]")
+    cfg = composed(rows, choice, *given, "data.mixture=shares", f"task.z.valid=[{rows / 'checking'}]")
+    check(cfg, world=1)
+    assert (cfg.task.z.weight, cfg.task.z.name, list(cfg.task.z.valid)) == (2, "zed", [str(rows / "checking")])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("task.z.wieght=2", r"task\.z\.wieght: Task has no such field; did you mean weight\?"),
+        ("task.zz.weight=2", r"task\.zz\.weight: no task 'zz' is chosen.*Chosen: z;"),
+        ("task.naming.weight=2", r"a folder of data\.paths has no settings of its own"),
+        ("task.z.weight=nan", r"task\.z\.weight=nan: must be a finite number"),
+        ("task.z.weight=-1", r"task\.z\.weight=-1: must be"),
+        ("task.z.weight=0", r"task\.z\.weight: all are 0, so nothing would be trained"),
+        ("task.z.format=mesages", r"task\.z\.format='mesages': unknown format; did you mean messages\?"),
+    ],
+)
+def test_a_wrong_field_of_a_task_is_one_sentence(rows: Path, override: str, says: str) -> None:
+    choice = own_task(rows, "z", "format: chat\n")
+    with pytest.raises(UserError, match=says):
+        check(composed(rows, choice, override), world=1)
+
+
+def test_a_weight_of_zero_is_refused_only_where_nothing_else_trains(rows: Path) -> None:
+    own_task(rows, "y", "")
+    own_task(rows, "z", "")
+    two = ("task=[y,z]", "data.mixture=shares")
+    check(composed(rows, *two, "task.z.weight=0"), world=1)
+    check(composed(rows, *two, "task.z.share=0"), world=1)
+    with pytest.raises(UserError, match=r"task\.y\.weight, task\.z\.weight: all are 0"):
+        check(composed(rows, *two, "task.y.weight=0", "task.z.weight=0"), world=1)
+    with pytest.raises(UserError, match=r"task\.z\.weight: all are 0"):
+        check(composed(rows, *two, "task.y.share=0", "task.z.weight=0"), world=1)
+    with pytest.raises(UserError, match=r"task\.y\.share, task\.z\.share: all are 0"):
+        check(composed(rows, *two, "task.y.share=0", "task.z.share=0"), world=1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mft.batch import Message
+from mft.data.unread import NOTHING, carries, left_over
 from mft.errors import UserError, nearest, shortened
 
 
@@ -39,6 +40,11 @@ class Format(ABC):
     def messages(self, row: Any) -> list[Message]:
         """Returns the conversation of a row, roles system, user and assistant; raises RowError naming the field."""
 
+    def unread(self, row: Any) -> Iterable[str] | None:
+        """Returns the names of the fields of an understood row that `messages` does not read though they carry text, a
+        list or an object, e.g. `tools` and `messages[].name`; None where the format does not say what it reads."""
+        return None
+
     def describe(self) -> str:
         """Returns the name by which reports call it."""
         return type(self).__name__.lower()
@@ -52,12 +58,14 @@ class Turns(Format):
     """A list of turns, one object each. The class variables say how the fields and the roles are called.
 
     An optional system turn comes first, then user and assistant turns alternate. A turn of the assistant with
-    `"train": false` or `"weight": 0` carries no loss. Other fields are ignored.
+    `"train": false`, `"weight": 0` or `"loss_mask": 0` carries no loss; other fields that would say so are refused.
+    All further fields are left unread, and named by `unread`.
     """
 
     FIELD: ClassVar[str]
     ROLE: ClassVar[str] = "role"
     CONTENT: ClassVar[str] = "content"
+    BESIDE: ClassVar[Sequence[str]] = ()  # fields read beside the list
     ONE: ClassVar[str] = "turn"
     SYSTEM: ClassVar[Sequence[str]] = ("system",)
     USER: ClassVar[Sequence[str]] = ("user",)
@@ -73,12 +81,26 @@ class Turns(Format):
         if not isinstance(turns, list) or not turns:
             problem = f"is {_kind(turns)} {shortened(turns)}; allowed: a list of at least one {self.ONE}"
             raise RowError(self.FIELD, problem)
+        if len(row) > 1 and (row.get("train") is False or row.get("loss_mask") == 0):
+            field = "train" if row.get("train") is False else "loss_mask"
+            raise RowError(field, f"stands beside {self.FIELD}, where it is not read; write it into each {self.ONE}")
         messages: list[Message] = []
         for number, turn in enumerate(turns):
             messages.append(self._message(turn, f"{self.FIELD}[{number}]", messages))
         if messages[-1].role == "system":
             raise RowError(self.FIELD, f"holds only a system turn; a {self.USER[0]} turn must follow")
         return messages
+
+    def unread(self, row: Any) -> Iterable[str] | None:
+        turns = row[self.FIELD]
+        found = left_over(row, (self.FIELD, *self.BESIDE)) if len(row) > 1 else NOTHING
+        for turn in turns:
+            if len(turn) > 2:  # more than role and content, which are there
+                found = found | left_over(turn, (self.ROLE, self.CONTENT, *READ_LOSS), f"{self.FIELD}[].")
+            if isinstance(turn[self.CONTENT], list):
+                for part in turn[self.CONTENT]:
+                    found = found | left_over(part, ("type", "text"), f"{self.FIELD}[].{self.CONTENT}[].")
+        return found
 
     def _message(self, turn: Any, field: str, before: list[Message]) -> Message:
         if not isinstance(turn, dict):
@@ -100,7 +122,7 @@ class Turns(Format):
             hint = f"; {self.USER[0]} and {self.ASSISTANT[0]} turns alternate" if known else nearest(role, allowed)
             problem = f"{shortened(role)} is not allowed here; allowed: {', '.join(allowed)}{hint}"
             raise RowError(f"{field}.{self.ROLE}", problem)
-        train = _trained(turn, field)
+        train = len(turn) == 2 or _trained(turn, field, assistant)
         if assistant and not content:
             raise RowError(f"{field}.{self.CONTENT}", f"is empty; a {self.ASSISTANT[0]} turn needs text to learn")
         meaning = "assistant" if assistant else "system" if role in self.SYSTEM else "user"
@@ -156,6 +178,7 @@ class ShareGPT(Turns):
     FIELD = "conversations"
     ROLE = "from"
     CONTENT = "value"
+    BESIDE = ("system",)
     USER = ("human", "user")
     ASSISTANT = ("gpt", "assistant", "bot", "chatgpt")
 
@@ -172,7 +195,8 @@ class Pair(Format):
     """A question and its answer in two fields, e.g. prompt and answer; the names of the fields are the values.
 
     system: field of an optional system text; input: field of optional further input, put on a new line below the
-    question ("" = there is none). Other fields are ignored.
+    question ("" = there is none). `"train": false` or `"loss_mask": 0` takes the answer out of the loss. Further fields
+    are left unread, and named by `unread`.
     """
 
     public_name: ClassVar[str] = "pair"
@@ -198,11 +222,16 @@ class Pair(Format):
             raise RowError(self.answer, "is empty; an answer needs text to learn")
         if self.input and (further := _optional(row, self.input)):
             question = f"{question}\n{further}" if question else further
-        train = _trained(row, "")
+        train = _train(row, "") and _loss_mask(row, "")
         system = _optional(row, self.system) if self.system else ""
         turns = [("system", system, True)] if system else []
         turns += [("user", question, True), ("assistant", answer, train)]
         return [Message(role, content, trained, pair=True) for role, content, trained in turns]
+
+    def unread(self, row: Any) -> Iterable[str] | None:
+        if len(row) == 2:
+            return NOTHING
+        return left_over(row, (self.prompt, self.answer, self.system, self.input, "train", "loss_mask"))
 
 
 @dataclass
@@ -224,6 +253,9 @@ class Text(Format):
             raise RowError(self.field, "is empty; there is nothing to learn")
         return [Message("text", text)]
 
+    def unread(self, row: Any) -> Iterable[str] | None:
+        return left_over(row, (self.field,)) if len(row) > 1 else NOTHING
+
 
 KNOWN: dict[str, Format] = {
     "chat": Chat(),
@@ -237,6 +269,7 @@ KNOWN: dict[str, Format] = {
     "question_response": Pair("question", "response"),
     "question_answer": Pair("question", "answer"),
     "query_answer": Pair("query", "answer"),
+    "prompt_completion": Pair("prompt", "completion"),
     "text": Text(),
 }
 """The formats of conf/format by name. Where the fields of a row fit several, the first one is meant."""
@@ -256,13 +289,42 @@ class Auto(Format):
         raise AssertionError("the format of a task is settled before its rows are read")
 
 
+QUESTIONS = ("prompt", "instruction", "question", "query", "input", "problem")
+ANSWERS = ("answer", "answers", "completion", "response", "output", "solution", "target")
+
+OWN_NAMES = "format: {_target_: mft.data.formats.Pair, prompt: my_question, answer: my_answer}"
+
+
+def misread(name: str, row: Mapping[str, Any]) -> str:
+    """Returns why a row should not be read by the format that Auto found, "" where it may.
+
+    Preferences would be trained as plain answers, the rejected ones among them, and a pair as text with its question.
+    """
+    if carries(row.get("chosen")) and carries(row.get("rejected")):
+        return (
+            "its rows are preferences (chosen, rejected), which mft does not train; to train on the chosen answers "
+            f"alone, name the fields in the task's yaml, e.g. {OWN_NAMES}"
+        )
+    if name == "prompt_completion" and isinstance(row.get("label"), bool):
+        return (
+            "its rows are judged completions (prompt, completion, label), and those with label: false would be "
+            "trained, too; take them out of the files, and write format: prompt_completion into the task's yaml"
+        )
+    sides = [next((f for f in fields if carries(row.get(f))), None) for fields in (QUESTIONS, ANSWERS)]
+    if name == "text" and all(sides):
+        return (
+            f"its rows have a text beside {sides[0]} and {sides[1]}: as plain text the questions would be trained, "
+            f"too; name the format in the task's yaml, {OWN_NAMES} or format: text"
+        )
+    return ""
+
+
 def no_format(fields: Sequence[str]) -> str:
     """Returns what is said where no row of a task fits a known format; fields: those of its first object."""
     marks = [known.FIELD if isinstance(known, Turns) else known.describe() for known in KNOWN.values()]
     return (
         f"no format fits its rows; fields of the first one: {shortened(', '.join(fields[:12]) or 'none')}. Known: "
-        f"{', '.join(marks)}. For other names choose one in the task's yaml, e.g. format: {{_target_: "
-        "mft.data.formats.Pair, prompt: my_question, answer: my_answer}"
+        f"{', '.join(marks)}. For other names choose one in the task's yaml, e.g. {OWN_NAMES}"
     )
 
 
@@ -289,18 +351,46 @@ def _text(value: Any, field: str) -> str:
     return value
 
 
-def _trained(turn: Mapping[str, Any], field: str) -> bool:
-    """Returns what `train` and `weight` say; null is as good as absent (tables have a value in every row)."""
-    prefix = f"{field}." if field else ""
-    train = turn.get("train")
+READ_LOSS = ("train", "weight", "loss_mask")
+"""Fields of a turn that say whether it carries loss, and are read."""
+
+UNCLEAR_LOSS = ("mask", "loss", "loss_scale", "loss_weight")
+"""Fields of a turn that say so in ways that differ between programs."""
+
+
+def _trained(turn: Mapping[str, Any], field: str, assistant: bool) -> bool:
+    """Returns what READ_LOSS says; null is as good as absent (tables have a value in every row).
+
+    Raises RowError where an answer would be trained though UNCLEAR_LOSS may say otherwise.
+    """
+    train, weight = _train(turn, f"{field}."), turn.get("weight")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise RowError(f"{field}.weight", f"is {_kind(weight)} {shortened(weight)}; allowed: 0 (no loss) and 1")
+    train = _loss_mask(turn, f"{field}.") and train and weight != 0
+    for name in UNCLEAR_LOSS if assistant and train else ():
+        value = turn.get(name)
+        if value is not None and (name == "mask" or value != 1):
+            problem = (
+                f"is {_kind(value)} {shortened(value)} and not read, so the answer would be trained whatever it says; "
+                'write "train": false into turns without loss, and take the field out'
+            )
+            raise RowError(f"{field}.{name}", problem)
+    return train
+
+
+def _train(fields: Mapping[str, Any], prefix: str) -> bool:
+    train = fields.get("train")
     if train is not None and not isinstance(train, bool):
         raise RowError(f"{prefix}train", f"is {_kind(train)} {shortened(train)}; allowed: true, false")
-    weight = turn.get("weight")
-    if weight is None or not field:
-        return train is not False
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
-        raise RowError(f"{prefix}weight", f"is {_kind(weight)} {shortened(weight)}; allowed: 0 (no loss) and 1")
-    return train is not False and weight == 1
+    return train is not False
+
+
+def _loss_mask(fields: Mapping[str, Any], prefix: str) -> bool:
+    mask = fields.get("loss_mask")
+    if mask is not None and mask not in (0, 1):  # as numbers or booleans
+        problem = f"is {_kind(mask)} {shortened(mask)}; allowed: 0 (no loss) and 1"
+        raise RowError(f"{prefix}loss_mask", problem)
+    return mask is None or bool(mask)
 
 
 def _kind(value: Any) -> str:

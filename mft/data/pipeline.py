@@ -18,6 +18,7 @@ from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS, digest_of, split_of
 from mft.data.task import Task
 from mft.data.template import Piece
+from mft.data.unread import NOTHING
 from mft.data.writer import BAD_ROW, Place, Writer
 from mft.errors import UserError
 
@@ -50,24 +51,23 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
     """
     files = task.files()
     format_name, _ = found = task.settled_format()
-    train, valid, test = settings.split
-    proportions = [train + valid, 0.0, test] if task.valid else list(settings.split)
-    of_paths = task.training_files()
+    splits, proportions = task.splits(), task.proportions(settings.split)
     rows = task.rows()
 
     def keep(batch: Sequence[Read], encoded: Sequence[Encoded]) -> None:
         wholes = iter(encoded[len(batch) :])
-        for (place, row, messages, _, whole), sample in zip(batch, encoded, strict=False):
+        for (place, row, messages, _, text), sample in zip(batch, encoded, strict=False):
             length = len(sample[0])
             if length > settings.seq_length and settings.long_samples == LongSamples.error:
                 raise UserError(
                     f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is {settings.seq_length}; "
                     "allowed: a larger one, or data.long_samples = drop, truncate_left, truncate_right, split_turns"
                 )
-            if whole is not None:
+            if text is not None:
                 writer.compare(next(wholes)[0].tolist() == sample[0].tolist())
             digest = digest_of(messages)
-            split = SPLITS.index("valid") if place[0] >= of_paths else split_of(digest, proportions)
+            whole = splits[place[0]]
+            split = SPLITS.index(whole) if whole else split_of(digest, proportions)
             writer.add(place, row, fitted(messages, sample, encoder, settings), length, split, digest)
         writer.flush()
 
@@ -93,7 +93,7 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
             if not frozen:
                 gc.unfreeze()
             pool.shutdown(cancel_futures=True)
-        writer.finish({"task": task.name, "format": format_name})
+        writer.finish({"task": task.name, "format": format_name, "splits": splits})
 
 
 def _encode(encoder: Encoder, batch: Sequence[Read]) -> list[Encoded]:
@@ -126,6 +126,12 @@ def _batches(
                 raise _explained(error.at(file, line)) from None
             writer.drop(place, row, BAD_ROW, error.problem, error.field)
             continue
+        if (unread := row_format.unread(row)) != NOTHING:
+            writer.leave_unread(unread)
+        for message in messages:
+            writer.answers_without_loss += not message.train
+        for piece in pieces:
+            writer.empty_thoughts += piece.thought
         compared = understood < COMPARED_FIRST or understood % COMPARED_EVERY == 0
         whole = None
         if compared and messages[0].role != "text":

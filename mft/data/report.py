@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,20 @@ import numpy as np
 from mft.data.duplicates import HELD_OUT, REPEATED
 from mft.data.split import SPLITS
 from mft.data.store import Store
+from mft.data.unread import SAYS_LOSS, split_labels
 from mft.data.writer import CUTS
+from mft.errors import shortened
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def as_json(stores: Sequence[Store], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns each task's report (see Store) with its lengths in tokens: mean, p50, p95, max."""
-    return {name: store.report | {"length": _lengths(store)} for store, name in zip(stores, names, strict=True)}
+    """Returns each task's report (see Store), its lengths in tokens (mean, p50, p95, max) and files held out whole."""
+    return {
+        name: store.report | {"length": _lengths(store), "held_out_files": store.held_out_files()}
+        for store, name in zip(stores, names, strict=True)
+    }
 
 
 def tables(stores: Sequence[Store], names: Sequence[str]) -> list[Table]:
@@ -59,9 +65,14 @@ def tables(stores: Sequence[Store], names: Sequence[str]) -> list[Table]:
 
 
 def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
-    """Returns what a table has no room for: duplicates, and rows that other programs would encode to other ids."""
-    found = []
+    """Returns what a table has no room for: fields that are not read, files held out whole, duplicates, and rows that
+    other programs would encode to other ids."""
+    found = unread_notes(stores, names)
     for store, name in zip(stores, names, strict=True):
+        if files := store.held_out_files():
+            listed = [f"{_printable(Path(f['file']).name)} ({f['split']}, {f['rows']:,} rows)" for f in files[:6]]
+            more = f" and {len(files) - 6} more (data.json)" if len(files) > 6 else ""
+            found.append(f"{name}: held out, never trained: {', '.join(listed)}{more}")
         kept = {
             reason: n
             for reason, n in store.report.get("duplicates", {}).items()
@@ -71,6 +82,8 @@ def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
             said = {REPEATED: "repeat an earlier row of the task", HELD_OUT: "train and are held out, too"}
             counted = ", ".join(f"{n:,} rows {said[reason]}" for reason, n in kept.items())
             found.append(f"{name}: {counted} (data.duplicates=drop leaves them out)")
+        if n := store.report["empty_thoughts"]:
+            found.append(f"{name}: the template puts an empty thought before {n:,} answers; it carries no loss")
         compared, differ = (store.report["one_string"][k] for k in ("compared", "differ"))
         if differ:
             found.append(
@@ -78,6 +91,41 @@ def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
                 f"{compared:,} rows compared (docs/data.md says why; mft generate encodes as in training)"
             )
     return found
+
+
+def unread_notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
+    """Returns a line for each task with fields that its format does not read, and one for the labels of all tasks."""
+    found: list[str] = []
+    labels: Counter[str] = Counter()
+    for store, name in zip(stores, names, strict=True):
+        counts = store.report["unread"]
+        if counts is None:
+            found.append(f"{name}: its format does not say which fields of a row it leaves unread (Format.unread)")
+            continue
+        lessons, named = split_labels(counts)
+        labels.update(named)
+        if lessons:
+            found.append(f"{name}: not read: {_listed(lessons)}")
+        if loss := [field for field in lessons if field in SAYS_LOSS]:
+            found.append(
+                f"{name}: {', '.join(loss)} may say what carries loss, but is not read there: all answers of these "
+                'rows are trained unless a turn says "train": false'
+            )
+        if n := store.report["answers_without_loss"]:
+            found.append(f"{name}: {n:,} answers carry no loss, as their rows ask (train, weight or loss_mask)")
+    if labels:
+        found.append(f"labels that are not read: {_listed(dict(labels.most_common()))}")
+    return found
+
+
+def _listed(counts: dict[str, int], most: int = 12) -> str:
+    shown = [f"{_printable(field)} ({n:,} rows)" for field, n in list(counts.items())[:most]]
+    more = [f"{len(counts) - most} more in data.json"] if len(counts) > most else []
+    return ", ".join(shown + more)
+
+
+def _printable(field: str) -> str:
+    return field if field.isprintable() and len(field) <= 80 else shortened(field)
 
 
 def write_dropped(path: Path, stores: Sequence[Store], names: Sequence[str]) -> None:

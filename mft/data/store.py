@@ -38,7 +38,9 @@ class Store:
 
     lengths_N: tokens of each; trained_N: tokens that carry loss; split_N: index in SPLITS.
     report: rows, kept, splits, tokens, trained_tokens, truncated, dropped {reason: count}, first_dropped,
-    one_string (rows compared with their encoding as one string, and how many differ); duplicates (see `settle`).
+    one_string (rows compared with their encoding as one string, and how many differ); unread (understood rows with a
+    field that the format does not read, by field; None: it does not say); answers_without_loss; empty_thoughts (that
+    the template puts before answers); duplicates (see `settle`).
     contents: the fingerprint of the rows it was made of (`Task.fingerprint`), "" until `prepare` sets it.
     fingerprint: hash of contents, tokenizer, template and options. digest_N: equal where the conversations of two
     samples' rows are.
@@ -60,6 +62,7 @@ class Store:
         self.report: dict[str, Any] = meta["report"]
         self.report["format"] = meta["format"]
         self.report["first_dropped"] = [self._named(d) for d in self.report["first_dropped"]]
+        self._splits: list[str] = meta["splits"]
         self._dropped = folder / writer.DROPPED
         self._left_out: list[tuple[str, tuple[np.ndarray, ...]]] = []
 
@@ -86,6 +89,15 @@ class Store:
                 about = {"file": str(self.files[file]), "line": line, "reason": reason, "field": "", "row": ""}
                 same = self._where(same_file, same_line) if same_line else "a row of a validation or test part"
                 yield about | {"problem": f"says the same as {same}"}
+
+    def held_out_files(self) -> list[dict[str, Any]]:
+        """Returns the files held out as a whole: file, split (valid or test), rows of it that are kept."""
+        rows_F = np.bincount(self._file_N[self.begins_N()], minlength=len(self.files))
+        return [
+            {"file": str(file), "split": split, "rows": int(rows)}
+            for file, split, rows in zip(self.files, self._splits, rows_F, strict=True)
+            if split
+        ]
 
     def leave_out(self, out_N: np.ndarray, reason: str, same_N: np.ndarray | None = None) -> None:
         """Takes rows out of the store, as if they had been dropped while it was made; samples get other numbers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,8 +14,12 @@ import xxhash
 from mft.data import hub
 from mft.data.files import SUFFIXES, Rows, is_data, stem
 from mft.data.fingerprint import file_digests
-from mft.data.formats import KNOWN, Auto, Format, RowError, no_format
-from mft.errors import UserError, nearest
+from mft.data.formats import KNOWN, Auto, Format, RowError, misread, no_format
+from mft.data.splitnames import split_named
+from mft.errors import UserError, nearest, shortened
+
+NAME_CHARACTERS = 200
+"""Characters of a task's name; trackers allow 250 for the name of a metric."""
 
 _ENDINGS = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
 
@@ -24,9 +29,11 @@ class Task:
     """One of the tasks that are learned together.
 
     name: its name in reports and metrics; "" = its key under `task`. paths: folders (searched for data files, also
-    below), files, or names of hub data sets. valid: the same for rows that only validate; where it is given, none of
-    `paths` does. weight: weight in the loss. share: part of the mixture under data.mixture=shares, relative to the
-    other tasks; None = 1. format: a Format. hint: what to do when a path is missing.
+    below), files, or names of hub data sets. In a folder, files that are named for validation or test are not trained
+    (see `splitnames`); a file that is given itself is not judged by its name. valid: the same for rows that only
+    validate, whatever their names. weight: weight in the loss. share: part of the mixture under data.mixture=shares,
+    relative to the other tasks; None = 1. format: a Format, or the name of one of conf/format. hint: what to do when a
+    path is missing.
     """
 
     public_name: ClassVar[str] = "task"
@@ -39,6 +46,23 @@ class Task:
     format: Any = field(default_factory=Auto)
     hint: str = ""
 
+    def named(self, name: str) -> Task:
+        """Returns the task under this name, its format built where it was given by name.
+
+        Raises UserError for values that types alone cannot refuse.
+        """
+        if not (self.weight >= 0 and math.isfinite(self.weight)):
+            raise UserError(f"task.{name}.weight={self.weight}: must be a finite number, 0 or larger.")
+        if not name.isprintable() or len(name) > NAME_CHARACTERS:
+            raise UserError(
+                f"task.{name[:40]!r}.name: must be at most {NAME_CHARACTERS} printable characters; metrics are named "
+                "after it."
+            )
+        for key in ("paths", "valid"):
+            if not all(path and isinstance(path, str) for path in getattr(self, key)):
+                raise UserError(f"task.{name}.{key}={getattr(self, key)}: every entry must be the text of a path.")
+        return replace(self, name=name, format=_format(self.format, f"task.{name}.format"))
+
     def files(self) -> list[Path]:
         """Returns the files of `paths` and then those of `valid`: in the given order, the files of a folder sorted.
 
@@ -47,7 +71,7 @@ class Task:
         """
         if not self.paths:
             raise UserError(f"{self._at('paths')}: is empty; allowed: folders with {_ENDINGS} files, or such files")
-        files = self._files("paths") + self._files("valid")
+        files = [file for file, _ in self._all_files()]
         seen: set[str] = set()
         for file in files:
             real = str(file) if hub.is_name(file) else os.path.realpath(file)
@@ -56,9 +80,26 @@ class Task:
             seen.add(real)
         return files
 
-    def training_files(self) -> int:
-        """Returns how many of `files()` are of `paths`; the others only validate."""
-        return len(self._files("paths"))
+    def splits(self) -> list[str]:
+        """Returns what each of `files()` is for: valid, test, or "" (it trains, but for what data.split takes of it).
+
+        Raises UserError where none trains.
+        """
+        files = self._all_files()
+        if all(split for _, split in files):
+            names = ", ".join(file.name for file, _ in files[:3])
+            raise UserError(
+                f"{self._at('paths')}: no file to train on: by their names all are for validation or test ({names}); "
+                "to train on such files give the files themselves, not their folder."
+            )
+        return [split for _, split in files]
+
+    def proportions(self, split: Sequence[float]) -> list[float]:
+        """Returns data.split for the files that train: a split with files of its own takes no part of them."""
+        train, valid, test = split
+        own = set(self.splits())
+        moved = (valid if "valid" in own else 0.0) + (test if "test" in own else 0.0)
+        return [train + moved, 0.0 if "valid" in own else valid, 0.0 if "test" in own else test]
 
     def rows(self) -> Rows:
         """Returns the rows of all files: (file, line, parsed row or RowError)."""
@@ -74,27 +115,47 @@ class Task:
         first: dict[str, Any] | None = None
         for _, _, row in self.rows():
             if not isinstance(row, RowError) and (found := self.format.settled(row)):
+                if reason := misread(found[0], row):
+                    raise UserError(f"task.{self.name}: {reason}.")
                 return found
             if first is None and isinstance(row, dict):
                 first = row
         if first is not None:
-            raise UserError(f"task.{self.name}: {no_format(list(first))}")
+            raise UserError(f"task.{self.name}: {misread('', first) or no_format(list(first))}")
         return next(iter(KNOWN.items()))
 
     def fingerprint(self, cache_dir: str | os.PathLike[str]) -> str:
-        """Returns a hash of the contents of all files in order; names and places of the files do not enter."""
+        """Returns a hash of the contents of all files in order and the splits they are for, not of names and places."""
         files = self.files()
         digests = iter(file_digests([file for file in files if not hub.is_name(file)], Path(cache_dir)))
         parts = [hub.digest(str(file)) if hub.is_name(file) else next(digests) for file in files]
-        if self.valid:
-            parts.insert(self.training_files(), "valid")
+        splits = self.splits()
+        trained = splits.count("")
+        if splits == [""] * trained + ["valid"] * (len(splits) - trained) and trained < len(splits):
+            parts.insert(trained, "valid")
+        elif any(splits):
+            parts.append(",".join(splits))
         return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
-    def _files(self, key: str) -> list[Path]:
-        paths = self.paths if key == "paths" else self.valid
-        return [f for path in paths for f in ([Path(path)] if hub.is_name(path) else self._files_of(path, key))]
+    def _all_files(self) -> list[tuple[Path, str]]:
+        """Returns the files of `paths` with the splits that they are named for, and then those of `valid`.
+
+        A file that is named for a split in a folder of `paths` and given in `valid` as well is of `valid`.
+        """
+        validate = [file for path in self.valid for file in self._files_of(path, "valid")]
+        given = {os.path.realpath(file) for file in validate}
+        found: list[tuple[Path, str]] = []
+        for path in self.paths:
+            folder = Path(path).expanduser()
+            files = self._files_of(path, "paths")
+            found += [(file, "" if file == folder else split_named(file.relative_to(folder))) for file in files]
+        kept = [(file, split) for file, split in found if not split or os.path.realpath(file) not in given]
+        return kept + [(file, "valid") for file in validate]
 
     def _files_of(self, given: str, key: str) -> list[Path]:
+        """Returns the files of one path, those of a folder sorted."""
+        if hub.is_name(given):
+            return [Path(given)]
         path = Path(given).expanduser()
         if path.is_file():
             return [path]
@@ -148,8 +209,8 @@ def all_tasks(chosen: Mapping[str, Task], paths: Sequence[str]) -> list[Task]:
         name = task.name or key
         if name in tasks:
             raise UserError(f"task.{key}.name: {name!r} is already the name of another chosen task; names must differ")
-        tasks[name] = replace(task, name=name)
-    tasks |= {task.name: task for task in tasks_from_paths(paths, list(tasks.values()))}
+        tasks[name] = task.named(name)
+    tasks |= {task.name: task.named(task.name) for task in tasks_from_paths(paths, list(tasks.values()))}
     if not tasks:
         raise UserError(
             "task: no task is chosen; choose some of conf/task, e.g. 'task=[docstring,completion]', or give folders "
@@ -176,6 +237,19 @@ def tasks_from_paths(paths: Sequence[str], taken: Sequence[Task], format: Format
         origins[name] = f"data.paths ({path})"
         tasks.append(FolderTask(name=name, paths=[str(path)], format=format or Auto()))
     return tasks
+
+
+def _format(given: Any, key: str) -> Format:
+    """Returns a format that is given as one, or by the name of its yaml; raises UserError for anything else."""
+    formats = {"auto": Auto(), **KNOWN}
+    if isinstance(given, Format):
+        return given
+    if isinstance(given, str) and given in formats:
+        return formats[given]
+    raise UserError(
+        f"{key}={shortened(given)}: unknown format{nearest(given, formats) or '.'} Allowed: {', '.join(formats)}, or "
+        "fields of your own names: format: {_target_: mft.data.formats.Pair, prompt: my_question, answer: my_answer}."
+    )
 
 
 def _beside(path: Path) -> str:

@@ -18,11 +18,15 @@ KEYS = {"system": "system", "user": "user", "human": "user", "assistant": "assis
 
 
 class Piece(NamedTuple):
-    """A stretch of the text that is tokenised on its own; `eos`: the end-of-sequence token follows it."""
+    """A stretch of the text that is tokenised on its own.
+
+    eos: the end-of-sequence token follows it; thought: it is an empty thought that the template puts before an answer.
+    """
 
     text: str
     trained: bool
     eos: bool
+    thought: bool = False
 
 
 class Template:
@@ -210,7 +214,10 @@ def named(
     assert tokenizer is not None, "a Jinja template is rendered by the tokenizer"
     if name == OWN:
         return of_tokenizer(tokenizer)
-    source = Path(name).expanduser().read_text(encoding="utf-8")
+    try:
+        source = Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.template={name}: cannot be read as UTF-8 text: {error}") from error
     return Jinja(source, tokenizer, name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from mft.data.split import SPLITS
 if TYPE_CHECKING:
     from mft.data.long import Fitted
 
-VERSION = 5
+VERSION = 6
 """Part of the fingerprint of every store: a change of layout, splitting or encoding raises it."""
 
 CUTS = ("truncated", "rounds_left_out", "parts_left_out")
@@ -45,6 +46,8 @@ DROPPED = "dropped.jsonl"
 """The rows that did not become samples, one object each: file (its number), line, reason, field, problem, row."""
 
 DROPPED_NAMED = 20  # of them are in the report, too
+UNREAD_NAMED, OTHERS = 200, "other fields"
+"""How many fields that no format reads are counted by their names, and as what the others are."""
 
 Place = tuple[int, int]
 """Number of the file in `Task.files()`, line."""
@@ -63,6 +66,9 @@ class Writer:
         self.kept = self.samples = self.tokens = self.trained_tokens = 0
         self.cuts = dict.fromkeys(CUTS, 0)
         self.compared = self.differ = 0
+        self.unread: Counter[str] = Counter()
+        self.declared = True  # whether the format says which fields it reads
+        self.answers_without_loss = self.empty_thoughts = 0
         self.pending: dict[str, list[Any]] = {name: [] for name in self.dtypes}
 
     def __enter__(self) -> Writer:
@@ -87,6 +93,16 @@ class Writer:
         if len(self.named) < DROPPED_NAMED:
             self.named.append(about)
         self.refused.write(json.dumps(about | {"row": row_text(row)}) + "\n")
+
+    def leave_unread(self, fields: Iterable[str] | None) -> None:
+        """Counts the fields of a row that its format does not read; None: it does not say."""
+        if fields is None:
+            self.declared = False
+            return
+        for name in fields:
+            # rows may have keys of their own each, e.g. their number, which are not worth the memory
+            known = name in self.unread or len(self.unread) < UNREAD_NAMED
+            self.unread[name if known else OTHERS] += 1
 
     def compare(self, same: bool) -> None:
         """Counts a row that was also encoded as one string, and whether its ids were the same."""
@@ -151,6 +167,9 @@ class Writer:
             "dropped": {reason: self.dropped[reason] for reason in REASONS},
             "first_dropped": self.named,
             "one_string": {"compared": self.compared, "differ": self.differ},
+            "unread": dict(self.unread) if self.declared else None,
+            "answers_without_loss": self.answers_without_loss,
+            "empty_thoughts": self.empty_thoughts,
         }
 
     def finish(self, about: dict[str, Any]) -> None:

@@ -142,7 +142,7 @@ class TaskFocal(TaskLoss):
         assert statistics is not None, "task_focal needs the statistics of the step"
         present_K, per_sample_K = counts.samples_K > 0, inverse(counts.samples_K)
         P_K, Q_K = (statistics.double().cpu() * per_sample_K[:, None]).unbind(1)
-        scale_K = present_weights(self.weight_K, present_K, self.names) * self.alpha_K * per_sample_K
+        scale_K = present_weights(self.weight_K, present_K) * self.alpha_K * per_sample_K
         miss_K = (1 - P_K).clamp(min=CERTAIN)
         slope_q_K = -scale_K * miss_K**self.gamma_K
         slope_p_K = scale_K * self.gamma_K * miss_K ** (self.gamma_K - 1) * Q_K

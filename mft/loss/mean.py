@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mft.batch import IGNORE, Batch, Counts
-from mft.errors import UserError
 from mft.loss.base import TaskLoss
 
 if TYPE_CHECKING:
@@ -57,10 +56,10 @@ def weighted_sum(nll_BT: torch.Tensor, batch: Batch, weight_K: torch.Tensor, by_
     return (nll_BT * weight_BT).sum()
 
 
-def present_weights(weight_K: torch.Tensor, present_K: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+def present_weights(weight_K: torch.Tensor, present_K: torch.Tensor) -> torch.Tensor:
     """Returns float64 [K] on the CPU: the weights of the tasks present, scaled to sum to 1, and 0 for the absent ones.
 
-    All zeros when no task is present. Raises UserError when tasks are present and every one of them has weight 0.
+    All zeros where no task is present, or none with a weight above 0: such a step has the loss 0.
     """
     import torch
 
@@ -69,12 +68,6 @@ def present_weights(weight_K: torch.Tensor, present_K: torch.Tensor, names: Sequ
     if float(weight_K.max()) > 0:
         weight_K = weight_K / weight_K.max()  # first: the sum of the largest numbers there are would be inf
         return weight_K / weight_K.sum()
-    if bool(present_K.any()):
-        here = ", ".join(f"task.{name}.weight" for name, there in zip(names, present_K.tolist(), strict=True) if there)
-        raise UserError(
-            f"every task in this optimizer step has weight 0 in the loss ({here}), so there is nothing to train on; "
-            "give one of them a weight above 0, or leave tasks of weight 0 out of the mixture with share=0"
-        )
     return weight_K
 
 
@@ -132,7 +125,7 @@ class TaskTokenMean(TaskLoss):
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
-        weight_K = present_weights(self.weight_K, counts.tokens_K > 0, self.names)
+        weight_K = present_weights(self.weight_K, counts.tokens_K > 0)
         return weighted_sum(nll_BT, batch, weight_K * inverse(counts.tokens_K))
 
 
@@ -146,5 +139,5 @@ class TaskSampleMean(TaskLoss):
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
-        weight_K = present_weights(self.weight_K, counts.samples_K > 0, self.names)
+        weight_K = present_weights(self.weight_K, counts.samples_K > 0)
         return weighted_sum(nll_BT, batch, weight_K * inverse(counts.samples_K), by_sample=True)

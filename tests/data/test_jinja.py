@@ -2,9 +2,15 @@ import copy
 
 import pytest
 
+from mft.batch import Message
+from mft.data.report import notes
+from mft.data.settings import DataSettings
+from mft.data.store import prepare
+from mft.data.task import Task
 from mft.data.template import OWN, adopt, named
+from mft.data.tokenize import Encoder
 from mft.errors import UserError
-from tests.data.conftest import CHATML, TALK
+from tests.data.conftest import CHATML, TALK, write
 
 
 def test_own_templates_learn_answers_and_their_end_only(kinds):
@@ -33,3 +39,76 @@ def test_templates_that_cannot_teach_are_refused(kinds, tmp_path):
         named("gone.jinja", None, tokenizer)
     with pytest.raises(UserError, match="role_markers: does nothing"):
         named(str(file), {"user": "x"}, tokenizer)
+
+
+def thinking(before: str, prompt: str = "") -> str:
+    """A template that writes `before` in front of the last answer; `prompt` is the part that its prompt opens."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['role'] == 'assistant' and loop.last %}" + before + "{% endif %}{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n" + prompt + "{% endif %}"
+    )
+
+
+def trained(template, *turns: Message) -> list[str]:
+    return [piece.text for piece in template.pieces(turns) if piece.trained]
+
+
+@pytest.mark.parametrize(
+    ("before", "prompt"),
+    [
+        ("<think>\n\n</think>\n\n", ""),
+        ("<think></think>", ""),
+        ("<think>\n</think>\n", ""),
+        ("\n<seed:think></seed:think>\n", ""),
+        ("[THINK][/THINK]", ""),
+        ("<|START_THINKING|><|END_THINKING|>", ""),
+        ("<think>\n\n</think>\n\n", "<think>\n"),
+        ("<think></think>", "<think>"),
+    ],
+)
+def test_an_empty_thought_of_the_template_carries_no_loss(kinds, before, prompt):
+    tokenizer = copy.deepcopy(kinds["bytes"])
+    tokenizer.chat_template = thinking(before, prompt)
+    template = named(OWN, None, tokenizer)
+    encoder = Encoder(tokenizer, template)
+    talk = (Message("user", "q"), Message("assistant", "two"))
+    assert trained(template, *talk) == ["two<|im_end|>"]
+    pieces = template.pieces(talk)
+    assert "".join(piece.text for piece in pieces) == tokenizer.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in talk], tokenize=False
+    )
+    assert [piece.thought for piece in pieces].count(True) == 1
+    ids = encoder.encode(talk)[0].tolist()
+    asked = encoder.encode_prompt(talk[:1])
+    assert ids[: len(asked)] == asked
+    if not prompt:  # else earlier answers do not begin as the prompt does, which is refused
+        assert trained(template, *talk, Message("user", "r"), Message("assistant", "b")) == [
+            "two<|im_end|>",
+            "b<|im_end|>",
+        ]
+
+
+@pytest.mark.parametrize("content", ["<think>\n\n</think>\n\ntwo", "<think></think>two", "<think>\nso\n</think>\ntwo"])
+def test_a_thought_of_the_row_is_trained(kinds, content):
+    tokenizer = copy.deepcopy(kinds["bytes"])
+    tokenizer.chat_template = thinking("")
+    template = named(OWN, None, tokenizer)
+    assert trained(template, Message("user", "q"), Message("assistant", content)) == [content + "<|im_end|>"]
+
+
+def test_what_a_template_writes_before_an_answer_is_trained_where_it_says_something(kinds):
+    tokenizer = copy.deepcopy(kinds["bytes"])
+    tokenizer.chat_template = thinking("<think>\nshort\n</think>\n")
+    template = named(OWN, None, tokenizer)
+    found = trained(template, Message("user", "q"), Message("assistant", "two"))
+    assert found == ["<think>\nshort\n</think>\ntwo<|im_end|>"]
+
+
+def test_empty_thoughts_are_counted_and_reported(kinds, tmp_path):
+    tokenizer = copy.deepcopy(kinds["bytes"])
+    tokenizer.chat_template = thinking("<think></think>")
+    encoder = Encoder(tokenizer, named(OWN, None, tokenizer))
+    file = write(tmp_path / "x.jsonl", [{"prompt": f"q{i}", "answer": "a"} for i in range(3)])
+    store = prepare(Task("t", [str(file)]), encoder, DataSettings(), tmp_path / "cache")
+    assert "t: the template puts an empty thought before 3 answers; it carries no loss" in notes([store], ["t"])

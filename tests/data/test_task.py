@@ -1,9 +1,10 @@
+import math
 import os
 import time
 
 import pytest
 
-from mft.data.formats import Auto, RowError
+from mft.data.formats import KNOWN, Auto, RowError
 from mft.data.settings import BadRows, DataSettings
 from mft.data.store import prepare
 from mft.data.task import Task, all_tasks, tasks_from_paths
@@ -165,3 +166,31 @@ def test_valid_files_validate_and_the_others_train(tmp_path, encoder):
     assert store.report["splits"] == {"train": 60, "valid": 7, "test": 0}
     both = Task("t", [str(train), str(valid)])
     assert both.fingerprint(tmp_path / "cache") != task.fingerprint(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["auto", *KNOWN])
+def test_a_format_may_be_given_by_its_name(tmp_path, name):
+    (task,) = all_tasks({"t": Task(paths=["x"], format=name)}, [])
+    assert task.format == KNOWN.get(name, Auto())
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"format": "mesages"}, r"task\.t\.format='mesages': unknown format; did you mean messages\? Allowed: auto"),
+        ({"format": ["messages"]}, r"task\.t\.format=\['messages'\]: unknown format"),
+        ({"format": {"prompt": "q", "answer": "a"}}, r"_target_: mft\.data\.formats\.Pair, prompt: my_question"),
+        ({"format": None}, r"task\.t\.format=None: unknown format"),
+        ({"weight": math.nan}, r"task\.t\.weight=nan: must be a finite number, 0 or larger"),
+        ({"weight": math.inf}, r"task\.t\.weight=inf"),
+        ({"weight": -0.5}, r"task\.t\.weight=-0\.5"),
+        ({"name": "a\nb"}, "printable characters"),
+        ({"name": "a" * 5000}, "at most 200 printable characters"),
+        ({"paths": [""]}, r"task\.t\.paths=\[''\]: every entry"),
+        ({"paths": ["x"], "valid": [3]}, r"task\.t\.valid=\[3\]: every entry"),
+    ],
+)
+def test_values_that_types_cannot_refuse_are_refused_by_name(fields, says):
+    with pytest.raises(UserError, match=says) as raised:
+        all_tasks({"t": Task(**fields)}, [])
+    assert len(str(raised.value)) < 500 and "\n" not in str(raised.value)

@@ -52,12 +52,15 @@ def test_task_and_sample_balance_differ_where_a_task_has_several_samples():
     assert values[TaskSampleMean] == pytest.approx((6 + 5) / 2)
 
 
-def test_every_present_task_of_weight_zero_is_an_error_that_names_them():
+@pytest.mark.parametrize("kind", [TaskTokenMean, TaskSampleMean])
+def test_a_step_whose_tasks_all_have_weight_zero_has_the_loss_zero_and_no_gradient(kind):
     samples, nll_all = two_by_four()
-    loss = TaskTokenMean()
+    nll_all.requires_grad_()
+    loss = kind()
     loss.start(["a", "b", "absent"], [0, 0, 1])
-    with pytest.raises(UserError, match=r"task\.a\.weight, task\.b\.weight\)"):
-        step(loss, nll_all, [[padded(samples)]])
+    value = step(loss, nll_all, [[padded(samples)]])
+    value.backward()
+    assert value.item() == 0 and not nll_all.grad.any()
 
 
 def test_negative_weight_is_refused():
