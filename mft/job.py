@@ -27,6 +27,7 @@ from mft.machine import visible_gpus
 from mft.meeting import meet
 from mft.metrics import criterion
 from mft.processes import PRELOAD
+from mft.resume import rewind
 from mft.worker import SAVED
 
 
@@ -129,7 +130,7 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = print, hosts: Hosts
             start_ranks(job, Path(there))
         return {}
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-    if rundir.is_finished(folder, job.identity):
+    if rundir.is_finished(folder, job.identity, job.cfg.train.resume):
         share(None)
         if hosts:
             hosts.tell(None)
@@ -138,6 +139,8 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = print, hosts: Hosts
     held = rundir.lock(folder)
     try:
         say(f"run folder {shown}")
+        if (asked := rundir.step_of(job.cfg.train.resume))[0] == folder and asked[1] is not None:
+            say(rewind(folder, asked[1]))
         job.cfg.output_dir = str(folder)
         freeze(job.cfg, folder / "config.yaml")
         job.identity.write(folder)
@@ -196,7 +199,8 @@ def objective(summary: dict[str, Any]) -> float:
 
     Raises UserError without either.
     """
-    value = summary.get("best", {}).get("value", summary.get("train/loss"))
+    values = rundir.Values(summary)
+    value = values.part("best").get("value", values.get("train/loss"))
     if value is None:
         raise UserError("The run has neither a validation nor a training loss to compare it by.")
     return float(value)

@@ -12,10 +12,11 @@ import mft
 
 ROOT = Path(mft.__file__).parent
 FLOOR = {
-    **dict.fromkeys(("errors", "batch", "machine"), 0),
+    **dict.fromkeys(("errors", "batch", "machine", "checksums", "jsonfile"), 0),
     **dict.fromkeys(("data", "model", "loss", "optim", "schedule", "dist", "tracking"), 1),
     **dict.fromkeys(
-        ("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "panels", "provenance"), 2
+        ("metrics", "checkpoint", "resume", "evaluate", "loop", "progress", "answers", "plots", "panels", "provenance"),
+        2,
     ),
     **dict.fromkeys(("config", "build", "compose", "rundir", "dataset", "feed", "run", "summary"), 3),
     **dict.fromkeys(

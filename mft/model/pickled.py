@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from mft.checksums import follow_umask
 from mft.errors import UserError, nearest
 
 
@@ -35,6 +36,7 @@ def convert(folder: Path) -> list[Path]:
         # clone: tied weights share memory in a pickle, which safetensors does not have
         tensors = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
         save_file(tensors, target.with_suffix(".tmp"), metadata={"format": "pt"})
+        follow_umask([target.with_suffix(".tmp")])
         where |= dict.fromkeys(tensors, target.name)
         size += sum(tensor.nbytes for tensor in tensors.values())
     made = [folder / name for name in sorted(set(where.values()))]

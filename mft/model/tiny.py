@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from mft.checksums import follow_umask
 from mft.errors import UserError, writable
 from mft.model.family import CausalLM
 from mft.model.folder import write_tokenizer
@@ -122,6 +123,7 @@ class Tiny(CausalLM):
         config.save_pretrained(folder)
         write_tokenizer(tokenizer, folder)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        follow_umask([folder / "model.safetensors"])
 
 
 def byte_tokenizer(vocab_size: int):  # type: ignore[no-untyped-def]
