@@ -44,11 +44,11 @@ def is_full_disk(error: BaseException) -> bool:
     return False
 
 
-def full_disk(error: BaseException) -> UserError | None:
+def full_disk(error: BaseException, folder: Path | None = None) -> UserError | None:
     """Returns the sentence for a disk that is full, None for any other error and where it was said already."""
     if isinstance(error, UserError) or not is_full_disk(error):
         return None
-    what = getattr(error, "filename", None) or "a file"
+    what = getattr(error, "filename", None) or (f"a file in {folder}" if folder else "a file")
     return UserError(f"The disk is full: {what} could not be written. Make room; the same command then resumes.")
 
 

@@ -19,7 +19,7 @@ from mft.config import LaunchMode, freeze, identity, settled
 from mft.data.fingerprint import file_digests
 from mft.data.task import all_tasks
 from mft.data.template import is_file
-from mft.errors import UserError
+from mft.errors import UserError, full_disk
 from mft.failures import forget_failures
 from mft.hosts import Hosts
 from mft.launch import Stopped, launch, place, ranks, share, warm
@@ -150,6 +150,8 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = print, hosts: Hosts
             forget_failures(folder / "log")
             hosts.tell(folder, hosts.write(folder))
         start_ranks(job, folder, hosts)
+    except OSError as error:
+        raise full_disk(error, folder) or error from error
     finally:
         held.release()
     return rundir.read_json(folder / "summary.json")

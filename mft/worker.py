@@ -83,7 +83,7 @@ def worker(run_dir: str, entry: str = ENTRY, allow_targets: Sequence[str] = ()) 
         module, _, function = entry.partition(":")
         getattr(importlib.import_module(module), function)(cfg, folder, stop, tuple(allow_targets))
     except Exception as error:
-        explained = explain(error, cast("dict[str, Any]", OmegaConf.to_container(cfg))) or full_disk(error)
+        explained = explain(error, cast("dict[str, Any]", OmegaConf.to_container(cfg))) or full_disk(error, folder)
         if explained is None:
             raise
         raise explained from error
