@@ -111,7 +111,8 @@ def fit(t: Training) -> str:
     state, settings, status = t.state, t.settings, "finished"
     if state.step == 0 and settings.eval_at_start and validate(t):
         t.loss.begin(torch.tensor([state.last_valid.get(n, math.nan) for n in t.names], dtype=torch.float64))
-    if state.step and every(state.step, settings.eval_every) and state.valid_step < state.step:
+    due = every(state.step, settings.eval_every) or state.step >= t.total
+    if state.step and due and state.valid_step < state.step:
         validate(t)  # a run that was asked to stop at this step saved at once and left it out
         note_saved(t)
         if stalled(t):

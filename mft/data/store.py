@@ -189,7 +189,10 @@ def prepare(
     if (problem := _problem(folder)) is not None:
         if first:
             if problem:
-                print(f"task.{task.name}: the token cache {folder} is damaged: {problem}. It is made anew.")
+                print(
+                    f"task.{task.name}: the token cache {folder} is damaged: {problem}. It is made anew.",
+                    file=sys.stderr,
+                )
             _build(folder, task, encoder, settings)
         else:
             _wait(folder, task)
@@ -271,6 +274,8 @@ def _problem(folder: Path) -> str | None:
     try:
         meta = writer.read_meta(folder)
         for name, size in meta["sizes"].items():
+            if not (folder / name).exists():
+                return f"{name} is missing"
             if (found := (folder / name).stat().st_size) != size:
                 return f"{name} has {found:,} bytes, expected {size:,}"
             if name not in ("ids.bin", "trained.bin") and sums(folder / name) != meta["blocks"][name]:
