@@ -29,12 +29,12 @@ class Blocks:
         self._seen = bytearray(len(expected))
         self._per_block = BLOCK // self.items.itemsize
 
-    def __getitem__(self, part: slice) -> np.ndarray:
+    def part(self, start: int, stop: int) -> np.ndarray:
         """Returns the items from `start` to `stop`; UserError when a block among them is damaged."""
-        for block in range(part.start // self._per_block, (part.stop - 1) // self._per_block + 1):
+        for block in range(start // self._per_block, (stop - 1) // self._per_block + 1):
             if not self._seen[block]:
                 self._check(block)
-        return self.items[part]
+        return self.items[start:stop]
 
     def _check(self, block: int) -> None:
         found = xxhash.xxh3_64_hexdigest(self._bytes[block * BLOCK : (block + 1) * BLOCK].data)

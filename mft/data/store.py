@@ -71,7 +71,7 @@ class Store:
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids_S int32 and trained_S bool of sample i, in constant time."""
         start, stop = int(self._start_N[i]), int(self._stop_N[i])
-        return self._ids[start:stop].astype(np.int32), self._trained[start:stop].astype(bool)
+        return self._ids.part(start, stop).astype(np.int32), self._trained.part(start, stop).astype(bool)
 
     def origin(self, i: int) -> str:
         """Returns `file:line` of sample i."""
