@@ -5,21 +5,19 @@ step-N/ holds the model as transformers or peft load it, and in state/ what an e
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mft.errors import UserError
+from mft.checksums import COMPLETE, damage, measure, seal
+from mft.errors import UserError, is_full_disk
 from mft.loop import State
 from mft.loss.base import TaskLoss
-
-COMPLETE = "COMPLETE"
-"""Marker file, written last; a folder without it is never read."""
 
 
 class Checkpoints:
@@ -59,8 +57,12 @@ class Checkpoints:
                 torch.save(self.loss.state_dict(), temporary / "state" / "loss.pt")
                 (temporary / "state" / "loop.json").write_text(json.dumps(state.as_dict(), indent=2), encoding="utf-8")
             self.engine.barrier()
+            # each rank flushes and sums up what it wrote: on several machines the others would fetch it first
+            mine = [path for path in temporary.rglob("*") if path.is_file() and _writer(path) == self.engine.rank]
+            parts = self.engine.gather(measure(temporary, sorted(mine)))
             if self.engine.is_main:
-                _mark_complete(temporary)
+                _flush(self.folder.parent / "metrics.jsonl")  # a resumed run counts on the rows up to this step
+                seal(temporary, COMPLETE, {name: entry for part in parts for name, entry in part.items()})
         if self.engine.is_main:
             put(temporary, final)
             best_of_tasks = state.task_saved_step.values() if self.keep_task_best else ()
@@ -90,7 +92,7 @@ def write_final(run_dir: Path, engine: Any, export: Callable[[Path], None]) -> N
     with full_disk_told(temporary, run_dir):
         export(temporary)
         if engine.is_main:
-            _flush(temporary)
+            seal(temporary)
     if engine.is_main:
         put(temporary, run_dir / "final")
     engine.barrier()
@@ -118,8 +120,7 @@ def full_disk_told(folder: Path, run_dir: Path) -> Iterator[None]:
         yield
     except Exception as error:  # json, safetensors and torch each raise a kind of their own, torch's without the reason
         free = shutil.disk_usage(run_dir).free
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if not full and free > 2**20:
+        if not is_full_disk(error) and free > 2**20:
             raise
         shutil.rmtree(folder, ignore_errors=True)
         older = newest(run_dir)
@@ -142,35 +143,36 @@ def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> bool:
     unknown = set(values) - set(state.as_dict())
     if unknown:
         raise UserError(f"{folder} was written by another version of mft: it knows {', '.join(sorted(unknown))}.")
-    for name, value in values.items():
+    for name, value in State.checked(values).as_dict().items():
         setattr(state, name, value)
     loss.load_state_dict(torch.load(folder / "state" / "loss.pt", weights_only=True))
     same_layout: bool = engine.load_state(folder / "state")
     return same_layout
 
 
-def _flush(folder: Path) -> None:
-    """Puts the files onto the disk, so that a power cut cannot leave a name or marker over missing data."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def _writer(path: Path) -> int:
+    """Returns the rank that wrote a file of a checkpoint."""
+    own = re.fullmatch(r"(shard|rng)-(\d+)\.\w+", path.name)
+    return int(own[2]) if own else 0
 
 
-def _mark_complete(folder: Path) -> None:
-    _flush(folder)
-    with (folder / COMPLETE).open("w") as marker:
-        marker.write("all files of this checkpoint are written\n")
-        marker.flush()
-        os.fsync(marker.fileno())
+def _flush(path: Path) -> None:
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
-def complete_steps(folder: Path) -> list[int]:
-    """Returns the steps of the complete checkpoints in a `checkpoints` folder, ascending."""
+def marked_steps(folder: Path) -> list[int]:
+    """Returns the steps of the checkpoints in a `checkpoints` folder that were written to their end, ascending."""
     if not folder.is_dir():
         return []
     names = (p.name.removeprefix("step-") for p in folder.glob("step-*") if (p / COMPLETE).is_file())
     return sorted(int(name) for name in names if name.isdigit())
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Returns the steps of those whose files are all there in full length; their content is not read."""
+    return [step for step in marked_steps(folder) if not damage(folder / f"step-{step}", COMPLETE, hashed=False)]
 
 
 def newest(run_dir: Path) -> Path | None:

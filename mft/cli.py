@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mft import __version__, plugins
-from mft.errors import UserError, nearest, printable
+from mft.errors import UserError, full_disk, nearest, printable
 from mft.screen import guard_logs, say
 from mft.streams import steady, unread
 
@@ -141,6 +141,8 @@ def _main(args: list[str]) -> None:
     except UserError as error:
         fail(str(error), error.exit_code)
     except Exception as error:
+        if told := full_disk(error):
+            fail(str(told))
         if type(error).__name__ != "WorkerError":  # which carries the traceback of the rank that failed, not ours
             raise
         fail(str(error))
@@ -200,7 +202,7 @@ def train(args: list[str]) -> None:
     dated = not any(key_of(o) == "output_dir" for o in overrides)
     if dry_run:
         folder, goes_on = checked.choose(dated)
-        done = rundir.is_finished(folder, checked.identity)
+        done = rundir.is_finished(folder, checked.identity, cfg.train.resume)
         say(
             f"{folder}: {'finished already' if done else 'would go on' if goes_on else 'would run'}; "
             "nothing was started"
@@ -320,15 +322,32 @@ def _typed(key: str, text: str, default: Any) -> Any:
 
 
 def final_folder(run: str) -> Path:
-    """Returns where a run's model is: its `final`, else its newest checkpoint, else the folder itself."""
-    from mft.checkpoint import newest
+    """Returns where a run's model is: its `final`, else its newest sound checkpoint, else the folder itself.
+
+    Raises UserError where it is damaged, with what to use in its place.
+    """
+    from mft.checksums import require_sound
     from mft.model.generate import model_folder
 
     folder = Path(run)
     if not folder.is_dir():
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise UserError(f"{run} is not a folder{nearest(folder.name, siblings) or '.'}")
-    checkpoint = None if (folder / "final").is_dir() else newest(folder)
+    from mft.resume import all_damaged, newest_sound
+
+    if (folder / "final").is_dir():
+        try:
+            require_sound(folder / "final")
+        except UserError as error:
+            checkpoint, _ = newest_sound(folder)
+            other = f" {checkpoint} is sound; train.resume={checkpoint} writes final/ anew." if checkpoint else ""
+            raise UserError(f"{error}{other}") from error
+        return model_folder(folder)
+    checkpoint, damaged = newest_sound(folder)
+    if checkpoint is None and damaged:
+        raise all_damaged(folder, damaged)
+    for name, problem in damaged.items():
+        print(f"mft: {name} is damaged and passed over: {problem}", file=sys.stderr)
     return model_folder(checkpoint or folder)
 
 

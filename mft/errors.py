@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 from collections.abc import Iterable
@@ -72,6 +73,24 @@ def writable(folder: Path, key: str) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{key}: the folder {folder} cannot be written to: permission denied.")
     return folder
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error, or what caused it, says that a disk is full or that its quota is used up."""
+    link: BaseException | None = error
+    while link is not None:
+        if getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(link):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def full_disk(error: BaseException, folder: Path | None = None) -> UserError | None:
+    """Returns the sentence for a disk that is full, None for any other error and where it was said already."""
+    if isinstance(error, UserError) or not is_full_disk(error):
+        return None
+    what = getattr(error, "filename", None) or (f"a file in {folder}" if folder else "a file")
+    return UserError(f"The disk is full: {what} could not be written. Make room; the same command then resumes.")
 
 
 def shortened(value: object, limit: int = 80) -> str:

@@ -7,6 +7,7 @@ process that started it; `log/host<n>.error.json` by host n when it misses anoth
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import time
 import traceback
@@ -20,6 +21,9 @@ from mft.screen import shown
 
 if TYPE_CHECKING:
     from mft.hosts import Hosts
+
+FULL = 2**16
+"""Bytes free on a disk below which a rank that left no report is taken to have found it full."""
 
 CAUSE_SECONDS = 5.0
 """How long those whose connections broke wait for the cause to show, in another rank or on another host."""
@@ -69,13 +73,13 @@ def told(error: BaseException, rank: int) -> str:
 def is_the_first(report: Path, since: float) -> bool:
     """Whether a rank's report is of a cause, and there is none of another rank (written after `since`)."""
     others = [path for path in report.parent.glob("*.error.json") if path != report and path.stat().st_mtime >= since]
-    own = rundir.read_json(report)
+    own = _read(report)
     return not others and bool(own) and _how_far_from_the_cause(own) == 0
 
 
 def cause_elsewhere(report: Path, since: float) -> Exception | None:
     """Returns what another rank failed of, if this one (with its report) only lost its connection; else None."""
-    own, end = rundir.read_json(report), time.monotonic() + CAUSE_SECONDS
+    own, end = _read(report), time.monotonic() + CAUSE_SECONDS
     while own and _how_far_from_the_cause(own) == 2 and time.monotonic() < end:
         first = next((r for r in reports_in(report.parent) if r["time"] >= since and r["rank"] != own["rank"]), None)
         if first and _how_far_from_the_cause(first) < 2:
@@ -108,6 +112,11 @@ def failure_of(reports: Path, ranks: range, codes: dict[int, int], hosts: Hosts 
             f"Rank {rank} was killed from outside, probably because the machine's memory ran out. Lower "
             f"train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now {len(ranks)})."
         )
+    if code > 0 and (left := shutil.disk_usage(reports).free) < FULL:
+        return UserError(
+            f"The disk is full: rank {rank} could not even write what it failed of into {reports} ({left:,} bytes were "
+            "free). Make room; the same command then resumes."
+        )
     how = f"died of {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
     return WorkerError(f"rank {rank} {how} without a word; its output is in {reports}")
 
@@ -117,9 +126,16 @@ def reports_in(folder: Path, hosts: Hosts | None = None) -> list[dict[str, Any]]
 
     Without those that take this very host for gone: it was cut off, and knows better.
     """
-    found = [rundir.read_json(path) for path in sorted(folder.glob("*.error.json"))]
+    found = [_read(path) for path in sorted(folder.glob("*.error.json"))]
     told = [r for r in found if r and not (hosts and hosts.rank in r.get("gone", ()))]
     return sorted(told, key=lambda report: (_how_far_from_the_cause(report), report["time"]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns an error report, {} for one that is not whole."""
+    report = rundir.read_json(path)
+    whole = report.text("type") and report.number("time") is not None and {"rank", "message", "user"} <= set(report)
+    return report if whole else {}
 
 
 def _how_far_from_the_cause(report: dict[str, Any]) -> int:

@@ -17,7 +17,7 @@ from mft import inputs, plugins, rundir
 from mft.build import check, component
 from mft.config import LaunchMode, freeze, settled
 from mft.data.task import all_tasks
-from mft.errors import UserError
+from mft.errors import UserError, full_disk
 from mft.failures import forget_failures
 from mft.hosts import Hosts
 from mft.identity import Identity
@@ -26,6 +26,7 @@ from mft.machine import visible_gpus
 from mft.meeting import meet
 from mft.metrics import criterion
 from mft.processes import PRELOAD
+from mft.resume import rewind
 from mft.screen import say
 from mft.worker import SAVED
 
@@ -126,7 +127,7 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = say, hosts: Hosts |
             start_ranks(job, Path(there))
         return {}
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-    if rundir.is_finished(folder, job.identity):
+    if rundir.is_finished(folder, job.identity, job.cfg.train.resume):
         share(None)
         if hosts:
             hosts.tell(None)
@@ -135,15 +136,19 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = say, hosts: Hosts |
     held = rundir.lock(folder)
     try:
         say(f"run folder {shown}")
+        if (asked := rundir.step_of(job.cfg.train.resume))[0] == folder and asked[1] is not None:
+            say(rewind(folder, asked[1]))
         job.cfg.output_dir = str(folder)
         freeze(job.cfg, folder / "config.yaml")
-        rundir.write_json(folder / "identity.json", job.identity.as_json())
+        rundir.write_json(folder / "identity.json", job.identity.as_json(), durable=True)
         rundir.write_json(folder / "overrides.json", job.describe())
         share(str(folder))
         if hosts:
             forget_failures(folder / "log")
             hosts.tell(folder, hosts.write(folder))
         start_ranks(job, folder, hosts)
+    except OSError as error:
+        raise full_disk(error, folder) or error from error
     finally:
         held.release()
     return rundir.read_json(folder / "summary.json")
@@ -197,7 +202,8 @@ def objective(summary: dict[str, Any]) -> float:
 
     Raises UserError without either.
     """
-    value = summary.get("best", {}).get("value", summary.get("train/loss"))
+    values = rundir.Values(summary)
+    value = values.part("best").get("value", values.get("train/loss"))
     if value is None:
         raise UserError("The run has neither a validation nor a training loss to compare it by.")
     return float(value)

@@ -40,8 +40,29 @@ class State:
     task_best_step: dict[str, int] = field(default_factory=dict)
     task_saved_loss: dict[str, float] = field(default_factory=dict)  # of the checkpoints whose step was validated
     task_saved_step: dict[str, int] = field(default_factory=dict)
+    learned: dict[str, float] = field(default_factory=dict)  # what the loss mode last reported; in every logged row
+    meter: list[dict[str, Any]] = field(default_factory=list)  # of each rank, of the steps since the last logged row
 
     as_dict = asdict
+
+    @classmethod
+    def checked(cls, values: Any) -> State:
+        """Returns the state that `as_dict` gave; a field that an earlier version did not write has its default.
+
+        Raises ValueError for values of another shape.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"a {type(values).__name__} where an object is expected")
+        found = cls()
+        for name, default in found.as_dict().items():
+            if name not in values and name not in ("step", "epoch", "position", "passes"):
+                continue
+            value = values.get(name)
+            kinds = (int, float) if isinstance(default, float) else type(default)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}")
+            setattr(found, name, value)
+        return found
 
 
 @dataclass
@@ -90,14 +111,15 @@ def fit(t: Training) -> str:
     state, settings, status = t.state, t.settings, "finished"
     if state.step == 0 and settings.eval_at_start and validate(t):
         t.loss.begin(torch.tensor([state.last_valid.get(n, math.nan) for n in t.names], dtype=torch.float64))
-    if state.step and every(state.step, settings.eval_every) and state.valid_step < state.step:
+    due = every(state.step, settings.eval_every) or state.step >= t.total
+    if state.step and due and state.valid_step < state.step:
         validate(t)  # a run that was asked to stop at this step saved at once and left it out
         note_saved(t)
         if stalled(t):
             return status
-    learned: dict[str, float] = {}
+    learned = state.learned
     t.module.train()
-    t.meter.restart()
+    t.meter.restart(state.meter, t.engine)
     for data in t.data(state) if state.step < t.total else ():
         step = state.step + 1
         counts = Counts.from_tensor(t.engine.sum(Counts.of(data.batches, len(t.names), t.stop()).tensor()))
@@ -137,7 +159,7 @@ def fit(t: Training) -> str:
             status = "stopped"
         ending = step >= t.total or status == "stopped"
         t.progress.advance(step)
-        if step % settings.log_every == 0 or ending:
+        if step % settings.log_every == 0 or step >= t.total:  # a stopped run logs what it has when it is resumed
             values = t.meter.read(t.engine) | learned | {"lr": lr, "epoch": state.passes}
             t.tracker.log(step, values)
             t.progress.report(step, values)
@@ -149,6 +171,7 @@ def fit(t: Training) -> str:
         if ending or every(step, settings.save_every) or keeping:
             note_saved(t)
             with t.meter.paused():
+                state.meter = t.meter.state(t.engine)
                 t.save(state)
         if ending:
             break

@@ -46,14 +46,47 @@ class Meter:
         self.peak_flops = (peak_tflops or known_peak(device) or 0.0) * 1e12
         self.restart()
 
-    def restart(self) -> None:
-        """Forgets what was summed; the time counts from now on."""
+    def restart(self, saved: Sequence[Mapping[str, Any]] = (), engine: Any = None) -> None:
+        """Forgets what was summed, or takes up what `state` gave of every rank; the time counts from now on.
+
+        On another number of ranks the first one takes the sums of all: what is read is a sum over ranks.
+        """
+        import torch
+
         self.sums_2K.zero_()
         self.losses_2.zero_()
         self.steps, self.tokens, self.padding, self.skipped = 0, 0, 0, 0
         self.grad_norm = math.nan
         self.samples_K = [0.0] * len(self.names)
+        if saved:
+            same = len(saved) == engine.world
+            for part in [saved[engine.rank]] if same else saved if engine.is_main else ():
+                self.sums_2K += torch.tensor(part["sums"], dtype=torch.float64, device=self.sums_2K.device)
+                self.losses_2 += torch.tensor(part["losses"], dtype=torch.float64, device=self.sums_2K.device)
+                self.tokens, self.padding = self.tokens + part["tokens"], self.padding + part["padding"]
+            self.steps, self.skipped, self.grad_norm = (saved[0][name] for name in ("steps", "skipped", "grad_norm"))
+            self.samples_K = list(saved[0]["samples"])
         self.started = time.perf_counter()
+
+    def state(self, engine: Any) -> list[dict[str, Any]]:
+        """Returns plain values of every rank from which `restart` goes on, [] where nothing is summed.
+
+        All ranks call it. The time is left out: speeds are those of the process that logs them.
+        """
+        if not self.steps + self.skipped:
+            return []
+        mine = {
+            "sums": self.sums_2K.tolist(),
+            "losses": self.losses_2.tolist(),
+            "tokens": self.tokens,
+            "padding": self.padding,
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "grad_norm": self.grad_norm,
+            "samples": self.samples_K,
+        }
+        gathered: list[dict[str, Any]] = engine.gather(mine)
+        return gathered
 
     @contextmanager
     def paused(self) -> Iterator[None]:

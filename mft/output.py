@@ -60,7 +60,8 @@ class Transcript:
 
     def close(self) -> None:
         """Ends the file; what is written afterwards goes to the terminal only."""
-        self._file.close()
+        with suppress(OSError):  # what is still to be written, on a full disk
+            self._file.close()
 
 
 def copy(stream: Any, transcript: Transcript) -> None:
@@ -95,7 +96,7 @@ def written_to(path: Path, rank: int) -> Iterator[int]:
         sys.stdout.flush()
         sys.stderr.flush()
         terminal = os.dup(2)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(file)
@@ -110,7 +111,8 @@ def written_to(path: Path, rank: int) -> Iterator[int]:
     try:
         yield 2
     except Exception:
-        transcript.write(hidden(traceback.format_exc()))
+        with suppress(OSError):
+            transcript.write(hidden(traceback.format_exc()))
         raise
     finally:
         for stream in streams:

@@ -114,12 +114,12 @@ def _rows(metrics: Sequence[Row] | Path) -> list[Row]:
     if not isinstance(metrics, str | Path):
         return list(metrics)
     rows = []
-    for line in Path(metrics).read_text(encoding="utf-8").splitlines():
+    for line in Path(metrics).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             continue  # a line that is being written, or was when its process was killed
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def _names(rows: Iterable[Row], prefixes: Sequence[str]) -> list[str]:

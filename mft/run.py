@@ -8,6 +8,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from mft import inputs, rundir, summary
 from mft.answers import Answers, read_prompts
 from mft.build import check_validation, component, learning_rate
-from mft.checkpoint import Checkpoints, newest, restore, write_final
+from mft.checkpoint import Checkpoints, restore, write_final
+from mft.checksums import require_sound
 from mft.config import Train, batch_sizes, typed
 from mft.data import mixture, report
 from mft.data.settings import DataSettings
@@ -29,6 +31,7 @@ from mft.machine import quiet_without_gpu
 from mft.metrics import Meter, flops_per_token
 from mft.progress import Silent, Terminal, settings_table
 from mft.provenance import fingerprint_tag, tags
+from mft.resume import all_damaged, newest_sound, set_aside
 from mft.tracking.base import FanOut, Jsonl, Tracker
 
 
@@ -91,6 +94,8 @@ def run(
 
     seed_everything(train.seed)  # the same first adapters on every rank
     computing = compute_dtype(precision)
+    if first and Path(family.source()).is_dir():  # a model that mft wrote; of others nothing is known
+        require_sound(Path(family.source()))
     with engine.loading():
         model = family.model(peft.dtype(precision), peft.quantization(computing), compute_dtype=computing)
     model = peft.attach(model, family)
@@ -154,7 +159,13 @@ def run(
     progress.show(settings_table(list(facts.items()), "training"))
 
     answers.ask("before")
-    if (resumed := newest(run_dir)) is None:
+    resumed, damaged = newest_sound(run_dir, engine)
+    if resumed is None and damaged:
+        raise all_damaged(run_dir, damaged)
+    for name, problem in damaged.items() if engine.is_main else ():
+        moved = set_aside(run_dir / "checkpoints" / name, "damaged")
+        progress.show(f"{name} is damaged and passed over: {problem}; it is now checkpoints/{moved.name}")
+    if resumed is None:
         seed_everything(train.seed + 1 + engine.rank)  # dropout differs from rank to rank
     else:
         exact = restore(resumed, t.state, engine, loss)
@@ -182,7 +193,8 @@ def run(
             tracker.model(run_dir / "final")
     except Exception as error:
         if engine.is_main:
-            summary.failed(run_dir, error, t.state.step)
+            with suppress(OSError):  # the disk that ended the run may be full
+                summary.failed(run_dir, error, t.state.step)
         raise
     finally:
         progress.close()
@@ -244,9 +256,9 @@ def run_tags(cfg: DictConfig, run_dir: Path) -> dict[str, str]:
     known = rundir.read_json(run_dir / "overrides.json")
     identity = rundir.identity_of(run_dir)
     found = tags() | {
-        "overrides": " ".join(known.get("overrides", [])),
+        "overrides": " ".join(known.texts("overrides")),
         "identity": identity.extended if identity else "",
-        "data_fingerprint": known.get("data", ""),
+        "data_fingerprint": known.text("data"),
         "run_folder": str(run_dir),
     }
     if identity:
@@ -254,6 +266,6 @@ def run_tags(cfg: DictConfig, run_dir: Path) -> dict[str, str]:
         found |= {fingerprint_tag(name): value for name, value in contents.items()}
         found |= {"tasks": json.dumps(identity.tasks)}
     found |= {group: option for group, option in cfg.choices.items() if group in ("model", "peft", "dist", "loss")}
-    if known.get("sweep"):
-        found |= {"sweep": known["sweep"], "job": known.get("label") or found["overrides"]}
+    if known.text("sweep"):
+        found |= {"sweep": known.text("sweep"), "job": known.text("label") or found["overrides"]}
     return found

@@ -14,32 +14,20 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from mft import yaml_files
 from mft.checkpoint import newest
 from mft.errors import UserError, writable
 from mft.identity import VERSION, Identity, differences
+from mft.jsonfile import Values as Values
+from mft.jsonfile import read_json as read_json
+from mft.jsonfile import write_json as write_json
 
 LOCK = ".lock"
 
 
 def identity_of(run_dir: Path) -> Identity | None:
-    """Returns the identity of the run in a folder, None where there is no run."""
+    """Returns the identity of the run in a folder, None where there is none or it is damaged."""
     return Identity.from_json(read_json(run_dir / "identity.json"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file, {} when there is no such file or it is broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def plugins_of(folder: Path, record: str = "overrides.json") -> list[str]:
@@ -50,7 +38,7 @@ def plugins_of(folder: Path, record: str = "overrides.json") -> list[str]:
 
 def status(run_dir: Path) -> str:
     """Returns finished, stopped, failed, or unfinished where the run left no word."""
-    return read_json(run_dir / "summary.json").get("status", "unfinished")
+    return read_json(run_dir / "summary.json").text("status") or "unfinished"
 
 
 def state(run_dir: Path) -> str:
@@ -81,9 +69,9 @@ def rows_from(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     for line in whole.splitlines():
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-    return [row for row in rows if "step" in row], offset + len(whole)
+    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int], offset + len(whole)
 
 
 def runs_under(folder: Path) -> list[Path]:
@@ -100,10 +88,20 @@ def runs_under(folder: Path) -> list[Path]:
     return sorted(found, key=lambda run: (run / "identity.json").stat().st_mtime)
 
 
-def is_finished(run_dir: Path, identity: Identity) -> bool:
-    """Whether the folder holds the finished run of exactly this length."""
+def is_finished(run_dir: Path, identity: Identity, resume: str = "auto") -> bool:
+    """Whether the folder holds the finished run of this length, and `resume` does not ask for an earlier step."""
     found = identity_of(run_dir)
-    return found is not None and found.extended == identity.extended and status(run_dir) == "finished"
+    same = found is not None and found.extended == identity.extended
+    return same and status(run_dir) == "finished" and step_of(resume)[1] is None
+
+
+def step_of(resume: str) -> tuple[Path, int | None]:
+    """Returns (RUN, N) of a train.resume that names RUN/checkpoints/step-N, (the folder it names, None) of another."""
+    folder = Path(os.path.abspath(os.path.expanduser(resume)))
+    number = folder.name.removeprefix("step-")
+    if folder.parent.name == "checkpoints" and folder.name.startswith("step-") and number.isdigit():
+        return folder.parent.parent, int(number)
+    return folder, None
 
 
 def lock(run_dir: Path) -> FileLock:
@@ -129,7 +127,7 @@ def choose(
     Raises UserError when the folder holds another run, or when `resume` names a folder that cannot be continued.
     """
     if resume not in ("auto", "never"):
-        return _named(Path(os.path.abspath(os.path.expanduser(resume))), identity, config or {}), True
+        return _named(resume, identity, config or {}), True
     if not dated:
         return output_dir, _in_place(output_dir, resume, identity, config or {})
     if resume == "auto":
@@ -144,11 +142,21 @@ def choose(
     return folder, False
 
 
-def _named(folder: Path, identity: Identity, config: Mapping[str, Any]) -> Path:
+def _named(resume: str, identity: Identity, config: Mapping[str, Any]) -> Path:
+    """Returns the run folder that train.resume names, or whose checkpoint it names."""
+    folder, step = step_of(resume)
     found = identity_of(folder)
     if found is None:
+        above = next((path for path in folder.parents if identity_of(path)), None)
         raise UserError(
-            f"train.resume={folder} is no run folder (no identity.json in it); allowed: auto, never, or a run folder."
+            f"train.resume={resume} is not a run folder: it holds no identity.json, or a damaged one. Allowed: auto, "
+            f"never, a run folder, or RUN/checkpoints/step-N{f'; did you mean {above}?' if above else '.'}"
+        )
+    if found.base != identity.base and step is not None and found.version == VERSION:
+        raise UserError(
+            f"train.resume={resume} is a checkpoint of another config's run, {folder}. To start a new run from its "
+            f"weights, set peft.path={resume} (an adapter) or model.path={resume} (a full model) and leave "
+            "train.resume out; to resume that run, compare its config.yaml with what `mft train --cfg job` prints."
         )
     if found.base != identity.base:
         raise UserError(f"train.resume={folder} {_another(folder, found, identity, config)}.")
@@ -157,10 +165,8 @@ def _named(folder: Path, identity: Identity, config: Mapping[str, Any]) -> Path:
 
 def _in_place(folder: Path, resume: str, identity: Identity, config: Mapping[str, Any]) -> bool:
     found = identity_of(folder)
-    entries = [p for p in folder.iterdir() if p.name != LOCK] if folder.is_dir() else []
-    if found is None and entries:
-        raise UserError(f"output_dir={folder} is not empty and holds no run; choose another folder.")
     if found is None:
+        _check_not_begun(folder)
         return False
     if found.base != identity.base:
         another = _another(folder, found, identity, config)
@@ -190,13 +196,43 @@ def _another(folder: Path, found: Identity, identity: Identity, config: Mapping[
 
 def _config(folder: Path) -> dict[str, Any]:
     """Returns the config of a run folder as it was written; {} where it cannot be read."""
-    import yaml
-
     try:
-        found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = yaml_files.load(folder / "config.yaml")
+    except (OSError, UserError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+BEFORE_A_RUN = ("config.yaml", "identity.json", "overrides.json", "plan.json")
+"""Files that a run may have left which was killed, or found its disk full, before it had begun."""
+
+
+def _check_not_begun(folder: Path) -> None:
+    """Raises UserError for a folder without a run's identity that holds more than what a run writes first."""
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    if any(path.name in ("checkpoints", "metrics.jsonl", "final") for path in entries) and _frozen(folder):
+        raise UserError(
+            f"output_dir={folder} holds a run whose identity.json is missing or damaged, so it cannot be resumed. "
+            "Choose another folder, with peft.path or model.path set to one of its checkpoints to start from their "
+            "weights; or remove it."
+        )
+    left = {path.name for path in entries if path.suffix == ".tmp" and path.with_suffix(".json").name in BEFORE_A_RUN}
+    left |= {path.name for path in entries if path.name in (LOCK, "config.tmp", *BEFORE_A_RUN) or path.name == "log"}
+    foreign = sorted({path.name for path in entries} - left)
+    config = folder / "config.yaml"
+    if not foreign and config.exists() and config.stat().st_size and not _frozen(folder):
+        foreign = [config.name]
+    if foreign:
+        raise UserError(f"output_dir={folder} is not empty and holds no run, but {foreign[0]}; choose another folder.")
+
+
+def _frozen(folder: Path) -> bool:
+    """Whether the config.yaml of a folder is one that a run wrote."""
+    try:
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return all(f"\n{key}:" in f"\n{text}" for key in ("output_dir", "train", "launch"))
 
 
 def _busy(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -47,7 +46,7 @@ def write(summary: dict[str, Any], run_dir: Path) -> None:
     """Writes summary.json and the pictures of report/."""
     plots.loss_curves(run_dir / "metrics.jsonl", run_dir / "report")
     plots.task_weights(run_dir / "metrics.jsonl", run_dir / "report")
-    rundir.write_json(run_dir / "summary.json", summary)
+    rundir.write_json(run_dir / "summary.json", summary, durable=True)
 
 
 def failed(run_dir: Path, error: BaseException, steps: int) -> None:
@@ -100,8 +99,8 @@ def _task_best(state: State, name: str, run_dir: Path) -> dict[str, Any]:
 
 def _last_logged(path: Path, key: str) -> float | None:
     found = None
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        found = json.loads(line).get(key, found)
+    for row in rundir.rows_from(path)[0]:
+        found = row.get(key, found)
     return found
 
 

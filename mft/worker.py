@@ -12,12 +12,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 from mft import plugins, rundir
-from mft.errors import UserError
+from mft.errors import UserError, full_disk
 from mft.failures import is_the_first, told, write_report
 from mft.machine import quiet_without_gpu
 from mft.output import written_to
@@ -87,7 +88,7 @@ def worker(run_dir: str, entry: str = ENTRY) -> None:
         module, _, function = entry.partition(":")
         getattr(importlib.import_module(module), function)(cfg, folder, stop)
     except Exception as error:
-        explained = explain(error, cast("dict[str, Any]", OmegaConf.to_container(cfg)))
+        explained = explain(error, cast("dict[str, Any]", OmegaConf.to_container(cfg))) or full_disk(error, folder)
         if explained is None:
             raise
         raise explained from error
@@ -125,9 +126,11 @@ def enter(
             _require_untouched_gpu()
             result = function(*arguments)
         except Exception as error:
-            write_report(report, error, rank)
+            with suppress(OSError):  # of a full disk the parent learns by the room that is left
+                write_report(report, error, rank)
             if rank > 0:
-                traceback.print_exc()
+                with suppress(OSError):
+                    traceback.print_exc()
                 if variables is None and is_the_first(report, started):  # nobody else would tell the person
                     os.write(terminal, f"{told(error, rank)}\n".encode())
             raise

@@ -12,11 +12,12 @@ import mft
 
 ROOT = Path(mft.__file__).parent
 FLOOR = {
-    **dict.fromkeys(("errors", "batch", "machine", "plugins", "credentials", "screen"), 0),
+    **dict.fromkeys(("errors", "batch", "machine", "plugins", "credentials", "screen", "checksums", "jsonfile"), 0),
     **dict.fromkeys(("ranges", "foreign", "streams"), 0),
     **dict.fromkeys(("data", "model", "loss", "optim", "schedule", "dist", "tracking"), 1),
     **dict.fromkeys(
-        ("metrics", "checkpoint", "evaluate", "loop", "progress", "answers", "plots", "panels", "provenance"), 2
+        ("metrics", "checkpoint", "resume", "evaluate", "loop", "progress", "answers", "plots", "panels", "provenance"),
+        2,
     ),
     **dict.fromkeys(("config", "places", "overrides", "inert", "interpolations", "yaml_files", "components"), 3),
     **dict.fromkeys(("hydra_node", "build", "compose", "identity", "inputs"), 3),

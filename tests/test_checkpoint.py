@@ -30,10 +30,10 @@ SETTINGS = (
 
 def train_and_be_killed(moment: str, tmp_path: Path, cache_dir: Path) -> None:
     """Trains in this process, which gets kill -9 at the moment named."""
-    mark, flush, rmtree = checkpoint._mark_complete, checkpoint._flush, shutil.rmtree
+    seal, rmtree = checkpoint.seal, shutil.rmtree
 
-    def before(original: Callable[[Path], None], name: str) -> Callable[[Path], None]:
-        return lambda folder: kill() if folder.name == name else original(folder)
+    def before(name: str) -> Callable[..., None]:
+        return lambda folder, *rest: kill() if folder.name == name else seal(folder, *rest)
 
     def half_removed(folder: Path, **options: Any) -> None:
         if Path(folder).name.startswith(".step-2.old") and Path(folder).exists():
@@ -45,11 +45,11 @@ def train_and_be_killed(moment: str, tmp_path: Path, cache_dir: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "all files of step 4 but the marker are written":
-        checkpoint._mark_complete = before(mark, ".step-4.tmp")  # type: ignore[assignment]
+        checkpoint.seal = before(".step-4.tmp")  # type: ignore[assignment]
     elif moment == "step 2 is being removed":
         shutil.rmtree = half_removed  # type: ignore[assignment]
     else:
-        checkpoint._flush = before(flush, ".final.tmp")  # type: ignore[assignment]
+        checkpoint.seal = before(".final.tmp")  # type: ignore[assignment]
     train(tmp_path, cache_dir, *SETTINGS)
 
 

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from mft.batch import IGNORE, Row, Sample, Span
 from mft.data import pipeline, writer
+from mft.data.blocks import Blocks, mapped, sums
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS
 from mft.data.task import Task
@@ -48,12 +49,15 @@ class Store:
 
     def __init__(self, folder: Path, files: Sequence[Path]):
         """files: `Task.files()`, by which samples are traced to file and line."""
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = writer.read_meta(folder)
         self.contents = ""
         self.fingerprint = folder.name
         self.files = list(files)
-        column = {name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in meta["dtypes"].items()}
-        self._ids, self._trained = column["ids"], column["trained"]
+        column = {name: mapped(folder / f"{name}.bin", dtype) for name, dtype in meta["dtypes"].items()}
+        self._ids, self._trained = (
+            Blocks(folder / f"{name}.bin", meta["dtypes"][name], meta["blocks"][f"{name}.bin"])
+            for name in ("ids", "trained")
+        )
         self._start_N, self._stop_N = column["offsets"][:-1], column["offsets"][1:]
         self._file_N, self._line_N = column["file"], column["line"]
         self.split_N, self.trained_N, self.digest_N = column["split"], column["trained_counts"], column["digest"]
@@ -71,8 +75,8 @@ class Store:
 
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids_S int32 and trained_S bool of sample i, in constant time."""
-        start, stop = self._start_N[i], self._stop_N[i]
-        return self._ids[start:stop].astype(np.int32), self._trained[start:stop].astype(bool)
+        start, stop = int(self._start_N[i]), int(self._stop_N[i])
+        return self._ids.part(start, stop).astype(np.int32), self._trained.part(start, stop).astype(bool)
 
     def origin(self, i: int) -> str:
         """Returns `file:line` of sample i."""
@@ -196,8 +200,13 @@ def prepare(
     files = task.files()
     contents = task.fingerprint(cache_dir)
     folder = Path(cache_dir) / "tokens" / store_fingerprint(task, contents, encoder, settings)
-    if not _complete(folder):
+    if (problem := _problem(folder)) is not None:
         if first:
+            if problem:
+                print(
+                    f"task.{task.name}: the token cache {folder} is damaged: {problem}. It is made anew.",
+                    file=sys.stderr,
+                )
             _build(folder, task, contents, encoder, settings, cache_dir)
         else:
             _wait(folder, task)
@@ -239,7 +248,7 @@ def _build(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder, task):
-            if _complete(folder):  # another process was faster
+            if _problem(folder) is None:  # another process was faster
                 return
             temporary = Path(f"{folder}.tmp")
             for left in (folder, temporary):  # damaged, and of a process that was killed
@@ -277,23 +286,30 @@ def _locked(folder: Path, task: Task) -> Iterator[None]:
 
 def _wait(folder: Path, task: Task) -> None:
     start = time.monotonic()
-    while not _complete(folder):
+    while _problem(folder) is not None:
         if time.monotonic() - start > WAIT_SECONDS:
             hours = WAIT_SECONDS / 3600
             raise UserError(f"task.{task.name}: waited {hours:.0f} hours for the first rank to write {folder}")
         time.sleep(0.1)
 
 
-def _complete(folder: Path) -> bool:
-    """Whether meta.json is there and every file has the size it states (a full disk or a bad copy leaves less)."""
+def _problem(folder: Path) -> str | None:
+    """Returns what is wrong with a store: "" when there is none, None when nothing is.
+
+    The files that are read as a whole at every start are held to their checksums here (45 bytes a sample); tokens are
+    when they are first read.
+    """
+    if not (folder / writer.META).exists():
+        return ""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in meta["sizes"].items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _mapped(path: Path, dtype: str) -> np.ndarray:
-    if path.stat().st_size == 0:  # which cannot be mapped
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+        meta = writer.read_meta(folder)
+        for name, size in meta["sizes"].items():
+            if not (folder / name).exists():
+                return f"{name} is missing"
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} has {found:,} bytes, expected {size:,}"
+            if name not in ("ids.bin", "trained.bin") and sums(folder / name) != meta["blocks"][name]:
+                return f"{name} has another checksum than expected"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return error.strerror or str(error) if isinstance(error, OSError) else f"{writer.META}: {error}"
+    return None

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
+from mft.data import blocks
 from mft.data.files import row_text
 from mft.data.settings import DataSettings
 from mft.data.split import SPLITS
@@ -44,6 +46,9 @@ REASONS = (BAD_ROW, TOO_LONG, UNTRAINED)
 
 DROPPED = "dropped.jsonl"
 """The rows that did not become samples, one object each: file (its number), line, reason, field, problem, row."""
+
+META = "meta.json"
+"""The account of a store, with its own checksum and those of the files."""
 
 DROPPED_NAMED = 20  # of them are in the report, too
 UNREAD_NAMED, OTHERS = 200, "other fields"
@@ -176,6 +181,21 @@ class Writer:
         """Closes the files and writes meta.json, whose presence says that the store is complete."""
         self.flush()
         self.stack.close()
-        sizes = {name: (self.folder / name).stat().st_size for name in [*(f"{n}.bin" for n in self.dtypes), DROPPED]}
+        names = [*(f"{n}.bin" for n in self.dtypes), DROPPED]
+        sizes = {name: (self.folder / name).stat().st_size for name in names}
+        found = {name: blocks.sums(self.folder / name) for name in names}
         meta = about | {"version": VERSION, "dtypes": self.dtypes, "sizes": sizes, "report": self.report()}
-        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        meta["blocks"] = found
+        (self.folder / META).write_text(json.dumps(meta | {"sum": _sum_of(meta)}, indent=1), encoding="utf-8")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Returns what `Writer.finish` wrote; raises ValueError when it is damaged, FileNotFoundError without it."""
+    found = json.loads((folder / META).read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or found.pop("sum", None) != _sum_of(found):
+        raise ValueError(f"{META} is damaged")
+    return found
+
+
+def _sum_of(meta: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(meta, sort_keys=True).encode())

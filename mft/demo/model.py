@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mft.checksums import follow_umask
 from mft.errors import UserError
 from mft.model.folder import write_tokenizer
 
@@ -72,6 +73,7 @@ def convert(gguf: Path, version: str, folder: Path) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
         write_tokenizer(tokenizer, folder)
+        follow_umask(folder.glob("*.safetensors"))
     return {
         "name": HUB,
         "source": f"{gguf.name} from the Python package {PACKAGE} {version}, dequantised to bf16",

@@ -198,6 +198,15 @@ class Engine:
             torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Returns the values of all ranks, by rank (pickled: only between our own ranks)."""
+        import torch
+
+        found: list[Any] = [value] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(found, value)
+        return found
+
     def barrier(self) -> None:
         """Waits until every rank is here."""
         if self.world > 1:
@@ -249,7 +258,7 @@ class Engine:
         Raises UserError when the state is not complete, is of another model, or does not fit another layout.
         """
         folder = Path(folder)
-        saved = _read_state(folder)
+        saved = read_state(folder)
         assert self._module is not None, "prepare first"
         trained = {name for name, p in self.unwrap(self._module).named_parameters() if p.requires_grad}
         pieces.load(self._pieces(), self._base_optimizer(), folder, trained)
@@ -298,13 +307,20 @@ class Engine:
         GradientState._reset_state()
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    """Returns engine.json of a resume state whose files are all there."""
+def read_state(folder: Path) -> dict[str, Any]:
+    """Returns engine.json of a resume state; UserError when it is damaged, or a file that it counts on is missing."""
     path = folder / "engine.json"
-    if not path.exists():
-        raise UserError(f"{folder} is not a complete resume state: {path.name} is missing")
-    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for rank in range(saved["shards"]):
-        if not (folder / f"shard-{rank}.safetensors").exists():
-            raise UserError(f"{folder} is not a complete resume state: shard-{rank}.safetensors is missing")
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        shards = [f"shard-{rank}.safetensors" for rank in range(saved["shards"])]
+        needed = [*shards, *(f"rng-{rank}.pt" for rank in range(saved["world"]))]
+        if not (shards and isinstance(saved["dist"], str) and isinstance(saved["scaler"], dict)):
+            raise ValueError("values of another shape")
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a complete resume state: {path.name} is missing") from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    for name in needed:
+        if not (folder / name).exists():
+            raise UserError(f"{folder} is not a complete resume state: {name} is missing")
     return saved

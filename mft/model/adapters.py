@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mft.checksums import require_sound
 from mft.errors import UserError, nearest, shortened
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def _check_folder(path: str, folder: Path) -> None:
         raise UserError(f"peft.path={path} does not exist{nearest(folder, siblings)}")
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"peft.path={path} has no adapter_config.json, so it is not an adapter folder")
+    require_sound(folder)
 
 
 def check_places(lora: Lora, places: list[Site], tied: bool) -> None:

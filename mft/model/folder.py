@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mft.checksums import seal
 from mft.errors import UserError, writable
 from mft.model import ends
 
@@ -152,7 +153,8 @@ def check_out(out: Path) -> None:
 
 
 def put(part: Path, out: Path) -> None:
-    """Gives the folder that `new_folder` returned its name."""
+    """Gives the folder that `new_folder` returned its name, with the checksums of what is in it."""
+    seal(part)
     if out.exists():
         out.rmdir()
     part.rename(out)

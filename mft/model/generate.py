@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mft.batch import Message
+from mft.checksums import require_sound
 from mft.errors import UserError, shortened
 from mft.model.export import Origin
 from mft.model.family import CausalLM
@@ -57,6 +58,7 @@ class Answerer:
         import torch
 
         self.folder = model_folder(Path(folder))
+        require_sound(self.folder)
         if trust_remote_code:
             log.warning("trust_remote_code=true: Python code that comes with the model of %s will be run", self.folder)
         self.tokenizer = tokenizer or CausalLM(str(self.folder), trust_remote_code=trust_remote_code).tokenizer()

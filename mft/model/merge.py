@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mft.checksums import require_sound
 from mft.errors import UserError
 from mft.model.export import Origin
 from mft.model.family import CausalLM
@@ -65,6 +66,7 @@ def merge(
 
     adapter, out = Path(adapter), Path(out)
     check_out(out)
+    require_sound(adapter)
     refuse_untrained(adapter)
     origin = Origin.read(adapter, base)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(adapter))

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from mft.checksums import follow_umask
 from mft.errors import UserError, nearest
 from mft.model.headers import check_tensors
 from mft.model.source import read_config
@@ -42,6 +43,7 @@ def convert(folder: Path) -> list[Path]:
         # clone: tied weights share memory in a pickle, which safetensors does not have
         tensors = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
         save_file(tensors, target.with_suffix(".tmp"), metadata={"format": "pt"})
+        follow_umask([target.with_suffix(".tmp")])
         where |= dict.fromkeys(tensors, target.name)
         found |= header(target.with_suffix(".tmp"))
         size += sum(tensor.nbytes for tensor in tensors.values())

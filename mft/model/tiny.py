@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from mft.checksums import follow_umask
 from mft.errors import UserError, writable
 from mft.model.family import CausalLM
 from mft.model.folder import write_tokenizer
@@ -124,6 +125,7 @@ class Tiny(CausalLM):
         config.save_pretrained(folder)
         write_tokenizer(tokenizer, folder)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        follow_umask([folder / "model.safetensors"])
 
 
 def byte_tokenizer(vocab_size: int):  # type: ignore[no-untyped-def]

@@ -65,9 +65,16 @@ def runs(args: Sequence[str]) -> None:
 def _run_row(folder: Path) -> list[str]:
     run, known = read_run(folder), rundir.read_json(folder / "overrides.json")
     step = max((int(row["step"]) for row in run.rows), default=0)
-    total = rundir.read_json(folder / "plan.json").get("total_steps", "?")
-    what = known.get("label") or " ".join(known.get("overrides", []))
-    return [os.path.relpath(folder), run.state, age([folder]), f"{step}/{total}", *_best(run), what]
+    total = rundir.read_json(folder / "plan.json").number("total_steps")
+    what = known.text("label") or " ".join(known.texts("overrides"))
+    return [
+        os.path.relpath(folder),
+        run.state,
+        age([folder]),
+        f"{step}/{'?' if total is None else total}",
+        *_best(run),
+        what,
+    ]
 
 
 def _sweep_row(folder: Path, members: Sequence[Path]) -> list[str]:
@@ -77,7 +84,7 @@ def _sweep_row(folder: Path, members: Sequence[Path]) -> list[str]:
     state = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     judged = [(value, place) for place, job in enumerate(jobs) if (value := job.best("mean")) is not None]
     best = min(judged)[1] if judged else None
-    label = "" if best is None else rundir.read_json(members[best] / "overrides.json").get("label", "")
+    label = "" if best is None else rundir.read_json(members[best] / "overrides.json").text("label")
     what = f"sweep of {len(jobs)} jobs" + (f", best: {label}" if label else "")
     return [os.path.relpath(folder), state, age(members), "", *(["", ""] if best is None else _best(jobs[best])), what]
 
@@ -114,22 +121,22 @@ def show(args: Sequence[str]) -> None:
 
     run, summary = read_run(folder), rundir.read_json(folder / "summary.json")
     terminal = console(width=None if sys.stdout.isatty() else 140)
-    seconds, memory = summary.get("seconds"), summary.get("peak_memory_gib")
-    took = "" if seconds is None else f", took {seconds:.0f} s and {memory:.1f} GiB at most"
+    seconds, memory = summary.number("seconds"), summary.number("peak_memory_gib")
+    took = "" if seconds is None or memory is None else f", took {seconds:.0f} s and {memory:.1f} GiB at most"
     terminal.print(settings_table([("state", f"{run.state}, {_run_row(folder)[3]} steps{took}")], str(folder)))
     changed = [(key, Text.assemble(value, "  ", (default, "dim"))) for key, value, default in changes(run)]
     terminal.print(settings_table(changed, "changed from the defaults (dim: the default)"))
     prefix = "valid/loss/"
     first, last, best = (
         {
-            key.removeprefix(prefix): math.inf if loss is None else loss
-            for key, loss in summary.get(part, {}).items()
-            if key.startswith(prefix)
+            key.removeprefix(prefix): math.inf if loss is None else float(loss)
+            for key, loss in summary.part(part).items()
+            if key.startswith(prefix) and (loss is None or isinstance(loss, int | float))
         }
         for part in ("first", "last", "best")
     )
     if last:
-        terminal.print(losses_table(first, last, best, summary["best"].get("step", 0)))
+        terminal.print(losses_table(first, last, best, int(summary.part("best").number("step") or 0)))
     places = {
         "config": folder / "config.yaml",
         "metrics": folder / "metrics.jsonl",
@@ -139,8 +146,8 @@ def show(args: Sequence[str]) -> None:
         "output": folder / "log" / "output.txt",
         "traceback": folder / "log" / "traceback.txt",
     }
-    rows = [(name, path) for name, path in places.items() if path.exists()]
-    rows += [("error", summary["error"])] if summary.get("error") else []
+    rows: list[tuple[str, object]] = [(name, path) for name, path in places.items() if path.exists()]
+    rows += [("error", summary.text("error"))] if summary.text("error") else []
     terminal.print(settings_table([*rows, ("again", run.command)], "where things are"), soft_wrap=True)
 
 

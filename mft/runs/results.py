@@ -76,17 +76,18 @@ def read_run(folder: Path) -> Run:
     """Returns what a run folder says."""
     try:
         config = yaml_files.load(folder / "config.yaml") or {}
-    except OSError:
+    except (OSError, UserError):
         config = {}
+    config = config if isinstance(config, dict) else {}
     known, summary = rundir.read_json(folder / "overrides.json"), rundir.read_json(folder / "summary.json")
-    command = shlex.join(["mft", "train", *known.get("overrides", [])])
+    command = shlex.join(["mft", "train", *known.texts("overrides")])
     return Run(
         name=os.path.relpath(folder),
         values=flat(config) | _contents(folder, known),
         rows=rundir.rows_from(folder / "metrics.jsonl")[0],
         state=rundir.state(folder),
-        seconds=summary.get("seconds"),
-        memory=summary.get("peak_memory_gib"),
+        seconds=summary.number("seconds"),
+        memory=summary.number("peak_memory_gib"),
         command=command,
     )
 

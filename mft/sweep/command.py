@@ -125,13 +125,16 @@ def resume(args: Sequence[str]) -> None:
         raise UserError("mft sweep resume needs the folder of a sweep: mft sweep resume multirun/demo/…")
     folder = the_sweep(Path(words[0]))
     record = rundir.read_json(folder / RECORD)
+    overrides, started, sweep_dir = record.texts("overrides"), record.text("folder"), record.text("sweep_dir")
+    if not (overrides and started and sweep_dir):
+        raise UserError(f"{folder / RECORD} is damaged, so the sweep's command is not known; run it by hand.")
     plugins.name(rundir.plugins_of(folder, RECORD))
-    say(f"going on with: mft train -m {' '.join(record['overrides'])}")
-    if not Path(record["folder"]).is_dir():
-        raise UserError(f"{folder} was started in {record['folder']}, which is gone; run its command by hand.")
-    os.chdir(record["folder"])
-    here = [] if (Path(record["sweep_dir"])).resolve() == folder.resolve() else [f"hydra.sweep.dir={folder.resolve()}"]
-    through_hydra([*record["overrides"], *words[1:], *here], [], ["-m"], dry_run="--dry-run" in args)
+    say(f"going on with: mft train -m {' '.join(overrides)}")
+    if not Path(started).is_dir():
+        raise UserError(f"{folder} was started in {started}, which is gone; run its command by hand.")
+    os.chdir(started)
+    here = [] if Path(sweep_dir).resolve() == folder.resolve() else [f"hydra.sweep.dir={folder.resolve()}"]
+    through_hydra([*overrides, *words[1:], *here], [], ["-m"], dry_run="--dry-run" in args)
 
 
 def the_sweep(folder: Path) -> Path:

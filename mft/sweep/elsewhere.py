@@ -61,7 +61,7 @@ def look_back(task: Task) -> None:
         return
     state = rundir.state(task.folder)
     task.state = {"killed": "failed", "running": "stopped"}.get(state, state)
-    told = rundir.read_json(task.folder / "log" / "failure.json").get("sentence", "")
+    told = rundir.read_json(task.folder / "log" / "failure.json").text("sentence")
     task.error = "" if task.state != "failed" else told or "its process was ended from outside without a word"
 
 
@@ -73,7 +73,7 @@ def one_job(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     folder = Path(hydra.sweep.dir).absolute()
     plugins.name(rundir.plugins_of(folder, RECORD))
-    fixed = {key_of(o) for o in rundir.read_json(folder / RECORD).get("overrides", []) if not is_sweep(o)}
+    fixed = {key_of(o) for o in rundir.read_json(folder / RECORD).texts("overrides") if not is_sweep(o)}
     overrides = [o for o in hydra.overrides.task if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)
     composed = with_choices(cfg, hydra.runtime.choices)

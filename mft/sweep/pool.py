@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ from typing import Any
 
 from mft import job, rundir
 from mft.credentials import hidden
-from mft.errors import UserError
+from mft.errors import UserError, full_disk
 from mft.launch import Stopped, warm
 from mft.processes import handlers, variables
 from mft.screen import say
@@ -56,7 +56,7 @@ class Task:
         """Reads what the job has logged since the last look; returns whether a validation is among it."""
         news = False
         if not self.total:
-            self.total = int(rundir.read_json(self.folder / "plan.json").get("total_steps", 0))
+            self.total = int(rundir.read_json(self.folder / "plan.json").number("total_steps") or 0)
         rows, self.read = rundir.rows_from(self.folder / "metrics.jsonl", self.read)
         for row in rows:
             self.step = max(self.step, int(row["step"]))
@@ -174,7 +174,7 @@ def _ended(task: Task, code: int) -> None:
         task.state = "stopped"
     else:
         task.state = "failed"
-        told = rundir.read_json(task.folder / "log" / "failure.json").get("sentence")
+        told = rundir.read_json(task.folder / "log" / "failure.json").text("sentence")
         task.error = told or f"its process died ({code}) without a word; its output is in {task.folder}/log"
 
 
@@ -183,7 +183,7 @@ def supervise(current: job.Job, folder: Path, cores: list[int], gpus: list[str],
     os.setsid()  # a Ctrl-C of the terminal reaches the sweep alone, which hands it on once
     os.environ.update(environment)
     log = folder / "log"
-    output = os.open(log / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    output = os.open(log / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(output, 1)
     os.dup2(output, 2)
     if cores:
@@ -208,13 +208,14 @@ def leave_failure(folder: Path, error: Exception) -> None:
     sentence = getattr(error, "sentence", "") or (
         str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     )
-    sentence = hidden(sentence)
+    sentence = hidden(str(full_disk(error) or sentence))
     log = folder / "log"
-    log.mkdir(parents=True, exist_ok=True)
-    (log / "traceback.txt").write_text(hidden(trace), encoding="utf-8")
-    rundir.write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
-    summary = rundir.read_json(folder / "summary.json")
-    rundir.write_json(folder / "summary.json", summary | {"status": "failed", "error": sentence})
+    with suppress(OSError):  # the disk that ended the job may be full
+        log.mkdir(parents=True, exist_ok=True)
+        rundir.write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
+        summary = rundir.read_json(folder / "summary.json")
+        rundir.write_json(folder / "summary.json", summary | {"status": "failed", "error": sentence})
+        (log / "traceback.txt").write_text(hidden(trace), encoding="utf-8")
     say(f"mft: this job failed: {error}", sys.stderr)
 
 

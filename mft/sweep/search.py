@@ -44,7 +44,7 @@ def run(cfg: DictConfig, loader: Any, arguments: Sequence[str], settings: Mappin
         remove_if_unused(folder)
         raise
     if dry_run:
-        known = len(rundir.read_json(folder / "search.json").get("trials", []))
+        known = len(rundir.read_json(folder / "search.json").get("trials") or ())
         board.say(f"search {board.shown(folder)}: {settings['n_trials']} trials, {known} of them done")
         for name, distribution in space.items():
             board.say(f"  {name:<24} {distribution}")

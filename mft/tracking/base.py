@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mft.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -55,20 +59,22 @@ class Tracker:
 class Jsonl(Tracker):
     """`metrics.jsonl` in the run folder: one object a logged step, `{"step": 10, "train/loss": 1.23, ...}`.
 
-    On resume the lines of steps after the checkpoint are cut off, so that no step appears twice.
-    Non-finite values are written as null, which every JSON reader understands.
+    On resume the lines of steps after the checkpoint are cut off, so that no step appears twice; a run that begins anew
+    in its folder begins a new file. Non-finite values are written as null, which every JSON reader understands. What
+    finds a full disk is kept and written with a later row, or when the run ends.
     """
 
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         self.path = run_dir / "metrics.jsonl"
+        self._unwritten: list[str] = []
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n") if step else ():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # a line half written when the process was killed; its step is trained and logged again
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -76,8 +82,25 @@ class Jsonl(Tracker):
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._unwritten.append(json.dumps(row) + "\n")
+        self._write()
+
+    def close(self, status: str) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        """Appends what is unwritten, all of it or nothing: half a line would spoil the one that follows."""
+        if not self._unwritten:
+            return
+        with self.path.open("ab", buffering=0) as file:
+            whole, text = file.seek(0, os.SEEK_END), "".join(self._unwritten).encode()
+            try:
+                if file.write(text) != len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                file.truncate(whole)
+                raise
+        self._unwritten.clear()
 
 
 class FanOut(Tracker):
@@ -92,8 +115,7 @@ class FanOut(Tracker):
             tracker.prepare()
 
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
-        for tracker in self.trackers:
-            tracker.open(run_dir, config, tags, step)
+        self._each(lambda tracker: tracker.open(run_dir, config, tags, step), ending=UserError)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._each(lambda tracker: tracker.log(step, values))
@@ -113,10 +135,12 @@ class FanOut(Tracker):
     def where(self) -> str:
         return "\n".join(line for line in (tracker.where() for tracker in self.trackers) if line)
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
+    def _each(self, call: Callable[[Tracker], None], ending: type[Exception] | tuple[()] = ()) -> None:
         for tracker in self.trackers:
             try:
                 call(tracker)
+            except ending:
+                raise
             except Exception as error:  # a full disk, a defect in a tracker: not a reason to lose a training
                 if id(tracker) not in self.reported:
                     self.reported.add(id(tracker))

@@ -75,6 +75,7 @@ class Mlflow(Tracker):
         resumed = self._spool.path.exists()
         self._uri = self._address(self._spool.state["uri"])
         self._delivery = Delivery(self._spool, self._uri, self._alive)
+        self._spool.save()  # `sync` has to know the store, also one that is never reached
         self._news = threading.Condition()
         self._asked, self._hurry = threading.Event(), threading.Event()
         self._moved, self._failures = time.monotonic(), 0

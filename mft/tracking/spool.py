@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mft.jsonfile import read_json, write_json
+
 log = logging.getLogger(__name__)
 
 
@@ -29,11 +31,20 @@ class Spool:
         self.run_dir = run_dir
         self.path = run_dir / "mlflow.spool.jsonl"
         self.state_path = run_dir / "mlflow.json"
+        self._reported: set[int] = set()
         self.state: dict[str, Any] = {"uri": None, "run_id": None, "experiment_id": None, "sent": 0, "left": []}
         if self.path.exists():
             self._drop_half_line()
-            if self.state_path.exists():
-                self.state |= json.loads(self.state_path.read_text(encoding="utf-8"))
+            first = next(self.records(0), None)
+            if first is not None and first[0]["kind"] != "open":  # key, experiment and name of the run are in it
+                self._set_aside(self.path, "the record that begins a run is damaged")
+        if self.path.exists() and self.state_path.exists():
+            if (known := self._read_state()) is None:
+                self._set_aside(self.state_path, "it is damaged")
+            else:
+                self.state |= known
+                if self.state["sent"] > self.path.stat().st_size:  # a disk has lost the rest
+                    self.state["sent"] = 0
         self._lock = threading.Lock()
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -57,8 +68,12 @@ class Spool:
                 offset += len(line)
                 try:
                     record = json.loads(line)
-                except ValueError:  # a disk that was full in the middle of a line
-                    log.warning("%s: a line before byte %d cannot be read and is left out", self.path, offset)
+                    if not _whole(record):
+                        raise ValueError
+                except (ValueError, RecursionError):  # a disk that was full in the middle of a line, or is failing
+                    if offset not in self._reported:
+                        self._reported.add(offset)
+                        log.warning("%s: a line before byte %d cannot be read and is left out", self.path, offset)
                     continue
                 yield record, offset
 
@@ -75,9 +90,24 @@ class Spool:
 
     def save(self) -> None:
         """Writes the state; at any moment the file is the old or the new one."""
-        temporary = self.state_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.state, indent=1), encoding="utf-8")
-        temporary.replace(self.state_path)
+        write_json(self.state_path, self.state, durable=True)
+
+    def _read_state(self) -> dict[str, Any] | None:
+        """Returns the saved state, None when it is not one."""
+        saved = read_json(self.state_path)
+        texts = all(isinstance(saved.get(name), str | None) for name in ("uri", "run_id", "experiment_id"))
+        sent, left = saved.get("sent"), saved.get("left")
+        if not (texts and type(sent) is int and sent >= 0 and isinstance(left, list)):
+            return None
+        if not all(isinstance(upload, dict) and isinstance(upload.get("path"), str) for upload in left):
+            return None
+        return {name: saved.get(name) for name in self.state}
+
+    def _set_aside(self, path: Path, why: str) -> None:
+        """Renames a damaged file, which is then made anew; tracking is no reason to end a training."""
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        log.warning("%s: %s; set aside as %s, and made anew", path, why, aside.name)
 
     def _drop_half_line(self) -> None:
         """Cuts a line that a killed process left unfinished; it cannot have been sent."""
@@ -85,6 +115,26 @@ class Spool:
             text = file.read()
             if not text.endswith(b"\n"):
                 file.truncate(text.rfind(b"\n") + 1)
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "open": {"key": str, "experiment": str, "run_name": str, "params": dict, "tags": dict, "time": int},
+    "metrics": {"step": int, "values": dict, "time": int},
+    "artifact": {"path": str},
+    "model": {"path": str},
+    "close": {"status": str, "time": int},
+}
+"""Of each kind of record: what has to be in it, and of which type."""
+
+
+def _whole(record: Any) -> bool:
+    """Whether a line of the spool is a record as `append` wrote it."""
+    if not isinstance(record, dict) or (needed := FIELDS.get(str(record.get("kind")))) is None:
+        return False
+    if not all(isinstance(record.get(name), kind) for name, kind in needed.items()):
+        return False
+    values = record["values"].values() if "values" in needed else ()
+    return all(isinstance(value, int | float) or value in ("nan", "inf", "-inf") for value in values)
 
 
 def new_key() -> str:

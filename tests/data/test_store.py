@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mft.data import pipeline
+from mft.data.blocks import BLOCK
 from mft.data.formats import Chat
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.store import Samples, prepare
@@ -191,6 +192,7 @@ PROCESS = """
 import sys
 from transformers import PreTrainedTokenizerFast
 from mft.data import pipeline
+from mft.data.blocks import BLOCK
 from mft.data.settings import DataSettings
 from mft.data.store import prepare
 from mft.data.task import Task
@@ -252,3 +254,55 @@ def test_a_limit_takes_the_first_samples_of_each_task(make_store):
 def test_the_same_rows_stay_in_their_split_when_rows_are_added(make_store):
     few, many = make_store(ROWS[50:100], "few", split=[70, 20, 10]), make_store(ROWS, "many", split=[70, 20, 10])
     assert few.split_N.tolist() == many.split_N[50:100].tolist()
+
+
+def big(tmp_path):
+    """A task whose ids take several blocks."""
+    return Task("docs", [str(write(tmp_path / "x.jsonl", [chat(f"q {i}", f"{i} word " * 60) for i in range(900)]))])
+
+
+def test_a_damaged_block_is_found_when_it_is_first_read_and_the_next_start_makes_it_anew(tmp_path, encoder, capsys):
+    task, cache = big(tmp_path), tmp_path / "cache"
+    store = prepare(task, encoder, DataSettings(), cache)
+    ids = [store.sample(i)[0].tolist() for i in range(len(store))]
+    folder = cache / "tokens" / store.fingerprint
+    for name, block in (("ids", 0), ("ids", 1), ("trained", 0)):
+        path = folder / f"{name}.bin"
+        content = bytearray(path.read_bytes())
+        content[block * BLOCK + 700] ^= 1
+        path.write_bytes(content)
+        store = prepare(task, encoder, DataSettings(), cache)  # the start does not read the tokens
+        assert "damaged" not in capsys.readouterr().err
+        with pytest.raises(UserError, match=rf"{name}\.bin has the checksum .* byte {block * BLOCK:,} on"):
+            for i in range(len(store)):
+                store.sample(i)
+        if block == 1:
+            assert prepare(task, encoder, DataSettings(), cache).sample(0)[0].tolist() == ids[0]
+        store = prepare(task, encoder, DataSettings(), cache)
+        assert [store.sample(i)[0].tolist() for i in range(len(store))] == ids
+        assert "damaged" not in capsys.readouterr().err
+
+
+def test_any_other_damage_is_found_at_the_start_and_the_store_made_anew_with_a_line(tmp_path, encoder, capsys):
+    task, cache = Task("docs", [str(write(tmp_path / "x.jsonl", ROWS[:5]))]), tmp_path / "cache"
+    store = prepare(task, encoder, DataSettings(), cache)
+    ids, folder = [store.sample(i)[0].tolist() for i in range(5)], cache / "tokens" / store.fingerprint
+    meta = json.loads((folder / "meta.json").read_text())
+    shapes = ["", "[]", "null", "{}", "7", json.dumps(meta | {"report": {}}), json.dumps(meta | {"sizes": None})]
+    damages = [("meta.json", text.encode()) for text in shapes]
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        damages.append((path.name, content[: len(content) // 2]) if content else (path.name, b"x"))
+        damages.append((path.name, None))
+        if content and path.name not in ("ids.bin", "trained.bin"):
+            damages.append((path.name, bytes([content[0] ^ 1]) + content[1:]))
+    for name, content in damages:
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content)
+        store = prepare(task, encoder, DataSettings(), cache)
+        said = capsys.readouterr().err
+        silent = name == "meta.json" and content is None  # as a process leaves it that was killed
+        assert silent or (f"task.docs: the token cache {folder} is damaged: {name}" in said), (name, content, said)
+        assert [store.sample(i)[0].tolist() for i in range(5)] == ids and len(list(store.dropped())) == 0

@@ -1,0 +1,197 @@
+"""Sizes and checksums of the files in a folder, written last: by them a folder is known to be whole.
+
+A checkpoint has them in COMPLETE, a model folder (`final/`, merged, converted) in mft_checksums.json. Folders of
+earlier versions and of other programs have none; those are accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import xxhash
+
+from mft.errors import UserError
+
+COMPLETE = "COMPLETE"
+"""Marker of a checkpoint; a folder without it is never read."""
+MODEL = "mft_checksums.json"
+"""Marker of a model folder."""
+WITHOUT_SUMS = "all files of this checkpoint are written\n"
+"""COMPLETE as earlier versions wrote it."""
+PROSE = ("README.md",)
+"""Files of a model folder that no program reads and people edit."""
+
+Sums = Mapping[str, tuple[int, str]]
+"""Of each file, by its path in the folder: bytes and xxh3-128."""
+
+
+class _NoSums(Exception):
+    """A marker that cannot be used; the text says why."""
+
+
+def measure(folder: Path, files: Iterable[Path]) -> Sums:
+    """Puts files of a folder onto the disk and returns their sizes and checksums.
+
+    Without the flush a power cut could leave a name or a marker over missing data.
+    """
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        found[path.relative_to(folder).as_posix()] = path.stat().st_size, digest(path)
+    return found
+
+
+def seal(folder: Path, marker: str = MODEL, sums: Sums | None = None) -> None:
+    """Writes the marker of a folder that is whole, atomically, and gives its files the mode of any new file.
+
+    sums: of all files, where they were measured already.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != marker)
+    entries = {name: list(entry) for name, entry in sorted((sums or measure(folder, files)).items())}
+    follow_umask(files)
+    temporary = folder / f".{marker}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump({"files": entries, "sum": _sum_of(entries)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / marker)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the name, too
+    finally:
+        os.close(descriptor)
+
+
+def damage(folder: Path, marker: str = MODEL, part: tuple[int, int] = (0, 1), hashed: bool = True) -> str:
+    """Returns the first file of a folder that is not as its marker says, with what is expected; "" when it is sound.
+
+    part: (rank, world) looks at this rank's share of the files; hashed False: looks at sizes alone, in no time.
+    """
+    try:
+        sums = _read(folder / marker)
+    except _NoSums as error:
+        return str(error)
+    if sums is None:
+        return _unreadable(folder) if hashed and part[0] == 0 else ""
+    by_size = sorted(sums, key=lambda name: sums[name][0], reverse=True)
+    return _first(folder, sums, by_size[part[0] :: part[1]], hashed)
+
+
+def require_sound(folder: Path) -> None:
+    """Raises UserError for a model or adapter folder with a damaged file; one without a marker is taken as it is.
+
+    Of a checkpoint only the model is looked at, not what a resume needs besides. README.md may have been edited.
+    """
+    marker = MODEL if (folder / MODEL).exists() else COMPLETE
+    try:
+        sums = _read(folder / marker) if (folder / marker).exists() else None
+        used = [name for name in sums or () if "/" not in name and name not in PROSE]
+        problem = _first(folder, sums or {}, used)
+    except _NoSums as error:
+        problem = str(error)
+    if problem:
+        raise UserError(
+            f"{folder} is damaged: {problem}. Copy it again, or use another checkpoint of its run; if the change was "
+            f"made on purpose, remove {folder / marker}."
+        )
+
+
+def digest(path: Path) -> str:
+    """Returns the xxh3-128 of a file's content."""
+    found, buffer = xxhash.xxh3_128(), bytearray(1 << 18)  # fits into the processor's cache: 7 GB/s, as mapped pages
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            found.update(view[:count])
+    return found.hexdigest()
+
+
+def follow_umask(files: Iterable[Path]) -> None:
+    """Gives files of one folder the mode that a new file there gets: safetensors lets the owner alone read its own."""
+    files = list(files)
+    if not files:
+        return
+    probe = files[0].with_name(f".{os.getpid()}.mode.tmp")  # os.umask cannot be read without being changed
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in files:
+        with suppress(PermissionError):  # of another user, as a rank on another machine may be
+            path.chmod(mode)
+
+
+def _sum_of(entries: Mapping[str, object]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(entries, sort_keys=True).encode())
+
+
+def _read(marker: Path) -> Sums | None:
+    """Returns what a marker says, None for one of an earlier version; raises _NoSums for a damaged one."""
+    try:
+        text = marker.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise _NoSums(f"{marker.name} cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from None
+    if text == WITHOUT_SUMS:
+        return None
+    try:
+        values = json.loads(text)
+        entries = values["files"]
+        if values["sum"] != _sum_of(entries):
+            raise ValueError
+        return {name: (size, expected) for name, (size, expected) in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise _NoSums(f"{marker.name} is {'damaged' if text else 'empty'}") from None
+
+
+def _first(folder: Path, sums: Sums, names: Iterable[str], hashed: bool = True) -> str:
+    for name in names:
+        size, expected = sums[name]
+        try:
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes, expected {size:,}"
+            if hashed and (actual := digest(folder / name)) != expected:
+                return f"{name} has the checksum {actual}, expected {expected}"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return ""
+
+
+def _unreadable(folder: Path) -> str:
+    """Returns the first file of a checkpoint without checksums that is cut short or is not what its name says."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".pt":
+                with zipfile.ZipFile(path) as parts:
+                    if parts.testzip() is not None:
+                        return f"{name} is damaged"
+            elif path.suffix == ".safetensors":
+                _check_header(path)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, zipfile.BadZipFile):
+            return f"{name} is damaged"
+    return ""
+
+
+def _check_header(path: Path) -> None:
+    """Raises ValueError, or what wrong JSON raises, for a safetensors file of another size than its header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size:
+            raise ValueError
+        header = json.loads(file.read(length))
+    ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]
+    if size != 8 + length + max(ends, default=0):
+        raise ValueError
