@@ -39,8 +39,11 @@ def check_files(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that a model is loaded from; UserError for shards without an index, or one that is missing."""
+    """Returns the files that a model is loaded from, none where there are no safetensors; UserError for shards without
+    an index, or one that is missing."""
     files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return []
     whole, index = folder / "model.safetensors", folder / INDEX
     if whole.is_file():  # which is read before any index
         return [whole]
