@@ -26,7 +26,7 @@ ADDRESS = re.compile(r"(^|[._])(uri|url|endpoint|address|addr|proxy|proxies|host
 
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^{},\s]+)\s*(?:,([^{}]*))?\}")
 _USERINFO = re.compile(r"(?<=://)[^\s'\"]*@")
-_NO_SCHEME = re.compile(r"(?<![\w/:.*-])[^\s'\"=/:@,\[\]{}()]+:[^\s'\"@]+@(?=[\w.$*-])")
+_NO_SCHEME = re.compile(r"(?<![\w/:.*{$-])[^\s'\"=/:@,\[\]{}()]+:[^\s'\"@]+@(?=[\w.$*-])")
 _PARAMETER = re.compile(rf"([?&;#]|%3F|%26|%23)([\w.-]*(?:{SECRET}|(?<![\w])key)[\w.-]*)=[^&;\s'\"#]+", re.IGNORECASE)
 _SHORTEST = 5  # characters of a remembered value; shorter ones stand in too many words
 
@@ -50,9 +50,8 @@ def hidden(text: str) -> str:
 
 def _of_environment(user: str) -> bool:
     """Whether `user:password` has a password only by a variable, which is no secret to show."""
-    return (
-        "${" in user and not _ENVIRONMENT.sub("", user).partition(":")[2] and not _ENVIRONMENT.sub("", user).isalnum()
-    )
+    name, _, password = _ENVIRONMENT.sub("", user).partition(":")
+    return "${" in user and not password and (not name or ":" in user.partition("${")[0])
 
 
 def as_written(text: str) -> str:
