@@ -25,8 +25,8 @@ ADDRESS = re.compile(r"(^|[._])(uri|url|endpoint|address|addr|proxy|proxies|host
 """Keys whose values are addresses."""
 
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^{},\s]+)\s*(?:,([^{}]*))?\}")
-_USERINFO = re.compile(r"(?<=://)[^\s'\"]*@")
-_NO_SCHEME = re.compile(r"(?<![\w/:.*{$-])[^\s'\"=/:@,\[\]{}()]+:[^\s'\"@]+@(?=[\w.$*-])")
+_USERINFO = re.compile(r"(?<=://)(?![\w.-]+:\d{1,5}/)[^\s'\"]*@")  # but not the @ in a path behind host:port/
+_NO_SCHEME = re.compile(r"(?<![\w/:.*{$-])[^\s'\"=/:@,\[\]{}()]+:(?!//)[^\s'\"@]+@(?=[\w.$*-])")
 _PARAMETER = re.compile(rf"([?&;#]|%3F|%26|%23)([\w.-]*(?:{SECRET}|(?<![\w])key)[\w.-]*)=[^&;\s'\"#]+", re.IGNORECASE)
 _SHORTEST = 5  # characters of a remembered value; shorter ones stand in too many words
 
@@ -45,7 +45,7 @@ def hidden(text: str) -> str:
         text = text.replace(value, _remembered[value])
     for pattern in (_USERINFO, _NO_SCHEME):
         text = pattern.sub(lambda match: match[0] if _of_environment(match[0][:-1]) else "***@", text)
-    return _PARAMETER.sub(lambda m: m[0] if _ENVIRONMENT.match(m[0], m.end(2) + 1) else f"{m[1]}{m[2]}=***", text)
+    return _PARAMETER.sub(lambda m: m[0] if _ENVIRONMENT.match(m.string, m.end(2) + 1) else f"{m[1]}{m[2]}=***", text)
 
 
 def _of_environment(user: str) -> bool:
