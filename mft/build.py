@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, SCMode
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from mft.config import batch_sizes, settled
-from mft.data.settings import LongSamples, Mixture
+from mft.data.settings import BadRows, LongSamples, Mixture
 from mft.data.task import Task, all_tasks
 from mft.dist.accelerator import refuse_fp16
 from mft.errors import UserError, nearest, shortened
@@ -180,6 +180,7 @@ def check(cfg: DictConfig, world: int, allow_targets: Sequence[str] = ()) -> Non
     for task in tasks:
         task.files()  # a missing folder, a folder without rows
         task.splits()  # files for validation and test alone
+        task.check_rows(stops=cfg.data.bad_rows is BadRows.error)
     _check_something_trains(tasks, cfg.data.mixture)
     _check_best(cfg.train.best, [task.name for task in tasks])
     # How many samples validate is known once they are cut; where none can be, it is known now.
