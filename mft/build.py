@@ -15,7 +15,7 @@ from omegaconf.errors import ConfigKeyError, ValidationError
 
 from mft.components import component_class
 from mft.config import batch_sizes, settled
-from mft.data.settings import LongSamples, Mixture
+from mft.data.settings import BadRows, LongSamples, Mixture
 from mft.data.task import Task, all_tasks
 from mft.dist.accelerator import refuse_fp16
 from mft.errors import UserError, nearest, plainly, shortened
@@ -155,6 +155,7 @@ def check(cfg: DictConfig, world: int) -> None:
     for task in tasks:
         task.files()  # a missing folder, a folder without rows
         task.splits()  # files for validation and test alone
+        task.check_rows(stops=cfg.data.bad_rows is BadRows.error)
     _check_something_trains(tasks, cfg.data.mixture)
     names = [task.name for task in tasks]
     _check_best(cfg.train.best, names)

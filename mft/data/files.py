@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from mft.data import hub
 from mft.data.formats import RowError
+from mft.data.kinds import array, is_array, object_of, refuse_other_kinds
 from mft.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -39,7 +40,8 @@ class Rows:
 
     Where a line is not valid JSON in UTF-8 the third is the RowError that says so, instead of being raised: the caller
     decides whether to stop. Blank lines are no rows; a byte order mark and CRLF line ends are accepted. In Parquet
-    files and data sets the line is the number of the row. Raises UserError for a file that cannot be read to its end.
+    files, data sets and JSON arrays the line is the number of the row. Raises UserError for a file that cannot be read
+    to its end, and for one of another kind (UTF-16, CSV, gzip without its ending …), with what to do.
 
     total, done: bytes of all files, and those read so far (as they lie on disk).
     """
@@ -68,6 +70,13 @@ class Rows:
 
     def _lines(self, file: Path, before: int) -> Iterator[tuple[Path, int, Any]]:
         with file.open("rb") as raw, _decompressed(file, raw) as lines:
+            start = lines.peek(1 << 12) if hasattr(lines, "peek") else b""
+            refuse_other_kinds(file, start)
+            if is_array(start):
+                for number, row in enumerate(array(lines, file), start=1):
+                    self.done = before + raw.tell()
+                    yield file, number, row
+                return
             for number, line in enumerate(lines, start=1):
                 if number == 1:
                     line = line.removeprefix(BOM)
@@ -167,20 +176,7 @@ def _decompressed(file: Path, raw: IO[bytes]) -> AbstractContextManager[Any]:
     return io.BufferedReader(raw, 1 << 17) if not isinstance(raw, io.BufferedReader) else raw
 
 
-class _Twice(ValueError):
-    """A key that an object names twice; JSON readers keep the last one without a word."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Twice(f"the key {twice!r} comes twice in one object")
-    return result
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(object_pairs_hook=object_of)
 
 
 def _parsed(line: bytes, file: Path, number: int) -> Any:
@@ -191,6 +187,8 @@ def _parsed(line: bytes, file: Path, number: int) -> Any:
     except json.JSONDecodeError as error:
         around = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
         problem = f"is not JSON: {error.msg} at character {error.pos}, near {around!r}"
+        if number == 1 and error.doc.strip()[:1] == "{":
+            problem += f"; if objects of this file go over several lines: jq -c . {file.name} > {file.name}.jsonl"
     except RecursionError:
         problem = "is not usable: its JSON is nested too deeply"
     except ValueError as error:  # a key that comes twice, an integer of more digits than Python converts

@@ -29,6 +29,11 @@ class RowError(UserError):
         """Returns the same error with its place."""
         return RowError(self.field, self.problem, file, line, self.text)
 
+    def advised(self) -> RowError:
+        """Returns the same error with what may be done where other rows are sound."""
+        problem = f"{self.problem} (data.bad_rows=skip leaves such rows out and counts them)"
+        return RowError(self.field, problem, self.file, self.line, self.text)
+
 
 class Format(ABC):
     """Turns the parsed rows of one task into conversations. Subclasses are dataclasses of plain values.

@@ -123,7 +123,8 @@ def _batches(
             pieces = encoder.template.pieces(messages)
         except RowError as error:
             if settings.bad_rows == BadRows.error:
-                raise _explained(error.at(file, line)) from None
+                found = error.at(file, line)
+                raise (found.advised() if understood else found) from None
             writer.drop(place, row, BAD_ROW, error.problem, error.field)
             continue
         if (unread := row_format.unread(row)) != NOTHING:
@@ -170,8 +171,3 @@ def _progress(name: str, rows: Rows) -> Iterator[Any]:
             progress.update(bar, completed=rows.done, written=writer.rows)
 
         yield show
-
-
-def _explained(error: RowError) -> RowError:
-    problem = f"{error.problem} (data.bad_rows=skip counts such rows and goes on)"
-    return RowError(error.field, problem, error.file, error.line)

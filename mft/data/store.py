@@ -218,7 +218,7 @@ def prepare(
         example = f", e.g. {bad['where']}: {bad['problem']}" if bad else ""
         raise UserError(
             f"task.{task.name}: {dropped[writer.BAD_ROW]} bad rows{example} "
-            "(data.bad_rows=skip counts such rows and goes on)"
+            "(data.bad_rows=skip leaves such rows out and counts them)"
         )
     if not len(store):
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "the files are empty"

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,9 @@ from mft.data.fingerprint import file_digests
 from mft.data.formats import KNOWN, Auto, Format, RowError, misread, no_format
 from mft.data.splitnames import split_named
 from mft.errors import UserError, nearest, shortened
+
+FIRST_ROWS = 8
+"""Rows of each file that are read before a run starts."""
 
 NAME_CHARACTERS = 200
 """Characters of a task's name; trackers allow 250 for the name of a metric."""
@@ -105,6 +109,34 @@ class Task:
         """Returns the rows of all files: (file, line, parsed row or RowError)."""
         return Rows(self.files())
 
+    def check_rows(self, stops: bool) -> None:
+        """Reads the first rows of every file of text, so that what is wrong with all of them is known before a run.
+
+        stops: whether a bad row ends the run. Raises UserError for a file of another kind than its name says, where no
+        format fits, and where `stops` RowError for the first bad row.
+        """
+        row_format = None if isinstance(self.format, Auto) else self.format
+        for file in self.files():
+            if hub.is_name(file) or file.name.lower().endswith(".parquet"):
+                continue
+            bad: list[RowError] = []
+            rows = list(islice(Rows([file]), FIRST_ROWS))
+            for _, line, row in rows:
+                try:
+                    if isinstance(row, RowError):
+                        raise row
+                    if row_format is None and (found := self._found(row)):
+                        row_format = found[1]
+                    if row_format is not None:
+                        row_format.messages(row)
+                except RowError as error:
+                    bad.append(error.at(file, line))
+            objects = [row for _, _, row in rows if isinstance(row, dict)]
+            if stops and bad:
+                raise bad[0].advised() if len(bad) < len(rows) else bad[0]
+            if stops and row_format is None and objects:
+                raise UserError(f"task.{self.name}: {misread('', objects[0]) or no_format(list(objects[0]))}")
+
     def settled_format(self) -> tuple[str, Format]:
         """Returns the name of the format and the format, which Auto finds by the task's first recognisable row.
 
@@ -114,15 +146,19 @@ class Task:
             return self.format.describe(), self.format
         first: dict[str, Any] | None = None
         for _, _, row in self.rows():
-            if not isinstance(row, RowError) and (found := self.format.settled(row)):
-                if reason := misread(found[0], row):
-                    raise UserError(f"task.{self.name}: {reason}.")
+            if not isinstance(row, RowError) and (found := self._found(row)):
                 return found
             if first is None and isinstance(row, dict):
                 first = row
         if first is not None:
             raise UserError(f"task.{self.name}: {misread('', first) or no_format(list(first))}")
         return next(iter(KNOWN.items()))
+
+    def _found(self, row: Any) -> tuple[str, Format] | None:
+        found: tuple[str, Format] | None = self.format.settled(row)
+        if found and (reason := misread(found[0], row)):
+            raise UserError(f"task.{self.name}: {reason}.")
+        return found
 
     def fingerprint(self, cache_dir: str | os.PathLike[str]) -> str:
         """Returns a hash of the contents of all files in order and the splits they are for, not of names and places."""
@@ -177,6 +213,8 @@ class Task:
                     others.add(os.path.splitext(name)[1].lower() or name)
         if not files:
             found = f" (it holds: {', '.join(sorted(others)[:8])})" if others else " (it is empty)"
+            if ".json" in others:
+                found += "; a .json file with an array of rows is read where it is given itself"
             raise UserError(f"{self._at(key)}: no {_ENDINGS} file in the folder {path}{found}{self._advice()}")
         return sorted(files)
 
