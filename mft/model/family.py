@@ -135,6 +135,11 @@ class CausalLM:
                 found["code"] = contents_fingerprint(source, ("**/*.py",))
         return found
 
+    def width(self) -> int | None:
+        """Returns the hidden size, as far as the config.json of a folder tells."""
+        size = read_config(Path(self.path).expanduser()).get("hidden_size") if self.path else None
+        return size if isinstance(size, int) else None
+
     def stored(self) -> Stored:
         """Returns how the weights are stored, judged without loading any: a folder by its config.json and the headers
         of its files, a hub name by its config. Raises UserError for what cannot be read."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.model import adapters, quantisation
 from mft.model.quantisation import compute_dtype
-from mft.model.source import read_config
 from mft.model.stored import refuse_quantised
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class Full:
 
             if (model := skeleton(family)) is not None:
                 family.router_weight(model)
-        if Path(family.source()).is_dir():  # what a hub name holds is known when it is loaded
+        if family.path and Path(family.path).expanduser().is_dir():  # a hub name is judged when it is loaded
             self._check_stored(family.path, family.stored())
 
     def _check_stored(self, path: str, held: Stored) -> None:
@@ -148,7 +147,7 @@ class Lora(Full):
 
         super().check_with(family, precision)
         if not self.path:
-            adapters.check_rank(self.rank, read_config(Path(family.source())).get("hidden_size"))
+            adapters.check_rank(self.rank, family.width())
         if self._asks_of_the_model and not self.path:
             model = skeleton(family, self.quantization(compute_dtype(precision)))
             if model is not None:

@@ -94,6 +94,9 @@ class Tiny(CausalLM):
     def source(self) -> str:
         return str(self.folder())
 
+    def width(self) -> int | None:
+        return self.hidden_size  # known before the folder is made
+
     def _make(self, folder: Path) -> None:
         import torch
         from safetensors.torch import save_file
