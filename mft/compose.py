@@ -77,7 +77,7 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
     for name, task in cfg.task.items():
         if isinstance(task, DictConfig) and not {"_target_", "paths"} & set(task):
             chosen = [str(key) for key, node in cfg.task.items() if "_target_" in node]
-            raise UserError(f"task.{name}.{next(iter(task), '')}: {_not_chosen(str(name), chosen)}")
+            raise UserError(f"task.{name!s}.{next(iter(task), '')!s}: {_not_chosen(str(name), chosen)}")
         for key in ("paths", "valid"):
             if isinstance(task, DictConfig) and OmegaConf.is_list(task.get(key)):
                 task[key] = all_absolute(task[key], f"task.{name}.{key}")
