@@ -93,7 +93,7 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
             if not frozen:
                 gc.unfreeze()
             pool.shutdown(cancel_futures=True)
-        writer.finish({"task": task.name, "format": format_name, "splits": splits})
+        writer.finish({"task": task.name, "format": format_name})
 
 
 def _encode(encoder: Encoder, batch: Sequence[Read]) -> list[Encoded]:

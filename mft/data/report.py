@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def as_json(stores: Sequence[Store], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns each task's report (see Store), its lengths in tokens (mean, p50, p95, max) and files held out whole."""
+    """Returns each task's report (see Store), lengths in tokens (mean, p50, p95, max), files held out by name."""
     return {
         name: store.report | {"length": _lengths(store), "held_out_files": store.held_out_files()}
         for store, name in zip(stores, names, strict=True)
@@ -65,7 +65,7 @@ def tables(stores: Sequence[Store], names: Sequence[str]) -> list[Table]:
 
 
 def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
-    """Returns what a table has no room for: fields that are not read, files held out whole, duplicates, and rows that
+    """Returns what a table has no room for: fields that are not read, files held out by name, duplicates, and rows that
     other programs would encode to other ids."""
     found = unread_notes(stores, names)
     for store, name in zip(stores, names, strict=True):

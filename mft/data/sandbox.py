@@ -141,7 +141,7 @@ def bound() -> None:
     from transformers.utils import chat_template_utils
 
     if chat_template_utils.ImmutableSandboxedEnvironment is not Bounded:
-        chat_template_utils.ImmutableSandboxedEnvironment = Bounded
+        chat_template_utils.ImmutableSandboxedEnvironment = Bounded  # type: ignore[misc]
         chat_template_utils._compile_jinja_template.cache_clear()
 
 
@@ -174,7 +174,7 @@ def _replaced(node: Any) -> Any:
     return node
 
 
-def _filter(node: nodes.Expr, name: str, args: list[Any], line: int) -> nodes.Filter:
+def _filter(node: Any, name: str, args: list[Any], line: int) -> nodes.Filter:
     return nodes.Filter(node, name, args, [], None, None, lineno=line)
 
 

@@ -47,8 +47,8 @@ class Store:
     samples' rows are.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path]):
-        """files: `Task.files()`, by which samples are traced to file and line."""
+    def __init__(self, folder: Path, files: Sequence[Path], named: Sequence[str]):
+        """files: `Task.files()`, by which samples are traced to file and line; named: `Task.named_splits()`."""
         meta = writer.read_meta(folder)
         self.contents = ""
         self.fingerprint = folder.name
@@ -65,8 +65,8 @@ class Store:
         self.lengths_N = (self._stop_N - self._start_N).astype(np.int32)
         self.report: dict[str, Any] = meta["report"]
         self.report["format"] = meta["format"]
-        self.report["first_dropped"] = [self._named(d) for d in self.report["first_dropped"]]
-        self._splits: list[str] = meta["splits"]
+        self.report["first_dropped"] = [self._dropped_row(d) for d in self.report["first_dropped"]]
+        self._named = list(named)
         self._dropped = folder / writer.DROPPED
         self._left_out: list[tuple[str, tuple[np.ndarray, ...]]] = []
 
@@ -95,11 +95,11 @@ class Store:
                 yield about | {"problem": f"says the same as {same}"}
 
     def held_out_files(self) -> list[dict[str, Any]]:
-        """Returns the files held out as a whole: file, split (valid or test), rows of it that are kept."""
+        """Returns the files held out by their names: file, split (valid or test), rows of it that are kept."""
         rows_F = np.bincount(self._file_N[self.begins_N()], minlength=len(self.files))
         return [
             {"file": str(file), "split": split, "rows": int(rows)}
-            for file, split, rows in zip(self.files, self._splits, rows_F, strict=True)
+            for file, split, rows in zip(self.files, self._named, rows_F, strict=True)
             if split
         ]
 
@@ -132,7 +132,7 @@ class Store:
         """Returns bool: whether a sample is the first one of its row."""
         return (np.diff(self._line_N, prepend=-1) != 0) | (np.diff(self._file_N, prepend=-1) != 0)
 
-    def _named(self, dropped: dict[str, Any]) -> dict[str, str]:
+    def _dropped_row(self, dropped: dict[str, Any]) -> dict[str, str]:
         problem = f"{dropped['field']}: {dropped['problem']}" if dropped["field"] else dropped["problem"]
         where = self._where(dropped["file"], dropped["line"])
         return {"where": where, "reason": dropped["reason"], "problem": problem}
@@ -210,7 +210,7 @@ def prepare(
             _build(folder, task, contents, encoder, settings, cache_dir)
         else:
             _wait(folder, task)
-    store = Store(folder, files)
+    store = Store(folder, files, task.named_splits())
     store.contents = contents
     dropped = store.report["dropped"]
     if settings.bad_rows == BadRows.error and dropped[writer.BAD_ROW]:  # built by a run that skipped them

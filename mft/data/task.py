@@ -98,6 +98,12 @@ class Task:
             )
         return [split for _, split in files]
 
+    def named_splits(self) -> list[str]:
+        """Returns what each of `files()` is for by its name; those of `valid` need none."""
+        validate = sum(len(self._files_of(path, "valid")) for path in self.valid)
+        splits = self.splits()
+        return splits[: len(splits) - validate] + [""] * validate
+
     def proportions(self, split: Sequence[float]) -> list[float]:
         """Returns data.split for the files that train: a split with files of its own takes no part of them."""
         train, valid, test = split
