@@ -90,7 +90,9 @@ def full_disk(error: BaseException, folder: Path | None = None) -> UserError | N
     if isinstance(error, UserError) or not is_full_disk(error):
         return None
     what = getattr(error, "filename", None) or (f"a file in {folder}" if folder else "a file")
-    return UserError(f"The disk is full: {what} could not be written. Make room; the same command then resumes.")
+    told = UserError(f"The disk is full: {what} could not be written. Make room; the same command then resumes.")
+    told.exit_code = 1
+    return told
 
 
 def shortened(value: object, limit: int = 80) -> str:
