@@ -87,7 +87,8 @@ def _check_nothing_missing(node: DictConfig, path: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    line = str(error).strip().splitlines()[0]
+    return "must be a list, e.g. [a,b]" if "is not a ListConfig" in line else line
 
 
 def build(node: DictConfig, path: str, **runtime: Any) -> Any:
