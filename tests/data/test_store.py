@@ -164,7 +164,7 @@ def test_a_task_of_which_nothing_is_left_is_refused(tmp_path, encoder):
     "settings", [{"split": [95, 5]}, {"split": [0, 0, 0]}, {"split": [95, -5, 0]}, {"seq_length": 1}, {"limit": 0}]
 )
 def test_impossible_settings_are_refused(tmp_path, encoder, settings):
-    with pytest.raises(UserError, match=rf"data\.{next(iter(settings))}: .* allowed: "):
+    with pytest.raises(UserError, match=rf"data\.{next(iter(settings))}=.* must be "):
         prepare(Task("docs", [str(tmp_path)]), encoder, DataSettings(**settings), tmp_path / "cache")
 
 
