@@ -91,7 +91,7 @@ def _first_line(error: Exception) -> str:
     return "must be a list, e.g. [a,b]" if "is not a ListConfig" in line else line
 
 
-def build(node: DictConfig, path: str, **runtime: Any) -> Any:
+def build(node: DictConfig, path: str = "component", **runtime: Any) -> Any:
     """Makes a component of its node; those inside it are built first. `runtime` values override the node's."""
     cls = component_class(node, path)
     _refuse_special_keys(node, path)

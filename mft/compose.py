@@ -47,6 +47,9 @@ def _places(search: str) -> list[str]:
     hydra_node.check_searchpath(value)
     if not (isinstance(value, list) and all(isinstance(place, str) for place in value)):
         raise UserError(f"{search}: expected a list of folders, hydra.searchpath=['file:///my/folder'].")
+    for place in value:
+        if not place.startswith("pkg://") and not Path(place.removeprefix("file://")).is_dir():
+            raise UserError(f"hydra.searchpath: {place} is not a folder; --config-dir DIR adds a folder of yamls.")
     return cast("list[str]", value)
 
 

@@ -88,7 +88,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
         if credentials.written_out(override.partition("=")[2], key_of(override)):
             raise UserError(credentials_in(key_of(override)))
         parsed = _parsed(override)
-        _check_hydra(override, parsed)
+        _check_hydra(override)
         if parsed.key_or_group == "name" and isinstance(name := parsed.value(), str) and "${" not in name:
             check_name(name)  # before a sweep makes a folder of it
         if parsed.is_delete():
@@ -207,13 +207,9 @@ def _parsed(override: str) -> Any:
         ) from error
 
 
-def _check_hydra(override: str, parsed: Any) -> None:
+def _check_hydra(override: str) -> None:
     key = key_of(override)
     node = key == "hydra" or (key.startswith("hydra.") and key.count(".") == 1 and key not in HYDRA_VALUES)
-    if key == "hydra.searchpath" and isinstance(places := parsed.value(), list):
-        for place in map(str, places):
-            if not place.startswith("pkg://") and not Path(place.removeprefix("file://")).is_dir():
-                raise UserError(f"hydra.searchpath: {place} is not a folder; --config-dir DIR adds a folder of yamls.")
     if node or under(key, ("hydra.runtime", "hydra.overrides")):
         raise UserError(
             f"{override}: {key} belongs to Hydra and cannot be replaced; the folder of a run is output_dir=…, that of "

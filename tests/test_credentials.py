@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 from mft import credentials
 from mft.build import build, check
 from mft.compose import compose_resolved
-from mft.config import freeze, identity, load
+from mft.config import freeze, load
 from mft.credentials import hidden, written_out
 from mft.errors import UserError
+from mft.inputs import identity
 from mft.interpolations import check_variables
 from mft.run import plain
 from tests import sweeping
@@ -156,11 +157,11 @@ def test_values_of_the_environment_are_kept_as_written_and_read_again(
     assert read.train.max_steps == 7 and read.name == "of someone 42" == read.tracking.mlflow.experiment
     assert Path(read.output_dir) == tmp_path / "o"
     assert hidden(f"{S} of someone") == "${oc.env:MFT_T_PW} of ${oc.env:MFT_T_USER}"
-    same = identity(cfg, 1, {})
+    same = identity(cfg, 1, [], {})
     monkeypatch.setenv("MFT_T_PW", "another")  # tracking is not part of a run's identity
-    assert identity(load(tmp_path), 1, {}) == same
+    assert identity(load(tmp_path), 1, [], {}) == same
     monkeypatch.setenv("MFT_T_STEPS", "8")
-    assert identity(load(tmp_path), 1, {}) != same
+    assert identity(load(tmp_path), 1, [], {}) != same
     monkeypatch.delenv("MFT_T_PW")
     with pytest.raises(UserError, match=r"MFT_T_PW is not set, and \$\{oc\.env:MFT_T_PW\} reads it"):
         check_variables(OmegaConf.load(tmp_path / "config.yaml"))

@@ -10,6 +10,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from mft import plugins
 from mft.build import build
 from mft.cli import COMMANDS, main, split_flags
 from mft.compose import compose_resolved
@@ -76,8 +77,11 @@ def test_the_pages_hold_commands_of_every_kind() -> None:
 
 
 @pytest.mark.parametrize("words", TRAIN)
-def test_training_commands_compose(words: list[str]) -> None:
+def test_training_commands_compose(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples" / "plugin")  # the package that docs/plugins.md names
+    monkeypatch.setattr(plugins, "_named", {})
     given = [word.replace("…", "owner/name") for word in of_mft(words)[1:] if word not in ("…", "--dry-run")]
+    given = plugins.taken(given)
     overrides, folders, flags = split_flags(given)
     # Launchers of other packages are for Hydra's own command line; tests/sweep/test_elsewhere.py starts them.
     ours = [o for o in overrides if not o.startswith(("hydra/", "hydra."))]

@@ -172,7 +172,7 @@ def test_a_mistake_exits_with_2(args: list[str], parts: list[str], capsys: pytes
 def test_a_yaml_that_is_not_utf_8_is_named(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_bytes(text)
-    with pytest.raises(UserError, match=r"mine\.yaml is not text in UTF-8"):
+    with pytest.raises(UserError, match=r"mine\.yaml:2: is not UTF-8 \(byte 0x"):
         compose_resolved(["experiment=mine"], [tmp_path])
 
 

@@ -278,7 +278,7 @@ def test_no_way_in_runs_what_a_yaml_brings(flags: list[str], work: Path) -> None
         (work / "yaml" / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
         given = ["model=tiny", "data.paths=[faq]", "tracking=none", f"experiment={name}", "--config-dir", "yaml"]
         code, said = sweeping.mft(work, "train", *given, *flags)
-        assert code == 1 and "os.system" in said and "Traceback" not in said, said
+        assert code == 2 and "os.system" in said and "Traceback" not in said, said
     assert not (work / "PWNED").exists()
 
 
