@@ -90,7 +90,7 @@ def test_a_damaged_base_is_refused_before_it_is_loaded(tiny_folder: Path, tmp_pa
     seal(folder)
     CausalLM(str(folder)).check()
     (folder / "chat_template.jinja").write_text("{{ bos_token }}")
-    with pytest.raises(UserError, match=r"base is damaged: chat_template\.jinja has the checksum .* on purpose, remove"):
+    with pytest.raises(UserError, match=r"base is damaged: chat_template\.jinja has the checksum .* on purpose"):
         CausalLM(str(folder)).check()
 
 
