@@ -234,6 +234,17 @@ def test_each_file_of_the_base_is_part_of_a_fingerprint(checkpoint: Path, file: 
     assert "code" not in CausalLM(str(checkpoint)).fingerprints(), "code that is not run"
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_each_byte_of_the_weights_of_a_small_base_counts(checkpoint: Path, file: str) -> None:
+    weights = checkpoint / file
+    if not weights.exists():
+        weights.write_bytes((checkpoint / "model.safetensors").read_bytes())
+    content, before = weights.read_bytes(), CausalLM(str(checkpoint)).fingerprints()
+    for place in range(len(content) // 2, len(content), len(content) // 40):
+        weights.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        assert CausalLM(str(checkpoint)).fingerprints()["base model"] != before["base model"], place
+
+
 def test_moved_contents_are_the_same_run(tmp_path: Path, checkpoint: Path) -> None:
     def identity(root: Path) -> Identity:
         overrides = ["model=auto", f"model.path={root}/base", f"cache_dir={tmp_path}/cache", f"data.paths=[{root}/x]"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mft.checksums import require_sound
 from mft.errors import UserError, nearest
 from mft.model import ends, tokens
 from mft.model.implementation import Attention, choose, refuse_flash
@@ -27,6 +28,7 @@ from mft.model.source import (
     no_packing,
     read_config,
     recurrent,
+    weights_fingerprint,
 )
 from mft.model.stored import Stored, forget, in_dtype, judge, prepare, refuse_quantised
 from mft.model.weights import check_loaded
@@ -95,6 +97,7 @@ class CausalLM:
             check_type(self.path, self.trust_remote_code)
         if Path(self.source()).is_dir():
             self.stored()
+            require_sound(Path(self.source()), small_only=True)  # the rest where the weights are read anyway
 
     def _warn_of_code(self) -> None:
         log.warning("model.trust_remote_code=true: Python code that comes with %s will be run", self.path)
@@ -125,11 +128,13 @@ class CausalLM:
     def fingerprints(self) -> dict[str, str]:
         """Returns the hashes of all that is read of the model, by name (see `mft.identity.CONTENTS`).
 
-        `fingerprint` is of the weights alone, as adapters have it in their mft.json. Of a hub name there is only that.
+        `fingerprint` is what adapters have in their mft.json; for a run more of the weights is read. Of a hub
+        name there is only that.
         """
         source = Path(self.source())
         found = {"base model": self.fingerprint()}
         if source.is_dir():
+            found["base model"] = weights_fingerprint(source, found["base model"])
             found["tokenizer"] = contents_fingerprint(source, TOKENIZER_FILES)
             if self.trust_remote_code:
                 found["code"] = contents_fingerprint(source, ("**/*.py",))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mft.checksums import seal
 from mft.errors import UserError
 from mft.model.family import CausalLM
 from mft.model.tiny import Tiny
@@ -81,6 +82,16 @@ def test_layers_to_shard(tiny: Tiny) -> None:
     model = tiny.model(torch.float32)
     assert tiny.layer_classes(model) == ["LlamaDecoderLayer"]
     assert CausalLM("x", shard_layers=["Block"]).layer_classes(model) == ["Block"]
+
+
+def test_a_damaged_base_is_refused_before_it_is_loaded(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "base")
+    (folder / "chat_template.jinja").write_text("{{ eos_token }}")
+    seal(folder)
+    CausalLM(str(folder)).check()
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}")
+    with pytest.raises(UserError, match=r"base is damaged: chat_template\.jinja has the checksum .* on purpose"):
+        CausalLM(str(folder)).check()
 
 
 def test_fingerprint_tells_weights_apart(tiny_folder: Path, tmp_path: Path) -> None:
