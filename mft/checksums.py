@@ -25,7 +25,7 @@ MODEL = "mft_checksums.json"
 WITHOUT_SUMS = "all files of this checkpoint are written\n"
 """COMPLETE as earlier versions wrote it."""
 PROSE = ("README.md",)
-"""Files of a model folder that no program reads and people edit."""
+"""Files that no program reads and people edit."""
 SMALL = 16 << 20
 """Bytes of a file that is read in no time, in 2 ms."""
 
@@ -82,7 +82,7 @@ def damage(folder: Path, marker: str = MODEL, part: tuple[int, int] = (0, 1), ha
         return str(error)
     if sums is None:
         return _unreadable(folder) if hashed and part[0] == 0 else ""
-    by_size = sorted(sums, key=lambda name: sums[name][0], reverse=True)
+    by_size = sorted(sums.keys() - set(PROSE), key=lambda name: (-sums[name][0], name))
     return _first(folder, sums, by_size[part[0] :: part[1]], hashed)
 
 

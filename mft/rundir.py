@@ -154,9 +154,9 @@ def _named(resume: str, identity: Identity, config: Mapping[str, Any]) -> Path:
         )
     if found.base != identity.base and step is not None and found.version == VERSION:
         raise UserError(
-            f"train.resume={resume} is a checkpoint of another config's run, {folder}. To start a new run from its "
-            f"weights, set peft.path={resume} (an adapter) or model.path={resume} (a full model) and leave "
-            "train.resume out; to resume that run, compare its config.yaml with what `mft train --cfg job` prints."
+            f"train.resume={resume}: the run in {folder} {_another(folder, found, identity, config)}. To start a new "
+            f"run from its weights, leave train.resume out and set peft.path={resume} (an adapter) or "
+            f"model.path={resume} (a full model)."
         )
     if found.base != identity.base:
         raise UserError(f"train.resume={folder} {_another(folder, found, identity, config)}.")
