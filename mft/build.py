@@ -95,7 +95,15 @@ def build(node: DictConfig, path: str, **runtime: Any) -> Any:
     cls = component_class(node, path)
     _refuse_special_keys(node, path)
     values = {str(key): _value(node[key], f"{path}.{key!s}") for key in node if key != "_target_"} | runtime
-    return cls(**values) if not _of_a_library(cls, path) else Library(cls, values)
+    if _of_a_library(cls, path):
+        return Library(cls, values)
+    texts = [key for key in node if OmegaConf.is_interpolation(node, key) and isinstance(values[str(key)], str)]
+    if texts:  # what the environment holds is text; the node keeps it as it is written
+        schema = OmegaConf.structured(cls)
+        for key in texts:
+            OmegaConf.update(schema, str(key), values[str(key)], merge=False)
+            values[str(key)] = schema[key]
+    return cls(**values)
 
 
 def _value(value: Any, path: str) -> Any:
