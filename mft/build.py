@@ -97,12 +97,13 @@ def build(node: DictConfig, path: str, **runtime: Any) -> Any:
     values = {str(key): _value(node[key], f"{path}.{key!s}") for key in node if key != "_target_"} | runtime
     if _of_a_library(cls, path):
         return Library(cls, values)
-    texts = [key for key in node if OmegaConf.is_interpolation(node, key) and isinstance(values[str(key)], str)]
+    given = [key for key in values if key in node and OmegaConf.is_interpolation(node, key)]
+    texts = [key for key in given if isinstance(values[key], str)]
     if texts:  # what the environment holds is text; the node keeps it as it is written
         schema = OmegaConf.structured(cls)
         for key in texts:
-            OmegaConf.update(schema, str(key), values[str(key)], merge=False)
-            values[str(key)] = schema[key]
+            OmegaConf.update(schema, key, values[key], merge=False)
+            values[key] = schema[key]
     return cls(**values)
 
 
