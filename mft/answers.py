@@ -49,6 +49,8 @@ def read_prompts(path: Path) -> list[Prompt]:
             raise UserError(f"train.prompts: {path}:{number}: is not a chatML row ({error}): {shown}") from error
         expected = turns.pop()["content"] if turns[-1]["role"] == "assistant" else ""
         prompts.append(Prompt(str(row.get("data_name", "")), turns, expected))
+    if not prompts:
+        raise UserError(f"train.prompts={path} holds no prompts.")
     return prompts
 
 

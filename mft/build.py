@@ -96,7 +96,16 @@ def build(node: DictConfig, path: str = "component", **runtime: Any) -> Any:
     cls = component_class(node, path)
     _refuse_special_keys(node, path)
     values = {str(key): _value(node[key], f"{path}.{key!s}") for key in node if key != "_target_"} | runtime
-    return cls(**values) if not _of_a_library(cls, path) else Library(cls, values)
+    if _of_a_library(cls, path):
+        return Library(cls, values)
+    given = [key for key in values if key in node and OmegaConf.is_interpolation(node, key)]
+    texts = [key for key in given if isinstance(values[key], str)]
+    if texts:  # what the environment holds is text; the node keeps it as it is written
+        schema = OmegaConf.structured(cls)
+        for key in texts:
+            OmegaConf.update(schema, key, values[key], merge=False)
+            values[key] = schema[key]
+    return cls(**values)
 
 
 def _value(value: Any, path: str) -> Any:

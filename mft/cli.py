@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mft import __version__, plugins
-from mft.errors import UserError, full_disk, nearest, printable
+from mft.errors import UserError, full_disk, nearest, no_path, printable, shortened
 from mft.screen import guard_logs, say
 from mft.streams import steady, unread
 
@@ -133,7 +133,7 @@ def _main(args: list[str]) -> None:
     try:
         if args[0] not in COMMANDS:
             known = ", ".join(COMMANDS)
-            fail(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS) or '.'} Commands: {known}.", 2)
+            fail(f"unknown command {shortened(args[0])}{nearest(args[0], COMMANDS) or '.'} Commands: {known}.", 2)
         if args[0] in BUILDING:
             args = plugins.taken(args)
         module, _, function = COMMANDS[args[0]].partition(":")
@@ -143,6 +143,8 @@ def _main(args: list[str]) -> None:
     except Exception as error:
         if told := full_disk(error):
             fail(str(told))
+        if told := no_path(error):
+            fail(str(told), told.exit_code)
         if type(error).__name__ != "WorkerError":  # which carries the traceback of the rank that failed, not ours
             raise
         fail(str(error))

@@ -16,7 +16,7 @@ from yaml import YAMLError
 from mft import credentials, hydra_node, plugins
 from mft.config import config_dir, register, typed
 from mft.data.template import is_file
-from mft.errors import UserError, nearest, plainly, shortened
+from mft.errors import UserError, nearest, no_path, plainly, shortened
 from mft.foreign import here
 from mft.inputs import under
 from mft.interpolations import bound, replaced
@@ -75,6 +75,8 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
     except refusals() as error:
         raise UserError(explain(error, search, overrides)) from error
     except (ValueError, TypeError, AttributeError, OSError) as error:
+        if (told := no_path(error)) is not None:
+            raise told from error
         if (said := of_defaults(error)) is None:
             raise
         raise UserError(said) from error
@@ -310,6 +312,8 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
     """`peft.rnk`: composes without the wrong override to see which keys its node has."""
     if key in GONE:
         return f"{key}: {GONE[key]}"
+    if under(key, ("hydra",)):
+        return f"{key}: unknown; Hydra has no such key in a run of mft."
     rest = [o for o in overrides if not under(key_of(o).split("@")[0], [key.split("@")[0]])]
     if "@" in key:
         group, _, package = key.partition("@")

@@ -26,6 +26,7 @@ ADDRESS = re.compile(r"(^|[._])(uri|url|endpoint|address|addr|proxy|proxies|host
 
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^{},\s]+)\s*(?:,([^{}]*))?\}")
 _USERINFO = re.compile(r"(?<=://)(?![\w.-]+:\d{1,5}/)[^\s'\"]*@")  # but not the @ in a path behind host:port/
+_WHOLE_USERINFO = re.compile(r"(?<=://)(?![\w.-]+:\d{1,5}/).*@", re.DOTALL)  # of a text that is one address
 _NO_SCHEME = re.compile(r"(?<![\w/:.*{$-])[^\s'\"=/:@,\[\]{}()]+:(?!//)[^\s'\"@]+@(?=[\w.$*-])")
 _PARAMETER = re.compile(rf"([?&;#]|%3F|%26|%23)([\w.-]*(?:{SECRET}|(?<![\w])key)[\w.-]*)=[^&;\s'\"#]+", re.IGNORECASE)
 _SHORTEST = 5  # characters of a remembered value; shorter ones stand in too many words
@@ -63,12 +64,15 @@ def as_written(text: str) -> str:
 
 def filled(text: str) -> str:
     """Returns what `as_written` made of a text with the variables' values in it again; KeyError for one not set."""
+    for match in _ENVIRONMENT.finditer(text):
+        remember(os.environ[match[1]], match[1])
     return _ENVIRONMENT.sub(lambda match: os.environ[match[1]], text)
 
 
 def without_credentials(uri: str) -> str:
     """Returns an address without user, password, fragment and all parameters that could be secret."""
-    address, question, query = _USERINFO.sub("", uri.partition("#")[0]).partition("?")
+    uri = _WHOLE_USERINFO.sub("", uri)  # first, since a password may hold ? and # as well
+    address, question, query = uri.partition("#")[0].partition("?")
     kept = [part for part in query.split("&") if HARMLESS.fullmatch(part.partition("=")[0])]
     return address + (question + "&".join(kept) if kept else "")
 

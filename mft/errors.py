@@ -95,6 +95,17 @@ def full_disk(error: BaseException, folder: Path | None = None) -> UserError | N
     return told
 
 
+UNREACHABLE = (errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system says of paths that lead nowhere, on any machine."""
+
+
+def no_path(error: BaseException) -> UserError | None:
+    """Returns the sentence for a path that no file system takes, None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in UNREACHABLE:
+        return None
+    return UserError(f"{shortened(str(error.filename or ''))[1:-1] or 'a path'}: {error.strerror}.")
+
+
 def shortened(value: object, limit: int = 80) -> str:
     """Returns repr(value), cut in the middle to at most `limit` characters."""
     text = repr(value)

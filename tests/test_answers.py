@@ -50,3 +50,9 @@ def test_wrong_rows_are_one_sentence_with_file_and_line(tmp_path: Path, line: by
         read_prompts(file)
     text = str(raised.value)
     assert text.startswith(f"train.prompts: {file}:2: ") and says in text and "\n" not in text and len(text) < 600
+
+
+def test_a_file_without_prompts_is_refused(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("\n \n")
+    with pytest.raises(UserError, match="holds no prompts"):
+        read_prompts(tmp_path / "prompts.jsonl")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mft.build import check, check_validation
+from mft.build import check, check_validation, component
 from mft.compose import compose_resolved
 from mft.config import Train
 from mft.errors import UserError
@@ -185,3 +185,19 @@ def test_a_weight_of_zero_is_refused_only_where_nothing_else_trains(rows: Path) 
         check(composed(rows, *two, "task.y.share=0", "task.z.weight=0"), world=1)
     with pytest.raises(UserError, match=r"task\.y\.share, task\.z\.share: all are 0"):
         check(composed(rows, *two, "task.y.share=0", "task.z.share=0"), world=1)
+
+
+def test_numbers_of_the_environment_reach_components_as_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    monkeypatch.setenv("MFT_TEST_LR", "0.00012345")
+    cfg = compose_resolved(
+        ["model=tiny", f"data.paths=[{tmp_path}]", "tracking=none", "optimizer.lr=${oc.env:MFT_TEST_LR}"]
+    )
+    check(cfg, world=1)
+    assert component(cfg, "optimizer").lr == 0.00012345
+    assert cfg.optimizer._get_node("lr")._value() == "${oc.env:MFT_TEST_LR}"
+    monkeypatch.setenv("MFT_TEST_LR", "fast")
+    with pytest.raises(UserError, match=r"^optimizer\.lr="):
+        check(cfg, world=1)

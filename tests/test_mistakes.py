@@ -358,3 +358,44 @@ def test_output_that_is_ascii_or_closed_is_no_traceback(shell: str, variables: d
     assert done.returncode in (0, 141)
     helped = mft("train", "--help", shell=shell, **variables)
     assert "Traceback" not in helped.stderr and "Error" not in helped.stderr
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["show", LONG],
+        ["runs", LONG],
+        ["compare", LONG],
+        ["merge", LONG],
+        ["generate", LONG, "hi"],
+        ["sweep", "resume", LONG],
+        ["tracking", "sync", LONG],
+        ["convert", LONG],
+        ["train", "--config-dir", LONG],
+        ["train", f"task={LONG}"],
+        ["train", f"{LONG}=1"],
+        [LONG],
+    ],
+)
+def test_names_of_5000_characters_are_one_short_sentence(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(line)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert len(said.splitlines()) == 1 and len(said) < 600, said
+
+
+def test_a_circle_of_links_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["show", str(tmp_path / "a")])
+    assert caught.value.code == 2 and str(tmp_path / "a") in capsys.readouterr().err
+
+
+def test_an_unknown_key_of_hydra_is_not_looked_for_in_the_config() -> None:
+    with pytest.raises(UserError, match=r"^hydra\.launcher\.x: unknown; Hydra has"):
+        compose_resolved(["model=tiny", "hydra.launcher.x=1"])

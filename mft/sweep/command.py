@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mft import plugins, rundir
 from mft.compose import check_sweep, explain, of_defaults, refusals, search_path, without_search_path
@@ -183,8 +184,9 @@ def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
     except UserError:
         raise UserError(f"{folder}: this sweep is running already, in another process.") from None
     try:
-        hydra = [o for o in cfg.hydra.overrides.hydra if key_of(o) != "hydra.mode"]
-        values = {"overrides": [*cfg.hydra.overrides.task, *hydra], "folder": str(Path.cwd()), "sweep_dir": str(folder)}
+        given: Any = OmegaConf.to_container(cfg.hydra.overrides, resolve=False)  # variables stay as they are written
+        hydra = [o for o in given["hydra"] if key_of(o) != "hydra.mode"]
+        values = {"overrides": [*given["task"], *hydra], "folder": str(Path.cwd()), "sweep_dir": str(folder)}
         rundir.write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)
         yield
     finally:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mft import job, plugins, rundir
 from mft.compose import absolute_paths, with_choices
@@ -74,7 +74,8 @@ def one_job(cfg: DictConfig) -> float:
     folder = Path(hydra.sweep.dir).absolute()
     plugins.name(rundir.plugins_of(folder, RECORD))
     fixed = {key_of(o) for o in rundir.read_json(folder / RECORD).texts("overrides") if not is_sweep(o)}
-    overrides = [o for o in hydra.overrides.task if key_of(o) != "sweep"]
+    given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # variables stay as they are written
+    overrides = [o for o in given if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)
     composed = with_choices(cfg, hydra.runtime.choices)
     current = job.checked(absolute_paths(typed(replaced(composed))), overrides, label)

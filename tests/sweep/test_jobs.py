@@ -6,10 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from mft import cli, rundir
 from mft.checkpoint import newest
-from mft.sweep.command import sweep_id
+from mft.sweep.command import sweep_id, taken
 from tests.sweeping import FAST, mft, runs, start, states, two_tasks, until, until_nothing_runs
 
 AXES = ["loss=task_token_mean,coba", "optimizer.lr=1e-3,2e-3,3e-3", "train.seed=1,2"]
@@ -150,3 +151,14 @@ def test_a_dry_run_of_one_job_starts_nothing(work: Path, monkeypatch: pytest.Mon
 def test_adding_values_and_how_jobs_run_move_nothing() -> None:
     assert sweep_id(["a=1", "train.seed=1,2"]) == sweep_id(["train.seed=1,2,3", "a=1", "launch.jobs=2"])
     assert sweep_id(["a=1", "train.seed=1,2"]) != sweep_id(["a=2", "train.seed=1,2"])
+
+
+def test_the_command_of_a_sweep_keeps_variables_as_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MFT_TEST_STORE", "http://user:S3cr3t@host:9")
+    given = "tracking.mlflow.uri=${oc.env:MFT_TEST_STORE}"
+    cfg = OmegaConf.create({"sweep": "1", "hydra": {"overrides": {"task": [given], "hydra": []}}})
+    with taken(cfg, tmp_path):
+        kept = (tmp_path / "sweep.json").read_text()
+    assert "S3cr3t" not in kept and given in kept

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft.credentials import hidden, without_credentials
+from mft.credentials import filled, hidden, without_credentials
 from mft.tracking.params import KEY_LIMIT, VALUE_LIMIT, flattened, safe_name
 
 
@@ -58,6 +58,15 @@ def test_mlflow_accepts_every_name(name):
 def test_credentials_of_addresses_are_hidden(text):
     assert "secret" not in hidden(text) and "cret@" not in hidden(text) and "***" in hidden(text)
     assert "secret" not in without_credentials(text)
+
+
+@pytest.mark.parametrize("password", ["secret?x", "x#secret", "a/secret", "s ecret", "se'cret", "ü@secret"])
+def test_passwords_of_odd_characters_are_cut_off_addresses(password, monkeypatch):
+    uri = f"http://user:{password}@127.0.0.1:9"
+    assert without_credentials(uri) == "http://127.0.0.1:9"
+    monkeypatch.setenv("MFT_TEST_STORE", uri)
+    assert filled("${oc.env:MFT_TEST_STORE}") == uri
+    assert hidden(f"Invalid url: {uri}/api") == "Invalid url: ${oc.env:MFT_TEST_STORE}/api"
 
 
 def test_what_holds_no_credentials_is_left_alone():
