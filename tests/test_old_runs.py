@@ -39,7 +39,7 @@ def mft(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     with pytest.raises(SystemExit) as caught:
         cli.main(list(args))
-    assert caught.value.code == 1
+    assert caught.value.code == 2
     return capsys.readouterr().err
 
 

@@ -342,6 +342,8 @@ def test_an_installed_plugin_needs_no_flag_and_a_sweep_remembers_a_named_one(wor
     (info / "entry_points.txt").write_text(f"[mft.components]\n{points.splitlines()[0].replace(chr(34), '')}\n")
     given = [*with_task(work), "train.max_steps=2"]
     assert "would run" in mft(work, site, "train", *given, "output_dir=run", "--dry-run")
+    mft(work, site, "train", *given, "launch.nproc=1", "output_dir=run")
+    assert (work / "run" / "losses.tsv").is_file()
     sweep = [*given, "-m", "loss.limit=3,4", "launch.nproc=1", "name=swept"]
     mft(work, EXAMPLE, "train", *sweep, "--plugin", "mft_example")
     (folder,) = (work / "multirun" / "swept").glob("*")
