@@ -129,4 +129,4 @@ def _refusal(path: Path, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
     line = f":{mark.line + 1}" if mark is not None else ""
-    return f"{path}{line}: is not YAML: {reason}."
+    return f"{path}{line}: not valid YAML: {reason}."

@@ -160,7 +160,7 @@ def test_every_field_of_a_task_can_be_set_where_its_yaml_leaves_it_out(rows: Pat
         ("task.z.wieght=2", r"task\.z\.wieght: Task has no such field; did you mean weight\?"),
         ("task.zz.weight=2", r"task\.zz\.weight: no task 'zz' is chosen.*Chosen: z;"),
         ("task.naming.weight=2", r"a folder of data\.paths has no settings of its own"),
-        ("task.z.weight=nan", r"task\.z\.weight=nan: must be a finite number"),
+        ("task.z.weight=nan", r"task\.z\.weight=nan must be finite"),
         ("task.z.weight=-1", r"task\.z\.weight=-1: must be"),
         ("task.z.weight=0", r"task\.z\.weight: all are 0, so nothing would be trained"),
         ("task.z.valid=x", r"task\.z\.valid='x': must be a list, e\.g\. \[a,b\]"),

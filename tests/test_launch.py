@@ -201,7 +201,7 @@ def test_torchrun_replays_a_run_and_its_ranks_share_what_rank_0_decides(run_dir:
         "import os\nfrom mft import worker\nfrom mft.dist.whole import Ddp\nfrom mft.launch import share\n"
         "for time in range(2):\n    assert share([time, os.environ['RANK']]) == [time, '0']\n"
         "Ddp().start('fp32', cpu=True).close()\n"
-        f"worker.worker.__defaults__ = ('tests.dist.entries:tell', ())\nworker.main([{str(run_dir)!r}])\n"
+        f"worker.worker.__defaults__ = ('tests.dist.entries:tell',)\nworker.main([{str(run_dir)!r}])\n"
     )
     (run_dir / "replay.py").write_text(code)
     done = subprocess.run(

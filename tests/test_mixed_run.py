@@ -54,7 +54,7 @@ def test_shares_of_the_users_tasks_compose_and_wrong_ones_are_refused(tmp_path: 
         checked()
     with pytest.raises(UserError, match=r"task\.left\.share=-1.* is no part of a mixture"):
         checked("data.mixture=shares", "task.left.share=-1")
-    with pytest.raises(UserError, match=r"data\.mixture_temperature: 0"):
+    with pytest.raises(UserError, match=r"data\.mixture_temperature=0\.0 must be"):
         checked("data.mixture_temperature=0")
 
 

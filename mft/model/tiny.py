@@ -15,7 +15,7 @@ from mft.checksums import follow_umask
 from mft.errors import UserError, writable
 from mft.model.family import CausalLM
 from mft.model.folder import write_tokenizer
-from mft.ranges import ranged
+from mft.ranges import check_ranges, ranged
 
 TEXT = (
     "def add(a, b):\n    return a + b\n",
@@ -53,6 +53,7 @@ class Tiny(CausalLM):
     seed: int = 0
 
     def _check_path(self) -> None:
+        check_ranges(self, "model")
         if self.path:
             raise UserError(
                 f"model.path={self.path}: model=tiny makes its own weights; for weights of your own take model=auto"
