@@ -24,6 +24,9 @@ cannot be known. Version 1 is the identity.json without a version.
 EXTENDABLE = ("train.max_steps", "train.epochs")
 """A run with larger values of these is the same run, trained further."""
 
+LONGEST = 300
+"""Characters of a value that a sentence shows whole, enough for a path."""
+
 SHOWN = 6
 """Differences that a sentence names at most."""
 
@@ -168,7 +171,7 @@ def _at(config: Mapping[str, Any], key: str) -> str:
             return "default"
         node = node[part]
     text = "null" if node is None else node if isinstance(node, str) else json.dumps(node, default=str)
-    return text if len(text) <= 80 else shortened(text)
+    return text if len(text) <= LONGEST else shortened(text, LONGEST)
 
 
 def _paths(task: str, config: Mapping[str, Any]) -> str:
