@@ -197,7 +197,7 @@ def train(args: list[str]) -> None:
     if placed is None or placed.rank == 0:
         inert = without_effect(cfg, checked.world, given_keys(overrides, config_dirs))
         for note in [*replaced(overrides), *of_hydra(overrides, sweep=False), *inert]:
-            print(f"mft: {note}", file=sys.stderr)
+            say(f"mft: {note}", sys.stderr)
     if placed is not None and placed.rank > 0:
         job.run(checked, Path(cfg.output_dir))  # rank 0 says which folder it is
         return

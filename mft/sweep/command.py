@@ -71,7 +71,7 @@ def through_hydra(
         ours = []
         if "-m" in flags or "--multirun" in flags:
             for note in [*replaced(overrides), *of_hydra(overrides, sweep=True)]:
-                print(f"mft: {note}", file=sys.stderr)
+                say(f"mft: {note}", sys.stderr)
             ours = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
         sys.argv = ["mft train", *flags, *search, *overrides, *ours]
         application = hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")
