@@ -34,9 +34,9 @@ def make(layers: int):  # type: ignore[no-untyped-def]
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from mft.model.family import CausalLM
-    from mft.model.forward import TokenLoss
-    from mft.model.peft import Lora
+    from mft.model.causal_lm import CausalLM
+    from mft.model.peft.modes import Lora
+    from mft.model.token_loss import TokenLoss
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -25,8 +25,8 @@ def cell(found: Mapping[str, float]) -> str:
 
 def in_fp32(folder: Path) -> None:
     """Prints the table of docs/distribution.md."""
-    from tests.dist.equality import MATRIX, differences, play_beside_single
-    from tests.dist.runs import BACKENDS, Tree
+    from tests.distributed.equality import MATRIX, differences, play_beside_single
+    from tests.distributed.runs import BACKENDS, Tree
 
     tree = Tree(folder)
     play_beside_single(tree, MATRIX)
@@ -38,9 +38,9 @@ def in_fp32(folder: Path) -> None:
 
 def in_bf16(folder: Path) -> None:
     """Prints a row for each backend, and one for each defect."""
-    from tests.dist.equality import play_beside_single, relative
-    from tests.dist.runs import BACKENDS, Tree
-    from tests.dist.test_descent import CASES, DEFECTS, STARTS, play_defects
+    from tests.distributed.equality import play_beside_single, relative
+    from tests.distributed.runs import BACKENDS, Tree
+    from tests.distributed.test_descent import CASES, DEFECTS, STARTS, play_defects
 
     tree = Tree(folder)
     cases = {case: overrides for case, overrides in (CASES | STARTS).items() if "bf16" in case}

@@ -13,10 +13,10 @@ from itertools import islice
 
 import numpy as np
 
-from mft.data.pack import Pack, Pad, RowBuilder
+from mft.data.cache.store import Samples, prepare
+from mft.data.packing import Pack, Pad, RowBuilder
 from mft.data.sampler import Sampler, deal
 from mft.data.settings import DataSettings
-from mft.data.store import Samples, prepare
 
 PER_DEVICE = 4
 
@@ -38,8 +38,8 @@ class Sequential(RowBuilder):
 
 def demo_samples(seq_length: int) -> Samples:
     """Returns the training samples of the demo's tasks."""
-    from mft.build import build
-    from mft.compose import compose_resolved
+    from mft.config.build import build
+    from mft.config.compose import compose_resolved
     from mft.data.template import named
     from mft.data.tokenize import Encoder
 

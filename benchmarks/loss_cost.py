@@ -25,15 +25,15 @@ def assembled(folder: Path):  # type: ignore[no-untyped-def]
     """Returns what the steps share: engine, module, optimizer, feed, names, the settings of the demo."""
     from omegaconf import OmegaConf
 
-    from mft.build import build, learning_rate
-    from mft.compose import compose_resolved
-    from mft.config import batch_sizes, typed
-    from mft.data.store import prepare
+    from mft.config.build import build, learning_rate
+    from mft.config.compose import compose_resolved
+    from mft.config.schema import batch_sizes, typed
+    from mft.data.cache.store import prepare
+    from mft.data.loader import Feed
     from mft.data.task import all_tasks
     from mft.data.template import named
     from mft.data.tokenize import Encoder
-    from mft.feed import Feed
-    from mft.model.forward import TokenLoss
+    from mft.model.token_loss import TokenLoss
 
     cfg = typed(compose_resolved(["experiment=demo", f"output_dir={folder}", "train.precision=fp32"]))
     train, data = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)
@@ -62,13 +62,13 @@ def main(rounds: int, modes: list[str]) -> None:
     """Prints the ratio of each mode's CPU time to the control's, over the steps from one probe to the next."""
     import torch
 
-    from mft.build import build
-    from mft.compose import compose_resolved
-    from mft.evaluate import Evaluator
-    from mft.loop import State, Training, fit
-    from mft.metrics import Meter
-    from mft.progress import Silent
+    from mft.config.build import build
+    from mft.config.compose import compose_resolved
     from mft.tracking.base import Tracker
+    from mft.training.loop import State, Training, fit
+    from mft.training.metrics import Meter
+    from mft.training.progress import Silent
+    from mft.training.validate import Evaluator
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

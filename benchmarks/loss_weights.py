@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from mft.panels import color_of, label_axes, panel_grid
+from mft.training.panels import color_of, label_axes, panel_grid
 
 
 def weights(run: Path) -> dict[str, tuple[list[int], list[float]]]:

@@ -4,8 +4,8 @@
 
 A llama of 61 million parameters (234 MiB in fp32), two steps of AdamW on rows of 16 tokens, so that activations weigh
 nothing; fp32 on the CPU with gloo; full and LoRA. Printed is the higher of the two ranks' peaks, from before loading
-on, in MiB and as a ratio to ddp's in the same run; tests/dist/memory.py says what is counted. DeepSpeed's sizes are
-five million elements, a layer: those of conf/dist (up to a billion) would keep a model of this size whole.
+on, in MiB and as a ratio to ddp's in the same run; tests/distributed/memory.py says what is counted. DeepSpeed's
+sizes are five million elements, a layer: those of conf/dist (up to a billion) would keep such a model whole.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 def cases() -> dict[str, tuple[Any, Any]]:
     """Returns backend and peft mode of each cell by "peft backend"."""
-    from mft.dist.deepspeed import Zero2, Zero3
-    from mft.dist.fsdp import Fsdp
-    from mft.dist.whole import Ddp
-    from mft.model.peft import Full, Lora
+    from mft.distributed.ddp import Ddp
+    from mft.distributed.deepspeed import Zero2, Zero3
+    from mft.distributed.fsdp import Fsdp
+    from mft.model.peft.modes import Full, Lora
 
     small = {"reduce_bucket_size": 5_000_000}
     deep = {"sub_group_size": 5_000_000, "stage3_max_reuse_distance": 5_000_000}
@@ -42,8 +42,8 @@ def cases() -> dict[str, tuple[Any, Any]]:
 def measured() -> dict[str, float]:
     """Returns the peak of each cell, in MiB."""
     from mft.model.tiny import Tiny
-    from tests.dist.memory import big_folder, trainings
-    from tests.dist.ranks import run_ranks
+    from tests.distributed.memory import big_folder, trainings
+    from tests.distributed.ranks import run_ranks
 
     with tempfile.TemporaryDirectory() as name:
         tiny = str(Tiny(cache_dir=f"{name}/tiny").folder())

@@ -26,20 +26,20 @@ def setting() -> tuple[Callable[[str], None], int]:
     import torch
 
     from mft.batch import Counts
-    from mft.build import build
-    from mft.compose import compose_resolved
-    from mft.config import fast_precision
-    from mft.data.pack import Pack
+    from mft.config.build import build
+    from mft.config.compose import compose_resolved
+    from mft.config.schema import fast_precision
+    from mft.data.cache.store import Samples, prepare
+    from mft.data.packing import Pack
     from mft.data.sampler import Sampler
     from mft.data.settings import DataSettings
-    from mft.data.store import Samples, prepare
     from mft.data.task import all_tasks
     from mft.data.template import named
     from mft.data.tokenize import Encoder
-    from mft.dist.whole import Single
-    from mft.loss.mean import TaskTokenMean
-    from mft.model.forward import TokenLoss
-    from mft.model.peft import compute_dtype
+    from mft.distributed.ddp import Single
+    from mft.loss.means import TaskTokenMean
+    from mft.model.peft.modes import compute_dtype
+    from mft.model.token_loss import TokenLoss
 
     cfg = compose_resolved(["experiment=demo"])
     precision = fast_precision().value

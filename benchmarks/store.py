@@ -31,7 +31,7 @@ SHORT_SAMPLES = 2_000_000
 
 def demo() -> Path:
     """Returns the demo's folder; its tokenizer and rows are the input."""
-    from mft.config import default_cache_dir
+    from mft.config.schema import default_cache_dir
     from mft.demo import folder, made
 
     made(Path(default_cache_dir()))
@@ -92,8 +92,8 @@ def speed(folder: Path) -> None:
     """Prints the rates and their ratios, medians of rounds in turns; all make the ids of the template `mftcoder`."""
     from transformers import AutoTokenizer
 
+    from mft.data.cache.store import prepare
     from mft.data.settings import DataSettings
-    from mft.data.store import prepare
     from mft.data.task import Task
     from mft.data.template import MftCoder
     from mft.data.tokenize import Encoder
@@ -169,13 +169,13 @@ def child_start(overrides: list[str]) -> None:
     import peft  # noqa: F401
     from omegaconf import OmegaConf
 
-    from mft.build import build
-    from mft.compose import compose_resolved
-    from mft.config import batch_sizes
-    from mft.dataset import dataset
-    from mft.feed import Feed
-    from mft.loop import State
-    from mft.model.family import CausalLM
+    from mft.config.build import build
+    from mft.config.compose import compose_resolved
+    from mft.config.schema import batch_sizes
+    from mft.data.datasets import dataset
+    from mft.data.loader import Feed
+    from mft.model.causal_lm import CausalLM
+    from mft.training.loop import State
 
     cfg = compose_resolved(overrides)
     CausalLM(str(cfg.model.path)).tokenizer()  # imports what transformers imports lazily
@@ -210,8 +210,8 @@ def child_memory(arguments: list[str]) -> None:
     """Tokenises a file while a thread looks at the memory, then reads samples at random."""
     from transformers import AutoTokenizer
 
+    from mft.data.cache.store import prepare
     from mft.data.settings import DataSettings
-    from mft.data.store import prepare
     from mft.data.task import Task
     from mft.data.template import Template
     from mft.data.tokenize import Encoder

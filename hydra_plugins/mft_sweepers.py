@@ -1,4 +1,4 @@
-"""Hydra's sweepers for `mft train -m`: a grid and a search; see `mft.sweep.jobs` and `mft.sweep.search`."""
+"""Hydra's sweepers for `mft train -m`: a grid and a search; see `mft.sweep.jobs` and `mft.sweep.optuna_search`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Grid(basic_sweeper.BasicSweeper):
     """Every combination. Jobs are checked by `mft.sweep.jobs`, also where the launcher of another package runs them."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
-        from mft.sweep.elsewhere import Elsewhere
+        from mft.sweep.external_launcher import Elsewhere
 
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         if config.hydra.runtime.choices["hydra/launcher"] != "mft":
@@ -33,7 +33,7 @@ class Optuna(Sweeper):
         self.hydra_context, self.config, self.dry_run = hydra_context, config, task_function.dry_run
 
     def sweep(self, arguments: list[str]) -> Any:
-        from mft.sweep.search import run
+        from mft.sweep.optuna_search import run
 
         return run(self.config, self.hydra_context.config_loader, arguments, self.settings, self.dry_run)
 

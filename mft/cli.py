@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mft import __version__, plugins
+from mft import __version__
+from mft.config import plugins
+from mft.console.screen import guard_logs, say
+from mft.console.streams import steady, unread
 from mft.errors import UserError, full_disk, nearest, no_path, printable, shortened
-from mft.screen import guard_logs, say
-from mft.streams import steady, unread
 
 HELP = """\
 mft: fine-tune large language models on several tasks at once
@@ -76,10 +77,10 @@ COMMANDS = {
     "generate": "mft.cli:generate",
     "sweep": "mft.sweep.command:resume",
     "compare": "mft.runs.compare:command",
-    "runs": "mft.runs.listing:runs",
-    "show": "mft.runs.listing:show",
-    "tracking": "mft.runs.listing:tracking",
-    "data": "mft.datacommands:data",
+    "runs": "mft.commands.runs:runs",
+    "show": "mft.commands.runs:show",
+    "tracking": "mft.commands.runs:tracking",
+    "data": "mft.commands.data:data",
     "demo": "mft.cli:demo",
 }
 """Command -> module:function(arguments); imported only when it is asked for."""
@@ -165,16 +166,16 @@ def train(args: list[str]) -> None:
         return
     dry_run = "--dry-run" in args
     overrides, config_dirs, hydra_flags = split_flags([arg for arg in args if arg != "--dry-run"])
-    from mft.compose import compose_resolved
-    from mft.inert import given_keys, without_effect
-    from mft.overrides import key_of, of_hydra, replaced, with_output_dir
+    from mft.config.compose import compose_resolved
+    from mft.config.inert import given_keys, without_effect
+    from mft.config.overrides import key_of, of_hydra, replaced, with_output_dir
 
     if hydra_flags and not {"-m", "--multirun", "--hydra-help"} & set(hydra_flags):
         alone = [flag for flag in hydra_flags if flag == "--resolve" or flag.startswith("--package")]
         if len(alone) == len(hydra_flags):
             raise UserError(f"{alone[0]} needs --cfg job, whose output it changes.")
     if {"-m", "--multirun"} & set(hydra_flags):
-        from mft.launch import place
+        from mft.launch.launch import place
 
         if place() is not None:
             raise UserError(
@@ -186,8 +187,9 @@ def train(args: list[str]) -> None:
 
         through_hydra(overrides, config_dirs, hydra_flags, dry_run)
         return
-    from mft import job, rundir
-    from mft.launch import place
+    from mft import run_folder
+    from mft.launch import job
+    from mft.launch.launch import place
 
     overrides = with_output_dir(overrides)
     plugins.name(known_plugins(overrides))
@@ -204,7 +206,7 @@ def train(args: list[str]) -> None:
     dated = not any(key_of(o) == "output_dir" for o in overrides)
     if dry_run:
         folder, goes_on = checked.choose(dated)
-        done = rundir.is_finished(folder, checked.identity, cfg.train.resume)
+        done = run_folder.is_finished(folder, checked.identity, cfg.train.resume)
         say(
             f"{folder}: {'finished already' if done else 'would go on' if goes_on else 'would run'}; "
             "nothing was started"
@@ -220,16 +222,16 @@ def train(args: list[str]) -> None:
 
 def known_plugins(overrides: Sequence[str]) -> list[str]:
     """Returns the packages recorded in the run folder that the command line names to be resumed."""
-    from mft import rundir
+    from mft import run_folder
 
     given = [o.partition("=") for o in overrides]
     folders = [Path(value).expanduser() for key, _, value in given if key in ("output_dir", "train.resume")]
-    return [package for folder in folders for package in rundir.plugins_of(folder)]
+    return [package for folder in folders for package in run_folder.plugins_of(folder)]
 
 
 def split_flags(args: Sequence[str]) -> tuple[list[str], list[Path], list[str]]:
     """Returns (overrides, --config-dir folders, the flags that Hydra itself has to serve)."""
-    from mft.overrides import not_an_override, unknown_flag
+    from mft.config.overrides import not_an_override, unknown_flag
 
     overrides, config_dirs, flags = [], [], []
     rest = list(args)
@@ -291,8 +293,8 @@ def flag_with_value(arg: str, rest: list[str]) -> list[str]:
 
 def config_groups() -> str:
     """Returns a line per config group with its options, read from the folder names."""
-    from mft.config import config_dir
-    from mft.overrides import group_options
+    from mft.config.overrides import group_options
+    from mft.config.schema import config_dir
 
     groups = sorted(p.name for p in config_dir().iterdir() if p.is_dir() and p.name != "local")
     return "\n".join(f"  {group:<11} {' · '.join(group_options(group))}" for group in groups)
@@ -328,14 +330,14 @@ def final_folder(run: str) -> Path:
 
     Raises UserError where it is damaged, with what to use in its place.
     """
-    from mft.checksums import require_sound
+    from mft.files.checksums import require_sound
     from mft.model.generate import model_folder
 
     folder = Path(run)
     if not folder.is_dir():
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise UserError(f"{run} is not a folder{nearest(folder.name, siblings) or '.'}")
-    from mft.resume import all_damaged, newest_sound
+    from mft.training.resume import all_damaged, newest_sound
 
     if (folder / "final").is_dir():
         try:
@@ -355,15 +357,15 @@ def final_folder(run: str) -> Path:
 
 def know_family(run: str) -> None:
     """Imports the model family of a run where it is a plug-in's, since it may register an architecture."""
-    from mft import rundir
-    from mft.components import component_class, inside
-    from mft.config import load
+    from mft import run_folder
+    from mft.config.components import component_class, inside
+    from mft.config.schema import load
 
     folder = Path(run)
-    if rundir.plugins_of(folder) or plugins.allowed():
+    if run_folder.plugins_of(folder) or plugins.allowed():
         model = load(folder).model if (folder / "config.yaml").is_file() else {}
         if not inside(str(model.get("_target_", "mft")), "mft"):
-            plugins.name(rundir.plugins_of(folder))
+            plugins.name(run_folder.plugins_of(folder))
             component_class(model, "model")
 
 
@@ -398,22 +400,22 @@ def convert(args: list[str]) -> None:
         print(CONVERT_HELP, end="")
         return
     if len(args) == 1 and "=" not in args[0]:
-        from mft.model.pickled import convert as convert_pickled
+        from mft.model.legacy.pickled import convert as convert_pickled
 
         for file in convert_pickled(Path(args[0]).expanduser()):
             say(file)
         return
     overrides = [arg for arg in args if not arg.startswith("out=")]
     out = next((arg.removeprefix("out=") for arg in args if arg.startswith("out=")), "")
-    from mft.compose import compose_resolved
-    from mft.overrides import key_of
+    from mft.config.compose import compose_resolved
+    from mft.config.overrides import key_of
 
     other = [arg for arg in overrides if "=" not in arg or key_of(arg).partition(".")[0] != "model"]
     if other or not out or len(overrides) + 1 < len(args):
         raise UserError(f"mft convert takes a folder alone, or model=…, model.… and out=…, got {' '.join(args)}.")
-    from mft.build import component
+    from mft.config.build import component
     from mft.model.export import save_native
-    from mft.model.original import Original
+    from mft.model.legacy.original import Original
 
     family = component(compose_resolved(overrides), "model")
     family.check()
@@ -464,7 +466,7 @@ def demo(args: list[str]) -> None:
         return
     if args:
         raise UserError(f"mft demo takes no arguments, got {' '.join(args)}; the cache folder is $MFT_CACHE.")
-    from mft.config import default_cache_dir
+    from mft.config.schema import default_cache_dir
     from mft.demo import describe, make
 
     cache_dir = Path(default_cache_dir())

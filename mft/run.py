@@ -14,25 +14,27 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft import inputs, rundir, summary
-from mft.answers import Answers, read_prompts
-from mft.build import check_validation, component, learning_rate
-from mft.checkpoint import Checkpoints, restore, write_final
-from mft.checksums import require_sound
-from mft.config import Train, batch_sizes, typed
+from mft import run_folder
+from mft.config import inputs
+from mft.config.build import check_validation, component, learning_rate
+from mft.config.identity import CONTENTS
+from mft.config.schema import Train, batch_sizes, typed
 from mft.data import mixture, report
+from mft.data.datasets import dataset
+from mft.data.loader import Feed
 from mft.data.settings import DataSettings
-from mft.dataset import dataset
-from mft.evaluate import Evaluator
-from mft.feed import Feed
-from mft.identity import CONTENTS
-from mft.loop import Training, fit
-from mft.machine import quiet_without_gpu
-from mft.metrics import Meter, flops_per_token
-from mft.progress import Silent, Terminal, settings_table
-from mft.provenance import fingerprint_tag, tags
-from mft.resume import all_damaged, newest_sound, set_aside
+from mft.files.checksums import require_sound
+from mft.hardware import quiet_without_gpu
 from mft.tracking.base import FanOut, Jsonl, Tracker
+from mft.training import summary
+from mft.training.checkpoint import Checkpoints, restore, write_final
+from mft.training.loop import Training, fit
+from mft.training.metrics import Meter, flops_per_token
+from mft.training.progress import Silent, Terminal, settings_table
+from mft.training.provenance import fingerprint_tag, tags
+from mft.training.resume import all_damaged, newest_sound, set_aside
+from mft.training.sample_answers import Answers, read_prompts
+from mft.training.validate import Evaluator
 
 
 def run(
@@ -44,12 +46,13 @@ def run(
 
     stop: whether this rank was asked to end after the current step.
     """
-    from mft.model import audit, generate
+    from mft.model import generate
     from mft.model.attention import described
     from mft.model.export import save_final
-    from mft.model.forward import TokenLoss
-    from mft.model.parts import base_of
-    from mft.model.peft import compute_dtype
+    from mft.model.introspect import base_of
+    from mft.model.peft import summary as trained_weights
+    from mft.model.peft.modes import compute_dtype
+    from mft.model.token_loss import TokenLoss
 
     started = time.perf_counter()
     quiet_libraries()
@@ -85,8 +88,8 @@ def run(
     if (warmup := getattr(scheduler, "warmup", 0)) >= 1 and warmup > total:
         progress.show(f"scheduler.warmup={warmup:g}: the learning rate does not reach its peak in {total:,} steps")
     if engine.is_main:
-        rundir.write_json(run_dir / "report" / "mixture.json", mixed)
-        rundir.write_json(run_dir / "plan.json", {"total_steps": total, "tasks": names})
+        run_folder.write_json(run_dir / "report" / "mixture.json", mixed)
+        run_folder.write_json(run_dir / "plan.json", {"total_steps": total, "tasks": names})
     weights, valid_counts = [task.weight for task in tasks], feed.valid_counts(len(tasks))
     check_validation(train, loss, dict(zip(names, valid_counts, strict=True)))
     loss.start(names, weights)
@@ -146,8 +149,8 @@ def run(
     answers = Answers(prompts if engine.is_main or engine.sharded else [], answer)  # no rank has a divided model alone
     trained = peft.audit(model)
     if engine.is_main:
-        rundir.write_json(run_dir / "report" / "trained.json", audit.as_json(trained))
-    progress.show(audit.table(trained))
+        run_folder.write_json(run_dir / "report" / "trained.json", trained_weights.as_json(trained))
+    progress.show(trained_weights.table(trained))
     facts = {
         "steps": f"{total:,}",
         "a step": f"{sizes.total} rows = {sizes.per_device} x {sizes.accumulation} micro-batches x {sizes.world} ranks",
@@ -212,7 +215,7 @@ def requirement(cfg: DictConfig, run_dir: Path, family: Any, peft: Any) -> Calla
     It is called after each reading, since files may change between the check of a run, or of a sweep, and its start. It
     takes the fingerprints of what was read and looks at the other files itself.
     """
-    recorded = rundir.identity_of(run_dir)
+    recorded = run_folder.identity_of(run_dir)
 
     def require(read: Mapping[str, str]) -> None:
         if recorded is not None:
@@ -253,8 +256,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def run_tags(cfg: DictConfig, run_dir: Path) -> dict[str, str]:
     """Returns what a tracker keeps beside the config: what ran, in which sweep, on which data, versions, host."""
-    known = rundir.read_json(run_dir / "overrides.json")
-    identity = rundir.identity_of(run_dir)
+    known = run_folder.read_json(run_dir / "overrides.json")
+    identity = run_folder.identity_of(run_dir)
     found = tags() | {
         "overrides": " ".join(known.texts("overrides")),
         "identity": identity.extended if identity else "",

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mft import rundir
+from mft import run_folder
 
 FAST = ["debug=fast", "train.save_every=2", "train.max_steps=6", "data.paths=[docs,code]"]
 
@@ -63,9 +63,9 @@ def until_nothing_runs(work: Path, seconds: float = 60) -> None:
 
 def runs(work: Path) -> list[Path]:
     """Returns the folders of all jobs, oldest first."""
-    return rundir.runs_under(work / "multirun")
+    return run_folder.runs_under(work / "multirun")
 
 
 def states(work: Path) -> dict[str, str]:
     """Returns {label: state} of all jobs."""
-    return {rundir.read_json(run / "overrides.json")["label"]: rundir.state(run) for run in runs(work)}
+    return {run_folder.read_json(run / "overrides.json")["label"]: run_folder.state(run) for run in runs(work)}

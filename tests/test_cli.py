@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mft import cli
-from tests.training import train, two_tasks
+from tests.tiny_runs import train, two_tasks
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:

@@ -10,11 +10,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from mft import plugins
-from mft.build import build
 from mft.cli import COMMANDS, main, split_flags
-from mft.compose import compose_resolved
-from tests.training import write_task
+from mft.config import plugins
+from mft.config.build import build
+from mft.config.compose import compose_resolved
+from tests.tiny_runs import write_task
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,7 +83,7 @@ def test_training_commands_compose(words: list[str], monkeypatch: pytest.MonkeyP
     given = [word.replace("…", "owner/name") for word in of_mft(words)[1:] if word not in ("…", "--dry-run")]
     given = plugins.taken(given)
     overrides, folders, flags = split_flags(given)
-    # Launchers of other packages are for Hydra's own command line; tests/sweep/test_elsewhere.py starts them.
+    # Launchers of other packages are for Hydra's own command line; tests/sweep/test_external_launcher.py starts them.
     ours = [o for o in overrides if not o.startswith(("hydra/", "hydra."))]
     if "-m" in flags:
         ours = [first_of_sweep(override) for override in ours]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mft.build import build
-from mft.compose import compose_resolved
+from mft.config.build import build
+from mft.config.compose import compose_resolved
 from mft.data.template import named
 
 PAGE = Path(__file__).parent.parent / "docs" / "migrating.md"

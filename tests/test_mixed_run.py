@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mft.build import check
-from mft.compose import compose_resolved
+from mft.config.build import check
+from mft.config.compose import compose_resolved
 from mft.errors import UserError
-from tests.training import logged, train, two_tasks, write_task
+from tests.tiny_runs import logged, train, two_tasks, write_task
 
 
 def write_texts(folder: Path, rows: int) -> Path:

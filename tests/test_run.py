@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mft.checkpoint import COMPLETE, Checkpoints, complete_steps
 from mft.errors import UserError
-from mft.evaluate import Evaluator
-from tests.training import logged, train, two_tasks, write_task
+from mft.training.checkpoint import COMPLETE, Checkpoints, complete_steps
+from mft.training.validate import Evaluator
+from tests.tiny_runs import logged, train, two_tasks, write_task
 
 pytestmark = pytest.mark.slow
 

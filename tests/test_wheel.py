@@ -21,11 +21,11 @@ def test_wheel_composes_as_the_checkout_does(tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = """
-import pathlib, mft.config, mft.cli
-from mft.compose import compose_resolved
-print(mft.config.config_dir())
+import pathlib, mft.config.schema, mft.cli
+from mft.config.compose import compose_resolved
+print(mft.config.schema.config_dir())
 cfg = compose_resolved(["model=tiny", "debug=fast", "loss=case1"])
-assert cfg.loss._target_ == "mft.loss.mean.TokenMean" and cfg.train.max_steps == 3
+assert cfg.loss._target_ == "mft.loss.means.TokenMean" and cfg.train.max_steps == 3
 """
     env = os.environ | {"PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)

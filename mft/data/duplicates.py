@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mft.data.cache.store import Store
 from mft.data.settings import Duplicates
 from mft.data.split import SPLITS
-from mft.data.store import Store
 
 REPEATED, HELD_OUT = "repeated", "held out"
 """Reasons. repeated: an earlier row of the same task and split says the same; held out: a training row that is in the

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mft.data.cache.store import Samples
 from mft.data.settings import DataSettings, Mixture, MixtureBy
-from mft.data.store import Samples
 from mft.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mft.data.store import Samples
+from mft.data.cache.store import Samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mft.data.cache.store import Store
+from mft.data.cache.writer import CUTS
 from mft.data.duplicates import HELD_OUT, REPEATED
 from mft.data.split import SPLITS
-from mft.data.store import Store
 from mft.data.unread import SAYS_LOSS, split_labels
-from mft.data.writer import CUTS
 from mft.errors import shortened
 
 if TYPE_CHECKING:

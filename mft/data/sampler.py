@@ -8,9 +8,9 @@ from typing import TypeVar
 import numpy as np
 
 from mft.batch import Row, Span
+from mft.data.cache.store import Samples
 from mft.data.mixture import Streams, spaced
-from mft.data.pack import RowBuilder
-from mft.data.store import Samples
+from mft.data.packing import RowBuilder
 from mft.errors import UserError
 
 T = TypeVar("T")

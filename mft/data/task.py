@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import xxhash
 
 from mft.data import hub
-from mft.data.files import SUFFIXES, Rows, is_data, stem
-from mft.data.fingerprint import file_digests
+from mft.data.cache.fingerprint import file_digests
 from mft.data.formats import KNOWN, Auto, Format, RowError, misread, no_format
+from mft.data.readers import SUFFIXES, Rows, is_data, stem
 from mft.data.splitnames import split_named
 from mft.errors import UserError, nearest, shortened
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft.checksums import follow_umask
 from mft.errors import UserError
-from mft.model.folder import write_tokenizer
+from mft.files.checksums import follow_umask
+from mft.model.save import write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from mft.errors import UserError, nearest
-from mft.loss.mean import TaskTokenMean
+from mft.loss.means import TaskTokenMean
 
 if TYPE_CHECKING:
     import torch

@@ -25,7 +25,7 @@ from mft.batch import Batch, Counts
 from mft.loss.adaptive import Adam, Adaptive, arrays, by_task, check_probes, chosen, softmax
 from mft.loss.base import task_sums
 from mft.loss.focal import values_of
-from mft.loss.mean import inverse, weighted_sum
+from mft.loss.means import inverse, weighted_sum
 from mft.ranges import check_ranges, ranged
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mft.batch import IGNORE, Batch, Counts
 from mft.errors import UserError, nearest
 from mft.loss.base import TaskLoss
-from mft.loss.mean import Unweighted, inverse, present_weights, sample_slots, sample_tokens
+from mft.loss.means import Unweighted, inverse, present_weights, sample_slots, sample_tokens
 from mft.ranges import ranged
 
 if TYPE_CHECKING:

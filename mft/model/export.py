@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
-from mft.model.family import CausalLM
-from mft.model.folder import edit_json, new_folder, put, write_model, write_tokenizer
-from mft.model.legacy import Original, from_options
+from mft.model.causal_lm import CausalLM
+from mft.model.legacy.families import Original, from_options
+from mft.model.save import edit_json, new_folder, put, write_model, write_tokenizer
 from mft.model.stored import refuse_quantised
 
 if TYPE_CHECKING:
@@ -136,10 +136,10 @@ def save_final(
     dtype: of a full model's weights on disk (default: as they are).
     Rank 0 calls it: inside a process group transformers writes nothing on the others, without an error.
     """
-    from mft.model.forward import TokenLoss
-    from mft.model.native import plain_rows
-    from mft.model.parts import base_of, with_ties
-    from mft.model.start import difference
+    from mft.model.introspect import base_of, with_ties
+    from mft.model.legacy.native import plain_rows
+    from mft.model.peft.init import difference
+    from mft.model.token_loss import TokenLoss
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mft.batch import Message
-from mft.checksums import require_sound
 from mft.errors import UserError, shortened
+from mft.files.checksums import require_sound
+from mft.model.causal_lm import CausalLM
 from mft.model.export import Origin
-from mft.model.family import CausalLM
-from mft.model.source import read_config
+from mft.model.model_folder import read_config
 
 if TYPE_CHECKING:
     import torch

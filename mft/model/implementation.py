@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from mft.errors import UserError
-from mft.machine import visible_gpus
+from mft.hardware import visible_gpus
 
 FLASH = "flash_attention_2"
 OLDEST = (2, 6)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft.checksums import require_sound
 from mft.errors import UserError
+from mft.files.checksums import require_sound
+from mft.model.causal_lm import CausalLM
 from mft.model.export import Origin
-from mft.model.family import CausalLM
-from mft.model.folder import check_out, new_folder, put, write_model, write_tokenizer
+from mft.model.save import check_out, new_folder, put, write_model, write_tokenizer
 
 if TYPE_CHECKING:
     import torch

@@ -59,7 +59,7 @@ def widen(model: Any, ids: Sequence[int], multiple: int) -> None:
     """
     import torch
 
-    from mft.model.parts import is_tied, whole_shape
+    from mft.model.introspect import is_tied, whole_shape
 
     rows = whole_shape(model.get_input_embeddings().weight)[0]
     known, needed = min(min(ids), rows), max(ids) + 1
@@ -85,7 +85,7 @@ def trained_rows(base: Any, saved: Sequence[str]) -> dict[str, list[int]] | None
     """
     from torch import nn
 
-    from mft.model.parts import is_tied
+    from mft.model.introspect import is_tied
 
     new = getattr(base, NEW_ROWS, None)
     if not new:
@@ -106,7 +106,7 @@ def trained_rows(base: Any, saved: Sequence[str]) -> dict[str, list[int]] | None
 
 def check_same(base: Any, adapter: Path) -> None:
     """Raises UserError unless an adapter to start from was trained with the new tokens of `base`, or with none."""
-    from mft.model.parts import whole_shape
+    from mft.model.introspect import whole_shape
 
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     indices = config.get("trainable_token_indices") or {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mft.errors import UserError, nearest
-from mft.model.parts import whole_shape
+from mft.model.introspect import whole_shape
 
 INDEX = "model.safetensors.index.json"
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -98,7 +98,7 @@ def check_loaded(source: Path, model: Any, found: Mapping[str, Any]) -> None:
 
     source: the folder, or a hub name; found: loading info of from_pretrained.
     """
-    own = type(model).__name__.startswith("Original")  # a reader of mft.model.native; people know the class below
+    own = type(model).__name__.startswith("Original")  # a reader of legacy.native; people know the class below
     kind = (type(model).__bases__[0] if own else type(model)).__name__
     wrong = [(name, tuple(there), tuple(expected)) for name, there, expected in found["mismatched_keys"]]
     for name, module in model.named_modules():
@@ -172,7 +172,7 @@ def and_others(count: int) -> str:
 
 def _mismatch(folder: Path, model: Any, wrong: tuple[str, Shape, Shape]) -> str:
     """Returns a sentence on a weight: (name, shape in the checkpoint, shape by config.json)."""
-    from mft.model.native import original_names
+    from mft.model.legacy.native import original_names
 
     name, there, expected = wrong
     for file in _files(folder):
@@ -192,7 +192,7 @@ def _mismatch(folder: Path, model: Any, wrong: tuple[str, Shape, Shape]) -> str:
 def _defaults(folder: Path, model: Any) -> str:
     """Returns a remark on sizes that config.json does not name, so that a default was taken; "" for none."""
     file = folder / "config.json"
-    if not file.is_file() or type(model).__module__ == "mft.model.native":  # whose families ask for every size
+    if not file.is_file() or type(model).__module__ == "mft.model.legacy.native":  # whose families ask for every size
         return ""
     values, config = json.loads(file.read_text(encoding="utf-8")), model.config
     names = {name: {name, config.attribute_map.get(name, name)} for name in SIZES if hasattr(config, name)}

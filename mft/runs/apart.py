@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 
-from mft.identity import EXTENDABLE
+from mft.config.identity import EXTENDABLE
 from mft.runs.results import FINGERPRINT, Run
 
 TOLD_BY = {

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from mft import rundir
+from mft import run_folder
+from mft.console.screen import console, say
 from mft.errors import UserError, nearest
 from mft.runs import results
 from mft.runs.apart import differing, shorten_paths
 from mft.runs.direction import higher_is_better
 from mft.runs.results import Run
-from mft.screen import console, say
 
 SEED = "train.seed"
 STANDARD_ERRORS = 2.0
@@ -167,7 +167,7 @@ def leave_report(folder: Path) -> Path | None:
     """Writes `report.html` into the folder of a sweep, of what is finished there; None where nothing has a value."""
     from mft.runs.report import write
 
-    runs = [results.read_run(path) for path in rundir.runs_under(folder)]
+    runs = [results.read_run(path) for path in run_folder.runs_under(folder)]
     runs = [run for run in runs if run.best("mean") is not None]
     if not runs:
         return None

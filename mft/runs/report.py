@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mft.panels import MOST, color_of, label_axes, most, panel_grid
 from mft.runs.apart import differing
 from mft.runs.compare import SEED, Group, columns, verdicts
 from mft.runs.direction import LOSSES
+from mft.training.panels import MOST, color_of, label_axes, most, panel_grid
 
 MOST_CURVES = 12
 """Settings drawn in a picture of curves, the best first; the table has all."""

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mft import rundir, yaml_files
+from mft import run_folder
+from mft.config import yaml_file
+from mft.config.identity import CONTENTS, VERSION
+from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, under
 from mft.errors import UserError, nearest
-from mft.identity import CONTENTS, VERSION
-from mft.inputs import CANNOT_CHANGE_THE_RESULT, under
-from mft.metrics import criterion
-from mft.provenance import fingerprint_tag
+from mft.training.metrics import criterion
+from mft.training.provenance import fingerprint_tag
 
 NOT_COMPARED = (
     *(key for key in CANNOT_CHANGE_THE_RESULT if "batch_size" not in key),
@@ -24,7 +25,7 @@ NOT_COMPARED = (
 )
 
 FINGERPRINT = " fingerprint"
-"""Ends the keys of `Run.values` that are hashes of contents: the data's, and those of `mft.identity.CONTENTS`."""
+"""Ends the keys of `Run.values` that are hashes of contents: the data's, and those of `identity.CONTENTS`."""
 
 DATA = f"data{FINGERPRINT}"
 
@@ -75,17 +76,17 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Returns what a run folder says."""
     try:
-        config = yaml_files.load(folder / "config.yaml") or {}
+        config = yaml_file.load(folder / "config.yaml") or {}
     except (OSError, UserError):
         config = {}
     config = config if isinstance(config, dict) else {}
-    known, summary = rundir.read_json(folder / "overrides.json"), rundir.read_json(folder / "summary.json")
+    known, summary = run_folder.read_json(folder / "overrides.json"), run_folder.read_json(folder / "summary.json")
     command = shlex.join(["mft", "train", *known.texts("overrides")])
     return Run(
         name=os.path.relpath(folder),
         values=flat(config) | _contents(folder, known),
-        rows=rundir.rows_from(folder / "metrics.jsonl")[0],
-        state=rundir.state(folder),
+        rows=run_folder.rows_from(folder / "metrics.jsonl")[0],
+        state=run_folder.state(folder),
         seconds=summary.number("seconds"),
         memory=summary.number("peak_memory_gib"),
         command=command,
@@ -94,9 +95,9 @@ def read_run(folder: Path) -> Run:
 
 def _contents(folder: Path, known: Mapping[str, Any]) -> dict[str, str]:
     """Returns `task` and the fingerprints of a run folder; known: its overrides.json."""
-    found = rundir.identity_of(folder)
+    found = run_folder.identity_of(folder)
     if found is None or found.version != VERSION:
-        return with_contents(rundir.read_json(folder / "plan.json").get("tasks", []), known.get("data", ""), None)
+        return with_contents(run_folder.read_json(folder / "plan.json").get("tasks", []), known.get("data", ""), None)
     return with_contents(found.tasks, known.get("data", ""), found.fingerprints)
 
 
@@ -178,7 +179,7 @@ def at(place: str, uri: str, asked: str = "mean") -> list[Run]:
     uri: of its store, else ./mlflow.db; asked: the metric to compare by.
     """
     if Path(place).is_dir():
-        return [read_run(path) for path in rundir.runs_under(Path(place))]
+        return [read_run(path) for path in run_folder.runs_under(Path(place))]
     if not uri and not Path("mlflow.db").exists():
         raise UserError(
             f"{place} is no folder, and there is no MLflow store here (mlflow.db) to look for an experiment in."

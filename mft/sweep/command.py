@@ -15,15 +15,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft import plugins, rundir
-from mft.compose import check_sweep, explain, of_defaults, refusals, search_path, without_search_path
-from mft.config import config_dir, register
-from mft.credentials import as_written
+from mft import run_folder
+from mft.config import plugins
+from mft.config.compose import check_sweep, explain, of_defaults, refusals, search_path, without_search_path
+from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, under
+from mft.config.overrides import check_overrides, key_of, of_hydra, replaced
+from mft.config.schema import config_dir, register
+from mft.config.yaml_file import circle
+from mft.console.credentials import as_written
+from mft.console.screen import say
 from mft.errors import UserError
-from mft.inputs import CANNOT_CHANGE_THE_RESULT, under
-from mft.overrides import check_overrides, key_of, of_hydra, replaced
-from mft.screen import say
-from mft.yaml_files import circle
 
 IDENTITY_DIGITS = 10
 """Digits of an identity that name a folder: in a million jobs two collide with a probability below one half."""
@@ -49,7 +50,7 @@ def through_hydra(
     from hydra_plugins.mft_sweepers import grids_are_ours
 
     def run_one(cfg: DictConfig) -> float:  # called by the launchers of other packages only
-        from mft.sweep.elsewhere import one_job
+        from mft.sweep.external_launcher import one_job
 
         return one_job(cfg)
 
@@ -125,11 +126,11 @@ def resume(args: Sequence[str]) -> None:
     if not words:
         raise UserError("mft sweep resume needs the folder of a sweep: mft sweep resume multirun/demo/…")
     folder = the_sweep(Path(words[0]))
-    record = rundir.read_json(folder / RECORD)
+    record = run_folder.read_json(folder / RECORD)
     overrides, started, sweep_dir = record.texts("overrides"), record.text("folder"), record.text("sweep_dir")
     if not (overrides and started and sweep_dir):
         raise UserError(f"{folder / RECORD} is damaged, so the sweep's command is not known; run it by hand.")
-    plugins.name(rundir.plugins_of(folder, RECORD))
+    plugins.name(run_folder.plugins_of(folder, RECORD))
     say(f"going on with: mft train -m {' '.join(overrides)}")
     if not Path(started).is_dir():
         raise UserError(f"{folder} was started in {started}, which is gone; run its command by hand.")
@@ -180,14 +181,14 @@ def is_sweep(override: str) -> bool:
 def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
     """Holds a sweep's folder for this process and keeps the command in it, the newest one, after values were added."""
     try:
-        held = rundir.lock(folder)
+        held = run_folder.lock(folder)
     except UserError:
         raise UserError(f"{folder}: this sweep is running already, in another process.") from None
     try:
         given: Any = OmegaConf.to_container(cfg.hydra.overrides, resolve=False)  # variables stay as they are written
         hydra = [o for o in given["hydra"] if key_of(o) != "hydra.mode"]
         values = {"overrides": [*given["task"], *hydra], "folder": str(Path.cwd()), "sweep_dir": str(folder)}
-        rundir.write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)
+        run_folder.write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)
         yield
     finally:
         held.release()

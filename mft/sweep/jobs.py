@@ -12,21 +12,22 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mft import job, rundir
-from mft.build import component
-from mft.compose import absolute_paths, explain, refusals, without_hydra
-from mft.config import LaunchMode, typed
+from mft import run_folder
+from mft.config.build import component
+from mft.config.compose import absolute_paths, explain, refusals, without_hydra
+from mft.config.identity import VERSION
+from mft.config.inert import given_keys, without_effect
+from mft.config.interpolations import replaced
+from mft.config.overrides import check_overrides, key_of
+from mft.config.schema import LaunchMode, typed
+from mft.config.yaml_file import circle
 from mft.errors import UserError
-from mft.identity import VERSION
-from mft.inert import given_keys, without_effect
-from mft.interpolations import replaced
-from mft.launch import Stopped, place
-from mft.overrides import check_overrides, key_of
-from mft.sweep import board, pool
+from mft.launch import job
+from mft.launch.launch import Stopped, place
+from mft.launch.worker import SAVED
+from mft.sweep import display, pool
 from mft.sweep.command import IDENTITY_DIGITS, Shown, is_sweep, remove_if_unused, taken
 from mft.sweep.pool import Task
-from mft.worker import SAVED
-from mft.yaml_files import circle
 
 OTHERS_FOR_THE_MEDIAN = 3
 """Jobs that must have come as far as one that is to be ended early."""
@@ -92,7 +93,7 @@ class Composer:
 
 
 def checked(
-    composer: Composer, job_overrides: Sequence[Sequence[str]], say: Callable[[str], None] = board.say
+    composer: Composer, job_overrides: Sequence[Sequence[str]], say: Callable[[str], None] = display.say
 ) -> list[job.Job]:
     """Composes and checks every job; UserError names the first one that cannot run, before any starts."""
     jobs, told = [], time.monotonic()
@@ -117,12 +118,12 @@ def planned(
         remove_if_unused(folder)
         raise
     for note in composer.notes or ():
-        board.say(note)
+        display.say(note)
     tasks: list[Task] = []
     for number, current in enumerate(jobs, start=1):
         tasks.append(task_of(current, folder, number, tasks))
     if dry_run:
-        board.plan(tasks, folder)
+        display.plan(tasks, folder)
         remove_if_unused(folder)
         raise Shown
     return tasks
@@ -136,13 +137,13 @@ def folder_of(cfg: DictConfig) -> Path:
 def refuse_another_version(folder: Path) -> None:
     """Raises UserError for a sweep whose jobs another version of mft wrote: their folders are named otherwise, so that
     finished ones would run again beside them."""
-    for run in rundir.runs_under(folder) if folder.is_dir() else ():
-        found = rundir.identity_of(run)
+    for run in run_folder.runs_under(folder) if folder.is_dir() else ():
+        found = run_folder.identity_of(run)
         if found is not None and found.version != VERSION:
             raise UserError(
-                f"{board.shown(folder)} holds jobs that another version of mft wrote {found.numbers()}, so this sweep "
-                "cannot be resumed; mft runs, show, compare, merge and generate still read them. Add sweep=NAME to its "
-                "command to run it anew beside them."
+                f"{display.shown(folder)} holds jobs that another version of mft wrote {found.numbers()}, so this "
+                "sweep cannot be resumed; mft runs, show, compare, merge and generate still read them. Add sweep=NAME "
+                "to its command to run it anew beside them."
             )
 
 
@@ -151,9 +152,9 @@ def task_of(current: job.Job, folder: Path, number: int, earlier: Sequence[Task]
     task = Task(number, current, folder / current.identity.extended[:IDENTITY_DIGITS])
     if any(other.folder == task.folder for other in earlier):
         task.state = "same"
-    elif rundir.is_finished(task.folder, current.identity):
+    elif run_folder.is_finished(task.folder, current.identity):
         task.state = "skipped"
-    elif rundir.state(task.folder) == "pruned" and current.cfg.train.prune:
+    elif run_folder.state(task.folder) == "pruned" and current.cfg.train.prune:
         task.state = "pruned"
     task.look()
     return task
@@ -169,7 +170,7 @@ def run_grid(cfg: DictConfig, loader: Any, job_overrides: Sequence[Sequence[str]
     tasks = planned(cfg, loader, job_overrides, dry_run)
     folder = folder_of(cfg)
     with taken(cfg, folder):
-        board.start(tasks, folder)
+        display.start(tasks, folder)
         signum = _work(tasks, folder)
         finish(tasks, folder, signum)
     judge(tasks)
@@ -178,9 +179,9 @@ def run_grid(cfg: DictConfig, loader: Any, job_overrides: Sequence[Sequence[str]
 
 def finish(tasks: Sequence[Task], folder: Path, signum: int) -> None:
     """Prints what became of every job and leaves the report; raises Stopped if a signal ended the sweep."""
-    board.table(tasks, folder)
+    display.table(tasks, folder)
     if signum:
-        board.say(f"stopped; `mft sweep resume {board.shown(folder)}` goes on")
+        display.say(f"stopped; `mft sweep resume {display.shown(folder)}` goes on")
         raise Stopped(signum, 130 if signum == 2 else SAVED)
     leave_report(tasks, folder)
 
@@ -228,7 +229,7 @@ def side_by_side(
     def hopeless(task: Task) -> str:
         return behind(task, tasks, cfg.train.prune_after) if cfg.train.prune else ""
 
-    with board.live(tasks, folder, total) as show:
+    with display.live(tasks, folder, total) as show:
 
         def changed(task: Task) -> None:
             if task.state != "running":
@@ -246,10 +247,10 @@ def trackers(cfg: DictConfig) -> list[Any]:
 def _here(tasks: Sequence[Task], fail_fast: bool) -> int:
     """Runs the jobs in this process, one after another, their output on the terminal (inline, or placed ranks)."""
     for task in (task for task in tasks if task.state == "waiting"):
-        board.say(f"\njob {task.number}/{len(tasks)}  {task.job.label}")
+        display.say(f"\njob {task.number}/{len(tasks)}  {task.job.label}")
         try:
             job.run(task.job, task.folder)
-            task.state = rundir.status(task.folder)
+            task.state = run_folder.status(task.folder)
         except Exception as error:
             pool.leave_failure(task.folder, error)
             task.state, task.error = "failed", str(error)
@@ -288,12 +289,12 @@ def leave_report(tasks: Sequence[Task], folder: Path) -> None:
         report = leave_report(folder)
         if report is None:
             return
-        board.say(f"report: {board.shown(report)}")
+        display.say(f"report: {display.shown(report)}")
         cfg = tasks[0].job.cfg
         for tracker in trackers(cfg):
             tracker.report(folder, report, {"sweep": str(cfg.sweep or folder.name), "name": cfg.name})
     except Exception as error:  # the results are there; a picture less must not look like a failed sweep
-        board.say(f"the report could not be written: {type(error).__name__}: {error}")
+        display.say(f"the report could not be written: {type(error).__name__}: {error}")
 
 
 def _job_return(overrides: Sequence[str], task: Task) -> Any:
@@ -304,7 +305,7 @@ def _job_return(overrides: Sequence[str], task: Task) -> Any:
     returned = JobReturn(
         overrides=list(overrides), cfg=task.job.cfg, working_dir=str(task.folder), task_name="mft", status=status
     )
-    summary = rundir.read_json(task.folder / "summary.json")
+    summary = run_folder.read_json(task.folder / "summary.json")
     returned.return_value = (
         job.objective(summary) if done else UserError(task.error or f"job {task.job.label}: {task.state}")
     )

@@ -21,13 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mft import job, rundir
-from mft.credentials import hidden
+from mft import run_folder
+from mft.console.credentials import hidden
+from mft.console.screen import say
 from mft.errors import UserError, full_disk
-from mft.launch import Stopped, warm
-from mft.processes import handlers, variables
-from mft.screen import say
-from mft.worker import INTERRUPTED, SAVED, UNSAVED
+from mft.launch import job
+from mft.launch.launch import Stopped, warm
+from mft.launch.spawn import handlers, variables
+from mft.launch.worker import INTERRUPTED, SAVED, UNSAVED
 
 LOOK_SECONDS = 0.5
 """How often the running jobs' metrics are read."""
@@ -56,8 +57,8 @@ class Task:
         """Reads what the job has logged since the last look; returns whether a validation is among it."""
         news = False
         if not self.total:
-            self.total = int(rundir.read_json(self.folder / "plan.json").number("total_steps") or 0)
-        rows, self.read = rundir.rows_from(self.folder / "metrics.jsonl", self.read)
+            self.total = int(run_folder.read_json(self.folder / "plan.json").number("total_steps") or 0)
+        rows, self.read = run_folder.rows_from(self.folder / "metrics.jsonl", self.read)
         for row in rows:
             self.step = max(self.step, int(row["step"]))
             value = self.job.judged(row)
@@ -118,7 +119,7 @@ def shares(jobs: int) -> list[tuple[list[int], list[str]]]:
     """Returns (cores, GPUs) of each of so many jobs side by side; one job gets everything, told as two empty lists."""
     if jobs == 1:
         return [([], [])]
-    from mft.machine import visible_gpus
+    from mft.hardware import visible_gpus
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -164,22 +165,22 @@ def _start(task: Task, cores: list[int], gpus: list[str]) -> Any:
 
 def _ended(task: Task, code: int) -> None:
     task.seconds = time.time() - task.started
-    summary = rundir.read_json(task.folder / "summary.json")
+    summary = run_folder.read_json(task.folder / "summary.json")
     if code == 0 and summary.get("status") == "finished":
         task.state, task.pruned = "finished", ""
     elif task.pruned and code in (SAVED, UNSAVED):
         task.state = "pruned"
-        rundir.write_json(task.folder / "pruned.json", {"reason": task.pruned, "step": task.step})
+        run_folder.write_json(task.folder / "pruned.json", {"reason": task.pruned, "step": task.step})
     elif code in (SAVED, INTERRUPTED, UNSAVED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
         task.state = "stopped"
     else:
         task.state = "failed"
-        told = rundir.read_json(task.folder / "log" / "failure.json").text("sentence")
+        told = run_folder.read_json(task.folder / "log" / "failure.json").text("sentence")
         task.error = told or f"its process died ({code}) without a word; its output is in {task.folder}/log"
 
 
 def supervise(current: job.Job, folder: Path, cores: list[int], gpus: list[str], environment: dict[str, str]) -> None:
-    """Runs one job in ranks of this process; leaves with 0, 1 (failed: log/failure.json) or a code of `mft.worker`."""
+    """Runs one job in ranks of this process; leaves with 0, 1 (failed: log/failure.json) or a worker's code."""
     os.setsid()  # a Ctrl-C of the terminal reaches the sweep alone, which hands it on once
     os.environ.update(environment)
     log = folder / "log"
@@ -212,9 +213,9 @@ def leave_failure(folder: Path, error: Exception) -> None:
     log = folder / "log"
     with suppress(OSError):  # the disk that ended the job may be full
         log.mkdir(parents=True, exist_ok=True)
-        rundir.write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
-        summary = rundir.read_json(folder / "summary.json")
-        rundir.write_json(folder / "summary.json", summary | {"status": "failed", "error": sentence})
+        run_folder.write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
+        summary = run_folder.read_json(folder / "summary.json")
+        run_folder.write_json(folder / "summary.json", summary | {"status": "failed", "error": sentence})
         (log / "traceback.txt").write_text(hidden(trace), encoding="utf-8")
     say(f"mft: this job failed: {error}", sys.stderr)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from mft.credentials import as_written, filled, hidden, without_credentials
+from mft.console.credentials import as_written, filled, hidden, without_credentials
 from mft.errors import UserError
 from mft.tracking.params import TAG_LIMIT, cut, safe_name
 from mft.tracking.spool import Spool

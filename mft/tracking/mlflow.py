@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from filelock import FileLock
 
-from mft.credentials import filled, hidden, without_credentials
+from mft.console.credentials import filled, hidden, without_credentials
 from mft.errors import UserError, nearest
 from mft.tracking.base import Tracker
 from mft.tracking.delivery import Delivery, cause

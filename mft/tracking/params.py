@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mft.credentials import hidden
+from mft.console.credentials import hidden
 
 KEY_LIMIT = 250  # MLflow refuses longer keys
 VALUE_LIMIT = 500  # what MLflow servers of every age take (3.x takes 6,000); the whole config is kept as an artifact

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mft.jsonfile import read_json, write_json
+from mft.files.json_file import read_json, write_json
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mft.credentials import hidden
+from mft.console.credentials import hidden
 from mft.errors import UserError
 from mft.tracking.base import Tracker
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mft.batch import Message
+from mft.data.cache.store import prepare
 from mft.data.settings import DataSettings
-from mft.data.store import prepare
 from mft.data.task import Task
 from mft.data.template import Template
 from mft.data.tokenize import Encoder

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mft.batch import IGNORE, Counts, Row, Sample, Span
-from mft.data.pack import Concat, Pack
+from mft.data.cache.store import Samples
+from mft.data.packing import Concat, Pack
 from mft.data.sampler import Sampler, eval_batches, spread
-from mft.data.store import Samples
-from mft.model.forward import TokenLoss
 from mft.model.tiny import Tiny
+from mft.model.token_loss import TokenLoss
 
 LONG = [{"text": f"{i} " + "word " * (7 * i % 90)} for i in range(60)]
 OTHER = [{"text": f"def f{i}(): pass"} for i in range(20)]

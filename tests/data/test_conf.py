@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from mft.data.formats import Chat
-from mft.data.pack import Concat, Pack, Pad
+from mft.data.packing import Concat, Pack, Pad
 from mft.data.settings import DataSettings, LongSamples, PadTo
 from mft.data.task import Task
 

@@ -5,11 +5,11 @@ import random
 
 import pytest
 
+from mft.data.cache.store import Samples, prepare
 from mft.data.duplicates import settle
 from mft.data.formats import Chat
 from mft.data.report import as_json, notes, tables, write_dropped
 from mft.data.settings import DataSettings, Duplicates
-from mft.data.store import Samples, prepare
 from mft.data.task import Task
 from tests.data.conftest import chat, write
 

@@ -15,9 +15,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mft.data.cache.store import prepare
 from mft.data.formats import KNOWN, Auto
 from mft.data.settings import BadRows, DataSettings, LongSamples
-from mft.data.store import prepare
 from mft.data.task import Task
 from mft.errors import UserError
 from tests.data.conftest import chat, write

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from mft.data import hub
+from mft.data.cache.store import prepare
 from mft.data.settings import BadRows, DataSettings
-from mft.data.store import prepare
 from mft.data.task import Task, tasks_from_paths
 from mft.errors import UserError
 from tests.data.conftest import chat, write

@@ -3,9 +3,9 @@ import copy
 import pytest
 
 from mft.batch import Message
+from mft.data.cache.store import prepare
 from mft.data.report import notes
 from mft.data.settings import DataSettings
-from mft.data.store import prepare
 from mft.data.task import Task
 from mft.data.template import OWN, adopt, named
 from mft.data.tokenize import Encoder

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mft.data import kinds
-from mft.data.files import Rows
+from mft.data.readers import Rows
 from mft.data.task import Task
 from mft.errors import UserError
 

@@ -1,8 +1,8 @@
 import pytest
 
+from mft.data.cache.store import prepare
 from mft.data.report import tables
 from mft.data.settings import DataSettings, LongSamples
-from mft.data.store import prepare
 from mft.data.task import Task
 from mft.errors import UserError
 from tests.data.conftest import chat, write

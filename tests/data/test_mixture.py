@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mft.data.cache.store import Samples
 from mft.data.mixture import Streams, account, counts_per_epoch, spaced
-from mft.data.pack import Pack, Pad
+from mft.data.packing import Pack, Pad
 from mft.data.sampler import Sampler, deal
 from mft.data.settings import DataSettings
-from mft.data.store import Samples
 from mft.errors import UserError
 from tests.data.conftest import chat
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from mft.data.cache.store import Samples
 from mft.data.preview import chosen, spans
-from mft.data.store import Samples
 from mft.data.template import Template
 from mft.data.tokenize import Encoder
 from tests.data.conftest import TALK, chat

@@ -3,9 +3,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from mft.data.pack import Pack, Pad
+from mft.data.cache.store import Samples
+from mft.data.packing import Pack, Pad
 from mft.data.sampler import Sampler, deal, draw, eval_batches, spread
-from mft.data.store import Samples
 from mft.errors import UserError
 from tests.data.conftest import chat
 

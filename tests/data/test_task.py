@@ -4,9 +4,9 @@ import time
 
 import pytest
 
+from mft.data.cache.store import prepare
 from mft.data.formats import KNOWN, Auto, RowError
 from mft.data.settings import BadRows, DataSettings
-from mft.data.store import prepare
 from mft.data.task import Task, all_tasks, tasks_from_paths
 from mft.errors import UserError
 from tests.data.conftest import chat, write
@@ -78,13 +78,15 @@ def test_fingerprint_is_of_contents_only_and_remembered(tmp_path, monkeypatch):
     file = write(tmp_path / "docs" / "x.jsonl", [chat("q", "a")])
     old = time.time() - 100
     os.utime(file, (old, old))
-    monkeypatch.setattr("mft.data.fingerprint.YOUNG_SECONDS", -1.0)  # the time of a file's change cannot be set back
+    monkeypatch.setattr(
+        "mft.data.cache.fingerprint.YOUNG_SECONDS", -1.0
+    )  # the time of a file's change cannot be set back
     task, cache = Task("docs", [str(tmp_path / "docs")]), tmp_path / "cache"
     first = task.fingerprint(cache)
     moved = write(tmp_path / "other" / "y.jsonl", [chat("q", "a")])
     assert Task("other", [str(moved)]).fingerprint(cache) == first
     with monkeypatch.context() as patch:
-        patch.setattr("mft.data.fingerprint._digest", lambda file: pytest.fail("the file was read again"))
+        patch.setattr("mft.data.cache.fingerprint._digest", lambda file: pytest.fail("the file was read again"))
         assert task.fingerprint(cache) == first
     write(file, [chat("q", "b")])
     assert task.fingerprint(cache) != first
@@ -104,7 +106,7 @@ def test_a_file_changed_within_a_tick_of_the_clock_is_seen(tmp_path):
 
 def test_other_content_of_the_same_size_and_time_is_seen(tmp_path, monkeypatch):
     """As a copy with `cp -p`, `rsync -t` or `tar` leaves it."""
-    monkeypatch.setattr("mft.data.fingerprint.YOUNG_SECONDS", -1.0)
+    monkeypatch.setattr("mft.data.cache.fingerprint.YOUNG_SECONDS", -1.0)
     file = write(tmp_path / "x.jsonl", [chat("q", "a")])
     os.utime(file, (1e9, 1e9))
     task = Task("docs", [str(file)])

@@ -5,7 +5,7 @@ import pytest
 
 from mft.batch import IGNORE, Message, Sample
 from mft.data.formats import Auto
-from mft.data.pack import Pack
+from mft.data.packing import Pack
 from mft.data.template import OWN, Template, adopt, named, of_tokenizer
 from mft.data.tokenize import Encoder
 from mft.errors import UserError

@@ -5,10 +5,10 @@ import datetime
 import pytest
 
 from mft.batch import Message
+from mft.data.cache.store import prepare
 from mft.data.formats import KNOWN, Auto, Format, RowError
 from mft.data.report import as_json, notes
 from mft.data.settings import DataSettings
-from mft.data.store import prepare
 from mft.data.task import Task
 from mft.data.unread import carries
 from mft.errors import UserError

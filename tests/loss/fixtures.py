@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from mft.batch import IGNORE, Batch
-from mft.dist.base import Engine
-from mft.dist.whole import Ddp, Single
-from mft.evaluate import Evaluator
+from mft.distributed.ddp import Ddp, Single
+from mft.distributed.engine import Engine
 from mft.loss.base import TaskLoss, task_sums
 from mft.loss.coba import Coba
 from mft.loss.famo import Famo
-from mft.loss.mean import SampleMean, TaskSampleMean, TaskTokenMean, TokenMean
+from mft.loss.means import SampleMean, TaskSampleMean, TaskTokenMean, TokenMean
 from mft.loss.self_paced import SelfPaced
-from tests.dist.ranks import run_ranks
+from mft.training.validate import Evaluator
+from tests.distributed.ranks import run_ranks
 from tests.loss.layout import Piece, packed, padded, pieces, step, token_losses
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "losses"

@@ -17,25 +17,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from mft.build import build
-from mft.checkpoint import Checkpoints
-from mft.config import BatchSizes, Train
-from mft.data.pack import Pack, Pad
+from mft.config.build import build
+from mft.config.schema import BatchSizes, Train
+from mft.data.cache.store import prepare
+from mft.data.loader import Feed
+from mft.data.packing import Pack, Pad
 from mft.data.settings import DataSettings
-from mft.data.store import prepare
 from mft.data.task import Task
 from mft.data.template import adopt, named
 from mft.data.tokenize import Encoder
-from mft.evaluate import Evaluator
-from mft.feed import Feed
-from mft.loop import State, Training, fit
 from mft.loss.base import TaskLoss
-from mft.metrics import Meter
-from mft.model.forward import TokenLoss
 from mft.model.tiny import Tiny
-from mft.progress import Silent
+from mft.model.token_loss import TokenLoss
 from mft.run import quiet_libraries
 from mft.tracking.base import Tracker
+from mft.training.checkpoint import Checkpoints
+from mft.training.loop import State, Training, fit
+from mft.training.metrics import Meter
+from mft.training.progress import Silent
+from mft.training.validate import Evaluator
 from tests.loss.modes import config, made
 
 TASKS = {"a": 40, "b": 24, "c": 12}

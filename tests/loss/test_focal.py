@@ -3,7 +3,7 @@ import torch
 
 from mft.errors import UserError
 from mft.loss.focal import SampleFocal, TaskFocal
-from mft.loss.mean import SampleMean, TaskSampleMean
+from mft.loss.means import SampleMean, TaskSampleMean
 from tests.loss.layout import padded, pieces, step
 
 

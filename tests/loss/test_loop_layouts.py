@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.ranks import run_ranks
+from tests.distributed.ranks import run_ranks
 from tests.loss.loop import Layout, Played, played, write_tasks
 from tests.loss.modes import MODES
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mft.checkpoint import newest, restore
-from mft.loop import fit
-from mft.model.peft import Lora
+from mft.model.peft.modes import Lora
 from mft.run import quiet_libraries
+from mft.training.checkpoint import newest, restore
+from mft.training.loop import fit
 from tests.loss.loop import Layout, Recorder, Stage, write_tasks
 from tests.loss.modes import MODES, made
 

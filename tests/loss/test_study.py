@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from benchmarks import loss_weights
-from mft.config import config_dir
+from mft.config.schema import config_dir
 from tests.loss.modes import MODES
 from tests.sweeping import mft
-from tests.training import write_task
+from tests.tiny_runs import write_task
 
 STUDY = yaml.safe_load((config_dir() / "experiment" / "loss_study.yaml").read_text(encoding="utf-8"))
 

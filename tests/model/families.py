@@ -11,13 +11,13 @@ import torch
 import transformers
 
 from mft.batch import IGNORE
-from mft.build import build
-from mft.compose import compose_resolved
-from mft.model.audit import audit
+from mft.config.build import build
+from mft.config.compose import compose_resolved
 from mft.model.export import save_final
-from mft.model.forward import TokenLoss
-from mft.model.peft import Full, Lora, QLora
+from mft.model.peft.modes import Full, Lora, QLora
+from mft.model.peft.summary import audit
 from mft.model.tiny import byte_tokenizer
+from mft.model.token_loss import TokenLoss
 from tests.model.rows import alone, batch, inputs
 
 V = 320

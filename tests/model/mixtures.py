@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from mft.model.family import CausalLM
+from mft.model.causal_lm import CausalLM
 from tests.model.families import FAMILIES, SIZES
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4")
@@ -39,8 +39,8 @@ def mixture_folder(name: str, folder: Path, tokenizer) -> Path:
 
 def family_of(name: str) -> CausalLM:
     """Returns the choice model=<name>, whatever its path."""
-    from mft.build import build
-    from mft.compose import compose_resolved
+    from mft.config.build import build
+    from mft.config.compose import compose_resolved
 
     built: CausalLM = build(compose_resolved([f"model={name}"]).model, "model")
     return built

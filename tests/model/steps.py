@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from mft.batch import Batch
-from mft.model.family import CausalLM
-from mft.model.forward import TokenLoss
-from mft.model.peft import Full
+from mft.model.causal_lm import CausalLM
+from mft.model.peft.modes import Full
+from mft.model.token_loss import TokenLoss
 from tests.model.rows import inputs
 
 

@@ -10,13 +10,13 @@ import transformers
 
 from mft.batch import Batch
 from mft.model.attention import ALIBI, SDPA, alibi_slopes, row_of_samples
-from mft.model.family import CausalLM
-from mft.model.forward import TokenLoss
-from mft.model.native import AlibiConfig
+from mft.model.causal_lm import CausalLM
+from mft.model.legacy.native import AlibiConfig
 from mft.model.tiny import Tiny
+from mft.model.token_loss import TokenLoss
 from tests.model.families import FAMILIES, tiny_model
 from tests.model.rows import batch, inputs
-from tests.model.test_forward import assert_same, gradients, small
+from tests.model.test_token_loss import assert_same, gradients, small
 
 V = 512
 

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mft.errors import UserError
+from mft.model.causal_lm import CausalLM
 from mft.model.ends import PADS
 from mft.model.export import save_final
-from mft.model.family import CausalLM
-from mft.model.forward import TokenLoss
-from mft.model.peft import Lora
+from mft.model.peft.modes import Lora
 from mft.model.tiny import EOS, PAD, Tiny
+from mft.model.token_loss import TokenLoss
 
 
 def without(tiny_folder: Path, tmp_path: Path, *tokens: str, **config: object) -> str:

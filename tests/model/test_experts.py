@@ -11,15 +11,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from mft.errors import UserError
-from mft.model.audit import audit, notes
 from mft.model.export import save_final
-from mft.model.forward import TokenLoss
 from mft.model.merge import merge
-from mft.model.peft import Lora, QLora
+from mft.model.peft.modes import Lora, QLora
+from mft.model.peft.summary import audit, notes
+from mft.model.token_loss import TokenLoss
 from tests.model.mixtures import MIXTURES, family_of, mixture, mixture_folder
 from tests.model.rows import batch, inputs
 from tests.model.steps import logits, shaken
-from tests.training import resume, train
+from tests.tiny_runs import resume, train
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning:peft")
 

@@ -11,12 +11,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft.errors import UserError
+from mft.model.causal_lm import CausalLM
 from mft.model.export import NOTE, save_final
-from mft.model.family import CausalLM
-from mft.model.forward import TokenLoss
 from mft.model.merge import merge
-from mft.model.peft import Full, Lora, QLora
+from mft.model.peft.modes import Full, Lora, QLora
 from mft.model.tiny import Tiny
+from mft.model.token_loss import TokenLoss
 
 IDS = torch.arange(2, 42)[None]
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mft.build import build
-from mft.compose import compose_resolved
-from mft.model.forward import TokenLoss
-from mft.overrides import group_options
+from mft.config.build import build
+from mft.config.compose import compose_resolved
+from mft.config.overrides import group_options
+from mft.model.token_loss import TokenLoss
 from tests.model.families import FAMILIES, OTHERS, measure, tiny_model
 
 EXACT = {"packed": 5e-6, "padded": 5e-6, "loss": 5e-6, "checkpointing": 1e-6, "4 bits": 5e-6, "saved": 5e-6}
@@ -30,7 +30,7 @@ def test_family(name: str, tmp_path: Path) -> None:
 
 def test_every_family_is_held_to_this() -> None:
     """The others: original formats (test_legacy), any folder, and the models made here."""
-    native = {n for n in group_options("model") if build_target(n) == "mft.model.family.CausalLM"}
+    native = {n for n in group_options("model") if build_target(n) == "mft.model.causal_lm.CausalLM"}
     assert native - {"auto", "demo"} == set(FAMILIES)
 
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from mft.batch import Message
-from mft.config import default_cache_dir
+from mft.config.schema import default_cache_dir
 from mft.data.formats import Chat
 from mft.data.template import OWN, adopt, named
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from mft.model.export import save_final
-from mft.model.forward import TokenLoss
 from mft.model.generate import Answerer, messages, padded
-from mft.model.peft import Full, Lora, QLora
+from mft.model.peft.modes import Full, Lora, QLora
 from mft.model.tiny import Tiny
+from mft.model.token_loss import TokenLoss
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ {'user': 'human', 'assistant': 'bot'}.get(m['role'], m['role']) }}\n"

@@ -10,13 +10,13 @@ import transformers
 
 from mft.batch import IGNORE
 from mft.errors import UserError
-from mft.model.audit import audit
-from mft.model.family import CausalLM
-from mft.model.forward import TokenLoss
-from mft.model.peft import Lora
-from mft.model.source import recurrent
+from mft.model.causal_lm import CausalLM
+from mft.model.model_folder import recurrent
+from mft.model.peft.modes import Lora
+from mft.model.peft.summary import audit
+from mft.model.token_loss import TokenLoss
 from tests.model.rows import alone, batch, inputs
-from tests.model.test_forward import V, small
+from tests.model.test_token_loss import V, small
 
 AUTO = CausalLM("mine")
 
@@ -66,7 +66,7 @@ def test_gradient_checkpointing_that_a_class_cannot_is_told(
     model = small("JetMoeConfig", num_local_experts=4, num_experts_per_tok=2, kv_channels=16)
     with pytest.raises(UserError, match=r"gradient_checkpointing=true: a JetMoeForCausalLM of transformers cannot"):
         CausalLM("mine", gradient_checkpointing=True).checkpoint(model)
-    monkeypatch.setattr("mft.model.family.CHECKPOINTING_ABOVE", 1000)
+    monkeypatch.setattr("mft.model.causal_lm.CHECKPOINTING_ABOVE", 1000)
     with caplog.at_level(logging.WARNING):
         assert not AUTO.checkpoint(model)
     assert "gradient_checkpointing=auto is off: a JetMoeForCausalLM" in caplog.text

@@ -10,15 +10,15 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from mft.build import check
-from mft.compose import compose_resolved
+from mft.config.build import check
+from mft.config.compose import compose_resolved
 from mft.errors import UserError
 from mft.model.attention import described
-from mft.model.family import CausalLM
-from mft.model.forward import TokenLoss
-from mft.model.source import recurrent
+from mft.model.causal_lm import CausalLM
+from mft.model.model_folder import recurrent
+from mft.model.token_loss import TokenLoss
 from tests.model.rows import alone, batch, inputs
-from tests.model.test_forward import V, small
+from tests.model.test_token_loss import V, small
 
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}

@@ -10,13 +10,13 @@ import torch
 
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
-from mft.model.family import CausalLM
+from mft.model.causal_lm import CausalLM
 from mft.model.generate import Answerer
-from mft.model.legacy import Qwen
+from mft.model.legacy.families import Qwen
 from mft.model.merge import merge
 from mft.model.tiny import Tiny
 from tests.model import originals
-from tests.training import train
+from tests.tiny_runs import train
 
 CODE = """
 from pathlib import Path

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from mft.cli import main
 from mft.errors import UserError
+from mft.model.causal_lm import CausalLM
 from mft.model.export import Origin, save_final
-from mft.model.family import CausalLM
-from mft.model.folder import write_model
 from mft.model.merge import merge
-from mft.model.peft import Full, Lora, QLora
+from mft.model.peft.modes import Full, Lora, QLora
+from mft.model.save import write_model
 from tests.model import quantised
 from tests.model.families import tiny_model
 from tests.model.rows import batch

@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mft.batch import Batch
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
+from mft.model.causal_lm import CausalLM
 from mft.model.export import Origin, save_final
-from mft.model.family import CausalLM
-from mft.model.forward import TokenLoss
 from mft.model.generate import Answerer
 from mft.model.merge import merge
-from mft.model.peft import Full, Lora, QLora
+from mft.model.peft.modes import Full, Lora, QLora
 from mft.model.tiny import Tiny
+from mft.model.token_loss import TokenLoss
 from tests.model.rows import inputs
 from tests.model.steps import logits, trained
-from tests.training import resume, train
+from tests.tiny_runs import resume, train
 
 ADDED = {"add_tokens": ["<sql>", "SELECT"], "add_special_tokens": ["<|call|>"]}
 PEFTS = {

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mft.build import build
-from mft.compose import compose_resolved
+from mft.config.build import build
+from mft.config.compose import compose_resolved
 from mft.errors import UserError
-from mft.model.family import CausalLM
-from mft.model.folder import write_model
-from mft.model.peft import QLora
+from mft.model.causal_lm import CausalLM
+from mft.model.peft.modes import QLora
+from mft.model.save import write_model
 from tests.model import originals, quantised
 from tests.model.families import tiny_model
 

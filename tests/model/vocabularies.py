@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mft.model.legacy import QWEN_WORDS
+from mft.model.legacy.families import QWEN_WORDS
 from tests.model import originals
 
-CODE = Path(__file__).parents[2] / "mft" / "loop.py"
+CODE = Path(__file__).parents[2] / "mft" / "training" / "loop.py"
 CHINESE = ["今天天气很好，我们去公园散步。", "请写一个函数，计算两个数的和。", "模型在多个任务上微调，损失按任务平衡。"]
 OTHER = ["🙂 ok 🚀🚀 done 👩‍👩‍👧‍👦", "  lead", "a  b   c\t\td", "people sit at the isopod's shop", "naïve café"]
 TEXTS = [

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mft import cli, job, rundir
-from mft.compose import compose_resolved
-from mft.config import freeze
+from mft import cli, run_folder
+from mft.config.compose import compose_resolved
+from mft.config.schema import freeze
 from mft.errors import UserError
+from mft.launch import job
 from mft.runs.direction import higher_is_better
-from tests.training import write_task
+from tests.tiny_runs import write_task
 
 
 class Runs:
@@ -31,11 +32,11 @@ class Runs:
         cfg = compose_resolved([*given, f"output_dir={folder}"], [config] if config else [])
         current = job.checked(cfg, given)
         freeze(current.cfg, folder / "config.yaml")
-        rundir.write_json(folder / "identity.json", current.identity.as_json())
-        rundir.write_json(folder / "overrides.json", current.describe())
+        run_folder.write_json(folder / "identity.json", current.identity.as_json())
+        run_folder.write_json(folder / "overrides.json", current.describe())
         row = {"step": 1} | {f"valid/loss/{task}": loss for task in current.identity.tasks}
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"step": 2, **metrics}) + "\n")
-        rundir.write_json(folder / "summary.json", {"status": "finished"})
+        run_folder.write_json(folder / "summary.json", {"status": "finished"})
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from mft import cli, rundir
-from mft.checkpoint import newest
+from mft import cli, run_folder
 from mft.data.task import FIRST_ROWS
 from mft.sweep.command import sweep_id, taken
+from mft.training.checkpoint import newest
 from tests.sweeping import FAST, mft, runs, start, states, two_tasks, until, until_nothing_runs
 
 AXES = ["loss=task_token_mean,coba", "optimizer.lr=1e-3,2e-3,3e-3", "train.seed=1,2"]
@@ -27,11 +27,11 @@ def work(tmp_path: Path) -> Path:
 
 
 def finished(work: Path) -> dict[str, float]:
-    return {r.name: (r / "summary.json").stat().st_mtime for r in runs(work) if rundir.status(r) == "finished"}
+    return {r.name: (r / "summary.json").stat().st_mtime for r in runs(work) if run_folder.status(r) == "finished"}
 
 
 def validated(run: Path) -> list[int]:
-    return [row["step"] for row in rundir.rows_from(run / "metrics.jsonl")[0] if "valid/loss" in row]
+    return [row["step"] for row in run_folder.rows_from(run / "metrics.jsonl")[0] if "valid/loss" in row]
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_a_failed_job_leaves_its_traceback_and_fail_fast_starts_no_other(work: P
     code, said = mft(work, "train", "-m", *FAST, axis)
     assert code == 1 and "of 2 jobs 1 failed;" in said, said
     assert states(work) == {"optimizer.lr=1e+30": "failed", "optimizer.lr=0.001": "finished"}
-    failed = next(run for run in runs(work) if rundir.state(run) == "failed")
+    failed = next(run for run in runs(work) if run_folder.state(run) == "failed")
     assert "non-finite" in (failed / "log" / "traceback.txt").read_text() and "non-finite" in said
     assert f"{failed.relative_to(work)}/log/traceback.txt" in said
 

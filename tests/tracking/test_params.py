@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft.credentials import filled, hidden, without_credentials
+from mft.console.credentials import filled, hidden, without_credentials
 from mft.tracking.params import KEY_LIMIT, VALUE_LIMIT, flattened, safe_name
 
 

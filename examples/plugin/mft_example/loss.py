@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mft.batch import Batch, Counts
 from mft.errors import UserError
-from mft.loss.mean import TaskTokenMean
+from mft.loss.means import TaskTokenMean
 
 if TYPE_CHECKING:
     import torch

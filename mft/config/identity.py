@@ -1,0 +1,188 @@
+"""Which experiment a run is: a hash of its inputs, kept in parts, so that two can be told apart in words.
+
+`mft.config.inputs` says what the parts are; `mft.run_folder` keeps them as identity.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mft.errors import UserError, shortened
+
+VERSION = 2
+"""Raised by every change of what enters an identity, and by every changed default or public name of a component.
+
+Runs of another version are read (show, compare, merge, generate) but not resumed: whether they are the same experiment
+cannot be known. Version 1 is the identity.json without a version.
+"""
+
+EXTENDABLE = ("train.max_steps", "train.epochs")
+"""A run with larger values of these is the same run, trained further."""
+
+LONGEST = 300
+"""Characters of a value that a sentence shows whole, enough for a path."""
+
+SHOWN = 6
+"""Differences that a sentence names at most."""
+
+CONTENTS = {
+    "base model": ("the base model (its weights or config.json)", "model.path"),
+    "tokenizer": ("the tokenizer, chat template or generation config of the base model", "model.path"),
+    "code": ("the Python code that comes with the base model", "model.path"),
+    "adapter": ("the adapter", "peft.path"),
+    "template": ("the template file", "data.template"),
+}
+"""Name of a fingerprint, beside `task.<name>` → what it is of, and the key that says where that lies."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The inputs of a run. extended: hash of all of them, 40 hex digits; base: the same without the run's length."""
+
+    extended: str
+    base: str
+    tasks: tuple[str, ...] = ()
+    """Names of the tasks, in order: it decides the order of the samples."""
+    choices: dict[str, str] = field(default_factory=dict)
+    """Component path → public name, and the global batch."""
+    values: dict[str, str] = field(default_factory=dict)
+    """Dotted key → short hash of a value that is not the default; hashed, since a value may come from a secret."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """`task.<name>` and the names in CONTENTS → hash of what is read."""
+    version: int = VERSION
+
+    @classmethod
+    def of(
+        cls,
+        tasks: Sequence[str],
+        choices: Mapping[str, str],
+        values: Mapping[str, Any],
+        fingerprints: Mapping[str, str],
+    ) -> Identity:
+        """Returns the identity of these inputs; values: plain, as JSON takes them."""
+        hashed = {key: _hash(value)[:10] for key, value in values.items()}
+        shorter = {key: value for key, value in hashed.items() if key not in EXTENDABLE}
+        whole, base = (_hash([VERSION, list(tasks), choices, part, fingerprints]) for part in (hashed, shorter))
+        return cls(whole, base, tuple(tasks), dict(choices), hashed, dict(fingerprints))
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what identity.json holds."""
+        parts = {"tasks": list(self.tasks), "choices": self.choices, "values": self.values}
+        hashes = {"version": self.version, "identity": self.extended, "base": self.base}
+        return hashes | parts | {"fingerprints": self.fingerprints}
+
+    @classmethod
+    def from_json(cls, values: Any) -> Identity | None:
+        """Inverse of `as_json`; None for values of another shape. An identity without a version has hashes only."""
+        if not isinstance(values, dict) or not all(isinstance(values.get(key), str) for key in ("identity", "base")):
+            return None
+        version = values.get("version", 1)
+        if version != VERSION:
+            return cls(values["identity"], values["base"], version=version if isinstance(version, int) else 0)
+        kinds = {"tasks": list, "choices": dict, "values": dict, "fingerprints": dict}
+        if not all(isinstance(values.get(key), kind) for key, kind in kinds.items()):
+            return None
+        parts = [values[key] for key in ("choices", "values", "fingerprints")]
+        return cls(values["identity"], values["base"], tuple(values["tasks"]), *parts)
+
+    def require(self, read: Mapping[str, str], config: Mapping[str, Any]) -> None:
+        """Raises UserError where what a run has read is not what this identity records.
+
+        read: some of the fingerprints, made after reading; config: the run's, to say where the contents lie.
+        """
+        if self.version != VERSION:
+            raise UserError(f"This run was written by another version of mft {self.numbers()}, and cannot be resumed.")
+        changed = [name for name, value in read.items() if self.fingerprints.get(name) != value]
+        if changed:
+            what = " and ".join(changed_content(name, config, config) for name in changed)
+            raise UserError(
+                f"{what} since this run was checked: it would not be the experiment that its identity.json records. "
+                "Start the same command again; it is a new run then."
+            )
+
+    def numbers(self) -> str:
+        """Returns which version this identity is of, beside the one that is written."""
+        return f"(identity {self.version}; this one writes identity {VERSION})"
+
+
+def differences(there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns in words how a run that is there differs from the one here: (in contents, in config), "" for not at all.
+
+    then, now: their configs, nested, as they may be shown.
+    """
+    contents = list(_contents(there, here, then, now))
+    config = list(_config(there, here, then, now))
+    return _listed(contents), _listed(config)
+
+
+def changed_content(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Returns in words that the content behind a fingerprint is another one, and where it lies."""
+    if name.startswith("task."):
+        task = name.removeprefix("task.")
+        what, old, new = f"the data of task {task}", _paths(task, then), _paths(task, now)
+    else:
+        what, key = CONTENTS.get(name, (name, ""))
+        old, new = _at(then, key), _at(now, key)
+    return f"{what} has changed ({new})" if old == new else f"{what} differs ({old} there, {new} here)"
+
+
+def _contents(there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if set(there.tasks) == set(here.tasks) and there.tasks != here.tasks:
+        yield f"the order of the tasks has changed ({', '.join(there.tasks)} there, {', '.join(here.tasks)} here)"
+    for name in sorted({*there.fingerprints, *here.fingerprints}):
+        old, new = there.fingerprints.get(name), here.fingerprints.get(name)
+        if old == new or (name.startswith("task.") and None in (old, new)):
+            continue  # a task that only one of them has is named as such
+        yield changed_content(name, then, now)
+
+
+def _config(there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if set(there.tasks) != set(here.tasks):
+        yield f"the tasks are {', '.join(there.tasks)} there and {', '.join(here.tasks)} here"
+    others = [key for key in sorted({*there.choices, *here.choices}) if there.choices.get(key) != here.choices.get(key)]
+    one_sided = {f"task.{name}" for name in set(there.tasks) ^ set(here.tasks)}
+    for key in others:
+        if not _below(key, one_sided):
+            yield f"{key}={there.choices.get(key, 'none')} there, {here.choices.get(key, 'none')} here"
+    for key in sorted({*there.values, *here.values}):
+        if there.values.get(key) != here.values.get(key) and not _below(key, [*others, *one_sided]):
+            yield f"{key}={_at(then, key)} there, {_at(now, key)} here"
+
+
+def _below(key: str, paths: Any) -> bool:
+    return any(key == path or key.startswith(f"{path}.") for path in paths)
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    more = f"; and {len(sentences) - SHOWN} more" if len(sentences) > SHOWN else ""
+    return "; ".join(sentences[:SHOWN]) + more
+
+
+def _at(config: Mapping[str, Any], key: str) -> str:
+    """Returns the value of a dotted key as text; `default` where the config does not name it."""
+    node: Any = config
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return "default"
+        node = node[part]
+    text = "null" if node is None else node if isinstance(node, str) else json.dumps(node, default=str)
+    return text if len(text) <= LONGEST else shortened(text, LONGEST)
+
+
+def _paths(task: str, config: Mapping[str, Any]) -> str:
+    """Returns where the rows of a task lie."""
+    node = config.get("task") or {}
+    own = next((n for key, n in node.items() if task in (key, n.get("name"))), None) if node else None
+    if own is not None:
+        return ", ".join([*own.get("paths", []), *(own.get("valid") or [])])
+    paths = [str(path) for path in (config.get("data") or {}).get("paths", [])]
+    return next((path for path in paths if Path(path).name.split(".")[0] == task.split(".")[0]), ", ".join(paths))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha1(json.dumps(value, sort_keys=True).encode()).hexdigest()

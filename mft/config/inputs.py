@@ -1,0 +1,184 @@
+"""Every input of a run, and where it enters the run's identity: as a value, as a fingerprint, or not at all.
+
+Values equal to the default of their class stay out, so that a new option whose default changes nothing changes no
+identity. Classes of ours enter by their public name, so that moving one changes nothing; others by their full target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mft.config.components import component_class
+from mft.config.identity import Identity
+from mft.config.schema import Launch, Train, batch_sizes
+from mft.data.cache.fingerprint import file_digests
+from mft.data.settings import DataSettings
+from mft.data.task import Task
+from mft.data.template import is_file
+
+CANNOT_CHANGE_THE_RESULT: dict[str, str] = {
+    "name": "groups runs",
+    "sweep": "groups runs",
+    "choices": "the components that were chosen enter",
+    "output_dir": "a place",
+    "cache_dir": "a place",
+    "launch": "who starts the ranks; their number enters through the global batch",
+    "tracking": "records",
+    "train.resume": "which folder is continued",
+    "train.keep": "which checkpoints stay",
+    "train.keep_task_best": "which checkpoints stay",
+    "train.skip_nonfinite_steps": "a run that ends without a skipped step is the same for all values",
+    "train.log_every": "records",
+    "train.save_every": "saving draws no random number",
+    "train.prompts": "answered without random numbers",
+    "train.prompts_max_new_tokens": "answered without random numbers",
+    "train.peak_tflops": "a speed is divided by it",
+    "train.fail_fast": "about the other jobs of a sweep",
+    "train.prune": "ends a job early, which is then not finished",
+    "train.prune_after": "ends a job early, which is then not finished",
+    "train.per_device_batch_size": "enters as the global batch",
+    "train.gradient_accumulation_steps": "enters as the global batch",
+    "train.global_batch_size": "enters as the global batch",
+    "train.per_device_eval_batch_size": "a validation counts tokens, however they are batched",
+    "data.bad_rows": "a run either stops at a bad row or has none of it",
+    "task.*.hint": "words",
+    "model.hint": "words",
+    "model.cache_dir": "a place",
+}
+"""Config path (* = any name) → why it is left out of a run's identity."""
+
+FINGERPRINTED: dict[str, str] = {
+    "data.paths": "names and order as the tasks, contents as task.<name>",
+    "task.*.name": "as the tasks",
+    "task.*.paths": "as task.<name>",
+    "task.*.valid": "as task.<name>",
+    "model.path": "as base model, tokenizer and code",
+    "model.revision": "as base model: of a hub name it is part of the fingerprint, a folder has none",
+    "peft.path": "as adapter",
+}
+"""Config path → the fingerprint, or part of the identity, that stands for it: contents count, not where they lie."""
+
+TEMPLATE_FILE = "(a file)"
+"""Stands for the name of a template file, whose content is a fingerprint."""
+
+SETTINGS: dict[str, type] = {"train": Train, "data": DataSettings, "launch": Launch}
+
+
+def under(path: str, prefixes: Iterable[str]) -> bool:
+    """Whether a dotted path is one of `prefixes` or lies below one; `*` in a prefix is any one name."""
+    parts = path.split(".")
+    for prefix in prefixes:
+        wanted = prefix.split(".")
+        if len(wanted) <= len(parts) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=False)):
+            return True
+    return False
+
+
+def identity(cfg: DictConfig, world: int, tasks: Sequence[str], fingerprints: Mapping[str, str]) -> Identity:
+    """Returns which experiment a resolved, checked config is.
+
+    world: number of ranks; tasks: names in order; fingerprints: see `fingerprints`.
+    """
+    choices, values = config_parts(cfg)
+    choices["global batch"] = str(batch_sizes(cfg.train, world).total)
+    return Identity.of(tasks, choices, values, fingerprints)
+
+
+def fingerprints(cfg: DictConfig, tasks: Sequence[Task], family: Any, peft: Any) -> dict[str, str]:
+    """Returns the hashes of all that a run of this config reads besides the config: name → hash.
+
+    tasks, family, peft: the built components. Raises UserError for files that cannot be read.
+    """
+    return {f"task.{task.name}": task.fingerprint(cfg.cache_dir) for task in tasks} | files(cfg, family, peft)
+
+
+def files(cfg: DictConfig, family: Any, peft: Any) -> dict[str, str]:
+    """Returns the part of `fingerprints` that is not about the rows of tasks; quick enough to be made again."""
+    found = dict(family.fingerprints())
+    if is_file(cfg.data.template):
+        found["template"] = file_digests([Path(cfg.data.template).expanduser()], Path(cfg.cache_dir))[0]
+    if adapter := peft.files():
+        digests = file_digests(adapter, Path(cfg.cache_dir))
+        named = [[file.name, digest] for file, digest in zip(adapter, digests, strict=True)]
+        found["adapter"] = hashlib.sha1(repr(named).encode()).hexdigest()
+    return found
+
+
+def config_parts(cfg: DictConfig) -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns ({component path: public name}, {dotted key: value}) of all that enters an identity as a value."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    choices: dict[str, str] = {}
+    values: dict[str, Any] = {}
+
+    def enter(path: str, value: Any, default: Any) -> None:
+        if under(path, CANNOT_CHANGE_THE_RESULT) or under(path, FINGERPRINTED):
+            return
+        if isinstance(value, dict) and "_target_" in value:
+            cls = component_class(OmegaConf.select(cfg, path), path)
+            if default != Named(name := public_name(cls, value["_target_"])):
+                choices[path] = name
+            enter_fields(path, value, defaults(cls) if name != value["_target_"] else {})
+        elif path in SETTINGS:
+            enter_fields(path, value, defaults(SETTINGS[path]))
+        elif path in ("task", "tracking"):
+            enter_fields(path, value, {})
+        elif (value := canonical(value)) != default:
+            values[path] = value
+
+    def enter_fields(path: str, node: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+        for key, value in node.items():
+            if key != "_target_":
+                enter(f"{path}.{key}", value, known.get(key, dataclasses.MISSING))
+
+    for key, value in plain.items():
+        enter(key, value, dataclasses.MISSING)
+    if is_file(plain["data"]["template"]):
+        values["data.template"] = TEMPLATE_FILE
+    return choices, values
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A default that is a component, by its public name."""
+
+    name: str
+
+
+def public_name(cls: type, target: str) -> str:
+    """Returns the public name of a class of ours; the full target of any other, also of a subclass of ours."""
+    if cls.__module__.partition(".")[0] == "mft" and vars(cls).get("public_name"):
+        return str(vars(cls)["public_name"])
+    return target
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Returns the defaults of a dataclass's fields that have one, as `canonical` values."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = canonical(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = canonical(field.default_factory())
+    return found
+
+
+def canonical(value: Any) -> Any:
+    """Returns a value as JSON takes it, the same for 1 and 1.0 and for a choice and its name."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    if name := getattr(type(value), "public_name", ""):
+        return Named(name)
+    return value

@@ -1,0 +1,219 @@
+"""Interpolations of a composed config: bounded before any is resolved, then replaced, but for the environment's values.
+
+`${oc.env:NAME}` stays as it is written, so that no password is kept with a run, and is read again in every rank.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from mft.console import credentials
+from mft.errors import UserError
+
+LARGEST = 1_000_000
+"""Characters and values that all interpolations together may come to."""
+
+_REFERENCE = re.compile(r"\$\{\s*(\.*[^${}:,\s]+)\s*\}")
+_WORD = re.compile(r"[A-Za-z_][\w.\[\]]*")
+
+_read: list[str] = []
+"""Variables that were read since it was emptied last."""
+
+
+def register() -> None:
+    """Makes OmegaConf's `oc.env` remember what it reads. Safe to call twice."""
+    OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
+
+
+def _variable(name: str, *default: Any) -> Any:
+    _read.append(name)
+    if name not in os.environ and not default:
+        raise KeyError(f"Environment variable '{name}' not found")
+    if name not in os.environ:
+        return default[0] if default[0] is None else str(default[0])
+    credentials.remember(os.environ[name], name)
+    return os.environ[name]
+
+
+def replaced(cfg: DictConfig) -> DictConfig:
+    """Returns the config with every interpolation replaced, but values from the environment as they are written.
+
+    Raises UserError that names the one that cannot be resolved, that leads back to itself, or that is too large.
+    """
+    bound(cfg)
+    try:
+        copy = OmegaConf.create(_plain(cfg))
+    except MissingMandatoryValue as error:
+        raise UserError(f"{_first_line(error)}.") from error
+    except OmegaConfBaseException as error:
+        raise UserError(_refusal(error)) from error
+    assert isinstance(copy, DictConfig)
+    return copy
+
+
+def check_variables(cfg: DictConfig) -> None:
+    """Raises UserError for a variable of the environment that a frozen config reads and that is not set here."""
+    for key in _keys(cfg):
+        try:
+            value = cfg[key]
+        except OmegaConfBaseException as error:
+            if "nvironment variable" in str(error):
+                raise UserError(_refusal(error)) from error
+            continue
+        if OmegaConf.is_config(value):
+            check_variables(value)
+
+
+def bound(cfg: DictConfig) -> None:
+    """Raises UserError for interpolations that lead back to themselves or multiply to more than LARGEST."""
+    try:
+        size = _size(cfg, cfg, {}, {})
+    except RecursionError:
+        raise UserError("The interpolations of the config lead too deep; write the values.") from None
+    if size > LARGEST:
+        raise UserError("The interpolations of the config come to more than a million characters; write the values.")
+
+
+def _size(node: Any, root: DictConfig, sizes: dict[int, int], opened: dict[int, str]) -> int:
+    """Returns what a node comes to when resolved; each node is looked at once. opened: nodes on the way to it."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    value = node._value()
+    opened[id(node)] = node._get_full_key(None) or "the config"
+    total = 1
+    if isinstance(value, str):
+        total += len(value)
+        if "${" in value:
+            for key, surely in _references(value):
+                target = _target(node, root, key)
+                if target is None or (id(target) in opened and not surely):
+                    continue
+                if id(target) in opened:
+                    way = [*opened.values(), opened[id(target)]]
+                    way = way[way.index(opened[id(target)]) :]
+                    raise UserError(f"{way[0]}: its interpolation leads back to itself ({' → '.join(way)}).")
+                total += _size(target, root, sizes, opened)
+    elif isinstance(node, DictConfig | ListConfig) and isinstance(value, dict | list):
+        total += sum(_size(node._get_node(key), root, sizes, opened) for key in _keys(node))
+    del opened[id(node)]
+    sizes[id(node)] = min(total, LARGEST + 1)
+    return sizes[id(node)]
+
+
+def _references(text: str) -> Iterator[tuple[str, bool]]:
+    """Yields the keys that a text refers to, and whether it surely does.
+
+    Arguments of resolvers, and keys that are put together of others, may refer to what they look like.
+    """
+    for match in _REFERENCE.finditer(text):
+        yield match[1], True
+    if text.count("${") > len(_REFERENCE.findall(text)):
+        for match in _WORD.finditer(text):
+            yield match[0].rstrip("."), False
+        if re.search(r"\$\{[^{}]*\$\{", text):
+            yield "", False  # any key of the config
+
+
+def _target(node: Any, root: DictConfig, key: str) -> Any:
+    """Returns the node that a key leads to, or the interpolation on the way to it; None for one that is not there."""
+    name = key.lstrip(".")
+    found: Any = root if name == key else node
+    for _ in range(len(key) - len(name)):
+        found = found._get_parent() if found is not None else None
+    for part in re.split(r"[.\[]", name) if name else ():
+        part = part.rstrip("]")
+        if isinstance(found, DictConfig) and isinstance(found._value(), dict):
+            found = found._get_node(part, validate_access=False)
+        elif isinstance(found, ListConfig) and isinstance(found._value(), list) and part.isdigit():
+            found = found._get_node(int(part)) if int(part) < len(found._value()) else None
+        else:
+            return found if found is not None and isinstance(found._value(), str) else None
+        if found is None:
+            return None
+    return found
+
+
+def _keys(node: Any) -> list[Any]:
+    return list(node._value()) if isinstance(node, DictConfig) else list(range(len(node._value())))
+
+
+def _plain(node: Any) -> Any:
+    """Returns a container as plain values; enums stay."""
+    values = [_leaf(node, key) for key in _keys(node)]
+    return dict(zip(_keys(node), values, strict=True)) if isinstance(node, DictConfig) else values
+
+
+def _leaf(node: Any, key: Any) -> Any:
+    if not OmegaConf.is_interpolation(node, key):
+        if OmegaConf.is_missing(node, key):
+            return "???"
+        return _plain(node[key]) if OmegaConf.is_config(node[key]) else node[key]
+    _read.clear()
+    value = node[key]
+    if OmegaConf.is_config(value):
+        return _plain(value)
+    if not _read:
+        return _escaped(value)
+    child = node._get_node(key)
+    written = child._value()
+    parts = _parts(written)
+    if len(parts) == 1:
+        return written
+    try:
+        return "".join(_part(node, key, child, part) for part in parts)
+    finally:
+        child._set_value(written)
+
+
+def _part(node: Any, key: Any, child: Any, part: str) -> str:
+    """Returns a piece of a text that reads the environment elsewhere: its value, unless it does so itself."""
+    if not part.startswith("${"):
+        return part
+    _read.clear()
+    child._set_value(part)
+    try:
+        value = node[key]
+    except OmegaConfBaseException:  # a part of a number, which alone is none
+        return part
+    return part if _read else str(_escaped(value))
+
+
+def _parts(text: str) -> list[str]:
+    """Splits a text into its outermost interpolations and what stands between them."""
+    parts, start, at = [], 0, 0
+    while (at := text.find("${", at)) >= 0:
+        if text[:at].endswith("\\"):
+            at += 2
+            continue
+        depth, end = 0, at
+        while end < len(text):
+            depth += (text[end] == "{") - (text[end] == "}")
+            end += 1
+            if text[end - 1] == "}" and not depth:
+                break
+        parts += [text[start:at], text[at:end]]
+        start = at = end
+    return [part for part in (*parts, text[start:]) if part]
+
+
+def _escaped(value: Any) -> Any:
+    """Returns a value that stays as it is when read again; text could look like an interpolation."""
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
+
+
+def _refusal(error: OmegaConfBaseException) -> str:
+    if match := re.search(r"nvironment variable '([^']+)' not found", str(error)):
+        return f"{error.full_key}: the environment variable {match[1]} is not set, and ${{oc.env:{match[1]}}} reads it."
+    return f"{error.full_key}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

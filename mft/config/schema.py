@@ -1,0 +1,270 @@
+"""The settings of a run: their schema, where conf/ lies, and how a resolved config is frozen and read back.
+
+Settings (`name`, `train`, `launch`, `data`) are read by the code and typed here; components (`model`, `peft`, ...) are
+built by `mft.config.build`, their schema is their class.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from mft.config import interpolations, yaml_file
+from mft.data.settings import DataSettings
+from mft.errors import UserError
+from mft.hardware import computes_in_bf16, visible_gpus
+from mft.ranges import check_ranges, ranged
+from mft.training.sample_answers import read_prompts
+
+LONGEST = 10_000_000
+"""Seconds that a setting may ask to wait, four months; timers of the system end not far beyond."""
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward and backward pass; auto = what the machine is fast in, see `fast_precision`."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class LaunchMode(StrEnum):
+    """processes: every run in worker processes of its own; inline: in this process, for a debugger."""
+
+    processes = "processes"
+    inline = "inline"
+
+
+@dataclass
+class Train:
+    """Settings of the training loop; conf/train.yaml explains every one."""
+
+    epochs: float = ranged(3.0, above=0)
+    max_steps: int | None = ranged(None, min=1)
+    per_device_batch_size: int = ranged(4, min=1)
+    per_device_eval_batch_size: int = ranged(4, min=1)
+    global_batch_size: int | None = ranged(None, min=1)
+    gradient_accumulation_steps: int | None = ranged(None, min=1)
+    precision: Precision = Precision.auto
+    max_grad_norm: float | None = ranged(1.0, above=0)
+    seed: int = ranged(42, min=0)
+    log_every: int = ranged(10, min=1)
+    eval_every: int | None = ranged(100, min=1)
+    eval_at_start: bool = True
+    eval_samples: int | None = ranged(None, min=1)
+    save_every: int | None = ranged(100, min=1)
+    keep: int | None = ranged(None, min=1)
+    best: str = "mean"
+    keep_task_best: bool = False
+    skip_nonfinite_steps: int = ranged(0, min=0)
+    early_stopping: bool = False
+    early_stopping_stall_num: int = ranged(3, min=1)
+    resume: str = "auto"
+    prompts: str | None = None
+    prompts_max_new_tokens: int = ranged(64, min=1)
+    peak_tflops: float | None = ranged(None, above=0)
+    fail_fast: bool = False
+    prune: bool = False
+    prune_after: int = ranged(2, min=1)
+
+    def check(self) -> None:
+        """Raises UserError for values that types alone cannot refuse."""
+        check_ranges(self, "train")
+        if self.prompts:
+            read_prompts(Path(self.prompts))
+
+
+@dataclass
+class Launch:
+    """Where the ranks come from; conf/launch explains every field."""
+
+    mode: LaunchMode = LaunchMode.processes
+    nproc: Any = "auto"
+    shutdown_seconds: int = ranged(600, min=0, max=LONGEST)
+    jobs: int = ranged(1, min=1)
+    nnodes: int = ranged(1, min=1)
+    node_rank: int | None = None
+    main_address: str | None = None
+    main_port: int = ranged(29500, min=1, max=65535)
+    rdzv_endpoint: str | None = None
+    local_addr: str | None = None
+    join_seconds: int = ranged(600, min=1, max=LONGEST)
+    lost_seconds: int = ranged(60, min=1, max=LONGEST)
+
+    def check(self) -> None:
+        """Raises UserError for values that types alone cannot refuse."""
+        check_ranges(self, "launch")
+        if self.node_rank is not None and not 0 <= self.node_rank < self.nnodes:
+            raise UserError(
+                f"launch.node_rank={self.node_rank}: with launch.nnodes={self.nnodes} machines are numbered 0 to "
+                f"{self.nnodes - 1}."
+            )
+        if self.rdzv_endpoint is not None:
+            host, _, port = self.rdzv_endpoint.rpartition(":")
+            if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+                raise UserError(f"launch.rdzv_endpoint={self.rdzv_endpoint}: write host:port, for example node0:29400.")
+        if self.nnodes > 1:
+            self._check_hosts()
+
+    def _check_hosts(self) -> None:
+        if self.mode is LaunchMode.inline:
+            raise UserError(f"launch.nnodes={self.nnodes} needs launch=processes; launch=inline is one rank.")
+        if (self.main_address is None) == (self.rdzv_endpoint is None):
+            raise UserError(
+                f"launch.nnodes={self.nnodes}: say where the machines meet, with launch.main_address (and "
+                "launch.node_rank on each), or with launch.rdzv_endpoint=host:port; one of the two."
+            )
+        if self.main_address is not None and self.node_rank is None:
+            raise UserError(
+                f"launch.node_rank is missing: number the {self.nnodes} machines from 0; number 0 is the one with "
+                f"launch.main_address={self.main_address}."
+            )
+        if self.rdzv_endpoint is not None and self.node_rank is not None:
+            raise UserError(
+                f"launch.node_rank={self.node_rank}: with launch.rdzv_endpoint machines are numbered as they come; "
+                "leave it out, or give launch.main_address instead."
+            )
+
+
+@dataclass
+class Config:
+    """The whole config. Component groups are checked against their classes by `mft.config.build.check`."""
+
+    name: str = "mft"
+    sweep: str | None = None
+    choices: dict[str, str] = field(default_factory=dict)
+    output_dir: str = MISSING
+    cache_dir: str = MISSING
+    task: dict[str, Any] = field(default_factory=dict)
+    data: DataSettings = field(default_factory=DataSettings)
+    model: Any = MISSING
+    peft: Any = MISSING
+    dist: Any = MISSING
+    loss: Any = MISSING
+    optimizer: Any = MISSING
+    scheduler: Any = MISSING
+    tracking: dict[str, Any] = field(default_factory=dict)
+    train: Train = field(default_factory=Train)
+    launch: Launch = field(default_factory=Launch)
+
+
+def config_dir() -> Path:
+    """Returns the folder of the yaml tree: `mft/conf` in an installed wheel, else the repository's `conf`."""
+    package = Path(__file__).parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def default_cache_dir() -> str:
+    """Returns $MFT_CACHE, else `mft` in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
+    if os.environ.get("MFT_CACHE"):
+        return os.path.abspath(os.environ["MFT_CACHE"])
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mft")
+
+
+def register() -> None:
+    """Makes the schema and the `mft_cache` resolver known to Hydra. Safe to call twice."""
+    from hydra.core.config_store import ConfigStore
+
+    OmegaConf.register_new_resolver("mft_cache", default_cache_dir, replace=True)
+    interpolations.register()
+    yaml_file.register()
+    schema = OmegaConf.structured(Config)
+    # A task's yaml may leave out fields that have defaults; without the flag Hydra would not let them be set either.
+    # Wrong names are refused by the task's class.
+    schema.task._set_flag("struct", False)
+    ConfigStore.instance().store(name="schema", node=schema, provider="mft")
+
+
+def freeze(cfg: DictConfig, path: Path) -> None:
+    """Writes the config atomically; every rank reads this file and nothing else, but for `${oc.env:NAME}` in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+    temporary.replace(path)
+
+
+def load(run_dir: Path) -> DictConfig:
+    """Reads back a frozen config, typed by the schema."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no config.yaml.")
+    return typed(read(path))
+
+
+def read(path: Path) -> Any:
+    """Returns a frozen config without its types; keys that earlier versions had are left out."""
+    interpolations.register()
+    yaml_file.check(path)
+    cfg = OmegaConf.load(path)
+    if isinstance(cfg, DictConfig) and isinstance(cfg.get("train"), DictConfig):
+        cfg.train.pop("allow_targets", None)
+    return cfg
+
+
+def typed(cfg: Any) -> DictConfig:
+    """Returns a plain config under the schema, so that choices are enums again."""
+    merged = OmegaConf.merge(OmegaConf.structured(Config), cfg)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Rows (packed) or samples (padded) of one optimizer step: global = per_device x accumulation x world."""
+
+    per_device: int
+    accumulation: int
+    world: int
+
+    @property
+    def total(self) -> int:
+        """The global batch."""
+        return self.per_device * self.accumulation * self.world
+
+
+def fast_precision() -> Precision:
+    """Returns bf16 where the machine computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    if computes_in_bf16():
+        return Precision.bf16
+    return Precision.fp16 if visible_gpus() else Precision.fp32
+
+
+def settled(precision: Precision | str) -> Precision:
+    """Returns train.precision with auto resolved for this machine."""
+    return fast_precision() if precision == Precision.auto else Precision(precision)
+
+
+def batch_sizes(train: Any, world: int) -> BatchSizes:
+    """Derives accumulation from the global batch or the other way round.
+
+    Raises UserError when both are given or when the global batch does not divide.
+    """
+    per_device, accumulation, total = (
+        train.per_device_batch_size,
+        train.gradient_accumulation_steps,
+        train.global_batch_size,
+    )
+    if total is None:
+        return BatchSizes(per_device, accumulation or 1, world)
+    if accumulation is not None:
+        raise UserError(
+            f"train.global_batch_size={total} and train.gradient_accumulation_steps={accumulation} are both given; "
+            "set one of them, the other follows."
+        )
+    unit = per_device * world
+    if total % unit:
+        below, above = total // unit * unit, (total // unit + 1) * unit
+        values = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"train.global_batch_size={total} is no multiple of train.per_device_batch_size={per_device} x {world} "
+            "ranks; "
+            f"the nearest values that are: {values}."
+        )
+    return BatchSizes(per_device, total // unit, world)

@@ -1,0 +1,63 @@
+"""Text on its way to a terminal: no control sequence of data reaches it, and no password."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+from mft.console.credentials import hidden
+from mft.errors import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def shown(text: object) -> str:
+    """Returns text as a terminal may have it: control characters as \\x1b, credentials as ***."""
+    return printable(hidden(str(text)))
+
+
+def say(text: object = "", file: TextIO | None = None) -> None:
+    """Prints a line."""
+    print(shown(text), file=file or sys.stdout, flush=True)
+
+
+def console(**options: Any) -> Console:
+    """Returns a Console of rich whose text is `shown`, and in which brackets are no markup."""
+    return _screen()(**{"markup": False, "highlight": False} | options)
+
+
+@functools.cache
+def _screen() -> type[Console]:
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Screen(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                plain = segment.control or (segment.text.isascii() and segment.text.isprintable())
+                yield segment if plain and "@" not in segment.text else segment._replace(text=shown(segment.text))
+
+    return Screen
+
+
+class _Shown(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
+def guard_logs() -> None:
+    """Makes warnings and log lines of this process `shown`, those of libraries as well."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Shown())
+    plain = warnings.formatwarning
+    if getattr(plain, "__name__", "") != "_formatted":
+
+        def _formatted(*arguments: Any, **options: Any) -> str:
+            return shown(plain(*arguments, **options))
+
+        warnings.formatwarning = _formatted

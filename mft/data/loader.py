@@ -1,0 +1,96 @@
+"""The data as one rank's loop sees it: the micro-batches of each step, of a validation and of a probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from mft.batch import Batch, Row
+from mft.config.schema import BatchSizes
+from mft.data.cache.store import Samples, Store
+from mft.data.mixture import account, counts_per_epoch
+from mft.data.sampler import Sampler, deal, draw, eval_batches, spread
+from mft.training.loop import State, StepData
+
+
+class Feed:
+    """Turns stores into micro-batches.
+
+    rows: the row builder; sizes: of a step; rank: this one; train, data: the settings of these names; shares: of the
+    tasks in the mixture (`task.<name>.share`), None = 1.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        rows: Any,
+        sizes: BatchSizes,
+        rank: int,
+        pad_id: int,
+        train: Any,
+        data: Any,
+        shares: Sequence[float | None],
+    ):
+        self.rows, self.sizes, self.rank, self.pad_id, self.settings, self.data = rows, sizes, rank, pad_id, train, data
+        self.train_samples = Samples(stores, "train", data.limit)
+        self.valid_samples = Samples(stores, "valid")
+        count_K = counts_per_epoch(self.train_samples, shares, data)
+        self.sampler = Sampler(self.train_samples, rows, data.seq_length, sizes.total, train.seed, data.window, count_K)
+
+    def total_steps(self) -> int:
+        """Returns the optimizer steps of the run: train.epochs passes, at most train.max_steps."""
+        limit = self.settings.max_steps or math.inf
+        whole, fraction = int(self.settings.epochs), self.settings.epochs % 1
+        total = 0
+        for epoch in range(whole):
+            total += self.sampler.steps_in_epoch(epoch)
+            if total >= limit:
+                return int(limit)
+        if fraction:
+            total += math.ceil(fraction * self.sampler.steps_in_epoch(whole))
+        return int(min(total, limit))
+
+    def mixture(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Returns what the run takes of each task, see `mixture.account`."""
+        left, epoch = self.total_steps(), 0
+        while left > (steps := self.sampler.steps_in_epoch(epoch)):
+            left, epoch = left - steps, epoch + 1
+        return account(self.train_samples, names, self.sampler.streams, epoch + left / steps)
+
+    def valid_counts(self, tasks: int) -> list[int]:
+        """Returns the number of validation samples of each task."""
+        return np.bincount(self.valid_samples.task_N, minlength=tasks).tolist()
+
+    def steps(self, state: State) -> Iterator[StepData]:
+        """Yields this rank's micro-batches of every step from where the state stands, without end."""
+        for rows, (epoch, position) in self.sampler.steps(state.epoch, state.position):
+            length = self.train_samples.row_length if self.rows.by_length else None
+            dealt = deal(rows, self.rank, self.sizes.world, self.sizes.accumulation, length)
+            passes = epoch + position / max(1, self.sampler.rows_in_epoch(epoch))
+            yield StepData(self._batches(self.train_samples, dealt), epoch, position, passes)
+
+    def validation(self) -> list[Batch]:
+        """Returns this rank's micro-batches of a validation, the same every time."""
+        return self._evaluation(spread(self.valid_samples, self.settings.eval_samples or 0))
+
+    def probe(self, step: int, per_task: int) -> list[Batch]:
+        """Returns this rank's micro-batches of a probe: validation samples drawn anew for every step."""
+        return self._evaluation(draw(self.valid_samples, per_task, self.settings.seed, step))
+
+    def _evaluation(self, numbers: Any) -> list[Batch]:
+        dealt = eval_batches(
+            self.valid_samples,
+            numbers,
+            self.rows,
+            self.data.seq_length,
+            self.settings.per_device_eval_batch_size,
+            self.rank,
+            self.sizes.world,
+        )
+        return self._batches(self.valid_samples, dealt)
+
+    def _batches(self, samples: Samples, dealt: Sequence[Sequence[Row]]) -> list[Batch]:
+        return [self.rows.collate(samples.load(rows), self.pad_id, self.data.seq_length) for rows in dealt]

@@ -1,0 +1,68 @@
+"""The two backends that divide nothing: every rank holds the whole model, its gradients and its optimizer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mft.distributed.accelerator import accelerator, environment, grouped
+from mft.distributed.engine import Backend, Engine
+from mft.errors import UserError
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class DdpEngine(Engine):
+    """Every rank holds the whole model; gradients are exchanged in the last micro-batch of a step."""
+
+    name = "ddp"
+    kinds = ("MULTI_CPU", "MULTI_GPU")
+    wrapper = "DistributedDataParallel"
+
+
+@dataclass
+class Single(Backend):
+    """One process on one device, without a process group."""
+
+    public_name: ClassVar[str] = "single"
+
+    def check_ranks(self, world: int) -> None:
+        """Raises UserError for more than one rank."""
+        if world > 1:
+            raise UserError(f"dist=single with {world} ranks: choose dist=ddp, or launch.nproc=1")
+
+    def start(self, precision: str, cpu: bool | None = None) -> Engine:
+        """Returns the engine. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.
+
+        Raises UserError when there is more than one rank, or when the device cannot do the precision.
+        """
+        self.check_ranks(int(os.environ.get("WORLD_SIZE", 1)))
+        with environment(dict.fromkeys(RANK_VARIABLES)):  # with them, accelerate would make a process group of one
+            return Engine(accelerator(precision, cpu), owns_group=False)
+
+
+@dataclass
+class Ddp(Backend):
+    """torch's DistributedDataParallel. Works with one rank too: a process group of one, the same code path."""
+
+    public_name: ClassVar[str] = "ddp"
+
+    find_unused_parameters: bool = False
+
+    def start(self, precision: str, cpu: bool | None = None) -> DdpEngine:
+        """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.
+
+        Ranks are read from the environment (RANK, WORLD_SIZE, ...); without them this is a group of one.
+        Raises UserError when the device cannot do the precision or the group is not what was asked.
+        """
+        from accelerate import DistributedDataParallelKwargs
+
+        # the buffers of a language model are constants: broadcasting them before every forward would be wasted; and
+        # gradients as views of the exchange buffers save one copy of all gradients
+        options = DistributedDataParallelKwargs(
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=self.find_unused_parameters,
+        )
+        return DdpEngine(*grouped(precision, cpu, options))

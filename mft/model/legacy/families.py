@@ -1,0 +1,221 @@
+"""Families whose checkpoints came with code of their own: what their configs and vocabularies mean natively."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mft.errors import UserError, nearest
+from mft.model.legacy.baichuan import Baichuan
+from mft.model.legacy.original import Original, Values
+from mft.model.model_folder import read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen cuts a text into words before it merges."""
+
+QWEN_EARLY = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "ffn_hidden_size": "intermediate_size",
+    "padded_vocab_size": "vocab_size",
+}
+"""Keys of config.json in the first release of Qwen-7B, and what they were called later."""
+
+
+def from_options(options: dict[str, Any], **arguments: Any) -> Original:
+    """Returns the family that `Original.options` described."""
+    classes = {cls.__name__: cls for cls in (ChatGLM, Qwen, Baichuan, Aquila)}
+    return classes[options["class"]](**arguments, **{k: v for k, v in options.items() if k != "class"})
+
+
+@dataclass
+class ChatGLM(Original):
+    """chatglm2, chatglm3 and codegeex2 -> Glm.
+
+    rope_ratio: what the key of that name in config.json means, which the two generations disagree on: positions
+    (divided by it, chatglm2) or base (multiplied by it, chatglm3). Without the key it does not matter.
+    roles: whether the tokenizer has the four role tokens that came with chatglm3.
+    """
+
+    public_name: ClassVar[str] = "chatglm"
+
+    rope_ratio: str = "base"
+    roles: bool = False
+    model_type = "chatglm"
+    vocabulary = "tokenizer.model"
+
+    def check(self) -> None:
+        if self.rope_ratio not in ("positions", "base"):
+            raise UserError(
+                f"model.rope_ratio={self.rope_ratio!r} is not one of positions, base"
+                f"{nearest(self.rope_ratio, ('positions', 'base'))}"
+            )
+        super().check()
+
+    def native(self, values: Values) -> tuple[str, str, Values]:
+        self._need(values, rmsnorm=True, post_layer_norm=True, apply_residual_connection_post_layernorm=False)
+        self._need(values, add_bias_linear=False, pre_seq_len=None, fp32_residual_connection=False)
+        self._need(values, hidden_dropout=0.0, interleaved_qkv=False, rotary_percent=0.5)
+        grouped = bool(values.get("multi_query_attention", False))
+        heads = self._get(values, "num_attention_heads")
+        if grouped:
+            self._divides(values, "multi_query_group_num", "num_attention_heads")
+        ratio = float(values.get("rope_ratio") or 1.0)
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+        if ratio != 1.0 and self.rope_ratio == "positions":
+            rope |= {"rope_type": "linear", "factor": ratio}
+        elif ratio != 1.0:
+            rope["rope_theta"] = 10000.0 * ratio
+        return (
+            "OriginalChatGLMForCausalLM" if grouped else "OriginalChatGLMPerHeadForCausalLM",
+            "GlmConfig",
+            {
+                "vocab_size": self._get(values, "padded_vocab_size"),
+                "num_hidden_layers": self._get(values, "num_layers"),
+                "hidden_size": self._get(values, "hidden_size"),
+                "num_attention_heads": heads,
+                "num_key_value_heads": self._get(values, "multi_query_group_num") if grouped else heads,
+                "intermediate_size": self._get(values, "ffn_hidden_size"),
+                "head_dim": self._get(values, "kv_channels"),
+                "rms_norm_eps": self._get(values, "layernorm_epsilon"),
+                "attention_bias": bool(values.get("add_qkv_bias")),
+                "attention_dropout": values.get("attention_dropout", 0.0),
+                "max_position_embeddings": self._get(values, "seq_length"),
+                "rope_parameters": rope,
+                "tie_word_embeddings": False,  # the original never ties, whatever its config.json says
+            },
+        )
+
+    def native_tokenizer(self, file: Path, settings: Values) -> PreTrainedTokenizerBase:
+        from tokenizers import Regex, decoders, processors
+        from transformers import PreTrainedTokenizerFast
+
+        from mft.model.legacy.vocabulary import from_sentencepiece
+
+        extra = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
+        extra += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"] if self.roles else []
+        backend = from_sentencepiece(file, extra)
+        size = backend.get_vocab_size()
+        names = [str(backend.id_to_token(i)) for i in range(size - len(extra), size)]
+        start, (sop, eop) = [names[1], names[3]], names[3:5]
+        # sop and eop are ids that no text becomes: as added tokens they would be cut out of "isopod" and "people".
+        backend.add_special_tokens([*names[:3], *names[5:]])
+        backend.decoder = decoders.Sequence([decoders.Replace(Regex(rf"\A(?:{sop}|{eop})\z"), ""), backend.decoder])
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*start, "$A"],
+            pair=[*start, "$A", "$B", "</s>"],
+            special_tokens=[(token, backend.token_to_id(token)) for token in (*start, "</s>")],
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token="</s>",
+            unk_token="<unk>",
+            pad_token="<unk>",
+            padding_side="left",
+            clean_up_tokenization_spaces=False,
+        )
+
+
+@dataclass
+class Qwen(Original):
+    """Qwen, the first generation -> Qwen2. Its dynamic NTK and logn scaling act only when answering beyond seq_length,
+    and are left out."""
+
+    public_name: ClassVar[str] = "qwen"
+    model_type = "qwen"
+    vocabulary = "qwen.tiktoken"
+
+    def check(self) -> None:
+        super().check()
+        values = read_config(Path(self.path).expanduser())
+        if longer := [name for name in ("use_dynamic_ntk", "use_logn_attn") if values.get(name)]:
+            log.warning(
+                "%s of %s is left out: past %s tokens (seq_length) the original scales positions and attention when it "
+                "answers and evaluates, not when it trains",
+                *(" and ".join(longer), self.path, values.get("seq_length")),
+            )
+
+    def native(self, values: Values) -> tuple[str, str, Values]:
+        values = values | {QWEN_EARLY[name]: value for name, value in values.items() if name in QWEN_EARLY}
+        self._divides(values, "num_attention_heads", "hidden_size")
+        hidden, heads = self._get(values, "hidden_size"), self._get(values, "num_attention_heads")
+        self._need(values, visual=None, audio=None)  # Qwen-VL and Qwen-Audio call themselves qwen as well
+        self._need(values, rotary_pct=1.0, no_bias=True, scale_attn_weights=True, emb_dropout_prob=0.0)
+        self._need(values, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # names of the first release
+        self._need(values, apply_residual_connection_post_layernorm=False, pos_emb="rotary")
+        self._need(values, kv_channels=hidden // heads)
+        return (
+            "OriginalQwenForCausalLM",
+            "Qwen2Config",
+            {
+                "vocab_size": self._get(values, "vocab_size"),
+                "hidden_size": hidden,
+                "num_hidden_layers": self._get(values, "num_hidden_layers"),
+                "num_attention_heads": heads,
+                "num_key_value_heads": heads,
+                "intermediate_size": self._get(values, "intermediate_size") // 2,
+                "rms_norm_eps": self._get(values, "layer_norm_epsilon"),
+                "attention_dropout": values.get("attn_dropout_prob", 0.0),
+                "max_position_embeddings": values.get("max_position_embeddings", self._get(values, "seq_length")),
+                "rope_parameters": {"rope_type": "default", "rope_theta": float(values.get("rotary_emb_base", 10000))},
+                "use_sliding_window": False,
+            },
+        )
+
+    def native_tokenizer(self, file: Path, settings: Values) -> PreTrainedTokenizerBase:
+        from tokenizers import normalizers
+        from transformers import PreTrainedTokenizerFast
+
+        from mft.model.legacy.vocabulary import from_tiktoken
+
+        backend = from_tiktoken(file, QWEN_WORDS)
+        backend.normalizer = normalizers.NFC()
+        backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+        backend.add_special_tokens([f"<|extra_{i}|>" for i in range(205)])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token="<|endoftext|>",
+            pad_token="<|extra_1|>",
+            clean_up_tokenization_spaces=False,
+        )
+
+
+@dataclass
+class Aquila(Original):
+    """Aquila2 -> llama: names and config are llama's."""
+
+    public_name: ClassVar[str] = "aquila"
+    model_type = "aquila"
+
+    def native(self, values: Values) -> tuple[str, str, Values]:
+        names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"]
+        names += ["num_attention_heads", "max_position_embeddings"]
+        native = {name: self._get(values, name) for name in names}
+        self._divides(values, "num_attention_heads", "hidden_size")
+        native["num_key_value_heads"] = values["num_attention_heads"]
+        if values.get("num_key_value_heads"):
+            self._divides(values, "num_key_value_heads", "num_attention_heads")
+            native["num_key_value_heads"] = values["num_key_value_heads"]
+        scaling = dict(values.get("rope_scaling") or {})
+        kind = scaling.pop("type", scaling.pop("rope_type", "default"))
+        if kind not in ("default", "linear"):
+            raise UserError(
+                f"model.path={self.path}: rope_scaling of type {kind!r} in its config.json has no native counterpart "
+                "that is known to be equal, only 'linear' has"
+            )
+        theta = float(values.get("rope_theta", 10000.0))
+        native["rope_parameters"] = {"rope_type": kind, "rope_theta": theta, **scaling}
+        native |= {"hidden_act": values.get("hidden_act", "silu"), "attention_bias": False, "mlp_bias": False}
+        return "OriginalAquilaForCausalLM", "LlamaConfig", native

@@ -1,0 +1,251 @@
+"""Where adapters may sit in a model, and which of these places the settings mean.
+
+In transformers 5 the routed experts of a layer are one three-dimensional parameter, and most routers hold a bare
+weight: neither is a linear layer, so peft reaches them as parameters (`target_parameters`), not as modules.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mft.errors import UserError, nearest
+from mft.model.introspect import base_of, is_tied, whole_shape
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Model types whose out_proj peft refuses: their kernels read its weight, so an adapter would not be computed."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place for an adapter.
+
+    path: of the module, or of the parameter for experts; kind: linear | embedding | head | router | experts;
+    parameter: path of the weight that peft has to be told, "" where it wraps the module; packed: whether the weight is
+    quantised.
+    """
+
+    path: str
+    kind: str
+    parameter: str = ""
+    packed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The last part of the path, as people name it."""
+        return self.path.rpartition(".")[2]
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Returns the places of a model that has no adapter yet, in its order."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    base: Any = base_of(model)
+    head = base.get_output_embeddings()
+    kinds = roles({path: shape for path, _, shape in weights(base)})
+    layers = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)]
+    taken = redirected(base, {name.rpartition(".")[2] for name, _ in layers})
+    found: list[Site] = []
+    for name, module in base.named_modules():
+        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
+        found += [Site(path, "experts", path) for path in own if kinds.get(path) == "experts"]
+        leaf, weight = name.rpartition(".")[2], f"{name}.weight"
+        if weight in own and kinds.get(weight) == "router":
+            # llama 4's is a linear layer that returns two tensors: its weight can be adapted, it cannot be wrapped
+            library = type(module).__module__.partition(".")[0]
+            wrapped = isinstance(module, nn.Linear) and library in ("torch", "bitsandbytes") and leaf not in taken
+            found.append(Site(name, "router", "" if wrapped else weight))
+        elif isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            kind = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "linear"
+            found.append(Site(name, kind, weight if leaf in taken else "", packed(module.weight)))
+    return found
+
+
+def packed(weight: Any) -> bool:
+    """Whether a weight is quantised, or will be when it is loaded."""
+    return not weight.is_floating_point() or hasattr(weight, "quant_state") or hasattr(weight, "SCB")
+
+
+def weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
+    """Yields path, parameter and whole shape of every weight, as the modules hold them; a tied one once."""
+    from torch import nn
+
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            # under fsdp the packed weights of all ranks but the first do not know their shape yet
+            of_linear = isinstance(module, nn.Linear) and own == "weight"
+            shape = (module.out_features, module.in_features) if of_linear else whole_shape(parameter)
+            yield f"{name}.{own}" if name else own, parameter, shape
+
+
+def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """Returns what each weight belongs to, by path: experts, router, or "" for all else.
+
+    They are known by shape, whatever a family calls them: experts have three dimensions [E, ...]; a router lies beside
+    them with one row an expert, or a single one (qwen2_moe's gate of the shared expert).
+    """
+    kinds = dict.fromkeys(shapes, "")
+    blocks: dict[str, int] = {}
+    for path, shape in shapes.items():
+        if len(shape) == 3 and "conv" not in path:
+            kinds[path] = "experts"
+            blocks[path.rpartition(".")[0].rpartition(".")[0]] = shape[0]
+    for path, shape in shapes.items():
+        experts = next((count for block, count in blocks.items() if path.startswith(f"{block}.")), 0)
+        beside = experts and len(shape) == 2 and path.endswith(".weight") and shape[0] in (1, experts)
+        if beside and "expert" not in path.rpartition(".")[0].rpartition(".")[0].rpartition(".")[2]:
+            kinds[path] = "router"
+    return kinds
+
+
+def redirected(base: Any, names: Iterable[str]) -> set[str]:
+    """Returns those of the names that peft turns into the fused weights of routed experts on this kind of model.
+
+    It does so to load adapters made before transformers 5, also where linear layers have the same names: deepseek's
+    shared experts and dense layers.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    found = set()
+    for name in names:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, base, None)
+        except ValueError:  # half of a fused pair
+            found.add(name)
+            continue
+        if name not in (config.target_modules or ()):
+            found.add(name)
+    return found
+
+
+def chosen(model: nn.Module, targets: str | list[str], experts: bool, router: bool) -> list[Site]:
+    """Returns the places that the settings mean: a list of names, "all-linear" (all linear layers but head and router)
+    or a regular expression over whole paths, with the experts and routers on top where asked.
+
+    Raises UserError for what matches nothing, with the nearest names, and for places that peft cannot adapt.
+    """
+    places = sites(model)
+    kind: str = base_of(model).config.model_type
+    refused = [site for site in places if site.name == "out_proj" and kind in MAMBA]
+    if targets == "all-linear":
+        left_out = sorted({site.name for site in places if site.kind == "linear" and site.parameter and site.packed})
+        if left_out:
+            log.warning(
+                "%s stay frozen: peft takes these names for the routed experts and can adapt them beside full weights "
+                "only, not quantised ones",
+                ", ".join(left_out),
+            )
+        wanted = [site for site in places if site.kind == "linear" and not (site.parameter and site.packed)]
+        wanted = [site for site in wanted if site not in refused]
+    else:
+        wanted = _named(places, targets)
+    for role, asked in (("experts", experts), ("router", router)):
+        of_kind = [site for site in places if site.kind == role]
+        if asked and not of_kind:
+            raise UserError(f"peft.{role}=true: this model is no mixture of experts; remove it")
+        wanted += of_kind if asked else []
+    for site in wanted:
+        if site in refused:
+            raise UserError(
+                f"peft.targets: {site.path} cannot have an adapter, since the kernels of {kind} read its weight "
+                "themselves; leave out_proj out"
+            )
+        if site.parameter and site.packed:
+            raise UserError(
+                f"peft.targets: {site.path} is quantised, and peft takes the name {site.name} for the routed experts; "
+                "leave it out, choose peft=lora, or keep it unquantised with peft.skip_modules"
+            )
+    paths = {site.path for site in wanted}
+    return [site for site in places if site.path in paths]
+
+
+def _named(places: list[Site], targets: str | list[str]) -> list[Site]:
+    def matches(path: str, target: str) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(target, path) is not None
+        return path == target or path.endswith(f".{target}")
+
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    missing = [target for target in wanted if not any(matches(site.path, target) for site in places)]
+    if missing:
+        names = list(dict.fromkeys(site.name for site in places))
+        what = "the regular expression" if isinstance(targets, str) else "the name"
+        note = f' (a single name needs brackets: peft.targets="[{targets}]")' if targets in names else ""
+        raise UserError(
+            f"peft.targets: {what} {missing[0]!r} matches no module; this model has {', '.join(names)}"
+            f"{nearest(missing[0], names)}{note}"
+        )
+    return [site for site in places if any(matches(site.path, target) for target in wanted)]
+
+
+def for_peft(model: nn.Module, places: list[Site]) -> tuple[list[str], list[str]]:
+    """Returns `target_modules` and `target_parameters` of a LoraConfig that adapts exactly these places.
+
+    A name stands for all paths that end in it where all of them are meant, so that the adapter's config stays legible.
+    """
+    base = base_of(model)
+    modules = {site.path for site in places if not site.parameter}
+    parameters = {site.parameter for site in places if site.parameter}
+    named_modules = [name for name, _ in base.named_modules()]
+    named_parameters = [name for name, _ in base.named_parameters()]
+    return _shortened(modules, named_modules, 1), _shortened(parameters, named_parameters, 2)
+
+
+def _shortened(paths: set[str], everything: list[str], parts: int) -> list[str]:
+    """Returns `paths`, with the last `parts` parts in place of all paths that end in them where none other does."""
+
+    def end(path: str) -> str:
+        return ".".join(path.split(".")[-parts:])
+
+    others = {end(path) for path in everything if path not in paths}
+    return sorted({path if end(path) in others else end(path) for path in paths})
+
+
+def whole_modules(model: nn.Module, names: list[str], places: list[Site]) -> tuple[list[str], bool]:
+    """Returns the paths of the modules that are trained whole, and whether embedding and head are among them as one.
+
+    Raises UserError for a name that matches nothing, for a quantised module, and for one that has an adapter.
+    """
+    base: Any = base_of(model)
+    paths = [path for path, module in base.named_modules() if path and any(True for _ in module.parameters())]
+    leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()))
+    found: list[str] = []
+    for name in names:
+        of_name = [path for path in paths if path == name or path.endswith(f".{name}")]
+        if not of_name:
+            raise UserError(
+                f"peft.modules_to_save: the name {name!r} matches no module; this model has {', '.join(leaves)}"
+                f"{nearest(name, leaves)}"
+            )
+        found += [path for path in of_name if path not in found]
+    for path in found:
+        if any(map(packed, base.get_submodule(path).parameters())):
+            raise UserError(
+                f"peft.modules_to_save: {path} is quantised and cannot be trained whole; leave it out, or keep it "
+                "unquantised with peft.skip_modules"
+            )
+        if inside := [site.path for site in places if f"{site.path}.".startswith(f"{path}.")]:
+            raise UserError(f"peft.modules_to_save: {path} is trained whole, but {inside[0]} is one of peft.targets")
+    ends = [
+        path
+        for path, module in base.named_modules()
+        if module in (base.get_input_embeddings(), base.get_output_embeddings())
+    ]
+    tied = is_tied(base) and any(path in found for path in ends)
+    return ([path for path in found if path not in ends] + ends if tied else found), tied

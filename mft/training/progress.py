@@ -1,0 +1,137 @@
+"""What a person sees while a run goes on: a rich progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from mft.console.screen import console
+from mft.training.metrics import mean_of_tasks
+
+NAMED = 12
+"""Tasks that a line names; of more it names those with the highest loss."""
+
+
+class Silent:
+    """The progress of ranks other than 0: says nothing."""
+
+    def show(self, renderable: Any) -> None: ...
+
+    def start(self, done: int, total: int) -> None: ...
+
+    def advance(self, step: int) -> None: ...
+
+    def report(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        yield
+
+    def validated(self, step: int, losses: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Terminal(Silent):
+    """Step, loss, loss of every task, tokens/s and time left; a live bar only where the output is a terminal."""
+
+    def __init__(self, names: Sequence[str]):
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.names, self.total = list(names), 0
+        width = None if sys.stdout.isatty() else 120
+        self.console = console(file=sys.stdout, width=width)
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=None, numbers="")
+
+    def show(self, renderable: Any) -> None:
+        self.console.print(renderable, markup=False)
+
+    def start(self, done: int, total: int) -> None:
+        self.total = total
+        self.bar.update(self.task, completed=done, total=total)
+        self.bar.start()
+
+    def advance(self, step: int) -> None:
+        self.bar.update(self.task, completed=step)
+
+    def report(self, step: int, values: Mapping[str, float]) -> None:
+        numbers = f"loss {values['train/loss']:.3f} · {values['speed/tokens_per_second']:,.0f} tokens/s"
+        self.bar.update(self.task, numbers=numbers)
+        self._line(step, numbers, values, "train/loss/")
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        self.bar.update(self.task, description="validating")
+        yield
+        self.bar.update(self.task, description="training")
+
+    def validated(self, step: int, losses: Mapping[str, float]) -> None:
+        self._line(step, f"valid {sum(losses.values()) / len(losses):.3f}", losses, "", "bold")
+
+    def _line(self, step: int, numbers: str, losses: Mapping[str, float], prefix: str, style: str = "") -> None:
+        from rich.text import Text
+
+        known = {name: losses[prefix + name] for name in self.names if prefix + name in losses}
+        shown = sorted(known, key=lambda name: known[name], reverse=True)[:NAMED] if len(known) > NAMED + 1 else known
+        by_task = " · ".join(f"{name} {known[name]:.3f}" for name in shown)
+        if len(shown) < len(known):
+            by_task = f"highest: {by_task} · {len(known) - len(shown)} more tasks"
+        at = f"step {step:>{len(str(self.total))}}/{self.total}  "
+        self.console.print(Text.assemble(at, (numbers, style), "  ", (by_task, "dim")))
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+def settings_table(rows: Sequence[tuple[str, Any]], title: str) -> Any:
+    """Returns a two-column rich table of names and values, which may be rich texts."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title, style="italic"), show_header=False, title_justify="left", box=None, padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, style="dim"), value if isinstance(value, Text) else Text(str(value)))
+    return table
+
+
+def losses_table(
+    first: Mapping[str, float], last: Mapping[str, float], best: Mapping[str, float], best_step: int
+) -> Any:
+    """Returns the table at the end of a run: per task the first, last and best validation loss (nats per token)."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Validation loss per task (nats per token)", title_justify="left")
+    table.add_column("task")
+    for column in ("first", "last", "change", f"at best step {best_step}"):
+        table.add_column(column, justify="right")
+
+    def row(name: str, a: float, b: float, c: float, style: str = "") -> None:
+        table.add_row(Text(name), f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{c:.3f}", style=style)
+
+    for name in last:
+        row(name, first.get(name, float("nan")), last[name], best.get(name, float("nan")))
+    if len(last) > 1:
+        means = [mean_of_tasks(losses) for losses in (first, last, best)]
+        row("mean", means[0], means[1], means[2], style="bold")
+    return table

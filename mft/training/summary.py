@@ -1,0 +1,113 @@
+"""What is left when a run ends: summary.json, pictures, and the tables a person reads."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from mft import run_folder
+from mft.console.credentials import hidden
+from mft.training import plots
+from mft.training.loop import State, Training
+from mft.training.metrics import mean_of_tasks, peak_memory_gib
+from mft.training.progress import losses_table, settings_table
+
+
+def summarise(t: Training, status: str, run_dir: Path, seconds: float) -> dict[str, Any]:
+    """Returns the content of summary.json. All ranks call it (peak memory is the largest of all)."""
+    import torch
+
+    state = t.state
+    peaks = torch.zeros(t.engine.world, dtype=torch.float64)
+    peaks[t.engine.rank] = peak_memory_gib(t.engine.device)
+    peak = float(t.engine.sum(peaks).max())
+    last_train = _last_logged(run_dir / "metrics.jsonl", "train/loss")
+    return {
+        "status": status,
+        "steps": state.step,
+        "total_steps": t.total,
+        "epochs": round(state.passes, 4),
+        "seconds": round(seconds, 1),
+        "peak_memory_gib": round(peak, 3),
+        "first": _losses(state.first_valid),
+        "last": _losses(state.last_valid),
+        "best": _losses(state.best_valid) | _best(t),
+        "best_by_task": {name: _task_best(state, name, run_dir) for name in t.names if name in state.task_best_loss},
+        "skipped_steps": state.skipped,
+        "train/loss": last_train,
+        "best_checkpoint": _existing(run_dir / "checkpoints" / f"step-{state.best_saved_step}"),
+        "final": _existing(run_dir / "final"),
+    }
+
+
+def write(summary: dict[str, Any], run_dir: Path) -> None:
+    """Writes summary.json and the pictures of report/."""
+    plots.loss_curves(run_dir / "metrics.jsonl", run_dir / "report")
+    plots.task_weights(run_dir / "metrics.jsonl", run_dir / "report")
+    run_folder.write_json(run_dir / "summary.json", summary, durable=True)
+
+
+def failed(run_dir: Path, error: BaseException, steps: int) -> None:
+    """Writes the summary of a run that ended in an error after `steps` steps."""
+    values = {"status": "failed", "steps": steps, "error": hidden(f"{type(error).__name__}: {error}")}
+    run_folder.write_json(run_dir / "summary.json", values)
+
+
+def show(summary: dict[str, Any], t: Training, run_dir: Path) -> None:
+    """Prints the losses of every task, where the model is, how to load it and how to look at the tracker."""
+    state, progress = t.state, t.progress
+    if state.last_valid:
+        progress.show(losses_table(state.first_valid, state.last_valid, state.best_valid, state.best_step))
+    folder = _shown(run_dir)
+    rows = [("run folder", folder)]
+    if summary["final"]:
+        rows.append(("model", f"{folder}/final"))
+        rows.append(("ask it", f'mft generate {shlex.quote(folder)} "Write a function that reverses a list."'))
+        if (run_dir / "final" / "adapter_config.json").exists():
+            rows.append(("merge it", f"mft merge {shlex.quote(folder)}"))
+    if summary["best_checkpoint"]:
+        rows.append(("best checkpoint", _shown(Path(summary["best_checkpoint"]))))
+    if summary["status"] == "stopped":
+        rows.append(("go on", "the same command again (train.resume=auto)"))
+    if where := t.tracker.where():
+        rows.append(("tracker", where))
+    rows.append(("took", f"{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB at most"))
+    progress.show(settings_table(rows, f"{summary['status']} after {summary['steps']} steps"))
+
+
+def _losses(by_task: dict[str, float]) -> dict[str, float | None]:
+    """Returns the losses by the names they have in metrics.jsonl; null where one is not finite, as there."""
+    if not by_task:
+        return {}
+    named = {"valid/loss": mean_of_tasks(by_task)} | {f"valid/loss/{name}": value for name, value in by_task.items()}
+    return {name: value if math.isfinite(value) else None for name, value in named.items()}
+
+
+def _best(t: Training) -> dict[str, Any]:
+    state = t.state
+    return {"step": state.best_step, "by": t.settings.best, "value": state.best_loss} if state.best_valid else {}
+
+
+def _task_best(state: State, name: str, run_dir: Path) -> dict[str, Any]:
+    """Returns a task's best validation, and its best checkpoint among those whose step was validated."""
+    saved = state.task_saved_step.get(name)
+    checkpoint = _existing(run_dir / "checkpoints" / f"step-{saved}")
+    return {"valid/loss": state.task_best_loss[name], "step": state.task_best_step[name], "checkpoint": checkpoint}
+
+
+def _last_logged(path: Path, key: str) -> float | None:
+    found = None
+    for row in run_folder.rows_from(path)[0]:
+        found = row.get(key, found)
+    return found
+
+
+def _existing(path: Path) -> str | None:
+    return str(path) if path.is_dir() else None
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,48 @@
+"""Per-task validation loss: token-weighted over all ranks, over a fixed selection of samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mft.loss.base import task_sums
+from mft.training.metrics import task_means
+
+if TYPE_CHECKING:
+    import torch
+
+    from mft.batch import Batch
+
+
+class Evaluator:
+    """Validates on the same micro-batches every time.
+
+    batches: makes this rank's micro-batches (all ranks have equally many; fillers hold only empty rows).
+    """
+
+    def __init__(self, engine: Any, names: Sequence[str], batches: Callable[[], Sequence[Batch]]):
+        self.engine, self.names, self.batches = engine, list(names), batches
+
+    def losses(self, module: torch.nn.Module) -> torch.Tensor:
+        """Returns token-mean losses, float64 [K] on the CPU: NaN for a task without tokens, inf where not finite.
+
+        All ranks must call it. The module comes back in the mode it was in; no random number is drawn.
+        """
+        import torch
+
+        training = module.training
+        module.eval()
+        sums_2K = torch.zeros(2, len(self.names), dtype=torch.float64, device=self.engine.device)
+        with torch.no_grad():
+            for batch in self.batches():
+                batch = batch.to(self.engine.device)
+                nll_BT, _ = module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
+                sums_2K += task_sums(nll_BT, batch, len(self.names))
+        module.train(training)
+        return task_means(self.engine.sum(sums_2K)).cpu()
+
+    def by_name(self, module: torch.nn.Module) -> dict[str, float]:
+        """Returns the losses of the tasks that have validation samples, by task name."""
+        means = zip(self.names, self.losses(module).tolist(), strict=True)
+        return {name: mean for name, mean in means if not math.isnan(mean)}

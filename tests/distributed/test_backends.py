@@ -1,0 +1,63 @@
+"""Whole runs of every backend on two ranks against one process: losses, gradient norms, weights."""
+
+from __future__ import annotations
+
+import pytest
+
+from mft.config.build import component
+from mft.config.compose import compose_resolved
+from mft.distributed.deepspeed import Zero2, Zero3, merged
+from mft.errors import UserError
+from tests.distributed.equality import MATRIX, differences, play_beside_single
+from tests.distributed.runs import BACKENDS, LAYOUTS, Tree, logged
+
+OTHER = {
+    "adaptive": ("peft=full", "loss=famo", *LAYOUTS["pack"]),
+    "checkpointing": ("peft=qlora", "model.gradient_checkpointing=true", *LAYOUTS["pad"]),
+    "checkpointing_full": ("peft=full", "model.tied=false", "model.gradient_checkpointing=true", *LAYOUTS["pack"]),
+    "checkpointing_lora": ("peft=lora", "model.gradient_checkpointing=true", *LAYOUTS["pack"]),
+}
+"""Further runs of each backend: a loss mode that runs the micro-batches without gradient too, and so on."""
+
+OTHER = {case: (*overrides, "train.max_steps=4") for case, overrides in OTHER.items()}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    tree = Tree(tmp_path_factory.mktemp("backends"))
+    play_beside_single(tree, MATRIX | OTHER)
+    return tree
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("case", [*MATRIX, *OTHER])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_ranks_of_any_backend_do_what_one_process_does(tree: Tree, backend: str, case: str) -> None:
+    one, two = tree.folder("single", case), tree.folder(backend, case)
+    assert len(logged(two, "train/loss")) == (20 if case in MATRIX else 4)
+    assert max(logged(one, "grad_norm")) > 0.5  # clipping took place
+    found = differences(one, two)
+    assert max(found.values()) < 1e-5, found
+
+
+def test_raw_config_is_merged_over_ours_and_may_not_say_what_a_setting_says() -> None:
+    base = {"zero_optimization": {"stage": 2, "overlap_comm": True}}
+    assert merged(base, {"zero_optimization": {"overlap_comm": False}, "x": 1}) == {
+        "zero_optimization": {"stage": 2, "overlap_comm": False},
+        "x": 1,
+    }
+    one = compose_resolved(["dist=zero2", "dist.config={zero_optimization: {round_robin_gradients: true}}"])
+    other = compose_resolved(["dist=zero3", "+dist.config.zero_optimization.zero_hpz_partition_size=8"])
+    assert component(one, "dist").config == {"zero_optimization": {"round_robin_gradients": True}}
+    assert component(other, "dist").config == {"zero_optimization": {"zero_hpz_partition_size": 8}}
+    with pytest.raises(UserError, match=r"dist\.config\.gradient_clipping is decided by train\.max_grad_norm"):
+        Zero2(config={"gradient_clipping": 1.0}).check()
+    with pytest.raises(UserError, match=r"zero_optimization\.stage is decided by dist"):
+        Zero3(config={"zero_optimization": {"stage": 1}}).check()
+    with pytest.raises(UserError, match=r"reduce_bucket_size is decided by dist\.reduce_bucket_size"):
+        Zero2(config={"zero_optimization": {"reduce_bucket_size": 1}}).check()
+    with pytest.raises(UserError, match=r"dist\.allgather_bucket_size=7: .* even"):
+        Zero2(allgather_bucket_size=7).check()
+    with pytest.raises(UserError, match=r"stage 3 is dist=zero3"):
+        Zero2(stage=3).check()

@@ -1,0 +1,46 @@
+"""The sentence for memory that ran out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mft.launch.out_of_memory import explain
+
+CFG = {
+    "train": {"per_device_batch_size": 8, "per_device_eval_batch_size": 16},
+    "data": {"seq_length": 4096},
+    "model": {"gradient_checkpointing": "true"},
+    "peft": {"_target_": "mft.model.peft.modes.QLora"},
+    "dist": {"_target_": "mft.distributed.ddp.Single"},
+}
+
+
+def from_the_allocator() -> RuntimeError:
+    try:
+        torch.empty(2**60)
+    except RuntimeError as error:
+        return error
+    raise AssertionError("a machine with an exbibyte")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), from_the_allocator()],
+)
+def test_every_kind_is_recognised_also_as_a_cause(error: Exception) -> None:
+    outer = ValueError("while saving")
+    outer.__cause__ = error
+    assert explain(error, CFG) is not None and explain(outer, CFG) is not None
+
+
+def test_settings_are_named_with_their_values_and_what_is_chosen_already_is_not() -> None:
+    sentence = str(explain(MemoryError("no room"), CFG))
+    assert sentence == (
+        "Memory ran out (no room). Lower train.per_device_batch_size (now 8), train.per_device_eval_batch_size "
+        "(now 16) or data.seq_length (now 4096); or set dist=zero3 (now single)."
+    )
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    assert explain(RuntimeError("shapes do not match"), CFG) is None

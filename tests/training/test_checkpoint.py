@@ -1,0 +1,80 @@
+"""Runs that are killed for real while they write or remove a folder: what is left counts as whole or as absent, and the
+run goes on to the bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mft.training import checkpoint
+from tests.test_run import same, weights
+from tests.tiny_runs import logged, train
+
+SETTINGS = (
+    "peft=lora",
+    "peft.dropout=0.1",
+    "optimizer.lr=1e-2",
+    "train.max_steps=6",
+    "train.save_every=2",
+    "train.eval_every=2",
+    "train.keep=1",
+)
+
+
+def train_and_be_killed(moment: str, tmp_path: Path, cache_dir: Path) -> None:
+    """Trains in this process, which gets kill -9 at the moment named."""
+    seal, rmtree = checkpoint.seal, shutil.rmtree
+
+    def before(name: str) -> Callable[..., None]:
+        return lambda folder, *rest: kill() if folder.name == name else seal(folder, *rest)
+
+    def half_removed(folder: Path, **options: Any) -> None:
+        if Path(folder).name.startswith(".step-2.old") and Path(folder).exists():
+            (Path(folder) / "adapter_model.safetensors").unlink()
+            kill()
+        rmtree(folder, **options)
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "all files of step 4 but the marker are written":
+        checkpoint.seal = before(".step-4.tmp")  # type: ignore[assignment]
+    elif moment == "step 2 is being removed":
+        shutil.rmtree = half_removed  # type: ignore[assignment]
+    else:
+        checkpoint.seal = before(".final.tmp")  # type: ignore[assignment]
+    train(tmp_path, cache_dir, *SETTINGS)
+
+
+@pytest.mark.slow
+def test_a_run_killed_three_times_while_it_saves_is_the_uninterrupted_one(tmp_path: Path, cache_dir: Path) -> None:
+    _, whole = train(tmp_path, cache_dir, *SETTINGS, out="whole")
+    run = tmp_path / "run"
+    moments = {
+        "all files of step 4 but the marker are written": ("step-2", ".step-4.tmp"),
+        "step 2 is being removed": ("step-4", ".step-2.old.tmp"),
+        "the final model is written": ("step-6", "../.final.tmp"),
+    }
+    for moment, (newest, left) in moments.items():
+        process = multiprocessing.get_context("spawn").Process(
+            target=train_and_be_killed, args=(moment, tmp_path, cache_dir)
+        )
+        process.start()
+        process.join(timeout=300)
+        assert process.exitcode == -signal.SIGKILL, moment
+        assert checkpoint.newest(run) == run / "checkpoints" / newest, moment
+        assert (run / "checkpoints" / left / "adapter_config.json").exists(), moment
+        assert not (run / "final").exists()
+    summary, _ = train(tmp_path, cache_dir, *SETTINGS)
+    assert summary["status"] == "finished"
+    assert same(weights(whole / "final"), weights(run / "final"))
+    assert logged(run) == logged(whole)
+    assert [path.name for path in run.glob("checkpoints/*")] == ["step-6"]
+    assert not list(run.glob(".final*"))

@@ -1,0 +1,23 @@
+"""What a person reads while a run goes on."""
+
+from __future__ import annotations
+
+import pytest
+
+from mft.training.progress import Terminal, losses_table, settings_table
+
+
+def test_names_in_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    name, losses = "docs [old]", {"docs [old]": 1.0, "more": 2.0}
+    progress = Terminal(list(losses))
+    progress.start(0, 1)
+    progress.validated(1, losses)
+    progress.report(1, {"train/loss": 1.5, "speed/tokens_per_second": 9.0, f"train/loss/{name}": 1.0})
+    progress.show(losses_table(losses, losses, losses, 1))
+    progress.show(settings_table([(name, f"runs/{name}")], f"of {name}"))
+    progress.show(f"a note on {name}")
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in lines if "docs" in line]
+    assert len(shown) == 6 and all(name in line for line in shown), shown
+    assert lines[0].startswith("step 1/1  valid 1.500  docs [old] 1.000 · more 2.000")

@@ -1,0 +1,58 @@
+"""Files of prompts that people bring."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mft.errors import UserError
+from mft.training.sample_answers import Prompt, read_prompts
+
+
+def row(*turns: str) -> dict:
+    return {"chat_rounds": [{"role": ("human", "bot")[i % 2], "content": text} for i, text in enumerate(turns)]}
+
+
+def test_marks_line_ends_and_separators_of_unicode_are_no_rows(tmp_path: Path) -> None:
+    lines = [json.dumps(row("a\u2028b\x85c", "d"), ensure_ascii=False), "", json.dumps(row("q"))]
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert read_prompts(tmp_path / "p.jsonl") == [
+        Prompt("", [{"role": "user", "content": "a\u2028b\x85c"}], "d"),
+        Prompt("", [{"role": "user", "content": "q"}]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"chat_rounds": [{"role": "human", "content": "\xe4"}]}', "is not UTF-8: byte b'\\xe4' at byte 47"),
+        (b"\xff\xfe{\x00", "is not UTF-8: byte b'\\xff' at byte 0"),
+        (b"[1]", "an object with the list chat_rounds is expected"),
+        (b"null", "an object with the list"),
+        (b'{"chat_rounds": "x"}', "an object with the list"),
+        (b'{"chat_rounds": []}', "a human turn to be answered"),
+        (b'{"chat_rounds": [3]}', "chat_rounds[0]: an object with the texts role and content"),
+        (b'{"chat_rounds": [{"role": "human", "content": null}]}', "chat_rounds[0]: an object"),
+        (b'{"chat_rounds": [{"role": ["human"], "content": "x"}]}', "chat_rounds[0]: an object"),
+        (b'{"chat_rounds": [{"role": "tool", "content": "x"}]}', "chat_rounds[0].role: system, human"),
+        (b'{"chat_rounds": [{"role": "bot", "content": "x"}]}', "a human turn to be answered"),
+        (b'{"chat_rounds"', "is not a chatML row"),
+        (b"[" * 99_999, "is not a chatML row"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not a chatML row"),
+    ],
+)
+def test_wrong_rows_are_one_sentence_with_file_and_line(tmp_path: Path, line: bytes, says: str) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(json.dumps(row("q")).encode() + b"\n" + line)
+    with pytest.raises(UserError) as raised:
+        read_prompts(file)
+    text = str(raised.value)
+    assert text.startswith(f"train.prompts: {file}:2: ") and says in text and "\n" not in text and len(text) < 600
+
+
+def test_a_file_without_prompts_is_refused(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("\n \n")
+    with pytest.raises(UserError, match="holds no prompts"):
+        read_prompts(tmp_path / "prompts.jsonl")
