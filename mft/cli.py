@@ -419,7 +419,7 @@ def convert(args: list[str]) -> None:
 
     family = component(compose_resolved(overrides), "model")
     family.check()
-    if not isinstance(family, Original) and not family.stored().method:
+    if not isinstance(family, Original) and not family.weight_format().method:
         raise UserError(
             f"{' '.join(overrides)} is neither quantised nor in an original format, so there is nothing to convert: "
             "its checkpoints are native already."

@@ -51,7 +51,7 @@ def run(
     from mft.model.export import save_final
     from mft.model.introspect import base_of
     from mft.model.peft import summary as trained_weights
-    from mft.model.peft.modes import compute_dtype
+    from mft.model.peft.full import compute_dtype
     from mft.model.token_loss import TokenLoss
 
     started = time.perf_counter()
@@ -114,7 +114,7 @@ def run(
         if engine.is_main:
             save_final(engine.unwrap(module), tokenizer, folder, state_dict=weights)
 
-    keep = train.keep if train.keep is not None else peft.keep_default
+    keep = train.keep if train.keep is not None else peft.default_checkpoint_limit
     write_model = export if engine.gather_on_save else ignore
     checkpoints = Checkpoints(run_dir, engine, loss, write_model, keep, train.keep_task_best)
     tracker = FanOut([Jsonl(), *(make(f"tracking.{name}") for name in cfg.tracking)]) if engine.is_main else Tracker()

@@ -220,7 +220,7 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
     optimizer, scheduler, peft = components["optimizer"], components["scheduler"], components["peft"]
     lr = learning_rate(optimizer, peft)
     scheduler.lr(1, 2, lr)  # a min_lr above the learning rate is refused here
-    whole = "model.add_tokens" if components["model"].new_tokens() else peft.reads_base
+    whole = "model.add_tokens" if components["model"].new_tokens() else peft.full_weights_reason
     if whole and components["dist"].divides_on_load:
         raise UserError(
             f"{whole} reads whole weights of the base, of which every rank has a part only under dist=zero3; choose "
@@ -231,7 +231,7 @@ def _check_together(cfg: DictConfig, components: dict[str, Any]) -> None:
     components["model"].check_rows(components["data.rows"].several)
     precision = settled(cfg.train.precision)
     refuse_fp16(precision.value, cpu=not visible_gpus())
-    peft.check_with(components["model"], precision.value)
+    peft.check_against(components["model"], precision.value)
     components["model"].check_precision(precision.value)
     for name in cfg.task:
         task = components[f"task.{name}"]

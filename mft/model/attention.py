@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from mft.model.model_folder import recurrent
+from mft.model.introspect import recurrent
 
 SDPA, EAGER, ALIBI = "mft_sdpa", "mft_eager", "mft_alibi"
 PER_SAMPLE = {"sdpa": SDPA, SDPA: SDPA, "eager": EAGER, EAGER: EAGER, ALIBI: ALIBI}

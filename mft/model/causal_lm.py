@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.errors import UserError, nearest
 from mft.files.checksums import require_sound
-from mft.model import ends, tokens
-from mft.model.implementation import Attention, choose, refuse_flash
-from mft.model.introspect import base_of, head_logits, head_quirks, parameter_count
+from mft.model.attention_kernel import Attention, choose_kernel, refuse_flash
+from mft.model.introspect import base_of, head_logits, head_quirks, parameter_count, recurrent
 from mft.model.model_folder import (
     TOKENIZER_FILES,
     check_path,
@@ -26,11 +25,18 @@ from mft.model.model_folder import (
     folder_fingerprint,
     no_packing,
     read_config,
-    recurrent,
     weights_fingerprint,
 )
+from mft.model.quantised_checkpoint import (
+    WeightFormat,
+    cast_unquantised,
+    loading_config,
+    refuse_quantised,
+    save_as_in_memory,
+    weight_format,
+)
 from mft.model.router_loss import coefficient, routed
-from mft.model.stored import Stored, forget, in_dtype, judge, prepare, refuse_quantised
+from mft.model.special_tokens import add_new_tokens, check_new_tokens, set_special_tokens, widen_embeddings
 from mft.model.weights import check_loaded
 
 if TYPE_CHECKING:
@@ -78,7 +84,7 @@ class CausalLM:
     def check(self) -> None:
         """Raises UserError for what can be known without loading: the path, the attention, gradient checkpointing."""
         self.checkpointing(parameters=0)
-        tokens.check(self.add_tokens, self.add_special_tokens, self.pad_to_multiple_of)
+        check_new_tokens(self.add_tokens, self.add_special_tokens, self.pad_to_multiple_of)
         if self.router_coef is not None and not self.router_coef >= 0:
             raise UserError(f"model.router_coef={self.router_coef}: it must be 0 (no balance loss) or larger")
         if self.attention not in Attention.__members__:
@@ -96,7 +102,7 @@ class CausalLM:
         if type(self) is CausalLM:
             check_type(self.path, self.trust_remote_code)
         if Path(self.source()).is_dir():
-            self.stored()
+            self.weight_format()
             require_sound(Path(self.source()), small_only=True)  # the rest where the weights are read anyway
 
     def _warn_of_code(self) -> None:
@@ -145,13 +151,13 @@ class CausalLM:
         size = read_config(Path(self.path).expanduser()).get("hidden_size") if self.path else None
         return size if isinstance(size, int) else None
 
-    def stored(self) -> Stored:
+    def weight_format(self) -> WeightFormat:
         """Returns how the weights are stored, judged without loading any: a folder by its config.json and the headers
         of its files, a hub name by its config. Raises UserError for what cannot be read."""
         folder = Path(self.source())
         if folder.is_dir():
-            return judge(f"model.path={self.path}", read_config(folder), folder)
-        return judge(f"model.path={self.path}", self.config().to_dict(), None)
+            return weight_format(f"model.path={self.path}", read_config(folder), folder)
+        return weight_format(f"model.path={self.path}", self.config().to_dict(), None)
 
     def _from_pretrained(self, factory: Any, **arguments: Any) -> Any:
         from huggingface_hub.errors import StrictDataclassError
@@ -174,11 +180,12 @@ class CausalLM:
     # ── tokenizer ──
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Returns the tokenizer with its EOS and pad token set (see `ends.settle`); raises UserError when no EOS is
-        known."""
+        """Returns the tokenizer with its EOS and pad token set (see `set_special_tokens`).
+
+        Raises UserError when no EOS is known."""
         tokenizer = self.read_tokenizer()
         self._add_tokens(tokenizer)
-        ends.settle(
+        set_special_tokens(
             tokenizer,
             self.eos_token,
             self.pad_token,
@@ -189,7 +196,7 @@ class CausalLM:
 
     def _add_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Adds the new tokens and returns their ids."""
-        return tokens.add(tokenizer, self.add_tokens, self.add_special_tokens)
+        return add_new_tokens(tokenizer, self.add_tokens, self.add_special_tokens)
 
     def new_tokens(self) -> dict[str, Any] | None:
         """Returns the settings of new tokens, None where there are none."""
@@ -246,11 +253,13 @@ class CausalLM:
         **arguments: Any,
     ) -> Any:
         asked = self.attention_for(compute_dtype or dtype, factory)
-        held = self.stored()
+        weights = self.weight_format()
         if not dequantise:
-            refuse_quantised(self.path, held, (8 if quantization.load_in_8bit else 4) if quantization else 0)
-        if held.method:
-            arguments["config"] = prepare(self.config(), held, getattr(quantization, "bnb_4bit_compute_dtype", None))
+            refuse_quantised(self.path, weights, (8 if quantization.load_in_8bit else 4) if quantization else 0)
+        if weights.method:
+            arguments["config"] = loading_config(
+                self.config(), weights, getattr(quantization, "bnb_4bit_compute_dtype", None)
+            )
         elif quantization:  # None would take the checkpoint's own away
             arguments["quantization_config"] = quantization
         model, found = self._from_pretrained(
@@ -266,13 +275,13 @@ class CausalLM:
         )
         check_loaded(Path(self.source()), model, found)
         if fetched := self._fetched():
-            judge(f"model.path={self.path}", read_config(fetched), fetched)
-        if held.bits and dequantise:
+            weight_format(f"model.path={self.path}", read_config(fetched), fetched)
+        if weights.bits and dequantise:
             model = model.dequantize(dtype)
         if dequantise:
-            in_dtype(model, dtype)
-        if held.method:
-            forget(model)
+            cast_unquantised(model, dtype)
+        if weights.method:
+            save_as_in_memory(model)
         # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place at the first evaluation, after which
         # training gradients are wrong (relative error 0.73) while the loss looks right. from_pretrained returns eval
         # mode.
@@ -280,7 +289,7 @@ class CausalLM:
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         if self.new_tokens():
-            tokens.widen(model, self._add_tokens(self.read_tokenizer()), self.pad_to_multiple_of)
+            widen_embeddings(model, self._add_tokens(self.read_tokenizer()), self.pad_to_multiple_of)
         model.train()
         return model
 
@@ -297,7 +306,7 @@ class CausalLM:
     def attention_for(self, dtype: torch.dtype, factory: Any) -> str:
         """Returns the attention implementation for computing in `dtype`, with auto resolved; factory: the class of the
         model, or AutoModelForCausalLM. Raises UserError where flash attention is asked for and cannot run."""
-        return choose(self.attention, str(dtype), lambda: self._model_class(factory))
+        return choose_kernel(self.attention, str(dtype), lambda: self._model_class(factory))
 
     def _model_class(self, factory: Any) -> Any:
         """Returns the class of the model; None where it comes with code of its own."""

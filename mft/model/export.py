@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
 from mft.model.legacy.families import Original, from_options
+from mft.model.quantised_checkpoint import refuse_quantised
 from mft.model.save import edit_json, new_folder, put, write_model, write_tokenizer
-from mft.model.stored import refuse_quantised
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +87,8 @@ class Origin:
         )
         try:
             family.check()
-            held = family.stored()
-            refuse_quantised(self.path, held, held.bits)
+            weights = family.weight_format()
+            refuse_quantised(self.path, weights, weights.bits)
         except UserError as error:
             raise UserError(
                 f"the base model of this adapter cannot be used: {error}; give another with base="
@@ -114,9 +114,9 @@ class Origin:
 
         family = self.family(trust_remote_code)
         settings = self.quantization
-        held = family.stored()
-        if not settings and held.bits:  # the adapter of other software, which does not note it
-            settings = {f"load_in_{held.bits}bit": True, "bnb_4bit_compute_dtype": self.dtype}
+        weights = family.weight_format()
+        if not settings and weights.bits:  # the adapter of other software, which does not note it
+            settings = {f"load_in_{weights.bits}bit": True, "bnb_4bit_compute_dtype": self.dtype}
         return family.model(self.torch_dtype(), BitsAndBytesConfig(**settings) if settings else None)
 
 
@@ -138,7 +138,7 @@ def save_final(
     """
     from mft.model.introspect import base_of, with_ties
     from mft.model.legacy.native import plain_rows
-    from mft.model.peft.init import difference
+    from mft.model.peft.init import relative_to_base
     from mft.model.token_loss import TokenLoss
 
     folder = Path(folder)
@@ -152,7 +152,7 @@ def save_final(
     if base is not model:
         # Without this peft asks the hub for the base's config, to see whether its vocabulary was resized.
         weights = plain_rows(base, model.state_dict() if state_dict is None else with_ties(model, state_dict))
-        weights, changed = difference(model, weights)
+        weights, changed = relative_to_base(model, weights)
         model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
         edit_json(folder / "adapter_config.json", lambda values: values | changed)
     else:
@@ -177,7 +177,7 @@ def save_native(family: CausalLM, out: Path) -> None:
 
     part = new_folder(out)
     stored: Any = "auto"
-    quantised = bool(family.stored().method)
+    quantised = bool(family.weight_format().method)
     model = family.dequantised(family.config().dtype or torch.bfloat16) if quantised else family.model(stored)
     write_model(model, part)
     write_tokenizer(family.tokenizer(), part)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+RECURRENT = {"falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "minimax", "nemotron_h", "recurrent_gemma"}
+RECURRENT |= {"bamba", "rwkv", "xlstm", "zamba", "zamba2"}
+"""Model types with recurrent layers whose config.json may not list its layers."""
 
 
 def base_of(model: Any) -> Any:
@@ -83,3 +89,14 @@ def with_ties(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str
         given = next((name for name in same if name in state_dict), None)
         found |= {name: state_dict[given] for name in same if given and name not in state_dict}
     return found
+
+
+def recurrent(config: Mapping[str, Any]) -> str:
+    """Returns which layers of a model (its config.json) carry something from token to token beside attention, "" if
+    none do: a state or a convolution, which no mask keeps from running over the border of two samples."""
+    config = config.get("text_config") or config  # of a model that also sees
+    kinds = [kind for key in ("layer_types", "layers_block_type") for kind in config.get(key) or ()]
+    other = sorted({str(kind) for kind in kinds if not str(kind).endswith("attention") or kind == "linear_attention"})
+    if other:
+        return f"layers of the kind {' and '.join(other)}"
+    return f"the layers of {config['model_type']}" if config.get("model_type") in RECURRENT else ""

@@ -20,7 +20,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 """What config.json calls the number of routed experts."""
 
 
-def skeleton(family: CausalLM, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel | None:
+def on_meta_device(family: CausalLM, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel | None:
     """Returns the model of a folder on the meta device, its linear layers replaced as quantising would; None where the
     config is not on this machine, or only code of the checkpoint's own could build the model."""
     if family.trust_remote_code or not Path(family.source()).is_dir():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError, nearest, shortened
-from mft.model.weights import check_files
+from mft.model.safetensors_header import check_files
 
 
 def check_path(path: str, hint: str = "") -> None:
@@ -115,22 +115,6 @@ def _known_type(kind: str) -> bool:
     spec = importlib.util.find_spec("transformers")
     roots = (spec.submodule_search_locations or []) if spec else []
     return kind.startswith("mft_") or any((Path(root) / "models" / kind.replace("-", "_")).is_dir() for root in roots)
-
-
-RECURRENT = {"falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "minimax", "nemotron_h", "recurrent_gemma"}
-RECURRENT |= {"bamba", "rwkv", "xlstm", "zamba", "zamba2"}
-"""Model types with recurrent layers whose config.json may not list its layers."""
-
-
-def recurrent(config: Mapping[str, Any]) -> str:
-    """Returns which layers of a model (its config.json) carry something from token to token beside attention, "" if
-    none do: a state or a convolution, which no mask keeps from running over the border of two samples."""
-    config = config.get("text_config") or config  # of a model that also sees
-    kinds = [kind for key in ("layer_types", "layers_block_type") for kind in config.get(key) or ()]
-    other = sorted({str(kind) for kind in kinds if not str(kind).endswith("attention") or kind == "linear_attention"})
-    if other:
-        return f"layers of the kind {' and '.join(other)}"
-    return f"the layers of {config['model_type']}" if config.get("model_type") in RECURRENT else ""
 
 
 def no_packing(path: str, what: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, writable
 from mft.files.checksums import seal
-from mft.model import ends
+from mft.model.special_tokens import as_ids
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,7 @@ def _write_ends(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
 
     def stopped(values: dict[str, Any]) -> dict[str, Any]:
-        ids = [end, *(i for i in ends.listed(values.get("eos_token_id")) if i != end)]
+        ids = [end, *(i for i in as_ids(values.get("eos_token_id")) if i != end)]
         return values | {"eos_token_id": ids if len(ids) > 1 else end}
 
     if (folder / "config.json").is_file():

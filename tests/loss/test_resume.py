@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mft.model.peft.modes import Lora
+from mft.model.peft.lora import Lora
 from mft.run import quiet_libraries
 from mft.training.checkpoint import newest, restore
 from mft.training.loop import fit

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from mft.errors import UserError
 from mft.model.export import save_final
 from mft.model.merge import merge
-from mft.model.peft.modes import Lora, QLora
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.peft.summary import audit, notes
 from mft.model.token_loss import TokenLoss
 from tests.model.mixtures import MIXTURES, family_of, mixture, mixture_folder

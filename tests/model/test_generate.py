@@ -16,7 +16,9 @@ from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from mft.model.export import save_final
 from mft.model.generate import Answerer, messages, padded
-from mft.model.peft.modes import Full, Lora, QLora
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
 

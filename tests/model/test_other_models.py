@@ -11,8 +11,8 @@ import transformers
 from mft.batch import IGNORE
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
-from mft.model.model_folder import recurrent
-from mft.model.peft.modes import Lora
+from mft.model.introspect import recurrent
+from mft.model.peft.lora import Lora
 from mft.model.peft.summary import audit
 from mft.model.token_loss import TokenLoss
 from tests.model.rows import alone, batch, inputs

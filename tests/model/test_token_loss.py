@@ -11,7 +11,8 @@ import transformers
 
 from mft.batch import IGNORE
 from mft.model.causal_lm import CausalLM
-from mft.model.peft.modes import Full, Lora
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss, trailing_positions
 from tests.model.families import SIZES

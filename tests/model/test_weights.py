@@ -15,7 +15,7 @@ from mft.config.build import build
 from mft.config.compose import compose_resolved
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
-from mft.model.peft.modes import QLora
+from mft.model.peft.qlora import QLora
 from mft.model.save import write_model
 from tests.model import originals, quantised
 from tests.model.families import tiny_model

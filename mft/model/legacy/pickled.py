@@ -10,11 +10,11 @@ from typing import Any
 
 from mft.errors import UserError, nearest
 from mft.files.checksums import follow_umask
-from mft.model.headers import check_tensors
 from mft.model.model_folder import read_config
-from mft.model.stored import judge
-from mft.model.weights import Tensor
-from mft.model.weights import tensors as header
+from mft.model.quantised_checkpoint import weight_format
+from mft.model.quantised_tensors import check_tensors
+from mft.model.safetensors_header import Tensor
+from mft.model.safetensors_header import tensors as header
 
 
 def convert(folder: Path) -> list[Path]:
@@ -33,7 +33,7 @@ def convert(folder: Path) -> list[Path]:
         raise UserError(f"{folder} has no pytorch_model*.bin file")
     if there := sorted(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has {there[0].name} already; models are loaded from it")
-    stored = judge(str(folder), read_config(folder), None)
+    stored = weight_format(str(folder), read_config(folder), None)
     where: dict[str, str] = {}
     found: dict[str, Tensor] = {}
     size = 0

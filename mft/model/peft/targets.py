@@ -1,4 +1,4 @@
-"""Where adapters may sit in a model, and which of these places the settings mean.
+"""Where adapters may sit in a model, and which of them the settings select.
 
 In transformers 5 the routed experts of a layer are one three-dimensional parameter, and most routers hold a bare
 weight: neither is a linear layer, so peft reaches them as parameters (`target_parameters`), not as modules.
@@ -45,8 +45,8 @@ class Site:
         return self.path.rpartition(".")[2]
 
 
-def sites(model: nn.Module) -> list[Site]:
-    """Returns the places of a model that has no adapter yet, in its order."""
+def adapter_sites(model: nn.Module) -> list[Site]:
+    """Returns the sites of a model that has no adapter yet, in its order."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -134,29 +134,29 @@ def redirected(base: Any, names: Iterable[str]) -> set[str]:
     return found
 
 
-def chosen(model: nn.Module, targets: str | list[str], experts: bool, router: bool) -> list[Site]:
-    """Returns the places that the settings mean: a list of names, "all-linear" (all linear layers but head and router)
+def select(model: nn.Module, targets: str | list[str], experts: bool, router: bool) -> list[Site]:
+    """Returns the sites that the settings mean: a list of names, "all-linear" (all linear layers but head and router)
     or a regular expression over whole paths, with the experts and routers on top where asked.
 
-    Raises UserError for what matches nothing, with the nearest names, and for places that peft cannot adapt.
+    Raises UserError for what matches nothing, with the nearest names, and for sites that peft cannot adapt.
     """
-    places = sites(model)
+    sites = adapter_sites(model)
     kind: str = base_of(model).config.model_type
-    refused = [site for site in places if site.name == "out_proj" and kind in MAMBA]
+    refused = [site for site in sites if site.name == "out_proj" and kind in MAMBA]
     if targets == "all-linear":
-        left_out = sorted({site.name for site in places if site.kind == "linear" and site.parameter and site.packed})
+        left_out = sorted({site.name for site in sites if site.kind == "linear" and site.parameter and site.packed})
         if left_out:
             log.warning(
                 "%s stay frozen: peft takes these names for the routed experts and can adapt them beside full weights "
                 "only, not quantised ones",
                 ", ".join(left_out),
             )
-        wanted = [site for site in places if site.kind == "linear" and not (site.parameter and site.packed)]
+        wanted = [site for site in sites if site.kind == "linear" and not (site.parameter and site.packed)]
         wanted = [site for site in wanted if site not in refused]
     else:
-        wanted = _named(places, targets)
+        wanted = _named(sites, targets)
     for role, asked in (("experts", experts), ("router", router)):
-        of_kind = [site for site in places if site.kind == role]
+        of_kind = [site for site in sites if site.kind == role]
         if asked and not of_kind:
             raise UserError(f"peft.{role}=true: this model is no mixture of experts; remove it")
         wanted += of_kind if asked else []
@@ -172,36 +172,36 @@ def chosen(model: nn.Module, targets: str | list[str], experts: bool, router: bo
                 "leave it out, choose peft=lora, or keep it unquantised with peft.skip_modules"
             )
     paths = {site.path for site in wanted}
-    return [site for site in places if site.path in paths]
+    return [site for site in sites if site.path in paths]
 
 
-def _named(places: list[Site], targets: str | list[str]) -> list[Site]:
+def _named(sites: list[Site], targets: str | list[str]) -> list[Site]:
     def matches(path: str, target: str) -> bool:
         if isinstance(targets, str):
             return re.fullmatch(target, path) is not None
         return path == target or path.endswith(f".{target}")
 
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    missing = [target for target in wanted if not any(matches(site.path, target) for site in places)]
+    missing = [target for target in wanted if not any(matches(site.path, target) for site in sites)]
     if missing:
-        names = list(dict.fromkeys(site.name for site in places))
+        names = list(dict.fromkeys(site.name for site in sites))
         what = "the regular expression" if isinstance(targets, str) else "the name"
         note = f' (a single name needs brackets: peft.targets="[{targets}]")' if targets in names else ""
         raise UserError(
             f"peft.targets: {what} {missing[0]!r} matches no module; this model has {', '.join(names)}"
             f"{nearest(missing[0], names)}{note}"
         )
-    return [site for site in places if any(matches(site.path, target) for target in wanted)]
+    return [site for site in sites if any(matches(site.path, target) for target in wanted)]
 
 
-def for_peft(model: nn.Module, places: list[Site]) -> tuple[list[str], list[str]]:
-    """Returns `target_modules` and `target_parameters` of a LoraConfig that adapts exactly these places.
+def for_peft(model: nn.Module, sites: list[Site]) -> tuple[list[str], list[str]]:
+    """Returns `target_modules` and `target_parameters` of a LoraConfig that adapts exactly these sites.
 
     A name stands for all paths that end in it where all of them are meant, so that the adapter's config stays legible.
     """
     base = base_of(model)
-    modules = {site.path for site in places if not site.parameter}
-    parameters = {site.parameter for site in places if site.parameter}
+    modules = {site.path for site in sites if not site.parameter}
+    parameters = {site.parameter for site in sites if site.parameter}
     named_modules = [name for name, _ in base.named_modules()]
     named_parameters = [name for name, _ in base.named_parameters()]
     return _shortened(modules, named_modules, 1), _shortened(parameters, named_parameters, 2)
@@ -217,8 +217,8 @@ def _shortened(paths: set[str], everything: list[str], parts: int) -> list[str]:
     return sorted({path if end(path) in others else end(path) for path in paths})
 
 
-def whole_modules(model: nn.Module, names: list[str], places: list[Site]) -> tuple[list[str], bool]:
-    """Returns the paths of the modules that are trained whole, and whether embedding and head are among them as one.
+def full_modules(model: nn.Module, names: list[str], sites: list[Site]) -> tuple[list[str], bool]:
+    """Returns the paths of the modules that are trained in full, and whether embedding and head are among them as one.
 
     Raises UserError for a name that matches nothing, for a quantised module, and for one that has an adapter.
     """
@@ -237,11 +237,11 @@ def whole_modules(model: nn.Module, names: list[str], places: list[Site]) -> tup
     for path in found:
         if any(map(packed, base.get_submodule(path).parameters())):
             raise UserError(
-                f"peft.modules_to_save: {path} is quantised and cannot be trained whole; leave it out, or keep it "
+                f"peft.modules_to_save: {path} is quantised and cannot be trained in full; leave it out, or keep it "
                 "unquantised with peft.skip_modules"
             )
-        if inside := [site.path for site in places if f"{site.path}.".startswith(f"{path}.")]:
-            raise UserError(f"peft.modules_to_save: {path} is trained whole, but {inside[0]} is one of peft.targets")
+        if inside := [site.path for site in sites if f"{site.path}.".startswith(f"{path}.")]:
+            raise UserError(f"peft.modules_to_save: {path} is trained in full, but {inside[0]} is one of peft.targets")
     ends = [
         path
         for path, module in base.named_modules()

@@ -18,7 +18,8 @@ from mft.model.causal_lm import CausalLM
 from mft.model.export import Origin, save_final, save_native
 from mft.model.legacy.families import ChatGLM, Original
 from mft.model.legacy.native import NormHead, SplitQkv
-from mft.model.peft.modes import Lora, QLora
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.tiny import byte_tokenizer
 from mft.model.token_loss import TokenLoss
 from tests.model import originals

@@ -88,7 +88,7 @@ def refuse_flash(asked: str, dtype: str = HALF[0]) -> None:
         raise _refusal(why)
 
 
-def choose(asked: str, dtype: str, model_class: Callable[[], Any]) -> str:
+def choose_kernel(asked: str, dtype: str, model_class: Callable[[], Any]) -> str:
     """Returns the implementation to load a model with, auto resolved.
 
     model_class: gives its class, None where it comes with code of its own, of which auto expects nothing. Raises

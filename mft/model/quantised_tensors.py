@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError
-from mft.model.weights import FLOATS, Tensor, and_others
+from mft.model.safetensors_header import FLOATS, Tensor
+from mft.model.weights import and_others
 
 BNB = "bitsandbytes"
 READ = (BNB, "fp8", "mxfp8", "mxfp4", "compressed-tensors")

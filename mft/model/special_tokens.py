@@ -1,24 +1,89 @@
-"""New tokens: added to the tokenizer, given rows in the embedding and the output layer, and trained."""
+"""Special tokens: the EOS and padding token of a tokenizer, and new tokens with their trained rows.
+
+New tokens are added to the tokenizer, given rows in the embedding and the output layer, and trained.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft.errors import UserError
+from mft.errors import UserError, nearest
+from mft.model.introspect import is_tied, whole_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PADS = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|finetune_right_pad|>")
+"""What vocabularies call a token made for padding where their tokenizer does not name it (Pythia, Llama 3.1)."""
 
 NEW_ROWS = "mft_new_rows"
 """Attribute of a loaded model: the rows of its embedding that no checkpoint has trained, those of new tokens and those
 that fill it up."""
 
 
-def check(plain: Sequence[str], special: Sequence[str], multiple: int) -> None:
+def set_special_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    eos: str | None,
+    pad: str | None,
+    config_ids: Callable[[], Any],
+    path: str,
+) -> None:
+    """Sets a tokenizer's EOS and pad token.
+
+    EOS: `eos`, else the tokenizer's, else the model's (config_ids returns eos_token_id of its config: an id, several or
+    None). Pad: `pad`, else the tokenizer's, else one made for it (PADS), else unk, else EOS. path: of the model, for
+    messages. Raises UserError where no EOS is known, and for tokens that the vocabulary does not have.
+    """
+    end = eos or tokenizer.eos_token or _of_config(tokenizer, config_ids(), path)
+    if end is None:
+        raise UserError(
+            f"model.eos_token: neither the tokenizer nor config.json of {path} names a token that ends an answer; set "
+            "it here"
+        )
+    tokenizer.eos_token = require_token(tokenizer, str(end), "model.eos_token")
+    # Padding is tracked by sample_BT, never by id: a pad token that equals EOS hides no trained EOS here. It still
+    # matters to whoever loads the checkpoint and masks by id, so EOS is the last choice.
+    vocabulary = tokenizer.get_vocab()
+    made = next((token for token in PADS if token in vocabulary), None)
+    fill = pad or tokenizer.pad_token or made or tokenizer.unk_token or end
+    tokenizer.pad_token = require_token(tokenizer, str(fill), "model.pad_token")
+
+
+def _of_config(tokenizer: PreTrainedTokenizerBase, ids: Any, path: str) -> str | None:
+    """Returns the token of the first of the ids that the vocabulary has; None for no ids."""
+    given = as_ids(ids)
+    found = [token for token in map(tokenizer.convert_ids_to_tokens, given) if token is not None]
+    if given and not found:
+        raise UserError(
+            f"config.json of {path}: eos_token_id={ids} is outside the vocabulary of its tokenizer, which has "
+            f"{len(tokenizer)} tokens; name the token that ends an answer with model.eos_token"
+        )
+    return str(found[0]) if found else None
+
+
+def as_ids(ids: Any) -> list[int]:
+    """Returns an eos_token_id, which may be one, several or none, as a list."""
+    several = ids if isinstance(ids, Sequence) and not isinstance(ids, str) else [ids]
+    return [i for i in several if isinstance(i, int)]
+
+
+def require_token(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> str:
+    """Returns `token` if the vocabulary has it; assigning an unknown one would silently train on the unk token."""
+    vocabulary = tokenizer.get_vocab()
+    if token not in vocabulary:
+        special = [str(t) for t in tokenizer.all_special_tokens] + list(tokenizer.get_added_vocab())
+        raise UserError(
+            f"{key}={token!r} is not in the tokenizer's vocabulary; its special tokens are "
+            f"{', '.join(dict.fromkeys(special)) or 'none'}{nearest(token, vocabulary)}"
+        )
+    return token
+
+
+def check_new_tokens(plain: Sequence[str], special: Sequence[str], multiple: int) -> None:
     """Raises UserError for lists of tokens that no tokenizer can take."""
     for key, tokens in (("add_tokens", plain), ("add_special_tokens", special)):
         for token in tokens:
@@ -32,7 +97,7 @@ def check(plain: Sequence[str], special: Sequence[str], multiple: int) -> None:
         raise UserError(f"model.pad_to_multiple_of={multiple} must be at least 1")
 
 
-def add(tokenizer: PreTrainedTokenizerBase, plain: Sequence[str], special: Sequence[str]) -> list[int]:
+def add_new_tokens(tokenizer: PreTrainedTokenizerBase, plain: Sequence[str], special: Sequence[str]) -> list[int]:
     """Adds tokens to a tokenizer and returns their ids; text is matched as it stands, before any normalisation.
 
     Raises UserError for one that is in the vocabulary already.
@@ -51,15 +116,13 @@ def add(tokenizer: PreTrainedTokenizerBase, plain: Sequence[str], special: Seque
     return [vocabulary[token] for token in (*plain, *special)]
 
 
-def widen(model: Any, ids: Sequence[int], multiple: int) -> None:
+def widen_embeddings(model: Any, ids: Sequence[int], multiple: int) -> None:
     """Gives a plain model rows for the ids, its size a multiple of `multiple` if it has to grow.
 
     All rows that are new begin as the mean of the known ones: a row of zeros or noise would be as likely as any token.
     It is computed, not drawn, so a base that is widened again is the same.
     """
     import torch
-
-    from mft.model.introspect import is_tied, whole_shape
 
     rows = whole_shape(model.get_input_embeddings().weight)[0]
     known, needed = min(min(ids), rows), max(ids) + 1
@@ -85,8 +148,6 @@ def trained_rows(base: Any, saved: Sequence[str]) -> dict[str, list[int]] | None
     """
     from torch import nn
 
-    from mft.model.introspect import is_tied
-
     new = getattr(base, NEW_ROWS, None)
     if not new:
         return None
@@ -104,10 +165,8 @@ def trained_rows(base: Any, saved: Sequence[str]) -> dict[str, list[int]] | None
     return dict.fromkeys(left, new) or None
 
 
-def check_same(base: Any, adapter: Path) -> None:
+def check_same_tokens(base: Any, adapter: Path) -> None:
     """Raises UserError unless an adapter to start from was trained with the new tokens of `base`, or with none."""
-    from mft.model.introspect import whole_shape
-
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     indices = config.get("trainable_token_indices") or {}
     theirs = {row for rows in (indices.values() if isinstance(indices, dict) else [indices]) for row in rows}

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, shortened
-from mft.model.headers import BNB, READ, WAY_OUT, check_tensors
-from mft.model.weights import tensors, weight_files
+from mft.model.quantised_tensors import BNB, READ, WAY_OUT, check_tensors
+from mft.model.safetensors_header import tensors, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ FORMATS = ("float-quantized", "int-quantized", "pack-quantized")
 
 
 @dataclass(frozen=True)
-class Stored:
+class WeightFormat:
     """How a checkpoint is quantised. method: quant_method of its config.json, "" for plain weights; settings: all that
     config.json says about it."""
 
@@ -39,7 +39,7 @@ class Stored:
         return 0 if self.method != BNB else 4 if self.settings.get("load_in_4bit") else 8
 
 
-def judge(who: str, config: Mapping[str, Any], folder: Path | None) -> Stored:
+def weight_format(who: str, config: Mapping[str, Any], folder: Path | None) -> WeightFormat:
     """Returns how the weights of a checkpoint are stored.
 
     who: begins a sentence about it, e.g. model.path=x; config: its config.json; folder: where its weight files lie,
@@ -67,7 +67,7 @@ def judge(who: str, config: Mapping[str, Any], folder: Path | None) -> Stored:
     return stored
 
 
-def _named(who: str, config: Mapping[str, Any]) -> Stored:
+def _named(who: str, config: Mapping[str, Any]) -> WeightFormat:
     """Returns what config.json says; UserError where it says so in a place that transformers does not look at."""
     for where, settings in _settings(config):
         if not isinstance(settings, Mapping):
@@ -85,8 +85,8 @@ def _named(who: str, config: Mapping[str, Any]) -> Stored:
                 f"{who}: its weights are quantised by {method}, as {where} in its config.json says, where transformers "
                 f"does not look for it; {WAY_OUT}"
             )
-        return Stored(method, settings)
-    return Stored()
+        return WeightFormat(method, settings)
+    return WeightFormat()
 
 
 def _settings(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -121,31 +121,31 @@ def _check_compressed(who: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_quantised(path: str, held: Stored, bits: int) -> None:
+def refuse_quantised(path: str, weights: WeightFormat, bits: int) -> None:
     """Raises UserError for a checkpoint that cannot be trained as it is stored: quantised, unless by bitsandbytes to
     the bits that peft=qlora asks for; bits: those, 0 for a base that is not to be quantised."""
-    if not held.method or (held.bits and held.bits == bits):
+    if not weights.method or (weights.bits and weights.bits == bits):
         return
     way = f"write its real values once, `mft convert model.path={path} out=FOLDER`, and train on that folder"
-    if held.bits and bits:
+    if weights.bits and bits:
         raise UserError(
-            f"peft.bits={bits}: bitsandbytes has quantised model.path={path} to {held.bits} bits already; choose "
-            f"peft.bits={held.bits}, or {way}"
+            f"peft.bits={bits}: bitsandbytes has quantised model.path={path} to {weights.bits} bits already; choose "
+            f"peft.bits={weights.bits}, or {way}"
         )
-    if held.bits:
+    if weights.bits:
         raise UserError(
-            f"model.path={path}: bitsandbytes has quantised its weights to {held.bits} bits; choose peft=qlora with "
-            f"peft.bits={held.bits}, or {way}"
+            f"model.path={path}: bitsandbytes has quantised its weights to {weights.bits} bits; choose peft=qlora with "
+            f"peft.bits={weights.bits}, or {way}"
         )
-    raise UserError(f"model.path={path}: its weights are quantised by {held.method}; {way}")
+    raise UserError(f"model.path={path}: its weights are quantised by {weights.method}; {way}")
 
 
-def prepare(config: Any, stored: Stored, computing: torch.dtype | None) -> Any:
+def loading_config(config: Any, weights: WeightFormat, computing: torch.dtype | None) -> Any:
     """Returns a transformers config by which from_pretrained reads a quantised checkpoint: dequantised while loading,
     or, by bitsandbytes, in its own bits; computing: the dtype that these compute in."""
     part = config if getattr(config, "quantization_config", None) else config.get_text_config()
     values = dict(part.quantization_config)
-    if stored.method != BNB:
+    if weights.method != BNB:
         values["dequantize"] = True
     elif computing is not None:
         values["bnb_4bit_compute_dtype"] = str(computing).removeprefix("torch.")
@@ -153,7 +153,7 @@ def prepare(config: Any, stored: Stored, computing: torch.dtype | None) -> Any:
     return config
 
 
-def in_dtype(model: Any, dtype: torch.dtype) -> None:
+def cast_unquantised(model: Any, dtype: torch.dtype) -> None:
     """Casts what transformers left as it was stored while it dequantised: embeddings, norms, the head."""
     whole = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
     for name, parameter in model.named_parameters():
@@ -161,7 +161,7 @@ def in_dtype(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def forget(model: Any) -> None:
+def save_as_in_memory(model: Any) -> None:
     """Makes a model save its weights as they are in memory: transformers would quantise them again, and name no
     quantisation in the config.json beside them."""
     from transformers.conversion_mapping import get_model_conversion_mapping

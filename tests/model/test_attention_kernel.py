@@ -13,8 +13,8 @@ from mft.config.build import build, check
 from mft.config.compose import compose_resolved
 from mft.errors import UserError
 from mft.model.attention import ALIBI
+from mft.model.attention_kernel import Facts, missing
 from mft.model.causal_lm import CausalLM
-from mft.model.implementation import Facts, missing
 from tests.model import originals
 from tests.model.families import FAMILIES
 
