@@ -6,7 +6,6 @@ question.
 
 from __future__ import annotations
 
-import importlib
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,30 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.errors import UserError, nearest
 from mft.files.checksums import require_sound
+from mft.model import model_folder
 from mft.model.attention_kernel import Attention, choose_kernel, refuse_flash
-from mft.model.introspect import base_of, head_logits, head_quirks, parameter_count, recurrent
-from mft.model.model_folder import (
-    TOKENIZER_FILES,
-    check_path,
-    check_type,
-    check_vocabulary,
-    contents_fingerprint,
-    folder_fingerprint,
-    no_packing,
-    read_config,
-    weights_fingerprint,
-)
-from mft.model.quantised_checkpoint import (
-    WeightFormat,
-    cast_unquantised,
-    loading_config,
-    refuse_quantised,
-    save_as_in_memory,
-    weight_format,
-)
+from mft.model.introspect import base_of, logits, parameter_count, plain_head, recurrent
+from mft.model.loading import Pretrained, load_model
+from mft.model.model_folder import contents_fingerprint, read_config
+from mft.model.quantised_checkpoint import WeightFormat, refuse_quantised, weight_format
 from mft.model.router_loss import coefficient, routed
 from mft.model.special_tokens import add_new_tokens, check_new_tokens, set_special_tokens, widen_embeddings
-from mft.model.weights import check_loaded
 
 if TYPE_CHECKING:
     import torch
@@ -52,32 +35,51 @@ CHECKPOINTING_ABOVE = 1_000_000_000
 
 @dataclass
 class CausalLM:
-    """Any causal LM of transformers.
-
-    path: folder or hub name; revision: branch, tag or commit of a hub name; attention: see Attention;
-    gradient_checkpointing: auto | true | false; eos_token, pad_token: override the tokenizer's; add_tokens,
-    add_special_tokens: new ones, which are trained; pad_to_multiple_of: of the rows then; lora_targets: module
-    names adapted by default ([] = all linear layers); shard_layers: class names of decoder layers ([] = the model's own
-    list); router_coef: weight of a mixture of experts' balance loss (None = the model's own); trust_remote_code: run
-    code that comes with the checkpoint; hint: what to do when a local path is missing.
-    """
+    """Any causal LM of transformers."""
 
     public_name: ClassVar[str] = "causal_lm"
 
     path: str
+    """Folder with config.json, *.safetensors and tokenizer, or hub name owner/name."""
+
     revision: str | None = None
+    """Branch, tag or commit of a hub name; None = main."""
+
     attention: Attention = Attention.auto
+    """Implementation of attention, see Attention."""
+
     gradient_checkpointing: Any = "auto"
+    """auto | true | false: recompute activations in backward; auto = above CHECKPOINTING_ABOVE parameters."""
+
     eos_token: str | None = None
+    """Token that ends an answer; None = the tokenizer's, else that of config.json."""
+
     pad_token: str | None = None
+    """Token that fills rows; None = the tokenizer's, else one made for it, else unk, else EOS."""
+
     add_tokens: list[str] = field(default_factory=list)
+    """New tokens; their rows of embedding and head are trained."""
+
     add_special_tokens: list[str] = field(default_factory=list)
+    """The same for tokens that are left out of answers."""
+
     pad_to_multiple_of: int = 64
+    """Of the embedding's number of rows where new tokens make it grow."""
+
     lora_targets: list[str] = field(default_factory=list)
+    """Names of the modules that adapters go to by default; [] = all linear layers."""
+
     shard_layers: list[str] = field(default_factory=list)
+    """Class names of the decoder layers, the unit of sharding; [] = the model's own list."""
+
     router_coef: float | None = None
+    """Weight of a mixture of experts' balance loss; None = the model's own, 0 = off."""
+
     trust_remote_code: bool = False
+    """Run code that comes with the checkpoint."""
+
     hint: str = ""
+    """What to do when a local path is missing, appended to the error."""
 
     # ── checks, before anything is loaded ──
 
@@ -98,12 +100,12 @@ class CausalLM:
         self._check_path()
 
     def _check_path(self) -> None:
-        check_path(self.path, self.hint)
+        model_folder.check_path(self.path, self.hint)
         if type(self) is CausalLM:
-            check_type(self.path, self.trust_remote_code)
-        if Path(self.source()).is_dir():
+            model_folder.check_type(self.path, self.trust_remote_code)
+        if Path(self.location()).is_dir():
             self.weight_format()
-            require_sound(Path(self.source()), small_only=True)  # the rest where the weights are read anyway
+            require_sound(Path(self.location()), small_only=True)  # the rest where the weights are read anyway
 
     def _warn_of_code(self) -> None:
         log.warning("model.trust_remote_code=true: Python code that comes with %s will be run", self.path)
@@ -116,20 +118,30 @@ class CausalLM:
         """Raises UserError for rows of several samples where the model's layers would mix them, as far as the
         config.json of a folder tells."""
         if several and self.path and (what := recurrent(read_config(Path(self.path).expanduser()))):
-            raise UserError(no_packing(self.path, what))
+            raise UserError(model_folder.no_packing(self.path, what))
 
     # ── where it comes from ──
 
-    def source(self) -> str:
-        """Returns what from_pretrained takes: an absolute folder, or the hub name."""
+    def location(self) -> str:
+        """Returns where the checkpoint lies: an absolute folder, or the hub name."""
         path = Path(self.path).expanduser()
         return str(path.resolve()) if path.is_dir() else self.path
+
+    def source(self) -> str:
+        """Returns what is loaded: the location, or a native folder made of what lies there."""
+        return self.location()
+
+    def conversion(self) -> str:
+        """Returns the words for `mft convert` that make `source` of `location`, "" where they are the same."""
+        return ""
 
     def fingerprint(self) -> str:
         """Returns a string that differs for different weights: a hash of config, file names, sizes, safetensors headers
         and samples of their bytes for a folder; name@revision for a hub name."""
-        source = Path(self.source())
-        return folder_fingerprint(source) if source.is_dir() else f"{self.path}@{self.revision or 'main'}"
+        folder = Path(self.location())
+        if folder.is_dir():
+            return model_folder.folder_fingerprint(folder)
+        return f"{self.path}@{self.revision or 'main'}"
 
     def fingerprints(self) -> dict[str, str]:
         """Returns the hashes of all that is read of the model, by name (see `mft.config.identity.CONTENTS`).
@@ -137,14 +149,14 @@ class CausalLM:
         `fingerprint` is what adapters have in their mft.json; for a run more of the weights is read. Of a hub
         name there is only that.
         """
-        source = Path(self.source())
-        found = {"base model": self.fingerprint()}
-        if source.is_dir():
-            found["base model"] = weights_fingerprint(source, found["base model"])
-            found["tokenizer"] = contents_fingerprint(source, TOKENIZER_FILES)
+        folder = Path(self.location())
+        hashes = {"base model": self.fingerprint()}
+        if folder.is_dir():
+            hashes["base model"] = model_folder.weights_fingerprint(folder, hashes["base model"])
+            hashes["tokenizer"] = contents_fingerprint(folder, model_folder.TOKENIZER_FILES)
             if self.trust_remote_code:
-                found["code"] = contents_fingerprint(source, ("**/*.py",))
-        return found
+                hashes["code"] = contents_fingerprint(folder, ("**/*.py",))
+        return hashes
 
     def width(self) -> int | None:
         """Returns the hidden size, as far as the config.json of a folder tells."""
@@ -154,44 +166,25 @@ class CausalLM:
     def weight_format(self) -> WeightFormat:
         """Returns how the weights are stored, judged without loading any: a folder by its config.json and the headers
         of its files, a hub name by its config. Raises UserError for what cannot be read."""
-        folder = Path(self.source())
+        folder = Path(self.location())
         if folder.is_dir():
             return weight_format(f"model.path={self.path}", read_config(folder), folder)
         return weight_format(f"model.path={self.path}", self.config().to_dict(), None)
 
-    def _from_pretrained(self, factory: Any, **arguments: Any) -> Any:
-        from huggingface_hub.errors import StrictDataclassError
+    def _pretrained(self, source: str) -> Pretrained:
+        return Pretrained(self.path, source, self.revision, self.trust_remote_code)
 
-        if str(read_config(Path(self.source())).get("model_type")).startswith("mft_"):  # saved with a class of ours
-            importlib.import_module("mft.model.legacy.native")
-        try:
-            return factory.from_pretrained(
-                self.source(), revision=self.revision, trust_remote_code=self.trust_remote_code, **arguments
-            )
-        except (OSError, ValueError) as error:
-            # transformers reports what a person got wrong (name, network, licence, no safetensors) as these two.
-            told = " ".join(str(error).split())
-            if "couldn't connect" in told:
-                told = "there is no such folder, the hub cannot be reached, and its files were never fetched before"
-            raise UserError(f"model.path={self.path} cannot be loaded: {told}") from error
-        except StrictDataclassError as error:  # a value of config.json
-            raise UserError(f"model.path={self.path}: config.json: {str(error).splitlines()[-1].strip()}") from error
-
-    # ── tokenizer ──
+    # ── tokenizer and config ──
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the tokenizer with its EOS and pad token set (see `set_special_tokens`).
 
-        Raises UserError when no EOS is known."""
+        Raises UserError when no EOS is known.
+        """
         tokenizer = self.read_tokenizer()
         self._add_tokens(tokenizer)
-        set_special_tokens(
-            tokenizer,
-            self.eos_token,
-            self.pad_token,
-            lambda: getattr(self.config(), "eos_token_id", None),
-            self.path,
-        )
+        config_ids = lambda: getattr(self.config(), "eos_token_id", None)  # noqa: E731
+        set_special_tokens(tokenizer, self.eos_token, self.pad_token, config_ids, self.path)
         return tokenizer
 
     def _add_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -208,14 +201,15 @@ class CausalLM:
         """Returns the tokenizer as the checkpoint has it; UserError for a folder without one."""
         from transformers import AutoTokenizer
 
-        check_vocabulary(self.path, Path(self.source()))
-        return self._from_pretrained(AutoTokenizer)
+        model_folder.check_vocabulary(self.path, Path(self.location()))
+        tokenizer: PreTrainedTokenizerBase = self._pretrained(self.location()).read(AutoTokenizer)
+        return tokenizer
 
     def config(self) -> Any:
         """Returns the transformers config of the model."""
         from transformers import AutoConfig
 
-        return self._from_pretrained(AutoConfig)
+        return self._pretrained(self.location()).read(AutoConfig)
 
     # ── model ──
 
@@ -232,76 +226,37 @@ class CausalLM:
         attention=auto needs it, since flash attention has no float32 kernel. Raises UserError for a checkpoint that is
         quantised already, unless by bitsandbytes to the bits that `quantization` asks for.
         """
-        from transformers import AutoModelForCausalLM
-
-        return self._load(AutoModelForCausalLM, dtype, quantization, device_map, compute_dtype)
+        bits = (8 if quantization.load_in_8bit else 4) if quantization else 0
+        refuse_quantised(self.path, self.weight_format(), bits)
+        return self._load(dtype, quantization, device_map, compute_dtype)
 
     def dequantised(self, dtype: torch.dtype) -> PreTrainedModel:
         """Returns the model of a quantised checkpoint with the values that its numbers stand for, in `dtype`."""
-        from transformers import AutoModelForCausalLM
-
-        return self._load(AutoModelForCausalLM, dtype, None, None, None, dequantise=True)
+        return self._load(dtype, dequantise=True)
 
     def _load(
         self,
-        factory: Any,
-        dtype: Any,
-        quantization: Any,
-        device_map: Any,
-        compute_dtype: Any,
+        dtype: torch.dtype,
+        quantization: BitsAndBytesConfig | None = None,
+        device_map: Any = None,
+        compute_dtype: torch.dtype | None = None,
         dequantise: bool = False,
-        **arguments: Any,
     ) -> Any:
-        asked = self.attention_for(compute_dtype or dtype, factory)
-        weights = self.weight_format()
-        if not dequantise:
-            refuse_quantised(self.path, weights, (8 if quantization.load_in_8bit else 4) if quantization else 0)
-        if weights.method:
-            arguments["config"] = loading_config(
-                self.config(), weights, getattr(quantization, "bnb_4bit_compute_dtype", None)
+        from transformers import AutoModelForCausalLM
+
+        attention: str | None = self.attention_for(compute_dtype or dtype, AutoModelForCausalLM)
+        if attention == "sdpa" and self.attention == "auto":
+            attention = (
+                None  # sdpa where the model can (gemma 2's soft cap and the sinks of gpt-oss cannot), else eager
             )
-        elif quantization:  # None would take the checkpoint's own away
-            arguments["quantization_config"] = quantization
-        model, found = self._from_pretrained(
-            factory,
-            output_loading_info=True,
-            dtype=dtype,
-            device_map=device_map,
-            # None: sdpa where the model can (gemma 2's soft cap and the sinks of gpt-oss cannot), else eager
-            attn_implementation=None if asked == "sdpa" and self.attention == "auto" else asked,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused here, by name
-            **arguments,
-        )
-        check_loaded(Path(self.source()), model, found)
-        if fetched := self._fetched():
-            weight_format(f"model.path={self.path}", read_config(fetched), fetched)
-        if weights.bits and dequantise:
-            model = model.dequantize(dtype)
-        if dequantise:
-            cast_unquantised(model, dtype)
-        if weights.method:
-            save_as_in_memory(model)
-        # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place at the first evaluation, after which
-        # training gradients are wrong (relative error 0.73) while the loss looks right. from_pretrained returns eval
-        # mode.
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        weights = self.weight_format()
+        config = self.config() if weights.method else None
+        pretrained = self._pretrained(self.source())
+        model = load_model(pretrained, weights, config, dtype, quantization, attention, device_map, dequantise)
         if self.new_tokens():
             widen_embeddings(model, self._add_tokens(self.read_tokenizer()), self.pad_to_multiple_of)
         model.train()
         return model
-
-    def _fetched(self) -> Path | None:
-        """Returns where the files of a hub name lie once it was loaded, None for a folder."""
-        from transformers.utils import cached_file
-
-        if Path(self.source()).is_dir():
-            return None
-        where = {"revision": self.revision, "local_files_only": True}
-        file = cached_file(self.source(), "config.json", _raise_exceptions_for_missing_entries=False, **where)
-        return Path(file).parent if file else None
 
     def attention_for(self, dtype: torch.dtype, factory: Any) -> str:
         """Returns the attention implementation for computing in `dtype`, with auto resolved; factory: the class of the
@@ -317,13 +272,13 @@ class CausalLM:
     def checkpointing(self, parameters: int) -> bool:
         """Returns gradient_checkpointing with auto resolved for a model of that many parameters."""
         options = {"auto": parameters > CHECKPOINTING_ABOVE, "true": True, "false": False}
-        asked = str(self.gradient_checkpointing).lower()
-        if asked not in options:
+        value = str(self.gradient_checkpointing).lower()
+        if value not in options:
             raise UserError(
                 f"model.gradient_checkpointing={self.gradient_checkpointing!r} is not one of auto, true, false"
-                f"{nearest(asked, options)}"
+                f"{nearest(value, options)}"
             )
-        return options[asked]
+        return options[value]
 
     def checkpoint(self, model: nn.Module) -> bool:
         """Turns gradient checkpointing on where asked, on a plain or peft model, and returns whether it is on."""
@@ -331,8 +286,8 @@ class CausalLM:
         if on and not base_of(model).supports_gradient_checkpointing:
             name = type(base_of(model)).__name__
             if str(self.gradient_checkpointing).lower() == "true":
-                raise UserError(f"model.gradient_checkpointing=true: a {name} of transformers cannot; choose false")
-            log.warning("model.gradient_checkpointing=auto is off: a %s of transformers cannot", name)
+                raise UserError(f"model.gradient_checkpointing=true: {name} does not support it; choose false")
+            log.warning("model.gradient_checkpointing=auto is off: %s does not support it", name)
             return False
         if on:
             # Non-reentrant: the reentrant kind loses gradients of adapters behind a frozen embedding and breaks DDP.
@@ -347,25 +302,11 @@ class CausalLM:
 
     def logits(self, model: nn.Module, hidden_nH: torch.Tensor) -> torch.Tensor:
         """Returns the logits [n, V] of final hidden states [n, H], as the model's own forward makes them."""
-        import torch
-
-        base = base_of(model)
-        logits_nV: torch.Tensor = head_logits(base.get_output_embeddings(), hidden_nH)
-        for name, value in head_quirks(base).items():
-            if name == "logits_scaling":
-                logits_nV = logits_nV / value
-            elif name == "logit_scale":
-                logits_nV = logits_nV * value
-            else:
-                logits_nV = torch.tanh(logits_nV / value) * value
-        return logits_nV
+        return logits(base_of(model), hidden_nH)
 
     def plain_head(self, base: Any) -> bool:
         """Whether the logits are `hidden @ weight.T` and nothing else, so that the fused cross entropy may be used."""
-        from torch import nn
-
-        head = base.get_output_embeddings()
-        return type(head) is nn.Linear and head.bias is None and not head_quirks(base)
+        return plain_head(base)
 
     def router_weight(self, base: Any) -> float:
         """Returns the coefficient of the router's auxiliary loss: router_coef, else the config's, else 0.

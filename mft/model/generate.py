@@ -12,8 +12,8 @@ from mft.batch import Message
 from mft.errors import UserError, shortened
 from mft.files.checksums import require_sound
 from mft.model.causal_lm import CausalLM
-from mft.model.export import Origin
 from mft.model.model_folder import read_config
+from mft.model.origin import Origin
 
 if TYPE_CHECKING:
     import torch

@@ -54,6 +54,29 @@ def head_logits(head: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
     return logits_nV.index_copy(1, index_R, new_nR.to(logits_nV.dtype))
 
 
+def logits(base: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
+    """Returns the logits [n, V] of final hidden states [n, H], as the model's own forward makes them."""
+    import torch
+
+    logits_nV = head_logits(base.get_output_embeddings(), hidden_nH)
+    for name, value in head_quirks(base).items():
+        if name == "logits_scaling":
+            logits_nV = logits_nV / value
+        elif name == "logit_scale":
+            logits_nV = logits_nV * value
+        else:
+            logits_nV = torch.tanh(logits_nV / value) * value
+    return logits_nV
+
+
+def plain_head(base: Any) -> bool:
+    """Whether the logits are `hidden @ weight.T` and nothing else, so that the fused cross entropy may be used."""
+    from torch import nn
+
+    head = base.get_output_embeddings()
+    return type(head) is nn.Linear and head.bias is None and not head_quirks(base)
+
+
 def whole_shape(parameter: Any) -> tuple[int, ...]:
     """Returns the shape of a weight, also when it is packed to 4 bits or sharded by ZeRO-3."""
     state = getattr(parameter, "quant_state", None)

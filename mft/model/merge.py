@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mft.errors import UserError
 from mft.files.checksums import require_sound
 from mft.model.causal_lm import CausalLM
-from mft.model.export import Origin
+from mft.model.origin import Origin
 from mft.model.save import check_out, new_folder, put, write_model, write_tokenizer
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 def on_meta_device(family: CausalLM, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel | None:
     """Returns the model of a folder on the meta device, its linear layers replaced as quantising would; None where the
     config is not on this machine, or only code of the checkpoint's own could build the model."""
-    if family.trust_remote_code or not Path(family.source()).is_dir():
+    if family.trust_remote_code or not Path(family.location()).is_dir():
         return None
     import torch
     from transformers import AutoModelForCausalLM
@@ -48,4 +48,4 @@ def has_experts(family: CausalLM) -> bool:
         parts = [value for value in values.values() if isinstance(value, dict)]  # text_config of one that also sees
         return any((values.get(key) or 0) > 1 for key in EXPERTS) or any(map(named, parts))
 
-    return named(read_config(Path(family.source())))
+    return named(read_config(Path(family.location())))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,16 +53,26 @@ def write_model(
     state_dict: its weights, where they were gathered from elsewhere; dtype: of the weights on disk (default: as they
     are).
     """
-    from mft.model.legacy.native import AlibiConfig, plain_rows
+    from mft.model.legacy.native import plain_rows
 
     state_dict = plain_rows(model, model.state_dict() if state_dict is None else state_dict)
     if dtype is not None:
         state_dict = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
     model.save_pretrained(str(folder), state_dict=state_dict)
-    file = folder / "config.json"
-    changed = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    edit_json(file, lambda values: values | changed | former_names(values | changed))
-    if model.config.model_type == AlibiConfig.model_type:
+    finish_config(folder, {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def finish_config(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Puts changes into a config.json that transformers wrote, and the names of its generation before; of a class of
+    ours a README says what it needs."""
+    from mft.model.legacy.native import NORM_HEAD, AlibiConfig
+
+    def finished(values: dict[str, Any]) -> dict[str, Any]:
+        values = {key: value for key, value in values.items() if key != NORM_HEAD} | dict(changes)
+        return values | former_names(values)
+
+    edit_json(folder / "config.json", finished)
+    if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == AlibiConfig.model_type:
         (folder / "README.md").write_text(CARD, encoding="utf-8")
 
 

@@ -92,7 +92,7 @@ class Tiny(CausalLM):
                     temporary.rename(folder)  # a folder under its own name is therefore complete
         return folder
 
-    def source(self) -> str:
+    def location(self) -> str:
         return str(self.folder())
 
     def width(self) -> int | None:

@@ -26,8 +26,7 @@ def check_loaded(source: Path, model: Any, found: Mapping[str, Any]) -> None:
 
     source: the folder, or a hub name; found: loading info of from_pretrained.
     """
-    own = type(model).__name__.startswith("Original")  # a reader of legacy.native; people know the class below
-    kind = (type(model).__bases__[0] if own else type(model)).__name__
+    kind = type(model).__name__
     wrong = [(name, tuple(there), tuple(expected)) for name, there, expected in found["mismatched_keys"]]
     for name, module in model.named_modules():
         if type(module).__module__.startswith("bitsandbytes"):  # transformers quantises weights of whatever shape
@@ -39,9 +38,8 @@ def check_loaded(source: Path, model: Any, found: Mapping[str, Any]) -> None:
         raise UserError(
             f"model.path={source}: {_mismatch(source, model, min(wrong))}{others}{_defaults(source, model)}"
         )
-    unknown = sorted(
-        name for name in found["unexpected_keys"] | _passed_over(source, model) if not _buffer(name, source)
-    )
+    unexpected = found["unexpected_keys"] | _passed_over(source, model)
+    unknown = sorted(name for name in unexpected if not is_former_buffer(name, _shape(name, source)))
     of_other = f"; {source} has {unknown[0]}{and_others(len(unknown))} instead" if unknown else ""
     if missing := sorted(found["missing_keys"]):
         raise UserError(
@@ -76,13 +74,16 @@ def _passed_over(source: Path, model: Any) -> set[str]:
     return {name for name in names - state.keys() if not any(re.search(pattern, name) for pattern in ignored)}
 
 
-def _buffer(name: str, source: Path) -> bool:
+def is_former_buffer(name: str, shape: Shape) -> bool:
     """Whether a tensor that a model does not take is a buffer of an older release, by its name and its shape."""
     if not BUFFERS.search(name):
         return False
-    shape = next((tensors(file)[name].shape for file in _files(source) if name in tensors(file)), ())
     mask = len(shape) == 4 and shape[:2] == (1, 1)
     return not name.endswith("bias") or mask or math.prod(shape) == 1
+
+
+def _shape(name: str, source: Path) -> Shape:
+    return next((tensors(file)[name].shape for file in _files(source) if name in tensors(file)), ())
 
 
 def _files(source: Path) -> list[Path]:
@@ -100,27 +101,23 @@ def and_others(count: int) -> str:
 
 def _mismatch(folder: Path, model: Any, wrong: tuple[str, Shape, Shape]) -> str:
     """Returns a sentence on a weight: (name, shape in the checkpoint, shape by config.json)."""
-    from mft.model.legacy.native import original_names
-
     name, there, expected = wrong
     for file in _files(folder):
-        whole = {name: tensor.shape for name, tensor in tensors(file).items()}
-        stored = original_names(type(model), whole).get(name, "")
-        if stored in whole and any(key.startswith(f"{stored}.quant_state.") for key in whole):
+        shapes = {name: tensor.shape for name, tensor in tensors(file).items()}
+        if name in shapes and any(key.startswith(f"{name}.quant_state.") for key in shapes):
             return (
-                f"{stored} in {file.name} is packed to 4 bits by bitsandbytes and stands for {list(there)}, by "
+                f"{name} in {file.name} is packed to 4 bits by bitsandbytes and stands for {list(there)}, by "
                 f"config.json it is {list(expected)}"
             )
-        if stored in whole:
-            it = "it" if whole[stored] == there else f"its part {name}"
-            return f"{stored} in {file.name} is {list(whole[stored])}, by config.json {it} is {list(expected)}"
+        if name in shapes:
+            return f"{name} in {file.name} is {list(shapes[name])}, by config.json it is {list(expected)}"
     return f"{name} is {list(there)}, by config.json it is {list(expected)}"
 
 
 def _defaults(folder: Path, model: Any) -> str:
     """Returns a remark on sizes that config.json does not name, so that a default was taken; "" for none."""
     file = folder / "config.json"
-    if not file.is_file() or type(model).__module__ == "mft.model.legacy.native":  # whose families ask for every size
+    if not file.is_file():
         return ""
     values, config = json.loads(file.read_text(encoding="utf-8")), model.config
     names = {name: {name, config.attribute_map.get(name, name)} for name in SIZES if hasattr(config, name)}

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from mft.cli import main
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
-from mft.model.export import Origin, save_final
+from mft.model.export import save_final
 from mft.model.merge import merge
+from mft.model.origin import Origin
 from mft.model.peft.full import Full
 from mft.model.peft.lora import Lora
 from mft.model.peft.qlora import QLora

@@ -15,9 +15,10 @@ from mft.batch import Batch
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
-from mft.model.export import Origin, save_final
+from mft.model.export import save_final
 from mft.model.generate import Answerer
 from mft.model.merge import merge
+from mft.model.origin import Origin
 from mft.model.peft.full import Full
 from mft.model.peft.lora import Lora
 from mft.model.peft.qlora import QLora

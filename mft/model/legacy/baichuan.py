@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.errors import UserError, nearest
+from mft.model.legacy.layout import BAICHUAN, Layout
 from mft.model.legacy.original import Original, Values
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Baichuan(Original):
     """
 
     public_name: ClassVar[str] = "baichuan"
+    choice = "baichuan"
 
     positions: str = "auto"
     norm_head: Any = "auto"
@@ -66,7 +68,7 @@ class Baichuan(Original):
             )
         return known[values["vocab_size"]]
 
-    def native(self, values: Values) -> tuple[str, str, Values]:
+    def native(self, values: Values) -> tuple[Layout, str, Values]:
         self._need(values, z_loss_weight=0)
         if self.normalises(values):  # a tied matrix would be saved with its rows scaled
             self._need(values, tie_word_embeddings=False)
@@ -84,9 +86,9 @@ class Baichuan(Original):
         if self.alibi(values):
             layers = native["num_hidden_layers"]
             native |= {"no_rope_layers": [0] * layers, "use_sliding_window": False}
-            return "OriginalBaichuanAlibiForCausalLM", "AlibiConfig", native
+            return BAICHUAN, "AlibiConfig", native
         rope = {"rope_type": "default", "rope_theta": float(values.get("rope_theta", 10000.0))}
-        return "OriginalBaichuanForCausalLM", "LlamaConfig", native | {"rope_parameters": rope}
+        return BAICHUAN, "LlamaConfig", native | {"rope_parameters": rope}
 
     def attention_for(self, dtype: torch.dtype, factory: Any) -> str:
         if not self.alibi(self.original_config()):
@@ -96,14 +98,6 @@ class Baichuan(Original):
         from mft.model.attention import ALIBI
 
         return ALIBI
-
-    def model(self, *arguments: Any, **options: Any) -> PreTrainedModel:
-        from mft.model.legacy.native import NormHead
-
-        model = super().model(*arguments, **options)
-        if self.normalises(self.original_config()):
-            model.get_output_embeddings().__class__ = NormHead
-        return model
 
     def native_tokenizer(self, file: Path, settings: Values) -> PreTrainedTokenizerBase:
         from tokenizers import processors

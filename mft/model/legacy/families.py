@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from mft.errors import UserError, nearest
-from mft.model.legacy.baichuan import Baichuan
+from mft.model.legacy.layout import AQUILA, CHATGLM, CHATGLM_PER_HEAD, QWEN, Layout
 from mft.model.legacy.original import Original, Values
 from mft.model.model_folder import read_config
 
@@ -34,12 +34,6 @@ QWEN_EARLY = {
 """Keys of config.json in the first release of Qwen-7B, and what they were called later."""
 
 
-def from_options(options: dict[str, Any], **arguments: Any) -> Original:
-    """Returns the family that `Original.options` described."""
-    classes = {cls.__name__: cls for cls in (ChatGLM, Qwen, Baichuan, Aquila)}
-    return classes[options["class"]](**arguments, **{k: v for k, v in options.items() if k != "class"})
-
-
 @dataclass
 class ChatGLM(Original):
     """chatglm2, chatglm3 and codegeex2 -> Glm.
@@ -50,6 +44,7 @@ class ChatGLM(Original):
     """
 
     public_name: ClassVar[str] = "chatglm"
+    choice = "chatglm3"
 
     rope_ratio: str = "base"
     roles: bool = False
@@ -64,7 +59,7 @@ class ChatGLM(Original):
             )
         super().check()
 
-    def native(self, values: Values) -> tuple[str, str, Values]:
+    def native(self, values: Values) -> tuple[Layout, str, Values]:
         self._need(values, rmsnorm=True, post_layer_norm=True, apply_residual_connection_post_layernorm=False)
         self._need(values, add_bias_linear=False, pre_seq_len=None, fp32_residual_connection=False)
         self._need(values, hidden_dropout=0.0, interleaved_qkv=False, rotary_percent=0.5)
@@ -79,7 +74,7 @@ class ChatGLM(Original):
         elif ratio != 1.0:
             rope["rope_theta"] = 10000.0 * ratio
         return (
-            "OriginalChatGLMForCausalLM" if grouped else "OriginalChatGLMPerHeadForCausalLM",
+            CHATGLM if grouped else CHATGLM_PER_HEAD,
             "GlmConfig",
             {
                 "vocab_size": self._get(values, "padded_vocab_size"),
@@ -134,6 +129,7 @@ class Qwen(Original):
     and are left out."""
 
     public_name: ClassVar[str] = "qwen"
+    choice = "qwen"
     model_type = "qwen"
     vocabulary = "qwen.tiktoken"
 
@@ -147,7 +143,7 @@ class Qwen(Original):
                 *(" and ".join(longer), self.path, values.get("seq_length")),
             )
 
-    def native(self, values: Values) -> tuple[str, str, Values]:
+    def native(self, values: Values) -> tuple[Layout, str, Values]:
         values = values | {QWEN_EARLY[name]: value for name, value in values.items() if name in QWEN_EARLY}
         self._divides(values, "num_attention_heads", "hidden_size")
         hidden, heads = self._get(values, "hidden_size"), self._get(values, "num_attention_heads")
@@ -157,7 +153,7 @@ class Qwen(Original):
         self._need(values, apply_residual_connection_post_layernorm=False, pos_emb="rotary")
         self._need(values, kv_channels=hidden // heads)
         return (
-            "OriginalQwenForCausalLM",
+            QWEN,
             "Qwen2Config",
             {
                 "vocab_size": self._get(values, "vocab_size"),
@@ -197,9 +193,10 @@ class Aquila(Original):
     """Aquila2 -> llama: names and config are llama's."""
 
     public_name: ClassVar[str] = "aquila"
+    choice = "aquila2"
     model_type = "aquila"
 
-    def native(self, values: Values) -> tuple[str, str, Values]:
+    def native(self, values: Values) -> tuple[Layout, str, Values]:
         names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"]
         names += ["num_attention_heads", "max_position_embeddings"]
         native = {name: self._get(values, name) for name in names}
@@ -218,4 +215,4 @@ class Aquila(Original):
         theta = float(values.get("rope_theta", 10000.0))
         native["rope_parameters"] = {"rope_type": kind, "rope_theta": theta, **scaling}
         native |= {"hidden_act": values.get("hidden_act", "silu"), "attention_bias": False, "mlp_bias": False}
-        return "OriginalAquilaForCausalLM", "LlamaConfig", native
+        return AQUILA, "LlamaConfig", native

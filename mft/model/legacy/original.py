@@ -1,26 +1,36 @@
-"""A checkpoint in its original format, which came with code of its own, read into native classes of transformers.
+"""A checkpoint in its original format, which came with code of its own: checked, and converted when it is first used.
 
 Nothing of the checkpoint's code is run: its config.json is translated by a class for each family (`families`), its
-weights while they are read (`native`), its vocabulary into a fast tokenizer (`vocabulary`).
+weights are renamed and split (`layout`, `convert`), its vocabulary becomes a fast tokenizer (`vocabulary`). What loads,
+trains, saves and merges sees the native folder alone; identity and fingerprints are those of the checkpoint.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
+from mft.files.cache_folder import default_cache_dir
 from mft.model.causal_lm import CausalLM
+from mft.model.legacy.convert import OriginalWeights, cached_folder, write_native
+from mft.model.legacy.layout import Layout
 from mft.model.model_folder import read_config
+from mft.model.origin import CONVERTED, Origin, convert_words, write_note
+from mft.model.safetensors_header import INDEX
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Values = dict[str, Any]
+
+CONVERTER = 1
+"""Raised where the same checkpoint would become another native folder, so that those in caches are made again."""
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +39,10 @@ log = logging.getLogger(__name__)
 class Original(CausalLM):
     """A checkpoint in its original format. Subclasses say which `model_type` they read, and translate its config."""
 
+    cache_dir: str = ""
+    """Where the native folder is kept, under native/; "" = $MFT_CACHE, else ~/.cache/mft."""
+
+    choice = ""  # a choice of model= that reads such a checkpoint; not a field
     model_type = ""  # of the original config.json; not a field
 
     def _warn_of_code(self) -> None:
@@ -52,7 +66,9 @@ class Original(CausalLM):
         from transformers.utils import cached_file
 
         try:
-            file = cached_file(self.source(), name, revision=self.revision, _raise_exceptions_for_missing_entries=False)
+            file = cached_file(
+                self.location(), name, revision=self.revision, _raise_exceptions_for_missing_entries=False
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"model.path={self.path} cannot be loaded: {error}") from error
         return Path(file) if file else None
@@ -101,8 +117,8 @@ class Original(CausalLM):
                 f"{values[whole]}"
             )
 
-    def native(self, values: Values) -> tuple[str, str, Values]:
-        """Returns the class of `native` that reads the weights, the name of the config class, and the config's
+    def native(self, values: Values) -> tuple[Layout, str, Values]:
+        """Returns the layout of the weights, the name of the config class, and the config's
         values. Raises UserError for a configuration that has no native counterpart."""
         raise NotImplementedError
 
@@ -133,7 +149,7 @@ class Original(CausalLM):
         if not self.vocabulary or self._file("tokenizer.json"):
             from transformers import AutoTokenizer
 
-            return self._from_pretrained(AutoTokenizer, config=self.config())
+            return self._pretrained(self.location()).read(AutoTokenizer, config=self.config())
         file = self._file(self.vocabulary)
         if file is None:
             raise UserError(f"model.path={self.path} has neither {self.vocabulary} nor tokenizer.json")
@@ -157,26 +173,53 @@ class Original(CausalLM):
         file = self._file(name)
         return json.loads(file.read_text(encoding="utf-8")) if file else {}
 
-    # ── model ──
+    # ── the native folder in the cache ──
 
-    def model(
-        self,
-        dtype: torch.dtype,
-        quantization: BitsAndBytesConfig | None = None,
-        device_map: Any = None,
-        compute_dtype: torch.dtype | None = None,
-    ) -> PreTrainedModel:
-        from mft.model.legacy import native
+    def source(self) -> str:
+        """Returns the native folder of this checkpoint, converted into the cache when it is first asked for."""
+        options = {"class": self.public_name, **self._own_options(), "version": CONVERTER}
+        key = json.dumps([options, sorted(self.fingerprints().items())], sort_keys=True)
+        cache = Path(self.cache_dir or default_cache_dir()).expanduser().resolve()
+        folder = cache / "native" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        return str(cached_folder(folder, self._checkpoint, self._finish))
 
-        reader = getattr(native, self.native(self.original_config())[0])
-        model = self._load(reader, dtype, quantization, device_map, compute_dtype, config=self.config())
-        model.__class__ = reader.__bases__[0]
-        model.config.architectures = [type(model).__name__]
-        model.__dict__.pop("_weight_conversions", None)  # or saving would try to write the original names
-        return model
+    def convert(self, folder: Path) -> None:
+        """Writes config and weights as a plain native folder, which anybody's transformers can load."""
+        write_native(self._checkpoint(), folder, plain_head=True)
 
-    def options(self) -> dict[str, Any]:
-        """Returns what, beside the path, says how the checkpoint is to be read; `from_options` takes it."""
-        common = {f.name for f in fields(CausalLM)}
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}
-        return {"class": type(self).__name__, **own}
+    def conversion(self) -> str:
+        words = {"": self.choice, ".path": self.path, ".revision": self.revision}
+        return convert_words(words | {f".{name}": value for name, value in self._own_options().items()})
+
+    def normalises(self, values: Values) -> bool:
+        """Whether the output layer of a checkpoint with this config.json scales its rows to length 1."""
+        return False
+
+    def _checkpoint(self) -> OriginalWeights:
+        values = self.original_config()
+        return OriginalWeights(
+            f"model.path={self.path}", self._fetched(), self.config(), self.native(values)[0], self.normalises(values)
+        )
+
+    def _finish(self, folder: Path) -> None:
+        """Writes the tokenizer, where the checkpoint has one, and where the folder comes from."""
+        with suppress(UserError):  # what is wrong with the vocabulary is said when the tokenizer is used
+            self.read_tokenizer().save_pretrained(str(folder))
+        write_note(folder, CONVERTED, Origin(self.location(), self.revision, self.fingerprint()))
+
+    def _fetched(self) -> Path:
+        """Returns the folder of the weight files, which are fetched where the checkpoint lies on the hub."""
+        index = self._file(INDEX)
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index else set()
+        files = [self._file(name) for name in sorted(names or {"model.safetensors"})]
+        self._file("generation_config.json")
+        if None in files:
+            raise UserError(f"model.path={self.path} has no *.safetensors files; pickled weights are not loaded")
+        folder = self._file("config.json")
+        assert folder is not None
+        return folder.parent
+
+    def _own_options(self) -> Values:
+        """Returns what, beside the path, says how the checkpoint is to be read."""
+        common = {f.name for f in fields(Original)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}
