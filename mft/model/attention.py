@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from mft.model.introspect import recurrent
+from mft.model.transformers_private import attends_by_registry, attention_name, is_stateful
 
 SDPA, EAGER, ALIBI = "mft_sdpa", "mft_eager", "mft_alibi"
 PER_SAMPLE = {"sdpa": SDPA, SDPA: SDPA, "eager": EAGER, EAGER: EAGER, ALIBI: ALIBI}
@@ -31,25 +32,25 @@ def attend_per_sample(base: Any) -> bool:
     interface (codegen), that have layers of another kind than attention, or that scale queries by their place in the
     row (llama 4). They get transformers' block mask.
     """
-    config, name = base.config, base.config._attn_implementation
-    if recurrent_layers(base) or name not in PER_SAMPLE or not base._supports_attention_backend:
+    config, name = base.config, attention_name(base)
+    if recurrent_layers(base) or name not in PER_SAMPLE or not attends_by_registry(base):
         return False
     if not set(getattr(config, "layer_types", None) or ()) <= KNOWN_LAYERS:
         return False
     if getattr(config, "attn_temperature_tuning", False):
         return False
     base.set_attn_implementation(PER_SAMPLE[name])
-    return base.config._attn_implementation == PER_SAMPLE[name]
+    return attention_name(base) == PER_SAMPLE[name]
 
 
 def recurrent_layers(base: Any) -> str:
     """Returns which layers of a loaded model carry a state from token to token beside attention, "" if none do."""
-    return recurrent(base.config.to_dict()) or ("recurrent layers" if base._is_stateful else "")
+    return recurrent(base.config.to_dict()) or ("recurrent layers" if is_stateful(base) else "")
 
 
 def described(base: Any) -> str:
     """Returns what computes the attention of a loaded model, for people."""
-    name = base.config._attn_implementation
+    name = attention_name(base)
     own = {SDPA: "sdpa", EAGER: "eager", ALIBI: "ALiBi on sdpa"}
     return f"{own[name]}, sample by sample" if name in own else str(name)
 

@@ -1,4 +1,4 @@
-"""Which implementation of attention is taken: whether flash attention 2 can run, by machine, dtype and model."""
+"""Chooses the attention implementation: whether flash attention 2 can run, by machine, dtype and model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from mft.errors import UserError
 from mft.hardware import visible_gpus
+from mft.model.transformers_private import flash_kernels
 
 FLASH = "flash_attention_2"
 OLDEST = (2, 6)
@@ -22,7 +23,7 @@ HALF = ("bfloat16", "float16", "bf16", "fp16")
 
 
 class Attention(StrEnum):
-    """Implementations of attention a user can ask for; auto = flash_attention_2 where it can run, else sdpa."""
+    """Values of model.attention; auto = flash_attention_2 where it can run, else sdpa."""
 
     auto = "auto"
     sdpa = "sdpa"
@@ -32,12 +33,16 @@ class Attention(StrEnum):
 
 @dataclass(frozen=True)
 class Facts:
-    """What flash attention finds on a machine: version of the package flash-attn, None without it; number of CUDA GPUs
-    and the lowest compute capability among them."""
+    """What flash attention finds on a machine."""
 
     version: tuple[int, int] | None
+    """Of the package flash-attn, None without it."""
+
     gpus: int = 0
+    """Number of CUDA GPUs."""
+
     capability: tuple[int, int] = (0, 0)
+    """The lowest compute capability among them."""
 
     @classmethod
     def here(cls) -> Facts:
@@ -74,9 +79,9 @@ def missing(facts: Facts, dtype: str = HALF[0]) -> str:
 
 def unfit(model_class: Any) -> str:
     """Returns why a class of models cannot use flash attention 2, "" if it can."""
-    if not getattr(model_class, "_supports_flash_attn", False):
+    supported, only = flash_kernels(model_class)
+    if not supported:
         return f"{model_class.__name__} does not support it"
-    only = getattr(model_class, "_compatible_flash_implementations", None)
     if only and FLASH not in only:  # gpt-oss: its sinks are in other kernels alone
         return f"{model_class.__name__} adds to its attention what it does not compute"
     return ""

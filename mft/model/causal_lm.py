@@ -1,7 +1,7 @@
 """A causal language model and its tokenizer, from a folder or the hub, and what its family does differently.
 
-A family is a yaml of conf/model; code only where a family has a quirk: subclass CausalLM and override the method in
-question.
+A family is a yaml of conf/model; code only where a family has a quirk: subclass CausalLM and override the
+method in question.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.errors import UserError, nearest
 from mft.files.checksums import require_sound
-from mft.model import model_folder
+from mft.model import gradient_checkpointing, model_folder
 from mft.model.attention_kernel import Attention, choose_kernel, refuse_flash
-from mft.model.introspect import base_of, logits, parameter_count, plain_head, recurrent
+from mft.model.introspect import base_of, logits, plain_head, recurrent
 from mft.model.loading import Pretrained, load_model
-from mft.model.model_folder import contents_fingerprint, read_config
+from mft.model.model_folder import read_config
 from mft.model.quantised_checkpoint import WeightFormat, refuse_quantised, weight_format
 from mft.model.router_loss import coefficient, routed
 from mft.model.special_tokens import add_new_tokens, check_new_tokens, set_special_tokens, widen_embeddings
+from mft.model.transformers_private import model_class, unsplit_layers
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-CHECKPOINTING_ABOVE = 1_000_000_000
-"""Parameters above which gradient_checkpointing=auto turns checkpointing on."""
 
 
 @dataclass
@@ -49,7 +47,7 @@ class CausalLM:
     """Implementation of attention, see Attention."""
 
     gradient_checkpointing: Any = "auto"
-    """auto | true | false: recompute activations in backward; auto = above CHECKPOINTING_ABOVE parameters."""
+    """auto | true | false: recompute activations in backward; auto = above 1 B parameters."""
 
     eos_token: str | None = None
     """Token that ends an answer; None = the tokenizer's, else that of config.json."""
@@ -84,7 +82,8 @@ class CausalLM:
     # ── checks, before anything is loaded ──
 
     def check(self) -> None:
-        """Raises UserError for what can be known without loading: the path, the attention, gradient checkpointing."""
+        """Raises UserError for what can be known without loading: the path, the attention, gradient
+        checkpointing."""
         self.checkpointing(parameters=0)
         check_new_tokens(self.add_tokens, self.add_special_tokens, self.pad_to_multiple_of)
         if self.router_coef is not None and not self.router_coef >= 0:
@@ -132,12 +131,13 @@ class CausalLM:
         return self.location()
 
     def conversion(self) -> str:
-        """Returns the words for `mft convert` that make `source` of `location`, "" where they are the same."""
+        """Returns the words for `mft convert` that make `source` of `location`, "" where they are the
+        same."""
         return ""
 
     def fingerprint(self) -> str:
-        """Returns a string that differs for different weights: a hash of config, file names, sizes, safetensors headers
-        and samples of their bytes for a folder; name@revision for a hub name."""
+        """Returns a string that differs for different weights: a hash of config, file names, sizes,
+        safetensors headers and samples of their bytes for a folder; name@revision for a hub name."""
         folder = Path(self.location())
         if folder.is_dir():
             return model_folder.folder_fingerprint(folder)
@@ -150,13 +150,9 @@ class CausalLM:
         name there is only that.
         """
         folder = Path(self.location())
-        hashes = {"base model": self.fingerprint()}
-        if folder.is_dir():
-            hashes["base model"] = model_folder.weights_fingerprint(folder, hashes["base model"])
-            hashes["tokenizer"] = contents_fingerprint(folder, model_folder.TOKENIZER_FILES)
-            if self.trust_remote_code:
-                hashes["code"] = contents_fingerprint(folder, ("**/*.py",))
-        return hashes
+        if not folder.is_dir():
+            return {"base model": self.fingerprint()}
+        return model_folder.fingerprints(folder, self.fingerprint(), self.trust_remote_code)
 
     def width(self) -> int | None:
         """Returns the hidden size, as far as the config.json of a folder tells."""
@@ -164,8 +160,8 @@ class CausalLM:
         return size if isinstance(size, int) else None
 
     def weight_format(self) -> WeightFormat:
-        """Returns how the weights are stored, judged without loading any: a folder by its config.json and the headers
-        of its files, a hub name by its config. Raises UserError for what cannot be read."""
+        """Returns how the weights are stored, judged without loading any: a folder by its config.json and the
+        headers of its files, a hub name by its config. Raises UserError for what cannot be read."""
         folder = Path(self.location())
         if folder.is_dir():
             return weight_format(f"model.path={self.path}", read_config(folder), folder)
@@ -222,16 +218,18 @@ class CausalLM:
     ) -> PreTrainedModel:
         """Returns the model in train mode, its weights in `dtype` or quantised.
 
-        compute_dtype: what autocast will compute in, where that differs from dtype (float32 master weights under bf16);
-        attention=auto needs it, since flash attention has no float32 kernel. Raises UserError for a checkpoint that is
-        quantised already, unless by bitsandbytes to the bits that `quantization` asks for.
+        compute_dtype: what autocast will compute in, where that differs from dtype (float32 master weights
+        under bf16); attention=auto needs it, since flash attention has no float32 kernel. Raises UserError
+        for a checkpoint that is quantised already, unless by bitsandbytes to the bits that `quantization`
+        asks for.
         """
         bits = (8 if quantization.load_in_8bit else 4) if quantization else 0
         refuse_quantised(self.path, self.weight_format(), bits)
         return self._load(dtype, quantization, device_map, compute_dtype)
 
     def dequantised(self, dtype: torch.dtype) -> PreTrainedModel:
-        """Returns the model of a quantised checkpoint with the values that its numbers stand for, in `dtype`."""
+        """Returns the model of a quantised checkpoint with the values that its numbers stand for, in
+        `dtype`."""
         return self._load(dtype, dequantise=True)
 
     def _load(
@@ -259,44 +257,29 @@ class CausalLM:
         return model
 
     def attention_for(self, dtype: torch.dtype, factory: Any) -> str:
-        """Returns the attention implementation for computing in `dtype`, with auto resolved; factory: the class of the
-        model, or AutoModelForCausalLM. Raises UserError where flash attention is asked for and cannot run."""
+        """Returns the attention implementation for computing in `dtype`, with auto resolved; factory: the
+        class of the model, or AutoModelForCausalLM. Raises UserError where flash attention is asked for and
+        cannot run."""
         return choose_kernel(self.attention, str(dtype), lambda: self._model_class(factory))
 
     def _model_class(self, factory: Any) -> Any:
         """Returns the class of the model; None where it comes with code of its own."""
         if not hasattr(factory, "_model_mapping"):
             return factory
-        return factory._model_mapping.get(type(self.config()), None)
+        return model_class(self.config())
 
     def checkpointing(self, parameters: int) -> bool:
         """Returns gradient_checkpointing with auto resolved for a model of that many parameters."""
-        options = {"auto": parameters > CHECKPOINTING_ABOVE, "true": True, "false": False}
-        value = str(self.gradient_checkpointing).lower()
-        if value not in options:
-            raise UserError(
-                f"model.gradient_checkpointing={self.gradient_checkpointing!r} is not one of auto, true, false"
-                f"{nearest(value, options)}"
-            )
-        return options[value]
+        return gradient_checkpointing.resolve(self.gradient_checkpointing, parameters)
 
     def checkpoint(self, model: nn.Module) -> bool:
-        """Turns gradient checkpointing on where asked, on a plain or peft model, and returns whether it is on."""
-        on = self.checkpointing(parameter_count(model))
-        if on and not base_of(model).supports_gradient_checkpointing:
-            name = type(base_of(model)).__name__
-            if str(self.gradient_checkpointing).lower() == "true":
-                raise UserError(f"model.gradient_checkpointing=true: {name} does not support it; choose false")
-            log.warning("model.gradient_checkpointing=auto is off: %s does not support it", name)
-            return False
-        if on:
-            # Non-reentrant: the reentrant kind loses gradients of adapters behind a frozen embedding and breaks DDP.
-            base_of(model).activation_checkpointing_enable({"use_reentrant": False})
-        return on
+        """Turns gradient checkpointing on where asked, on a plain or peft model, and returns whether it is
+        on."""
+        return gradient_checkpointing.turn_on(model, self.gradient_checkpointing)
 
     def layer_classes(self, model: nn.Module) -> list[str]:
         """Returns the class names of the decoder layers, the unit of sharding; model: plain or peft."""
-        return list(self.shard_layers) or sorted(base_of(model)._no_split_modules or [])
+        return list(self.shard_layers) or unsplit_layers(base_of(model))
 
     # ── the head ──
 
@@ -305,7 +288,8 @@ class CausalLM:
         return logits(base_of(model), hidden_nH)
 
     def plain_head(self, base: Any) -> bool:
-        """Whether the logits are `hidden @ weight.T` and nothing else, so that the fused cross entropy may be used."""
+        """Whether the logits are `hidden @ weight.T` and nothing else, so that the fused cross entropy may be
+        used."""
         return plain_head(base)
 
     def router_weight(self, base: Any) -> float:

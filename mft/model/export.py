@@ -24,13 +24,13 @@ def save_final(
     origin: Origin | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes an adapter folder (peft) or a model folder (transformers), safetensors, with the tokenizer and its chat
-    template.
+    """Writes an adapter folder (peft) or a model folder (transformers), safetensors, with the tokenizer and
+    its chat template.
 
-    model: a TokenLoss, or the plain or peft model inside it; state_dict: of `model`, as gathered by the engine from all
-    ranks (default: its own); origin: goes into mft.json (default: known from a TokenLoss, else none is written);
-    dtype: of a full model's weights on disk (default: as they are).
-    Rank 0 calls it: inside a process group transformers writes nothing on the others, without an error.
+    model: a TokenLoss, or the plain or peft model inside it; state_dict: of `model`, as gathered by the
+    engine from all ranks (default: its own); origin: goes into mft.json (default: known from a TokenLoss,
+    else none is written); dtype: of a full model's weights on disk (default: as they are). Rank 0 calls it:
+    inside a process group transformers writes nothing on the others, without an error.
     """
     from mft.model.introspect import base_of, with_ties
     from mft.model.legacy.native import plain_rows
@@ -59,8 +59,8 @@ def save_final(
 
 
 def save_native(family: CausalLM, out: Path) -> None:
-    """Writes a checkpoint in its original format, or a quantised one dequantised, as a native folder, its weights in
-    the dtype they have, or that the config of a quantised one names (bfloat16 if none).
+    """Writes a checkpoint in its original format, or a quantised one dequantised, as a native folder, its
+    weights in the dtype they have, or that the config of a quantised one names (bfloat16 if none).
 
     An adapter trained on the one works on the other. Raises UserError when `out` exists already.
     """

@@ -1,10 +1,13 @@
-"""What is inside a loaded model: the model beneath peft, what it does after its head, how many weights it has."""
+"""What is inside a loaded model: the model beneath peft, what it does after its head, how many weights it
+has."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from mft.model.peft_private import new_rows
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +31,8 @@ def decoder_of(base: Any) -> Any:
 
 
 def head_quirks(base: Any) -> dict[str, float]:
-    """Returns what a config does to the logits after the head: granite divides, cohere multiplies, gemma 2 caps
-    softly."""
+    """Returns what a config does to the logits after the head: granite divides, cohere multiplies, gemma 2
+    caps softly."""
     names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     config = base.config.get_text_config()  # a part of it in models that also see: gemma 4
     values = {name: getattr(config, name, None) for name in names}
@@ -41,15 +44,14 @@ def head_logits(head: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
 
     peft's adapter of new rows would copy the whole weight at each call; here only their logits are put in.
     """
-    adapter = getattr(head, "token_adapter", None)
-    if adapter is None or adapter.disable_adapters or adapter.merged:
-        logits_nV: torch.Tensor = head(hidden_nH)
-        return logits_nV
+    if (trained := new_rows(head)) is None:
+        plain_nV: torch.Tensor = head(hidden_nH)
+        return plain_nV
     import torch
 
-    ((name, rows),) = adapter.token_indices.items()
-    logits_nV = adapter.base_layer(hidden_nH)
-    new_nR = hidden_nH @ adapter.trainable_tokens_delta[name].T.to(hidden_nH.dtype)
+    layer, rows, weight_RH = trained
+    logits_nV = layer(hidden_nH)
+    new_nR = hidden_nH @ weight_RH.T.to(hidden_nH.dtype)
     index_R = torch.tensor(rows, device=new_nR.device)
     return logits_nV.index_copy(1, index_R, new_nR.to(logits_nV.dtype))
 
@@ -70,7 +72,8 @@ def logits(base: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
 
 
 def plain_head(base: Any) -> bool:
-    """Whether the logits are `hidden @ weight.T` and nothing else, so that the fused cross entropy may be used."""
+    """Whether the logits are `hidden @ weight.T` and nothing else, so that the fused cross entropy may be
+    used."""
     from torch import nn
 
     head = base.get_output_embeddings()
@@ -86,13 +89,14 @@ def whole_shape(parameter: Any) -> tuple[int, ...]:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Returns the number of parameters; a 4-bit weight holds two in a byte, a weight sharded by ZeRO-3 counts in
-    full."""
+    """Returns the number of parameters; a 4-bit weight holds two in a byte, a weight sharded by ZeRO-3 counts
+    in full."""
     return sum(weight_count(parameter) for parameter in model.parameters())
 
 
 def weight_count(parameter: Any) -> int:
-    """Returns how many weights a parameter stands for, also when it is packed to 4 bits or sharded by ZeRO-3."""
+    """Returns how many weights a parameter stands for, also when it is packed to 4 bits or sharded by
+    ZeRO-3."""
     return math.prod(whole_shape(parameter))
 
 
@@ -103,7 +107,8 @@ def is_tied(base: Any) -> bool:
 
 
 def with_ties(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns a state dict with every name of a tied parameter, of which it has one: an engine gathers it once."""
+    """Returns a state dict with every name of a tied parameter, of which it has one: an engine gathers it
+    once."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -115,8 +120,9 @@ def with_ties(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str
 
 
 def recurrent(config: Mapping[str, Any]) -> str:
-    """Returns which layers of a model (its config.json) carry something from token to token beside attention, "" if
-    none do: a state or a convolution, which no mask keeps from running over the border of two samples."""
+    """Returns which layers of a model (its config.json) carry something from token to token beside attention,
+    "" if none do: a state or a convolution, which no mask keeps from running over the border of two
+    samples."""
     config = config.get("text_config") or config  # of a model that also sees
     kinds = [kind for key in ("layer_types", "layers_block_type") for kind in config.get(key) or ()]
     other = sorted({str(kind) for kind in kinds if not str(kind).endswith("attention") or kind == "linear_attention"})

@@ -1,4 +1,5 @@
-"""Loading from a folder or the hub: transformers' errors as sentences, and the weights checked as they came."""
+"""Loading from a folder or the hub: transformers' errors as sentences, and the weights checked as they
+came."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from mft.model.quantised_checkpoint import (
     WeightFormat,
     cast_unquantised,
     loading_config,
-    save_as_in_memory,
     weight_format,
 )
+from mft.model.transformers_private import fetched, forget_dequantisation
 from mft.model.weights import check_loaded
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class Pretrained:
                 self.source, revision=self.revision, trust_remote_code=self.trust_remote_code, **arguments
             )
         except (OSError, ValueError) as error:
-            # transformers reports what a person got wrong (name, network, licence, no safetensors) as these two.
+            # transformers reports what a person got wrong (name, network, licence, no safetensors) as these
+            # two.
             reason = " ".join(str(error).split())
             if "couldn't connect" in reason:
                 reason = "there is no such folder, the hub cannot be reached, and its files were never fetched before"
@@ -57,13 +59,10 @@ class Pretrained:
 
     def fetched(self) -> Path | None:
         """Returns where the files of a hub name lie once it was loaded, None for a folder."""
-        from transformers.utils import cached_file
-
         if Path(self.source).is_dir():
             return None
-        where = {"revision": self.revision, "local_files_only": True}
-        file = cached_file(self.source, "config.json", _raise_exceptions_for_missing_entries=False, **where)
-        return Path(file).parent if file else None
+        file = fetched(self.source, "config.json", self.revision, local_only=True)
+        return file.parent if file else None
 
 
 def load_model(
@@ -78,8 +77,9 @@ def load_model(
 ) -> Any:
     """Returns a causal LM, every weight of which came from the checkpoint and fits its config.
 
-    weights: how it is stored; config: its config, read only where it is quantised; attention: the implementation, None
-    = transformers' choice; dequantise: turn a quantised checkpoint into the values that its numbers stand for.
+    weights: how it is stored; config: its config, read only where it is quantised; attention: the
+    implementation, None = transformers' choice; dequantise: turn a quantised checkpoint into the values that
+    its numbers stand for.
     """
     from transformers import AutoModelForCausalLM
 
@@ -102,17 +102,18 @@ def load_model(
         **arguments,
     )
     check_loaded(Path(pretrained.source), model, info)
-    if fetched := pretrained.fetched():
-        weight_format(f"model.path={pretrained.path}", read_config(fetched), fetched)
+    if folder := pretrained.fetched():
+        weight_format(f"model.path={pretrained.path}", read_config(folder), folder)
     if weights.bits and dequantise:
         model = model.dequantize(dtype)
     if dequantise:
         cast_unquantised(model, dtype)
     if weights.method:
-        save_as_in_memory(model)
+        forget_dequantisation(model)
     restore_norm_head(model)
-    # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place at the first evaluation, after which
-    # training gradients are wrong (relative error 0.73) while the loss looks right. from_pretrained returns eval mode.
+    # On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in place at the first evaluation, after
+    # which training gradients are wrong (relative error 0.73) while the loss looks right. from_pretrained
+    # returns eval mode.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

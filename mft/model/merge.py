@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Merged:
-    """Result of a merge. difference: largest absolute difference of its logits to base + adapter, on a few sequences;
-    bound: what it had to stay below; effect: largest absolute difference the adapter makes to the base's logits, to
-    compare with."""
+    """Result of a merge; the numbers are in logits, measured on a few sequences."""
 
     folder: Path
     difference: float
+    """Largest absolute difference to base + adapter."""
+
     bound: float
+    """What `difference` had to stay below."""
+
     effect: float
+    """Largest absolute difference that the adapter makes to the base, to compare with."""
 
     def __str__(self) -> str:
         return (

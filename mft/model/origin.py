@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 NOTE = "mft.json"
 CONVERTED = "converted"
-"""Kind of a native folder that stands for another checkpoint: its origin is that checkpoint, not what it was trained
-from."""
+"""Kind of a native folder that stands for another checkpoint: its origin is that checkpoint, not what it was
+trained from."""
 
 FORMER_CLASSES = {"ChatGLM": "chatglm3", "Qwen": "qwen", "Baichuan": "baichuan", "Aquila": "aquila2"}
 """Class of a family in notes of earlier versions, which read original formats on the fly → its choice."""
@@ -37,7 +37,8 @@ class Origin:
     """Branch, tag or commit of a hub name."""
 
     fingerprint: str = ""
-    """Of the checkpoint that the user named (CausalLM.fingerprint), also where it was converted; "" = not known."""
+    """Of the checkpoint that the user named (CausalLM.fingerprint), also where it was converted; "" = not
+    known."""
 
     dtype: str = "float32"
     """Of the base's unquantised weights while training, e.g. bfloat16."""
@@ -49,7 +50,8 @@ class Origin:
     """What was added to its vocabulary (CausalLM.new_tokens), None for nothing."""
 
     converted_from: str = ""
-    """Words for `mft convert` that name the checkpoint in its original format (CausalLM.conversion), "" for others."""
+    """Words for `mft convert` that name the checkpoint in its original format (CausalLM.conversion), "" for
+    others."""
 
     @classmethod
     def of(cls, base: Any, family: CausalLM) -> Origin:
@@ -87,7 +89,8 @@ class Origin:
         return replace(origin, path=base) if base else origin
 
     def family(self, trust_remote_code: bool = False) -> CausalLM:
-        """Returns the base model; raises UserError when it is missing or is not the one that was trained on."""
+        """Returns the base model; raises UserError when it is missing or is not the one that was trained
+        on."""
         where = {"path": self.path, "revision": self.revision, **(self.tokens or {})}
         family = CausalLM(**where, trust_remote_code=trust_remote_code)
         folder = Path(family.location())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mft.errors import UserError, shortened
 from mft.model.quantised_tensors import BNB, READ, WAY_OUT, check_tensors
 from mft.model.safetensors_header import tensors, weight_files
+from mft.model.transformers_private import kept_in_float32
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +28,13 @@ FORMATS = ("float-quantized", "int-quantized", "pack-quantized")
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a checkpoint is quantised. method: quant_method of its config.json, "" for plain weights; settings: all that
-    config.json says about it."""
+    """How the weights of a checkpoint are stored."""
 
     method: str = ""
+    """quant_method of its config.json, "" for plain weights."""
+
     settings: Mapping[str, Any] = field(default_factory=dict)
+    """All that config.json says about the quantisation."""
 
     @property
     def bits(self) -> int:
@@ -155,17 +158,7 @@ def loading_config(config: Any, weights: WeightFormat, computing: torch.dtype | 
 
 def cast_unquantised(model: Any, dtype: torch.dtype) -> None:
     """Casts what transformers left as it was stored while it dequantised: embeddings, norms, the head."""
-    whole = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    kept = kept_in_float32(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not any(part in name for part in whole):
+        if parameter.is_floating_point() and not any(part in name for part in kept):
             parameter.data = parameter.data.to(dtype)
-
-
-def save_as_in_memory(model: Any) -> None:
-    """Makes a model save its weights as they are in memory: transformers would quantise them again, and name no
-    quantisation in the config.json beside them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    used = {tuple(step._original_target_patterns) for step in model._weight_conversions or ()}
-    plain = get_model_conversion_mapping(model)
-    model._weight_conversions = [step for step in plain if tuple(step._original_target_patterns) in used]

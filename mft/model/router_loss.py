@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mft.model.introspect import decoder_of
+from mft.model.transformers_private import recorded_outputs
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef")
 
 def routed(base: Any) -> bool:
     """Whether the decoder of this causal LM hands out the logits of its routers."""
-    recorded = getattr(decoder_of(base), "_can_record_outputs", None) or {}
+    recorded = recorded_outputs(decoder_of(base))
     return "router_logits" in recorded or _own_loss(base) is not None
 
 

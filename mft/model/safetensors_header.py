@@ -1,4 +1,5 @@
-"""Reads the headers of a model folder's safetensors files: which tensors there are, and whether the files are complete.
+"""Reads the headers of a model folder's safetensors files: which tensors there are, and whether the files are
+complete.
 
 Reads no weights, so that a folder of any size is checked in milliseconds.
 """
@@ -26,16 +27,16 @@ class Tensor(NamedTuple):
 
 
 def check_files(folder: Path) -> None:
-    """Raises UserError for a weight file that is cut short or is none, for a shard that is missing, and for shards
-    without an index; reads no weights."""
+    """Raises UserError for a weight file that is cut short or is none, for a shard that is missing, and for
+    shards without an index; reads no weights."""
     for file in sorted(folder.glob("*.safetensors")):
         tensors(file)
     weight_files(folder)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that a model is loaded from, none where there are no safetensors; UserError for shards without
-    an index, or one that is missing."""
+    """Returns the files that a model is loaded from, none where there are no safetensors; UserError for
+    shards without an index, or one that is missing."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return []
@@ -60,7 +61,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensors(file: Path) -> dict[str, Tensor]:
-    """Returns every tensor of a safetensors file, by name; UserError for a file that is cut short or is none."""
+    """Returns every tensor of a safetensors file, by name; UserError for a file that is cut short or is
+    none."""
     stat = file.stat()
     return _header(file, stat.st_size, stat.st_mtime_ns)
 

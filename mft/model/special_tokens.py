@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PADS = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|finetune_right_pad|>")
-"""What vocabularies call a token made for padding where their tokenizer does not name it (Pythia, Llama 3.1)."""
+"""What vocabularies call a token made for padding where their tokenizer does not name it (Pythia, Llama
+3.1)."""
 
 NEW_ROWS = "mft_new_rows"
-"""Attribute of a loaded model: the rows of its embedding that no checkpoint has trained, those of new tokens and those
-that fill it up."""
+"""Attribute of a loaded model: the rows of its embedding that no checkpoint has trained, those of new tokens
+and those that fill it up."""
 
 
 def set_special_tokens(
@@ -34,9 +35,10 @@ def set_special_tokens(
 ) -> None:
     """Sets a tokenizer's EOS and pad token.
 
-    EOS: `eos`, else the tokenizer's, else the model's (config_ids returns eos_token_id of its config: an id, several or
-    None). Pad: `pad`, else the tokenizer's, else one made for it (PADS), else unk, else EOS. path: of the model, for
-    messages. Raises UserError where no EOS is known, and for tokens that the vocabulary does not have.
+    EOS: `eos`, else the tokenizer's, else the model's (config_ids returns eos_token_id of its config: an id,
+    several or None). Pad: `pad`, else the tokenizer's, else one made for it (PADS), else unk, else EOS. path:
+    of the model, for messages. Raises UserError where no EOS is known, and for tokens that the vocabulary
+    does not have.
     """
     end = eos or tokenizer.eos_token or _of_config(tokenizer, config_ids(), path)
     if end is None:
@@ -45,8 +47,8 @@ def set_special_tokens(
             "it here"
         )
     tokenizer.eos_token = require_token(tokenizer, str(end), "model.eos_token")
-    # Padding is tracked by sample_BT, never by id: a pad token that equals EOS hides no trained EOS here. It still
-    # matters to whoever loads the checkpoint and masks by id, so EOS is the last choice.
+    # Padding is tracked by sample_BT, never by id: a pad token that equals EOS hides no trained EOS here. It
+    # still matters to whoever loads the checkpoint and masks by id, so EOS is the last choice.
     vocabulary = tokenizer.get_vocab()
     made = next((token for token in PADS if token in vocabulary), None)
     fill = pad or tokenizer.pad_token or made or tokenizer.unk_token or end
@@ -72,7 +74,8 @@ def as_ids(ids: Any) -> list[int]:
 
 
 def require_token(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> str:
-    """Returns `token` if the vocabulary has it; assigning an unknown one would silently train on the unk token."""
+    """Returns `token` if the vocabulary has it; assigning an unknown one would silently train on the unk
+    token."""
     vocabulary = tokenizer.get_vocab()
     if token not in vocabulary:
         special = [str(t) for t in tokenizer.all_special_tokens] + list(tokenizer.get_added_vocab())
@@ -98,7 +101,8 @@ def check_new_tokens(plain: Sequence[str], special: Sequence[str], multiple: int
 
 
 def add_new_tokens(tokenizer: PreTrainedTokenizerBase, plain: Sequence[str], special: Sequence[str]) -> list[int]:
-    """Adds tokens to a tokenizer and returns their ids; text is matched as it stands, before any normalisation.
+    """Adds tokens to a tokenizer and returns their ids; text is matched as it stands, before any
+    normalisation.
 
     Raises UserError for one that is in the vocabulary already.
     """
@@ -119,8 +123,8 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase, plain: Sequence[str], spe
 def widen_embeddings(model: Any, ids: Sequence[int], multiple: int) -> None:
     """Gives a plain model rows for the ids, its size a multiple of `multiple` if it has to grow.
 
-    All rows that are new begin as the mean of the known ones: a row of zeros or noise would be as likely as any token.
-    It is computed, not drawn, so a base that is widened again is the same.
+    All rows that are new begin as the mean of the known ones: a row of zeros or noise would be as likely as
+    any token. It is computed, not drawn, so a base that is widened again is the same.
     """
     import torch
 
@@ -142,9 +146,9 @@ def widen_embeddings(model: Any, ids: Sequence[int], multiple: int) -> None:
 def trained_rows(base: Any, saved: Sequence[str]) -> dict[str, list[int]] | None:
     """Returns `trainable_token_indices` of a LoraConfig for a model that was widened, None for any other.
 
-    saved: paths of modules trained whole, which need none. An embedding's adapter holds the new rows alone: what is
-    trained, kept by the optimizer and saved is a row a token. Raises UserError for an output layer that peft would
-    compute differently.
+    saved: paths of modules trained whole, which need none. An embedding's adapter holds the new rows alone:
+    what is trained, kept by the optimizer and saved is a row a token. Raises UserError for an output layer
+    that peft would compute differently.
     """
     from torch import nn
 
@@ -166,7 +170,8 @@ def trained_rows(base: Any, saved: Sequence[str]) -> dict[str, list[int]] | None
 
 
 def check_same_tokens(base: Any, adapter: Path) -> None:
-    """Raises UserError unless an adapter to start from was trained with the new tokens of `base`, or with none."""
+    """Raises UserError unless an adapter to start from was trained with the new tokens of `base`, or with
+    none."""
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     indices = config.get("trainable_token_indices") or {}
     theirs = {row for rows in (indices.values() if isinstance(indices, dict) else [indices]) for row in rows}

@@ -41,16 +41,37 @@ class Tiny(CausalLM):
     public_name: ClassVar[str] = "tiny"
 
     path: str = ""
+    """Stays empty."""
+
     cache_dir: str = ""
+    """Where the folder is made, under tiny/."""
+
     hidden_size: int = ranged(64, min=1, max=2**16)
+    """Width of the hidden states."""
+
     intermediate_size: int = ranged(128, min=1, max=2**18)
+    """Width inside the MLP."""
+
     layers: int = ranged(2, min=1, max=1024)
+    """Decoder layers."""
+
     heads: int = ranged(4, min=1)
+    """Attention heads; divides hidden_size."""
+
     kv_heads: int = ranged(2, min=1)
-    vocab_size: int = ranged(512, min=258, max=2**22)  # 256 bytes and two special tokens
+    """Heads of keys and values; divides heads."""
+
+    vocab_size: int = ranged(512, min=258, max=2**22)
+    """Tokens, at least 256 bytes and two special ones; more than the tokenizer has are never used."""
+
     max_positions: int = ranged(4096, min=1, max=2**31 - 1)
+    """Tokens of the longest sequence."""
+
     tied: bool = True
+    """Whether the head shares the embedding's weights."""
+
     seed: int = 0
+    """Of the random weights."""
 
     def _check_path(self) -> None:
         check_ranges(self, "model")
@@ -70,17 +91,8 @@ class Tiny(CausalLM):
         """Returns the checkpoint folder, made under a lock if it is not there yet."""
         from filelock import FileLock
 
-        names = (
-            "hidden_size",
-            "intermediate_size",
-            "layers",
-            "heads",
-            "kv_heads",
-            "vocab_size",
-            "max_positions",
-            "tied",
-        )
-        recipe = {name: getattr(self, name) for name in (*names, "seed")} | {"text": TEXT, "version": 2}
+        names = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "vocab_size", "max_positions")
+        recipe = {name: getattr(self, name) for name in (*names, "tied", "seed")} | {"text": TEXT, "version": 2}
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
         folder = writable(Path(self.cache_dir).expanduser().resolve() / "tiny", "cache_dir") / digest
         if not folder.exists():

@@ -18,6 +18,7 @@ from mft.model.cross_entropy import chunk_rows, linear_nll, module_nll
 from mft.model.introspect import base_of, decoder_of
 from mft.model.model_folder import no_packing
 from mft.model.router_loss import balance_loss
+from mft.model.transformers_private import attention_name
 
 if TYPE_CHECKING:
     from mft.model.causal_lm import CausalLM
@@ -41,7 +42,7 @@ class TokenLoss(nn.Module):
         self.per_sample = attend_per_sample(base)
         # transformers' flash attention sees sample borders in position ids only in a batch of one row: with more rows,
         # packed samples would attend to each other without an error. As one long row the borders hold everywhere.
-        flash = "flash" in (getattr(base.config, "_attn_implementation", None) or "")
+        flash = "flash" in attention_name(base)
         self.one_row = self.per_sample or (flash and not self.recurrent)
         self.apart: bool | None = True if self.one_row or self.recurrent else None  # None: not tried yet
 

@@ -12,17 +12,20 @@ from typing import Any
 from mft.errors import UserError
 from mft.model.introspect import whole_shape
 from mft.model.safetensors_header import Shape, tensors, weight_files
+from mft.model.transformers_private import leftover_weights, zero3_is_on
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Keys of config.json whose absence is mentioned beside a wrong shape, since a default was taken."""
 
 BUFFERS = re.compile(r"rotary_(pos_)?emb\.inv_freq$|(attn|attention)\.(bias|masked_bias|causal_mask)$|(position_ids)$")
-"""Buffers that older releases carry and models make themselves: rotary frequencies, causal masks, positions."""
+"""Buffers that older releases carry and models make themselves: rotary frequencies, causal masks,
+positions."""
 
 
 def check_loaded(source: Path, model: Any, found: Mapping[str, Any]) -> None:
-    """Raises UserError for a model whose checkpoint does not fit config.json: weights of other shapes, none for some of
-    the model, or some that the model does not take, beside those that transformers lists as left out on purpose.
+    """Raises UserError for a model whose checkpoint does not fit config.json: weights of other shapes, none
+    for some of the model, or some that the model does not take, beside those that transformers lists as left
+    out on purpose.
 
     source: the folder, or a hub name; found: loading info of from_pretrained.
     """
@@ -54,28 +57,16 @@ def check_loaded(source: Path, model: Any, found: Mapping[str, Any]) -> None:
 
 
 def _passed_over(source: Path, model: Any) -> set[str]:
-    """Returns the weights of a folder that a model does not take, where transformers does not count them: ZeRO-3."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    if not is_deepspeed_zero3_enabled() or not source.is_dir():
+    """Returns the weights of a folder that a model does not take, where transformers does not count them:
+    ZeRO-3."""
+    if not zero3_is_on() or not source.is_dir():
         return set()
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    steps, state = get_model_conversion_mapping(model), model.state_dict()
-    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    converters = [step for step in steps if isinstance(step, WeightConverter)]
-    names = {
-        rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
-        for file in weight_files(source)
-        for name in tensors(file)
-    }
-    ignored = model._keys_to_ignore_on_load_unexpected or ()
-    return {name for name in names - state.keys() if not any(re.search(pattern, name) for pattern in ignored)}
+    return leftover_weights(model, [name for file in weight_files(source) for name in tensors(file)])
 
 
 def is_former_buffer(name: str, shape: Shape) -> bool:
-    """Whether a tensor that a model does not take is a buffer of an older release, by its name and its shape."""
+    """Whether a tensor that a model does not take is a buffer of an older release, by its name and its
+    shape."""
     if not BUFFERS.search(name):
         return False
     mask = len(shape) == 4 and shape[:2] == (1, 1)

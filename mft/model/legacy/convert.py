@@ -1,6 +1,7 @@
 """Writes the native folder of an original checkpoint: config, weights file by file, tokenizer.
 
-One weight file is in memory at a time, so a checkpoint of any size is converted in what its largest file takes.
+One weight file is in memory at a time, so a checkpoint of any size is converted in what its largest file
+takes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mft.files.checksums import seal
 from mft.model.legacy.layout import Layout, check_weights
 from mft.model.safetensors_header import INDEX, check_files, tensors, weight_files
 from mft.model.save import finish_config
+from mft.model.transformers_private import model_class
 from mft.model.weights import is_former_buffer
 
 if TYPE_CHECKING:
@@ -48,9 +50,9 @@ class OriginalWeights:
 def cached_folder(folder: Path, read: Callable[[], OriginalWeights], finish: Callable[[Path], None]) -> Path:
     """Returns the native folder in the cache, converted under a lock if it is not there yet.
 
-    folder: in the cache, its name says what is in it; read: gives the checkpoint, fetched where it lies on the hub;
-    finish: writes what belongs to the folder beside config and weights. Several processes of a machine may ask at once:
-    one converts, the others wait. A folder under its own name is complete.
+    folder: in the cache, its name says what is in it; read: gives the checkpoint, fetched where it lies on
+    the hub; finish: writes what belongs to the folder beside config and weights. Several processes of a
+    machine may ask at once: one converts, the others wait. A folder under its own name is complete.
     """
     from filelock import FileLock
 
@@ -88,13 +90,13 @@ def _check_space(who: str, files: list[Path], folder: Path) -> None:
 def write_native(checkpoint: OriginalWeights, folder: Path, plain_head: bool) -> None:
     """Writes config and weights natively, the weights in the dtype they have, into an empty folder.
 
-    plain_head: scale the rows of a normalising output layer once, which makes it a plain one; else config.json says
-    what it is, and it stays trainable as such. Raises UserError for weights that are not those of the config.
+    plain_head: scale the rows of a normalising output layer once, which makes it a plain one; else
+    config.json says what it is, and it stays trainable as such. Raises UserError for weights that are not
+    those of the config.
     """
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
 
     from mft.model.legacy.native import NORM_HEAD
 
@@ -104,8 +106,7 @@ def write_native(checkpoint: OriginalWeights, folder: Path, plain_head: bool) ->
     _check_space(checkpoint.who, files, folder)
     stored = {name: (file.name, tensor) for file in files for name, tensor in tensors(file).items()}
     with torch.device("meta"):  # not from_config, which under ZeRO-3 divides the model over ranks
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-        model = model_class(config)
+        model = model_class(config)(config)
     check_weights(checkpoint.who, layout, stored, model)
 
     where: dict[str, str] = {}

@@ -36,18 +36,18 @@ QWEN_EARLY = {
 
 @dataclass
 class ChatGLM(Original):
-    """chatglm2, chatglm3 and codegeex2 -> Glm.
-
-    rope_ratio: what the key of that name in config.json means, which the two generations disagree on: positions
-    (divided by it, chatglm2) or base (multiplied by it, chatglm3). Without the key it does not matter.
-    roles: whether the tokenizer has the four role tokens that came with chatglm3.
-    """
+    """chatglm2, chatglm3 and codegeex2 -> Glm."""
 
     public_name: ClassVar[str] = "chatglm"
     choice = "chatglm3"
 
     rope_ratio: str = "base"
+    """What the key of that name in config.json means, which the two generations disagree on: positions (divided by
+    it, chatglm2) or base (multiplied by it, chatglm3). Without the key it does not matter."""
+
     roles: bool = False
+    """Whether the tokenizer has the four role tokens that came with chatglm3."""
+
     model_type = "chatglm"
     vocabulary = "tokenizer.model"
 

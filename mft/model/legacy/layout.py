@@ -1,4 +1,5 @@
-"""How the weights of the original formats are named and joined on disk, and which native weights they become."""
+"""How the weights of the original formats are named and joined on disk, and which native weights they
+become."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Layout:
         return [name]
 
     def split(self, weight: torch.Tensor, config: Any) -> list[torch.Tensor]:
-        """Returns queries, keys and values of a joint weight [rows, ...]; config: the native one, with its sizes."""
+        """Returns queries, keys and values of a joint weight [rows, ...]; config: the native one, with its
+        sizes."""
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         if not self.per_head:
@@ -87,7 +89,8 @@ AQUILA = Layout()
 
 
 def check_weights(who: str, layout: Layout, stored: Mapping[str, tuple[str, Tensor]], model: Any) -> None:
-    """Raises UserError unless the weights of an original checkpoint are exactly those that its config.json describes.
+    """Raises UserError unless the weights of an original checkpoint are exactly those that its config.json
+    describes.
 
     who: begins the sentence; stored: name → (file, header); model: the native model, on the meta device.
     """

@@ -1,7 +1,8 @@
-"""Native classes that transformers lacks: a decoder with ALiBi (Baichuan-13B), a normalising output layer (Baichuan 2).
+"""Native classes that transformers lacks: a decoder with ALiBi (Baichuan-13B), a normalising output layer
+(Baichuan 2).
 
-Importing this module, also under its older name `mft.model.native`, is all that AutoConfig and AutoModelForCausalLM
-need to load a saved folder of the type `mft_alibi`.
+Importing this module, also under its older name `mft.model.native`, is all that AutoConfig and
+AutoModelForCausalLM need to load a saved folder of the type `mft_alibi`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class AlibiConfig(SmolLM3Config):
 class AlibiForCausalLM(SmolLM3ForCausalLM):
     """Baichuan-13B's architecture; transformers has none with ALiBi, RMSNorm and SwiGLU.
 
-    Its own model type makes a library that lacks this class refuse a saved folder, instead of leaving the positions
-    out without a word.
+    Its own model type makes a library that lacks this class refuse a saved folder, instead of leaving the
+    positions out without a word.
     """
 
     config_class = AlibiConfig
@@ -42,7 +43,8 @@ NORM_HEAD = "mft_norm_head"
 
 
 class NormHead(nn.Linear):
-    """An output layer whose rows are scaled to length 1 in the forward pass; its weight is the one as stored."""
+    """An output layer whose rows are scaled to length 1 in the forward pass; its weight is the one as
+    stored."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(input, F.normalize(self.weight), self.bias)
@@ -55,7 +57,8 @@ def restore_norm_head(model: Any) -> None:
 
 
 def plain_rows(base: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns a state dict as a plain model needs it: the rows of a NormHead, or of a trained copy, scaled to length 1.
+    """Returns a state dict as a plain model needs it: the rows of a NormHead, or of a trained copy, scaled to
+    length 1.
 
     Under a NormHead they mean the same.
     """

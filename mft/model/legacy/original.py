@@ -1,8 +1,10 @@
-"""A checkpoint in its original format, which came with code of its own: checked, and converted when it is first used.
+"""A checkpoint in its original format, which came with code of its own: checked, and converted when it is
+first used.
 
-Nothing of the checkpoint's code is run: its config.json is translated by a class for each family (`families`), its
-weights are renamed and split (`layout`, `convert`), its vocabulary becomes a fast tokenizer (`vocabulary`). What loads,
-trains, saves and merges sees the native folder alone; identity and fingerprints are those of the checkpoint.
+Nothing of the checkpoint's code is run: its config.json is translated by a class for each family
+(`families`), its weights are renamed and split (`layout`, `convert`), its vocabulary becomes a fast tokenizer
+(`vocabulary`). What loads, trains, saves and merges sees the native folder alone; identity and fingerprints
+are those of the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from mft.model.legacy.layout import Layout
 from mft.model.model_folder import read_config
 from mft.model.origin import CONVERTED, Origin, convert_words, write_note
 from mft.model.safetensors_header import INDEX
+from mft.model.transformers_private import fetched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,14 +33,16 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 
 CONVERTER = 1
-"""Raised where the same checkpoint would become another native folder, so that those in caches are made again."""
+"""Raised where the same checkpoint would become another native folder, so that those in caches are made
+again."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Original(CausalLM):
-    """A checkpoint in its original format. Subclasses say which `model_type` they read, and translate its config."""
+    """A checkpoint in its original format. Subclasses say which `model_type` they read, and translate its
+    config."""
 
     cache_dir: str = ""
     """Where the native folder is kept, under native/; "" = $MFT_CACHE, else ~/.cache/mft."""
@@ -61,17 +66,12 @@ class Original(CausalLM):
         return values
 
     def _file(self, name: str) -> Path | None:
-        """Returns a file of the checkpoint, fetched from the hub where it lies there; None if there is none of that
-        name."""
-        from transformers.utils import cached_file
-
+        """Returns a file of the checkpoint, fetched from the hub where it lies there; None if there is none
+        of that name."""
         try:
-            file = cached_file(
-                self.location(), name, revision=self.revision, _raise_exceptions_for_missing_entries=False
-            )
+            return fetched(self.location(), name, self.revision)
         except (OSError, ValueError) as error:
             raise UserError(f"model.path={self.path} cannot be loaded: {error}") from error
-        return Path(file) if file else None
 
     def _check_path(self) -> None:
         super()._check_path()
@@ -143,8 +143,8 @@ class Original(CausalLM):
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the folder's tokenizer.json if it has one, else its own vocabulary as a fast tokenizer.
 
-        Raises UserError when there is no vocabulary, when it cannot be matched exactly, and when tokens were added to
-        it that the original code does not add.
+        Raises UserError when there is no vocabulary, when it cannot be matched exactly, and when tokens were
+        added to it that the original code does not add.
         """
         if not self.vocabulary or self._file("tokenizer.json"):
             from transformers import AutoTokenizer
@@ -165,8 +165,8 @@ class Original(CausalLM):
         return tokenizer
 
     def native_tokenizer(self, file: Path, settings: Values) -> PreTrainedTokenizerBase:
-        """Returns the vocabulary of `file` as a fast tokenizer with the special tokens that the original code gives it;
-        settings: of tokenizer_config.json."""
+        """Returns the vocabulary of `file` as a fast tokenizer with the special tokens that the original code
+        gives it; settings: of tokenizer_config.json."""
         raise NotImplementedError
 
     def _json(self, name: str) -> Values:
@@ -176,7 +176,8 @@ class Original(CausalLM):
     # ── the native folder in the cache ──
 
     def source(self) -> str:
-        """Returns the native folder of this checkpoint, converted into the cache when it is first asked for."""
+        """Returns the native folder of this checkpoint, converted into the cache when it is first asked
+        for."""
         options = {"class": self.public_name, **self._own_options(), "version": CONVERTER}
         key = json.dumps([options, sorted(self.fingerprints().items())], sort_keys=True)
         cache = Path(self.cache_dir or default_cache_dir()).expanduser().resolve()

@@ -1,4 +1,5 @@
-"""Full fine-tuning, and the contract of a `peft` mode: what of a model is trained and how its base is loaded."""
+"""Full fine-tuning, and the contract of a `peft` mode: what of a model is trained and how its base is
+loaded."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 @dataclass
 class Full:
-    """Trains every parameter. The weights are float32 whatever the precision: bf16 cannot hold an update of 1e-5 of its
-    value."""
+    """Trains every parameter. The weights are float32 whatever the precision: bf16 cannot hold an update of
+    1e-5 of its value."""
 
     public_name: ClassVar[str] = "full"
 
@@ -47,8 +48,8 @@ class Full:
 
     @property
     def full_weights_reason(self) -> str:
-        """The setting that makes `attach` read the base's weights, "" for none. Backends that shard the weights before
-        `attach` refuse it."""
+        """The setting that makes `attach` read the base's weights, "" for none. Backends that shard the
+        weights before `attach` refuse it."""
         return ""
 
     def files(self) -> list[Path]:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INITS = ("true", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora")
-"""Initialisations by peft's names: true = B is zero; gaussian: the same with another A; orthogonal: A and B span
-orthogonal spaces; pissa: A and B hold the largest singular values of the weight, which lacks them from then on
-(pissa_niter_N: found by N iterations, faster); olora: the same with a QR decomposition."""
+"""Initialisations by peft's names: true = B is zero; gaussian: the same with another A; orthogonal: A and B
+span orthogonal spaces; pissa: A and B hold the largest singular values of the weight, which lacks them from
+then on (pissa_niter_N: found by N iterations, faster); olora: the same with a QR decomposition."""
 
 NEED_DATA = {
     "eva": "activations on calibration data",
@@ -58,8 +58,8 @@ class Lora(Full):
     """Probability of zeroing an input of the adapters while training."""
 
     targets: Any = None
-    """Modules that get adapters: a list of names, "all-linear", or a regular expression over whole module paths; None =
-    the family's lora_targets, else all linear layers."""
+    """Modules that get adapters: a list of names, "all-linear", or a regular expression over whole module
+    paths; None = the family's lora_targets, else all linear layers."""
 
     experts: bool = False
     """Adapt the routed experts of a mixture of experts, besides `targets`."""
@@ -137,7 +137,8 @@ class Lora(Full):
         return bool(by_name or self.experts or self.router or self.modules_to_save)
 
     def _check_rank(self, width: Any) -> None:
-        """Raises UserError for a rank above the width of the hidden states, which is a side of every matrix."""
+        """Raises UserError for a rank above the width of the hidden states, which is a side of every
+        matrix."""
         if isinstance(width, int) and self.rank > width:
             raise UserError(
                 f"peft.rank={self.rank}: the matrices of this model have no rank above {width}, its hidden size; "
@@ -145,8 +146,9 @@ class Lora(Full):
             )
 
     def _check_parameter_adapter(self, what: str) -> None:
-        """Raises UserError for settings that peft cannot apply to an adapter of a bare parameter, which `what` needs:
-        it adds the update to the weight itself, so there is no input to drop and no layer to decompose."""
+        """Raises UserError for settings that peft cannot apply to an adapter of a bare parameter, which
+        `what` needs: it adds the update to the weight itself, so there is no input to drop and no layer to
+        decompose."""
         for setting, remedy, wrong in (
             (f"peft.dropout={self.dropout}", "peft.dropout=0", self.dropout > 0),
             ("peft.use_dora=true", "peft.use_dora=false", self.use_dora),
@@ -159,7 +161,8 @@ class Lora(Full):
                 )
 
     def _check_sites(self, sites: list[Site], tied: bool) -> None:
-        """Raises UserError for targets that other settings rule out; tied: head and embedding are one weight."""
+        """Raises UserError for targets that other settings rule out; tied: head and embedding are one
+        weight."""
         for site in sites:
             if site.parameter:
                 self._check_parameter_adapter(f"an adapter of {site.path}")
@@ -207,8 +210,8 @@ class Lora(Full):
     def config(self, model: Any, family: CausalLM) -> LoraConfig:
         """Returns what peft is to do to a model, also to one without weights.
 
-        Raises UserError for settings that this model cannot meet: a target that matches nothing, with the names there
-        are; experts of a dense model.
+        Raises UserError for settings that this model cannot meet: a target that matches nothing, with the
+        names there are; experts of a dense model.
         """
         from peft import LoraConfig
 

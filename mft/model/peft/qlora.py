@@ -42,7 +42,8 @@ class QLora(Lora):
     public_name: ClassVar[str] = "qlora"
 
     bits: int = 4
-    """Of a weight of the base: 4 or 8. quant_type, double_quant, compute_dtype and storage_dtype are for 4."""
+    """Of a weight of the base: 4 or 8. quant_type, double_quant, compute_dtype and storage_dtype are for
+    4."""
 
     quant_type: str = "nf4"
     """nf4 (levels for normally distributed weights) or fp4."""
@@ -92,7 +93,8 @@ class QLora(Lora):
             log.warning("model.path=%s is quantised already and keeps its own %s", path, differing)
 
     def _overruled(self, stored: Mapping[str, Any]) -> str:
-        """Returns the settings that have no effect on a base that bitsandbytes has quantised otherwise, "" for none.
+        """Returns the settings that have no effect on a base that bitsandbytes has quantised otherwise, ""
+        for none.
 
         stored: quantization_config of the base's config.json.
         """
@@ -109,11 +111,13 @@ class QLora(Lora):
         return ", ".join(f"{name}={own[name]} (asked: {asked[name]})" for name in differing)
 
     def quantization(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-        """Returns the settings as transformers takes them; compute_dtype: the run's, for a compute_dtype of null."""
+        """Returns the settings as transformers takes them; compute_dtype: the run's, for a compute_dtype of
+        null."""
         import torch
         from transformers import BitsAndBytesConfig
 
-        # given patterns replace transformers' own list, which is the head, and are matched from the start of a path
+        # given patterns replace transformers' own list, which is the head, and are matched from the start of
+        # a path
         names = (*self.skip_modules, *HEADS) if self.skip_modules else ()
         skip = [rf"(?:.*\.)?{re.escape(name)}" for name in names] or None
         if self.bits == 8:
@@ -151,8 +155,8 @@ def _check_skipped(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _unquantised_experts(model: nn.Module, dtype: torch.dtype) -> str:
-    """Returns the sentence about routed experts, which stay unquantised, and what they take in `dtype`; "" for a model
-    without any. model: also one on the meta device."""
+    """Returns the sentence about routed experts, which stay unquantised, and what they take in `dtype`; ""
+    for a model without any. model: also one on the meta device."""
     from mft.model.peft.targets import roles, weights
 
     every = list(weights(model))

@@ -19,21 +19,34 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One kind of module, its path with layer numbers as *.
-
-    adapted, total: modules; trainable, parameters: weights; role: experts | router | ""; experts: routed experts in one
-    such module, 0 elsewhere; bytes: what it takes in memory as loaded; packed: whether it is quantised.
-    """
+    """One kind of module, over all layers."""
 
     kind: str
+    """Its path with layer numbers as *."""
+
     adapted: int
+    """How many of these modules are trained, or have an adapter."""
+
     total: int
+    """How many there are."""
+
     trainable: int
+    """Weights that are trained."""
+
     parameters: int
+    """All weights."""
+
     role: str = ""
+    """experts | router | "" """
+
     experts: int = 0
+    """Routed experts in one such module, 0 elsewhere."""
+
     bytes: int = 0
+    """What it takes in memory as loaded."""
+
     packed: bool = False
+    """Whether it is quantised."""
 
 
 def audit(model: nn.Module) -> list[AuditRow]:
@@ -70,8 +83,8 @@ def audit(model: nn.Module) -> list[AuditRow]:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
-    """Yields each weight with the path that it, or what it is an adapter of, has in the plain model, and its shape, ()
-    for an adapter's."""
+    """Yields each weight with the path that it, or what it is an adapter of, has in the plain model, and its
+    shape, () for an adapter's."""
     wrapped = {  # adapters of bare weights: one module in another, each of which knows its weight
         name: module.parameter_name for name, module in model.named_modules() if hasattr(module, "parameter_name")
     }
@@ -87,7 +100,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
 
 
 def _bytes(parameter: Any) -> int:
-    """Returns the bytes of a parameter in memory, as if it were not divided over ranks, with the scales of 4 bits."""
+    """Returns the bytes of a parameter in memory, as if it were not divided over ranks, with the scales of 4
+    bits."""
     size = (getattr(parameter, "ds_numel", None) or parameter.numel()) * parameter.element_size()
     state = getattr(parameter, "quant_state", None)
     if state is not None:
@@ -103,7 +117,8 @@ def trainable_share(rows: Sequence[AuditRow]) -> float:
 
 
 def notes(rows: Sequence[AuditRow]) -> list[str]:
-    """Returns the sentences about what is easily missed: experts, the router, what quantisation leaves out."""
+    """Returns the sentences about what is easily missed: experts, the router, what quantisation leaves
+    out."""
     found = []
     word = "trained" if all(row.trainable == row.parameters for row in rows) else "adapted"
     experts = [row for row in rows if row.role == "experts" and row.experts]
@@ -126,8 +141,8 @@ def notes(rows: Sequence[AuditRow]) -> list[str]:
 
 
 def table(rows: Sequence[AuditRow]) -> Table:
-    """Returns the audit as a rich table whose names are whole in 80 columns; 0 of 48 x 128: of 48 layers of 128
-    experts."""
+    """Returns the audit as a rich table whose names are whole in 80 columns; 0 of 48 x 128: of 48 layers of
+    128 experts."""
     from rich.table import Table
 
     trainable, parameters = sum(row.trainable for row in rows), sum(row.parameters for row in rows)

@@ -1,19 +1,21 @@
 """Where adapters may sit in a model, and which of them the settings select.
 
-In transformers 5 the routed experts of a layer are one three-dimensional parameter, and most routers hold a bare
-weight: neither is a linear layer, so peft reaches them as parameters (`target_parameters`), not as modules.
+In transformers 5 the routed experts of a layer are one three-dimensional parameter, and most routers hold a
+bare weight: neither is a linear layer, so peft reaches them as parameters (`target_parameters`), not as
+modules.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
 from mft.model.introspect import base_of, is_tied, whole_shape
+from mft.model.peft_private import turns_into_experts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,22 +24,25 @@ log = logging.getLogger(__name__)
 
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-"""Model types whose out_proj peft refuses: their kernels read its weight, so an adapter would not be computed."""
+"""Model types whose out_proj peft refuses: their kernels read its weight, so an adapter would not be
+computed."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place for an adapter.
-
-    path: of the module, or of the parameter for experts; kind: linear | embedding | head | router | experts;
-    parameter: path of the weight that peft has to be told, "" where it wraps the module; packed: whether the weight is
-    quantised.
-    """
+    """A place for an adapter."""
 
     path: str
+    """Of the module; of the parameter for experts."""
+
     kind: str
+    """linear | embedding | head | router | experts"""
+
     parameter: str = ""
+    """Path of the weight that peft has to be given, "" where it wraps the module."""
+
     packed: bool = False
+    """Whether the weight is quantised."""
 
     @property
     def name(self) -> str:
@@ -54,14 +59,16 @@ def adapter_sites(model: nn.Module) -> list[Site]:
     head = base.get_output_embeddings()
     kinds = roles({path: shape for path, _, shape in weights(base)})
     layers = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)]
-    taken = redirected(base, {name.rpartition(".")[2] for name, _ in layers})
+    leaves = {name.rpartition(".")[2] for name, _ in layers}
+    taken = {leaf for leaf in leaves if turns_into_experts(base, leaf)}
     found: list[Site] = []
     for name, module in base.named_modules():
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
         found += [Site(path, "experts", path) for path in own if kinds.get(path) == "experts"]
         leaf, weight = name.rpartition(".")[2], f"{name}.weight"
         if weight in own and kinds.get(weight) == "router":
-            # llama 4's is a linear layer that returns two tensors: its weight can be adapted, it cannot be wrapped
+            # llama 4's is a linear layer that returns two tensors: its weight can be adapted, it cannot be
+            # wrapped
             library = type(module).__module__.partition(".")[0]
             wrapped = isinstance(module, nn.Linear) and library in ("torch", "bitsandbytes") and leaf not in taken
             found.append(Site(name, "router", "" if wrapped else weight))
@@ -95,8 +102,8 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
 def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     """Returns what each weight belongs to, by path: experts, router, or "" for all else.
 
-    They are known by shape, whatever a family calls them: experts have three dimensions [E, ...]; a router lies beside
-    them with one row an expert, or a single one (qwen2_moe's gate of the shared expert).
+    They are known by shape, whatever a family calls them: experts have three dimensions [E, ...]; a router
+    lies beside them with one row an expert, or a single one (qwen2_moe's gate of the shared expert).
     """
     kinds = dict.fromkeys(shapes, "")
     blocks: dict[str, int] = {}
@@ -112,31 +119,9 @@ def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     return kinds
 
 
-def redirected(base: Any, names: Iterable[str]) -> set[str]:
-    """Returns those of the names that peft turns into the fused weights of routed experts on this kind of model.
-
-    It does so to load adapters made before transformers 5, also where linear layers have the same names: deepseek's
-    shared experts and dense layers.
-    """
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    found = set()
-    for name in names:
-        config = LoraConfig(target_modules=[name])
-        try:
-            convert_peft_config_for_transformers(config, base, None)
-        except ValueError:  # half of a fused pair
-            found.add(name)
-            continue
-        if name not in (config.target_modules or ()):
-            found.add(name)
-    return found
-
-
 def select(model: nn.Module, targets: str | list[str], experts: bool, router: bool) -> list[Site]:
-    """Returns the sites that the settings mean: a list of names, "all-linear" (all linear layers but head and router)
-    or a regular expression over whole paths, with the experts and routers on top where asked.
+    """Returns the sites that the settings mean: a list of names, "all-linear" (all linear layers but head and
+    router) or a regular expression over whole paths, with the experts and routers on top where asked.
 
     Raises UserError for what matches nothing, with the nearest names, and for sites that peft cannot adapt.
     """
@@ -197,7 +182,8 @@ def _named(sites: list[Site], targets: str | list[str]) -> list[Site]:
 def for_peft(model: nn.Module, sites: list[Site]) -> tuple[list[str], list[str]]:
     """Returns `target_modules` and `target_parameters` of a LoraConfig that adapts exactly these sites.
 
-    A name stands for all paths that end in it where all of them are meant, so that the adapter's config stays legible.
+    A name stands for all paths that end in it where all of them are meant, so that the adapter's config stays
+    legible.
     """
     base = base_of(model)
     modules = {site.path for site in sites if not site.parameter}
@@ -208,7 +194,8 @@ def for_peft(model: nn.Module, sites: list[Site]) -> tuple[list[str], list[str]]
 
 
 def _shortened(paths: set[str], everything: list[str], parts: int) -> list[str]:
-    """Returns `paths`, with the last `parts` parts in place of all paths that end in them where none other does."""
+    """Returns `paths`, with the last `parts` parts in place of all paths that end in them where none other
+    does."""
 
     def end(path: str) -> str:
         return ".".join(path.split(".")[-parts:])
@@ -218,7 +205,8 @@ def _shortened(paths: set[str], everything: list[str], parts: int) -> list[str]:
 
 
 def full_modules(model: nn.Module, names: list[str], sites: list[Site]) -> tuple[list[str], bool]:
-    """Returns the paths of the modules that are trained in full, and whether embedding and head are among them as one.
+    """Returns the paths of the modules that are trained in full, and whether embedding and head are among
+    them as one.
 
     Raises UserError for a name that matches nothing, for a quantised module, and for one that has an adapter.
     """
