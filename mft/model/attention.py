@@ -1,4 +1,4 @@
-"""Attention sample by sample over one row of whole samples, so that no mask of a packed row is ever made.
+"""Attention sample by sample over one row of samples, so that no mask of a packed row is ever made.
 
 Each function is registered with transformers under a name of its own and is the ordinary attention of that name's kind
 until a forward is given `cu_seq_lens_q`: answering, with its cache and left padding, is untouched.
@@ -63,12 +63,12 @@ def row_of_samples(position_n: torch.Tensor) -> dict[str, Any]:
     """
     n = len(position_n)
     starts = (position_n == 0).nonzero().squeeze(-1).cpu()
-    ends = torch.cat([starts, torch.tensor([n])]).to(torch.int32)  # on the CPU: read as numbers in every layer
-    longest = int(ends.diff().max())
+    borders = torch.cat([starts, torch.tensor([n])]).to(torch.int32)  # on the CPU: read as numbers in every layer
+    longest = int(borders.diff().max())
     return {
         "attention_mask": position_n.new_zeros((1, 1, 1, 1), dtype=torch.bool),
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
         "max_length_q": longest,
         "max_length_k": longest,
     }

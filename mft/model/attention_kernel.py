@@ -61,7 +61,7 @@ class Facts:
         return cls(version, gpus, min(torch.cuda.get_device_capability(i) for i in range(gpus)))
 
 
-def missing(facts: Facts, dtype: str = HALF[0]) -> str:
+def unavailable_reason(facts: Facts, dtype: str = HALF[0]) -> str:
     """Returns why flash attention cannot run on a machine in a computing dtype, e.g. torch.bfloat16 or bf16; "" if it
     can."""
     if facts.version is None:
@@ -77,7 +77,7 @@ def missing(facts: Facts, dtype: str = HALF[0]) -> str:
     return ""
 
 
-def unfit(model_class: Any) -> str:
+def unsupported_reason(model_class: Any) -> str:
     """Returns why a class of models cannot use flash attention 2, "" if it can."""
     supported, only = flash_kernels(model_class)
     if not supported:
@@ -87,25 +87,25 @@ def unfit(model_class: Any) -> str:
     return ""
 
 
-def refuse_flash(asked: str, dtype: str = HALF[0]) -> None:
+def refuse_flash(attention: str, dtype: str = HALF[0]) -> None:
     """Raises UserError where flash attention is asked for and this machine cannot run it in that dtype."""
-    if asked == FLASH and (why := missing(Facts.here(), dtype)):
+    if attention == FLASH and (why := unavailable_reason(Facts.here(), dtype)):
         raise _refusal(why)
 
 
-def choose_kernel(asked: str, dtype: str, model_class: Callable[[], Any]) -> str:
+def choose_kernel(attention: str, dtype: str, model_class: Callable[[], Any]) -> str:
     """Returns the implementation to load a model with, auto resolved.
 
     model_class: gives its class, None where it comes with code of its own, of which auto expects nothing. Raises
     UserError where flash attention is asked for and cannot run.
     """
-    if asked not in ("auto", FLASH):
-        return str(Attention(asked).value)
-    why = missing(Facts.here(), dtype)
+    if attention not in ("auto", FLASH):
+        return str(Attention(attention).value)
+    why = unavailable_reason(Facts.here(), dtype)
     if not why:
-        found = model_class()
-        why = unfit(found) if found else "" if asked == FLASH else "unknown"
-    if why and asked == FLASH:
+        cls = model_class()
+        why = unsupported_reason(cls) if cls else "" if attention == FLASH else "unknown"
+    if why and attention == FLASH:
         raise _refusal(why)
     return "sdpa" if why else FLASH
 

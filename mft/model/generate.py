@@ -63,7 +63,7 @@ class Answerer:
             log.warning("trust_remote_code=true: Python code that comes with the model of %s will be run", self.folder)
         self.tokenizer = tokenizer or CausalLM(str(self.folder), trust_remote_code=trust_remote_code).tokenizer()
         if self.tokenizer.chat_template is None:
-            raise UserError(f"the tokenizer in {self.folder} has no chat template, so it is not known how to ask")
+            raise UserError(f"the tokenizer in {self.folder} has no chat template, so it cannot be asked")
         self.encoder = encoder(self.tokenizer)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load(self.folder, base, dtype, trust_remote_code).to(device).eval()
@@ -100,8 +100,8 @@ def answer(
     if not conversations:
         return []
     device, tokenizer = next(model.parameters()).device, encoder.tokenizer
-    asked = [encoder.encode_prompt(messages(conversation, system)) for conversation in conversations]
-    inputs = padded(tokenizer, asked).to(device)
+    prompts = [encoder.encode_prompt(messages(conversation, system)) for conversation in conversations]
+    inputs = padded(tokenizer, prompts).to(device)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if do_sample else {}
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None):
@@ -130,13 +130,13 @@ def check_options(
     """Raises UserError for values of these options of `answer` with which nothing can be generated."""
     for name, count in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
         if count < 1:
-            raise UserError(f"{name}={count}: allowed are 1 and more")
+            raise UserError(f"{name}={count} must be at least 1")
     for name, factor in (("temperature", temperature), ("repetition_penalty", repetition_penalty)):
         if not 0 < factor < math.inf:
             more = "; do_sample=false takes the likeliest token" if name == "temperature" else ""
-            raise UserError(f"{name}={factor}: allowed are numbers above 0{more}")
+            raise UserError(f"{name}={factor} must be greater than 0{more}")
     if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: allowed are numbers above 0 and up to 1")
+        raise UserError(f"top_p={top_p} must be greater than 0 and at most 1")
 
 
 def padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]) -> Any:
@@ -175,7 +175,7 @@ def load(folder: Path, base: str | None, dtype: torch.dtype | None, trust_remote
 
         return PeftModel.from_pretrained(Origin.read(folder, base).load(trust_remote_code), str(folder))
     if base:
-        raise UserError(f"base={base}: {folder} holds a whole model, not an adapter, and needs no base; leave it out")
+        raise UserError(f"base={base}: {folder} holds a full model, not an adapter, and needs no base; leave it out")
     return CausalLM(str(folder), trust_remote_code=trust_remote_code).model(dtype or saved_dtype(folder))
 
 

@@ -80,7 +80,7 @@ def plain_head(base: Any) -> bool:
     return type(head) is nn.Linear and head.bias is None and not head_quirks(base)
 
 
-def whole_shape(parameter: Any) -> tuple[int, ...]:
+def full_shape(parameter: Any) -> tuple[int, ...]:
     """Returns the shape of a weight, also when it is packed to 4 bits or sharded by ZeRO-3."""
     state = getattr(parameter, "quant_state", None)
     if state is not None and hasattr(state, "shape"):
@@ -97,7 +97,7 @@ def parameter_count(model: nn.Module) -> int:
 def weight_count(parameter: Any) -> int:
     """Returns how many weights a parameter stands for, also when it is packed to 4 bits or sharded by
     ZeRO-3."""
-    return math.prod(whole_shape(parameter))
+    return math.prod(full_shape(parameter))
 
 
 def is_tied(base: Any) -> bool:
@@ -112,11 +112,11 @@ def with_ties(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    found = dict(state_dict)
+    complete = dict(state_dict)
     for same in names.values():
         given = next((name for name in same if name in state_dict), None)
-        found |= {name: state_dict[given] for name in same if given and name not in state_dict}
-    return found
+        complete |= {name: state_dict[given] for name in same if given and name not in state_dict}
+    return complete
 
 
 def recurrent(config: Mapping[str, Any]) -> str:

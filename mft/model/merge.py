@@ -34,13 +34,13 @@ class Merged:
     def __str__(self) -> str:
         return (
             f"largest difference of its logits to base + adapter: {self.difference:.2g} "
-            f"(allowed: {self.bound:.2g}; the adapter's whole effect: {self.effect:.2g})"
+            f"(allowed: {self.bound:.2g}; the adapter's full effect: {self.effect:.2g})"
         )
 
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
 """Largest accepted difference of merged logits, as a share of the largest logit. A half-precision weight rounds the
-update it takes up by up to 2**-9 (bf16) or 2**-12 (fp16) of itself in every layer; a wrong merge is off by its whole
+update it takes up by up to 2**-9 (bf16) or 2**-12 (fp16) of itself in every layer; a wrong merge is off by its full
 effect."""
 
 TOLERANCE_8_BIT = 0.05
@@ -99,7 +99,7 @@ def merge(
     if not difference <= bound:  # also for NaN
         raise UserError(
             f"the merged model differs from base + adapter by {difference:.3g} in its logits, more than {bound:.3g} "
-            f"(the adapter's whole effect is {effect:.3g}); it was left in {part}"
+            f"(the adapter's full effect is {effect:.3g}); it was left in {part}"
         )
     put(part, out)
     return Merged(out, difference, bound, effect)

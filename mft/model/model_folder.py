@@ -50,7 +50,7 @@ def _check_folder(path: str, folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns config.json of a folder, {} where there is none; UserError for one that is no JSON object."""
+    """Returns config.json of a folder, {} where there is none; UserError unless it holds a JSON object."""
     file = folder / "config.json"
     if not file.is_file():
         return {}
@@ -96,8 +96,8 @@ def check_type(path: str, own_code: bool) -> None:
     kind = values.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"model.path={path}: its config.json has no model_type, which says what kind of model it is")
-    known = kind in ORIGINAL_FORMATS or kind.startswith("mft_") or own_code or known_model_type(kind)
-    if not known and kind not in model_types():  # which has types without a folder of their name
+    exists = kind in ORIGINAL_FORMATS or kind.startswith("mft_") or own_code or known_model_type(kind)
+    if not exists and kind not in model_types():  # which has types without a folder of their name
         code = "; it comes with code of its own, which model.trust_remote_code=true would run"
         raise UserError(
             f"model.path={path}: transformers has no model type {kind!r}, which its config.json names"
@@ -172,7 +172,7 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 SMALL = 64 << 20
-"""Bytes of a weight file that is read whole for a run's identity, in 10 ms; of a larger one samples are."""
+"""Bytes of a weight file that is read in full for a run's identity, in 10 ms; of a larger one samples are."""
 
 
 def fingerprints(folder: Path, fingerprint: str, own_code: bool) -> dict[str, str]:

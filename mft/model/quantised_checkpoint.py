@@ -65,8 +65,8 @@ def weight_format(who: str, config: Mapping[str, Any], folder: Path | None) -> W
             f"which cannot be trained; {WAY_OUT}"
         )
     if folder is not None:
-        found = {name: tensor for file in weight_files(folder) for name, tensor in tensors(file).items()}
-        check_tensors(who, stored.method, stored.settings, found, folder)
+        headers = {name: tensor for file in weight_files(folder) for name, tensor in tensors(file).items()}
+        check_tensors(who, stored.method, stored.settings, headers, folder)
     return stored
 
 

@@ -40,9 +40,9 @@ def weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         return []
-    whole, index = folder / "model.safetensors", folder / INDEX
-    if whole.is_file():  # which is read before any index
-        return [whole]
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.is_file():  # which is read before any index
+        return [single]
     if not index.is_file():
         raise UserError(
             f"{folder} has {files[0].name}, but neither model.safetensors nor {INDEX}, which says where weights lie"
@@ -50,7 +50,7 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read: it is no JSON object with a weight_map ({error})") from error
+        raise UserError(f"{index} cannot be read: expected a JSON object with a weight_map ({error})") from error
     there = {file.name for file in files}
     if absent := sorted(named - there):
         raise UserError(
@@ -80,10 +80,10 @@ def _header(file: Path, size: int, changed: int) -> dict[str, Tensor]:
             header = json.loads(start[:length] + stream.read(max(0, length - 64)))
             values = {name: value for name, value in header.items() if name != "__metadata__"}
             end = 8 + length + max((value["data_offsets"][1] for value in values.values()), default=0)
-            found = {name: Tensor(value["dtype"], tuple(value["shape"])) for name, value in values.items()}
+            headers = {name: Tensor(value["dtype"], tuple(value["shape"])) for name, value in values.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file}, {size:,} bytes long, is not a safetensors file: {error}") from error
     if end != size:
         what = "cut short: fetch it again" if size < end else "longer than it should be"
         raise UserError(f"{file} is {size:,} bytes long where its header says {end:,}; it is {what}")
-    return found
+    return headers

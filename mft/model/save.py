@@ -79,19 +79,19 @@ def finish_config(folder: Path, changes: Mapping[str, Any]) -> None:
 def former_names(config: dict[str, Any]) -> dict[str, Any]:
     """Returns what transformers 4 calls values of a config.json: the dtype, the experts of qwen3_moe, and the rotary
     embedding, where it is one and the same in all layers."""
-    found: dict[str, Any] = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
+    former: dict[str, Any] = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
     if config["model_type"] == "qwen3_moe":
-        found["num_experts"] = config["num_local_experts"]
+        former["num_experts"] = config["num_local_experts"]
     rope = config.get("rope_parameters") or {}
     if "rope_theta" not in rope:
-        return found
+        return former
     base, part = ("rotary_emb_base", "rotary_pct") if config["model_type"] == "gpt_neox" else ("rope_theta", PART)
-    found[base] = rope["rope_theta"]
+    former[base] = rope["rope_theta"]
     if PART in rope:
-        found[part] = rope[PART]
+        former[part] = rope[PART]
     if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = rope
-    return found
+        former["rope_scaling"] = rope
+    return former
 
 
 PART = "partial_rotary_factor"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
-from mft.model.introspect import is_tied, whole_shape
+from mft.model.introspect import full_shape, is_tied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,13 +58,13 @@ def set_special_tokens(
 def _of_config(tokenizer: PreTrainedTokenizerBase, ids: Any, path: str) -> str | None:
     """Returns the token of the first of the ids that the vocabulary has; None for no ids."""
     given = as_ids(ids)
-    found = [token for token in map(tokenizer.convert_ids_to_tokens, given) if token is not None]
-    if given and not found:
+    tokens = [token for token in map(tokenizer.convert_ids_to_tokens, given) if token is not None]
+    if given and not tokens:
         raise UserError(
             f"config.json of {path}: eos_token_id={ids} is outside the vocabulary of its tokenizer, which has "
             f"{len(tokenizer)} tokens; name the token that ends an answer with model.eos_token"
         )
-    return str(found[0]) if found else None
+    return str(tokens[0]) if tokens else None
 
 
 def as_ids(ids: Any) -> list[int]:
@@ -123,30 +123,30 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase, plain: Sequence[str], spe
 def widen_embeddings(model: Any, ids: Sequence[int], multiple: int) -> None:
     """Gives a plain model rows for the ids, its size a multiple of `multiple` if it has to grow.
 
-    All rows that are new begin as the mean of the known ones: a row of zeros or noise would be as likely as
+    All rows that are new begin as the mean of the trained ones: a row of zeros or noise would be as likely as
     any token. It is computed, not drawn, so a base that is widened again is the same.
     """
     import torch
 
-    rows = whole_shape(model.get_input_embeddings().weight)[0]
-    known, needed = min(min(ids), rows), max(ids) + 1
+    rows = full_shape(model.get_input_embeddings().weight)[0]
+    trained, needed = min(min(ids), rows), max(ids) + 1
     if needed > rows:
         model.resize_token_embeddings(math.ceil(needed / multiple) * multiple, mean_resizing=False)
-    size = whole_shape(model.get_input_embeddings().weight)[0]
+    size = full_shape(model.get_input_embeddings().weight)[0]
     new = sorted({*ids, *range(rows, size)})
-    ends = [model.get_input_embeddings()] + ([] if is_tied(model) else [model.get_output_embeddings()])
+    embeddings = [model.get_input_embeddings()] + ([] if is_tied(model) else [model.get_output_embeddings()])
     with torch.no_grad():
-        for end in ends:
-            for values in (end.weight, getattr(end, "bias", None)):
+        for layer in embeddings:
+            for values in (layer.weight, getattr(layer, "bias", None)):
                 if values is not None:
-                    values[new] = values[:known].float().mean(0).to(values.dtype)
+                    values[new] = values[:trained].float().mean(0).to(values.dtype)
     setattr(model, NEW_ROWS, new)
 
 
 def trained_rows(base: Any, saved: Sequence[str]) -> dict[str, list[int]] | None:
     """Returns `trainable_token_indices` of a LoraConfig for a model that was widened, None for any other.
 
-    saved: paths of modules trained whole, which need none. An embedding's adapter holds the new rows alone:
+    saved: paths of modules trained in full, which need none. An embedding's adapter holds the new rows alone:
     what is trained, kept by the optimizer and saved is a row a token. Raises UserError for an output layer
     that peft would compute differently.
     """
@@ -157,15 +157,15 @@ def trained_rows(base: Any, saved: Sequence[str]) -> dict[str, list[int]] | None
         return None
     head = base.get_output_embeddings()
     paths = {id(module): path for path, module in base.named_modules()}
-    ends = {paths[id(end)]: end for end in (base.get_input_embeddings(), head)}
-    left = {path: end for path, end in ends.items() if path not in saved}
+    embeddings = {paths[id(layer)]: layer for layer in (base.get_input_embeddings(), head)}
+    left = {path: layer for path, layer in embeddings.items() if path not in saved}
     if head in left.values() and (type(head) is not nn.Linear or head.bias is not None):
         raise UserError(
             f"model.add_tokens: the output layer of {type(base).__name__} is more than a matrix, so single rows of it "
-            f"cannot be trained; train it whole with peft.modules_to_save=[{paths[id(head)]}], or use peft=full"
+            f"cannot be trained; train it in full with peft.modules_to_save=[{paths[id(head)]}], or use peft=full"
         )
     if is_tied(base):  # peft ties the other one by itself
-        left = {path: end for path, end in left.items() if end is not head}
+        left = {path: layer for path, layer in left.items() if layer is not head}
     return dict.fromkeys(left, new) or None
 
 
@@ -176,11 +176,11 @@ def check_same_tokens(base: Any, adapter: Path) -> None:
     indices = config.get("trainable_token_indices") or {}
     theirs = {row for rows in (indices.values() if isinstance(indices, dict) else [indices]) for row in rows}
     ours = set(getattr(base, NEW_ROWS, ()))
-    whole = {path.rpartition(".")[2] for path in config.get("modules_to_save") or ()}
+    saved = {path.rpartition(".")[2] for path in config.get("modules_to_save") or ()}
     embedding = next(n for n, m in base.named_modules() if m is base.get_input_embeddings())
-    if not theirs and (not ours or embedding.rpartition(".")[2] in whole):
+    if not theirs and (not ours or embedding.rpartition(".")[2] in saved):
         return
-    if theirs != ours or max(theirs) >= whole_shape(base.get_input_embeddings().weight)[0]:
+    if theirs != ours or max(theirs) >= full_shape(base.get_input_embeddings().weight)[0]:
         raise UserError(
             f"peft.path={adapter} was trained with {len(theirs) or 'no'} new rows of the embedding, not with "
             f"{len(ours) or 'none'}: give the same model.add_tokens and model.add_special_tokens as its run"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError
-from mft.model.introspect import whole_shape
+from mft.model.introspect import full_shape
 from mft.model.safetensors_header import Shape, tensors, weight_files
 from mft.model.transformers_private import leftover_weights, zero3_is_on
 
@@ -22,29 +22,29 @@ BUFFERS = re.compile(r"rotary_(pos_)?emb\.inv_freq$|(attn|attention)\.(bias|mask
 positions."""
 
 
-def check_loaded(source: Path, model: Any, found: Mapping[str, Any]) -> None:
+def check_loaded(source: Path, model: Any, info: Mapping[str, Any]) -> None:
     """Raises UserError for a model whose checkpoint does not fit config.json: weights of other shapes, none
     for some of the model, or some that the model does not take, beside those that transformers lists as left
     out on purpose.
 
-    source: the folder, or a hub name; found: loading info of from_pretrained.
+    source: the folder, or a hub name; info: loading info of from_pretrained.
     """
     kind = type(model).__name__
-    wrong = [(name, tuple(there), tuple(expected)) for name, there, expected in found["mismatched_keys"]]
+    wrong = [(name, tuple(there), tuple(expected)) for name, there, expected in info["mismatched_keys"]]
     for name, module in model.named_modules():
         if type(module).__module__.startswith("bitsandbytes"):  # transformers quantises weights of whatever shape
             expected = (module.out_features, module.in_features)
-            if (there := whole_shape(module.weight)) != expected:
+            if (there := full_shape(module.weight)) != expected:
                 wrong.append((f"{name}.weight", there, expected))
     if wrong:
         others = f"; {len(wrong) - 1} more do not fit" if len(wrong) > 1 else ""
         raise UserError(
             f"model.path={source}: {_mismatch(source, model, min(wrong))}{others}{_defaults(source, model)}"
         )
-    unexpected = found["unexpected_keys"] | _passed_over(source, model)
+    unexpected = info["unexpected_keys"] | _passed_over(source, model)
     unknown = sorted(name for name in unexpected if not is_former_buffer(name, _shape(name, source)))
     of_other = f"; {source} has {unknown[0]}{and_others(len(unknown))} instead" if unknown else ""
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"model.path={source} lacks the weight {missing[0]} of a {kind}{and_others(len(missing))}: it would be "
             f"trained from random values{of_other}{_defaults(source, model)}"

@@ -13,7 +13,7 @@ from mft.config.build import build, check
 from mft.config.compose import compose_resolved
 from mft.errors import UserError
 from mft.model.attention import ALIBI
-from mft.model.attention_kernel import Facts, missing
+from mft.model.attention_kernel import Facts, unavailable_reason
 from mft.model.causal_lm import CausalLM
 from tests.model import originals
 from tests.model.families import FAMILIES
@@ -42,7 +42,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_the_machine_lacks(facts: Facts, dtype: str, why: str) -> None:
-    assert missing(facts, dtype) == why
+    assert unavailable_reason(facts, dtype) == why
 
 
 @pytest.mark.usefixtures("ampere")
@@ -91,4 +91,4 @@ def test_this_machine_is_asked() -> None:
     facts = Facts.here()
     family = CausalLM("unused")
     taken = family.attention_for(torch.bfloat16, transformers.LlamaForCausalLM)
-    assert (taken == "flash_attention_2") == (not missing(facts))
+    assert (taken == "flash_attention_2") == (not unavailable_reason(facts))

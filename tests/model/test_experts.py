@@ -103,7 +103,7 @@ def test_what_only_the_model_can_tell_is_refused_at_loading(tiny) -> None:
         UserError, match=r"dropout=0\.1 cannot be combined with an adapter of model.layers.0.mlp.experts"
     ):
         Lora(targets=["experts.down_proj"], dropout=0.1).attach(mixture("mixtral"), family_of("mixtral"))
-    with pytest.raises(UserError, match=r"peft\.experts=true: this model is no mixture of experts"):
+    with pytest.raises(UserError, match=r"peft\.experts=true: this model is not a mixture of experts"):
         Lora(experts=True).attach(tiny.model(torch.float32), tiny)
 
 

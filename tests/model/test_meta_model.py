@@ -38,8 +38,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("name", "peft", "message"),
     [
-        ("dense", Lora(experts=True), r"peft\.experts=true: this model is no mixture of experts"),
-        ("dense", Lora(router=True), r"peft\.router=true: this model is no mixture of experts"),
+        ("dense", Lora(experts=True), r"peft\.experts=true: this model is not a mixture of experts"),
+        ("dense", Lora(router=True), r"peft\.router=true: this model is not a mixture of experts"),
         ("dense", Lora(targets=["qproj"]), r"'qproj' matches no module; .*; did you mean q_proj"),
         ("dense", Lora(targets=r".*\.attn\..*"), r"the regular expression .* matches no module"),
         ("dense", Lora(targets=["lm_head"]), r"lm_head shares its weight with the embedding"),
@@ -95,6 +95,6 @@ def test_a_skeleton_has_the_layers_and_no_weights(folders: dict[str, Path]) -> N
 
 def test_a_run_is_refused_before_it_starts(tmp_path: Path, cache_dir: Path) -> None:
     settings = ["model=tiny", f"cache_dir={cache_dir}", two_tasks(tmp_path), "peft=lora"]
-    with pytest.raises(UserError, match=r"peft\.experts=true: this model is no mixture of experts"):
+    with pytest.raises(UserError, match=r"peft\.experts=true: this model is not a mixture of experts"):
         check(compose_resolved([*settings, "peft.experts=true"]), world=1)
     check(compose_resolved([*settings, "peft.targets=[q_proj]"]), world=1)

@@ -96,7 +96,7 @@ FILES: list[tuple[Callable[[Path], None], str]] = [
         loose,
         r"has model-00001-of-00002\.safetensors, but neither model\.safetensors nor model\.safetens",
     ),
-    (no_map, r"index\.json cannot be read: it is no JSON object with a weight_map"),
+    (no_map, r"index\.json cannot be read: expected a JSON object with a weight_map"),
     (no_json, r"config\.json is not JSON: Expecting property name"),
     (
         lambda f: settings(f, model_type="lama"),
@@ -267,7 +267,7 @@ def test_original_weights_that_contradict_the_config(
     ("values", "message"),
     [
         ({"hidden_size": None}, r"its config\.json has no hidden_size, which qwen has"),
-        ({"hidden_size": "64"}, r"hidden_size='64' in its config\.json is no number above 0"),
+        ({"hidden_size": "64"}, r"hidden_size='64' in its config\.json must be a number greater than 0"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 in its"),
         ({"model_type": "qwn"}, "is of model type 'qwn', not 'qwen'"),
     ],

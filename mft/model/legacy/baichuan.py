@@ -56,18 +56,18 @@ class Baichuan(Original):
 
     def normalises(self, values: Values) -> bool:
         """Whether a checkpoint with this config.json has a normalising output layer."""
-        asked = str(self.norm_head).lower()
-        if asked != "auto":
-            return asked == "true"
+        value = str(self.norm_head).lower()
+        if value != "auto":
+            return value == "true"
         if "z_loss_weight" in values:
             return True
-        known = {125_696: True, 64_000: False}
-        if values.get("vocab_size") not in known:
+        by_vocabulary = {125_696: True, 64_000: False}
+        if values.get("vocab_size") not in by_vocabulary:
             raise UserError(
                 f"model.path={self.path}: a vocabulary of {values.get('vocab_size')} does not tell Baichuan from "
                 "Baichuan 2; say model.norm_head=true for Baichuan 2, false for Baichuan"
             )
-        return known[values["vocab_size"]]
+        return by_vocabulary[values["vocab_size"]]
 
     def native(self, values: Values) -> tuple[Layout, str, Values]:
         self._need(values, z_loss_weight=0)

@@ -94,10 +94,10 @@ class Original(CausalLM):
     def _need(self, values: Values, **expected: Any) -> None:
         """Raises UserError where a setting differs from the only one that the native class can compute."""
         for name, value in expected.items():
-            found = values.get(name, value)
-            if found != value:
+            given = values.get(name, value)
+            if given != value:
                 raise UserError(
-                    f"model.path={self.path}: {name}={found!r} in its config.json has no native counterpart, only "
+                    f"model.path={self.path}: {name}={given!r} in its config.json has no native counterpart, only "
                     f"{value!r} has"
                 )
 
@@ -106,15 +106,17 @@ class Original(CausalLM):
             raise UserError(f"model.path={self.path}: its config.json has no {name}, which {self.model_type} has")
         value = values[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"model.path={self.path}: {name}={value!r} in its config.json is no number above 0")
+            raise UserError(
+                f"model.path={self.path}: {name}={value!r} in its config.json must be a number greater than 0"
+            )
         return value
 
-    def _divides(self, values: Values, part: str, whole: str) -> None:
+    def _divides(self, values: Values, part: str, total: str) -> None:
         """Raises UserError where a count does not divide another."""
-        if self._get(values, whole) % self._get(values, part):
+        if self._get(values, total) % self._get(values, part):
             raise UserError(
-                f"model.path={self.path}: {part}={values[part]} in its config.json does not divide {whole}="
-                f"{values[whole]}"
+                f"model.path={self.path}: {part}={values[part]} in its config.json does not divide {total}="
+                f"{values[total]}"
             )
 
     def native(self, values: Values) -> tuple[Layout, str, Values]:

@@ -35,7 +35,7 @@ def convert(folder: Path) -> list[Path]:
         raise UserError(f"{folder} has {there[0].name} already; models are loaded from it")
     stored = weight_format(str(folder), read_config(folder), None)
     where: dict[str, str] = {}
-    found: dict[str, Tensor] = {}
+    headers: dict[str, Tensor] = {}
     size = 0
     for file in files:
         weights = read(file)
@@ -45,10 +45,10 @@ def convert(folder: Path) -> list[Path]:
         save_file(tensors, target.with_suffix(".tmp"), metadata={"format": "pt"})
         follow_umask([target.with_suffix(".tmp")])
         where |= dict.fromkeys(tensors, target.name)
-        found |= header(target.with_suffix(".tmp"))
+        headers |= header(target.with_suffix(".tmp"))
         size += sum(tensor.nbytes for tensor in tensors.values())
     try:
-        check_tensors(str(folder), stored.method, stored.settings, found, folder)
+        check_tensors(str(folder), stored.method, stored.settings, headers, folder)
     except UserError:
         for name in set(where.values()):
             (folder / name).with_suffix(".tmp").unlink()

@@ -52,10 +52,10 @@ class AuditRow:
 def audit(model: nn.Module) -> list[AuditRow]:
     """Returns, per kind of module and in the model's order, how many are trained or adapted and with how many
     weights."""
-    found = list(_weights(model))
-    kinds = roles({path: shape for path, _, shape in found if shape})
+    every = list(_weights(model))
+    kinds = roles({path: shape for path, _, shape in every if shape})
     rows: dict[str, dict[str, Any]] = {}
-    for path, parameter, shape in found:
+    for path, parameter, shape in every:
         module = path.removesuffix(".weight").removesuffix(".bias")
         row = rows.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", module), {"modules": {}, "values": [0, 0, 0]})
         row["modules"][module] = row["modules"].get(module, False) or parameter.requires_grad
@@ -119,29 +119,29 @@ def trainable_share(rows: Sequence[AuditRow]) -> float:
 def notes(rows: Sequence[AuditRow]) -> list[str]:
     """Returns the sentences about what is easily missed: experts, the router, what quantisation leaves
     out."""
-    found = []
+    remarks = []
     word = "trained" if all(row.trainable == row.parameters for row in rows) else "adapted"
     experts = [row for row in rows if row.role == "experts" and row.experts]
     if experts:
         each = max(row.experts for row in experts)
         adapted = max((row.experts * row.adapted // row.total for row in experts), default=0)
         how = "" if adapted else "; peft.experts=true adapts them"
-        found.append(f"experts: {adapted} of {each} {word} (in each of {max(r.total for r in experts)} layers){how}")
+        remarks.append(f"experts: {adapted} of {each} {word} (in each of {max(r.total for r in experts)} layers){how}")
     routers = [row for row in rows if row.role == "router"]
     if routers:
         adapted, total = sum(row.adapted for row in routers), sum(row.total for row in routers)
-        found.append(f"router: {adapted} of {total} {word}")
+        remarks.append(f"router: {adapted} of {total} {word}")
     if experts and any(row.packed for row in rows):
-        size, whole = sum(row.bytes for row in experts), sum(row.bytes for row in rows)
-        found.append(
+        size, total = sum(row.bytes for row in experts), sum(row.bytes for row in rows)
+        remarks.append(
             f"experts are not quantised (bitsandbytes quantises linear layers only): they take "
-            f"{size / GIB:.3g} of {whole / GIB:.3g} GiB"
+            f"{size / GIB:.3g} of {total / GIB:.3g} GiB"
         )
-    return found
+    return remarks
 
 
 def table(rows: Sequence[AuditRow]) -> Table:
-    """Returns the audit as a rich table whose names are whole in 80 columns; 0 of 48 x 128: of 48 layers of
+    """Returns the audit as a rich table that shows every name in 80 columns; 0 of 48 x 128: of 48 layers of
     128 experts."""
     from rich.table import Table
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
-from mft.model.introspect import base_of, is_tied, whole_shape
+from mft.model.introspect import base_of, full_shape, is_tied
 from mft.model.peft_private import turns_into_experts
 
 if TYPE_CHECKING:
@@ -61,21 +61,21 @@ def adapter_sites(model: nn.Module) -> list[Site]:
     layers = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)]
     leaves = {name.rpartition(".")[2] for name, _ in layers}
     taken = {leaf for leaf in leaves if turns_into_experts(base, leaf)}
-    found: list[Site] = []
+    sites: list[Site] = []
     for name, module in base.named_modules():
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-        found += [Site(path, "experts", path) for path in own if kinds.get(path) == "experts"]
+        sites += [Site(path, "experts", path) for path in own if kinds.get(path) == "experts"]
         leaf, weight = name.rpartition(".")[2], f"{name}.weight"
         if weight in own and kinds.get(weight) == "router":
             # llama 4's is a linear layer that returns two tensors: its weight can be adapted, it cannot be
             # wrapped
             library = type(module).__module__.partition(".")[0]
             wrapped = isinstance(module, nn.Linear) and library in ("torch", "bitsandbytes") and leaf not in taken
-            found.append(Site(name, "router", "" if wrapped else weight))
+            sites.append(Site(name, "router", "" if wrapped else weight))
         elif isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             kind = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "linear"
-            found.append(Site(name, kind, weight if leaf in taken else "", packed(module.weight)))
-    return found
+            sites.append(Site(name, kind, weight if leaf in taken else "", packed(module.weight)))
+    return sites
 
 
 def packed(weight: Any) -> bool:
@@ -84,7 +84,7 @@ def packed(weight: Any) -> bool:
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
-    """Yields path, parameter and whole shape of every weight, as the modules hold them; a tied one once."""
+    """Yields path, parameter and full shape of every weight, as the modules hold them; a tied one once."""
     from torch import nn
 
     seen: set[int] = set()
@@ -95,7 +95,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
             seen.add(id(parameter))
             # under fsdp the packed weights of all ranks but the first do not know their shape yet
             of_linear = isinstance(module, nn.Linear) and own == "weight"
-            shape = (module.out_features, module.in_features) if of_linear else whole_shape(parameter)
+            shape = (module.out_features, module.in_features) if of_linear else full_shape(parameter)
             yield f"{name}.{own}" if name else own, parameter, shape
 
 
@@ -140,11 +140,11 @@ def select(model: nn.Module, targets: str | list[str], experts: bool, router: bo
         wanted = [site for site in wanted if site not in refused]
     else:
         wanted = _named(sites, targets)
-    for role, asked in (("experts", experts), ("router", router)):
+    for role, wants in (("experts", experts), ("router", router)):
         of_kind = [site for site in sites if site.kind == role]
-        if asked and not of_kind:
-            raise UserError(f"peft.{role}=true: this model is no mixture of experts; remove it")
-        wanted += of_kind if asked else []
+        if wants and not of_kind:
+            raise UserError(f"peft.{role}=true: this model is not a mixture of experts; remove it")
+        wanted += of_kind if wants else []
     for site in wanted:
         if site in refused:
             raise UserError(
@@ -213,7 +213,7 @@ def full_modules(model: nn.Module, names: list[str], sites: list[Site]) -> tuple
     base: Any = base_of(model)
     paths = [path for path, module in base.named_modules() if path and any(True for _ in module.parameters())]
     leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()))
-    found: list[str] = []
+    selected: list[str] = []
     for name in names:
         of_name = [path for path in paths if path == name or path.endswith(f".{name}")]
         if not of_name:
@@ -221,8 +221,8 @@ def full_modules(model: nn.Module, names: list[str], sites: list[Site]) -> tuple
                 f"peft.modules_to_save: the name {name!r} matches no module; this model has {', '.join(leaves)}"
                 f"{nearest(name, leaves)}"
             )
-        found += [path for path in of_name if path not in found]
-    for path in found:
+        selected += [path for path in of_name if path not in selected]
+    for path in selected:
         if any(map(packed, base.get_submodule(path).parameters())):
             raise UserError(
                 f"peft.modules_to_save: {path} is quantised and cannot be trained in full; leave it out, or keep it "
@@ -230,10 +230,10 @@ def full_modules(model: nn.Module, names: list[str], sites: list[Site]) -> tuple
             )
         if inside := [site.path for site in sites if f"{site.path}.".startswith(f"{path}.")]:
             raise UserError(f"peft.modules_to_save: {path} is trained in full, but {inside[0]} is one of peft.targets")
-    ends = [
+    embeddings = [
         path
         for path, module in base.named_modules()
         if module in (base.get_input_embeddings(), base.get_output_embeddings())
     ]
-    tied = is_tied(base) and any(path in found for path in ends)
-    return ([path for path in found if path not in ends] + ends if tied else found), tied
+    tied = is_tied(base) and any(path in selected for path in embeddings)
+    return ([path for path in selected if path not in embeddings] + embeddings if tied else selected), tied
