@@ -14,7 +14,8 @@ from mft.model.transformers_private import flash_kernels
 
 FLASH = "flash_attention_2"
 OLDEST = (2, 6)
-"""Version of flash-attn that came with soft caps: transformers leaves them out, without a word, under an older one."""
+"""Version of flash-attn that came with soft caps: transformers leaves them out, without a word, under an
+older one."""
 
 AMPERE = (8, 0)
 """Compute capability that its kernels need."""
@@ -62,8 +63,8 @@ class Facts:
 
 
 def unavailable_reason(facts: Facts, dtype: str = HALF[0]) -> str:
-    """Returns why flash attention cannot run on a machine in a computing dtype, e.g. torch.bfloat16 or bf16; "" if it
-    can."""
+    """Returns why flash attention cannot run on a machine in a computing dtype, e.g. torch.bfloat16 or bf16;
+    "" if it can."""
     if facts.version is None:
         return "the package flash-attn is not installed"
     if facts.version < OLDEST:
@@ -96,8 +97,8 @@ def refuse_flash(attention: str, dtype: str = HALF[0]) -> None:
 def choose_kernel(attention: str, dtype: str, model_class: Callable[[], Any]) -> str:
     """Returns the implementation to load a model with, auto resolved.
 
-    model_class: gives its class, None where it comes with code of its own, of which auto expects nothing. Raises
-    UserError where flash attention is asked for and cannot run.
+    model_class: gives its class, None where it comes with code of its own, of which auto expects nothing.
+    Raises UserError where flash attention is asked for and cannot run.
     """
     if attention not in ("auto", FLASH):
         return str(Attention(attention).value)

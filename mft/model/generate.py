@@ -1,4 +1,4 @@
-"""Answers of a trained folder, asked in the very ids it was trained on."""
+"""Generates answers with a trained model, prompted with exactly the token ids it was trained on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Conversation = str | Sequence[Message | Mapping[str, str]]
-"""A prompt of one user turn, or messages with `role` (system, user or human, assistant or bot) and `content`."""
+"""A prompt of one user turn, or messages with `role` (system, user or human, assistant or bot) and
+`content`."""
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 
 class PromptEncoder(Protocol):
-    """Encodes conversations as training did; `mft.data.tokenize.Encoder` is one. Handed in, as models know no data."""
+    """Encodes conversations as training did; `mft.data.tokenize.Encoder` is one. Handed in, as models know no
+    data."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -37,12 +39,13 @@ class PromptEncoder(Protocol):
 
 
 class Answerer:
-    """A trained folder, ready to answer: a run folder (its final/), a checkpoint, an adapter or a model folder.
+    """A trained folder, ready to answer: a run folder (its final/), a checkpoint, an adapter or a model
+    folder.
 
-    encoder: makes the prompt encoder of a saved tokenizer, `Encoder.saved`; tokenizer: instead of the folder's own, to
-    ask an untrained base in the form of a fine-tuned one; base: where the adapter's base model is, if not where
-    mft.json says; device: default cuda if there is one; dtype: of a full model's weights (default: as saved). An
-    adapter runs on the base as it was trained: same dtype, same quantisation.
+    encoder: makes the prompt encoder of a saved tokenizer, `Encoder.saved`; tokenizer: instead of the
+    folder's own, to ask an untrained base in the form of a fine-tuned one; base: where the adapter's base
+    model is, if not where mft.json says; device: default cuda if there is one; dtype: of a full model's
+    weights (default: as saved). An adapter runs on the base as it was trained: same dtype, same quantisation.
     """
 
     def __init__(
@@ -87,11 +90,12 @@ def answer(
     seed: int | None = None,
     together: bool = False,
 ) -> list[str]:
-    """Returns one answer for each conversation, all generated as one batch by a plain or peft model in eval mode.
+    """Returns one answer for each conversation, all generated as one batch by a plain or peft model in eval
+    mode.
 
-    system: a system message put before each that has none; seed: makes sampling repeatable, and keeps the random state
-    outside; together: all ranks ask the same, and none stops before the others, since they hold the model's parts.
-    Raises UserError as `check_options`.
+    system: a system message put before each that has none; seed: makes sampling repeatable, and keeps the
+    random state outside; together: all ranks ask the same, and none stops before the others, since they hold
+    the model's parts. Raises UserError as `check_options`.
     """
     import torch
 
@@ -149,23 +153,24 @@ def padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]) -> 
 
 
 def messages(conversation: Conversation, system: str | None = None) -> list[Message]:
-    """Returns a conversation as messages; UserError for an unknown role or a turn without role and content."""
+    """Returns a conversation as messages; UserError for an unknown role or a turn without role and
+    content."""
     turns = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
-    found = []
+    parsed = []
     for turn in turns:
         if isinstance(turn, Message):
-            found.append(turn)
+            parsed.append(turn)
             continue
         missing = [key for key in ("role", "content") if not isinstance(turn.get(key), str)]
         if missing:
             raise UserError(f"a turn to be answered needs the text {missing[0]}: {shortened(dict(turn))}")
         if turn["role"] not in ROLES:
             allowed = ", ".join(ROLES)
-            raise UserError(f"a turn to be answered has the role {turn['role']!r}; allowed: {allowed}")
-        found.append(Message(ROLES[turn["role"]], turn["content"]))
-    if system and not (found and found[0].role == "system"):
-        found.insert(0, Message("system", system))
-    return found
+            raise UserError(f"a turn to be answered has the role {turn['role']!r}. Allowed: {allowed}")
+        parsed.append(Message(ROLES[turn["role"]], turn["content"]))
+    if system and not (parsed and parsed[0].role == "system"):
+        parsed.insert(0, Message("system", system))
+    return parsed
 
 
 def load(folder: Path, base: str | None, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
@@ -180,7 +185,8 @@ def load(folder: Path, base: str | None, dtype: torch.dtype | None, trust_remote
 
 
 def model_folder(folder: Path) -> Path:
-    """Returns the folder with the weights: the one given, or the final/ or model/ inside a run or checkpoint folder."""
+    """Returns the folder with the weights: the one given, or the final/ or model/ inside a run or checkpoint
+    folder."""
     for candidate in (folder, folder / "final", folder / "model"):
         if any((candidate / name).exists() for name in ("adapter_config.json", "config.json")):
             return candidate

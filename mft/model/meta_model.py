@@ -1,6 +1,8 @@
-"""A model as its config.json describes it, without weights: what settings mean for it is judged before anything loads.
+"""The model that a config.json describes, on the meta device: settings are checked against it before weights
+load.
 
-Building one takes a tenth of a second, whatever the model's size; the imports before the first take a few seconds.
+Building one takes a tenth of a second, whatever the model's size; the imports before the first take a few
+seconds.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 
 def on_meta_device(family: CausalLM, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel | None:
-    """Returns the model of a folder on the meta device, its linear layers replaced as quantising would; None where the
-    config is not on this machine, or only code of the checkpoint's own could build the model."""
+    """Returns the model of a folder on the meta device, its linear layers replaced as quantising would; None
+    where the config is not on this machine, or only code of the checkpoint's own could build the model."""
     if family.trust_remote_code or not Path(family.location()).is_dir():
         return None
     import torch

@@ -1,8 +1,8 @@
-"""How the weights of a checkpoint are stored: plain; by bitsandbytes, which peft=qlora trains beside as they are; in
-another way that `mft convert` turns into real values; or in one that cannot be read.
+"""How the weights of a checkpoint are stored: plain; by bitsandbytes, which peft=qlora trains beside as they
+are; in another way that `mft convert` turns into real values; or in one that cannot be read.
 
-A quantised weight read by its numbers alone is another weight, thousands of times too large. config.json and the
-headers of the weight files tell them apart within milliseconds, before anything is loaded.
+A quantised weight read by its numbers alone is another weight, thousands of times too large. config.json and
+the headers of the weight files tell them apart within milliseconds, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class WeightFormat:
 def weight_format(who: str, config: Mapping[str, Any], folder: Path | None) -> WeightFormat:
     """Returns how the weights of a checkpoint are stored.
 
-    who: begins a sentence about it, e.g. model.path=x; config: its config.json; folder: where its weight files lie,
-    None as long as they are not on this machine.
+    who: begins a sentence about it, e.g. model.path=x; config: its config.json; folder: where its weight
+    files lie, None as long as they are not on this machine.
 
-    Raises UserError, with the way out, for a method that is not read, for weights that are not what config.json says,
-    and for an adapter's weights among the base's.
+    Raises UserError, with the way out, for a method that is not read, for weights that are not what
+    config.json says, and for an adapter's weights among the base's.
     """
     stored = _named(who, config)
     if stored.method and stored.method not in READ:
@@ -71,7 +71,8 @@ def weight_format(who: str, config: Mapping[str, Any], folder: Path | None) -> W
 
 
 def _named(who: str, config: Mapping[str, Any]) -> WeightFormat:
-    """Returns what config.json says; UserError where it says so in a place that transformers does not look at."""
+    """Returns what config.json says; UserError where it says so in a place that transformers does not look
+    at."""
     for where, settings in _settings(config):
         if not isinstance(settings, Mapping):
             raise UserError(f"{who}: {where} in its config.json must be an object")
@@ -93,7 +94,8 @@ def _named(who: str, config: Mapping[str, Any]) -> WeightFormat:
 
 
 def _settings(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields what a config.json says about quantisation and where, from the outside to the parts of the model."""
+    """Yields what a config.json says about quantisation and where, from the outside to the parts of the
+    model."""
     keys = ("quantization_config", "compression_config")
     yield from ((path + key, values[key]) for key in keys if values.get(key) is not None)
     for key, value in values.items():
@@ -125,8 +127,9 @@ def _check_compressed(who: str, settings: Mapping[str, Any]) -> None:
 
 
 def refuse_quantised(path: str, weights: WeightFormat, bits: int) -> None:
-    """Raises UserError for a checkpoint that cannot be trained as it is stored: quantised, unless by bitsandbytes to
-    the bits that peft=qlora asks for; bits: those, 0 for a base that is not to be quantised."""
+    """Raises UserError for a checkpoint that cannot be trained as it is stored: quantised, unless by
+    bitsandbytes to the bits that peft=qlora asks for; bits: those, 0 for a base that is not to be
+    quantised."""
     if not weights.method or (weights.bits and weights.bits == bits):
         return
     way = f"write its real values once, `mft convert model.path={path} out=FOLDER`, and train on that folder"
@@ -144,8 +147,8 @@ def refuse_quantised(path: str, weights: WeightFormat, bits: int) -> None:
 
 
 def loading_config(config: Any, weights: WeightFormat, computing: torch.dtype | None) -> Any:
-    """Returns a transformers config by which from_pretrained reads a quantised checkpoint: dequantised while loading,
-    or, by bitsandbytes, in its own bits; computing: the dtype that these compute in."""
+    """Returns a transformers config by which from_pretrained reads a quantised checkpoint: dequantised while
+    loading, or, by bitsandbytes, in its own bits; computing: the dtype that these compute in."""
     part = config if getattr(config, "quantization_config", None) else config.get_text_config()
     values = dict(part.quantization_config)
     if weights.method != BNB:

@@ -1,5 +1,5 @@
-"""Quantised weights as the headers of safetensors files show them: what gives them away, and whether those of each
-method that is read are complete and of shapes that transformers reads rightly.
+"""Quantised weights as the headers of safetensors files show them: what gives them away, and whether those of
+each method that is read are complete and of shapes that transformers reads rightly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
 STATE_OF_4_BITS = ".quant_state.bitsandbytes__"
 ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
 NO_WEIGHT = re.compile(r"(bias|ids?|mask|idx|index|indices|weight_format)$")
-"""Last parts of names of whole numbers that a plain model may have: attention masks, positions, tables of ids."""
+"""Last parts of names of whole numbers that a plain model may have: attention masks, positions, tables of
+ids."""
 
 Tensors = Mapping[str, Tensor]
 
@@ -33,8 +34,9 @@ Tensors = Mapping[str, Tensor]
 def check_tensors(who: str, method: str, settings: Mapping[str, Any], stored: Tensors, folder: Path) -> None:
     """Raises UserError for tensors that do not agree with how the checkpoint is said to be stored.
 
-    who: begins the sentence; method, settings: quant_method and the rest of config.json's quantization_config, "" and
-    nothing for plain weights; stored: all tensors of the checkpoint, by name; folder: where it lies.
+    who: begins the sentence; method, settings: quant_method and the rest of config.json's
+    quantization_config, "" and nothing for plain weights; stored: all tensors of the checkpoint, by name;
+    folder: where it lies.
     """
     if adapter := [name for name in stored if ADAPTER.search(name)]:
         raise UserError(
@@ -73,8 +75,8 @@ def _quantised(name: str, tensor: Tensor) -> bool:
 
 
 def _fp8(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
-    """Returns why an 8-bit weight cannot be turned into its values, "" if it can: transformers multiplies each block of
-    a weight by its scale, and takes the scales' number for that of the blocks."""
+    """Returns why an 8-bit weight cannot be turned into its values, "" if it can: transformers multiplies
+    each block of a weight by its scale, and takes the scales' number for that of the blocks."""
     if name.endswith(".weight_scale_inv"):  # exponents, in one byte each
         return "" if name.removesuffix("_scale_inv") in stored else "has no weight beside it"
     scale = stored.get(f"{name}_scale_inv")

@@ -1,5 +1,5 @@
-"""A random llama with its tokenizer, made in code: an ordinary checkpoint folder without a download, for tests and dry
-runs."""
+"""A random llama with its tokenizer, made in code: an ordinary checkpoint folder without a download, for
+tests and dry runs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 class Tiny(CausalLM):
     """A llama with random weights under `<cache_dir>/tiny/<hash of its fields>`, made when it is first used.
 
-    Widths are in tokens and units: keep hidden_size and intermediate_size multiples of 64, which 4-bit weights on CPU
-    need. `path` stays empty.
+    Widths are in tokens and units: keep hidden_size and intermediate_size multiples of 64, which 4-bit
+    weights on CPU need. `path` stays empty.
     """
 
     public_name: ClassVar[str] = "tiny"
@@ -136,7 +136,8 @@ class Tiny(CausalLM):
             weights = LlamaForCausalLM(config).state_dict()
         if self.tied:
             del weights["lm_head.weight"]
-        # Not the model's save_pretrained: inside a process group it writes nothing on any rank but 0, without an error.
+        # Not the model's save_pretrained: inside a process group it writes nothing on any rank but 0, without
+        # an error.
         folder.mkdir()
         config.save_pretrained(folder)
         write_tokenizer(tokenizer, folder)
@@ -145,8 +146,8 @@ class Tiny(CausalLM):
 
 
 def byte_tokenizer(vocab_size: int):  # type: ignore[no-untyped-def]
-    """Returns a byte-level BPE tokenizer of at most `vocab_size` tokens: the two special ones, 256 bytes, merges of
-    TEXT."""
+    """Returns a byte-level BPE tokenizer of at most `vocab_size` tokens: the two special ones, 256 bytes,
+    merges of TEXT."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

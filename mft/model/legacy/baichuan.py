@@ -20,18 +20,19 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Baichuan(Original):
-    """Baichuan and Baichuan 2, which share one model type: 7B -> llama, 13B -> a llama without rotary positions and
-    with ALiBi."""
+    """Baichuan and Baichuan 2, which share one model type: 7B -> llama, 13B -> a llama without rotary
+    positions and with ALiBi."""
 
     public_name: ClassVar[str] = "baichuan"
     choice = "baichuan"
 
     positions: str = "auto"
-    """auto | rope | alibi; auto = rope where config.json has max_position_embeddings, as the 7B releases do."""
+    """auto | rope | alibi; auto = rope where config.json has max_position_embeddings, as the 7B releases
+    do."""
 
     norm_head: Any = "auto"
-    """auto | true | false: whether the rows of the output layer are scaled to length 1; auto = by the vocabulary:
-    125,696 tokens in Baichuan 2, 64,000 before."""
+    """auto | true | false: whether the rows of the output layer are scaled to length 1; auto = by the
+    vocabulary: 125,696 tokens in Baichuan 2, 64,000 before."""
 
     model_type = "baichuan"
     vocabulary = "tokenizer.model"

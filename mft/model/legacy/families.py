@@ -1,4 +1,5 @@
-"""Families whose checkpoints came with code of their own: what their configs and vocabularies mean natively."""
+"""Families whose checkpoints came with code of their own: what their configs and vocabularies mean
+natively."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ class ChatGLM(Original):
     choice = "chatglm3"
 
     rope_ratio: str = "base"
-    """What the key of that name in config.json means, which the two generations disagree on: positions (divided by
-    it, chatglm2) or base (multiplied by it, chatglm3). Without the key it does not matter."""
+    """What the key of that name in config.json means, which the two generations disagree on: positions
+    (divided by it, chatglm2) or base (multiplied by it, chatglm3). Without the key it does not matter."""
 
     roles: bool = False
     """Whether the tokenizer has the four role tokens that came with chatglm3."""
@@ -105,7 +106,8 @@ class ChatGLM(Original):
         size = backend.get_vocab_size()
         names = [str(backend.id_to_token(i)) for i in range(size - len(extra), size)]
         start, (sop, eop) = [names[1], names[3]], names[3:5]
-        # sop and eop are ids that no text becomes: as added tokens they would be cut out of "isopod" and "people".
+        # sop and eop are ids that no text becomes: as added tokens they would be cut out of "isopod" and
+        # "people".
         backend.add_special_tokens([*names[:3], *names[5:]])
         backend.decoder = decoders.Sequence([decoders.Replace(Regex(rf"\A(?:{sop}|{eop})\z"), ""), backend.decoder])
         backend.post_processor = processors.TemplateProcessing(
@@ -125,8 +127,8 @@ class ChatGLM(Original):
 
 @dataclass
 class Qwen(Original):
-    """Qwen, the first generation -> Qwen2. Its dynamic NTK and logn scaling act only when answering beyond seq_length,
-    and are left out."""
+    """Qwen, the first generation -> Qwen2. Its dynamic NTK and logn scaling act only when answering beyond
+    seq_length, and are left out."""
 
     public_name: ClassVar[str] = "qwen"
     choice = "qwen"

@@ -1,4 +1,5 @@
-"""Pickled weights, as many older releases come, written once as safetensors: models are loaded from nothing else."""
+"""Pickled weights, as many older releases come, written once as safetensors: models are loaded from nothing
+else."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from mft.model.safetensors_header import tensors as header
 def convert(folder: Path) -> list[Path]:
     """Returns the safetensors files, and their index, made of the pytorch_model*.bin files of a folder.
 
-    Raises UserError when there are none, when safetensors are there already, for a file that holds more than tensors,
-    and for quantised weights that could not be read afterwards.
+    Raises UserError when there are none, when safetensors are there already, for a file that holds more than
+    tensors, and for quantised weights that could not be read afterwards.
     """
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""What of a model is trained and what is frozen, counted per kind of module."""
+"""Counts, per kind of module, what of a model is trained and what is frozen."""
 
 from __future__ import annotations
 
