@@ -25,7 +25,7 @@ def setting() -> tuple[Callable[[str], None], int]:
     """Returns (a function that runs one step of a variant, the non-padding tokens of a step)."""
     import torch
 
-    from mft.batch import Counts
+    from mft.batch import StepCounts
     from mft.config.build import build
     from mft.config.compose import compose_resolved
     from mft.config.schema import fast_precision
@@ -58,7 +58,7 @@ def setting() -> tuple[Callable[[str], None], int]:
     module, optimizer = engine.prepare(module, optimizer)
     loss = TaskTokenMean()
     loss.start([task.name for task in tasks], [1.0] * len(tasks))
-    counts = Counts.of([batch], len(tasks))
+    counts = StepCounts.of([batch], len(tasks))
 
     def step(variant: str) -> None:
         if variant == "where trained":

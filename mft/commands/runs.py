@@ -154,7 +154,7 @@ def show(args: Sequence[str]) -> None:
 def changes(run: Run) -> list[tuple[str, str, str]]:
     """Returns (key, value, default): the options taken, then values that are not those of the option that was taken."""
     from mft.config.compose import compose_resolved
-    from mft.run import plain
+    from mft.config.schema import plain
 
     def composed(overrides: Sequence[str]) -> dict[str, str]:
         return flat(plain(compose_resolved(overrides)))

@@ -8,8 +8,7 @@ from enum import Enum
 from typing import Any, Optional
 
 from mft.data import template
-from mft.errors import UserError, shortened
-from mft.ranges import check_ranges, ranged
+from mft.errors import UserError, check_ranges, ranged, shortened
 
 
 class LongSamples(str, Enum):  # noqa: UP042  (values come back from yaml as plain strings; str keeps them equal)

@@ -14,8 +14,7 @@ from mft.distributed import cpu_op
 from mft.distributed.accelerator import grouped
 from mft.distributed.deepspeed_engine import DeepSpeedEngine
 from mft.distributed.engine import Backend
-from mft.errors import UserError, nearest
-from mft.ranges import ranged
+from mft.errors import UserError, nearest, ranged
 
 OURS = {
     "train_batch_size": "train.global_batch_size",

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mft.batch import IGNORE, Batch, Counts
+from mft.batch import IGNORE, Batch, StepCounts
 from mft.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class TaskLoss(ABC):
 
     @abstractmethod
     def share(
-        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+        self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Returns the scalar share of this micro-batch, differentiable in `nll_BT`.
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from mft.errors import check_ranges, ranged
 from mft.loss.adaptive import (
     Adaptive,
     History,
@@ -36,7 +37,6 @@ from mft.loss.adaptive import (
     softmax,
     warn_of_a_short_run,
 )
-from mft.ranges import check_ranges, ranged
 
 if TYPE_CHECKING:
     import torch

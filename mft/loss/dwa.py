@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mft.errors import check_ranges, ranged
 from mft.loss.adaptive import Adaptive, arrays, by_task, softmax, warn_of_a_short_run
-from mft.ranges import check_ranges, ranged
 
 
 @dataclass

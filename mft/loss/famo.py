@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from mft.batch import Batch, Counts
+from mft.batch import Batch, StepCounts
+from mft.errors import check_ranges, ranged
 from mft.loss.adaptive import Adam, Adaptive, arrays, by_task, check_probes, chosen, softmax
 from mft.loss.base import task_sums
 from mft.loss.focal import values_of
 from mft.loss.means import inverse, weighted_sum
-from mft.ranges import check_ranges, ranged
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,7 @@ class Famo(Adaptive):
         return slope_K, float((z_k * np.log(distance_k)).sum() / c)
 
     def share(
-        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+        self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The linearisation at the step's losses; each token carries its part of what makes the values add up."""
         import torch

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mft.errors import check_ranges, ranged
 from mft.loss.adaptive import Adaptive, History, check_probes, check_probing, softmax, warn_of_a_short_run
-from mft.ranges import check_ranges, ranged
 
 
 def self_paced_weights(slope_K: np.ndarray, scale: float) -> np.ndarray:

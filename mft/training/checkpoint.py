@@ -17,7 +17,7 @@ from typing import Any
 from mft.errors import UserError, is_full_disk
 from mft.files.checksums import COMPLETE, damage, measure, seal
 from mft.loss.base import TaskLoss
-from mft.training.loop import State
+from mft.training.state import State
 
 
 class Checkpoints:
@@ -65,8 +65,8 @@ class Checkpoints:
                 seal(temporary, COMPLETE, {name: entry for part in parts for name, entry in part.items()})
         if self.engine.is_main:
             put(temporary, final)
-            best_of_tasks = state.task_saved_step.values() if self.keep_task_best else ()
-            self._prune(protect={state.step, state.best_saved_step, *best_of_tasks})
+            best_of_tasks = state.best.task_saved_step.values() if self.keep_task_best else ()
+            self._prune(protect={state.step, state.best.saved_step, *best_of_tasks})
         self.engine.barrier()
         return final
 
@@ -140,11 +140,9 @@ def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> bool:
     import torch
 
     values = json.loads((folder / "state" / "loop.json").read_text(encoding="utf-8"))
-    unknown = set(values) - set(state.as_dict())
-    if unknown:
-        raise UserError(f"{folder} was written by another version of mft: it knows {', '.join(sorted(unknown))}.")
-    for name, value in State.checked(values).as_dict().items():
-        setattr(state, name, value)
+    if unknown := set(values) - set(state.as_dict()):
+        raise UserError(f"{folder} was written by another version of mft: it holds {', '.join(sorted(unknown))}.")
+    vars(state).update(vars(State.from_dict(values)))
     loss.load_state_dict(torch.load(folder / "state" / "loss.pt", weights_only=True))
     same_layout: bool = engine.load_state(folder / "state")
     return same_layout

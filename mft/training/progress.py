@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mft.console.screen import console
-from mft.training.metrics import mean_of_tasks
+from mft.objective import mean_of_tasks
 
 NAMED = 12
 """Tasks that a line names; of more it names those with the highest loss."""

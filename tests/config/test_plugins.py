@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from mft.config import plugins
-from mft.config.build import build, check, component
+from mft.config.build import build, component
 from mft.config.compose import compose_resolved
 from mft.config.schema import load
+from mft.config.validate import check
 from mft.errors import UserError
 from tests import sweeping
 

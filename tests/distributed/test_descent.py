@@ -40,11 +40,11 @@ BF16 = {"train/loss": 1e-3, "grad_norm": 1e-2, "update": 1e-2}
 
 def play_with(run_dirs: list[Path], defect: str) -> None:
     """Plays runs in which every share counts twice (doubled), or those of the last rank count nothing (left_out)."""
-    right, rank = loop.marked, int(os.environ["RANK"])
+    right, rank = loop.propagate_nonfinite, int(os.environ["RANK"])
     factor = {"doubled": 2.0, "left_out": 1.0 - rank}[defect]
-    loop.marked = lambda objective: right(objective) * factor  # type: ignore[assignment]
+    loop.propagate_nonfinite = lambda objective: right(objective) * factor  # type: ignore[assignment]
     play(run_dirs)
-    loop.marked = right  # type: ignore[assignment]
+    loop.propagate_nonfinite = right  # type: ignore[assignment]
 
 
 DEFECTS = {

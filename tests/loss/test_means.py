@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mft.batch import Counts
+from mft.batch import StepCounts
 from mft.errors import UserError
 from mft.loss.means import SampleMean, TaskSampleMean, TaskTokenMean, TokenMean
 from tests.loss.fixtures import CASES
@@ -80,7 +80,7 @@ def test_a_batch_without_trained_tokens_has_a_share_of_zero_with_a_graph(kind):
     batch, _ = padded(pieces([0], [[False, False]]))
     nll_BT = torch.zeros(batch.ids_BT.shape, requires_grad=True)
     for others in (False, True):
-        counts = Counts.of([batch, padded(pieces([1], [[True]]))[0]] if others else [batch], 2)
+        counts = StepCounts.of([batch, padded(pieces([1], [[True]]))[0]] if others else [batch], 2)
         share = loss.share(nll_BT, batch, counts)
         share.backward()
         assert share.item() == 0 and math.isfinite(nll_BT.grad.sum())

@@ -9,7 +9,8 @@ import torch
 
 from mft.errors import UserError
 from mft.loss.coba import Coba
-from mft.training.metrics import criterion, task_means
+from mft.objective import criterion
+from mft.training.metrics import task_means
 
 
 def test_coba_takes_the_validation_before_training_as_the_unit_of_its_ratios() -> None:
