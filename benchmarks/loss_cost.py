@@ -31,7 +31,7 @@ def assembled(folder: Path):  # type: ignore[no-untyped-def]
     from mft.data.cache.store import prepare
     from mft.data.loader import BatchLoader
     from mft.data.task import all_tasks
-    from mft.data.template import named
+    from mft.data.template_choice import named
     from mft.data.tokenize import Encoder
     from mft.model.token_loss import TokenLoss
 

@@ -34,7 +34,7 @@ def setting() -> tuple[Callable[[str], None], int]:
     from mft.data.sampler import Sampler
     from mft.data.settings import DataSettings
     from mft.data.task import all_tasks
-    from mft.data.template import named
+    from mft.data.template_choice import named
     from mft.data.tokenize import Encoder
     from mft.distributed.ddp import Single
     from mft.loss.means import TaskTokenMean

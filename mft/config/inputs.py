@@ -21,7 +21,7 @@ from mft.config.schema import Launch, batch_sizes
 from mft.data.cache.fingerprint import file_digests
 from mft.data.settings import DataSettings
 from mft.data.task import Task
-from mft.data.template import is_file
+from mft.data.template_choice import is_file
 from mft.training.settings import TrainSettings
 
 CANNOT_CHANGE_THE_RESULT: dict[str, str] = {

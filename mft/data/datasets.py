@@ -13,7 +13,7 @@ from mft.data.duplicates import settle
 from mft.data.formats import Text
 from mft.data.settings import DataSettings
 from mft.data.task import Task, all_tasks
-from mft.data.template import adopt, named
+from mft.data.template_choice import adopt, named
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from mft.files.json_file import write_json

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional
 
-from mft.data import template
+from mft.data import template_choice
 from mft.errors import UserError, check_ranges, ranged, shortened
 
 
@@ -87,7 +87,7 @@ class DataSettings:
                 f"data.role_markers: {shortened(self.role_markers)} must be a mapping such as "
                 '{system: "...", user: "...", assistant: "..."}, or null'
             )
-        template.check(self.template, self.role_markers)
+        template_choice.check(self.template, self.role_markers)
         parts = list(self.split)
         if len(parts) != 3 or any(not math.isfinite(p) or p < 0 for p in parts) or sum(parts) <= 0:
             raise UserError(

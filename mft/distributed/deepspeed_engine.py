@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.distributed.accelerator import environment
 from mft.distributed.engine import Engine, T
-from mft.distributed.sharded_state import Piece
+from mft.distributed.sharded_state import Shard
 from mft.errors import UserError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class DeepSpeedEngine(Engine):
                     state[name.removeprefix(prefix)] = buffer.detach()
         return state
 
-    def _pieces(self) -> list[Piece]:
+    def _shards(self) -> list[Shard]:
         """Returns the runs of each trained parameter that lie in this rank's part of DeepSpeed's flat fp32 buffers."""
         assert self._module is not None, "prepare first"
         zero, found = self._optimizer, []
@@ -165,7 +165,7 @@ class DeepSpeedEngine(Engine):
                 start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
                 numel = mapping.hp_fragment_address.numel
             if numel > 0:
-                found.append(Piece(name, start, owner.detach().narrow(0, offset, numel), owner, offset))
+                found.append(Shard(name, start, owner.detach().narrow(0, offset, numel), owner, offset))
         return found
 
     def _settle(self) -> None:

@@ -241,7 +241,7 @@ class Engine:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.divided or self.is_main:
-            sharded_state.save(self._pieces(), self._base_optimizer(), folder / f"shard-{self.rank}.safetensors")
+            sharded_state.save(self._shards(), self._base_optimizer(), folder / f"shard-{self.rank}.safetensors")
         if self.is_main:
             shards = self.world if self.divided else 1
             values = {"dist": self.name, "world": self.world, "shards": shards, "scaler": self._scaler_state()}
@@ -261,7 +261,7 @@ class Engine:
         saved = read_state(folder)
         assert self._module is not None, "prepare first"
         trained = {name for name, p in self.unwrap(self._module).named_parameters() if p.requires_grad}
-        sharded_state.load(self._pieces(), self._base_optimizer(), folder, trained)
+        sharded_state.load(self._shards(), self._base_optimizer(), folder, trained)
         self._settle()
         if saved["scaler"]:
             self._load_scaler(saved["scaler"])
@@ -271,11 +271,11 @@ class Engine:
         self.barrier()
         return saved["dist"] == self.name and saved["world"] == self.world
 
-    def _pieces(self) -> list[sharded_state.Piece]:
+    def _shards(self) -> list[sharded_state.Shard]:
         """Returns what this rank updates: whole parameters."""
         assert self._module is not None, "prepare first"
         trained = [(name, p) for name, p in self.unwrap(self._module).named_parameters() if p.requires_grad]
-        return [sharded_state.Piece(name, 0, p.detach().view(-1), p, 0) for name, p in trained]
+        return [sharded_state.Shard(name, 0, p.detach().view(-1), p, 0) for name, p in trained]
 
     def _base_optimizer(self) -> torch.optim.Optimizer:
         """Returns the optimizer inside accelerate's or DeepSpeed's."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.distributed.accelerator import environment, grouped
 from mft.distributed.engine import Backend, Engine, T
-from mft.distributed.sharded_state import Piece, local
+from mft.distributed.sharded_state import Shard, local
 from mft.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class FsdpEngine(Engine):
             if isinstance(part, FSDPModule):
                 part.reshard()
 
-    def _pieces(self) -> list[Piece]:
+    def _shards(self) -> list[Shard]:
         """Returns the rows of each trained parameter that this rank keeps."""
         assert self._module is not None, "prepare first"
         self._reshard(self._module)
@@ -176,7 +176,7 @@ class FsdpEngine(Engine):
                 continue
             rows = -(-parameter.shape[0] // self.world)  # the last ranks may have fewer, or none
             start = self.rank * rows * (parameter.numel() // parameter.shape[0])
-            found.append(Piece(name, start, mine.view(-1), parameter, 0))
+            found.append(Shard(name, start, mine.view(-1), parameter, 0))
         return found
 
 

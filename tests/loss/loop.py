@@ -24,7 +24,7 @@ from mft.data.loader import BatchLoader
 from mft.data.packing import Pack, Pad
 from mft.data.settings import DataSettings
 from mft.data.task import Task
-from mft.data.template import adopt, named
+from mft.data.template_choice import adopt, named
 from mft.data.tokenize import Encoder
 from mft.hardware import quiet_libraries
 from mft.loss.base import TaskLoss
