@@ -17,7 +17,7 @@ from mft.errors import UserError
 from tests.distributed.equality import assert_gone_on
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import BACKENDS, LAYOUTS, Tree, largest, logged, play, weights
-from tests.distributed.test_base import prepared, train, trained
+from tests.distributed.test_engine import prepared, train, trained
 
 PEFTS = ("full", "lora", "qlora")
 SETTINGS = (
