@@ -18,6 +18,7 @@ from mft.config.build import Components, build_components
 from mft.config.identity import CONTENTS, identity_of
 from mft.config.schema import batch_sizes, plain, typed
 from mft.config.validate import check_validation
+from mft.console.tables import settings_table
 from mft.data import mixture, report
 from mft.data.datasets import Dataset, dataset
 from mft.data.loader import BatchLoader
@@ -34,7 +35,7 @@ from mft.training import summary
 from mft.training.checkpoint import Checkpoints, restore, write_final
 from mft.training.loop import fit
 from mft.training.metrics import Meter, flops_per_token
-from mft.training.progress import Silent, Terminal, settings_table
+from mft.training.progress import Silent, Terminal
 from mft.training.provenance import fingerprint_tag, tags
 from mft.training.resume import all_damaged, newest_sound, set_aside
 from mft.training.sample_answers import Answers

@@ -117,7 +117,8 @@ def show(args: Sequence[str]) -> None:
         raise UserError(f"{folder} is not a run folder: it has no config.yaml (mft runs lists the runs).")
     from rich.text import Text
 
-    from mft.training.progress import losses_table, settings_table
+    from mft.console.tables import settings_table
+    from mft.training.progress import losses_table
 
     run, summary = read_run(folder), run_folder.read_json(folder / "summary.json")
     terminal = console(width=None if sys.stdout.isatty() else 140)

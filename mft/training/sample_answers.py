@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.batch import Prompt
+from mft.console.tables import table
 
 
 class Answers:
@@ -15,29 +16,21 @@ class Answers:
     def __init__(self, prompts: Sequence[Prompt], answer: Callable[[list[list[dict[str, str]]]], list[str]]):
         """answer: maps conversations to answers with the model as it is now."""
         self.prompts, self.answer = list(prompts), answer
-        self.said: dict[str, list[str]] = {}
+        self.answers: dict[str, list[str]] = {}
 
     def ask(self, when: str) -> None:
         """Remembers the model's present answers as `before` or `after`."""
         if self.prompts:
-            self.said[when] = self.answer([prompt.messages for prompt in self.prompts])
+            self.answers[when] = self.answer([prompt.messages for prompt in self.prompts])
 
     def table(self) -> Any:
         """Returns a rich table, a row per prompt: the question's end, the answers, the expected one."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title="One answer per task", title_justify="left", show_lines=True, expand=True)
-        for title in ("task", "asked (its end)", *self.said, "expected"):
-            table.add_column(title, ratio=None if title == "task" else 1, overflow="fold")
+        rows = []
         for number, prompt in enumerate(self.prompts):
-            cells = [
-                prompt.messages[-1]["content"][-240:],
-                *(said[number] for said in self.said.values()),
-                prompt.expected,
-            ]
-            table.add_row(Text(prompt.task), *(Text(_first_lines(cell)) for cell in cells))
-        return table
+            cells = [prompt.messages[-1]["content"][-240:], *(answers[number] for answers in self.answers.values())]
+            rows.append([prompt.task, *map(_first_lines, [*cells, prompt.expected])])
+        columns = ["task", "asked (its end)", *self.answers, "expected"]
+        return table("One answer per task", columns, rows, lines=True)
 
     def write(self, path: Path) -> None:
         """Writes prompts and whole answers as Markdown."""
@@ -45,7 +38,7 @@ class Answers:
         for number, prompt in enumerate(self.prompts):
             parts.append(f"## {prompt.task}\n")
             parts += [f"**{m['role']}**\n\n```\n{m['content']}\n```\n" for m in prompt.messages]
-            parts += [f"**{when}**\n\n```\n{said[number]}\n```\n" for when, said in self.said.items()]
+            parts += [f"**{when}**\n\n```\n{answers[number]}\n```\n" for when, answers in self.answers.items()]
             parts.append(f"**expected**\n\n```\n{prompt.expected}\n```\n")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(parts), encoding="utf-8")

@@ -10,12 +10,13 @@ from typing import Any
 
 from mft import run_folder
 from mft.console.credentials import hidden
+from mft.console.tables import settings_table
 from mft.files.json_file import write_json
 from mft.objective import mean_of_tasks
 from mft.training import plots
 from mft.training.best import BestTracker
 from mft.training.metrics import peak_memory_gib
-from mft.training.progress import losses_table, settings_table
+from mft.training.progress import losses_table
 from mft.training.trainer import Trainer
 
 
