@@ -79,7 +79,7 @@ def main(rounds: int, modes: list[str]) -> None:
 
     def training(mode: str) -> Trainer:
         loss = build(compose_resolved([f"loss={mode}"]).loss, "loss")
-        loss.start(names, [1.0] * len(names))
+        loss.setup(names, [1.0] * len(names))
         return Trainer(
             engine=engine,
             module=module,

@@ -57,7 +57,7 @@ def setting() -> tuple[Callable[[str], None], int]:
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
     module, optimizer = engine.prepare(module, optimizer)
     loss = TaskTokenMean()
-    loss.start([task.name for task in tasks], [1.0] * len(tasks))
+    loss.setup([task.name for task in tasks], [1.0] * len(tasks))
     counts = StepCounts.of([batch], len(tasks))
 
     def step(variant: str) -> None:
@@ -65,7 +65,7 @@ def setting() -> tuple[Callable[[str], None], int]:
             nll_BT, _ = module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
         else:
             inputs = {"input_ids": batch.ids_BT, "position_ids": batch.position_BT}
-            logits = engine.inside(lambda: model(**inputs, attention_mask=None, use_cache=False).logits)
+            logits = engine.run_as_forward(lambda: model(**inputs, attention_mask=None, use_cache=False).logits)
             flat = torch.nn.functional.cross_entropy(
                 logits.float().flatten(0, 1), batch.target_BT.flatten(), ignore_index=-100, reduction="none"
             )

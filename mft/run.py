@@ -101,7 +101,7 @@ def load_data(r: Run) -> Dataset:
         r.data_settings,
         r.parts.model.tokenizer(),
         r.cfg.cache_dir,
-        r.parts.rows.cuts_samples,
+        r.parts.rows.splits_samples,
         first=r.first_here,  # one rank of each machine tokenises
     )
     require_unchanged(r, data.fingerprints)
@@ -126,8 +126,8 @@ def make_loader(r: Run, data: Dataset, engine: Engine, progress: Silent) -> Batc
         write_json(r.folder / "plan.json", {"total_steps": total, "tasks": data.names})
     valid_counts = loader.valid_counts(len(data.tasks))
     check_validation(r.train, r.parts.loss, dict(zip(data.names, valid_counts, strict=True)))
-    r.parts.loss.start(data.names, [task.weight for task in data.tasks])
-    r.parts.loss.planned(total, valid_counts)
+    r.parts.loss.setup(data.names, [task.weight for task in data.tasks])
+    r.parts.loss.check_schedule(total, valid_counts)
     return loader
 
 
@@ -238,7 +238,7 @@ def make_answers(r: Run, data: Dataset, model: Any, engine: Engine) -> Answers:
             "max_new_tokens": r.train.prompts_max_new_tokens,
             "together": engine.sharded,
         }
-        texts = engine.inside(lambda: generate.answer(model, data.encoder, conversations, **options))
+        texts = engine.run_as_forward(lambda: generate.answer(model, data.encoder, conversations, **options))
         model.train()
         return texts
 

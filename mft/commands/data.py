@@ -182,7 +182,7 @@ def prepared(args: Sequence[str]) -> Prepared:
     quiet_libraries()
     settings: Any = OmegaConf.to_object(cfg.data)
     train: Any = OmegaConf.to_object(cfg.train)
-    tokenizer, cuts = components.model.tokenizer(), components.rows.cuts_samples
+    tokenizer, cuts = components.model.tokenizer(), components.rows.splits_samples
     data = dataset(components.named_tasks, settings, tokenizer, cfg.cache_dir, cuts)
     return Prepared(cfg, settings, train, world, data, components.rows)
 

@@ -18,6 +18,7 @@ from mft.batch import BatchSizes
 from mft.config import interpolations, yaml_file
 from mft.data.settings import DataSettings
 from mft.errors import UserError, check_ranges, ranged
+from mft.files.atomic import write_text
 from mft.hardware import computes_in_bf16, visible_gpus
 from mft.training.settings import Precision, TrainSettings
 
@@ -143,10 +144,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def freeze(cfg: DictConfig, path: Path) -> None:
     """Writes the config atomically; every rank reads this file and nothing else, but for `${oc.env:NAME}` in it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, OmegaConf.to_yaml(cfg))
 
 
 def load(run_dir: Path) -> DictConfig:
@@ -181,7 +179,7 @@ def fast_precision() -> Precision:
     return Precision.fp16 if visible_gpus() else Precision.fp32
 
 
-def settled(precision: Precision | str) -> Precision:
+def resolve_precision(precision: Precision | str) -> Precision:
     """Returns train.precision with auto resolved for this machine."""
     return fast_precision() if precision == Precision.auto else Precision(precision)
 

@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigKeyError, ValidationError
 from mft.config.build import Components, build_components, component_paths, is_of_a_library, refuse_special_keys
 from mft.config.components import component_class
 from mft.config.other_trainers import here
-from mft.config.schema import batch_sizes, settled
+from mft.config.schema import batch_sizes, resolve_precision
 from mft.data.prompts import read_prompts
 from mft.data.settings import BadRows, LongSamples, Mixture
 from mft.data.task import Task
@@ -173,10 +173,10 @@ def _check_together(cfg: DictConfig, c: Components) -> None:
             f"{whole} reads whole weights of the base, of which every rank has a part only under dist=zero3; choose "
             "dist=fsdp, zero2 or ddp."
         )
-    precision = settled(cfg.train.precision).value
+    precision = resolve_precision(cfg.train.precision).value
     _check_dist(c.dist, c.optimizer, c.peft, precision)
     _check_rows(c.rows, c.loss, cfg.data.long_samples)
-    c.model.check_rows(c.rows.several)
+    c.model.check_rows(c.rows.packs_samples)
     refuse_fp16(precision, cpu=not visible_gpus())
     c.peft.check_with(c.model, precision)
     c.model.check_precision(precision)
@@ -199,12 +199,12 @@ def _check_dist(dist: Any, optimizer: Any, peft: Any, precision: str) -> None:
 
 
 def _check_rows(rows: Any, loss: Any, long_samples: LongSamples) -> None:
-    if rows.cuts_samples and loss.by_sample:
+    if rows.splits_samples and loss.by_sample:
         raise UserError(
             f"loss: {type(loss).__name__} counts whole samples, but the rows of data=concat cut them; choose a mode "
             "that counts tokens, e.g. loss=token_mean or loss=task_token_mean, or data=pack."
         )
-    if long_samples is LongSamples.keep and not rows.cuts_samples:
+    if long_samples is LongSamples.keep and not rows.splits_samples:
         raise UserError(
             "data.long_samples=keep is for rows that cut samples (data=concat); choose drop, truncate_left, "
             "truncate_right, split_turns or error."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mft.data import report
 from mft.data.cache.store import Store, prepare
-from mft.data.duplicates import settle
+from mft.data.duplicates import mark_duplicates
 from mft.data.formats import Text
 from mft.data.settings import DataSettings
 from mft.data.task import Task, all_tasks
@@ -56,12 +56,12 @@ def dataset(
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     cache_dir: str,
-    cuts_samples: bool = False,
+    splits_samples: bool = False,
     first: bool = True,
 ) -> Dataset:
     """Returns the data of a run, tokenised where the cache does not have it.
 
-    tasks: the named ones, beside those of settings.paths; cuts_samples: whether rows cut samples anywhere
+    tasks: the named ones, beside those of settings.paths; splits_samples: whether rows cut samples anywhere
     (data=concat); first: this process tokenises, else it waits for the one that does.
     Raises UserError as `prepare` does.
     """
@@ -69,17 +69,17 @@ def dataset(
     adopt(tokenizer, template)
     chosen = all_tasks(tasks, list(settings.paths))
     encoder = Encoder(tokenizer, template)
-    if cuts_samples:
+    if splits_samples:
         _check_texts(chosen)
     stores = [prepare(task, encoder, settings, cache_dir, first) for task in chosen]
-    settle(stores, settings.duplicates)
+    mark_duplicates(stores, settings.duplicates)
     return Dataset(chosen, stores, encoder)
 
 
 def _check_texts(tasks: Sequence[Task]) -> None:
     """Raises UserError for a task whose rows are no plain text: cut anywhere, an answer would lose its question."""
     for task in tasks:
-        name, found = task.settled_format()
+        name, found = task.find_format()
         if not isinstance(found, Text):
             raise UserError(
                 f"task.{task.name}: its rows are conversations ({name}), which data=concat would cut anywhere; choose "

@@ -75,16 +75,16 @@ class DeepSpeedEngine(Engine):
         assert isinstance(self._module, torch.nn.Module)
         if self._module.zero_optimization_stage() != self.stage:  # type: ignore[operator]
             raise UserError(f"dist={self.name} did not come up as asked: DeepSpeed runs another stage")
-        self._prove(next(self._module.parameters()))
+        self._verify_sharding(next(self._module.parameters()))
         return self._module, self._optimizer
 
-    def _prove(self, first: torch.nn.Parameter) -> None:
+    def _verify_sharding(self, first: torch.nn.Parameter) -> None:
         if self.stage < 3:
-            super()._prove(first)
+            super()._verify_sharding(first)
         elif not hasattr(first, "ds_id"):
             raise UserError(f"dist={self.name} did not come up as asked: the first parameter is not partitioned")
 
-    def inside(self, call: Callable[[], T]) -> T:
+    def run_as_forward(self, call: Callable[[], T]) -> T:
         """See `Engine.inside`; DeepSpeed holds the parameters in the run's precision."""
         return self._in_place_of_forward(call) if self.stage == 3 else call()
 
@@ -168,7 +168,7 @@ class DeepSpeedEngine(Engine):
                 found.append(Shard(name, start, owner.detach().narrow(0, offset, numel), owner, offset))
         return found
 
-    def _settle(self) -> None:
+    def _sync_computed_weights(self) -> None:
         """Copies the fp32 weights into the ones that are computed with, on all ranks."""
         zero = self._optimizer
         if self.stage < 3:

@@ -65,7 +65,7 @@ class FsdpEngine(Engine):
             group["params"] = [parameters[name] for name in group_names]
         if not isinstance(module, FSDPModule):
             raise UserError("dist=fsdp did not come up as asked: the model is not sharded")
-        self._prove(next(module.parameters()))
+        self._verify_sharding(next(module.parameters()))
         self._module, self._optimizer = module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         return module, self._optimizer
 
@@ -107,13 +107,13 @@ class FsdpEngine(Engine):
             return value
         return torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
 
-    def _prove(self, first: torch.nn.Parameter) -> None:
+    def _verify_sharding(self, first: torch.nn.Parameter) -> None:
         from torch.distributed.tensor import DTensor
 
         if not isinstance(first, DTensor):
             raise UserError(f"dist=fsdp did not come up as asked: the first parameter is a {type(first).__name__}")
 
-    def inside(self, call: Callable[[], T]) -> T:
+    def run_as_forward(self, call: Callable[[], T]) -> T:
         """See `Engine.inside`; gathered parameters come in the run's precision."""
         return self._in_place_of_forward(call)
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from mft import run_folder
 from mft.config import inputs, plugins
 from mft.config.identity import Identity
-from mft.config.schema import LaunchMode, freeze, settled
+from mft.config.schema import LaunchMode, freeze, resolve_precision
 from mft.config.validate import check
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
@@ -87,7 +87,7 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     label: what tells the job from the others of its sweep; starts: whether it is to be run by this process (soon).
     Reads the task files once to fingerprint them; loads no model and starts no process.
     """
-    cfg.train.precision = settled(cfg.train.precision)
+    cfg.train.precision = resolve_precision(cfg.train.precision)
     launch_settings: Any = OmegaConf.to_object(cfg.launch)
     launch_settings.check()
     world = ranks(share_of_gpus(cfg.launch.nproc, cfg.launch.jobs), cfg.launch.mode.value)

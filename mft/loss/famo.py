@@ -63,10 +63,10 @@ class Famo(Adaptive):
         self.source = chosen(Source, self.source, "loss.source")
         check_ranges(self, "loss")
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
         if len(set(weights)) > 1:
             warnings.warn("loss=famo starts from equal task weights; task.<name>.weight does nothing", stacklevel=2)
-        super().start(names, [1.0] * len(names))
+        super().setup(names, [1.0] * len(names))
         self.min_loss_K = values_of("loss.min_loss", self.names, self.min_loss, self.min_loss_by_task or {}).numpy()
         self.xi_K = np.zeros(len(self.names))
         self.before_K = np.full(len(self.names), np.nan)
@@ -76,7 +76,7 @@ class Famo(Adaptive):
     def needs_validation(self) -> bool:
         return self.source is Source.valid
 
-    def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
+    def check_schedule(self, steps: int, valid_samples: Sequence[int]) -> None:
         if self.source is Source.valid:
             check_probes("famo with loss.source=valid", self.names, valid_samples)
 

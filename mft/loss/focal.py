@@ -80,8 +80,8 @@ class SampleFocal(Unweighted):
     gamma_by_task: dict[str, float] | None = None
     alpha_by_task: dict[str, float] | None = None
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         self.gamma_K = values_of("loss.gamma", self.names, self.gamma, self.gamma_by_task or {})
         self.alpha_K = values_of("loss.alpha", self.names, self.alpha, self.alpha_by_task or {})
 
@@ -123,8 +123,8 @@ class TaskFocal(TaskLoss):
     gamma_by_task: dict[str, float] | None = None
     alpha_by_task: dict[str, float] | None = None
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         self.gamma_K = values_of("loss.gamma", self.names, self.gamma, self.gamma_by_task or {})
         self.alpha_K = values_of("loss.alpha", self.names, self.alpha, self.alpha_by_task or {})
 

@@ -82,8 +82,8 @@ def inverse(count_K: torch.Tensor) -> torch.Tensor:
 class Unweighted(TaskLoss):
     """A mode without task weights: says once that weights set by the user do nothing."""
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         if len(set(weights)) > 1:
             listed = ", ".join(f"task.{name}.weight={weight:g}" for name, weight in zip(names, weights, strict=True))
             warnings.warn(f"loss={type(self).__name__} has no task weights; these do nothing: {listed}", stacklevel=2)

@@ -74,7 +74,7 @@ def validate_where_it_stands(t: Trainer) -> bool:
     if state.step == 0:
         if settings.eval_at_start and t.validate():
             losses = [state.best.last.get(name, math.nan) for name in t.names]
-            t.loss.begin(torch.tensor(losses, dtype=torch.float64))
+            t.loss.set_initial_losses(torch.tensor(losses, dtype=torch.float64))
         return False
     due = every(state.step, settings.eval_every) or state.step >= t.total_steps
     if not due or state.best.last_step >= state.step:

@@ -84,7 +84,7 @@ def test_mftcoder_feeds_what_the_original_feeds(case):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(FIXTURES)
-    _, fmt = Auto().settled(case["row"])
+    _, fmt = Auto().detect(case["row"])
     template = named("mftcoder", case["role_markers"])
     ids_S, trained_S = Encoder(tokenizer, template).encode(fmt.messages(case["row"]))
     assert ids_S.tolist() == case["expected"]["input_ids"]

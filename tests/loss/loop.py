@@ -165,8 +165,8 @@ class Stage:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         # Adam divides a gradient by its size; where that is near 0, eps keeps a rounding error from becoming a step.
         module, optimizer = engine.prepare(module, torch.optim.AdamW(trained, lr=LR, eps=1e-4))
-        loss.start(names, [1.0] * len(names))
-        loss.planned(steps, self.feed.valid_counts(len(names)))
+        loss.setup(names, [1.0] * len(names))
+        loss.check_schedule(steps, self.feed.valid_counts(len(names)))
         return Trainer(
             engine=engine,
             module=module,

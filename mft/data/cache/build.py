@@ -50,7 +50,7 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
     Raises RowError at the first bad row under bad_rows=error, UserError at the first long one under long_samples=error.
     """
     files = task.files()
-    format_name, _ = found = task.settled_format()
+    format_name, _ = found = task.find_format()
     splits, proportions = task.splits(), task.proportions(settings.split)
     rows = task.rows()
 
