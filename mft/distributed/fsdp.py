@@ -182,13 +182,7 @@ class FsdpEngine(Engine):
 
 @dataclass
 class Fsdp(Backend):
-    """PyTorch's FSDP2. Sharding unit: the family's decoder layer (`model.shard_layers`).
-
-    reshard: free a layer's gathered parameters after its forward and gather them again for its backward; offload: keep
-    the parts of parameters, gradients and optimizer in the CPU's memory; reduce_every_micro_batch: see `accumulating`;
-    gather_on_save: checkpoints hold the model as transformers or peft load it, else the sharded state only (`final/` is
-    whole anyway).
-    """
+    """PyTorch's FSDP2. Sharding unit: the family's decoder layer (`model.shard_layers`)."""
 
     public_name: ClassVar[str] = "fsdp"
     divides_into_dtensors: ClassVar[bool] = True
@@ -196,9 +190,13 @@ class Fsdp(Backend):
     """A unit is gathered in the run's precision."""
 
     reshard: bool = True
+    """Free a layer's gathered parameters after its forward and gather them again for its backward."""
     offload: bool = False
+    """Keep this rank's parts of parameters, gradients and optimizer in the CPU's memory; slow."""
     reduce_every_micro_batch: bool = False
+    """Exchange gradients in every micro-batch instead of keeping whole ones until the step's last."""
     gather_on_save: bool = True
+    """Whether checkpoints also hold the model as transformers or peft load it; `final/` does in any case."""
 
     def start(self, precision: str, cpu: bool | None = None) -> FsdpEngine:
         """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.

@@ -33,8 +33,8 @@ def task_sums(nll_BT: torch.Tensor, batch: Batch, tasks: int) -> torch.Tensor:
 class TaskLoss(ABC):
     """Turns per-token losses into this micro-batch's share of the step's objective.
 
-    Subclasses are dataclasses of plain values. Steps are numbered from 1: a probe before step s measures the model after
-    s - 1 updates, and the weights learned from it hold from step s on. Order of calls:
+    Subclasses are dataclasses of plain values. Steps are numbered from 1: a probe before step s measures the model
+    after s - 1 updates, and the weights learned from it hold from step s on. Order of calls:
 
     1. `setup` and `check_schedule`, once; `set_initial_losses` if there is a validation before the first step.
     2. In every optimizer step: `learn(valid_K=...)` if `wants_probe`; `statistics` for each micro-batch if

@@ -38,10 +38,15 @@ class SelfPaced(Adaptive):
     public_name: ClassVar[str] = "self_paced"
 
     scale: float = ranged(50.0, min=0)
+    """Sharpness s of w = softmax(s q); 50 in the original, 10 is mild, 0 makes all weights equal."""
     warmup_steps: int = ranged(100, min=1)
+    """Optimizer steps W before the weights move; a multiple of update_interval and at least 3 of them."""
     history_length: int = ranged(100, min=1)
+    """Probes N a slope is fitted over; at least W / update_interval."""
     update_interval: int = ranged(1, min=1)
+    """Optimizer steps u from one probe to the next."""
     probe_samples: int = ranged(2, min=1)
+    """Validation samples of each task that one probe reads, over all ranks; more is less noisy and dearer."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "loss")
