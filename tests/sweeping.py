@@ -68,4 +68,4 @@ def runs(work: Path) -> list[Path]:
 
 def states(work: Path) -> dict[str, str]:
     """Returns {label: state} of all jobs."""
-    return {run_folder.read_json(run / "overrides.json")["label"]: run_folder.state(run) for run in runs(work)}
+    return {read_json(run / "overrides.json")["label"]: run_folder.state(run) for run in runs(work)}

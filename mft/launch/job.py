@@ -129,7 +129,7 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = say, hosts: Hosts |
         if hosts:
             hosts.tell(None)
         say(f"{shown} is finished already; its summary.json says how it went.")
-        return run_folder.read_json(folder / "summary.json")
+        return read_json(folder / "summary.json")
     held = run_folder.lock(folder)
     try:
         say(f"run folder {shown}")
@@ -137,8 +137,8 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = say, hosts: Hosts |
             say(rewind(folder, asked[1]))
         job.cfg.output_dir = str(folder)
         freeze(job.cfg, folder / "config.yaml")
-        run_folder.write_json(folder / "identity.json", job.identity.as_json(), durable=True)
-        run_folder.write_json(folder / "overrides.json", job.describe())
+        write_json(folder / "identity.json", job.identity.as_json(), durable=True)
+        write_json(folder / "overrides.json", job.describe())
         share(str(folder))
         if hosts:
             forget_failures(folder / "log")
@@ -148,7 +148,7 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = say, hosts: Hosts |
         raise full_disk(error, folder) or error from error
     finally:
         held.release()
-    return run_folder.read_json(folder / "summary.json")
+    return read_json(folder / "summary.json")
 
 
 def start_ranks(job: Job, folder: Path, hosts: Hosts | None = None) -> None:
@@ -199,7 +199,7 @@ def objective(summary: dict[str, Any]) -> float:
 
     Raises UserError without either.
     """
-    values = run_folder.Values(summary)
+    values = Values(summary)
     value = values.part("best").get("value", values.get("train/loss"))
     if value is None:
         raise UserError("The run has neither a validation nor a training loss to compare it by.")

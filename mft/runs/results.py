@@ -80,7 +80,7 @@ def read_run(folder: Path) -> Run:
     except (OSError, UserError):
         config = {}
     config = config if isinstance(config, dict) else {}
-    known, summary = run_folder.read_json(folder / "overrides.json"), run_folder.read_json(folder / "summary.json")
+    known, summary = read_json(folder / "overrides.json"), read_json(folder / "summary.json")
     command = shlex.join(["mft", "train", *known.texts("overrides")])
     return Run(
         name=os.path.relpath(folder),
@@ -97,7 +97,7 @@ def _contents(folder: Path, known: Mapping[str, Any]) -> dict[str, str]:
     """Returns `task` and the fingerprints of a run folder; known: its overrides.json."""
     found = identity_of(folder)
     if found is None or found.version != VERSION:
-        return with_contents(run_folder.read_json(folder / "plan.json").get("tasks", []), known.get("data", ""), None)
+        return with_contents(read_json(folder / "plan.json").get("tasks", []), known.get("data", ""), None)
     return with_contents(found.tasks, known.get("data", ""), found.fingerprints)
 
 
