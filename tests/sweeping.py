@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mft import run_folder
+from mft.files.json_file import read_json
 
 FAST = ["debug=fast", "train.save_every=2", "train.max_steps=6", "data.paths=[docs,code]"]
 

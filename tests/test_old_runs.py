@@ -9,6 +9,7 @@ import pytest
 
 from mft import cli, run_folder
 from mft.errors import UserError
+from mft.files.json_file import read_json
 from mft.launch.worker import worker
 
 FIXTURE = Path(__file__).parent / "fixtures" / "runs_8e2545b"

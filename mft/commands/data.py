@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
+from mft.files.json_file import write_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -13,6 +13,7 @@ from pathlib import Path
 from mft import run_folder
 from mft.console.screen import console, say
 from mft.errors import UserError, nearest
+from mft.files.json_file import read_json
 from mft.runs.results import Run, flat, read_run
 from mft.sweep.command import RECORD
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mft.console.credentials import hidden
 from mft.console.screen import shown
 from mft.errors import UserError
+from mft.files.json_file import read_json, write_json
 
 if TYPE_CHECKING:
     from mft.launch.hosts import Hosts

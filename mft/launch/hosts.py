@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
+from mft.files.json_file import read_json, write_json
 
 if TYPE_CHECKING:
     from mft.config.schema import Launch

@@ -20,6 +20,7 @@ from mft.config.schema import LaunchMode, freeze, resolve_precision
 from mft.config.validate import check
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
+from mft.files.json_file import Values, read_json, write_json
 from mft.hardware import visible_gpus
 from mft.launch import resume_choice
 from mft.launch.failures import forget_failures

@@ -16,6 +16,7 @@ from mft.config import yaml_file
 from mft.config.identity import CONTENTS, VERSION, identity_of
 from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, under
 from mft.errors import UserError, nearest
+from mft.files.json_file import read_json
 from mft.objective import criterion
 from mft.training.provenance import fingerprint_tag
 

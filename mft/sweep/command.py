@@ -26,6 +26,7 @@ from mft.config.yaml_file import circle
 from mft.console.credentials import as_written
 from mft.console.screen import say
 from mft.errors import UserError
+from mft.files.json_file import read_json, write_json
 
 IDENTITY_DIGITS = 10
 """Digits of an identity that name a folder: in a million jobs two collide with a probability below one half."""

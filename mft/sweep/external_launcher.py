@@ -20,6 +20,7 @@ from mft.config.hydra_compose import with_choices
 from mft.config.interpolations import replaced
 from mft.config.overrides import key_of
 from mft.config.schema import register, typed
+from mft.files.json_file import read_json
 from mft.launch import job
 from mft.launch.launch import Stopped
 from mft.launch.worker import INTERRUPTED

@@ -24,6 +24,7 @@ from mft.config.overrides import check_overrides, key_of
 from mft.config.schema import LaunchMode, typed
 from mft.config.yaml_file import circle
 from mft.errors import UserError
+from mft.files.json_file import read_json
 from mft.launch import job, resume_choice
 from mft.launch.launch import Stopped, place
 from mft.launch.worker import SAVED

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft.config.overrides import key_of
 from mft.errors import UserError, nearest
+from mft.files.json_file import read_json, write_json
 from mft.launch import job
 from mft.launch.launch import place
 from mft.sweep import display

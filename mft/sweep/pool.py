@@ -25,6 +25,7 @@ from mft import run_folder
 from mft.console.credentials import hidden
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
+from mft.files.json_file import read_json, write_json
 from mft.launch import job
 from mft.launch.launch import Stopped, warm
 from mft.launch.spawn import handlers, variables

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mft import cli, run_folder
+from mft.files.json_file import read_json
 from mft.tracking.store import client_for
 
 

@@ -9,6 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mft.config.hydra_compose import compose_words
+from mft.config.schema import register
 
 
 def test_hydra_has_what_composing_uses_of_it() -> None:
@@ -19,6 +20,7 @@ def test_hydra_has_what_composing_uses_of_it() -> None:
 
 
 def test_composing_inside_a_running_hydra_leaves_it_as_it_is() -> None:
+    register()
     instance = GlobalHydra.instance()
     before = instance.hydra
     cfg = compose_words(["train.max_steps=3"])

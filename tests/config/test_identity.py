@@ -21,6 +21,7 @@ from mft.config.identity import CONTENTS, VERSION, Identity, identity_of
 from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, FINGERPRINTED, under
 from mft.config.schema import config_dir, freeze
 from mft.errors import UserError
+from mft.files.json_file import write_json
 from mft.launch import job
 from mft.loss.means import TokenMean
 from mft.model.causal_lm import CausalLM

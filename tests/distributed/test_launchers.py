@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from mft import run_folder
+from mft.files.json_file import read_json
 from tests.distributed.test_placed import FSDP_CONFIG
 
 REPOSITORY = Path(__file__).parents[2]

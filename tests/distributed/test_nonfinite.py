@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mft.errors import UserError
+from mft.files.json_file import read_json
 from tests.distributed.equality import differences
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import BACKENDS, FORCED, frozen, logged, play

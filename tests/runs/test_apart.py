@@ -13,6 +13,7 @@ from mft import cli
 from mft.config.compose import compose_resolved
 from mft.config.schema import freeze
 from mft.errors import UserError
+from mft.files.json_file import write_json
 from mft.launch import job
 from mft.runs.direction import higher_is_better
 from tests.tiny_runs import write_task

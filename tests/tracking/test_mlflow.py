@@ -14,6 +14,7 @@ import pytest
 from mft import cli
 from mft.config.identity import Identity
 from mft.errors import UserError
+from mft.files.json_file import write_json
 from mft.tracking.delivery import sync
 from mft.tracking.mlflow import PATIENCE, Mlflow
 from mft.tracking.store import client_for
