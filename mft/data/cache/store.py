@@ -38,10 +38,9 @@ class Store:
     """The samples of one task, in all splits. N is the number of samples.
 
     lengths_N: tokens of each; trained_N: tokens that carry loss; split_N: index in SPLITS.
-    report: rows, kept, splits, tokens, trained_tokens, truncated, dropped {reason: count}, first_dropped,
-    one_string (rows compared with their encoding as one string, and how many differ); unread (understood rows with a
-    field that the format does not read, by field; None: it does not say); answers_without_loss; empty_thoughts (that
-    the template puts before answers); duplicates (see `settle`).
+    report: rows, kept, splits, tokens, trained_tokens, truncated, dropped {reason: count}, first_dropped, unread
+    (understood rows with a field that the format does not read, by field; None: it does not say), answers_without_loss,
+    empty_thoughts (that the template puts before answers), duplicates (see `mark_duplicates`).
     contents: the fingerprint of the rows it was made of (`Task.fingerprint`), "" until `prepare` sets it.
     fingerprint: hash of contents, tokenizer, template and options. digest_N: equal where the conversations of two
     samples' rows are.
