@@ -34,7 +34,7 @@ The overrides are those of `mft train`; nothing is trained, and no model is load
                 without it outputs/<name>/data
 """
 
-PLAIN_WIDTH = 160  # columns where the output is no terminal
+PLAIN_WIDTH = 160  # columns where the output is not a terminal
 
 
 def data(args: Sequence[str]) -> None:

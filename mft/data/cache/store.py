@@ -220,9 +220,10 @@ def prepare(
             "(data.bad_rows=skip leaves such rows out and counts them)"
         )
     if not len(store):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "the files are empty"
+        if not (reasons := ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)):
+            raise UserError(f"task.{task.name}: its files are empty.")
         places = "".join(f"\n  {d['where']}: {d['problem']}" for d in store.report["first_dropped"][:3])
-        raise UserError(f"task.{task.name}: none of its {store.report['rows']} rows is left ({reasons}){places}")
+        raise UserError(f"task.{task.name}: all {store.report['rows']} rows were dropped ({reasons}){places}")
     return store
 
 
