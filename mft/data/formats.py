@@ -286,7 +286,7 @@ class Auto(Format):
 
     public_name: ClassVar[str] = "auto"
 
-    def settled(self, row: Any) -> tuple[str, Format] | None:
+    def detect(self, row: Any) -> tuple[str, Format] | None:
         """Returns the name and format that a row fits; None for a row that fits none."""
         return next(((name, known) for name, known in KNOWN.items() if known.fits(row)), None)
 
@@ -351,7 +351,7 @@ def _text(value: Any, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        problem = f"holds half of a surrogate pair at character {error.start}, which is no text"
+        problem = f"holds half of a surrogate pair at character {error.start}, which is not text"
         raise RowError(field, problem) from None
     return value
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written to a temporary folder, marked complete, renamed.
+"""Checkpoints that are complete or absent: written to a temporary folder, marked complete, renamed.
 
 step-N/ holds the model as transformers or peft load it, and in state/ what an exact resume needs besides.
 """
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError, is_full_disk
+from mft.files.atomic import publish, remove
 from mft.files.checksums import COMPLETE, damage, measure, seal
 from mft.loss.base import TaskLoss
-from mft.training.loop import State
+from mft.training.state import State
 
 
 class Checkpoints:
@@ -50,7 +51,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "state").mkdir(parents=True)
         self.engine.barrier()
-        with full_disk_told(temporary, self.folder.parent):
+        with full_disk_reported(temporary, self.folder.parent):
             self.export(temporary)
             self.engine.save_state(temporary / "state")
             if self.engine.is_main:
@@ -64,9 +65,9 @@ class Checkpoints:
                 _flush(self.folder.parent / "metrics.jsonl")  # a resumed run counts on the rows up to this step
                 seal(temporary, COMPLETE, {name: entry for part in parts for name, entry in part.items()})
         if self.engine.is_main:
-            put(temporary, final)
-            best_of_tasks = state.task_saved_step.values() if self.keep_task_best else ()
-            self._prune(protect={state.step, state.best_saved_step, *best_of_tasks})
+            publish(temporary, final)
+            best_of_tasks = state.best.task_saved_step.values() if self.keep_task_best else ()
+            self._prune(protect={state.step, state.best.saved_step, *best_of_tasks})
         self.engine.barrier()
         return final
 
@@ -89,32 +90,17 @@ def write_final(run_dir: Path, engine: Any, export: Callable[[Path], None]) -> N
         for leftover in run_dir.glob(".final*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
     engine.barrier()
-    with full_disk_told(temporary, run_dir):
+    with full_disk_reported(temporary, run_dir):
         export(temporary)
         if engine.is_main:
             seal(temporary)
     if engine.is_main:
-        put(temporary, run_dir / "final")
+        publish(temporary, run_dir / "final")
     engine.barrier()
 
 
-def put(temporary: Path, folder: Path) -> None:
-    """Gives a folder that is written whole its name, in place of what was there."""
-    if folder.exists():
-        remove(folder)
-    temporary.rename(folder)
-
-
-def remove(folder: Path) -> None:
-    """Removes a folder under another name: what a kill in the middle leaves is not taken for a whole one."""
-    old = folder.with_name(f".{folder.name}.old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 @contextmanager
-def full_disk_told(folder: Path, run_dir: Path) -> Iterator[None]:
+def full_disk_reported(folder: Path, run_dir: Path) -> Iterator[None]:
     """Context in which a folder of a run is written: where the disk is full it is removed, and a UserError raised."""
     try:
         yield
@@ -124,27 +110,25 @@ def full_disk_told(folder: Path, run_dir: Path) -> Iterator[None]:
             raise
         shutil.rmtree(folder, ignore_errors=True)
         older = newest(run_dir)
-        goes_on = f"; the same command then goes on from {older.name}" if older else ""
+        resumes = f"; the same command then resumes from {older.name}" if older else ""
         raise UserError(
             f"The disk is full: {folder} could not be written ({free / 2**20:,.0f} MiB were free). Make room, or keep "
-            f"fewer checkpoints (train.keep){goes_on}"
+            f"fewer checkpoints (train.keep){resumes}"
         ) from error
 
 
 def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> bool:
     """Puts a checkpoint back into state, module, optimizer, the loss's memory and the random states.
 
-    All ranks call it, last before training goes on. Returns whether the layout is the one that wrote it, so that the
-    run goes on to the bit as if it had not been interrupted. Raises UserError when the checkpoint does not fit.
+    All ranks call it, last before training continues. Returns whether the layout is the one that wrote it, so that
+    the run continues bit-identically. Raises UserError when the checkpoint does not fit.
     """
     import torch
 
     values = json.loads((folder / "state" / "loop.json").read_text(encoding="utf-8"))
-    unknown = set(values) - set(state.as_dict())
-    if unknown:
-        raise UserError(f"{folder} was written by another version of mft: it knows {', '.join(sorted(unknown))}.")
-    for name, value in State.checked(values).as_dict().items():
-        setattr(state, name, value)
+    if unknown := set(values) - set(state.as_dict()):
+        raise UserError(f"{folder} was written by another version of mft: it holds {', '.join(sorted(unknown))}.")
+    vars(state).update(vars(State.from_dict(values)))
     loss.load_state_dict(torch.load(folder / "state" / "loss.pt", weights_only=True))
     same_layout: bool = engine.load_state(folder / "state")
     return same_layout
