@@ -1,4 +1,4 @@
-"""Special tokens: the EOS and padding token of a tokenizer, and new tokens with their trained rows.
+"""Resolves the EOS and padding tokens, and adds new tokens with trained rows.
 
 New tokens are added to the tokenizer, given rows in the embedding and the output layer, and trained.
 """
