@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mft.errors import UserError, nearest
+from mft.errors import UserError, check_ranges, nearest, ranged
 from mft.files.checksums import require_sound
 from mft.model import gradient_checkpointing, model_folder
 from mft.model.attention_kernel import Attention, choose_kernel, refuse_flash
@@ -61,7 +61,7 @@ class CausalLM:
     add_special_tokens: list[str] = field(default_factory=list)
     """The same for tokens that are left out of answers."""
 
-    pad_to_multiple_of: int = 64
+    pad_to_multiple_of: int = ranged(64, min=1)
     """Of the embedding's number of rows where new tokens make it grow."""
 
     lora_targets: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class CausalLM:
     shard_layers: list[str] = field(default_factory=list)
     """Class names of the decoder layers, the unit of sharding; [] = the model's own list."""
 
-    router_coef: float | None = None
+    router_coef: float | None = ranged(None, min=0)
     """Weight of a mixture of experts' balance loss; None = the model's own, 0 = off."""
 
     trust_remote_code: bool = False
@@ -85,9 +85,8 @@ class CausalLM:
         """Raises UserError for what can be known without loading: the path, the attention, gradient
         checkpointing."""
         self.checkpointing(parameters=0)
-        check_new_tokens(self.add_tokens, self.add_special_tokens, self.pad_to_multiple_of)
-        if self.router_coef is not None and not self.router_coef >= 0:
-            raise UserError(f"model.router_coef={self.router_coef}: it must be 0 (no balance loss) or larger")
+        check_ranges(self, "model")
+        check_new_tokens(self.add_tokens, self.add_special_tokens)
         if self.attention not in Attention.__members__:
             raise UserError(
                 f"model.attention={self.attention!r} is not one of {', '.join(Attention.__members__)}"

@@ -86,7 +86,7 @@ def require_token(tokenizer: PreTrainedTokenizerBase, token: str, key: str) -> s
     return token
 
 
-def check_new_tokens(plain: Sequence[str], special: Sequence[str], multiple: int) -> None:
+def check_new_tokens(plain: Sequence[str], special: Sequence[str]) -> None:
     """Raises UserError for lists of tokens that no tokenizer can take."""
     for key, tokens in (("add_tokens", plain), ("add_special_tokens", special)):
         for token in tokens:
@@ -96,8 +96,6 @@ def check_new_tokens(plain: Sequence[str], special: Sequence[str], multiple: int
     twice = sorted({token for token in every if every.count(token) > 1})
     if twice:
         raise UserError(f"model.add_tokens and model.add_special_tokens name {twice[0]!r} more than once")
-    if multiple < 1:
-        raise UserError(f"model.pad_to_multiple_of={multiple} must be at least 1")
 
 
 def add_new_tokens(tokenizer: PreTrainedTokenizerBase, plain: Sequence[str], special: Sequence[str]) -> list[int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mft.errors import UserError, check_ranges, ranged, writable
+from mft.errors import UserError, ranged, writable
 from mft.files.checksums import follow_umask
 from mft.model.causal_lm import CausalLM
 from mft.model.save import write_tokenizer
@@ -73,7 +73,6 @@ class Tiny(CausalLM):
     """Of the random weights."""
 
     def _check_path(self) -> None:
-        check_ranges(self, "model")
         if self.path:
             raise UserError(
                 f"model.path={self.path}: model=tiny makes its own weights; for weights of your own take model=auto"
