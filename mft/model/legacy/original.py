@@ -212,6 +212,8 @@ class Original(CausalLM):
 
     def _fetched(self) -> Path:
         """Returns the folder of the weight files, which are fetched where the checkpoint lies on the hub."""
+        if Path(self.location()).is_dir():
+            return Path(self.location())
         index = self._file(INDEX)
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index else set()
         files = [self._file(name) for name in sorted(names or {"model.safetensors"})]

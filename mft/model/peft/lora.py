@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mft.errors import UserError, nearest, shortened
+from mft.errors import UserError, check_ranges, nearest, ranged, shortened
 from mft.files.checksums import require_sound
 from mft.model.peft.full import Full, compute_dtype
-from mft.ranges import check_ranges, ranged
 
 if TYPE_CHECKING:
     import torch
