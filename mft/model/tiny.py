@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mft.errors import UserError, ranged, writable
+from mft.errors import UserError, ranged
+from mft.files.cache_folder import made_once
 from mft.files.checksums import follow_umask
 from mft.model.causal_lm import CausalLM
 from mft.model.save import write_tokenizer
@@ -87,20 +86,10 @@ class Tiny(CausalLM):
 
     def folder(self) -> Path:
         """Returns the checkpoint folder, made under a lock if it is not there yet."""
-        from filelock import FileLock
-
         names = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "vocab_size", "max_positions")
         recipe = {name: getattr(self, name) for name in (*names, "tied", "seed")} | {"text": TEXT, "version": 2}
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-        folder = writable(Path(self.cache_dir).expanduser().resolve() / "tiny", "cache_dir") / digest
-        if not folder.exists():
-            with FileLock(f"{folder}.lock"):
-                if not folder.exists():
-                    temporary = folder.with_name(f"{digest}.{os.getpid()}.tmp")
-                    shutil.rmtree(temporary, ignore_errors=True)  # left by a process of that number that was killed
-                    self._make(temporary)
-                    temporary.rename(folder)  # a folder under its own name is therefore complete
-        return folder
+        return made_once(Path(self.cache_dir).expanduser().resolve() / "tiny" / digest, self._make)
 
     def location(self) -> str:
         return str(self.folder())
@@ -136,7 +125,6 @@ class Tiny(CausalLM):
             del weights["lm_head.weight"]
         # Not the model's save_pretrained: inside a process group it writes nothing on any rank but 0, without
         # an error.
-        folder.mkdir()
         config.save_pretrained(folder)
         write_tokenizer(tokenizer, folder)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

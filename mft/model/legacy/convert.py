@@ -7,15 +7,12 @@ takes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft.errors import UserError, writable
-from mft.files.checksums import seal
+from mft.errors import UserError
 from mft.model.legacy.layout import Layout, check_weights
 from mft.model.safetensors_header import INDEX, check_files, tensors, weight_files
 from mft.model.save import finish_config
@@ -45,36 +42,6 @@ class OriginalWeights:
     layout: Layout
     norm_head: bool
     """Whether its output layer scales its rows to length 1 (Baichuan 2)."""
-
-
-def cached_folder(folder: Path, read: Callable[[], OriginalWeights], finish: Callable[[Path], None]) -> Path:
-    """Returns the native folder in the cache, converted under a lock if it is not there yet.
-
-    folder: in the cache, its name says what is in it; read: gives the checkpoint, fetched where it lies on
-    the hub; finish: writes what belongs to the folder beside config and weights. Several processes of a
-    machine may ask at once: one converts, the others wait. A folder under its own name is complete.
-    """
-    from filelock import FileLock
-
-    if folder.is_dir():
-        return folder
-    writable(folder.parent, "cache_dir")
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-            for left in folder.parent.glob(f"{folder.name}.*.tmp"):  # by processes that were killed
-                shutil.rmtree(left, ignore_errors=True)
-            checkpoint = read()
-            try:
-                temporary.mkdir()
-                write_native(checkpoint, temporary, plain_head=False)
-                finish(temporary)
-                seal(temporary)
-                temporary.rename(folder)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-    return folder
 
 
 def _check_space(who: str, files: list[Path], folder: Path) -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
-from mft.files.cache_folder import default_cache_dir
+from mft.files.cache_folder import default_cache_dir, made_once
+from mft.files.checksums import seal
 from mft.model.causal_lm import CausalLM
-from mft.model.legacy.convert import OriginalWeights, cached_folder, write_native
+from mft.model.legacy.convert import OriginalWeights, write_native
 from mft.model.legacy.layout import Layout
 from mft.model.model_folder import read_config
 from mft.model.origin import CONVERTED, Origin, convert_words, write_note
@@ -184,7 +185,7 @@ class Original(CausalLM):
         key = json.dumps([options, sorted(self.fingerprints().items())], sort_keys=True)
         cache = Path(self.cache_dir or default_cache_dir()).expanduser().resolve()
         folder = cache / "native" / hashlib.sha256(key.encode()).hexdigest()[:16]
-        return str(cached_folder(folder, self._checkpoint, self._finish))
+        return str(made_once(folder, self._write_to_cache))
 
     def convert(self, folder: Path) -> None:
         """Writes config and weights as a plain native folder, which anybody's transformers can load."""
@@ -204,11 +205,12 @@ class Original(CausalLM):
             f"model.path={self.path}", self._fetched(), self.config(), self.native(values)[0], self.normalises(values)
         )
 
-    def _finish(self, folder: Path) -> None:
-        """Writes the tokenizer, where the checkpoint has one, and where the folder comes from."""
+    def _write_to_cache(self, folder: Path) -> None:
+        write_native(self._checkpoint(), folder, plain_head=False)
         with suppress(UserError):  # what is wrong with the vocabulary is said when the tokenizer is used
             self.read_tokenizer().save_pretrained(str(folder))
         write_note(folder, CONVERTED, Origin(self.location(), self.revision, self.fingerprint()))
+        seal(folder)
 
     def _fetched(self) -> Path:
         """Returns the folder of the weight files, which are fetched where the checkpoint lies on the hub."""
