@@ -1,4 +1,4 @@
-"""What of a run becomes text in a tracker: flattened parameters, names a tracker accepts, and no passwords."""
+"""Text that a tracker accepts: a flattened config, names and lengths within its limits, no passwords."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ class TensorBoard(Tracker):
     public_name: ClassVar[str] = "tensorboard"
 
     dir: str | None = None
+    """Folder that gets a folder of event files for each run. None = tensorboard/ in the run folder."""
 
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         try:
