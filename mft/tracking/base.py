@@ -1,4 +1,4 @@
-"""The contract of experiment trackers, metrics.jsonl, which every run keeps, and the fan-out to several trackers."""
+"""The contract of experiment trackers, the metrics.jsonl of every run, and the fan-out to several."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Tracker:
     """
 
     def prepare(self) -> None:
-        """Creates what several runs share (a database) before jobs start side by side. One run does not need it."""
+        """Creates what runs share (a database) before jobs start in parallel; one run does without."""
 
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         """Starts the record of this run, or continues it on resume.
 
-        config: the resolved config, nested; tags: identity, git_commit, versions, overrides; step: the optimizer
-        step the run resumes from (0 = fresh): a tracker drops the points of later steps, which are logged again.
+        config: the resolved config, nested; tags: identity, git_commit, versions, overrides; step: the
+        optimizer step the run resumes from (0 = fresh); points of later steps are logged again.
         """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -40,7 +40,7 @@ class Tracker:
         """
 
     def artifact(self, path: Path) -> None:
-        """Keeps a file or a folder of the run folder. A tracker that reads the folder itself may ignore this."""
+        """Keeps a file or folder of the run folder; a tracker that reads the run folder may ignore it."""
 
     def model(self, folder: Path) -> None:
         """Receives the folder of the final model; copies it only if configured to, since it may be large."""
@@ -62,9 +62,10 @@ class Tracker:
 class Jsonl(Tracker):
     """`metrics.jsonl` in the run folder: one object a logged step, `{"step": 10, "train/loss": 1.23, ...}`.
 
-    On resume the lines of steps after the checkpoint are cut off, so that no step appears twice; a run that starts
-    afresh in its folder starts a new file. Non-finite values are written as null, which every JSON reader
-    understands. Rows that meet a full disk are kept in memory and written with a later row, or when the run ends.
+    On resume the lines of steps after the checkpoint are cut off, so that no step appears twice; a run that
+    starts afresh in its folder starts a new file. Non-finite values are written as null, which every JSON
+    reader understands. Rows that meet a full disk stay in memory and are written with a later row, or when
+    the run ends.
     """
 
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
@@ -78,7 +79,7 @@ class Jsonl(Tracker):
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # a line half written when the process was killed; its step is trained and logged again
+                continue  # half a line, as a kill leaves it; its step is trained and logged again
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self.path)
@@ -107,7 +108,7 @@ class Jsonl(Tracker):
 
 
 class FanOut(Tracker):
-    """Passes every call to several trackers in turn; a broken one is reported once and does not stop the others."""
+    """Passes every call to several trackers in turn; one that fails is reported once and stops no other."""
 
     def __init__(self, trackers: Sequence[Tracker]):
         self.trackers = list(trackers)
@@ -147,4 +148,5 @@ class FanOut(Tracker):
             except Exception as error:  # a full disk, a defect in a tracker: not a reason to lose a training
                 if id(tracker) not in self.reported:
                     self.reported.add(id(tracker))
-                    log.warning("%s: %s: %s. Training continues", type(tracker).__name__, type(error).__name__, error)
+                    names = type(tracker).__name__, type(error).__name__
+                    log.warning("%s: %s: %s. Training continues", *names, error)

@@ -1,4 +1,4 @@
-"""Tracking with MLflow: training does not wait for the store, gets no error from it, and nothing logged is lost."""
+"""Tracking with MLflow: training neither waits for the store nor fails with it, and no metric is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mft.tracking.base import Tracker
 from mft.tracking.params import cut
 from mft.tracking.record import Record
 from mft.tracking.sender import Sender
-from mft.tracking.store import database_file, prepare, read_monitors, reason, system_monitors
+from mft.tracking.store import database_file, prepare, reason, system_metrics
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databrick
 PATIENCE = 4.0  # seconds without any progress after which open and close stop waiting
 COLLECT = 0.5  # seconds in which points gather before they are sent in one call
 RETRY = (1.0, 60.0)  # seconds until a store that did not answer is tried again: doubled each time, at most
-# MLflow's page opens on traces of language model apps, which are empty here; this opens the charts of all runs.
+# MLflow's page opens on traces of language model apps, which are empty here; this opens the runs' charts.
 CHARTS = "compareRunsMode=CHART&workflowType=machine_learning"
 SYSTEM_EVERY = 10.0  # seconds between two looks at cpu, memory, disk, network and gpu
 
@@ -37,15 +37,15 @@ SYSTEM_EVERY = 10.0  # seconds between two looks at cpu, memory, disk, network a
 class Mlflow(Tracker):
     """Records a run in an MLflow store: a local SQLite database (the default) or a server.
 
-    A background thread sends what the run leaves in its folder; a store that is down costs the seconds of PATIENCE at
-    the start and at the end, and what it missed is sent when it answers again, by this process, by the resumed run,
-    or by `sync`. A run opened again in the same folder continues as the same MLflow run.
+    A background thread sends what the run writes into its folder. A store that is down costs PATIENCE seconds
+    at the start and at the end; what it missed is sent when it answers again, by this process, the resumed
+    run, or `sync`. A run opened again in the same folder continues as the same MLflow run.
     """
 
     public_name: ClassVar[str] = "mlflow"
 
     uri: str | None = None
-    """Address of the store. None = MLFLOW_TRACKING_URI where that is set, else the SQLite database in `store`."""
+    """Address of the store. None = MLFLOW_TRACKING_URI if set, else the SQLite database in `store`."""
 
     store: str = "."
     """Folder of the default store, relative to where mft is started; unused with an address."""
@@ -60,7 +60,7 @@ class Mlflow(Tracker):
     """Whether to log cpu, memory, disk, network and gpu of rank 0's machine every 10 s as system/…"""
 
     register_as: str | None = None
-    """Name of the registered model that the final model becomes a version of. None = it stays in the run folder."""
+    """Registered model that the final model becomes a version of. None = it stays in the run folder."""
 
     checkpoints: bool = False
     """Whether to upload the checkpoints that the run kept when it ends: three times the trained size each."""
@@ -100,11 +100,9 @@ class Mlflow(Tracker):
         record.register_as, record.checkpoints = self.register_as or "", self.checkpoints
         record.started = record.started or now
         record.outcome = record.ended = ""
-        # A resume has cut metrics.jsonl back: it is read from its start, and the store asked for what it has.
+        # A resume has cut metrics.jsonl back: it is read from the start, and the store asked for what it has.
         record.places = {name: [0, 0, now] for name in record.places}
-        self._run_dir, self._record = run_dir, record
-        self._uri = self._address(record.uri)
-        self._sender = Sender(run_dir, record, self._uri)
+        self._sender = Sender(run_dir, record, self._address(record.uri))
         record.save(run_dir)  # `sync` has to know the store, also one that is never reached
         self._news, self._closing = threading.Event(), threading.Event()
         self._attempts, self._failed, self._delivered = 0, False, False
@@ -116,15 +114,16 @@ class Mlflow(Tracker):
             threading.Thread(target=self._watch_system, name="mlflow-system", daemon=True).start()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Wakes the sender, which reads metrics.jsonl. That has null for infinity, so a tag says where one was."""
-        infinite = {f"infinite.{k}": f"{float(v)}, last at step {step}" for k, v in values.items() if math.isinf(v)}
+        """Wakes the sender, which reads metrics.jsonl; infinity is null there, so a tag tells the last."""
+        at = f"last at step {step}"
+        infinite = {f"infinite.{k}": f"{float(v)}, {at}" for k, v in values.items() if math.isinf(v)}
         if infinite:
-            self._record.tags = self._record.tags | infinite
-            self._record.save(self._run_dir)
+            self._sender.record.tags = self._sender.record.tags | infinite
+            self._sender.record.save(self._sender.run_dir)
         self._news.set()
 
     def report(self, sweep_dir: Path, file: Path, tags: Mapping[str, str]) -> None:
-        """Keeps it as a run in an experiment of reports: beside the others it would be in the legend of every chart."""
+        """Keeps it in an experiment of reports: among the runs it would be in the legend of every chart."""
         name = f"report of sweep {tags['sweep']}"
         named = replace(self, experiment=f"{self.experiment} reports", run_name=name, system_metrics=False)
         named.open(sweep_dir, {}, tags)
@@ -133,24 +132,21 @@ class Mlflow(Tracker):
     def close(self, status: str) -> None:
         """Sends the rest, with the files, checkpoints and final model that lie in the run folder by now."""
         try:
-            self._record.outcome = status
-            self._record.save(self._run_dir)
+            self._sender.record.outcome = status
+            self._sender.record.save(self._sender.run_dir)
         finally:  # also on a full disk
             self._closing.set()
             self._news.set()
             self._wait(lambda: not self._thread.is_alive(), PATIENCE / 4 if self._failed else PATIENCE)
         if not self._delivered:
-            log.warning(
-                "MLflow (%s) has not received all of this run; nothing is lost, `mft tracking sync %s` sends it",
-                hidden(self._uri),
-                self._run_dir,
-            )
+            later = f"nothing is lost, `mft tracking sync {self._sender.run_dir}` sends it"
+            log.warning("%s has not received all of this run; %s", self._store(), later)
 
     def where(self) -> str:
-        uri = getattr(self, "_uri", "") or self._address()
+        sender: Sender | None = getattr(self, "_sender", None)
+        uri, experiment = (sender.uri, sender.experiment_id) if sender else (self._address(), "")
         local = database_file(uri) is not None
         command = f"mlflow ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000" if local else ""
-        experiment = self._sender.experiment_id if hasattr(self, "_sender") else ""
         if not experiment or not (local or uri.startswith("http")):
             return command or without_credentials(uri)
         server = "http://127.0.0.1:5000" if local else without_credentials(uri)
@@ -158,7 +154,7 @@ class Mlflow(Tracker):
         return f"{command}  then open {page}" if local else page
 
     def _address(self, last: str = "") -> str:
-        """The configured store, else MLFLOW_TRACKING_URI, else the one that has this run (`last`), else the default."""
+        """Returns the configured store, MLFLOW_TRACKING_URI, `last` (which has this run) or the default."""
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         database = database_file(last)
         if not uri and (database.exists() if database is not None else last):
@@ -167,6 +163,9 @@ class Mlflow(Tracker):
         uri = uri or f"sqlite:///{Path(self.store).resolve() / 'mlflow.db'}"
         database = database_file(uri)
         return uri.rstrip("/") if database is None else f"sqlite:///{database.resolve()}"
+
+    def _store(self) -> str:
+        return f"MLflow ({hidden(self._sender.uri)})"
 
     def _wait(self, done: Callable[[], bool], patience: float) -> None:
         """Returns when it is done, or when nothing has moved for so many seconds."""
@@ -186,18 +185,15 @@ class Mlflow(Tracker):
             self._news.clear()
             closing = self._closing.is_set()
             try:
-                self._sender.send(self._record.outcome if closing else "")
+                self._sender.send(self._sender.record.outcome if closing else "")
             except Exception as error:
                 if not pause:
-                    log.warning(
-                        "MLflow (%s): %s. Training continues; the run is sent later",
-                        hidden(self._uri),
-                        reason(error, self._uri),
-                    )
+                    why = reason(error, self._sender.uri)
+                    log.warning("%s: %s. Training continues; the run is sent later", self._store(), why)
                 pause, self._failed = min(max(RETRY[0], 2 * pause), RETRY[1]), True
             else:
                 if pause:
-                    log.warning("MLflow (%s) is reachable again; what it missed was sent", hidden(self._uri))
+                    log.warning("%s is reachable again; what it missed was sent", self._store())
                 pause, self._failed, self._delivered = 0.0, False, closing
             self._attempts += 1
             if closing:
@@ -205,11 +201,12 @@ class Mlflow(Tracker):
         self._sender.lock.release(force=True)
 
     def _watch_system(self) -> None:
-        """Writes system.jsonl, which is sent like metrics.jsonl; its step is the age of the run in seconds."""
-        monitors = system_monitors()
-        while not self._closing.is_set():
-            row = {"step": int(time.time() - self._record.started / 1000)} | read_monitors(monitors)
-            with suppress(OSError), (self._run_dir / "system.jsonl").open("a", encoding="utf-8") as file:
+        """Writes system.jsonl, which is sent like metrics.jsonl; its steps are seconds since the start."""
+        sender = self._sender
+        for values in system_metrics():
+            row = {"step": int(time.time() - sender.record.started / 1000)} | values
+            with suppress(OSError), (sender.run_dir / "system.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             self._news.set()
-            self._closing.wait(SYSTEM_EVERY)
+            if self._closing.wait(SYSTEM_EVERY):
+                break

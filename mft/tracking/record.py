@@ -1,4 +1,4 @@
-"""`mlflow.json` of a run folder: what MLflow is to know that no other file says, and how much of it has arrived."""
+"""`mlflow.json` of a run folder: what MLflow must know that no other file says, and how much has arrived."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ NAME = "mlflow.json"
 
 @dataclass
 class Record:
-    """No field is ever None. A file of an earlier version lacks some, and those keep their defaults."""
+    """No field is ever None. A file of an earlier version lacks some, and those keep their defaults.
+
+    Dicts are replaced, never changed: the training's thread may save while the sender's is at work.
+    """
 
     key: str = ""
     """The run's own name for itself, its tag `run_key`: finds a run whose creation was never answered."""
@@ -33,7 +36,7 @@ class Record:
     """When the run was first opened; milliseconds since 1970, as all times of MLflow."""
 
     tags: dict[str, str] = field(default_factory=dict)
-    """Tags of the latest attempt, credentials hidden. Replaced, never changed: the sender's thread reads it."""
+    """Tags of the latest attempt, credentials hidden."""
 
     outcome: str = ""
     """finished, failed or stopped once the tracker was closed; empty while it is open, and after a kill."""
@@ -54,10 +57,10 @@ class Record:
     """The outcome that the store was given; empty = it shows the run as running."""
 
     places: dict[str, list[int]] = field(default_factory=dict)
-    """File of metrics → [its inode, bytes sent, time in ms of the last row]. A resume makes a new file of it."""
+    """File of metrics → [its inode, bytes sent, time in ms of the last row]; a resume rewrites the file."""
 
-    uploaded: dict[str, list[int]] = field(default_factory=dict)
-    """File or folder → [bytes, latest change in ns] as it was uploaded; one that has changed is uploaded again."""
+    uploaded: dict[str, int] = field(default_factory=dict)
+    """File or folder → its latest change in ns as it was uploaded; one that has changed is uploaded again."""
 
     def __post_init__(self) -> None:
         self.key = self.key or uuid.uuid4().hex
@@ -65,7 +68,7 @@ class Record:
 
     @classmethod
     def read(cls, run_dir: Path) -> Record:
-        """Reads the record of a run folder; a damaged one is set aside with a warning, and a new one returned."""
+        """Reads the record of a run folder; a damaged one is renamed, with a warning, and a new one made."""
         path = run_dir / NAME
         if not path.exists():
             return cls()

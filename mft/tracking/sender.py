@@ -1,15 +1,15 @@
 """Sends a run folder to an MLflow store: what lies behind the saved place, in batches, each point once.
 
-The run's own files are the record (metrics.jsonl, config.yaml, summary.json, report/), so one sender serves a run that
-is training and `mft tracking sync` long after it. A kill between sending a batch and saving its place is mended by
-asking the store: when a run that it has is continued, its points are read, and none is sent twice.
+The run's own files are the record (metrics.jsonl, config.yaml, summary.json, report/), so one sender serves
+a run that is training and `mft tracking sync` long after it. A kill between sending a batch and saving its
+place is mended by asking the store: when it has the run already, its points are read, and none is sent twice.
 """
 
 from __future__ import annotations
 
 import contextlib
 import getpass
-import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-log = logging.getLogger(__name__)
-
 METRIC_FILES = ("metrics.jsonl", "system.jsonl")
 METRICS_A_CALL = 1000  # MLflow's own limits of one log_batch
 TEXTS_A_CALL = 100
@@ -41,7 +39,7 @@ STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 class Sender:
-    """Sends one run folder to one store. Only one process at a time does; the lock is held until it is released."""
+    """Sends one run folder to one store. `send` takes the folder's lock, the caller releases it at the end."""
 
     client: MlflowClient
 
@@ -71,7 +69,9 @@ class Sender:
                 self._describe()
             count = sum(self._send_points(name) for name in METRIC_FILES)
             if outcome and self.record.ended != outcome:
-                self.client.set_terminated(self.record.run_id, STATUS[outcome], end_time=self._last_change())
+                files = [self.run_dir / name for name in ("metrics.jsonl", "summary.json")]  # written last
+                end = max((file.stat().st_mtime for file in files if file.exists()), default=time.time())
+                self.client.set_terminated(self.record.run_id, STATUS[outcome], end_time=int(1000 * end))
                 self.record.ended = outcome
                 self.record.save(self.run_dir)
             return count + self._send_files()
@@ -95,8 +95,8 @@ class Sender:
         self.client, self._tags, self._sent = client_for(self.uri), None, {}
         if record.run_id:
             try:
-                run = self.client.get_run(record.run_id)
-                self.attached, self.experiment_id = run.info.lifecycle_stage == "active", run.info.experiment_id
+                info = self.client.get_run(record.run_id).info
+                self.attached, self.experiment_id = info.lifecycle_stage == "active", info.experiment_id
             except MlflowException as error:  # the run or the database may have been deleted
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
@@ -106,23 +106,23 @@ class Sender:
         self._waiting.clear()
         self.experiment_id = self._experiment()
         # A run whose creation was never answered is found by its key.
-        found = list(self.client.search_runs([self.experiment_id], f"tags.run_key = '{record.key}'", max_results=1))
-        if not found:
+        runs = list(self.client.search_runs([self.experiment_id], f"tags.run_key = '{record.key}'"))
+        if not runs:
             tags = {"run_key": record.key, "mlflow.source.name": "mft", "mlflow.source.type": "LOCAL"}
             with contextlib.suppress(KeyError, OSError):  # a container whose user id has no name
                 tags["mlflow.user"] = getpass.getuser()
-            found = [self.client.create_run(self.experiment_id, record.started or None, tags, record.run_name or None)]
-            self._sent = None
-        record.run_id, self.attached = found[0].info.run_id, True
+            started, name = record.started or None, record.run_name or None
+            runs, self._sent = [self.client.create_run(self.experiment_id, started, tags, name)], None
+        record.run_id, self.attached = runs[0].info.run_id, True
         record.save(self.run_dir)
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 
         name, database = self.record.experiment, database_file(self.uri)
-        location = None if database is None else (artifact_root(database).resolve() / safe_name(name)).as_uri()
+        folder = None if database is None else (artifact_root(database).resolve() / safe_name(name)).as_uri()
         try:
-            return str(self.client.create_experiment(name, artifact_location=location))
+            return str(self.client.create_experiment(name, artifact_location=folder))
         except MlflowException:
             experiment = self.client.get_experiment_by_name(name)  # it exists: the usual case
             if experiment is None:
@@ -132,18 +132,19 @@ class Sender:
         return str(experiment.experiment_id)
 
     def _describe(self) -> None:
-        """Sends parameters and tags; a parameter that changed on resume cannot be replaced, it becomes a tag."""
+        """Sends parameters and tags. MLflow replaces no parameter: one that a resume changed becomes a tag."""
         from mlflow.entities import Param, RunTag
 
         now, run_id = self.record.tags, self.record.run_id
         run, config, tags = self.client.get_run(run_id), read_config(self.run_dir), dict(now)
         if run.info.status != "RUNNING" and not self.record.ended:
             self.client.update_run(run_id, status="RUNNING")
-        params = flattened(config) | {str(name): str(value) for name, value in config.get("choices", {}).items()}
+        choices, there = config.get("choices") or {}, run.data.params
+        params = flattened(config) | {str(name): str(value) for name, value in choices.items()}
         for name, value in params.items():
-            if run.data.params.get(name, value) != value:
-                tags[f"changed.{name}"] = f"{run.data.params[name]} -> {value}"
-        new = [Param(name, value) for name, value in params.items() if name not in run.data.params]
+            if there.get(name, value) != value:
+                tags[f"changed.{name}"] = f"{there[name]} -> {value}"
+        new = [Param(name, value) for name, value in params.items() if name not in there]
         texts = [RunTag(safe_name(name), cut(value, TAG_LIMIT)) for name, value in tags.items()]
         for start in range(0, max(len(new), len(texts)), TEXTS_A_CALL):
             part = slice(start, start + TEXTS_A_CALL)
@@ -151,15 +152,14 @@ class Sender:
             self._alive()
         self._tags = now
 
-    def _last_change(self) -> int:
-        """Returns the time in ms at which the run last wrote something, now for a folder without a run's files."""
-        files = [file for name in ("metrics.jsonl", "summary.json") if (file := self.run_dir / name).exists()]
-        return int(1000 * max((file.stat().st_mtime for file in files), default=time.time()))
-
     # ---- metrics ----
 
     def _send_points(self, name: str) -> int:
-        """Sends the rows of a file behind its place. What fails waits as it is: MLflow takes the same point twice."""
+        """Sends the rows of a file behind its place.
+
+        A batch that failed waits unchanged: MLflow keeps a point (name, step, time, value) once, however often
+        it is sent, so a lost answer does no harm.
+        """
         if name not in self._waiting and (self.run_dir / name).exists():
             self._waiting[name] = self._read(self.run_dir / name)
         points, place = self._waiting.get(name, ([], []))
@@ -167,7 +167,7 @@ class Sender:
             self.client.log_batch(self.record.run_id, metrics=points[start : start + METRICS_A_CALL])
             self._alive()
         if place and place != self.record.places.get(name):
-            self.record.places[name] = place
+            self.record.places = {**self.record.places, name: place}
             self.record.save(self.run_dir)
         self._waiting.pop(name, None)
         return len(points)
@@ -175,8 +175,8 @@ class Sender:
     def _read(self, path: Path) -> tuple[list[Metric], list[int]]:
         """Returns (points that the store lacks, the place behind them); null is NaN, a gap in the chart.
 
-        Rows carry no time: they are spread between the last row before them and the file's last change, which is
-        right to half a second in a run that is training, and a fair guess after an outage.
+        Rows carry no time: they are spread between the last row before them and the file's last change. That
+        is right to half a second in a run that is training, and a fair guess after an outage.
         """
         from mlflow.entities import Metric
 
@@ -185,17 +185,17 @@ class Sender:
         status = path.stat()
         inode, offset, since = self.record.places.get(path.name, [0, 0, self.record.started])
         rows, offset = rows_from(path, offset if inode == status.st_ino else 0)
-        rows = [{k: v for k, v in row.items() if k == "step" or not self._has(k, row["step"])} for row in rows]
-        rows, points, last = [row for row in rows if len(row) > 1], [], since
+        points, last, spread = [], since, max(int(status.st_mtime * 1000) - since, 0)
         for number, row in enumerate(rows, 1):
-            last = since + max(int(status.st_mtime * 1000) - since, 0) * number // len(rows)
-            for name, value in row.items():
-                if name != "step" and (value is None or isinstance(value, int | float)):
-                    points.append(Metric(safe_name(name), float("nan" if value is None else value), last, row["step"]))
+            last, step = since + spread * number // len(rows), row.pop("step")
+            for metric, value in row.items():
+                value = math.nan if value is None else value
+                if isinstance(value, int | float) and not self._has(metric, step):
+                    points.append(Metric(safe_name(metric), value, last, step))
         return points, [status.st_ino, offset, last]
 
     def _has(self, name: str, step: int) -> bool:
-        """Whether the store has a point; it is asked once for each metric, and not where the run was created here."""
+        """Whether the store has a point. It is asked once a metric, and not at all for a run created here."""
         if self._sent is not None and name not in self._sent:
             history = self.client.get_metric_history(self.record.run_id, safe_name(name))
             self._sent[name] = {point.step for point in history}
@@ -207,22 +207,24 @@ class Sender:
         """Uploads what is new or has changed; the files of its end once the run has ended."""
         names, count = ["config.yaml"], 0
         if self.record.ended:
-            marks = sorted(self.run_dir.glob("checkpoints/step-*/COMPLETE")) if self.record.checkpoints else []
             names += ["summary.json", "report", "report.html"]
-            names += [mark.parent.relative_to(self.run_dir).as_posix() for mark in marks]
-            names += ["final"] if self.record.register_as and self.record.ended == "finished" else []
+            if self.record.checkpoints:
+                marks = sorted(self.run_dir.glob("checkpoints/step-*/COMPLETE"))
+                names += [mark.parent.relative_to(self.run_dir).as_posix() for mark in marks]
+            if self.record.register_as and self.record.ended == "finished":
+                names.append("final")
         for name in names:
             source = self.run_dir / name
-            files = [(file, file.stat()) for file in (source, *sorted(source.rglob("*"))) if file.is_file()]
-            version = [sum(s.st_size for _, s in files), max((s.st_mtime_ns for _, s in files), default=0)]
-            if not files or self.record.uploaded.get(name) == version:
+            files = [file for file in (source, *sorted(source.rglob("*"))) if file.is_file()]
+            changed = max((file.stat().st_mtime_ns for file in files), default=0)
+            if changed in (0, self.record.uploaded.get(name)):
                 continue
-            for file, status in files:
-                self._alive(status.st_size / SLOW_DISK)
+            for file in files:
+                self._alive(file.stat().st_size / SLOW_DISK)
                 self._upload(file)
             if name == "final":
                 self._register()
-            self.record.uploaded[name] = version
+            self.record.uploaded = {**self.record.uploaded, name: changed}
             self.record.save(self.run_dir)
             count += 1
         return count
@@ -240,22 +242,19 @@ class Sender:
         from mlflow.exceptions import MlflowException
 
         name, run_id = self.record.register_as, self.record.run_id
-        try:
+        with contextlib.suppress(MlflowException):  # it exists, or the next call says what is wrong
             self.client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
         source = f"{self.client.get_run(run_id).info.artifact_uri}/final"
         self.client.create_model_version(name, source, run_id=run_id)
 
 
 def sync(run_dir: Path, uri: str = "") -> tuple[int, bool]:
-    """Sends what the MLflow store of a run has not received; returns (points and files sent, marked as failed now).
+    """Sends what the store of a run lacks; returns (points and files sent, whether it is newly marked as failed).
 
-    uri: the store's address; empty = where the run was sent to (kept without credentials: for a store that wants them
-    give the address, or for a server MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD). Another store than the
-    run's receives all of it. A run that left no outcome was killed, and is marked as failed. Raises UserError where
-    there is nothing to send or the store does not take it.
+    uri: the store's address; empty = where the run was sent to. That is kept without credentials: a store
+    that needs them takes the address again, MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and _PASSWORD.
+    Another store than the run's receives all of it. A run that left no outcome was killed, and is marked as
+    failed. Raises UserError where there is nothing to send or the store does not take it.
     """
     if not (run_dir / NAME).exists():
         raise UserError(f"{run_dir}: no {NAME} here; this run was not tracked with tracking=mlflow")
@@ -265,26 +264,28 @@ def sync(run_dir: Path, uri: str = "") -> tuple[int, bool]:
     if not uri:
         raise UserError(f"{run_dir}: its MLflow store is not recorded; give the address with --uri")
     if not record.started:  # damaged, or written by an earlier version and never sent
-        record.experiment, record.run_name = read_config(run_dir).get("name") or record.experiment, run_dir.name
+        record.experiment = str(read_config(run_dir).get("name") or record.experiment)
+        record.run_name = run_dir.resolve().name
     outcome = record.outcome or read_json(run_dir / "summary.json").text("status")
     outcome = outcome if outcome in STATUS else ""
     marked = not outcome and record.ended != "failed"
     try:
         sender = Sender(run_dir, record, filled(uri))
     except KeyError as error:
-        raise UserError(f"{run_dir}: the environment variable {error} is not set, and {uri} reads it") from error
+        raise UserError(f"{run_dir}: {uri} needs {error} in the environment, which is not set") from error
     try:
         return sender.send(outcome or "failed"), marked
     except Timeout as error:
         raise UserError(f"{run_dir}: another process is sending this run") from error
     except Exception as error:
-        raise UserError(f"{hidden(uri)} does not take the run: {reason(error, sender.uri)}; nothing is lost") from error
+        why = reason(error, sender.uri)
+        raise UserError(f"{run_dir} was not sent to {hidden(uri)}: {why}. Nothing is lost.") from error
     finally:
         sender.lock.release(force=True)
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """Returns the config of a run folder as it was frozen; {} where there is none, as for a sweep's report."""
+    """Returns the frozen config of a run folder; {} where there is none, as in the folder of a sweep."""
     try:
         config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

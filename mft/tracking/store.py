@@ -1,7 +1,7 @@
-"""How an MLflow store is reached, and all that is used of MLflow's insides (read in 3.17.2).
+"""How an MLflow store is reached, and every private part of MLflow that is used (as of 3.17.2).
 
-A SQLite database is made where there is none, by one process at a time; one that this MLflow cannot use is refused
-in a sentence before MLflow touches it, since MLflow migrates any file half-way and then fails with a traceback.
+A SQLite database is created where there is none, by one process at a time. One that this MLflow cannot use is
+refused in a sentence before MLflow touches it, which would migrate any file half-way and end in a traceback.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from filelock import FileLock
@@ -30,17 +31,18 @@ log = logging.getLogger(__name__)
 def client_for(uri: str) -> MlflowClient:
     """Returns a client that fails at once instead of retrying by itself (248 s for a dead server by default).
 
-    MLflow reads these from the environment of the process. What a user has set stays. Raises UserError for a SQLite
-    file that this MLflow cannot use.
+    MLflow reads these settings from the environment of the process; what a user has set stays. Raises
+    UserError for a SQLite file that this MLflow cannot use.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing about a training leaves the machine unasked
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves the machine unasked
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow.store.db_migrations"):
         logging.getLogger(name).setLevel(logging.WARNING)  # a line for each of 50 migrations
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # 90 lines for each error that it raises too
+    # 90 lines of traceback for each error, which it raises as well
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     if (database := database_file(uri)) is not None:
         _check_database(database, uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -56,7 +58,10 @@ def artifact_root(database: Path) -> Path:
 
 
 def prepare(uri: str) -> None:
-    """Creates the SQLite database of a store where it is missing (7 s), one process at a time. Others: nothing."""
+    """Creates the SQLite database of a store where it is missing (7 s), one process at a time.
+
+    Does nothing for other stores.
+    """
     database = database_file(uri)
     if database is None:
         return
@@ -74,24 +79,26 @@ def reason(error: Exception, uri: str) -> str:
         return f"{database} was deleted or moved"
     text = hidden(str(error)).strip()
     if "out-of-date database schema" in text:  # of a database other than SQLite
-        return f"its database is of another MLflow version. Back it up, then run: mlflow db upgrade {hidden(uri)}"
+        command = f"mlflow db upgrade {hidden(uri)}"
+        return f"its database is of another MLflow version. Back it up, then run: {command}"
     return f"{type(error).__name__}: {cut(text.splitlines()[0] if text else '', 200)}"
 
 
 def _check_database(path: Path, uri: str) -> None:
-    """Raises UserError for a file that is no database, another program's, or of another MLflow version."""
+    """Raises UserError for a file that is not a database, not MLflow's, or of another MLflow version."""
     if not path.exists():
         return
     other = "Move it away, or choose another store with tracking.mlflow.uri."
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
-            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            names = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            tables = {name for (name,) in names}
             if not tables:
                 return  # new: MLflow fills it
             if not tables >= {"experiments", "runs", "metrics", "alembic_version"}:
                 raise UserError(f"{path} is not an MLflow database. {other}")
             row = database.execute("SELECT version_num FROM alembic_version").fetchone()
-    except sqlite3.OperationalError:  # locked by a writer, or not readable: MLflow waits longer and says more
+    except sqlite3.OperationalError:  # locked or unreadable: MLflow waits longer and says more
         return
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path} is not an MLflow database ({error}). {other}") from error
@@ -110,23 +117,19 @@ def _schema() -> str:
     return str(_get_latest_schema_revision())
 
 
-def system_monitors() -> list[Any]:
-    """Returns MLflow's own monitors of cpu, memory, disk, network and gpu, those that this machine has."""
+def system_metrics() -> Iterator[dict[str, float]]:
+    """Yields, each time it is asked, what MLflow's own monitors of this machine measure, as system/…"""
     monitors = []
-    for name in ("CPUMonitor", "DiskMonitor", "NetworkMonitor", "GPUMonitor"):
-        module = import_module(f"mlflow.system_metrics.metrics.{name.removesuffix('Monitor').lower()}_monitor")
+    for name in ("CPU", "Disk", "Network", "GPU"):
+        module = import_module(f"mlflow.system_metrics.metrics.{name.lower()}_monitor")
         try:
-            monitors.append(getattr(module, name)())
+            monitors.append(getattr(module, f"{name}Monitor")())
         except Exception as error:  # no gpu, or no nvidia-ml-py
-            log.debug("no %s: %s", name, error)
-    return monitors
-
-
-def read_monitors(monitors: list[Any]) -> dict[str, float]:
-    """Returns what the monitors measure now, as system/…"""
-    values: dict[str, float] = {}
-    for monitor in monitors:
-        monitor.collect_metrics()
-        values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
-        monitor.clear_metrics()
-    return values
+            log.debug("no metrics of the %s: %s", name, error)
+    while True:
+        values: dict[str, float] = {}
+        for monitor in monitors:
+            monitor.collect_metrics()
+            values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        yield values

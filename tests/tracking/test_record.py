@@ -30,7 +30,7 @@ def test_a_damaged_record_is_set_aside_and_made_anew(tmp_path, caplog, text):
 
 
 def test_the_record_of_an_earlier_version_names_its_run(tmp_path, caplog):
-    earlier = {"uri": "http://h:1", "run_id": "r", "experiment_id": None, "sent": 5, "left": [{"path": "config.yaml"}]}
+    earlier = {"uri": "http://h:1", "run_id": "r", "experiment_id": None, "sent": 5, "left": [{"path": "x"}]}
     (tmp_path / "mlflow.json").write_text(json.dumps(earlier))
     record = Record.read(tmp_path)
     assert (record.uri, record.run_id, record.places) == ("http://h:1", "r", {}) and not caplog.text

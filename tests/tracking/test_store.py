@@ -1,11 +1,9 @@
 """Databases that MLflow cannot use, stores that vanish, and what is used of MLflow's insides."""
 
-import json
 import logging
 import sqlite3
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -15,7 +13,10 @@ from mft.tracking.base import FanOut, Jsonl
 from mft.tracking.mlflow import Mlflow
 from mft.tracking.record import Record
 from mft.tracking.sender import sync
-from mft.tracking.store import _schema, client_for, read_monitors, system_monitors
+from mft.tracking.store import _schema, client_for, system_metrics
+
+OLD = "451aebb31d03"
+"""The schema of MLflow 0.8."""
 
 TABLES = ("experiments", "runs", "metrics")
 
@@ -35,8 +36,8 @@ def unusable(tmp_path):
     """Name → (file, what is said of it)."""
     (tmp_path / "text.db").write_text("hello " * 1000)
     return {
-        "old": (database(tmp_path / "old.db", *TABLES, version="451aebb31d03"), "run: mlflow db upgrade sqlite:///"),
-        "half": (database(tmp_path / "half.db", "experiments", version="451aebb31d03"), "is not an MLflow database"),
+        "old": (database(tmp_path / "old.db", *TABLES, version=OLD), "run: mlflow db upgrade sqlite:///"),
+        "half": (database(tmp_path / "half.db", "experiments", version=OLD), "is not an MLflow database"),
         "other": (database(tmp_path / "other.db", "songs"), "is not an MLflow database. Move it away"),
         "text": (tmp_path / "text.db", "is not an MLflow database (file is not a database)"),
     }
@@ -125,15 +126,14 @@ def test_a_run_goes_to_the_store_of_the_environment(tmp_path, monkeypatch):
     tracks.open(tmp_path / "run", {}, {})
     tracks.close("finished")
     assert f"--backend-store-uri sqlite:///{tmp_path}/team.db" in tracks.where()
-    assert json.loads((tmp_path / "run" / "mlflow.json").read_text())["uri"] == f"sqlite:///{tmp_path}/team.db"
+    assert Record.read(tmp_path / "run").uri == f"sqlite:///{tmp_path}/team.db"
     assert (tmp_path / "team.db").exists() and not (tmp_path / "mlflow.db").exists()
 
 
 def test_what_is_used_of_the_insides_of_mlflow_is_there():
-    """Fails when an upgrade of MLflow takes away what mft/tracking/store.py uses without a promise of MLflow's."""
+    """Fails when an upgrade of MLflow removes a private part that mft/tracking/store.py uses."""
     assert _schema().isalnum() and len(_schema()) == 12
-    values = read_monitors(system_monitors())
-    time.sleep(0.01)
+    values = next(system_metrics())
     assert {"system/cpu_utilization_percentage", "system/disk_usage_percentage"} <= set(values)
     import mlflow.store.db.utils
 
