@@ -207,6 +207,22 @@ def test_the_run_can_be_sent_to_another_store_and_again_to_one_that_lost_it(trac
     assert recorded(run_dir)[0].info.lifecycle_stage == "active" and history(run_dir, "train/loss") == [(1, 1.0)]
 
 
+def test_a_run_of_an_earlier_version_that_was_never_sent_is_sent_from_its_folder(run_dir, store):
+    """Its record lacks what is written today; the outcome is the summary's, as of a run killed while it closed."""
+    uri = f"sqlite:///{store}/mlflow.db"
+    earlier = {"uri": uri, "run_id": None, "experiment_id": None, "sent": 0, "left": []}
+    (run_dir / "mlflow.json").write_text(json.dumps(earlier))
+    write_config(run_dir, CONFIG | {"name": "earlier"})
+    (run_dir / "summary.json").write_text('{"status": "stopped"}')
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": null}\n')
+    assert sync(run_dir) == (4, False) and sync(run_dir) == (0, False)
+    run, client = recorded(run_dir)
+    assert client.get_experiment(run.info.experiment_id).name == "earlier" and run.info.run_name == "run"
+    assert run.info.status == "KILLED" and run.data.params["optimizer.lr"] == "1e-05"
+    assert [step for step, _ in history(run_dir, "train/loss")] == [1, 2]
+    assert artifacts(run_dir) == {"config.yaml", "summary.json"}
+
+
 def test_a_model_is_kept_only_where_it_is_to_be_registered(tracker, run_dir):
     (run_dir / "final").mkdir()
     (run_dir / "final" / "config.json").write_text("{}")
