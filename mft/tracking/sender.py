@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from mft.console.credentials import as_written, filled, hidden, without_credentials
 from mft.errors import UserError
-from mft.files.json_file import read_json
+from mft.run_folder import rows_from, status
 from mft.tracking.params import TAG_LIMIT, cut, flattened, safe_name
 from mft.tracking.record import NAME, Record
 from mft.tracking.store import artifact_root, client_for, database_file, prepare, reason
@@ -180,19 +180,17 @@ class Sender:
         """
         from mlflow.entities import Metric
 
-        from mft.run_folder import rows_from
-
-        status = path.stat()
+        file = path.stat()
         inode, offset, since = self.record.places.get(path.name, [0, 0, self.record.started])
-        rows, offset = rows_from(path, offset if inode == status.st_ino else 0)
-        points, last, spread = [], since, max(int(status.st_mtime * 1000) - since, 0)
+        rows, offset = rows_from(path, offset if inode == file.st_ino else 0)
+        points, last, spread = [], since, max(int(file.st_mtime * 1000) - since, 0)
         for number, row in enumerate(rows, 1):
             last, step = since + spread * number // len(rows), row.pop("step")
             for metric, value in row.items():
                 value = math.nan if value is None else value
                 if isinstance(value, int | float) and not self._has(metric, step):
                     points.append(Metric(safe_name(metric), value, last, step))
-        return points, [status.st_ino, offset, last]
+        return points, [file.st_ino, offset, last]
 
     def _has(self, name: str, step: int) -> bool:
         """Whether the store has a point. It is asked once a metric, and not at all for a run created here."""
@@ -266,15 +264,15 @@ def sync(run_dir: Path, uri: str = "") -> tuple[int, bool]:
     if not record.started:  # damaged, or written by an earlier version and never sent
         record.experiment = str(read_config(run_dir).get("name") or record.experiment)
         record.run_name = run_dir.resolve().name
-    outcome = record.outcome or read_json(run_dir / "summary.json").text("status")
-    outcome = outcome if outcome in STATUS else ""
-    marked = not outcome and record.ended != "failed"
+    outcome = record.outcome or status(run_dir)
+    killed = outcome not in STATUS
+    marked = killed and record.ended != "failed"
     try:
         sender = Sender(run_dir, record, filled(uri))
     except KeyError as error:
         raise UserError(f"{run_dir}: {uri} needs {error} in the environment, which is not set") from error
     try:
-        return sender.send(outcome or "failed"), marked
+        return sender.send("failed" if killed else outcome), marked
     except Timeout as error:
         raise UserError(f"{run_dir}: another process is sending this run") from error
     except Exception as error:
