@@ -20,6 +20,7 @@ from mft.config.schema import LaunchMode, freeze, resolve_precision
 from mft.config.validate import check
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
+from mft.files.json_file import Values, read_json, write_json
 from mft.hardware import visible_gpus
 from mft.launch import resume_choice
 from mft.launch.failures import forget_failures
@@ -129,7 +130,7 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = say, hosts: Hosts |
         if hosts:
             hosts.tell(None)
         say(f"{shown} is finished already; its summary.json says how it went.")
-        return run_folder.read_json(folder / "summary.json")
+        return read_json(folder / "summary.json")
     held = run_folder.lock(folder)
     try:
         say(f"run folder {shown}")
@@ -137,8 +138,8 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = say, hosts: Hosts |
             say(rewind(folder, asked[1]))
         job.cfg.output_dir = str(folder)
         freeze(job.cfg, folder / "config.yaml")
-        run_folder.write_json(folder / "identity.json", job.identity.as_json(), durable=True)
-        run_folder.write_json(folder / "overrides.json", job.describe())
+        write_json(folder / "identity.json", job.identity.as_json(), durable=True)
+        write_json(folder / "overrides.json", job.describe())
         share(str(folder))
         if hosts:
             forget_failures(folder / "log")
@@ -148,7 +149,7 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = say, hosts: Hosts |
         raise full_disk(error, folder) or error from error
     finally:
         held.release()
-    return run_folder.read_json(folder / "summary.json")
+    return read_json(folder / "summary.json")
 
 
 def start_ranks(job: Job, folder: Path, hosts: Hosts | None = None) -> None:
@@ -199,7 +200,7 @@ def objective(summary: dict[str, Any]) -> float:
 
     Raises UserError without either.
     """
-    values = run_folder.Values(summary)
+    values = Values(summary)
     value = values.part("best").get("value", values.get("train/loss"))
     if value is None:
         raise UserError("The run has neither a validation nor a training loss to compare it by.")

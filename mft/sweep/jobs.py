@@ -14,14 +14,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mft import run_folder
 from mft.config.build import component
-from mft.config.compose import absolute_paths, explain, refusals, without_hydra
+from mft.config.compose import absolute_paths
+from mft.config.hydra_compose import without_hydra
 from mft.config.identity import VERSION, identity_of
 from mft.config.inert import given_keys, without_effect
 from mft.config.interpolations import replaced
+from mft.config.messages import explain, refusals
 from mft.config.overrides import check_overrides, key_of
 from mft.config.schema import LaunchMode, typed
 from mft.config.yaml_file import circle
 from mft.errors import UserError
+from mft.files.json_file import read_json
 from mft.launch import job, resume_choice
 from mft.launch.launch import Stopped, place
 from mft.launch.worker import SAVED
@@ -305,7 +308,7 @@ def _job_return(overrides: Sequence[str], task: Task) -> Any:
     returned = JobReturn(
         overrides=list(overrides), cfg=task.job.cfg, working_dir=str(task.folder), task_name="mft", status=status
     )
-    summary = run_folder.read_json(task.folder / "summary.json")
+    summary = read_json(task.folder / "summary.json")
     returned.return_value = (
         job.objective(summary) if done else UserError(task.error or f"job {task.job.label}: {task.state}")
     )

@@ -82,6 +82,8 @@ class Mlflow(Tracker):
 
     def prepare(self) -> None:
         uri = self._address()
+        if database_file(uri) is None:
+            return
         try:
             prepare(uri)
         except Exception as error:

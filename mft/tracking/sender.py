@@ -23,7 +23,7 @@ from mft.errors import UserError
 from mft.run_folder import rows_from, status
 from mft.tracking.params import TAG_LIMIT, cut, flattened, safe_name
 from mft.tracking.record import NAME, Record
-from mft.tracking.store import artifact_root, client_for, database_file, prepare, reason
+from mft.tracking.store import artifact_root, database_file, prepare, reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -91,8 +91,7 @@ class Sender:
         database, record = database_file(self.uri), self.record
         if database is not None:
             self._alive(10.0 if database.exists() else 60.0)
-        prepare(self.uri)
-        self.client, self._tags, self._sent = client_for(self.uri), None, {}
+        self.client, self._tags, self._sent = prepare(self.uri), None, {}
         if record.run_id:
             try:
                 info = self.client.get_run(record.run_id).info

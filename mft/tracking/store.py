@@ -57,17 +57,16 @@ def artifact_root(database: Path) -> Path:
     return database.parent / "mlartifacts"
 
 
-def prepare(uri: str) -> None:
-    """Creates the SQLite database of a store where it is missing (7 s), one process at a time.
-
-    Does nothing for other stores.
-    """
+def prepare(uri: str) -> MlflowClient:
+    """Returns a client, with the SQLite database created where it is missing (7 s), one process at a time."""
     database = database_file(uri)
     if database is None:
-        return
+        return client_for(uri)
     artifact_root(database).mkdir(parents=True, exist_ok=True)
     with FileLock(artifact_root(database) / ".database.lock"):  # MLflow's own migrations race
-        client_for(uri).search_experiments(max_results=1)
+        client = client_for(uri)
+        client.search_experiments(max_results=1)
+    return client
 
 
 def reason(error: Exception, uri: str) -> str:
