@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mft.hardware import quiet_libraries
-from mft.model.peft.modes import Lora
+from mft.model.peft.lora import Lora
 from mft.training.checkpoint import newest, restore
 from mft.training.loop import fit
 from tests.loss.loop import Layout, Recorder, Stage, write_tasks
