@@ -14,7 +14,7 @@ from mft import run_folder
 from mft.console.screen import console, say
 from mft.errors import UserError, nearest
 from mft.runs.results import Run, flat, read_run
-from mft.sweep.command import RECORD
+from mft.sweep.folder import RECORD
 
 ROOTS = ("outputs", "multirun")
 """Where runs are looked for when no folder is named."""
