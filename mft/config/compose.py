@@ -17,7 +17,7 @@ from mft.config import hydra_node, plugins
 from mft.config.inputs import under
 from mft.config.interpolations import bound, replaced
 from mft.config.other_trainers import here
-from mft.config.overrides import check_overrides, credentials_in, group_options, key_of
+from mft.config.overrides import MOVED_KEYS, check_overrides, credentials_in, group_options, key_of
 from mft.config.places import check_places
 from mft.config.schema import config_dir, register, typed
 from mft.config.yaml_file import circle
@@ -311,6 +311,8 @@ def _missing_option(option: str, search: Sequence[str]) -> str:
 
 def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> str:
     """`peft.rnk`: composes without the wrong override to see which keys its node has."""
+    if key in MOVED_KEYS:
+        return f"{key}: this key has moved; write {MOVED_KEYS[key]}=…"
     if key in GONE:
         return f"{key}: {GONE[key]}"
     if under(key, ("hydra",)):

@@ -25,6 +25,10 @@ LONGEST = 10_000_000
 """Seconds that a setting may ask to wait, four months; timers of the system end not far beyond."""
 
 
+EARLIER_KEYS = ("allow_targets", "fail_fast", "prune", "prune_after")
+"""Keys of `train` that earlier versions froze and no rank reads."""
+
+
 class Precision(StrEnum):
     """Arithmetic of the forward and backward pass; auto = what the machine is fast in, see `fast_precision`."""
 
@@ -69,9 +73,6 @@ class Train:
     prompts: str | None = None
     prompts_max_new_tokens: int = ranged(64, min=1)
     peak_tflops: float | None = ranged(None, above=0)
-    fail_fast: bool = False
-    prune: bool = False
-    prune_after: int = ranged(2, min=1)
 
     def check(self) -> None:
         """Raises UserError for values that types alone cannot refuse."""
@@ -88,6 +89,9 @@ class Launch:
     nproc: Any = "auto"
     shutdown_seconds: int = ranged(600, min=0, max=LONGEST)
     jobs: int = ranged(1, min=1)
+    fail_fast: bool = False
+    prune: bool = False
+    prune_after: int = ranged(2, min=1)
     nnodes: int = ranged(1, min=1)
     node_rank: int | None = None
     main_address: str | None = None
@@ -204,7 +208,8 @@ def read(path: Path) -> Any:
     yaml_file.check(path)
     cfg = OmegaConf.load(path)
     if isinstance(cfg, DictConfig) and isinstance(cfg.get("train"), DictConfig):
-        cfg.train.pop("allow_targets", None)
+        for key in EARLIER_KEYS:
+            cfg.train.pop(key, None)
     return cfg
 
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from mft import run_folder
 from mft.config import plugins
 from mft.config.compose import check_sweep, explain, of_defaults, refusals, search_path, without_search_path
-from mft.config.overrides import check_overrides, key_of, of_hydra, replaced
+from mft.config.overrides import check_overrides, key_of, of_hydra, replaced, with_moved_keys
 from mft.config.schema import config_dir, register
 from mft.config.yaml_file import circle
 from mft.console.credentials import as_written
@@ -107,7 +107,7 @@ def resume(place: Path, overrides: Sequence[str], dry_run: bool = False) -> None
     folder = find_sweep(place)
     record = run_folder.read_json(folder / RECORD)
     given, started, sweep_dir = (
-        record.texts("overrides"),
+        with_moved_keys(record.texts("overrides")),
         record.text("folder"),
         record.text("sweep_dir"),
     )

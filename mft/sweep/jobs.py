@@ -75,7 +75,7 @@ def sweep_job(checked: Job, folder: Path, number: int, earlier: Sequence[SweepJo
         job.state = "same"
     elif run_folder.is_finished(job.folder, checked.identity):
         job.state = "skipped"
-    elif run_folder.state(job.folder) == "pruned" and checked.cfg.train.prune:
+    elif run_folder.state(job.folder) == "pruned" and checked.cfg.launch.prune:
         job.state = "pruned"
     job.update()
     return job
@@ -109,7 +109,7 @@ def _run_waiting(jobs: list[SweepJob], folder: Path) -> int:
         return 0
     cfg = waiting[0].checked.cfg
     if cfg.launch.mode is LaunchMode.inline or detect_rank() is not None:
-        _run_here(jobs, cfg.train.fail_fast)
+        _run_here(jobs, cfg.launch.fail_fast)
         return 0
     return run_side_by_side(iter(waiting), jobs, folder, cfg, min(cfg.launch.jobs, len(waiting)))
 
@@ -131,7 +131,7 @@ def run_side_by_side(
     if at_once > 1:  # a new database takes seconds, and jobs would wait for the one that makes it
         for tracker in trackers(cfg):
             tracker.prepare()
-    settings = cfg.train
+    settings = cfg.launch
     with display.live(jobs, folder, total) as show:
 
         def on_change(job: SweepJob) -> None:
