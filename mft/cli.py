@@ -187,8 +187,7 @@ def train(args: list[str]) -> None:
 
         through_hydra(overrides, config_dirs, hydra_flags, dry_run)
         return
-    from mft import run_folder
-    from mft.launch import job
+    from mft.launch import job, resume_choice
     from mft.launch.launch import launch_command
     from mft.launch.placement import detect_rank
 
@@ -206,7 +205,7 @@ def train(args: list[str]) -> None:
         if placed is not None and placed.rank > 0:
             return
         folder, goes_on = checked.choose(dated)
-        done = run_folder.is_finished(folder, checked.identity, cfg.train.resume)
+        done = resume_choice.is_finished(folder, checked.identity, cfg.train.resume)
         say(
             f"{folder}: {'finished already' if done else 'would go on' if goes_on else 'would run'}; "
             "nothing was started"
@@ -372,8 +371,8 @@ def merge(args: list[str]) -> None:
     values, rest = options(args, MERGE_OPTIONS)
     if len(rest) > 1:
         raise UserError(f"mft merge takes one run folder, got {' '.join(rest)}; where to write it is out=….")
+    from mft.hardware import quiet_libraries
     from mft.model.merge import merge as merge_adapter
-    from mft.run import quiet_libraries
 
     quiet_libraries()
     if rest:
@@ -437,8 +436,8 @@ num_beams=1 repetition_penalty=1.0 system=… seed=0 base=… trust_remote_code=
             'mft generate needs a run folder and at least one prompt: mft generate outputs/demo/… "def quick_sort(".'
         )
     from mft.data.tokenize import Encoder
+    from mft.hardware import quiet_libraries
     from mft.model.generate import Answerer, check_options
-    from mft.run import quiet_libraries
 
     names = ("max_new_tokens", "top_p", "temperature", "num_beams", "repetition_penalty")
     check_options(**{name: values[name] for name in names})

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
 
-    from mft.config.schema import Train
     from mft.data.datasets import Dataset
+    from mft.data.packing import RowBuilder
     from mft.data.settings import DataSettings
+    from mft.training.settings import TrainSettings
 
 HELP = """\
 mft data report|show|prepare [overrides] [--config-dir DIR]
@@ -49,14 +50,14 @@ def data(args: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked config and its data. make builds the component at a path."""
+    """A checked config and its data."""
 
     cfg: DictConfig
     settings: DataSettings
-    train: Train
+    train: TrainSettings
     world: int
     dataset: Dataset
-    make: Any
+    rows: RowBuilder
 
 
 def report(args: list[str]) -> None:
@@ -67,13 +68,13 @@ def report(args: list[str]) -> None:
     from mft.config.schema import batch_sizes
     from mft.data import mixture
     from mft.data import report as account
-    from mft.data.loader import Feed
+    from mft.data.loader import BatchLoader
     from mft.training.plots import length_histogram
 
     known, console = found.dataset, screen()
-    feed = Feed(
+    loader = BatchLoader(
         known.stores,
-        found.make("data.rows"),
+        found.rows,
         batch_sizes(found.train, found.world),
         0,
         known.tokenizer.pad_token_id,
@@ -81,7 +82,7 @@ def report(args: list[str]) -> None:
         found.settings,
         [task.share for task in known.tasks],
     )
-    mixed = feed.mixture(known.names)
+    mixed = loader.mixture(known.names)
     for table in account.tables(known.stores, known.names):
         console.print(table)
     console.print(mixture.table(mixed, found.settings))
@@ -163,9 +164,9 @@ def prepared(args: Sequence[str]) -> Prepared:
     from omegaconf import OmegaConf
 
     from mft.cli import split_flags
-    from mft.config.build import check, component
     from mft.config.compose import compose_resolved
     from mft.config.overrides import with_output_dir
+    from mft.config.validate import check
     from mft.launch.placement import ranks
 
     overrides, config_dirs, flags = split_flags(args)
@@ -173,18 +174,17 @@ def prepared(args: Sequence[str]) -> Prepared:
         raise UserError(f"mft data has no flag {flags[0]}; `mft train` has. Flags: --config-dir, --help.")
     cfg = compose_resolved(with_output_dir(overrides), config_dirs)
     world = ranks(cfg.launch.nproc, cfg.launch.mode)
-    check(cfg, world)
-
-    def make(path: str) -> Any:
-        return component(cfg, path)
+    components = check(cfg, world)
 
     from mft.data.datasets import dataset
-    from mft.run import quiet_libraries
+    from mft.hardware import quiet_libraries
 
     quiet_libraries()
     settings: Any = OmegaConf.to_object(cfg.data)
     train: Any = OmegaConf.to_object(cfg.train)
-    return Prepared(cfg, settings, train, world, dataset(cfg, settings, make("model"), make), make)
+    tokenizer, cuts = components.model.tokenizer(), components.rows.splits_samples
+    data = dataset(components.named_tasks, settings, tokenizer, cfg.cache_dir, cuts)
+    return Prepared(cfg, settings, train, world, data, components.rows)
 
 
 def show_options(args: Sequence[str]) -> tuple[list[str], int, str]:

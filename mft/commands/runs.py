@@ -117,7 +117,8 @@ def show(args: Sequence[str]) -> None:
         raise UserError(f"{folder} is not a run folder: it has no config.yaml (mft runs lists the runs).")
     from rich.text import Text
 
-    from mft.training.progress import losses_table, settings_table
+    from mft.console.tables import settings_table
+    from mft.training.progress import losses_table
 
     run, summary = read_run(folder), run_folder.read_json(folder / "summary.json")
     terminal = console(width=None if sys.stdout.isatty() else 140)
@@ -154,7 +155,7 @@ def show(args: Sequence[str]) -> None:
 def changes(run: Run) -> list[tuple[str, str, str]]:
     """Returns (key, value, default): the options taken, then values that are not those of the option that was taken."""
     from mft.config.compose import compose_resolved
-    from mft.run import plain
+    from mft.config.schema import plain
 
     def composed(overrides: Sequence[str]) -> dict[str, str]:
         return flat(plain(compose_resolved(overrides)))

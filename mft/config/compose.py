@@ -22,7 +22,7 @@ from mft.config.places import check_places
 from mft.config.schema import config_dir, register, typed
 from mft.config.yaml_file import circle
 from mft.console import credentials
-from mft.data.template import is_file
+from mft.data.template_choice import is_file
 from mft.errors import UserError, nearest, no_path, plainly, shortened
 
 

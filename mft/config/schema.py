@@ -14,12 +14,13 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from mft.batch import BatchSizes
 from mft.config import interpolations, yaml_file
 from mft.data.settings import DataSettings
-from mft.errors import UserError
+from mft.errors import UserError, check_ranges, ranged
+from mft.files.atomic import write_text
 from mft.hardware import computes_in_bf16, visible_gpus
-from mft.ranges import check_ranges, ranged
-from mft.training.sample_answers import read_prompts
+from mft.training.settings import Precision, TrainSettings
 
 LONGEST = 10_000_000
 """Seconds that a setting may ask to wait, four months; timers of the system end not far beyond."""
@@ -27,15 +28,6 @@ LONGEST = 10_000_000
 
 EARLIER_KEYS = ("allow_targets", "fail_fast", "prune", "prune_after")
 """Keys of `train` that earlier versions froze and no rank reads."""
-
-
-class Precision(StrEnum):
-    """Arithmetic of the forward and backward pass; auto = what the machine is fast in, see `fast_precision`."""
-
-    auto = "auto"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
 
 
 class LaunchMode(StrEnum):
@@ -46,60 +38,38 @@ class LaunchMode(StrEnum):
 
 
 @dataclass
-class Train:
-    """Settings of the training loop; conf/train.yaml explains every one."""
-
-    epochs: float = ranged(3.0, above=0)
-    max_steps: int | None = ranged(None, min=1)
-    per_device_batch_size: int = ranged(4, min=1)
-    per_device_eval_batch_size: int = ranged(4, min=1)
-    global_batch_size: int | None = ranged(None, min=1)
-    gradient_accumulation_steps: int | None = ranged(None, min=1)
-    precision: Precision = Precision.auto
-    max_grad_norm: float | None = ranged(1.0, above=0)
-    seed: int = ranged(42, min=0)
-    log_every: int = ranged(10, min=1)
-    eval_every: int | None = ranged(100, min=1)
-    eval_at_start: bool = True
-    eval_samples: int | None = ranged(None, min=1)
-    save_every: int | None = ranged(100, min=1)
-    keep: int | None = ranged(None, min=1)
-    best: str = "mean"
-    keep_task_best: bool = False
-    skip_nonfinite_steps: int = ranged(0, min=0)
-    early_stopping: bool = False
-    early_stopping_stall_num: int = ranged(3, min=1)
-    resume: str = "auto"
-    prompts: str | None = None
-    prompts_max_new_tokens: int = ranged(64, min=1)
-    peak_tflops: float | None = ranged(None, above=0)
-
-    def check(self) -> None:
-        """Raises UserError for values that types alone cannot refuse."""
-        check_ranges(self, "train")
-        if self.prompts:
-            read_prompts(Path(self.prompts))
-
-
-@dataclass
 class Launch:
-    """Where the ranks come from; conf/launch explains every field."""
+    """Who starts ranks and jobs, and where; conf/launch explains every field."""
 
     mode: LaunchMode = LaunchMode.processes
     nproc: Any = "auto"
+    """Ranks on this machine; auto: all visible GPUs, 1 without (of several jobs at once: each one's part)."""
     shutdown_seconds: int = ranged(600, min=0, max=LONGEST)
+    """Seconds that ranks may take to save after a signal; raise it where a checkpoint takes longer."""
     jobs: int = ranged(1, min=1)
+    """Jobs of a sweep at once on this machine."""
     fail_fast: bool = False
+    """A sweep ends at its first failed job instead of running the others."""
     prune: bool = False
+    """A sweep ends a job whose best objective is worse than the median of the others at equal steps."""
     prune_after: int = ranged(2, min=1)
+    """Validations a job gets before it may be pruned (three other jobs must have come as far)."""
     nnodes: int = ranged(1, min=1)
+    """Machines of the run; the same command is started on each."""
     node_rank: int | None = None
+    """This machine's number from 0, with `main_address`; c10d numbers the machines itself."""
     main_address: str | None = None
+    """Address or name of machine 0, which listens there; or `rdzv_endpoint`."""
     main_port: int = ranged(29500, min=1, max=65535)
+    """Port at `main_address`."""
     rdzv_endpoint: str | None = None
+    """host:port of one of the machines, for torch's c10d rendezvous."""
     local_addr: str | None = None
+    """This machine's address for the others; null: the one from which it reaches the meeting point."""
     join_seconds: int = ranged(600, min=1, max=LONGEST)
+    """Seconds that the machines wait for one another at the start."""
     lost_seconds: int = ranged(60, min=1, max=LONGEST)
+    """Seconds without a heartbeat after which a machine counts as gone."""
 
     def check(self) -> None:
         """Raises UserError for values that types alone cannot refuse."""
@@ -154,7 +124,7 @@ class Config:
     optimizer: Any = MISSING
     scheduler: Any = MISSING
     tracking: dict[str, Any] = field(default_factory=dict)
-    train: Train = field(default_factory=Train)
+    train: TrainSettings = field(default_factory=TrainSettings)
     launch: Launch = field(default_factory=Launch)
 
 
@@ -186,12 +156,16 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=schema, provider="mft")
 
 
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Returns a config as nested dicts of plain values."""
+    container = OmegaConf.to_container(cfg, enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
 def freeze(cfg: DictConfig, path: Path) -> None:
     """Writes the config atomically; every rank reads this file and nothing else, but for `${oc.env:NAME}` in it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, OmegaConf.to_yaml(cfg))
 
 
 def load(run_dir: Path) -> DictConfig:
@@ -220,20 +194,6 @@ def typed(cfg: Any) -> DictConfig:
     return merged
 
 
-@dataclass(frozen=True)
-class BatchSizes:
-    """Rows (packed) or samples (padded) of one optimizer step: global = per_device x accumulation x world."""
-
-    per_device: int
-    accumulation: int
-    world: int
-
-    @property
-    def total(self) -> int:
-        """The global batch."""
-        return self.per_device * self.accumulation * self.world
-
-
 def fast_precision() -> Precision:
     """Returns bf16 where the machine computes in it, else fp16 on a GPU and fp32 on a CPU."""
     if computes_in_bf16():
@@ -241,7 +201,7 @@ def fast_precision() -> Precision:
     return Precision.fp16 if visible_gpus() else Precision.fp32
 
 
-def settled(precision: Precision | str) -> Precision:
+def resolve_precision(precision: Precision | str) -> Precision:
     """Returns train.precision with auto resolved for this machine."""
     return fast_precision() if precision == Precision.auto else Precision(precision)
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional
 
-from mft.data import template
-from mft.errors import UserError, shortened
-from mft.ranges import check_ranges, ranged
+from mft.data import template_choice
+from mft.errors import UserError, check_ranges, ranged, shortened
 
 
 class LongSamples(str, Enum):  # noqa: UP042  (values come back from yaml as plain strings; str keeps them equal)
@@ -88,7 +87,7 @@ class DataSettings:
                 f"data.role_markers: {shortened(self.role_markers)} must be a mapping such as "
                 '{system: "...", user: "...", assistant: "..."}, or null'
             )
-        template.check(self.template, self.role_markers)
+        template_choice.check(self.template, self.role_markers)
         parts = list(self.split)
         if len(parts) != 3 or any(not math.isfinite(p) or p < 0 for p in parts) or sum(parts) <= 0:
             raise UserError(

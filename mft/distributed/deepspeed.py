@@ -10,12 +10,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mft.distributed import cpu_op
+from mft.distributed import build_lock
 from mft.distributed.accelerator import grouped
 from mft.distributed.deepspeed_engine import DeepSpeedEngine
 from mft.distributed.engine import Backend
-from mft.errors import UserError, nearest
-from mft.ranges import ranged
+from mft.errors import UserError, nearest, ranged
 
 OURS = {
     "train_batch_size": "train.global_batch_size",
@@ -97,7 +96,7 @@ def start(
     gpu = accelerator.device.type != "cpu"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
     if not gpu:
-        cpu_op.load()
+        build_lock.load()
     config: dict[str, Any] = {
         # one micro-batch a step as DeepSpeed sees it: the engine scales by the whole step, and says when it ends
         "train_micro_batch_size_per_gpu": 1,

@@ -12,15 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft import run_folder
 from mft.config import inputs, plugins
-from mft.config.build import check, component
 from mft.config.identity import Identity
-from mft.config.schema import LaunchMode, settled
-from mft.data.task import all_tasks
+from mft.config.schema import LaunchMode, resolve_precision
+from mft.config.validate import check
 from mft.errors import UserError
 from mft.hardware import visible_gpus
+from mft.launch import resume_choice
 from mft.launch.placement import detect_rank, ranks
 from mft.launch.spawn import PRELOAD, start_fork_server
-from mft.training.metrics import criterion
+from mft.objective import criterion, losses_by_task
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,19 @@ class Job:
 
     def judged(self, row: Mapping[str, Any]) -> float | None:
         """Returns the objective (`train.best`) of a row of metrics.jsonl, None where it is no validation."""
-        prefix = "valid/loss/"
-        losses = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
+        losses = losses_by_task(row)
         if not losses or None in losses.values():
             return None
         weights = {name: task.get("weight", 1.0) for name, task in self.cfg.task.items()}
         return criterion(losses, self.cfg.train.best, dict.fromkeys(losses, 1.0) | weights)
 
     def choose(self, dated: bool) -> tuple[Path, bool]:
-        """Returns (run folder, whether its run is to be resumed), see `run_folder.choose`.
+        """Returns (run folder, whether its run is to be resumed), see `resume_choice.choose`.
 
         dated: whether output_dir was made up from the date.
         """
         config: Any = OmegaConf.to_container(self.cfg, enum_to_str=True)
-        return run_folder.choose(Path(self.cfg.output_dir), dated, self.cfg.train.resume, self.identity, config)
+        return resume_choice.choose(Path(self.cfg.output_dir), dated, self.cfg.train.resume, self.identity, config)
 
     def describe(self) -> dict[str, Any]:
         """Returns what is left in its run folder beside the config (`overrides.json`)."""
@@ -89,7 +88,7 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     label: what distinguishes the job from the others of its sweep; starts: whether this process is about to run it.
     Reads the task files once to fingerprint them; loads no model and starts no rank.
     """
-    cfg.train.precision = settled(cfg.train.precision)
+    cfg.train.precision = resolve_precision(cfg.train.precision)
     launch_settings: Any = OmegaConf.to_object(cfg.launch)
     launch_settings.check()
     world = ranks(share_of_gpus(cfg.launch.nproc, cfg.launch.jobs), cfg.launch.mode.value)
@@ -99,16 +98,13 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
             f"{world} ranks already; leave launch.nnodes out, or start `mft train` once on each machine."
         )
     world *= cfg.launch.nnodes
-    check(cfg, world)
-    chosen = {name: component(cfg, f"task.{name}") for name in cfg.task}
-    tasks = all_tasks(chosen, list(cfg.data.paths))
+    components = check(cfg, world)
     if cfg.launch.mode is LaunchMode.processes and starts:
         start_fork_server(preload(cfg))  # the fork server imports while the data is read here
-    family, peft = (component(cfg, path) for path in ("model", "peft"))
-    fingerprints = inputs.fingerprints(cfg, tasks, family, peft)
+    fingerprints = inputs.fingerprints(cfg, components.tasks, components.model, components.peft)
     rows = sorted((name, value) for name, value in fingerprints.items() if name.startswith("task."))
     data = hashlib.sha1(repr(rows).encode()).hexdigest()[:12]
-    identity = inputs.identity(cfg, world, [task.name for task in tasks], fingerprints)
+    identity = inputs.identity(cfg, world, [task.name for task in components.tasks], fingerprints)
     return Job(cfg, list(overrides), world, identity, label, data, plugins.named())
 
 

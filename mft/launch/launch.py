@@ -24,8 +24,10 @@ from mft.launch.job import Job
 from mft.launch.multinode import NodeGroup
 from mft.launch.placement import broadcast_from_rank0, detect_rank
 from mft.launch.rank_log import written_to
+from mft.launch.resume_choice import is_finished, step_of
 from mft.launch.signals import SAVED, Stopped, exit_code, handlers
 from mft.launch.spawn import spawn
+from mft.run_folder import RunStatus
 from mft.training.resume import rewind
 
 
@@ -61,7 +63,7 @@ def launch(job: Job, folder: Path, say: Callable[[str], None] = say, nodes: Node
             _run_ranks(job, Path(chosen))
         return {}
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-    if run_folder.is_finished(folder, job.identity, job.cfg.train.resume):
+    if is_finished(folder, job.identity, job.cfg.train.resume):
         broadcast_from_rank0(None)
         if nodes:
             nodes.share_folder(None)
@@ -70,7 +72,7 @@ def launch(job: Job, folder: Path, say: Callable[[str], None] = say, nodes: Node
     lock = run_folder.lock(folder)
     try:
         say(f"run folder {shown}")
-        resumed, step = run_folder.step_of(job.cfg.train.resume)
+        resumed, step = step_of(job.cfg.train.resume)
         if resumed == folder and step is not None:
             say(rewind(folder, step))
         job.cfg.output_dir = str(folder)
@@ -106,7 +108,7 @@ def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None = None) -> None:
     except UserError as error:
         error.exit_code = 1  # the run had started
         raise
-    if nodes and run_folder.status(folder) == "stopped":  # by a signal to another machine
+    if nodes and run_folder.status(folder) == RunStatus.stopped:  # by a signal to another machine
         raise Stopped(signal.SIGTERM, SAVED)
 
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mft.errors import check_ranges, ranged
 from mft.loss.adaptive import Adaptive, arrays, by_task
-from mft.ranges import check_ranges, ranged
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Lbtw(Adaptive):
     def __post_init__(self) -> None:
         check_ranges(self, "loss")
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         self.first_K, self.last_K = np.full((2, len(self.names)), np.nan)
 
     def wants_train(self, step: int) -> bool:

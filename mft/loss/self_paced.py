@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mft.errors import check_ranges, ranged
 from mft.loss.adaptive import Adaptive, History, check_probes, check_probing, softmax, warn_of_a_short_run
-from mft.ranges import check_ranges, ranged
 
 
 def self_paced_weights(slope_K: np.ndarray, scale: float) -> np.ndarray:
@@ -47,15 +47,15 @@ class SelfPaced(Adaptive):
         check_ranges(self, "loss")
         check_probing("self_paced", self.warmup_steps, self.history_length, self.update_interval)
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         self.history = History(self.history_length)
 
     @property
     def needs_validation(self) -> bool:
         return True
 
-    def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
+    def check_schedule(self, steps: int, valid_samples: Sequence[int]) -> None:
         check_probes("self_paced", self.names, valid_samples)
         still, u = self.warmup_steps - self.update_interval, self.update_interval
         largest = (steps - 1 + u) // u * u

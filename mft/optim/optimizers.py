@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mft.errors import UserError, nearest
-from mft.ranges import check_ranges, ranged
+from mft.errors import UserError, check_ranges, nearest, ranged
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mft.errors import UserError
-from mft.ranges import check_ranges, ranged
+from mft.errors import UserError, check_ranges, ranged
 
 FLOOR = 0.1
 """The default `min_lr` as a part of the peak."""

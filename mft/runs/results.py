@@ -13,10 +13,10 @@ from typing import Any
 
 from mft import run_folder
 from mft.config import yaml_file
-from mft.config.identity import CONTENTS, VERSION
+from mft.config.identity import CONTENTS, VERSION, identity_of
 from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, under
 from mft.errors import UserError, nearest
-from mft.training.metrics import criterion
+from mft.objective import criterion
 from mft.training.provenance import fingerprint_tag
 
 NOT_COMPARED = (
@@ -95,7 +95,7 @@ def read_run(folder: Path) -> Run:
 
 def _contents(folder: Path, known: Mapping[str, Any]) -> dict[str, str]:
     """Returns `task` and the fingerprints of a run folder; known: its overrides.json."""
-    found = run_folder.identity_of(folder)
+    found = identity_of(folder)
     if found is None or found.version != VERSION:
         return with_contents(run_folder.read_json(folder / "plan.json").get("tasks", []), known.get("data", ""), None)
     return with_contents(found.tasks, known.get("data", ""), found.fingerprints)

@@ -24,6 +24,7 @@ from mft.console.screen import say
 from mft.launch.job import checked, objective
 from mft.launch.launch import launch
 from mft.launch.signals import INTERRUPTED, Stopped
+from mft.run_folder import RunStatus
 from mft.sweep import display, pool
 from mft.sweep.folder import RECORD, folder_of, is_sweep, job_folder, taken
 from mft.sweep.jobs import finish, plan_jobs, require_success
@@ -39,7 +40,7 @@ class ExternalLauncher:
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         """Returns nothing for Hydra to look at; UserError if any job failed, Stopped after Ctrl-C."""
         jobs = plan_jobs(self.cfg, self.loader, job_overrides, self.dry_run, starts=False)
-        waiting = [job for job in jobs if job.state == "waiting"]
+        waiting = [job for job in jobs if job.state == RunStatus.waiting]
         folder = folder_of(self.cfg)
         with taken(self.cfg, folder):
             display.start(jobs, folder)
@@ -64,8 +65,8 @@ def collect_result(job: SweepJob) -> None:
     if not job.folder.exists():
         return
     state = run_folder.state(job.folder)
-    job.state = {"killed": "failed", "running": "stopped"}.get(state, state)
-    if job.state == "failed":
+    job.state = {RunStatus.killed: RunStatus.failed, RunStatus.running: RunStatus.stopped}.get(state, state)
+    if job.state == RunStatus.failed:
         sentence = run_folder.read_json(job.folder / "log" / "failure.json").text("sentence")
         job.error = sentence or "the process was killed from outside; its launcher's log may show why"
 

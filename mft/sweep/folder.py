@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft import run_folder
 from mft.config import plugins
-from mft.config.identity import VERSION
+from mft.config.identity import VERSION, identity_of
 from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, under
 from mft.config.overrides import key_of
 from mft.errors import UserError
@@ -91,7 +91,7 @@ def require_this_version(folder: Path) -> None:
     Their folders are named by another identity, so finished jobs would run again beside them.
     """
     for run in run_folder.runs_under(folder) if folder.is_dir() else ():
-        identity = run_folder.identity_of(run)
+        identity = identity_of(run)
         if identity is not None and identity.version != VERSION:
             raise UserError(
                 f"{os.path.relpath(folder)} holds jobs that another version of mft wrote {identity.numbers()}, so this "

@@ -18,7 +18,9 @@ from mft.errors import UserError
 from mft.launch.job import Job, objective
 from mft.launch.launch import launch
 from mft.launch.placement import detect_rank
+from mft.launch.resume_choice import is_finished
 from mft.launch.signals import INTERRUPTED, SAVED, Stopped
+from mft.run_folder import RunStatus
 from mft.sweep import display, pool
 from mft.sweep.composer import Composer, check_all
 from mft.sweep.folder import DryRunDone, folder_of, job_folder, remove_if_unused, require_this_version, taken
@@ -72,11 +74,11 @@ def sweep_job(checked: Job, folder: Path, number: int, earlier: Sequence[SweepJo
     """Returns a job with its folder, how far it is, and its state: waiting, skipped, pruned, same (as an earlier)."""
     job = SweepJob(number, checked, job_folder(checked, folder))
     if any(other.folder == job.folder for other in earlier):
-        job.state = "same"
-    elif run_folder.is_finished(job.folder, checked.identity):
-        job.state = "skipped"
-    elif run_folder.state(job.folder) == "pruned" and checked.cfg.launch.prune:
-        job.state = "pruned"
+        job.state = RunStatus.same
+    elif is_finished(job.folder, checked.identity):
+        job.state = RunStatus.skipped
+    elif run_folder.state(job.folder) is RunStatus.pruned and checked.cfg.launch.prune:
+        job.state = RunStatus.pruned
     job.update()
     return job
 
@@ -92,7 +94,7 @@ def finish(jobs: Sequence[SweepJob], folder: Path, signum: int) -> None:
 
 def require_success(jobs: Sequence[SweepJob]) -> None:
     """Raises UserError unless all jobs are done."""
-    words = {"failed": "failed", "stopped": "stopped", "waiting": "not started"}
+    words = {RunStatus.failed: "failed", RunStatus.stopped: "stopped", RunStatus.waiting: "not started"}
     counts = {word: sum(job.state == state for job in jobs) for state, word in words.items()}
     if not any(counts.values()):
         return
@@ -104,7 +106,7 @@ def require_success(jobs: Sequence[SweepJob]) -> None:
 
 def _run_waiting(jobs: list[SweepJob], folder: Path) -> int:
     """Runs what waits; returns the signal that ended it, 0: none."""
-    waiting = [job for job in jobs if job.state == "waiting"]
+    waiting = [job for job in jobs if job.state == RunStatus.waiting]
     if not waiting:
         return 0
     cfg = waiting[0].checked.cfg
@@ -135,7 +137,7 @@ def run_side_by_side(
     with display.live(jobs, folder, total) as show:
 
         def on_change(job: SweepJob) -> None:
-            if job.state != "running":
+            if job.state != RunStatus.running:
                 on_end(job)
             show(job)
 
@@ -152,16 +154,16 @@ def trackers(cfg: DictConfig) -> list[Any]:
 
 def _run_here(jobs: Sequence[SweepJob], fail_fast: bool) -> None:
     """Runs the jobs in this process, one after another, their output on the terminal (inline, or placed ranks)."""
-    for job in (job for job in jobs if job.state == "waiting"):
+    for job in (job for job in jobs if job.state == RunStatus.waiting):
         say(f"\njob {job.number}/{len(jobs)}  {job.checked.label}")
         try:
             launch(job.checked, job.folder)
             job.state = run_folder.status(job.folder)
         except Exception as error:
             pool.leave_failure(job.folder, error)
-            job.state, job.error = "failed", str(error)
+            job.state, job.error = RunStatus.failed, str(error)
         job.update()
-        if job.state == "failed" and fail_fast:
+        if job.state == RunStatus.failed and fail_fast:
             break
 
 
@@ -184,7 +186,7 @@ def leave_report(jobs: Sequence[SweepJob], folder: Path) -> None:
 def _job_return(overrides: Sequence[str], job: SweepJob) -> Any:
     from hydra.core.utils import JobReturn, JobStatus
 
-    done = job.state in ("finished", "skipped", "pruned", "same")
+    done = job.state in (RunStatus.finished, RunStatus.skipped, RunStatus.pruned, RunStatus.same)
     status = JobStatus.COMPLETED if done else JobStatus.FAILED
     result = JobReturn(
         overrides=list(overrides), cfg=job.checked.cfg, working_dir=str(job.folder), task_name="mft", status=status

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+from mft.run_folder import RunStatus
 from mft.sweep.pool import SweepJob
 
 OTHERS = 3
@@ -22,7 +23,7 @@ def should_prune(job: SweepJob, jobs: Sequence[SweepJob], validations: int) -> s
     if len(steps) < validations:
         return ""
     step = max(steps)
-    rivals = [o for o in jobs if o is not job and o.state != "same" and max(o.values, default=0) >= step]
+    rivals = [o for o in jobs if o is not job and o.state != RunStatus.same and max(o.values, default=0) >= step]
     bests = [best for rival in rivals if (best := rival.best_until(step)) is not None]
     own = job.best_until(step)
     if len(bests) < OTHERS or own is None or own <= median(bests):

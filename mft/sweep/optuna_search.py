@@ -19,6 +19,7 @@ from mft.console.screen import say
 from mft.errors import UserError, nearest
 from mft.launch.job import objective
 from mft.launch.placement import detect_rank
+from mft.run_folder import RunStatus
 from mft.sweep import display
 from mft.sweep.composer import Composer, check_all
 from mft.sweep.folder import DryRunDone, folder_of, is_sweep, remove_if_unused, require_this_version, taken
@@ -120,11 +121,11 @@ class Search:
     def on_end(self, job: SweepJob) -> None:
         """Tells the study how a job ended; a stopped one stays open and is resumed by the next command."""
         number = self.trial_numbers[job.number]
-        if job.state in ("finished", "skipped"):
+        if job.state in (RunStatus.finished, RunStatus.skipped):
             self.study.tell(number, objective(run_folder.read_json(job.folder / "summary.json")))
-        elif job.state in ("pruned", "same") and job.best is not None:
+        elif job.state in (RunStatus.pruned, RunStatus.same) and job.best is not None:
             self.study.tell(number, job.best)  # one that was ended early counts with the best it had
-        elif job.state == "failed":
+        elif job.state == RunStatus.failed:
             self.study.tell(number, state=self.optuna.trial.TrialState.FAIL)
 
     def write_results(self) -> dict[str, Any]:
@@ -152,7 +153,7 @@ class Search:
             say(str(error))
             self.study.tell(number, state=self.optuna.trial.TrialState.FAIL)
             return
-        if job.state == "waiting":
+        if job.state == RunStatus.waiting:
             yield job
         else:  # the values of an earlier trial again, or finished before its end was noted
             self.on_end(job)

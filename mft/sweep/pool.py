@@ -29,6 +29,7 @@ from mft.launch.job import Job
 from mft.launch.launch import launch
 from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, handlers
 from mft.launch.spawn import environment, start_fork_server
+from mft.run_folder import RunStatus
 
 LOOK_SECONDS = 0.5
 """How often the running jobs' metrics are read."""
@@ -47,9 +48,8 @@ class SweepJob:
     """Its config and identity."""
     folder: Path
     """Its run folder."""
-    state: str = "waiting"
-    """waiting, running, finished, skipped (finished by an earlier command), same (as an earlier job of this sweep),
-    failed, stopped (by a signal) or pruned."""
+    state: RunStatus = RunStatus.waiting
+    """How it stands in this command: waiting, running, or how it ended."""
     error: str = ""
     """Why it failed, in a sentence."""
     step: int = 0
@@ -131,7 +131,7 @@ def run(
                 if process.exitcode is not None:
                     del running[place]
                     _ended(job, process.exitcode)
-                    over = over or (fail_fast and job.state == "failed")
+                    over = over or (fail_fast and job.state == RunStatus.failed)
                     on_change(job)
 
 
@@ -173,7 +173,7 @@ def forwarded(running: dict[int, tuple[Supervisor, SweepJob]]) -> Iterator[list[
 
 
 def _start(job: SweepJob, cores: list[int], gpus: list[str]) -> Supervisor:
-    job.state, job.started, job.offset, job.values, job.best = "running", time.time(), 0, {}, None
+    job.state, job.started, job.offset, job.values, job.best = RunStatus.running, time.time(), 0, {}, None
     job.update()
     job.folder.joinpath("log").mkdir(parents=True, exist_ok=True)
     job.folder.joinpath("log", "traceback.txt").unlink(missing_ok=True)
@@ -187,15 +187,15 @@ def _ended(job: SweepJob, code: int) -> None:
     """Notes how a job ended. code: of its supervisor, negative for a signal."""
     job.seconds = time.time() - job.started
     summary = run_folder.read_json(job.folder / "summary.json")
-    if code == 0 and summary.get("status") == "finished":
-        job.state, job.prune_reason = "finished", ""
+    if code == 0 and summary.get("status") == RunStatus.finished:
+        job.state, job.prune_reason = RunStatus.finished, ""
     elif job.prune_reason and code in (SAVED, UNSAVED):
-        job.state = "pruned"
+        job.state = RunStatus.pruned
         run_folder.write_json(job.folder / "pruned.json", {"reason": job.prune_reason, "step": job.step})
     elif code in (SAVED, INTERRUPTED, UNSAVED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
-        job.state = "stopped"
+        job.state = RunStatus.stopped
     else:
-        job.state = "failed"
+        job.state = RunStatus.failed
         sentence = run_folder.read_json(job.folder / "log" / "failure.json").text("sentence")
         job.error = sentence or f"the process exited unexpectedly (code {code}); its output is in {job.folder}/log"
 
@@ -236,7 +236,7 @@ def leave_failure(folder: Path, error: Exception) -> None:
         log.mkdir(parents=True, exist_ok=True)
         run_folder.write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
         summary = run_folder.read_json(folder / "summary.json")
-        run_folder.write_json(folder / "summary.json", summary | {"status": "failed", "error": sentence})
+        run_folder.write_json(folder / "summary.json", summary | {"status": RunStatus.failed, "error": sentence})
         (log / "traceback.txt").write_text(hidden(trace), encoding="utf-8")
     say(f"mft: this job failed: {error}", sys.stderr)
 

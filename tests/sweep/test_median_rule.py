@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mft.run_folder import RunStatus
 from mft.sweep.median_rule import should_prune
 from mft.sweep.pool import SweepJob
 
 
-def job(number: int, values: dict[int, float], state: str = "running") -> SweepJob:
+def job(number: int, values: dict[int, float], state: RunStatus = RunStatus.running) -> SweepJob:
     checked: Any = None  # its config has no part in the rule
     return SweepJob(number, checked, Path(), state, values=values)
 
 
-OTHERS = [job(2, {10: 3.0, 20: 2.0}), job(3, {10: 3.0, 20: 2.2}), job(4, {10: 2.9, 20: 2.6}, "finished")]
+OTHERS = [job(2, {10: 3.0, 20: 2.0}), job(3, {10: 3.0, 20: 2.2}), job(4, {10: 2.9, 20: 2.6}, RunStatus.finished)]
 
 
 def test_a_job_behind_the_median_of_three_others_at_its_step_is_pruned() -> None:
@@ -39,7 +40,7 @@ def test_its_best_counts_not_its_newest() -> None:
 def test_fewer_than_three_others_that_came_as_far_decide_nothing() -> None:
     behind = job(1, {10: 9.0, 20: 9.0})
     assert should_prune(behind, [behind, *OTHERS[:2]], validations=1) == ""
-    shorter, same = job(5, {10: 1.0}), job(6, {10: 1.0, 20: 1.0}, "same")
+    shorter, same = job(5, {10: 1.0}), job(6, {10: 1.0, 20: 1.0}, RunStatus.same)
     assert should_prune(behind, [behind, *OTHERS[:2], shorter, same], validations=1) == ""
 
 
