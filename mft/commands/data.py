@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
+from mft.files.json_file import write_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -33,7 +34,7 @@ The overrides are those of `mft train`; nothing is trained, and no model is load
                 without it outputs/<name>/data
 """
 
-PLAIN_WIDTH = 160  # columns where the output is no terminal
+PLAIN_WIDTH = 160  # columns where the output is not a terminal
 
 
 def data(args: Sequence[str]) -> None:
@@ -63,7 +64,6 @@ class Prepared:
 def report(args: list[str]) -> None:
     """Prints the account of each task, and writes it with the list of dropped rows and a picture of the lengths."""
     found = prepared(args)
-    from mft import run_folder
     from mft.config.overrides import key_of
     from mft.config.schema import batch_sizes
     from mft.data import mixture
@@ -91,7 +91,7 @@ def report(args: list[str]) -> None:
     given = any(key_of(arg) in ("output_dir", "hydra.run.dir") for arg in args)
     folder = Path(found.cfg.output_dir) / "report" if given else Path(found.cfg.output_dir).parent / "data"
     known.write_report(folder)
-    run_folder.write_json(folder / "mixture.json", mixed)
+    write_json(folder / "mixture.json", mixed)
     lengths = {name: store.lengths_N for name, store in zip(known.names, known.stores, strict=True)}
     picture = length_histogram(lengths, found.settings.seq_length, folder)
     dropped = sum(sum(store.report["dropped"].values()) for store in known.stores)

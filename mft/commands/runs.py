@@ -13,6 +13,7 @@ from pathlib import Path
 from mft import run_folder
 from mft.console.screen import console, say
 from mft.errors import UserError, nearest
+from mft.files.json_file import read_json
 from mft.runs.results import Run, flat, read_run
 from mft.sweep.folder import RECORD
 
@@ -63,9 +64,9 @@ def runs(args: Sequence[str]) -> None:
 
 
 def _run_row(folder: Path) -> list[str]:
-    run, known = read_run(folder), run_folder.read_json(folder / "overrides.json")
+    run, known = read_run(folder), read_json(folder / "overrides.json")
     step = max((int(row["step"]) for row in run.rows), default=0)
-    total = run_folder.read_json(folder / "plan.json").number("total_steps")
+    total = read_json(folder / "plan.json").number("total_steps")
     what = known.text("label") or " ".join(known.texts("overrides"))
     return [
         os.path.relpath(folder),
@@ -84,7 +85,7 @@ def _sweep_row(folder: Path, members: Sequence[Path]) -> list[str]:
     state = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     judged = [(value, place) for place, job in enumerate(jobs) if (value := job.best("mean")) is not None]
     best = min(judged)[1] if judged else None
-    label = "" if best is None else run_folder.read_json(members[best] / "overrides.json").text("label")
+    label = "" if best is None else read_json(members[best] / "overrides.json").text("label")
     what = f"sweep of {len(jobs)} jobs" + (f", best: {label}" if label else "")
     return [os.path.relpath(folder), state, age(members), "", *(["", ""] if best is None else _best(jobs[best])), what]
 
@@ -120,7 +121,7 @@ def show(args: Sequence[str]) -> None:
     from mft.console.tables import settings_table
     from mft.training.progress import losses_table
 
-    run, summary = read_run(folder), run_folder.read_json(folder / "summary.json")
+    run, summary = read_run(folder), read_json(folder / "summary.json")
     terminal = console(width=None if sys.stdout.isatty() else 140)
     seconds, memory = summary.number("seconds"), summary.number("peak_memory_gib")
     took = "" if seconds is None or memory is None else f", took {seconds:.0f} s and {memory:.1f} GiB at most"

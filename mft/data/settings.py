@@ -23,14 +23,14 @@ class LongSamples(str, Enum):  # noqa: UP042  (values come back from yaml as pla
 
 
 class BadRows(str, Enum):  # noqa: UP042
-    """What happens to a row that cannot be understood: stop at it, or count it and go on."""
+    """What happens to a row that cannot be read: it ends the run, or is counted and skipped."""
 
     error = "error"
     skip = "skip"
 
 
 class Duplicates(str, Enum):  # noqa: UP042
-    """Rows that say the same as another one: keep = they are counted, drop = they are left out, too."""
+    """Exact duplicates of another row: keep = they are counted, drop = they are left out, too."""
 
     keep = "keep"
     drop = "drop"
@@ -63,21 +63,37 @@ class DataSettings:
     """How rows become samples, and samples the rows of a step. conf/data/base.yaml says how to choose each value."""
 
     paths: list[str] = field(default_factory=list)
+    """Folders, files or hub data sets, each a task of its own beside those of the config group `task`."""
     template: str = "mft"
-    role_markers: Any = None  # dict of role -> marker; Any, since a typed dict takes no new key from the command line
+    """How a conversation is written: mft, mftcoder, tokenizer (its own chat template), or a file *.jinja."""
+    role_markers: Any = None
+    """Role → marker, in place of the template's own. (A typed dict takes no new key from the command line.)"""
     seq_length: int = ranged(1024, min=2, max=2**31 - 1)
+    """Tokens of the longest sample, and of a row under data=pack and data=concat."""
     long_samples: LongSamples = LongSamples.drop
+    """What happens to longer samples; all are counted in the report."""
     split: list[float] = field(default_factory=lambda: [95.0, 5.0, 0.0])
+    """Proportions of train, valid and test, decided by a hash of each conversation."""
     bad_rows: BadRows = BadRows.error
+    """Whether a row that cannot be read ends the run, or is counted."""
     duplicates: Duplicates = Duplicates.keep
+    """Whether repeated rows, and training rows that are held out too, are counted or left out."""
     pad_to: PadTo = PadTo.longest
+    """Width of a padded micro-batch (data=pad)."""
     length_group: int = ranged(4, min=1)
+    """Samples of similar length that follow each other (data=pad with pad_to=longest)."""
     rows: Any = None
+    """The row builder: a component, set by data=pack, pad or concat."""
     window: int = ranged(4096, min=1)
+    """Samples that are made into rows together; larger windows fill rows better."""
     mixture: Mixture = Mixture.natural
+    """How often the samples of each task come."""
     mixture_by: MixtureBy = MixtureBy.samples
+    """What the parts of a mixture are parts of."""
     mixture_temperature: float = ranged(2.0, above=0)
+    """1: natural parts; larger: nearer to equal ones (mixture=temperature)."""
     limit: Optional[int] = ranged(None, min=1)  # noqa: UP045
+    """Only the first so many training samples of each task; null: all."""
 
     def check(self) -> None:
         """Raises UserError for values that types alone cannot refuse."""

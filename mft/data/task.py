@@ -16,7 +16,7 @@ from mft.data import hub
 from mft.data.cache.fingerprint import file_digests
 from mft.data.formats import KNOWN, Auto, Format, RowError, misread, no_format
 from mft.data.readers import SUFFIXES, Rows, is_data, stem
-from mft.data.splitnames import split_named
+from mft.data.split import split_named
 from mft.errors import UserError, nearest, shortened
 
 FIRST_ROWS = 8

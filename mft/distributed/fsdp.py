@@ -1,6 +1,6 @@
 """PyTorch's fully sharded data parallel, version 2: each rank holds its part of parameters, gradients and optimizer.
 
-`fully_shard` is called here and not by accelerate, which on a CPU turns an FSDP plugin into plain DDP without a word,
+`fully_shard` is called here and not by accelerate, which on a CPU silently turns an FSDP plugin into plain DDP,
 and under bf16 casts the losses that the model returns to bf16 (steps of 0.03).
 """
 
@@ -64,7 +64,7 @@ class FsdpEngine(Engine):
         for group, group_names in zip(optimizer.param_groups, grouped_names, strict=True):
             group["params"] = [parameters[name] for name in group_names]
         if not isinstance(module, FSDPModule):
-            raise UserError("dist=fsdp did not come up as asked: the model is not sharded")
+            raise UserError("dist=fsdp did not start as configured: the model is not sharded")
         self._verify_sharding(next(module.parameters()))
         self._module, self._optimizer = module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         return module, self._optimizer
@@ -111,7 +111,7 @@ class FsdpEngine(Engine):
         from torch.distributed.tensor import DTensor
 
         if not isinstance(first, DTensor):
-            raise UserError(f"dist=fsdp did not come up as asked: the first parameter is a {type(first).__name__}")
+            raise UserError(f"dist=fsdp did not start as configured: the first parameter is a {type(first).__name__}")
 
     def run_as_forward(self, call: Callable[[], T]) -> T:
         """See `Engine.inside`; gathered parameters come in the run's precision."""
@@ -182,13 +182,7 @@ class FsdpEngine(Engine):
 
 @dataclass
 class Fsdp(Backend):
-    """PyTorch's FSDP2. Sharding unit: the family's decoder layer (`model.shard_layers`).
-
-    reshard: free a layer's gathered parameters after its forward and gather them again for its backward; offload: keep
-    the parts of parameters, gradients and optimizer in the CPU's memory; reduce_every_micro_batch: see `accumulating`;
-    gather_on_save: checkpoints hold the model as transformers or peft load it, else the sharded state only (`final/` is
-    whole anyway).
-    """
+    """PyTorch's FSDP2. Sharding unit: the family's decoder layer (`model.shard_layers`)."""
 
     public_name: ClassVar[str] = "fsdp"
     divides_into_dtensors: ClassVar[bool] = True
@@ -196,9 +190,13 @@ class Fsdp(Backend):
     """A unit is gathered in the run's precision."""
 
     reshard: bool = True
+    """Free a layer's gathered parameters after its forward and gather them again for its backward."""
     offload: bool = False
+    """Keep this rank's parts of parameters, gradients and optimizer in the CPU's memory; slow."""
     reduce_every_micro_batch: bool = False
+    """Exchange gradients in every micro-batch instead of keeping whole ones until the step's last."""
     gather_on_save: bool = True
+    """Whether checkpoints also hold the model as transformers or peft load it; `final/` does in any case."""
 
     def start(self, precision: str, cpu: bool | None = None) -> FsdpEngine:
         """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.

@@ -14,10 +14,10 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft import run_folder
 from mft.console.credentials import hidden
 from mft.console.screen import shown
 from mft.errors import UserError
+from mft.files.json_file import read_json, write_json
 
 if TYPE_CHECKING:
     from mft.launch.multinode import NodeGroup
@@ -52,7 +52,7 @@ class WorkerError(Exception):
 
 def write_report(path: Path, error: BaseException, rank: int) -> None:
     """Writes what failed as JSON: type, message, traceback, rank, time (seconds since 1970), user (a UserError)."""
-    run_folder.write_json(
+    write_json(
         path,
         {
             "rank": rank,
@@ -152,7 +152,7 @@ def reports_in(log: Path, host: int | None = None) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     """Returns an error report, {} for one that is incomplete."""
-    report = run_folder.read_json(path)
+    report = read_json(path)
     complete = report.text("type") and report.number("time") is not None and {"rank", "message", "user"} <= set(report)
     return report if complete else {}
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft import run_folder
 from mft.config import inputs, plugins
 from mft.config.identity import Identity
 from mft.config.schema import LaunchMode, resolve_precision
 from mft.config.validate import check
 from mft.errors import UserError
+from mft.files.json_file import Values
 from mft.hardware import visible_gpus
 from mft.launch import resume_choice
 from mft.launch.placement import detect_rank, ranks
@@ -118,7 +118,7 @@ def objective(summary: dict[str, Any]) -> float:
 
     Raises UserError without either.
     """
-    values = run_folder.Values(summary)
+    values = Values(summary)
     value = values.part("best").get("value", values.get("train/loss"))
     if value is None:
         raise UserError("The run has neither a validation nor a training loss to compare it by.")

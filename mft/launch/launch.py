@@ -18,6 +18,7 @@ from mft import run_folder
 from mft.config.schema import Launch, LaunchMode, freeze
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
+from mft.files.json_file import read_json, write_json
 from mft.launch import multinode, worker
 from mft.launch.failures import forget_failures
 from mft.launch.job import Job
@@ -68,7 +69,7 @@ def launch(job: Job, folder: Path, say: Callable[[str], None] = say, nodes: Node
         if nodes:
             nodes.share_folder(None)
         say(f"{shown}: this run is already finished; see summary.json.")
-        return run_folder.read_json(folder / "summary.json")
+        return read_json(folder / "summary.json")
     lock = run_folder.lock(folder)
     try:
         say(f"run folder {shown}")
@@ -77,8 +78,8 @@ def launch(job: Job, folder: Path, say: Callable[[str], None] = say, nodes: Node
             say(rewind(folder, step))
         job.cfg.output_dir = str(folder)
         freeze(job.cfg, folder / "config.yaml")
-        run_folder.write_json(folder / "identity.json", job.identity.as_json(), durable=True)
-        run_folder.write_json(folder / "overrides.json", job.describe())
+        write_json(folder / "identity.json", job.identity.as_json(), durable=True)
+        write_json(folder / "overrides.json", job.describe())
         broadcast_from_rank0(str(folder))
         if nodes:
             forget_failures(folder / "log")
@@ -88,7 +89,7 @@ def launch(job: Job, folder: Path, say: Callable[[str], None] = say, nodes: Node
         raise full_disk(error, folder) or error from error
     finally:
         lock.release()
-    return run_folder.read_json(folder / "summary.json")
+    return read_json(folder / "summary.json")
 
 
 def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None = None) -> None:

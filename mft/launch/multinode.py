@@ -24,8 +24,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft import run_folder
 from mft.errors import UserError
+from mft.files.json_file import read_json, write_json
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousInfo
@@ -102,14 +102,14 @@ class NodeGroup:
         """
         mark = uuid.uuid4().hex
         if run_dir is not None:
-            run_folder.write_json(run_dir / "log" / "hosts.json", {"mark": mark, "hosts": self.names})
+            write_json(run_dir / "log" / "hosts.json", {"mark": mark, "hosts": self.names})
         chosen = self.all_gather("folder", [str(run_dir or ""), mark], FOLDER_SECONDS)[0]
         if not chosen[0]:
             return None
         folder, mark = Path(chosen[0]), chosen[1]
         deadline, visible = time.monotonic() + VISIBLE_SECONDS, False
         while not visible and time.monotonic() < deadline:
-            visible = run_folder.read_json(folder / "log" / "hosts.json").get("mark") == mark
+            visible = read_json(folder / "log" / "hosts.json").get("mark") == mark
             time.sleep(0 if visible else 0.2)
         answers = self.all_gather("visible", visible, 2 * VISIBLE_SECONDS)
         if not all(answers):
@@ -223,7 +223,7 @@ class NodeGroup:
                 since = since or time.time()
                 report = {"rank": -1, "time": since, "type": "HostGone", "message": self.lost(gone), "user": True}
                 report |= {"traceback": "", "gone": gone}
-                run_folder.write_json(self._log / f"host{self.rank}.error.json", report)
+                write_json(self._log / f"host{self.rank}.error.json", report)
 
 
 def join(settings: Launch, facts: Mapping[str, Any]) -> NodeGroup:

@@ -33,8 +33,8 @@ def task_sums(nll_BT: torch.Tensor, batch: Batch, tasks: int) -> torch.Tensor:
 class TaskLoss(ABC):
     """Turns per-token losses into this micro-batch's share of the step's objective.
 
-    Subclasses are dataclasses of plain values. Steps are numbered from 1: a probe before step s measures the model after
-    s - 1 updates, and the weights learned from it hold from step s on. Order of calls:
+    Subclasses are dataclasses of plain values. Steps are numbered from 1: a probe before step s measures the model
+    after s - 1 updates, and the weights learned from it hold from step s on. Order of calls:
 
     1. `setup` and `check_schedule`, once; `set_initial_losses` if there is a validation before the first step.
     2. In every optimizer step: `learn(valid_K=...)` if `wants_probe`; `statistics` for each micro-batch if
@@ -70,7 +70,7 @@ class TaskLoss(ABC):
         self.weight_K = torch.tensor(list(weights), dtype=torch.float64)
 
     def check_schedule(self, steps: int, valid_samples: Sequence[int]) -> None:
-        """Is told, after `setup`, how many optimizer steps the run has and how many validation samples each task has.
+        """Receives, after `setup`, the optimizer steps of the run and the validation samples of each task.
 
         Raises UserError where the mode cannot work with that; warns where its weights would never move.
         """

@@ -77,11 +77,17 @@ class Coba(Adaptive):
     public_name: ClassVar[str] = "coba"
 
     variant: Variant = Variant.paper
+    """The published equations with safeguards, or the original code's, to reproduce its runs."""
     warmup_steps: int = ranged(100, min=1)
+    """Optimizer steps W before the weights move; a multiple of update_interval and at least 3 of them."""
     history_length: int = ranged(40, min=1)
+    """Probes N that slopes look back on; at least W / update_interval. Long is steady, short reacts sooner."""
     tau: float = ranged(5.0, above=0)
+    """Sharpness of the divergence factor DF, above 1 in the paper; larger holds diverging tasks back sooner."""
     update_interval: int = ranged(5, min=1)
+    """Optimizer steps u from one probe to the next; 1 in the original, larger costs less."""
     probe_samples: int = ranged(2, min=1)
+    """Validation samples of each task that one probe reads, over all ranks; more is less noisy and dearer."""
 
     def __post_init__(self) -> None:
         self.variant = chosen(Variant, self.variant, "loss.variant")

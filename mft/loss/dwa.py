@@ -27,7 +27,9 @@ class Dwa(Adaptive):
     public_name: ClassVar[str] = "dwa"
 
     window: int = ranged(25, min=1)
+    """Optimizer steps of a window; 25 in the FAMO authors' comparison, an epoch in the paper."""
     temperature: float = ranged(2.0, above=0)
+    """T of softmax(ratio / T); 2 in the paper, smaller spreads the weights."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "loss")

@@ -53,11 +53,17 @@ class Famo(Adaptive):
     needs_statistics: ClassVar[bool] = True
 
     source: Source = Source.train
+    """Where progress is seen: the step's own batch (official), or successive validation probes."""
     lr: float = ranged(0.025, above=0)
+    """Learning rate of the weights' logits (Adam); 0.025 in the paper."""
     weight_decay: float = ranged(0.01, min=0)
+    """Pull of the logits towards equal weights (coupled L2)."""
     min_loss: float = ranged(0.0, min=0)
+    """The loss a task cannot get below, in nats per token; progress is measured in log(loss - min_loss)."""
     min_loss_by_task: dict[str, float] | None = None
+    """The same for single tasks; other tasks take min_loss."""
     probe_samples: int = ranged(2, min=1)
+    """Validation samples of each task that one probe reads, over all ranks (source=valid)."""
 
     def __post_init__(self) -> None:
         self.source = chosen(Source, self.source, "loss.source")

@@ -76,9 +76,13 @@ class SampleFocal(Unweighted):
     by_sample: ClassVar[bool] = True
 
     gamma: float = ranged(2.0, min=0)
+    """Exponent of (1 - P); 0 switches the focus off, 2 is the value of Lin et al."""
     alpha: float = ranged(1.0, min=0)
+    """Factor of every task; alone it only scales the loss."""
     gamma_by_task: dict[str, float] | None = None
+    """Exponents of single tasks; other tasks take gamma."""
     alpha_by_task: dict[str, float] | None = None
+    """Factors of single tasks; other tasks take alpha."""
 
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().setup(names, weights)
@@ -119,9 +123,13 @@ class TaskFocal(TaskLoss):
     needs_statistics: ClassVar[bool] = True
 
     gamma: float = ranged(2.0, min=0)
+    """Exponent of (1 - P); 0 switches the focus off, 2 is the value of Lin et al."""
     alpha: float = ranged(1.0, min=0)
+    """Factor of every task; alone it only scales the loss."""
     gamma_by_task: dict[str, float] | None = None
+    """Exponents of single tasks; other tasks take gamma."""
     alpha_by_task: dict[str, float] | None = None
+    """Factors of single tasks; other tasks take alpha."""
 
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().setup(names, weights)

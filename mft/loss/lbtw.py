@@ -24,7 +24,9 @@ class Lbtw(Adaptive):
     public_name: ClassVar[str] = "lbtw"
 
     alpha: float = ranged(0.5, min=0)
+    """Exponent of loss now / loss at the start; 0.5 in the paper, 0 makes all weights equal."""
     reset_every: int = ranged(0, min=0)
+    """Optimizer steps after which the loss at the start is taken anew; 0: never."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "loss")

@@ -6,7 +6,7 @@ A probe gives each task's validation loss. With alpha_i its slope over the last 
 
 so a task whose loss rises (a > 0) gets a weight near 0, and among falling ones the score is highest at a = -1. There is
 no floor: weights below 1e-5 are usual. Unlike the original, fits use real step numbers and float64 (its float32 fit is
-50 % off at step 100,000), an absent task is no zero, and the history is part of the checkpoint.
+50 % off at step 100,000), an absent task is not a zero, and the history is part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -38,10 +38,15 @@ class SelfPaced(Adaptive):
     public_name: ClassVar[str] = "self_paced"
 
     scale: float = ranged(50.0, min=0)
+    """Sharpness s of w = softmax(s q); 50 in the original, 10 is mild, 0 makes all weights equal."""
     warmup_steps: int = ranged(100, min=1)
+    """Optimizer steps W before the weights move; a multiple of update_interval and at least 3 of them."""
     history_length: int = ranged(100, min=1)
+    """Probes N a slope is fitted over; at least W / update_interval."""
     update_interval: int = ranged(1, min=1)
+    """Optimizer steps u from one probe to the next."""
     probe_samples: int = ranged(2, min=1)
+    """Validation samples of each task that one probe reads, over all ranks; more is less noisy and dearer."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "loss")

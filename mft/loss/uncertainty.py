@@ -26,7 +26,9 @@ class Uncertainty(Adaptive):
     public_name: ClassVar[str] = "uncertainty"
 
     lr: float = ranged(0.025, above=0)
+    """Learning rate of the log-variances s (Adam)."""
     start_value: float = 0.0
+    """Every s before training; only differences matter for the weights."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "loss")

@@ -16,6 +16,7 @@ from mft.config import yaml_file
 from mft.config.identity import CONTENTS, VERSION, identity_of
 from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, under
 from mft.errors import UserError, nearest
+from mft.files.json_file import read_json
 from mft.objective import criterion
 from mft.training.provenance import fingerprint_tag
 
@@ -80,7 +81,7 @@ def read_run(folder: Path) -> Run:
     except (OSError, UserError):
         config = {}
     config = config if isinstance(config, dict) else {}
-    known, summary = run_folder.read_json(folder / "overrides.json"), run_folder.read_json(folder / "summary.json")
+    known, summary = read_json(folder / "overrides.json"), read_json(folder / "summary.json")
     command = shlex.join(["mft", "train", *known.texts("overrides")])
     return Run(
         name=os.path.relpath(folder),
@@ -97,7 +98,7 @@ def _contents(folder: Path, known: Mapping[str, Any]) -> dict[str, str]:
     """Returns `task` and the fingerprints of a run folder; known: its overrides.json."""
     found = identity_of(folder)
     if found is None or found.version != VERSION:
-        return with_contents(run_folder.read_json(folder / "plan.json").get("tasks", []), known.get("data", ""), None)
+        return with_contents(read_json(folder / "plan.json").get("tasks", []), known.get("data", ""), None)
     return with_contents(found.tasks, known.get("data", ""), found.fingerprints)
 
 

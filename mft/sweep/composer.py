@@ -12,9 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mft.config.compose import absolute_paths, explain, refusals, without_hydra
+from mft.config.compose import absolute_paths
+from mft.config.hydra_compose import without_hydra
 from mft.config.inert import given_keys, without_effect
 from mft.config.interpolations import replaced
+from mft.config.messages import explain, refusals
 from mft.config.overrides import check_overrides, key_of
 from mft.config.schema import typed
 from mft.config.yaml_file import circle

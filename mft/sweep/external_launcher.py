@@ -16,11 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft import run_folder
 from mft.config import plugins
-from mft.config.compose import absolute_paths, with_choices
+from mft.config.compose import absolute_paths
+from mft.config.hydra_compose import with_choices
 from mft.config.interpolations import replaced
 from mft.config.overrides import key_of
 from mft.config.schema import register, typed
 from mft.console.screen import say
+from mft.files.json_file import read_json
 from mft.launch.job import checked, objective
 from mft.launch.launch import launch
 from mft.launch.signals import INTERRUPTED, Stopped
@@ -67,7 +69,7 @@ def collect_result(job: SweepJob) -> None:
     state = run_folder.state(job.folder)
     job.state = {RunStatus.killed: RunStatus.failed, RunStatus.running: RunStatus.stopped}.get(state, state)
     if job.state == RunStatus.failed:
-        sentence = run_folder.read_json(job.folder / "log" / "failure.json").text("sentence")
+        sentence = read_json(job.folder / "log" / "failure.json").text("sentence")
         job.error = sentence or "the process was killed from outside; its launcher's log may show why"
 
 
@@ -79,7 +81,7 @@ def one_job(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     folder = Path(hydra.sweep.dir).absolute()
     plugins.name(run_folder.plugins_of(folder, RECORD))
-    fixed = {key_of(o) for o in run_folder.read_json(folder / RECORD).texts("overrides") if not is_sweep(o)}
+    fixed = {key_of(o) for o in read_json(folder / RECORD).texts("overrides") if not is_sweep(o)}
     given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # variables stay as they are written
     overrides = [o for o in given if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)

@@ -21,6 +21,7 @@ from mft.config.identity import VERSION, identity_of
 from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, under
 from mft.config.overrides import key_of
 from mft.errors import UserError
+from mft.files.json_file import write_json
 from mft.launch.job import Job
 
 IDENTITY_DIGITS = 10
@@ -111,7 +112,7 @@ def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
         given: Any = OmegaConf.to_container(cfg.hydra.overrides, resolve=False)  # variables stay as they are written
         hydra = [o for o in given["hydra"] if key_of(o) != "hydra.mode"]
         values = {"overrides": [*given["task"], *hydra], "folder": str(Path.cwd()), "sweep_dir": str(folder)}
-        run_folder.write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)
+        write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)
         yield
     finally:
         lock.release()

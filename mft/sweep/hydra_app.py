@@ -14,13 +14,15 @@ from omegaconf import DictConfig
 
 from mft import run_folder
 from mft.config import plugins
-from mft.config.compose import check_sweep, explain, of_defaults, refusals, search_path, without_search_path
+from mft.config.hydra_compose import check_sweep, search_path, without_search_path
+from mft.config.messages import explain, of_defaults, refusals
 from mft.config.overrides import check_overrides, key_of, of_hydra, replaced, with_moved_keys
 from mft.config.schema import config_dir, register
 from mft.config.yaml_file import circle
 from mft.console.credentials import as_written
 from mft.console.screen import say
 from mft.errors import UserError
+from mft.files.json_file import read_json
 from mft.sweep.folder import RECORD, DryRunDone, find_sweep, is_sweep, sweep_id
 
 
@@ -105,7 +107,7 @@ def resume(place: Path, overrides: Sequence[str], dry_run: bool = False) -> None
     place: the sweep's folder, or `multirun/<name>` where it is the only one there.
     """
     folder = find_sweep(place)
-    record = run_folder.read_json(folder / RECORD)
+    record = read_json(folder / RECORD)
     given, started, sweep_dir = (
         with_moved_keys(record.texts("overrides")),
         record.text("folder"),

@@ -15,6 +15,7 @@ from mft.config.build import component
 from mft.config.schema import LaunchMode
 from mft.console.screen import say
 from mft.errors import UserError
+from mft.files.json_file import read_json
 from mft.launch.job import Job, objective
 from mft.launch.launch import launch
 from mft.launch.placement import detect_rank
@@ -192,7 +193,7 @@ def _job_return(overrides: Sequence[str], job: SweepJob) -> Any:
         overrides=list(overrides), cfg=job.checked.cfg, working_dir=str(job.folder), task_name="mft", status=status
     )
     if done:
-        result.return_value = objective(run_folder.read_json(job.folder / "summary.json"))
+        result.return_value = objective(read_json(job.folder / "summary.json"))
     else:
         result.return_value = UserError(job.error or f"job {job.checked.label}: {job.state}")
     return result

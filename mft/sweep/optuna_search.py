@@ -13,10 +13,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft import run_folder
 from mft.config.overrides import key_of
 from mft.console.screen import say
 from mft.errors import UserError, nearest
+from mft.files.json_file import read_json, write_json
 from mft.launch.job import objective
 from mft.launch.placement import detect_rank
 from mft.run_folder import RunStatus
@@ -49,7 +49,7 @@ def run(cfg: DictConfig, loader: Any, arguments: Sequence[str], settings: Mappin
         remove_if_unused(folder)
         raise
     if dry_run:
-        done = len(run_folder.read_json(folder / "search.json").get("trials") or ())
+        done = len(read_json(folder / "search.json").get("trials") or ())
         say(f"search {os.path.relpath(folder)}: {settings['n_trials']} trials, {done} of them done")
         for name, distribution in space.items():
             say(f"  {name:<24} {distribution}")
@@ -122,7 +122,7 @@ class Search:
         """Tells the study how a job ended; a stopped one stays open and is resumed by the next command."""
         number = self.trial_numbers[job.number]
         if job.state in (RunStatus.finished, RunStatus.skipped):
-            self.study.tell(number, objective(run_folder.read_json(job.folder / "summary.json")))
+            self.study.tell(number, objective(read_json(job.folder / "summary.json")))
         elif job.state in (RunStatus.pruned, RunStatus.same) and job.best is not None:
             self.study.tell(number, job.best)  # one that was ended early counts with the best it had
         elif job.state == RunStatus.failed:
@@ -136,7 +136,7 @@ class Search:
         ]
         done = sorted((row for row in rows if row["objective"] is not None), key=lambda row: row["objective"])
         results = {"best": done[0] if done else None, "trials": rows}
-        run_folder.write_json(self.folder / "search.json", results)
+        write_json(self.folder / "search.json", results)
         best = display.best_of(self.jobs)
         if best is not None:
             where = os.path.relpath(best.folder)

@@ -25,6 +25,7 @@ from mft import run_folder
 from mft.console.credentials import hidden
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
+from mft.files.json_file import read_json, write_json
 from mft.launch.job import Job
 from mft.launch.launch import launch
 from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, handlers
@@ -75,7 +76,7 @@ class SweepJob:
         """Reads what the job has logged since the last time; returns whether a validation is among it."""
         validated = False
         if not self.total_steps:
-            plan = run_folder.read_json(self.folder / "plan.json")
+            plan = read_json(self.folder / "plan.json")
             self.total_steps = int(plan.number("total_steps") or 0)
         rows, self.offset = run_folder.rows_from(self.folder / "metrics.jsonl", self.offset)
         for row in rows:
@@ -186,17 +187,17 @@ def _start(job: SweepJob, cores: list[int], gpus: list[str]) -> Supervisor:
 def _ended(job: SweepJob, code: int) -> None:
     """Notes how a job ended. code: of its supervisor, negative for a signal."""
     job.seconds = time.time() - job.started
-    summary = run_folder.read_json(job.folder / "summary.json")
+    summary = read_json(job.folder / "summary.json")
     if code == 0 and summary.get("status") == RunStatus.finished:
         job.state, job.prune_reason = RunStatus.finished, ""
     elif job.prune_reason and code in (SAVED, UNSAVED):
         job.state = RunStatus.pruned
-        run_folder.write_json(job.folder / "pruned.json", {"reason": job.prune_reason, "step": job.step})
+        write_json(job.folder / "pruned.json", {"reason": job.prune_reason, "step": job.step})
     elif code in (SAVED, INTERRUPTED, UNSAVED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
         job.state = RunStatus.stopped
     else:
         job.state = RunStatus.failed
-        sentence = run_folder.read_json(job.folder / "log" / "failure.json").text("sentence")
+        sentence = read_json(job.folder / "log" / "failure.json").text("sentence")
         job.error = sentence or f"the process exited unexpectedly (code {code}); its output is in {job.folder}/log"
 
 
@@ -234,9 +235,9 @@ def leave_failure(folder: Path, error: Exception) -> None:
     log = folder / "log"
     with suppress(OSError):  # the disk that ended the job may be full
         log.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
-        summary = run_folder.read_json(folder / "summary.json")
-        run_folder.write_json(folder / "summary.json", summary | {"status": RunStatus.failed, "error": sentence})
+        write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
+        summary = read_json(folder / "summary.json")
+        write_json(folder / "summary.json", summary | {"status": RunStatus.failed, "error": sentence})
         (log / "traceback.txt").write_text(hidden(trace), encoding="utf-8")
     say(f"mft: this job failed: {error}", sys.stderr)
 

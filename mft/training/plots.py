@@ -166,7 +166,7 @@ def _others(axis: Axes, rows: Sequence[Row], prefix: str, every: Sequence[str], 
 
 
 def _panel(axis: Axes, train: Series, valid: Series, color: Any) -> None:
-    """One task: train pale, with its moving mean where there are many points; valid in full colour, last value told."""
+    """One task: train pale, with its moving mean where there are many points; valid in full colour, with its last value."""
     steps, values = train
     if steps:
         many = len(steps) >= MANY

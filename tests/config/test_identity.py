@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from mft import run_folder
 from mft.config import inputs, plugins
 from mft.config.compose import compose_resolved
 from mft.config.identity import CONTENTS, VERSION, Identity, identity_of
 from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, FINGERPRINTED, under
 from mft.config.schema import config_dir, freeze
 from mft.errors import UserError
+from mft.files.json_file import write_json
 from mft.launch import job
 from mft.loss.means import TokenMean
 from mft.model.causal_lm import CausalLM
@@ -287,7 +287,7 @@ class Stage:
     def leave(self, *overrides: str) -> None:
         current = self.checked(*overrides)
         freeze(current.cfg, self.root / "o" / "config.yaml")
-        run_folder.write_json(self.root / "o" / "identity.json", current.identity.as_json())
+        write_json(self.root / "o" / "identity.json", current.identity.as_json())
 
     def said(self, *overrides: str) -> str:
         with pytest.raises(UserError) as caught:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mft import run_folder
 from mft.errors import UserError
+from mft.files.json_file import read_json, write_json
 from mft.launch import failures
 from mft.launch.failures import (
     HOST_GONE,
@@ -43,7 +43,7 @@ def write(log: Path, rank: int, error: BaseException, seconds: float = 0.0) -> P
     """Leaves the report of a rank, as written so many seconds after now."""
     path = log / f"rank{rank}.error.json"
     write_report(path, error, rank)
-    run_folder.write_json(path, run_folder.read_json(path) | {"time": time.time() + seconds})
+    write_json(path, read_json(path) | {"time": time.time() + seconds})
     return path
 
 
@@ -73,7 +73,7 @@ def test_reports_are_ordered_by_their_distance_and_then_by_time(tmp_path: Path) 
 
 def test_a_host_that_was_cut_off_does_not_take_itself_for_gone(tmp_path: Path) -> None:
     report = {"rank": -1, "time": 1.0, "type": "HostGone", "message": "host 1 is gone", "user": True, "gone": [1]}
-    run_folder.write_json(tmp_path / "host0.error.json", report)
+    write_json(tmp_path / "host0.error.json", report)
     assert len(reports_in(tmp_path, host=0)) == len(reports_in(tmp_path)) == 1 and not reports_in(tmp_path, host=1)
 
 
