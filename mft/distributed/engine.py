@@ -155,7 +155,7 @@ class Engine:
 
         A non-finite norm means that nothing was updated: on fp16 with `skipped` True when the loss scaler answered an
         overflow (training continues), else it is an error for the loop to report. The gradients are equal on all ranks
-        after the exchange, so all ranks see the same norm and take the same way; sharding backends must agree explicitly.
+        after the exchange, so all ranks see the same norm and decide alike; sharding backends must agree explicitly.
         """
         import torch
 
