@@ -52,13 +52,13 @@ def run_job(run_dir: str) -> None:
     from mft.run import run
 
     folder = Path(run_dir)
-    stop.listen()
     config = folder / "config.yaml"
     if not config.is_file():
         raise UserError(f"{config} does not exist: give the folder of a run.")
     plugins.name(run_folder.plugins_of(folder))
     cfg = read(config)
     check_variables(cfg)
+    stop.listen()
     try:
         run(cfg, folder, stop)
     except Exception as error:
