@@ -18,5 +18,5 @@ def test_the_private_part_of_torch_that_a_rank_asks_is_there() -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"config\.yaml does not exist: give the folder of a run\."):
         run_job(str(tmp_path))
-    with pytest.raises(SystemExit, match="usage: python -m mft.launch.worker RUN_DIR"):
+    with pytest.raises(SystemExit, match=r"^usage: python -m mft\.launch\.worker RUN_DIR"):
         main([])
