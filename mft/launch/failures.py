@@ -1,7 +1,7 @@
 """What a rank leaves when it fails, and which of several failures caused the others.
 
-`log/rank<r>.error.json` in the run folder is written by the rank itself, or, for a rank that was killed, by the process
-that started it; `log/host<n>.error.json` by host n when another host is gone.
+`log/rank<r>.error.json` in the run folder is written by the rank itself, or, for a rank that was killed, by
+the process that started it; `log/host<n>.error.json` by host n when another host is gone.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ CAUSE_SECONDS = 5.0
 """How long to wait for the report of the cause, where all that is known are broken connections."""
 
 ROOT, HOST_GONE, LOST_CONNECTION = 0, 1, 2
-"""How far a failure is from the cause: a rank's own failure; a host that is gone, whose ranks cannot report any more; a
-rank that only lost its connection to another one, which is the cause."""
+"""How far a failure is from the cause: a rank's own failure; a host that is gone, whose ranks cannot report
+any more; a rank that only lost its connection to another one, which is the cause."""
 
 BROKEN = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|failed to connect|remote process exited|NCCL|Gloo", re.IGNORECASE
@@ -100,7 +100,8 @@ def cause_elsewhere(report: Path, since: float) -> Exception | None:
 def failure_of(log: Path, ranks: range, codes: dict[int, int], nodes: NodeGroup | None = None) -> Exception:
     """Returns the error of the rank that failed first, from its report, or from its exit code when it left none.
 
-    ranks: those of this machine. With several hosts the cause may be on another one, and its report takes a moment.
+    ranks: those of this machine. With several hosts the cause may be on another one, and its report takes a
+    moment.
     """
     own_rank = nodes.rank if nodes else None
     reports = reports_in(log, own_rank)
@@ -143,7 +144,8 @@ def _silent_death(log: Path, rank: int, code: int | None, ranks: int) -> Excepti
 def reports_in(log: Path, host: int | None = None) -> list[dict[str, Any]]:
     """Returns the error reports of ranks and hosts, the one nearest to the cause first, then the oldest.
 
-    host: this host's number; reports that take this very host for gone are left out: it was cut off, and knows better.
+    host: this host's number; reports that take this very host for gone are left out: it was cut off, and
+    knows better.
     """
     reports = [_read(path) for path in sorted(log.glob("*.error.json"))]
     reports = [report for report in reports if report and host not in report.get("gone", ())]

@@ -85,8 +85,8 @@ def share_of_gpus(nproc: int | str, jobs: int) -> int | str:
 def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: bool = True) -> Job:
     """Checks a resolved config (UserError with a sentence) and finds out which experiment it is.
 
-    label: what distinguishes the job from the others of its sweep; starts: whether this process is about to run it.
-    Reads the task files once to fingerprint them; loads no model and starts no rank.
+    label: what distinguishes the job from the others of its sweep; starts: whether this process is about to
+    run it. Reads the task files once to fingerprint them; loads no model and starts no rank.
     """
     cfg.train.precision = resolve_precision(cfg.train.precision)
     launch_settings: Any = OmegaConf.to_object(cfg.launch)

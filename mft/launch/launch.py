@@ -54,9 +54,9 @@ def launch_command(job: Job, dated: bool, say: Callable[[str], None] = say) -> N
 def launch(job: Job, folder: Path, say: Callable[[str], None] = say, nodes: NodeGroup | None = None) -> dict[str, Any]:
     """Runs the job in `folder`, resumes it or skips it when it is finished; returns its summary.
 
-    nodes: the machines of the run, of which this is number 0.
-    Raises UserError for a mistake found in a rank (its sentence alone), WorkerError with the traceback of the rank that
-    failed first, Stopped when a signal ended the run.
+    nodes: the machines of the run, of which this is number 0. Raises UserError for a mistake found in a rank
+    (its sentence alone), WorkerError with the traceback of the rank that failed first, Stopped when a signal
+    ended the run.
     """
     placed = detect_rank()
     if placed is not None and placed.rank > 0:  # rank 0 chooses the folder and writes it

@@ -1,12 +1,13 @@
 """Several machines in one run (`launch.nnodes`): every machine runs the same command and starts its own ranks.
 
-One of them serves a store (torch's TCPStore) at the address that all are given: host 0 at launch.main_address, or the
-one with the address of launch.rdzv_endpoint, where elastic's c10d rendezvous numbers the hosts. There they compare what
-they are about to run, and host 0 publishes the run folder, which must lie on a file system that all of them see.
+One of them serves a store (torch's TCPStore) at the address that all are given: host 0 at
+launch.main_address, or the one with the address of launch.rdzv_endpoint, where elastic's c10d rendezvous
+numbers the hosts. There they compare what they are about to run, and host 0 publishes the run folder, which
+must lie on a file system that all of them see.
 
-From then on every host says each second that it is alive, which elastic does not: when the cable of one of two hosts
-was pulled, under torchrun's static and its c10d rendezvous, agents and ranks of both still waited after four minutes
-(torch 2.13, gloo). Nor do elastic's rendezvous bind their store to one address.
+From then on every host says each second that it is alive, which elastic does not: when the cable of one of
+two hosts was pulled, under torchrun's static and its c10d rendezvous, agents and ranks of both still waited
+after four minutes (torch 2.13, gloo). Nor do elastic's rendezvous bind their store to one address.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ class NodeGroup:
     def share_folder(self, run_dir: Path | None = None) -> Path | None:
         """Returns the run folder that host 0 gives here, on every host; None: there is nothing to run.
 
-        Raises UserError, on every host, when one of them does not see it: host 0 leaves a mark in log/hosts.json.
+        Raises UserError, on every host, when one of them does not see it: host 0 leaves a mark in
+        log/hosts.json.
         """
         mark = uuid.uuid4().hex
         if run_dir is not None:
@@ -193,7 +195,8 @@ class NodeGroup:
     def _beat(self) -> None:
         """Tells the others that this host is alive, and listens to them.
 
-        Over a connection of its own: a wait on the other one, as elastic's at the end, would hold up the heartbeat.
+        Over a connection of its own: a wait on the other one, as elastic's at the end, would hold up the
+        heartbeat.
         """
         number, last = 0, [""] * self._settings.nnodes
         try:

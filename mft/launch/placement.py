@@ -1,6 +1,7 @@
 """Which rank this process is, and how many there will be.
 
-Ranks are placed from outside (torchrun, accelerate launch, srun) or started by this command, see `mft.launch.launch`.
+Ranks are placed from outside (torchrun, accelerate launch, srun) or started by this command, see
+`mft.launch.launch`.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class RankInfo:
 def detect_rank() -> RankInfo | None:
     """Returns the rank that torchrun, accelerate launch or srun started this process as, None without them.
 
-    SLURM's variables are translated into torch's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-    MASTER_PORT); those that are set already stay. A step of one task, and a batch script outside srun, are not ranks:
-    they launch.
+    SLURM's variables are translated into torch's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+    MASTER_ADDR, MASTER_PORT); those that are set already stay. A step of one task, and a batch script outside
+    srun, are not ranks: they launch.
     """
     variables = os.environ
     in_step = "SLURM_STEP_ID" in variables or "SLURM_STEP_NUM_TASKS" in variables

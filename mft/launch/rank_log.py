@@ -22,7 +22,8 @@ CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 class LineLog:
     """A text file of whole lines: without colours, and without what a progress bar draws over.
 
-    A bar is a line that is not ended but started again, by a carriage return; the file gets what is drawn last.
+    A bar is a line that is not ended but started again, by a carriage return; the file gets what is drawn
+    last.
     """
 
     def __init__(self, path: Path):
@@ -52,8 +53,8 @@ class LineLog:
 def tee(stream: Any, log: LineLog) -> None:
     """Writes what goes to a stream to a log, too, both without credentials.
 
-    The stream stays the same object, for everybody who holds it. A log that cannot be written (a full disk) does not
-    end a run.
+    The stream stays the same object, for everybody who holds it. A log that cannot be written (a full disk)
+    does not end a run.
     """
     write = stream.write
 
@@ -74,8 +75,8 @@ def _hiding(write: Callable[[str], Any]) -> Callable[[str], Any]:
 def written_to(path: Path, rank: int) -> Iterator[int]:
     """Writes what this process prints to a log file; yields the file descriptor of the terminal's error stream.
 
-    Of ranks above 0 all output goes there, also that of libraries in C, until the process ends. Rank 0 keeps the
-    terminal; what Python writes is copied, and what libraries in C write is not.
+    Of ranks above 0 all output goes there, also that of libraries in C, until the process ends. Rank 0 keeps
+    the terminal; what Python writes is copied, and what libraries in C write is not.
     """
     if rank > 0:
         sys.stdout.flush()

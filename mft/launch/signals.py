@@ -1,7 +1,7 @@
 """How a run hears that it is to stop, and the exit codes that say how it stopped.
 
-Ctrl-C (SIGINT), SIGTERM (schedulers, `kill`) and SIGHUP (a closed terminal) ask for a stop: the current step is
-finished, a checkpoint saved, and the process exits with one of the codes below.
+Ctrl-C (SIGINT), SIGTERM (schedulers, `kill`) and SIGHUP (a closed terminal) ask for a stop: the current step
+is finished, a checkpoint saved, and the process exits with one of the codes below.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Stop:
 class Stopped(KeyboardInterrupt):
     """A signal ended the run; the process is to exit with `code` (see `exit_code`).
 
-    A KeyboardInterrupt, not an Exception, so that nothing on the way (Hydra) mistakes it for one failed job of a sweep
-    and starts the next.
+    A KeyboardInterrupt, not an Exception, so that nothing on the way (Hydra) mistakes it for one failed job
+    of a sweep and starts the next.
     """
 
     def __init__(self, signum: int, code: int):

@@ -1,6 +1,7 @@
 """Starts the ranks of a run: forked from a server with the heavy imports done, watched by torch's elastic agent.
 
-The server lives as long as this process, so the second and later jobs of a sweep start in well under a second.
+The server lives as long as this process, so the second and later jobs of a sweep start in well under a
+second.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ PRELOAD = (
 """Modules the fork server imports once. None may initialise CUDA: forked workers could not use a GPU."""
 
 TOUCHES_CUDA = ("peft", "bitsandbytes", "deepspeed")
-"""Left out of the preload where there is a GPU: peft imports bitsandbytes, which asks every GPU for its capability, and
-deepspeed may ask when it looks for its accelerator."""
+"""Left out of the preload where there is a GPU: peft imports bitsandbytes, which asks every GPU for its
+capability, and deepspeed may ask when it looks for its accelerator."""
 
 SET_BY_ELASTIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that every rank gets from elastic; a batch script may have exported its own."""
@@ -60,8 +61,9 @@ def spawn(
 ) -> dict[int, Any]:
     """Calls function(*arguments) in nproc ranks on this machine; returns what each returned, by rank.
 
-    function must be importable by name; log: folder for the ranks' logs and error reports; shutdown_seconds: how long
-    ranks may save after a signal; nodes: the machines whose ranks make one group with these. Raises as `launch`.
+    function must be importable by name; log: folder for the ranks' logs and error reports; shutdown_seconds:
+    how long ranks may save after a signal; nodes: the machines whose ranks make one group with these. Raises
+    as `launch`.
     """
     if nodes is None:
         forget_failures(log)
@@ -125,7 +127,8 @@ def start_fork_server(preload: Sequence[str] = PRELOAD) -> None:
 def start_method() -> str:
     """Returns how this process starts ranks: from the fork server, or, where it came from that itself, by plain fork.
 
-    Such a process (the supervisor of a job) has the imports already; a fork server of its own would do them again.
+    Such a process (the supervisor of a job) has the imports already; a fork server of its own would do them
+    again.
     """
     return "forkserver" if multiprocessing.parent_process() is None else "fork"
 

@@ -1,7 +1,7 @@
 """One rank of a run: `torchrun -m mft.launch.worker RUN_DIR` replays a run, `spawn` calls `rank_main` in each process.
 
-A rank never outlives the process that started it, reports what it failed of, and does not wait forever for a rank that
-failed.
+A rank never outlives the process that started it, reports what it failed of, and does not wait forever for a
+rank that failed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ quiet_without_gpu()  # here, because the fork server imports this module before 
 def run_job(run_dir: str) -> None:
     """Runs the run of a folder in this rank: reads its config.yaml and trains.
 
-    Raises UserError for mistakes and for memory that ran out. A signal lets it stop in good order; the caller looks at
-    `stop` afterwards.
+    Raises UserError for mistakes and for memory that ran out. A signal lets it stop in good order; the caller
+    looks at `stop` afterwards.
     """
     from omegaconf import OmegaConf
 
@@ -75,9 +75,9 @@ def rank_main(
 
     Reports a failure, and exits with the code of `exit_code` when a signal asked to stop.
 
-    log: the run's folder for rank<r>.error.json (what failed) and rank<r>.log (what it prints; rank 0 keeps the
-    terminal as well); variables: environment of the launching process, which a fork server does not know, None for a
-    rank that was placed from outside.
+    log: the run's folder for rank<r>.error.json (what failed) and rank<r>.log (what it prints; rank 0 keeps
+    the terminal as well); variables: environment of the launching process, which a fork server does not know,
+    None for a rank that was placed from outside.
     """
     os.environ.update(variables or {})
     rank = int(os.environ.get("RANK", 0))
@@ -112,7 +112,8 @@ def rank_main(
 def placed_rank_main(log: Path, function: Callable[..., Any], arguments: Sequence[Any] = ()) -> None:
     """Calls function(*arguments) as the rank that this process was placed as (torchrun, accelerate launch, srun).
 
-    Rank 0, which speaks to the person, raises what another rank failed of where it only lost its connection to it.
+    Rank 0, which speaks to the person, raises what another rank failed of where it only lost its connection
+    to it.
     """
     since = time.time()
     try:

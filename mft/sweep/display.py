@@ -87,8 +87,8 @@ def best_of(jobs: Sequence[SweepJob]) -> SweepJob | None:
 def live(jobs: Sequence[SweepJob], folder: Path, total: int | None = None) -> Iterator[Callable[[SweepJob], None]]:
     """Yields a function to call with every job that starts, was validated or ends.
 
-    On a terminal each running job has a line that is redrawn; elsewhere a line is printed at its start and end.
-    total: how many jobs there will be, None: as many as there are.
+    On a terminal each running job has a line that is redrawn; elsewhere a line is printed at its start and
+    end. total: how many jobs there will be, None: as many as there are.
     """
     from rich.live import Live
     from rich.text import Text

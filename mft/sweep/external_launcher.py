@@ -1,7 +1,7 @@
 """Jobs of a sweep through the launcher of another package (submitit for SLURM, joblib): checked here, run there.
 
-Each job is composed again where it runs and has the same folder as with `hydra/launcher=mft`, so that the same command
-skips finished jobs and resumes the others.
+Each job is composed again where it runs and has the same folder as with `hydra/launcher=mft`, so that the
+same command skips finished jobs and resumes the others.
 """
 
 from __future__ import annotations

@@ -127,8 +127,8 @@ def resume(place: Path, overrides: Sequence[str], dry_run: bool = False) -> None
 def command(args: Sequence[str]) -> None:
     """mft sweep resume DIR: runs the command of a sweep's folder again, from the folder it was started in.
 
-    Finished jobs are skipped, unfinished ones resume from their checkpoint, failed ones are tried again. Further
-    overrides are added: mft sweep resume multirun/demo launch.jobs=2
+    Finished jobs are skipped, unfinished ones resume from their checkpoint, failed ones are tried again.
+    Further overrides are added: mft sweep resume multirun/demo launch.jobs=2
     """
     if not args or "-h" in args or "--help" in args:
         print(command.__doc__)

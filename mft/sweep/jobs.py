@@ -32,8 +32,9 @@ from mft.sweep.pool import SweepJob
 def run_grid(cfg: DictConfig, loader: Any, job_overrides: Sequence[Sequence[str]], dry_run: bool = False) -> list[Any]:
     """Runs the jobs of a sweep and returns Hydra's JobReturn of each.
 
-    Finished jobs are skipped and unfinished ones resumed. A failed job leaves its traceback in its folder and the
-    others run; at the end a table shows how each ended. Raises UserError if any failed, Stopped after a signal.
+    Finished jobs are skipped and unfinished ones resumed. A failed job leaves its traceback in its folder and
+    the others run; at the end a table shows how each ended. Raises UserError if any failed, Stopped after a
+    signal.
     """
     jobs = plan_jobs(cfg, loader, job_overrides, dry_run)
     folder = folder_of(cfg)
@@ -128,8 +129,8 @@ def run_side_by_side(
 ) -> int:
     """Runs what an iterator yields, so many jobs at once; returns the signal that ended it, 0: none.
 
-    jobs: all of the sweep, for the median rule and the display, may grow; cfg: of one job; total: how many jobs there
-    will be; on_end: called with every job that has ended.
+    jobs: all of the sweep, for the median rule and the display, may grow; cfg: of one job; total: how many
+    jobs there will be; on_end: called with every job that has ended.
     """
     if at_once > 1:  # a new database takes seconds, and jobs would wait for the one that makes it
         for tracker in trackers(cfg):

@@ -15,9 +15,9 @@ OTHERS = 3
 def should_prune(job: SweepJob, jobs: Sequence[SweepJob], validations: int) -> str:
     """Returns why a job is to be pruned, "" while it is not.
 
-    Its best objective so far is compared with the best that the others had at the same step: those that have come as
-    far, at least OTHERS of them. validations: how many the job gets before it may be pruned (launch.prune_after); the
-    one before the first step does not count.
+    Its best objective so far is compared with the best that the others had at the same step: those that have
+    come as far, at least OTHERS of them. validations: how many the job gets before it may be pruned
+    (launch.prune_after); the one before the first step does not count.
     """
     steps = [step for step in job.values if step > 0]
     if len(steps) < validations:

@@ -1,7 +1,8 @@
 """`hydra/sweeper=optuna`: a sweep whose values Optuna proposes from what earlier jobs have reached.
 
-The study lies in the sweep's folder (`search.journal`), so the same command resumes it: finished trials are kept,
-interrupted ones resume from their checkpoint, failed ones are tried again. A job's folder is its identity, as in grids.
+The study lies in the sweep's folder (`search.journal`), so the same command resumes it: finished trials are
+kept, interrupted ones resume from their checkpoint, failed ones are tried again. A job's folder is its
+identity, as in grids.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Jobs side by side: each under a supervisor process of its own, with its share of the cores and GPUs.
 
-A supervisor is forked from the fork server, writes the output of its job to `log/output.txt` in the run folder, and
-ends with this process: kill -9 of the sweep leaves nothing running.
+A supervisor is forked from the fork server, writes the output of its job to `log/output.txt` in the run
+folder, and ends with this process: kill -9 of the sweep leaves nothing running.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def run(
     """Runs the jobs that `waiting` yields, at most so many at a time; returns the signal that ended it, 0: none.
 
     The next job is asked for when a place is free, so that a search can learn from those that have ended.
-    on_change: called with every job that starts, was validated or ends; should_prune: returns why a job is to end
-    early, or "".
+    on_change: called with every job that starts, was validated or ends; should_prune: returns why a job is to
+    end early, or "".
     """
     places = partition_devices(side_by_side)
     running: dict[int, tuple[Supervisor, SweepJob]] = {}  # by place

@@ -15,7 +15,7 @@ def test_the_private_part_of_torch_that_a_rank_asks_is_there() -> None:
     assert torch.cuda._is_in_bad_fork() is False, "mft.launch.worker: torch has moved it; see its release notes"
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.yaml does not exist: give the folder of a run\."):
         run_job(str(tmp_path))
     with pytest.raises(SystemExit, match=r"^usage: python -m mft\.launch\.worker RUN_DIR"):
