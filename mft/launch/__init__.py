@@ -7,7 +7,7 @@ started (`placement`). Each rank is `worker.rank_main`, which reads the frozen c
 
 What can go wrong has a module each: `signals` (asked to stop, exit codes), `failures` (which rank's error is
 the cause of the others), `out_of_memory` (which settings to lower), `rank_log` (what each rank prints).
-`multinode` joins several machines.
+`multinode` joins several machines, over a `store`.
 
 Private parts of torch that are used here: `torch.cuda._is_in_bad_fork` (worker, read in torch 2.13).
 """

@@ -21,12 +21,12 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
 from mft.files.json_file import read_json, write_json
+from mft.launch.store import await_listener, connect, listening_store
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousInfo
@@ -256,8 +256,8 @@ def join(settings: Launch, facts: Mapping[str, Any]) -> NodeGroup:
         except OSError as error:
             if static or error.errno != errno.EADDRINUSE:  # else another process of this machine serves there
                 raise UserError(f"{key}, port {port}: this host cannot serve there ({error.strerror}).") from None
-    if server is None:
-        _await_listener(address, port, settings)
+    if server is None and (missing := await_listener(address, port, settings.join_seconds)):
+        raise UserError(_too_few(1, settings, f": {missing.strerror or missing}"))
     number = settings.node_rank if static else _number((address, port), local, settings)
     assert number is not None
     group = NodeGroup((address, port), server, number, local, settings)
@@ -281,47 +281,6 @@ def _number(address: tuple[str, int], local: str, settings: Launch) -> int:
     except RendezvousError as error:
         joined = min(store.add("joined", 0), nodes - 1)  # one that came, went and came again counts twice
         raise UserError(_too_few(joined, settings)) from error
-
-
-def listening_store(address: str, port: int = 0) -> Any:
-    """Returns a TCPStore that listens on this one address; torch by itself would listen on every interface.
-
-    port: 0 for one that the kernel picks. Raises OSError where it cannot listen there.
-    """
-    from torch.distributed import TCPStore
-
-    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address, port))
-        listener.listen()
-    except OSError:
-        listener.close()
-        raise
-    port, minutes = listener.getsockname()[1], timedelta(minutes=15)
-    descriptor = listener.detach()
-    return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=minutes, master_listen_fd=descriptor)
-
-
-def connect(address: tuple[str, int]) -> Any:
-    """Returns a connection to the store that another process, or this one, serves."""
-    from torch.distributed import PrefixStore, TCPStore
-
-    store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-    return PrefixStore("mft/hosts", store)
-
-
-def _await_listener(address: str, port: int, settings: Launch) -> None:
-    """Waits until somebody listens there: where nobody does, torch's own wait prints a page of C++ frames."""
-    deadline = time.monotonic() + settings.join_seconds
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=min(5, settings.join_seconds)).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(_too_few(1, settings, f": {error.strerror or error}")) from None
-        time.sleep(0.5)
 
 
 def _too_few(joined: int, settings: Launch, reason: str = "") -> str:

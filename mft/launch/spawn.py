@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from mft.hardware import DRIVERS, quiet_without_gpu
 from mft.launch import worker
 from mft.launch.failures import failure_of, forget_failures, write_report
-from mft.launch.multinode import INTERFACE_VARIABLES, NodeGroup, listening_store
+from mft.launch.multinode import INTERFACE_VARIABLES, NodeGroup
 from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, handlers
+from mft.launch.store import listening_store
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo
