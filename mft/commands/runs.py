@@ -175,37 +175,37 @@ def changes(run: Run) -> list[tuple[str, str, str]]:
 
 def tracking(args: Sequence[str]) -> None:
     """mft tracking sync [DIR …] [--uri ADDRESS]: sends what runs (in outputs/ and multirun/) recorded and their MLflow
-    store has not received; a run that was killed by force is marked as failed. A resumed run goes on as the same one.
+    store has not received; a run that was killed by force is marked as failed. A resumed run continues as the same one.
     """
     if not args or "-h" in args or "--help" in args:
         print(tracking.__doc__)
         return
     if args[0] != "sync":
         raise UserError(f"mft tracking knows sync, not {args[0]!r}.")
-    words, uri = list(args[1:]), None
+    words, uri = list(args[1:]), ""
     if "--uri" in words:
         at = words.index("--uri")
         if at + 1 == len(words):
             raise UserError("--uri needs an address.")
         uri = words[at + 1]
         del words[at : at + 2]
-    from mft.tracking.delivery import mark_killed, sync
+    from mft.tracking.record import NAME
+    from mft.tracking.sender import sync
 
     failures = []
     folders = found(words)
     sweeps = dict.fromkeys(folder.parent for folder in folders if (folder.parent / RECORD).exists())  # their reports
-    spooled = [folder for folder in (*folders, *sweeps) if (folder / "mlflow.spool.jsonl").exists()]
-    for folder in spooled:
-        state = run_folder.state(folder)
-        if state == "running":
-            say(f"{folder}: still running, it sends its record itself")
+    tracked = [folder for folder in (*folders, *sweeps) if (folder / NAME).exists()]
+    for folder in tracked:
+        if run_folder.state(folder) == "running":
+            say(f"{folder}: still running, it sends its metrics itself")
             continue
         try:
-            killed = state != "finished" and mark_killed(folder)
-            say(f"{folder}: {sync(folder, uri)} records and files sent{', marked as failed' if killed else ''}")
+            count, killed = sync(folder, uri)
+            say(f"{folder}: {count} points and files sent{', marked as failed' if killed else ''}")
         except UserError as error:
             failures.append(str(error))
-    if not spooled:
+    if not tracked:
         raise UserError("There is no run tracked by MLflow here.")
     if failures:
         raise UserError("\n".join(failures))

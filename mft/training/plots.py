@@ -110,7 +110,7 @@ def length_histogram(lengths: Mapping[str, Any], seq_length: int, folder: Path) 
     return _save(figure, folder / "lengths.png")
 
 
-def _rows(metrics: Sequence[Row] | Path) -> list[Row]:
+def _rows(metrics: Sequence[Row] | Path) -> Sequence[Row]:
     if not isinstance(metrics, str | Path):
         return list(metrics)
     return run_folder.rows_from(Path(metrics))[0]
