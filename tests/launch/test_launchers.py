@@ -1,6 +1,6 @@
 """Failures and signals under torchrun, accelerate launch and (a stand-in of) srun; the runs are stand-ins, too.
 
-The same for the processes of `mft train` itself is in tests/launch/test_launch.py.
+The same for the processes of `mft train` itself is in tests/launch/test_spawn.py.
 """
 
 from __future__ import annotations
