@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mft.config.compose import compose_resolved
+from mft.config.overrides import with_moved_keys
 from mft.config.validate import check
 from mft.errors import UserError
 from tests.config.test_conf import rows
@@ -175,3 +176,8 @@ def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
     cfg = compose_resolved(["data.paths=[here/task]", "output_dir=out"])
     assert list(cfg.data.paths) == [str(tmp_path / "here" / "task")]
     assert cfg.output_dir == str(tmp_path / "out")
+
+
+def test_a_recorded_command_is_read_under_the_present_names_of_its_keys() -> None:
+    recorded = ["train.prune=true", "+train.fail_fast=true", "optimizer.lr=1e-3,2e-3", "train.pruned=x"]
+    assert with_moved_keys(recorded) == ["launch.prune=true", "+launch.fail_fast=true", *recorded[2:]]
