@@ -43,9 +43,9 @@ mft convert model.path=QUANTISED out=PLAIN
   With a folder alone: writes its pytorch_model*.bin files as model*.safetensors beside them. They are read as tensors
   and plain containers alone: a file that would run code is refused.
 
-  With a family of an original format (chatglm2, chatglm3, codegeex2, qwen, baichuan, aquila2, …; see conf/model): reads
-  the checkpoint as a training would and writes it as a native folder that transformers loads by itself. Adapters
-  trained on the one work on the other.
+  With a family of an original format (chatglm2, chatglm3, codegeex2, qwen, baichuan, aquila2, …; see conf/model):
+  writes the checkpoint as a native folder that transformers loads by itself. Adapters trained on the one work on the
+  other. A run needs no such step: it converts into the cache when the checkpoint is first used.
 
   With a checkpoint that is quantised (fp8, mxfp4, bitsandbytes, compressed-tensors): writes its weights dequantised, in
   the dtype that its config.json names.
@@ -413,7 +413,7 @@ def convert(args: list[str]) -> None:
 
     family = component(compose_resolved(overrides), "model")
     family.check()
-    if not isinstance(family, Original) and not family.stored().method:
+    if not isinstance(family, Original) and not family.weight_format().method:
         raise UserError(
             f"{' '.join(overrides)} is neither quantised nor in an original format, so there is nothing to convert: "
             "its checkpoints are native already."

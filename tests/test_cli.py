@@ -40,11 +40,11 @@ assert not heavy, heavy
         (["generate", "somewhere", "hi", "max_new_token=3"], ["max_new_token", "did you mean max_new_tokens?"]),
         (["generate", "somewhere", "hi", "top_p=much"], ["top_p=much", "number"]),
         (["generate", "somewhere"], ["at least one prompt"]),
-        (["generate", "somewhere", "hi", "max_new_tokens=0"], ["max_new_tokens=0", "1 and more"]),
+        (["generate", "somewhere", "hi", "max_new_tokens=0"], ["max_new_tokens=0", "at least 1"]),
         (["generate", "somewhere", "hi", "temperature=0"], ["temperature=0.0", "do_sample=false"]),
-        (["generate", "somewhere", "hi", "num_beams=-1"], ["num_beams=-1", "1 and more"]),
-        (["generate", "somewhere", "hi", "repetition_penalty=nan"], ["repetition_penalty=nan", "above 0"]),
-        (["generate", "somewhere", "hi", "top_p=1.5"], ["top_p=1.5", "up to 1"]),
+        (["generate", "somewhere", "hi", "num_beams=-1"], ["num_beams=-1", "at least 1"]),
+        (["generate", "somewhere", "hi", "repetition_penalty=nan"], ["repetition_penalty=nan", "greater than 0"]),
+        (["generate", "somewhere", "hi", "top_p=1.5"], ["top_p=1.5", "at most 1"]),
         (["merge", "one", "two"], ["one run folder", "one two"]),
         (["merge", "base=x"], ["adapter=…", "out=…"]),
         (["merge", "no/such/run"], ["no/such/run", "not a folder"]),
@@ -105,7 +105,7 @@ def test_generate_with_a_base_that_has_moved(
     cli.main(["merge", str(run_dir), f"base={moved}"])
     with pytest.raises(SystemExit):
         cli.main(["generate", str(run_dir / "merged"), "hi", f"base={moved}"])
-    assert "holds a whole model, not an adapter, and needs no base; leave it out" in capsys.readouterr().err
+    assert "holds a full model, not an adapter, and needs no base; leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.slow
