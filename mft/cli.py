@@ -75,7 +75,7 @@ COMMANDS = {
     "merge": "mft.cli:merge",
     "convert": "mft.cli:convert",
     "generate": "mft.cli:generate",
-    "sweep": "mft.sweep.command:resume",
+    "sweep": "mft.sweep.hydra_app:command",
     "compare": "mft.runs.compare:command",
     "runs": "mft.commands.runs:runs",
     "show": "mft.commands.runs:show",
@@ -150,7 +150,7 @@ def _main(args: list[str]) -> None:
             raise
         fail(str(error))
     except KeyboardInterrupt as stopped:
-        sys.exit(getattr(stopped, "code", 130))  # launch.Stopped knows whether there is a checkpoint to resume from
+        sys.exit(getattr(stopped, "code", 130))  # signals.Stopped knows whether there is a checkpoint to resume from
 
 
 def fail(message: str, code: int = 1) -> None:
@@ -175,35 +175,35 @@ def train(args: list[str]) -> None:
         if len(alone) == len(hydra_flags):
             raise UserError(f"{alone[0]} needs --cfg job, whose output it changes.")
     if {"-m", "--multirun"} & set(hydra_flags):
-        from mft.launch.launch import place
+        from mft.launch.placement import detect_rank
 
-        if place() is not None:
+        if detect_rank() is not None:
             raise UserError(
                 "A sweep (-m) starts the ranks of its jobs itself: run `mft train -m …` without torchrun, accelerate "
                 "launch or srun, or one job at a time with them."
             )
     if hydra_flags:
-        from mft.sweep.command import through_hydra
+        from mft.sweep.hydra_app import through_hydra
 
         through_hydra(overrides, config_dirs, hydra_flags, dry_run)
         return
     from mft.launch import job, resume_choice
-    from mft.launch.launch import place
+    from mft.launch.launch import launch_command
+    from mft.launch.placement import detect_rank
 
     overrides = with_output_dir(overrides)
     plugins.name(known_plugins(overrides))
     cfg = compose_resolved(overrides, config_dirs)
     checked = job.checked(cfg, overrides, starts=not dry_run)
-    placed = place()
+    placed = detect_rank()
     if placed is None or placed.rank == 0:
         inert = without_effect(cfg, checked.world, given_keys(overrides, config_dirs))
         for note in [*replaced(overrides), *of_hydra(overrides, sweep=False), *inert]:
             say(f"mft: {note}", sys.stderr)
-    if placed is not None and placed.rank > 0:
-        job.run(checked, Path(cfg.output_dir))  # rank 0 says which folder it is
-        return
     dated = not any(key_of(o) == "output_dir" for o in overrides)
     if dry_run:
+        if placed is not None and placed.rank > 0:
+            return
         folder, goes_on = checked.choose(dated)
         done = resume_choice.is_finished(folder, checked.identity, cfg.train.resume)
         say(
@@ -211,12 +211,7 @@ def train(args: list[str]) -> None:
             "nothing was started"
         )
         return
-    with job.together(checked) as hosts:
-        if hosts is not None and hosts.rank > 0:
-            job.follow(checked, hosts)
-            return
-        folder, _ = checked.choose(dated)
-        job.run(checked, folder, hosts=hosts)
+    launch_command(checked, dated)
 
 
 def known_plugins(overrides: Sequence[str]) -> list[str]:

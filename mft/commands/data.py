@@ -167,7 +167,7 @@ def prepared(args: Sequence[str]) -> Prepared:
     from mft.config.compose import compose_resolved
     from mft.config.overrides import with_output_dir
     from mft.config.validate import check
-    from mft.launch.launch import ranks
+    from mft.launch.placement import ranks
 
     overrides, config_dirs, flags = split_flags(args)
     if flags:
