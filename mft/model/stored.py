@@ -126,7 +126,7 @@ def refuse_quantised(path: str, held: Stored, bits: int) -> None:
     the bits that peft=qlora asks for; bits: those, 0 for a base that is not to be quantised."""
     if not held.method or (held.bits and held.bits == bits):
         return
-    way = f"write its real values once, `mft convert model.path={path} out=FOLDER`, and train on that folder"
+    way = f"write its real values once, `mft convert model.path={path} --out FOLDER`, and train on that folder"
     if held.bits and bits:
         raise UserError(
             f"peft.bits={bits}: bitsandbytes has quantised model.path={path} to {held.bits} bits already; choose "

@@ -109,34 +109,20 @@ def refuse(launcher: str) -> None:
         raise UserError(f'hydra/launcher={launcher} needs a package that is not installed: pip install "mft[slurm]"')
 
 
-def resume(args: Sequence[str]) -> None:
-    """mft sweep resume DIR: runs the command of a sweep's folder again, from the folder it was started in.
-
-    Finished jobs are skipped, unfinished ones go on from their checkpoint, failed ones are tried again. Further
-    overrides are added: mft sweep resume multirun/demo launch.jobs=2
-    """
-    if not args or "-h" in args or "--help" in args:
-        print(resume.__doc__)
-        return
-    words = [arg for arg in args if arg != "--dry-run"]
-    if words[0] == "resume":
-        words = words[1:]
-    elif not Path(words[0]).is_dir():
-        raise UserError(f"unknown subcommand {words[0]!r}; did you mean mft sweep resume multirun/demo/…?")
-    if not words:
-        raise UserError("mft sweep resume needs the folder of a sweep: mft sweep resume multirun/demo/…")
-    folder = the_sweep(Path(words[0]))
+def resume(place: Path, overrides: Sequence[str], dry_run: bool) -> None:
+    """Runs the command of a sweep's folder again, with further overrides, from the folder it was started in."""
+    folder = the_sweep(place)
     record = run_folder.read_json(folder / RECORD)
-    overrides, started, sweep_dir = record.texts("overrides"), record.text("folder"), record.text("sweep_dir")
-    if not (overrides and started and sweep_dir):
+    given, started, sweep_dir = record.texts("overrides"), record.text("folder"), record.text("sweep_dir")
+    if not (given and started and sweep_dir):
         raise UserError(f"{folder / RECORD} is damaged, so the sweep's command is not known; run it by hand.")
     plugins.name(run_folder.plugins_of(folder, RECORD))
-    say(f"going on with: mft train -m {' '.join(overrides)}")
+    say(f"resuming: mft train -m {' '.join(given)}")
     if not Path(started).is_dir():
         raise UserError(f"{folder} was started in {started}, which is gone; run its command by hand.")
     os.chdir(started)
     here = [] if Path(sweep_dir).resolve() == folder.resolve() else [f"hydra.sweep.dir={folder.resolve()}"]
-    through_hydra([*overrides, *words[1:], *here], [], ["-m"], dry_run="--dry-run" in args)
+    through_hydra([*given, *overrides, *here], [], ["-m"], dry_run)
 
 
 def the_sweep(folder: Path) -> Path:

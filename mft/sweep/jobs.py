@@ -283,7 +283,7 @@ def behind(task: Task, tasks: Sequence[Task], validations: int) -> str:
 
 def leave_report(tasks: Sequence[Task], folder: Path) -> None:
     """Leaves the comparison of what is finished in the sweep's folder, and with every tracker that keeps such files."""
-    from mft.runs.compare import leave_report
+    from mft.runs.report import leave_report
 
     try:
         report = leave_report(folder)

@@ -59,7 +59,7 @@ def same(model: Any, true: dict[str, torch.Tensor]) -> bool:
 
 
 def convert(folder: Path, out: Path) -> CausalLM:
-    main(["convert", f"model.path={folder}", f"out={out}"])
+    main(["convert", f"model.path={folder}", "--out", str(out)])
     return CausalLM(str(out))
 
 
@@ -171,7 +171,7 @@ def test_merge_and_generate_name_the_way_as_well(
 
 def test_a_plain_folder_has_nothing_to_convert(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["convert", f"model.path={llama}", f"out={tmp_path / 'other'}"])
+        main(["convert", f"model.path={llama}", "--out", str(tmp_path / "other")])
     assert "is neither quantised nor in an original format" in capsys.readouterr().err
 
 

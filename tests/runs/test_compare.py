@@ -10,7 +10,7 @@ import pytest
 
 from mft import cli
 from mft.runs import results
-from mft.runs.compare import Group, verdicts
+from mft.runs.ranking import Group, verdicts
 from mft.runs.results import Run
 
 
@@ -58,10 +58,10 @@ def test_an_mlflow_experiment_by_name_gives_the_same_table(here: Path, tmp_path:
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (["--metrik", "mean"], ["--metrik", "did you mean metric?"]),
+        (["--metrik", "mean"], ["--metrik", "did you mean --metric?"]),
         (["multirun/small", "--metric", "wurst"], ["--metric wurst", "did you mean worst?"]),
         (["multirun/small", "--group-by", "los"], ["--group-by los", "did you mean loss?"]),
-        (["multirun/small", "--csv"], ["--csv needs a value"]),
+        (["multirun/small", "--csv"], ["--csv needs a file"]),
         (["smal"], ["neither a folder nor an experiment", "did you mean small?"]),
         ([str(Path(__file__).parents[1] / "data")], ["There is no run"]),
     ],

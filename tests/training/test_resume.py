@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mft import run_folder
-from mft.cli import final_folder
 from mft.commands import runs
+from mft.commands.trained_model import final_folder
 from mft.errors import UserError
 from mft.files.checksums import COMPLETE, MODEL, PROSE, WITHOUT_SUMS, require_sound
 from mft.model.merge import merge
