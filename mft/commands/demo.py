@@ -30,8 +30,7 @@ def command(arguments: Sequence[str]) -> None:
     from mft.config.schema import default_cache_dir
     from mft.demo import describe, make
 
-    cache_dir = Path(default_cache_dir())
-    folder = make(cache_dir, progress=print)
-    for row in describe(cache_dir):
+    folder = make(Path(default_cache_dir()), print)
+    for row in describe(folder):
         print("  ".join(str(cell) for cell in row))
     print(f"the demo's input is in {folder}; train on it with: mft train experiment=demo")
