@@ -1,11 +1,11 @@
-# make train · make test · make lint · make bench. Both first ones set up everything they need in .venv.
+# make train · make test · make check-all · make lint · make bench. Both first ones set up everything they need in .venv.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ARGS   ?=
 
-.PHONY: setup train test lint bench clean
+.PHONY: setup train test check-all lint bench clean
 
 setup: $(READY)
 
@@ -25,6 +25,10 @@ train: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Everything, also what is long and rare: about three times as long as `make test`.
+check-all: $(READY) lint
+	OMP_NUM_THREADS=1 MFT_FUZZ_CASES=500 $(BIN)/python -m pytest -n 2 --dist loadfile -m "long or not long" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -40,7 +40,7 @@ def demo_samples(seq_length: int) -> Samples:
     """Returns the training samples of the demo's tasks."""
     from mft.config.build import build
     from mft.config.compose import compose_resolved
-    from mft.data.template import named
+    from mft.data.template_choice import named
     from mft.data.tokenize import Encoder
 
     cfg = compose_resolved(["experiment=demo"])

@@ -25,13 +25,13 @@ def assembled(folder: Path):  # type: ignore[no-untyped-def]
     """Returns what the steps share: engine, module, optimizer, feed, names, the settings of the demo."""
     from omegaconf import OmegaConf
 
-    from mft.config.build import build, learning_rate
+    from mft.config.build import build
     from mft.config.compose import compose_resolved
     from mft.config.schema import batch_sizes, typed
     from mft.data.cache.store import prepare
-    from mft.data.loader import Feed
+    from mft.data.loader import BatchLoader
     from mft.data.task import all_tasks
-    from mft.data.template import named
+    from mft.data.template_choice import named
     from mft.data.tokenize import Encoder
     from mft.model.token_loss import TokenLoss
 
@@ -45,9 +45,9 @@ def assembled(folder: Path):  # type: ignore[no-untyped-def]
     engine = build(cfg.dist).start("fp32")
     sizes = batch_sizes(train, engine.world)
     shares = [task.share for task in tasks]
-    feed = Feed(stores, build(cfg.data.rows), sizes, engine.rank, tokenizer.pad_token_id, train, data, shares)
+    feed = BatchLoader(stores, build(cfg.data.rows), sizes, engine.rank, tokenizer.pad_token_id, train, data, shares)
     module = TokenLoss(peft.attach(family.model(peft.dtype("fp32"), None), family), family)
-    module, optimizer = engine.prepare(module, optim.build(module.named_parameters(), learning_rate(optim, peft)))
+    module, optimizer = engine.prepare(module, optim.build(module.named_parameters(), optim.base_lr(peft.default_lr)))
     return engine, module, optimizer, feed, [task.name for task in tasks], train
 
 
@@ -65,9 +65,11 @@ def main(rounds: int, modes: list[str]) -> None:
     from mft.config.build import build
     from mft.config.compose import compose_resolved
     from mft.tracking.base import Tracker
-    from mft.training.loop import State, Training, fit
+    from mft.training.loop import fit
     from mft.training.metrics import Meter
     from mft.training.progress import Silent
+    from mft.training.state import State
+    from mft.training.trainer import Trainer
     from mft.training.validate import Evaluator
 
     torch.set_num_threads(1)
@@ -75,34 +77,34 @@ def main(rounds: int, modes: list[str]) -> None:
         engine, module, optimizer, feed, names, settings = assembled(Path(folder))
     settings.eval_at_start = False
 
-    def training(mode: str) -> Training:
+    def training(mode: str) -> Trainer:
         loss = build(compose_resolved([f"loss={mode}"]).loss, "loss")
-        loss.start(names, [1.0] * len(names))
-        return Training(
+        loss.setup(names, [1.0] * len(names))
+        return Trainer(
             engine=engine,
             module=module,
             optimizer=optimizer,
             loss=loss,
             names=names,
             weights=[1.0] * len(names),
-            data=feed.steps,
+            loader=feed,
             learning_rate=lambda step: 1e-5,
-            validation=NoValidation(),
+            evaluator=NoValidation(),
             probe=lambda step: Evaluator(engine, names, lambda: feed.probe(step, loss.probe_samples)).losses(module),
             save=lambda state: Path(),
             meter=Meter(names, engine.device),
             tracker=Tracker(),
             progress=Silent(),
             settings=settings,
-            total=0,
-            stop=lambda: False,
+            total_steps=0,
+            stop_requested=lambda: False,
             origin=str,
         )
 
-    def steps(t: Training, start: State, count: int) -> float:
+    def steps(t: Trainer, start: State, count: int) -> float:
         """Takes `count` steps from there; returns their CPU seconds."""
         t.state = replace(start)
-        t.total = start.step + count
+        t.total_steps = start.step + count
         started = time.process_time()
         fit(t)
         return time.process_time() - started

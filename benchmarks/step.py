@@ -25,7 +25,7 @@ def setting() -> tuple[Callable[[str], None], int]:
     """Returns (a function that runs one step of a variant, the non-padding tokens of a step)."""
     import torch
 
-    from mft.batch import Counts
+    from mft.batch import StepCounts
     from mft.config.build import build
     from mft.config.compose import compose_resolved
     from mft.config.schema import fast_precision
@@ -34,7 +34,7 @@ def setting() -> tuple[Callable[[str], None], int]:
     from mft.data.sampler import Sampler
     from mft.data.settings import DataSettings
     from mft.data.task import all_tasks
-    from mft.data.template import named
+    from mft.data.template_choice import named
     from mft.data.tokenize import Encoder
     from mft.distributed.ddp import Single
     from mft.loss.means import TaskTokenMean
@@ -57,15 +57,15 @@ def setting() -> tuple[Callable[[str], None], int]:
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
     module, optimizer = engine.prepare(module, optimizer)
     loss = TaskTokenMean()
-    loss.start([task.name for task in tasks], [1.0] * len(tasks))
-    counts = Counts.of([batch], len(tasks))
+    loss.setup([task.name for task in tasks], [1.0] * len(tasks))
+    counts = StepCounts.of([batch], len(tasks))
 
     def step(variant: str) -> None:
         if variant == "where trained":
             nll_BT, _ = module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
         else:
             inputs = {"input_ids": batch.ids_BT, "position_ids": batch.position_BT}
-            logits = engine.inside(lambda: model(**inputs, attention_mask=None, use_cache=False).logits)
+            logits = engine.run_as_forward(lambda: model(**inputs, attention_mask=None, use_cache=False).logits)
             flat = torch.nn.functional.cross_entropy(
                 logits.float().flatten(0, 1), batch.target_BT.flatten(), ignore_index=-100, reduction="none"
             )

@@ -173,9 +173,8 @@ def child_start(overrides: list[str]) -> None:
     from mft.config.compose import compose_resolved
     from mft.config.schema import batch_sizes
     from mft.data.datasets import dataset
-    from mft.data.loader import Feed
+    from mft.data.loader import BatchLoader
     from mft.model.causal_lm import CausalLM
-    from mft.training.loop import State
 
     cfg = compose_resolved(overrides)
     CausalLM(str(cfg.model.path)).tokenizer()  # imports what transformers imports lazily
@@ -185,13 +184,14 @@ def child_start(overrides: list[str]) -> None:
         return build(OmegaConf.select(cfg, path), path)
 
     data: Any = OmegaConf.to_object(cfg.data)
-    known = dataset(cfg, data, make("model"), make)
+    tasks = {str(name): make(f"task.{name}") for name in cfg.task}
+    known = dataset(tasks, data, make("model").tokenizer(), cfg.cache_dir)
     shares = [task.share for task in known.tasks]
     sizes = batch_sizes(cfg.train, 1)
     pad = known.tokenizer.pad_token_id
-    feed = Feed(known.stores, make("data.rows"), sizes, 0, pad, cfg.train, data, shares)
+    feed = BatchLoader(known.stores, make("data.rows"), sizes, 0, pad, cfg.train, data, shares)
     steps = feed.total_steps()
-    next(feed.steps(State()))
+    next(feed.steps(0, 0))
     seconds, busy = time.perf_counter() - clock, time.process_time() - cpu
     samples = len(feed.train_samples) + len(feed.valid_samples)
     print(

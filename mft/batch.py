@@ -32,6 +32,18 @@ class Message:
     pair: bool = False
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation to be answered before and after training (train.prompts)."""
+
+    task: str
+    """Where it is from; "" where the row does not say."""
+    messages: list[dict[str, str]]
+    """Role and content of each turn; the last one is the user's."""
+    expected: str = ""
+    """A reference answer, or ""."""
+
+
 class Span(NamedTuple):
     """The tokens start..stop-1 of a sample, for rows that cut samples."""
 
@@ -86,7 +98,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class StepCounts:
     """What one optimizer step holds, the denominators of its losses; global over ranks once summed with `Engine.sum`.
 
     tokens_K:  float64 [K] trained tokens of each task
@@ -100,7 +112,7 @@ class Counts:
     stop: float = 0.0
 
     @classmethod
-    def of(cls, batches: Iterable[Batch], tasks: int, stop: bool = False) -> Counts:
+    def of(cls, batches: Iterable[Batch], tasks: int, stop: bool = False) -> StepCounts:
         """Counts the micro-batches of one rank; `tasks` is K."""
         import torch
 
@@ -124,7 +136,36 @@ class Counts:
         return torch.cat([self.tokens_K.cpu(), self.samples_K.cpu(), tail])
 
     @classmethod
-    def from_tensor(cls, vector: torch.Tensor) -> Counts:
+    def from_tensor(cls, vector: torch.Tensor) -> StepCounts:
         """Inverse of `tensor`; tokens_K and samples_K stay on the vector's device."""
         tasks = (vector.numel() - 2) // 2
         return cls(vector[:tasks], vector[tasks : 2 * tasks], float(vector[-2]), float(vector[-1]))
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatches:
+    """The micro-batches of one rank for one optimizer step, and where the data stands after it."""
+
+    batches: list[Batch]
+    epoch: int
+    """The epoch of the next row, from 0."""
+    rows_consumed: int
+    """Rows of that epoch's order that are done."""
+    epochs_done: float
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Rows (packed) or samples (padded) of one optimizer step: global = per_device x accumulation x world."""
+
+    per_device: int
+    """Rows of one micro-batch."""
+    accumulation: int
+    """Micro-batches of one step on each rank."""
+    world: int
+    """Ranks on all machines."""
+
+    @property
+    def total(self) -> int:
+        """The global batch."""
+        return self.per_device * self.accumulation * self.world

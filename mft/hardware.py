@@ -1,9 +1,13 @@
-"""What this machine has: GPUs, and whether it computes in bf16. torch is imported only where there is a GPU."""
+"""What this machine has: GPUs, and whether it computes in bf16; and libraries that talk about what it lacks.
+
+torch is imported only where there is a GPU.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import warnings
 from pathlib import Path
 
 DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
@@ -18,6 +22,15 @@ def quiet_without_gpu() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a package with CPU kernels
     if not any(path.exists() for path in DRIVERS):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed says that it found nothing better
+
+
+def quiet_libraries() -> None:
+    """Silences what libraries print on every start and a person can do nothing about; errors stay."""
+    quiet_without_gpu()
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\.")
+    transformers.utils.logging.disable_progress_bar()
 
 
 def visible_gpus() -> int:

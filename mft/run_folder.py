@@ -1,4 +1,4 @@
-"""The run folder: the names in it, which run it belongs to, and which folder a command line goes on with.
+"""The run folder: the names in it, the status of its run, its metrics, and the lock of who writes it.
 
 config.yaml · identity.json · overrides.json · plan.json · metrics.jsonl · summary.json · checkpoints/step-N/ · final/ ·
 log/ · report/
@@ -8,26 +8,36 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mft.config import yaml_file
-from mft.config.identity import VERSION, Identity, differences
 from mft.errors import UserError, writable
 from mft.files.json_file import Values as Values
 from mft.files.json_file import read_json as read_json
 from mft.files.json_file import write_json as write_json
-from mft.training.checkpoint import newest
 
 LOCK = ".lock"
 
 
-def identity_of(run_dir: Path) -> Identity | None:
-    """Returns the identity of the run in a folder, None where there is none or it is damaged."""
-    return Identity.from_json(read_json(run_dir / "identity.json"))
+class RunStatus(StrEnum):
+    """How a run, or a job of a sweep, stands. The first three are written into summary.json by the run itself."""
+
+    finished = "finished"
+    stopped = "stopped"
+    """Asked to stop by a signal; a checkpoint was saved."""
+    failed = "failed"
+    unfinished = "unfinished"
+    """No summary.json: it is running, or was killed."""
+    running = "running"
+    killed = "killed"
+    """Not running, and it left no summary."""
+    pruned = "pruned"
+    """Ended by its sweep because its validation was worse than the other jobs'."""
+    waiting = "waiting"
+    """A job of a sweep that has not started."""
 
 
 def plugins_of(folder: Path, record: str = "overrides.json") -> list[str]:
@@ -36,19 +46,24 @@ def plugins_of(folder: Path, record: str = "overrides.json") -> list[str]:
     return [package for package in found if isinstance(package, str)] if isinstance(found, list) else []
 
 
-def status(run_dir: Path) -> str:
-    """Returns finished, stopped, failed, or unfinished where the run left no word."""
-    return read_json(run_dir / "summary.json").text("status") or "unfinished"
+def status(run_dir: Path) -> RunStatus:
+    """Returns the status that a run wrote into its summary: finished, stopped or failed; unfinished without one."""
+    written = read_json(run_dir / "summary.json").text("status")
+    return (
+        RunStatus(written)
+        if written in (RunStatus.finished, RunStatus.stopped, RunStatus.failed)
+        else RunStatus.unfinished
+    )
 
 
-def state(run_dir: Path) -> str:
-    """Returns how things stand: running, finished, pruned, stopped, failed, or killed (it ended without a word)."""
-    if _busy(run_dir):
-        return "running"
-    said = status(run_dir)
-    if said != "finished" and (run_dir / "pruned.json").exists():
-        return "pruned"
-    return "killed" if said == "unfinished" else said
+def state(run_dir: Path) -> RunStatus:
+    """Returns how a run stands now: `status`, with the lock telling running from killed."""
+    if is_locked(run_dir):
+        return RunStatus.running
+    written = status(run_dir)
+    if written is not RunStatus.finished and (run_dir / "pruned.json").exists():
+        return RunStatus.pruned
+    return RunStatus.killed if written is RunStatus.unfinished else written
 
 
 def rows_from(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
@@ -88,22 +103,6 @@ def runs_under(folder: Path) -> list[Path]:
     return sorted(found, key=lambda run: (run / "identity.json").stat().st_mtime)
 
 
-def is_finished(run_dir: Path, identity: Identity, resume: str = "auto") -> bool:
-    """Whether the folder holds the finished run of this length, and `resume` does not ask for an earlier step."""
-    found = identity_of(run_dir)
-    same = found is not None and found.extended == identity.extended
-    return same and status(run_dir) == "finished" and step_of(resume)[1] is None
-
-
-def step_of(resume: str) -> tuple[Path, int | None]:
-    """Returns (RUN, N) of a train.resume that names RUN/checkpoints/step-N, (the folder it names, None) of another."""
-    folder = Path(os.path.abspath(os.path.expanduser(resume)))
-    number = folder.name.removeprefix("step-")
-    if folder.parent.name == "checkpoints" and folder.name.startswith("step-") and number.isdigit():
-        return folder.parent.parent, int(number)
-    return folder, None
-
-
 def lock(run_dir: Path) -> FileLock:
     """Takes the run folder for this process; UserError when another process is writing it, or none can."""
     taken = FileLock(writable(run_dir, "output_dir") / LOCK)
@@ -116,126 +115,8 @@ def lock(run_dir: Path) -> FileLock:
     return taken
 
 
-def choose(
-    output_dir: Path, dated: bool, resume: str, identity: Identity, config: Mapping[str, Any] | None = None
-) -> tuple[Path, bool]:
-    """Returns (folder, whether its run is to be gone on with).
-
-    output_dir: where a fresh run would go; dated: whether that folder was made up from the date, so that with
-    resume=auto the newest unfinished run of this identity beside it is taken instead; config: of this run, nested, to
-    say in what another one differs.
-    Raises UserError when the folder holds another run, or when `resume` names a folder that cannot be continued.
-    """
-    if resume not in ("auto", "never"):
-        return _named(resume, identity, config or {}), True
-    if not dated:
-        return output_dir, _in_place(output_dir, resume, identity, config or {})
-    if resume == "auto":
-        for folder in sorted(output_dir.parent.glob("*"), reverse=True):
-            found = identity_of(folder)
-            if found and found.base == identity.base and status(folder) != "finished" and not _busy(folder):
-                return folder, True
-    number, folder = 1, output_dir
-    while folder.exists():  # two runs started within one second
-        number += 1
-        folder = output_dir.with_name(f"{output_dir.name}-{number}")
-    return folder, False
-
-
-def _named(resume: str, identity: Identity, config: Mapping[str, Any]) -> Path:
-    """Returns the run folder that train.resume names, or whose checkpoint it names."""
-    folder, step = step_of(resume)
-    found = identity_of(folder)
-    if found is None:
-        above = next((path for path in folder.parents if identity_of(path)), None)
-        raise UserError(
-            f"train.resume={resume} is not a run folder: it holds no identity.json, or a damaged one. Allowed: auto, "
-            f"never, a run folder, or RUN/checkpoints/step-N{f'; did you mean {above}?' if above else '.'}"
-        )
-    if found.base != identity.base and step is not None and found.version == VERSION:
-        raise UserError(
-            f"train.resume={resume}: the run in {folder} {_another(folder, found, identity, config)}. To start a new "
-            f"run from its weights, leave train.resume out and set peft.path={resume} (an adapter) or "
-            f"model.path={resume} (a full model)."
-        )
-    if found.base != identity.base:
-        raise UserError(f"train.resume={folder} {_another(folder, found, identity, config)}.")
-    return folder
-
-
-def _in_place(folder: Path, resume: str, identity: Identity, config: Mapping[str, Any]) -> bool:
-    found = identity_of(folder)
-    if found is None:
-        _check_not_begun(folder)
-        return False
-    if found.base != identity.base:
-        another = _another(folder, found, identity, config)
-        raise UserError(f"output_dir={folder} {another}; choose another folder, or remove it.")
-    if resume == "never":
-        raise UserError(
-            f"output_dir={folder} already holds this run and train.resume=never; choose another folder, or remove it."
-        )
-    return True
-
-
-def _another(folder: Path, found: Identity, identity: Identity, config: Mapping[str, Any]) -> str:
-    """Returns what is said of a folder whose run is not the one of `identity`: in what it differs."""
-    if found.version != VERSION:
-        trained = folder / "final" if (folder / "final").is_dir() else newest(folder)
-        key = "peft.path" if trained and (trained / "adapter_config.json").exists() else "model.path"
-        more = f"; {key}={trained} trains its model further, as a new run" if trained else ""
-        return (
-            f"holds a run that another version of mft wrote {found.numbers()}, so it cannot be resumed; mft show, "
-            f"compare, merge and generate still read it{more}"
-        )
-    contents, values = differences(found, identity, _config(folder), config)
-    if contents and values:
-        return f"holds a run on other inputs: {contents}; and of another config: {values}"
-    return f"holds a run on other inputs: {contents}" if contents else f"holds a run of another config: {values}"
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """Returns the config of a run folder as it was written; {} where it cannot be read."""
-    try:
-        found = yaml_file.load(folder / "config.yaml")
-    except (OSError, UserError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-BEFORE_A_RUN = ("config.yaml", "identity.json", "overrides.json", "plan.json")
-"""Files that a run may have left which was killed, or found its disk full, before it had begun."""
-
-
-def _check_not_begun(folder: Path) -> None:
-    """Raises UserError for a folder without a run's identity that holds more than what a run writes first."""
-    entries = list(folder.iterdir()) if folder.is_dir() else []
-    if any(path.name in ("checkpoints", "metrics.jsonl", "final") for path in entries) and _frozen(folder):
-        raise UserError(
-            f"output_dir={folder} holds a run whose identity.json is missing or damaged, so it cannot be resumed. "
-            "Choose another folder, with peft.path or model.path set to one of its checkpoints to start from their "
-            "weights; or remove it."
-        )
-    left = {path.name for path in entries if path.suffix == ".tmp" and path.with_suffix(".json").name in BEFORE_A_RUN}
-    left |= {path.name for path in entries if path.name in (LOCK, "config.tmp", *BEFORE_A_RUN) or path.name == "log"}
-    foreign = sorted({path.name for path in entries} - left)
-    config = folder / "config.yaml"
-    if not foreign and config.exists() and config.stat().st_size and not _frozen(folder):
-        foreign = [config.name]
-    if foreign:
-        raise UserError(f"output_dir={folder} is not empty and holds no run, but {foreign[0]}; choose another folder.")
-
-
-def _frozen(folder: Path) -> bool:
-    """Whether the config.yaml of a folder is one that a run wrote."""
-    try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return False
-    return all(f"\n{key}:" in f"\n{text}" for key in ("output_dir", "train", "launch"))
-
-
-def _busy(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
+    """Whether a process is writing the run folder."""
     if not (folder / LOCK).exists():
         return False
     probe = FileLock(folder / LOCK)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mft import run_folder
+from mft.files.json_file import read_json
 
 FAST = ["debug=fast", "train.save_every=2", "train.max_steps=6", "data.paths=[docs,code]"]
 
@@ -68,4 +69,4 @@ def runs(work: Path) -> list[Path]:
 
 def states(work: Path) -> dict[str, str]:
     """Returns {label: state} of all jobs."""
-    return {run_folder.read_json(run / "overrides.json")["label"]: run_folder.state(run) for run in runs(work)}
+    return {read_json(run / "overrides.json")["label"]: run_folder.state(run) for run in runs(work)}

@@ -10,7 +10,7 @@ import pytest
 
 from mft.config.build import build
 from mft.config.compose import compose_resolved
-from mft.data.template import named
+from mft.data.template_choice import named
 
 PAGE = Path(__file__).parent.parent / "docs" / "migrating.md"
 # fmt: off

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mft.config.build import check
 from mft.config.compose import compose_resolved
+from mft.config.validate import check
 from mft.errors import UserError
 from tests.tiny_runs import logged, train, two_tasks, write_task
 

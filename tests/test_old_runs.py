@@ -9,6 +9,7 @@ import pytest
 
 from mft import cli, run_folder
 from mft.errors import UserError
+from mft.files.json_file import read_json
 from mft.launch.worker import worker
 
 FIXTURE = Path(__file__).parent / "fixtures" / "runs_8e2545b"
@@ -46,7 +47,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 def again(run: Path, *more: str) -> list[str]:
     """Returns the command of a run, as its overrides.json has it."""
-    return ["train", *run_folder.read_json(run / "overrides.json")["overrides"], *more]
+    return ["train", *read_json(run / "overrides.json")["overrides"], *more]
 
 
 def test_they_are_listed_shown_and_compared(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +104,7 @@ def test_their_half_done_sweep_is_refused_before_any_job_starts(old: Path, capsy
     said = refused(capsys, "sweep", "resume", str(SWEEP))
     assert "holds jobs that another version of mft wrote (identity 1" in said and "sweep=NAME" in said
     assert "still read them" in said and len(said.splitlines()) == 1
-    command = ["train", "-m", *run_folder.read_json(SWEEP / "sweep.json")["overrides"]]
+    command = ["train", "-m", *read_json(SWEEP / "sweep.json")["overrides"]]
     assert "holds jobs that another version of mft wrote" in refused(capsys, *command, "--dry-run")
     assert [path for path in sorted(SWEEP.rglob("*")) if path.name != "multirun.yaml"] == before
 

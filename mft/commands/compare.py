@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mft.commands.arguments import FILE, TEXT, Parser, one_of
 from mft.console.screen import console, say
+from mft.console.tables import table
 from mft.errors import UserError
 
 STORY = """\
@@ -44,8 +45,6 @@ def command(arguments: Sequence[str]) -> None:
     places, metric = parsed.words, parsed.metric
     if not places:
         raise UserError("mft compare needs a folder or the name of an MLflow experiment.")
-    from rich.table import Table
-
     from mft.runs import results
     from mft.runs.ranking import columns, prepare, verdicts
     from mft.runs.report import write
@@ -55,13 +54,7 @@ def command(arguments: Sequence[str]) -> None:
         raise UserError(f"There is no run in {', '.join(places)}.")
     groups = prepare(runs, metric, [key for key in parsed.group_by.split(",") if key], parsed.better or "")
     head, rows = columns(groups, metric)
-    table = Table(title=f"{len(runs)} runs, {len(groups)} settings", title_justify="left")
-    for name in head:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    terminal = console()
-    (terminal if terminal.is_terminal else console(width=200)).print(table)
+    console().print(table(f"{len(runs)} runs, {len(groups)} settings", head, rows))
     say(verdicts(groups)[1])
     unfinished = [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]
     if unfinished:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.commands.arguments import COUNT, Parser, action_of, overrides_in
+from mft.console.screen import console
 from mft.errors import UserError, nearest
+from mft.files.json_file import write_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-    from rich.console import Console
 
-    from mft.config.schema import Train
     from mft.data.datasets import Dataset
+    from mft.data.packing import RowBuilder
     from mft.data.settings import DataSettings
+    from mft.training.settings import TrainSettings
 
 STORY = """\
 Inspect the data of a run, or prepare it ahead of time.
@@ -37,9 +39,6 @@ EXAMPLES = """\
 
 DEFAULT_SAMPLES = 3
 """Samples of each task that `mft data show` prints."""
-
-PLAIN_WIDTH = 160
-"""Columns where the output is not a terminal."""
 
 
 def parser() -> Parser:
@@ -83,7 +82,7 @@ class PreparedData:
     settings: DataSettings
     """`cfg.data` as an object."""
 
-    train: Train
+    train: TrainSettings
     """`cfg.train` as an object."""
 
     world: int
@@ -92,25 +91,24 @@ class PreparedData:
     dataset: Dataset
     """Tasks, tokenizer and token stores."""
 
-    make: Callable[[str], Any]
-    """Builds the component at a path of the config."""
+    rows: RowBuilder
+    """How samples become rows."""
 
 
 def report(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
     """Prints the account of each task, and writes it with the list of dropped rows and a picture of the lengths."""
     data = prepared(overrides, config_dirs)
-    from mft import run_folder
     from mft.config.overrides import key_of
     from mft.config.schema import batch_sizes
     from mft.data import mixture
     from mft.data import report as account
-    from mft.data.loader import Feed
+    from mft.data.loader import BatchLoader
     from mft.training.plots import length_histogram
 
-    names, stores, terminal = data.dataset.names, data.dataset.stores, screen()
-    feed = Feed(
+    names, stores, terminal = data.dataset.names, data.dataset.stores, console()
+    loader = BatchLoader(
         stores,
-        data.make("data.rows"),
+        data.rows,
         batch_sizes(data.train, data.world),
         0,
         data.dataset.tokenizer.pad_token_id,
@@ -118,7 +116,7 @@ def report(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
         data.settings,
         [task.share for task in data.dataset.tasks],
     )
-    mixed = feed.mixture(names)
+    mixed = loader.mixture(names)
     for table in account.tables(stores, names):
         terminal.print(table)
     terminal.print(mixture.table(mixed, data.settings))
@@ -128,7 +126,7 @@ def report(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
     output_dir = Path(data.cfg.output_dir)
     folder = output_dir / "report" if placed else output_dir.parent / "data"
     data.dataset.write_report(folder)
-    run_folder.write_json(folder / "mixture.json", mixed)
+    write_json(folder / "mixture.json", mixed)
     lengths = {name: store.lengths_N for name, store in zip(names, stores, strict=True)}
     picture = length_histogram(lengths, data.settings.seq_length, folder)
     dropped = sum(sum(store.report["dropped"].values()) for store in stores)
@@ -151,7 +149,7 @@ def show(overrides: Sequence[str], config_dirs: Sequence[Path], samples_per_task
     from mft.data.cache.store import Samples
     from mft.data.preview import chosen, spans
 
-    names, stores, terminal = data.dataset.names, data.dataset.stores, screen()
+    names, stores, terminal = data.dataset.names, data.dataset.stores, console()
     if only and only not in names:
         raise UserError(f"task={only}: there is no such task{nearest(only, names) or '.'} Tasks: {', '.join(names)}.")
     samples = Samples(stores, "train", data.settings.limit)
@@ -184,7 +182,7 @@ def prepare(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
     data = prepared(overrides, config_dirs)
     from mft.data import report as account
 
-    names, stores, terminal = data.dataset.names, data.dataset.stores, screen()
+    names, stores, terminal = data.dataset.names, data.dataset.stores, console()
     for table in account.tables(stores, names):
         terminal.print(table)
     for name, store in zip(names, stores, strict=True):
@@ -196,25 +194,24 @@ def prepared(overrides: Sequence[str], config_dirs: Sequence[Path]) -> PreparedD
     """Returns the data that overrides compose, checked as for a run; raises UserError as `mft train` would."""
     from omegaconf import OmegaConf
 
-    from mft.config.build import check, component
     from mft.config.compose import compose_resolved
     from mft.config.overrides import with_output_dir
+    from mft.config.validate import check
     from mft.launch.launch import ranks
 
     cfg = compose_resolved(with_output_dir(overrides), config_dirs)
     world = ranks(cfg.launch.nproc, cfg.launch.mode)
-    check(cfg, world)
-
-    def make(path: str) -> Any:
-        return component(cfg, path)
+    components = check(cfg, world)
 
     from mft.data.datasets import dataset
-    from mft.run import quiet_libraries
+    from mft.hardware import quiet_libraries
 
     quiet_libraries()
     settings: Any = OmegaConf.to_object(cfg.data)
     train: Any = OmegaConf.to_object(cfg.train)
-    return PreparedData(cfg, settings, train, world, dataset(cfg, settings, make("model"), make), make)
+    tokenizer, cuts = components.model.tokenizer(), components.rows.splits_samples
+    data = dataset(components.named_tasks, settings, tokenizer, cfg.cache_dir, cuts)
+    return PreparedData(cfg, settings, train, world, data, components.rows)
 
 
 def without_task_name(overrides: Sequence[str], config_dirs: Sequence[Path]) -> tuple[list[str], str]:
@@ -233,11 +230,3 @@ def without_task_name(overrides: Sequence[str], config_dirs: Sequence[Path]) -> 
         else:
             rest.append(override)
     return rest, only
-
-
-def screen() -> Console:
-    """Returns the standard output, wide where it is not a terminal."""
-    from mft.console.screen import console
-
-    terminal = console()
-    return terminal if terminal.is_terminal else console(width=PLAIN_WIDTH)

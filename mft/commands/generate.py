@@ -48,8 +48,8 @@ def command(arguments: Sequence[str]) -> None:
             'mft generate needs a run folder and at least one prompt: mft generate outputs/demo/… "def quick_sort(".'
         )
     from mft.data.tokenize import Encoder
+    from mft.hardware import quiet_libraries
     from mft.model.generate import Answerer, check_options
-    from mft.run import quiet_libraries
 
     run, *prompts = parsed.words
     names = ("max_new_tokens", "top_p", "temperature", "num_beams", "repetition_penalty")

@@ -46,8 +46,8 @@ def command(arguments: Sequence[str]) -> None:
         raise UserError(
             f"mft merge takes one run folder, got {' '.join(parsed.words)}; where to write it is --out DIR."
         )
+    from mft.hardware import quiet_libraries
     from mft.model.merge import merge
-    from mft.run import quiet_libraries
 
     quiet_libraries()
     if parsed.words:

@@ -11,7 +11,9 @@ from pathlib import Path
 from mft import run_folder
 from mft.commands.arguments import Parser
 from mft.console.screen import console
+from mft.console.tables import table
 from mft.errors import UserError, nearest
+from mft.files.json_file import read_json
 from mft.runs.results import Run, read_run
 from mft.sweep.command import RECORD
 
@@ -20,6 +22,8 @@ ROOTS = ("outputs", "multirun")
 
 WRITTEN_BY_RUNS = ("metrics.jsonl", "summary.json", "identity.json")
 """Files of a run folder whose times tell when it last wrote something."""
+
+COLUMNS = ("folder", "state", "age", "steps", "best", "of each task", "changed")
 
 EXAMPLES = """\
   mft runs
@@ -50,9 +54,6 @@ def run_folders(places: Sequence[str]) -> list[Path]:
 def command(arguments: Sequence[str]) -> None:
     """Prints the table."""
     places = parser().parse(arguments).words
-    from rich.table import Table
-    from rich.text import Text
-
     folders = run_folders(places)
     if not folders:
         print("no runs here")
@@ -65,18 +66,12 @@ def command(arguments: Sequence[str]) -> None:
     rows = [
         run_row(folder) if members == [folder] else sweep_row(folder, members) for folder, members in sweeps.items()
     ]
-    table = Table(title=f"{len(rows)} runs and sweeps", title_justify="left")
-    for column in ("folder", "state", "age", "steps", "best", "of each task", "changed"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    terminal = console()
-    (terminal if terminal.is_terminal else console(width=180)).print(table)
+    console().print(table(f"{len(rows)} runs and sweeps", COLUMNS, rows))
 
 
 def run_row(folder: Path) -> list[str]:
     """Returns the cells of one run."""
-    run, record = read_run(folder), run_folder.read_json(folder / "overrides.json")
+    run, record = read_run(folder), read_json(folder / "overrides.json")
     changed = record.text("label") or " ".join(record.texts("overrides"))
     return [os.path.relpath(folder), run.state, age([folder]), steps(run, folder), *best_losses(run), changed]
 
@@ -84,7 +79,7 @@ def run_row(folder: Path) -> list[str]:
 def steps(run: Run, folder: Path) -> str:
     """Returns how far a run has come: "6/20", the total as its plan has it."""
     step = max((int(row["step"]) for row in run.rows), default=0)
-    total = run_folder.read_json(folder / "plan.json").number("total_steps")
+    total = read_json(folder / "plan.json").number("total_steps")
     return f"{step}/{'?' if total is None else total}"
 
 
@@ -95,7 +90,7 @@ def sweep_row(folder: Path, members: Sequence[Path]) -> list[str]:
     state = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     validated = [(value, i) for i, job in enumerate(jobs) if (value := job.best("mean")) is not None]
     best = min(validated)[1] if validated else None
-    label = "" if best is None else run_folder.read_json(members[best] / "overrides.json").text("label")
+    label = "" if best is None else read_json(members[best] / "overrides.json").text("label")
     changed = f"sweep of {len(jobs)} jobs" + (f", best: {label}" if label else "")
     losses = ["", ""] if best is None else best_losses(jobs[best])
     return [os.path.relpath(folder), state, age(members), "", *losses, changed]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mft import run_folder
 from mft.commands.arguments import Parser
 from mft.commands.runs import steps
 from mft.console.screen import console
 from mft.errors import UserError
+from mft.files.json_file import Values, read_json
 from mft.runs.results import Run, flat, read_run
 
 FILES = {
@@ -46,10 +45,11 @@ def command(arguments: Sequence[str]) -> None:
         raise UserError(f"{folder} is not a run folder: it has no config.yaml (mft runs lists the runs).")
     from rich.text import Text
 
-    from mft.training.progress import losses_table, settings_table
+    from mft.console.tables import settings_table
+    from mft.training.progress import losses_table
 
-    run, summary = read_run(folder), run_folder.read_json(folder / "summary.json")
-    terminal = console(width=None if sys.stdout.isatty() else 140)
+    run, summary = read_run(folder), read_json(folder / "summary.json")
+    terminal = console()
     seconds, memory = summary.number("seconds"), summary.number("peak_memory_gib")
     took = "" if seconds is None or memory is None else f", took {seconds:.0f} s and {memory:.1f} GiB at most"
     terminal.print(settings_table([("state", f"{run.state}, {steps(run, folder)} steps{took}")], str(folder)))
@@ -63,7 +63,7 @@ def command(arguments: Sequence[str]) -> None:
     terminal.print(settings_table([*rows, ("again", run.command)], "files, and the command"), soft_wrap=True)
 
 
-def losses_in(summary: run_folder.Values, part: str) -> dict[str, float]:
+def losses_in(summary: Values, part: str) -> dict[str, float]:
     """Returns the validation losses of a part of summary.json by task; one that was not finite is inf."""
     prefix = "valid/loss/"
     return {
@@ -76,7 +76,7 @@ def losses_in(summary: run_folder.Values, part: str) -> dict[str, float]:
 def changes(run: Run) -> list[tuple[str, str, str]]:
     """Returns (key, value, default): the options taken, then values that are not those of the option that was taken."""
     from mft.config.compose import compose_resolved
-    from mft.run import plain
+    from mft.config.schema import plain
 
     def composed(overrides: Sequence[str]) -> dict[str, str]:
         return flat(plain(compose_resolved(overrides)))

@@ -97,11 +97,10 @@ def hydra_flags(parsed: argparse.Namespace) -> list[str]:
 
 def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) -> None:
     """Checks one run and starts it. Under torchrun or srun this process is one of its ranks."""
-    from mft import run_folder
     from mft.config.compose import compose_resolved
     from mft.config.inert import given_keys, without_effect
     from mft.config.overrides import key_of, of_hydra, replaced, with_output_dir
-    from mft.launch import job
+    from mft.launch import job, resume_choice
     from mft.launch.launch import place
 
     overrides = with_output_dir(overrides)
@@ -119,7 +118,7 @@ def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) ->
     dated = not any(key_of(override) == "output_dir" for override in overrides)
     if dry_run:
         folder, resumes = checked.choose(dated)
-        finished = run_folder.is_finished(folder, checked.identity, cfg.train.resume)
+        finished = resume_choice.is_finished(folder, checked.identity, cfg.train.resume)
         state = "already finished" if finished else "would resume" if resumes else "would run"
         say(f"{folder}: {state}; nothing was started")
         return

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError, shortened
+from mft.files.json_file import read_json
 
 VERSION = 2
 """Raised by every change of what enters an identity, and by every changed default or public name of a component.
@@ -108,6 +109,11 @@ class Identity:
     def numbers(self) -> str:
         """Returns which version this identity is of, beside the one that is written."""
         return f"(identity {self.version}; this one writes identity {VERSION})"
+
+
+def identity_of(run_dir: Path) -> Identity | None:
+    """Returns the identity of the run in a folder, None where there is none or it is damaged."""
+    return Identity.from_json(read_json(run_dir / "identity.json"))
 
 
 def differences(there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str]:

@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft.config.inputs import under
 from mft.config.overrides import key_of
-from mft.config.schema import Launch, Train, config_dir
+from mft.config.schema import Launch, config_dir
 from mft.data.settings import DataSettings
 from mft.errors import shortened
+from mft.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def _peak_not_reached(run: Run) -> str:
 def _is_default(cfg: DictConfig, key: str) -> bool:
     """Whether a value is what it is without anybody setting it: of a settings class, or of the chosen option's yaml."""
     group, _, name = key.partition(".")
-    settings = {"train": Train, "launch": Launch, "data": DataSettings}.get(group)
+    settings = {"train": TrainSettings, "launch": Launch, "data": DataSettings}.get(group)
     value = OmegaConf.select(cfg, key)
     if settings is not None:
         default = next(field.default for field in dataclasses.fields(settings) if field.name == name)

@@ -17,11 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft.config.components import component_class
 from mft.config.identity import Identity
-from mft.config.schema import Launch, Train, batch_sizes
+from mft.config.schema import Launch, batch_sizes
 from mft.data.cache.fingerprint import file_digests
 from mft.data.settings import DataSettings
 from mft.data.task import Task
-from mft.data.template import is_file
+from mft.data.template_choice import is_file
+from mft.training.settings import TrainSettings
 
 CANNOT_CHANGE_THE_RESULT: dict[str, str] = {
     "name": "groups runs",
@@ -68,7 +69,7 @@ FINGERPRINTED: dict[str, str] = {
 TEMPLATE_FILE = "(a file)"
 """Stands for the name of a template file, whose content is a fingerprint."""
 
-SETTINGS: dict[str, type] = {"train": Train, "data": DataSettings, "launch": Launch}
+SETTINGS: dict[str, type] = {"train": TrainSettings, "data": DataSettings, "launch": Launch}
 
 
 def under(path: str, prefixes: Iterable[str]) -> bool:

@@ -14,24 +14,16 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from mft.batch import BatchSizes
 from mft.config import interpolations, yaml_file
 from mft.data.settings import DataSettings
-from mft.errors import UserError
+from mft.errors import UserError, check_ranges, ranged
+from mft.files.atomic import write_text
 from mft.hardware import computes_in_bf16, visible_gpus
-from mft.ranges import check_ranges, ranged
-from mft.training.sample_answers import read_prompts
+from mft.training.settings import Precision, TrainSettings
 
 LONGEST = 10_000_000
 """Seconds that a setting may ask to wait, four months; timers of the system end not far beyond."""
-
-
-class Precision(StrEnum):
-    """Arithmetic of the forward and backward pass; auto = what the machine is fast in, see `fast_precision`."""
-
-    auto = "auto"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
 
 
 class LaunchMode(StrEnum):
@@ -39,45 +31,6 @@ class LaunchMode(StrEnum):
 
     processes = "processes"
     inline = "inline"
-
-
-@dataclass
-class Train:
-    """Settings of the training loop; conf/train.yaml explains every one."""
-
-    epochs: float = ranged(3.0, above=0)
-    max_steps: int | None = ranged(None, min=1)
-    per_device_batch_size: int = ranged(4, min=1)
-    per_device_eval_batch_size: int = ranged(4, min=1)
-    global_batch_size: int | None = ranged(None, min=1)
-    gradient_accumulation_steps: int | None = ranged(None, min=1)
-    precision: Precision = Precision.auto
-    max_grad_norm: float | None = ranged(1.0, above=0)
-    seed: int = ranged(42, min=0)
-    log_every: int = ranged(10, min=1)
-    eval_every: int | None = ranged(100, min=1)
-    eval_at_start: bool = True
-    eval_samples: int | None = ranged(None, min=1)
-    save_every: int | None = ranged(100, min=1)
-    keep: int | None = ranged(None, min=1)
-    best: str = "mean"
-    keep_task_best: bool = False
-    skip_nonfinite_steps: int = ranged(0, min=0)
-    early_stopping: bool = False
-    early_stopping_stall_num: int = ranged(3, min=1)
-    resume: str = "auto"
-    prompts: str | None = None
-    prompts_max_new_tokens: int = ranged(64, min=1)
-    peak_tflops: float | None = ranged(None, above=0)
-    fail_fast: bool = False
-    prune: bool = False
-    prune_after: int = ranged(2, min=1)
-
-    def check(self) -> None:
-        """Raises UserError for values that types alone cannot refuse."""
-        check_ranges(self, "train")
-        if self.prompts:
-            read_prompts(Path(self.prompts))
 
 
 @dataclass
@@ -150,7 +103,7 @@ class Config:
     optimizer: Any = MISSING
     scheduler: Any = MISSING
     tracking: dict[str, Any] = field(default_factory=dict)
-    train: Train = field(default_factory=Train)
+    train: TrainSettings = field(default_factory=TrainSettings)
     launch: Launch = field(default_factory=Launch)
 
 
@@ -182,12 +135,16 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=schema, provider="mft")
 
 
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Returns a config as nested dicts of plain values."""
+    container = OmegaConf.to_container(cfg, enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
 def freeze(cfg: DictConfig, path: Path) -> None:
     """Writes the config atomically; every rank reads this file and nothing else, but for `${oc.env:NAME}` in it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, OmegaConf.to_yaml(cfg))
 
 
 def load(run_dir: Path) -> DictConfig:
@@ -215,20 +172,6 @@ def typed(cfg: Any) -> DictConfig:
     return merged
 
 
-@dataclass(frozen=True)
-class BatchSizes:
-    """Rows (packed) or samples (padded) of one optimizer step: global = per_device x accumulation x world."""
-
-    per_device: int
-    accumulation: int
-    world: int
-
-    @property
-    def total(self) -> int:
-        """The global batch."""
-        return self.per_device * self.accumulation * self.world
-
-
 def fast_precision() -> Precision:
     """Returns bf16 where the machine computes in it, else fp16 on a GPU and fp32 on a CPU."""
     if computes_in_bf16():
@@ -236,7 +179,7 @@ def fast_precision() -> Precision:
     return Precision.fp16 if visible_gpus() else Precision.fp32
 
 
-def settled(precision: Precision | str) -> Precision:
+def resolve_precision(precision: Precision | str) -> Precision:
     """Returns train.precision with auto resolved for this machine."""
     return fast_precision() if precision == Precision.auto else Precision(precision)
 

@@ -26,9 +26,19 @@ def say(text: object = "", file: TextIO | None = None) -> None:
     print(shown(text), file=file or sys.stdout, flush=True)
 
 
+PLAIN_WIDTH = 160
+"""Columns of output that is not a terminal, such as a log file."""
+
+
 def console(**options: Any) -> Console:
-    """Returns a Console of rich whose text is `shown`, and in which brackets are no markup."""
-    return _screen()(**{"markup": False, "highlight": False} | options)
+    """Returns a Console of rich whose text is `shown`, and in which brackets are no markup.
+
+    It is as wide as the terminal; PLAIN_WIDTH columns where the output is no terminal.
+    """
+    result = _screen()(**{"markup": False, "highlight": False} | options)
+    if not result.is_terminal and "width" not in options:
+        result.width = PLAIN_WIDTH
+    return result
 
 
 @functools.cache

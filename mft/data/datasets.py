@@ -1,24 +1,22 @@
-"""The data of a config: its tokenizer, tasks and token caches, the same for a run and for `mft data`."""
+"""The data of a run: its tasks, each with its token cache, the same for `mft train` and for `mft data`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
-
-from mft import run_folder
 from mft.data import report
 from mft.data.cache.store import Store, prepare
-from mft.data.duplicates import settle
+from mft.data.duplicates import mark_duplicates
 from mft.data.formats import Text
 from mft.data.settings import DataSettings
 from mft.data.task import Task, all_tasks
-from mft.data.template import adopt, named
+from mft.data.template_choice import adopt, named
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
+from mft.files.json_file import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,34 +47,39 @@ class Dataset:
 
     def write_report(self, folder: Path) -> None:
         """Writes data.json, the account of each task, and dropped.jsonl, every row that became no sample."""
-        run_folder.write_json(folder / "data.json", report.as_json(self.stores, self.names))
+        write_json(folder / "data.json", report.as_json(self.stores, self.names))
         report.write_dropped(folder / "dropped.jsonl", self.stores, self.names)
 
 
 def dataset(
-    cfg: DictConfig, data: DataSettings, family: Any, make: Callable[[str], Any], first: bool = True
+    tasks: Mapping[str, Task],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str,
+    splits_samples: bool = False,
+    first: bool = True,
 ) -> Dataset:
-    """Returns the data of a typed config, tokenised where the cache does not have it.
+    """Returns the data of a run, tokenised where the cache does not have it.
 
-    family: the model's; make: builds the component at a path of the config; first: this process tokenises, else it
-    waits for the one that does. Raises UserError as `prepare` does.
+    tasks: the named ones, beside those of settings.paths; splits_samples: whether rows cut samples anywhere
+    (data=concat); first: this process tokenises, else it waits for the one that does.
+    Raises UserError as `prepare` does.
     """
-    tokenizer = family.tokenizer()
-    template = named(data.template, data.role_markers, tokenizer)
+    template = named(settings.template, settings.role_markers, tokenizer)
     adopt(tokenizer, template)
-    tasks = all_tasks({name: make(f"task.{name}") for name in cfg.task}, list(data.paths))
+    chosen = all_tasks(tasks, list(settings.paths))
     encoder = Encoder(tokenizer, template)
-    if make("data.rows").cuts_samples:
-        _check_texts(tasks)
-    stores = [prepare(task, encoder, data, cfg.cache_dir, first) for task in tasks]
-    settle(stores, data.duplicates)
-    return Dataset(tasks, stores, encoder)
+    if splits_samples:
+        _check_texts(chosen)
+    stores = [prepare(task, encoder, settings, cache_dir, first) for task in chosen]
+    mark_duplicates(stores, settings.duplicates)
+    return Dataset(chosen, stores, encoder)
 
 
 def _check_texts(tasks: Sequence[Task]) -> None:
     """Raises UserError for a task whose rows are no plain text: cut anywhere, an answer would lose its question."""
     for task in tasks:
-        name, found = task.settled_format()
+        name, found = task.find_format()
         if not isinstance(found, Text):
             raise UserError(
                 f"task.{task.name}: its rows are conversations ({name}), which data=concat would cut anywhere; choose "

@@ -17,7 +17,7 @@ validation or test part of any task, too."""
 TRAIN = SPLITS.index("train")
 
 
-def settle(stores: Sequence[Store], duplicates: Duplicates) -> None:
+def mark_duplicates(stores: Sequence[Store], duplicates: Duplicates) -> None:
     """Counts the duplicates of each store in its report, and leaves them out of it under `drop`.
 
     report["duplicates"]: rows by reason, each row once. Rows are the same where roles and contents are; what one task

@@ -286,7 +286,7 @@ class Auto(Format):
 
     public_name: ClassVar[str] = "auto"
 
-    def settled(self, row: Any) -> tuple[str, Format] | None:
+    def detect(self, row: Any) -> tuple[str, Format] | None:
         """Returns the name and format that a row fits; None for a row that fits none."""
         return next(((name, known) for name, known in KNOWN.items() if known.fits(row)), None)
 

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from mft.batch import Batch, Row
-from mft.config.schema import BatchSizes
+from mft.batch import Batch, BatchSizes, Row, StepBatches
 from mft.data.cache.store import Samples, Store
 from mft.data.mixture import account, counts_per_epoch
 from mft.data.sampler import Sampler, deal, draw, eval_batches, spread
-from mft.training.loop import State, StepData
+from mft.data.settings import DataSettings
 
 
-class Feed:
+class LoopSettings(Protocol):
+    """Those of the training loop's settings (`train`) that say which rows it takes."""
+
+    epochs: float
+    max_steps: int | None
+    seed: int
+    eval_samples: int | None
+    per_device_eval_batch_size: int
+
+
+class BatchLoader:
     """Turns stores into micro-batches.
 
     rows: the row builder; sizes: of a step; rank: this one; train, data: the settings of these names; shares: of the
@@ -30,8 +39,8 @@ class Feed:
         sizes: BatchSizes,
         rank: int,
         pad_id: int,
-        train: Any,
-        data: Any,
+        train: LoopSettings,
+        data: DataSettings,
         shares: Sequence[float | None],
     ):
         self.rows, self.sizes, self.rank, self.pad_id, self.settings, self.data = rows, sizes, rank, pad_id, train, data
@@ -64,13 +73,13 @@ class Feed:
         """Returns the number of validation samples of each task."""
         return np.bincount(self.valid_samples.task_N, minlength=tasks).tolist()
 
-    def steps(self, state: State) -> Iterator[StepData]:
-        """Yields this rank's micro-batches of every step from where the state stands, without end."""
-        for rows, (epoch, position) in self.sampler.steps(state.epoch, state.position):
+    def steps(self, epoch: int, rows_consumed: int) -> Iterator[StepBatches]:
+        """Yields this rank's micro-batches of every step, without end, from `rows_consumed` rows into an epoch on."""
+        for rows, (epoch, rows_consumed) in self.sampler.steps(epoch, rows_consumed):  # noqa: B020
             length = self.train_samples.row_length if self.rows.by_length else None
             dealt = deal(rows, self.rank, self.sizes.world, self.sizes.accumulation, length)
-            passes = epoch + position / max(1, self.sampler.rows_in_epoch(epoch))
-            yield StepData(self._batches(self.train_samples, dealt), epoch, position, passes)
+            epochs_done = epoch + rows_consumed / max(1, self.sampler.rows_in_epoch(epoch))
+            yield StepBatches(self._batches(self.train_samples, dealt), epoch, rows_consumed, epochs_done)
 
     def validation(self) -> list[Batch]:
         """Returns this rank's micro-batches of a validation, the same every time."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mft.console import tables
 from mft.data.cache.store import Samples
 from mft.data.settings import DataSettings, Mixture, MixtureBy
 from mft.errors import UserError
@@ -128,16 +129,11 @@ def account(samples: Samples, names: Sequence[str], streams: Streams, epochs: fl
 
 def table(accounts: dict[str, dict[str, Any]], settings: DataSettings) -> Table:
     """Returns a line for each task of what `account` says."""
-    from rich.table import Table
-    from rich.text import Text
-
     kind = Mixture(settings.mixture)
     how = kind.value if kind is Mixture.natural else f"{kind.value}, by {MixtureBy(settings.mixture_by).value}"
-    result = Table(title=f"mixture: {how}", title_justify="left")
-    result.add_column("task", overflow="fold")
-    for header in ("samples", "% of all", "% of the run", "% of tokens", "epochs"):
-        result.add_column(header, justify="right", no_wrap=True)
+    rows = []
     for name, a in accounts.items():
         shares = (f"{100 * a[k]:.1f}" for k in ("natural_share", "share", "trained_share"))
-        result.add_row(Text(name), f"{a['samples']:,}", *shares, f"{a['epochs']:.2f}")
-    return result
+        rows.append([name, f"{a['samples']:,}", *shares, f"{a['epochs']:.2f}"])
+    numbers = ("samples", "% of all", "% of the run", "% of tokens", "epochs")
+    return tables.table(f"mixture: {how}", ["task", *numbers], rows, numbers)

@@ -15,17 +15,16 @@ from mft.data.settings import PadTo
 
 
 class RowBuilder(ABC):
-    """Groups samples into rows of at most `seq_length` tokens. Subclasses are dataclasses of plain values.
+    """Groups samples into rows of at most `seq_length` tokens. Subclasses are dataclasses of plain values."""
 
-    by_length: whether rows of similar length are to meet in a micro-batch; cuts_samples: whether a sample may begin in
-    one row and end in another; several: whether a row may hold more than one sample.
-    """
-
-    cuts_samples: ClassVar[bool] = False
-    several: ClassVar[bool] = True
+    splits_samples: ClassVar[bool] = False
+    """Whether a sample may begin in one row and end in another."""
+    packs_samples: ClassVar[bool] = True
+    """Whether a row may hold more than one sample."""
 
     @property
     def by_length(self) -> bool:
+        """Whether rows of similar length are to meet in a micro-batch."""
         return False
 
     def window(self, asked: int) -> int:
@@ -87,7 +86,7 @@ class Pad(RowBuilder):
     """
 
     public_name: ClassVar[str] = "pad"
-    several: ClassVar[bool] = False
+    packs_samples: ClassVar[bool] = False
 
     pad_to: PadTo = PadTo.longest
     length_group: int = 4
@@ -152,7 +151,7 @@ class Concat(RowBuilder):
     """
 
     public_name: ClassVar[str] = "concat"
-    cuts_samples = True
+    splits_samples = True
 
     def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[Row]:
         rows: list[Row] = [[]]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mft.console.tables import table
 from mft.data.cache.store import Store
 from mft.data.cache.writer import CUTS
 from mft.data.duplicates import HELD_OUT, REPEATED
@@ -34,34 +35,25 @@ def tables(stores: Sequence[Store], names: Sequence[str]) -> list[Table]:
 
     rows = kept + dropped in every line. Both fit into 80 columns: two tables, and names and reasons go on below.
     """
-    from rich.table import Table
-    from rich.text import Text
-
     reports = [store.report for store in stores]
-    rows, tokens = Table(title="rows", title_justify="left"), Table(title="tokens", title_justify="left")
-    for table in (rows, tokens):
-        table.add_column("task", overflow="fold")
-    rows.add_column("format", overflow="fold")
     splits = [name for name in SPLITS if name != "test" or any(report["splits"][name] for report in reports)]
-    for header in ("rows", "kept", *splits):
-        rows.add_column(header, justify="right", no_wrap=True)
-    rows.add_column("dropped and cut", overflow="fold")
-    for header in ("tokens", "trained", "%", "mean", "p50", "p95", "max"):
-        tokens.add_column(header, justify="right", no_wrap=True)
-    lines = list(zip(names, reports, map(_lengths, stores), strict=True))
+    in_rows, in_tokens = [], []
+    accounts = list(zip(names, reports, map(_lengths, stores), strict=True))
     if len(stores) > 1:
         total = _total(reports)
-        lines.append(("all", total, {"mean": total["tokens"] / max(1, total["samples"])}))
-    for number, (name, report, length) in enumerate(lines):
-        if number == len(stores):
-            rows.add_section()
-            tokens.add_section()
+        accounts.append(("all", total, {"mean": total["tokens"] / max(1, total["samples"])}))
+    for name, report, length in accounts:
         counts = (report["rows"], report["kept"], *(report["splits"][split] for split in splits))
-        rows.add_row(Text(name), report["format"], *(f"{count:,}" for count in counts), _lost(report))
+        in_rows.append([name, report["format"], *(f"{count:,}" for count in counts), _lost(report)])
         percent = f"{100 * report['trained_tokens'] / max(1, report['tokens']):.0f}"
         lengths = (f"{length[key]:,.0f}" if key in length else "" for key in ("mean", "p50", "p95", "max"))
-        tokens.add_row(Text(name), f"{report['tokens']:,}", f"{report['trained_tokens']:,}", percent, *lengths)
-    return [rows, tokens]
+        in_tokens.append([name, f"{report['tokens']:,}", f"{report['trained_tokens']:,}", percent, *lengths])
+    counted, measured = ["rows", "kept", *splits], ["tokens", "trained", "%", "mean", "p50", "p95", "max"]
+    below = [rows.pop() if len(stores) > 1 else None for rows in (in_rows, in_tokens)]
+    return [
+        table("rows", ["task", "format", *counted, "dropped and cut"], in_rows, counted, total=below[0]),
+        table("tokens", ["task", *measured], in_tokens, measured, total=below[1]),
+    ]
 
 
 def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:

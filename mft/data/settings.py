@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional
 
-from mft.data import template
-from mft.errors import UserError, shortened
-from mft.ranges import check_ranges, ranged
+from mft.data import template_choice
+from mft.errors import UserError, check_ranges, ranged, shortened
 
 
 class LongSamples(str, Enum):  # noqa: UP042  (values come back from yaml as plain strings; str keeps them equal)
@@ -64,21 +63,37 @@ class DataSettings:
     """How rows become samples, and samples the rows of a step. conf/data/base.yaml says how to choose each value."""
 
     paths: list[str] = field(default_factory=list)
+    """Folders, files or hub data sets, each a task of its own beside those of the config group `task`."""
     template: str = "mft"
-    role_markers: Any = None  # dict of role -> marker; Any, since a typed dict takes no new key from the command line
+    """How a conversation is written: mft, mftcoder, tokenizer (its own chat template), or a file *.jinja."""
+    role_markers: Any = None
+    """Role → marker, in place of the template's own. (A typed dict takes no new key from the command line.)"""
     seq_length: int = ranged(1024, min=2, max=2**31 - 1)
+    """Tokens of the longest sample, and of a row under data=pack and data=concat."""
     long_samples: LongSamples = LongSamples.drop
+    """What happens to longer samples; all are counted in the report."""
     split: list[float] = field(default_factory=lambda: [95.0, 5.0, 0.0])
+    """Proportions of train, valid and test, decided by a hash of each conversation."""
     bad_rows: BadRows = BadRows.error
+    """Whether a row that cannot be read ends the run, or is counted."""
     duplicates: Duplicates = Duplicates.keep
+    """Whether repeated rows, and training rows that are held out too, are counted or left out."""
     pad_to: PadTo = PadTo.longest
+    """Width of a padded micro-batch (data=pad)."""
     length_group: int = ranged(4, min=1)
+    """Samples of similar length that follow each other (data=pad with pad_to=longest)."""
     rows: Any = None
+    """The row builder: a component, set by data=pack, pad or concat."""
     window: int = ranged(4096, min=1)
+    """Samples that are made into rows together; larger windows fill rows better."""
     mixture: Mixture = Mixture.natural
+    """How often the samples of each task come."""
     mixture_by: MixtureBy = MixtureBy.samples
+    """What the parts of a mixture are parts of."""
     mixture_temperature: float = ranged(2.0, above=0)
+    """1: natural parts; larger: nearer to equal ones (mixture=temperature)."""
     limit: Optional[int] = ranged(None, min=1)  # noqa: UP045
+    """Only the first so many training samples of each task; null: all."""
 
     def check(self) -> None:
         """Raises UserError for values that types alone cannot refuse."""
@@ -88,7 +103,7 @@ class DataSettings:
                 f"data.role_markers: {shortened(self.role_markers)} must be a mapping such as "
                 '{system: "...", user: "...", assistant: "..."}, or null'
             )
-        template.check(self.template, self.role_markers)
+        template_choice.check(self.template, self.role_markers)
         parts = list(self.split)
         if len(parts) != 3 or any(not math.isfinite(p) or p < 0 for p in parts) or sum(parts) <= 0:
             raise UserError(

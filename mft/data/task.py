@@ -143,7 +143,7 @@ class Task:
             if stops and row_format is None and objects:
                 raise UserError(f"task.{self.name}: {misread('', objects[0]) or no_format(list(objects[0]))}")
 
-    def settled_format(self) -> tuple[str, Format]:
+    def find_format(self) -> tuple[str, Format]:
         """Returns the name of the format and the format, which Auto finds by the task's first recognisable row.
 
         Raises UserError where no row fits any; a task without a single object is left to the account of its rows.
@@ -161,7 +161,7 @@ class Task:
         return next(iter(KNOWN.items()))
 
     def _found(self, row: Any) -> tuple[str, Format] | None:
-        found: tuple[str, Format] | None = self.format.settled(row)
+        found: tuple[str, Format] | None = self.format.detect(row)
         if found and (reason := misread(found[0], row)):
             raise UserError(f"task.{self.name}: {reason}.")
         return found

@@ -10,7 +10,8 @@ import numpy as np
 import xxhash
 
 from mft.batch import Message
-from mft.data.template import Piece, Template, of_tokenizer
+from mft.data.template import Segment, Template
+from mft.data.template_choice import of_tokenizer
 from mft.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 
 class Encoder:
-    """Encodes conversations piece by piece; the end of sequence enters as its id, not as text.
+    """Encodes conversations segment by segment; the end of sequence enters as its id, not as text.
 
     No token is added at the start: a template that wants a BOS writes it. A first token may be marked as trained (in
     plain text every token is), though nothing comes before it to predict it.
@@ -54,11 +55,11 @@ class Encoder:
 
     def encode_batch(self, conversations: Iterable[Sequence[Message]]) -> list[Encoded]:
         """Encodes many conversations in one call of the tokenizer. The arrays are views of two flat ones."""
-        return self.encode_pieces([self.template.pieces(messages) for messages in conversations])
+        return self.encode_segments([self.template.segments(messages) for messages in conversations])
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids after which the model is to answer: a prefix of the training ids of the same conversation."""
-        return self.encode_pieces([self.template.pieces(messages, generation=True)])[0][0].tolist()
+        return self.encode_segments([self.template.segments(messages, generation=True)])[0][0].tolist()
 
     def fingerprint(self) -> str:
         """Returns a hash of all that decides the ids: tokenizer, its special tokens, template."""
@@ -70,17 +71,17 @@ class Encoder:
         parts = [type(self.tokenizer).__name__, state, special, str(self.eos_id), self.template.fingerprint()]
         return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
-    def encode_pieces(self, conversations: Sequence[Sequence[Piece]]) -> list[Encoded]:
-        """Encodes conversations given in pieces, in one call of the tokenizer."""
-        pieces = [piece for conversation in conversations for piece in conversation]
+    def encode_segments(self, conversations: Sequence[Sequence[Segment]]) -> list[Encoded]:
+        """Encodes conversations given in segments, in one call of the tokenizer."""
+        segments = [segment for conversation in conversations for segment in conversation]
         flat: list[int] = []
         length_P, trained_P = [], []
-        for piece, ids in zip(pieces, self._ids([piece.text for piece in pieces]), strict=True):
+        for segment, ids in zip(segments, self._ids([segment.text for segment in segments]), strict=True):
             flat += ids
-            if piece.eos:
+            if segment.eos:
                 flat.append(self.eos_id)
-            length_P.append(len(ids) + piece.eos)
-            trained_P.append(piece.trained)
+            length_P.append(len(ids) + segment.eos)
+            trained_P.append(segment.trained)
         ids_all = np.array(flat, dtype=np.int32)
         trained_all = np.repeat(np.array(trained_P, dtype=bool), length_P)
         border_P = np.concatenate([[0], np.cumsum(length_P, dtype=np.int64)])

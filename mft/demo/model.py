@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
 from mft.files.checksums import follow_umask
+from mft.hardware import quiet_libraries
 from mft.model.save import write_tokenizer
-from mft.run import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -49,6 +49,7 @@ class Ddp(Backend):
     public_name: ClassVar[str] = "ddp"
 
     find_unused_parameters: bool = False
+    """Look for parameters that took no part in a step, at the cost of a walk over the graph."""
 
     def start(self, precision: str, cpu: bool | None = None) -> DdpEngine:
         """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.

@@ -10,12 +10,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mft.distributed import cpu_op
+from mft.distributed import build_lock
 from mft.distributed.accelerator import grouped
 from mft.distributed.deepspeed_engine import DeepSpeedEngine
 from mft.distributed.engine import Backend
-from mft.errors import UserError, nearest
-from mft.ranges import ranged
+from mft.errors import UserError, nearest, ranged
 
 OURS = {
     "train_batch_size": "train.global_batch_size",
@@ -97,7 +96,7 @@ def start(
     gpu = accelerator.device.type != "cpu"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
     if not gpu:
-        cpu_op.load()
+        build_lock.load()
     config: dict[str, Any] = {
         # one micro-batch a step as DeepSpeed sees it: the engine scales by the whole step, and says when it ends
         "train_micro_batch_size_per_gpu": 1,
@@ -117,23 +116,24 @@ def start(
 
 @dataclass
 class Zero2(Backend):
-    """DeepSpeed ZeRO stage 2: each rank holds all parameters, and its part of the gradients and of the optimizer.
-
-    stage: 2, or 1 (the gradients whole too, exchanged once a step); offload_optimizer: keep the optimizer's part in the
-    CPU's memory and update there; bucket sizes in elements; overlap_comm: exchange during backward (GPU only);
-    config: further keys of DeepSpeed's JSON, merged over ours.
-    """
+    """DeepSpeed ZeRO stage 2: each rank holds all parameters, and its part of the gradients and of the optimizer."""
 
     public_name: ClassVar[str] = "zero2"
     casts_weights: ClassVar[bool] = True
     """DeepSpeed holds the weights in the run's precision."""
 
     stage: int = 2
+    """2, or 1: the gradients stay whole, too, and are exchanged once a step."""
     offload_optimizer: bool = False
+    """Keep this rank's part of the optimizer in the CPU's memory and update there."""
     reduce_bucket_size: int = ranged(200_000_000, min=1)
+    """Gradients exchanged at a time, in elements; larger is faster and needs that much memory twice."""
     allgather_bucket_size: int = ranged(200_000_000, min=1)
+    """Parameters gathered at a time after the update, in elements."""
     overlap_comm: bool = True
+    """Exchange gradients while the backward pass goes on (GPU only)."""
     config: dict[str, Any] | None = None
+    """Further keys of DeepSpeed's JSON, merged over ours."""
 
     def check(self) -> None:
         """Raises UserError for a stage of another class, an odd size, and keys of `config` that a setting decides."""
@@ -164,25 +164,29 @@ class Zero2(Backend):
 class Zero3(Backend):
     """DeepSpeed ZeRO stage 3: each rank holds its part of parameters, gradients and optimizer; layers are gathered
     while they compute.
-
-    offload_optimizer, offload_parameters: keep these parts in the CPU's memory; sizes in elements;
-    prefetch_bucket_size: gathered ahead of use; persistence_threshold: smaller ones stay whole; max_live_parameters:
-    whole at a time; gather_on_save: checkpoints hold the model as transformers or peft load it, else the sharded state
-    only (`final/` is whole anyway); config: further keys of DeepSpeed's JSON, merged over ours.
     """
 
     public_name: ClassVar[str] = "zero3"
     divides_on_load: ClassVar[bool] = True
     casts_weights: ClassVar[bool] = True
     offload_optimizer: bool = False
+    """Keep this rank's part of the optimizer in the CPU's memory and update there."""
     offload_parameters: bool = False
+    """Keep this rank's part of the parameters in the CPU's memory; slower still."""
     reduce_bucket_size: int = ranged(200_000_000, min=1)
+    """Gradients exchanged at a time, in elements."""
     prefetch_bucket_size: int = ranged(50_000_000, min=0)
+    """Parameters gathered ahead of their use, in elements."""
     persistence_threshold: int = ranged(100_000, min=0)
+    """Parameters of at most so many elements stay whole on every rank."""
     max_live_parameters: int = ranged(1_000_000_000, min=1)
+    """Elements that are whole at a time, at most; lower saves memory and gathers more often."""
     overlap_comm: bool = True
+    """Exchange gradients while the backward pass goes on (GPU only)."""
     gather_on_save: bool = True
+    """Whether checkpoints also hold the model as transformers or peft load it; `final/` does in any case."""
     config: dict[str, Any] | None = None
+    """Further keys of DeepSpeed's JSON, merged over ours."""
 
     def check(self) -> None:
         """Raises UserError for keys of `config` that another setting decides."""

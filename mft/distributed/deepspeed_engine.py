@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.distributed.accelerator import environment
 from mft.distributed.engine import Engine, T
-from mft.distributed.sharded_state import Piece
+from mft.distributed.sharded_state import Shard
 from mft.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,16 +75,16 @@ class DeepSpeedEngine(Engine):
         assert isinstance(self._module, torch.nn.Module)
         if self._module.zero_optimization_stage() != self.stage:  # type: ignore[operator]
             raise UserError(f"dist={self.name} did not come up as asked: DeepSpeed runs another stage")
-        self._prove(next(self._module.parameters()))
+        self._verify_sharding(next(self._module.parameters()))
         return self._module, self._optimizer
 
-    def _prove(self, first: torch.nn.Parameter) -> None:
+    def _verify_sharding(self, first: torch.nn.Parameter) -> None:
         if self.stage < 3:
-            super()._prove(first)
+            super()._verify_sharding(first)
         elif not hasattr(first, "ds_id"):
             raise UserError(f"dist={self.name} did not come up as asked: the first parameter is not partitioned")
 
-    def inside(self, call: Callable[[], T]) -> T:
+    def run_as_forward(self, call: Callable[[], T]) -> T:
         """See `Engine.inside`; DeepSpeed holds the parameters in the run's precision."""
         return self._in_place_of_forward(call) if self.stage == 3 else call()
 
@@ -144,7 +144,7 @@ class DeepSpeedEngine(Engine):
                     state[name.removeprefix(prefix)] = buffer.detach()
         return state
 
-    def _pieces(self) -> list[Piece]:
+    def _shards(self) -> list[Shard]:
         """Returns the runs of each trained parameter that lie in this rank's part of DeepSpeed's flat fp32 buffers."""
         assert self._module is not None, "prepare first"
         zero, found = self._optimizer, []
@@ -165,10 +165,10 @@ class DeepSpeedEngine(Engine):
                 start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
                 numel = mapping.hp_fragment_address.numel
             if numel > 0:
-                found.append(Piece(name, start, owner.detach().narrow(0, offset, numel), owner, offset))
+                found.append(Shard(name, start, owner.detach().narrow(0, offset, numel), owner, offset))
         return found
 
-    def _settle(self) -> None:
+    def _sync_computed_weights(self) -> None:
         """Copies the fp32 weights into the ones that are computed with, on all ranks."""
         zero = self._optimizer
         if self.stage < 3:

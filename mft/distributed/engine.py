@@ -94,7 +94,7 @@ class Engine:
         """Context for `from_pretrained`; without sharding every rank simply loads."""
         return nullcontext()
 
-    def inside(self, call: Callable[[], T]) -> T:
+    def run_as_forward(self, call: Callable[[], T]) -> T:
         """Returns `call()`, in which parts of the prepared module may be called as they are in its own forward: in the
         run's precision, and with what is divided over the ranks gathered as it computes. All ranks make it alike.
         """
@@ -120,7 +120,7 @@ class Engine:
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
             self._module, self._optimizer = self.accelerator.prepare(module, optimizer)
         self._require_wrapper(type(module).__name__)
-        self._prove(next(self._module.parameters()))
+        self._verify_sharding(next(self._module.parameters()))
         return self._module, self._optimizer
 
     def _require_trained(self, module: torch.nn.Module) -> None:
@@ -132,7 +132,7 @@ class Engine:
         if found != expected:
             raise UserError(f"dist={self.name} did not come up as asked: the model is a {found}, not a {expected}")
 
-    def _prove(self, first: torch.nn.Parameter) -> None:
+    def _verify_sharding(self, first: torch.nn.Parameter) -> None:
         """Raises UserError unless the first parameter is whole: no DTensor (FSDP2), not partitioned by ZeRO-3."""
         import torch
         from torch.distributed.tensor import DTensor
@@ -241,7 +241,7 @@ class Engine:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.divided or self.is_main:
-            sharded_state.save(self._pieces(), self._base_optimizer(), folder / f"shard-{self.rank}.safetensors")
+            sharded_state.save(self._shards(), self._base_optimizer(), folder / f"shard-{self.rank}.safetensors")
         if self.is_main:
             shards = self.world if self.divided else 1
             values = {"dist": self.name, "world": self.world, "shards": shards, "scaler": self._scaler_state()}
@@ -261,8 +261,8 @@ class Engine:
         saved = read_state(folder)
         assert self._module is not None, "prepare first"
         trained = {name for name, p in self.unwrap(self._module).named_parameters() if p.requires_grad}
-        sharded_state.load(self._pieces(), self._base_optimizer(), folder, trained)
-        self._settle()
+        sharded_state.load(self._shards(), self._base_optimizer(), folder, trained)
+        self._sync_computed_weights()
         if saved["scaler"]:
             self._load_scaler(saved["scaler"])
         random = folder / f"rng-{self.rank}.pt"
@@ -271,17 +271,17 @@ class Engine:
         self.barrier()
         return saved["dist"] == self.name and saved["world"] == self.world
 
-    def _pieces(self) -> list[sharded_state.Piece]:
+    def _shards(self) -> list[sharded_state.Shard]:
         """Returns what this rank updates: whole parameters."""
         assert self._module is not None, "prepare first"
         trained = [(name, p) for name, p in self.unwrap(self._module).named_parameters() if p.requires_grad]
-        return [sharded_state.Piece(name, 0, p.detach().view(-1), p, 0) for name, p in trained]
+        return [sharded_state.Shard(name, 0, p.detach().view(-1), p, 0) for name, p in trained]
 
     def _base_optimizer(self) -> torch.optim.Optimizer:
         """Returns the optimizer inside accelerate's or DeepSpeed's."""
         return cast("torch.optim.Optimizer", self._optimizer.optimizer)
 
-    def _settle(self) -> None:
+    def _sync_computed_weights(self) -> None:
         """Copies the loaded weights into those that are computed with, where these are others."""
 
     def _scaler_state(self) -> dict[str, Any]:

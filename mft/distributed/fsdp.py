@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.distributed.accelerator import environment, grouped
 from mft.distributed.engine import Backend, Engine, T
-from mft.distributed.sharded_state import Piece, local
+from mft.distributed.sharded_state import Shard, local
 from mft.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class FsdpEngine(Engine):
             group["params"] = [parameters[name] for name in group_names]
         if not isinstance(module, FSDPModule):
             raise UserError("dist=fsdp did not come up as asked: the model is not sharded")
-        self._prove(next(module.parameters()))
+        self._verify_sharding(next(module.parameters()))
         self._module, self._optimizer = module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         return module, self._optimizer
 
@@ -107,13 +107,13 @@ class FsdpEngine(Engine):
             return value
         return torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
 
-    def _prove(self, first: torch.nn.Parameter) -> None:
+    def _verify_sharding(self, first: torch.nn.Parameter) -> None:
         from torch.distributed.tensor import DTensor
 
         if not isinstance(first, DTensor):
             raise UserError(f"dist=fsdp did not come up as asked: the first parameter is a {type(first).__name__}")
 
-    def inside(self, call: Callable[[], T]) -> T:
+    def run_as_forward(self, call: Callable[[], T]) -> T:
         """See `Engine.inside`; gathered parameters come in the run's precision."""
         return self._in_place_of_forward(call)
 
@@ -165,7 +165,7 @@ class FsdpEngine(Engine):
             if isinstance(part, FSDPModule):
                 part.reshard()
 
-    def _pieces(self) -> list[Piece]:
+    def _shards(self) -> list[Shard]:
         """Returns the rows of each trained parameter that this rank keeps."""
         assert self._module is not None, "prepare first"
         self._reshard(self._module)
@@ -176,19 +176,13 @@ class FsdpEngine(Engine):
                 continue
             rows = -(-parameter.shape[0] // self.world)  # the last ranks may have fewer, or none
             start = self.rank * rows * (parameter.numel() // parameter.shape[0])
-            found.append(Piece(name, start, mine.view(-1), parameter, 0))
+            found.append(Shard(name, start, mine.view(-1), parameter, 0))
         return found
 
 
 @dataclass
 class Fsdp(Backend):
-    """PyTorch's FSDP2. Sharding unit: the family's decoder layer (`model.shard_layers`).
-
-    reshard: free a layer's gathered parameters after its forward and gather them again for its backward; offload: keep
-    the parts of parameters, gradients and optimizer in the CPU's memory; reduce_every_micro_batch: see `accumulating`;
-    gather_on_save: checkpoints hold the model as transformers or peft load it, else the sharded state only (`final/` is
-    whole anyway).
-    """
+    """PyTorch's FSDP2. Sharding unit: the family's decoder layer (`model.shard_layers`)."""
 
     public_name: ClassVar[str] = "fsdp"
     divides_into_dtensors: ClassVar[bool] = True
@@ -196,9 +190,13 @@ class Fsdp(Backend):
     """A unit is gathered in the run's precision."""
 
     reshard: bool = True
+    """Free a layer's gathered parameters after its forward and gather them again for its backward."""
     offload: bool = False
+    """Keep this rank's parts of parameters, gradients and optimizer in the CPU's memory; slow."""
     reduce_every_micro_batch: bool = False
+    """Exchange gradients in every micro-batch instead of keeping whole ones until the step's last."""
     gather_on_save: bool = True
+    """Whether checkpoints also hold the model as transformers or peft load it; `final/` does in any case."""
 
     def start(self, precision: str, cpu: bool | None = None) -> FsdpEngine:
         """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.

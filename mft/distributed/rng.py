@@ -1,4 +1,4 @@
-"""The random states of this rank, saved and restored. Nothing in the file is executed when it is read."""
+"""The random states of this rank: seeded, saved and restored. Nothing in the file is executed when it is read."""
 
 from __future__ import annotations
 
@@ -37,3 +37,13 @@ def load(path: Path) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds python, numpy and torch on every device."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The resume state of any backend on any number of ranks: each rank's pieces of the flattened trained parameters.
+"""The resume state of any backend on any number of ranks: each rank's shards of the flattened trained parameters.
 
 However a backend divides a parameter (whole, by rows, by a run of a flat buffer), what a rank keeps of it is a run of
 consecutive elements. Each rank writes its runs with the optimizer's numbers for them into shard-<rank>.safetensors;
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Piece:
+class Shard:
     """A run of consecutive elements of one flattened parameter, on the rank that updates them.
 
     name: of the parameter; start: its first element there; values: the elements themselves, a 1-D view of what the
@@ -35,7 +35,7 @@ class Piece:
     offset: int
 
     def of(self, state: torch.Tensor) -> torch.Tensor:
-        """Returns this piece's part of a tensor of the optimizer that has the owner's shape, as a view."""
+        """Returns this shard's part of a tensor of the optimizer that has the owner's shape, as a view."""
         return local(state).view(-1).narrow(0, self.offset, self.values.numel())
 
 
@@ -47,24 +47,24 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def save(pieces: Sequence[Piece], optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Writes the pieces of this rank and what the optimizer keeps for them."""
+def save(shards: Sequence[Shard], optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Writes the shards of this rank and what the optimizer keeps for them."""
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
     index = []
-    for number, piece in enumerate(pieces):
-        tensors[f"{number}"] = piece.values
+    for number, shard in enumerate(shards):
+        tensors[f"{number}"] = shard.values
         scalars: dict[str, Any] = {}
-        blocks = _in_blocks(piece.owner, optimizer)
-        for key, value in optimizer.state.get(piece.owner, {}).items():
+        blocks = _in_blocks(shard.owner, optimizer)
+        for key, value in optimizer.state.get(shard.owner, {}).items():
             if _is_scalar(value):
                 scalars[key] = {"value": value.item()} if hasattr(value, "item") else value
             elif not blocks:
-                tensors[f"{number}/{key}"] = piece.of(value)
-            elif piece.offset == 0:  # all that is kept for the owner, once
+                tensors[f"{number}/{key}"] = shard.of(value)
+            elif shard.offset == 0:  # all that is kept for the owner, once
                 tensors[f"{number}/{key}"] = local(value)
-        index.append({"name": piece.name, "start": piece.start, "scalars": scalars, "blocks": blocks})
+        index.append({"name": shard.name, "start": shard.start, "scalars": scalars, "blocks": blocks})
     copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     save_file(copies, path, metadata={"pieces": json.dumps(index)})
 
@@ -81,7 +81,7 @@ def _in_blocks(owner: torch.Tensor, optimizer: torch.optim.Optimizer) -> bool:
 
 @dataclass
 class _Saved:
-    """A piece in a file: numel elements from `start` on; keys: tensors that the optimizer kept for it."""
+    """A shard in a file: numel elements from `start` on; keys: tensors that the optimizer kept for it."""
 
     file: Any
     number: int
@@ -96,8 +96,8 @@ class _Saved:
         return self.file.get_slice(f"{self.number}/{key}" if key else f"{self.number}")
 
 
-def load(pieces: Sequence[Piece], optimizer: torch.optim.Optimizer, folder: Path, trained: set[str]) -> None:
-    """Puts the saved values and the optimizer's state into this rank's pieces.
+def load(shards: Sequence[Shard], optimizer: torch.optim.Optimizer, folder: Path, trained: set[str]) -> None:
+    """Puts the saved values and the optimizer's state into this rank's shards.
 
     trained: names of all trained parameters, of all ranks. Raises UserError when the saved parameters are others, when
     an element is in no file, and when the optimizer's state is in blocks that fit the layout that wrote them only.
@@ -111,22 +111,22 @@ def load(pieces: Sequence[Piece], optimizer: torch.optim.Optimizer, folder: Path
             f"{folder} does not fit the model: {len(only)} parameters are only in one of them, e.g. {only[0]}"
         )
     with torch.no_grad():
-        for piece in pieces:
-            found = saved[piece.name]
-            _fill(piece.values, piece, found, "", folder)
+        for shard in shards:
+            found = saved[shard.name]
+            _fill(shard.values, shard, found, "", folder)
             if any(other.blocks for other in found):
-                _load_blocks(piece, optimizer, found, folder)
+                _load_blocks(shard, optimizer, found, folder)
                 continue
-            state = optimizer.state[piece.owner]
+            state = optimizer.state[shard.owner]
             for key in found[0].keys:
                 if key not in state:  # the optimizer has not stepped yet
-                    state[key] = torch.zeros_like(piece.owner, dtype=found[0].tensor(key)[:0].dtype)
-                _fill(piece.of(state[key]), piece, found, key, folder)
-            _load_scalars(piece, optimizer, found[0])
+                    state[key] = torch.zeros_like(shard.owner, dtype=found[0].tensor(key)[:0].dtype)
+                _fill(shard.of(state[key]), shard, found, key, folder)
+            _load_scalars(shard, optimizer, found[0])
 
 
 def _read(folder: Path) -> dict[str, list[_Saved]]:
-    """Returns the pieces in the files of a folder by the name of their parameter; only headers are read."""
+    """Returns the shards in the files of a folder by the name of their parameter; only headers are read."""
     from safetensors import safe_open
 
     saved: dict[str, list[_Saved]] = {}
@@ -138,48 +138,48 @@ def _read(folder: Path) -> dict[str, list[_Saved]]:
             keys.setdefault(int(number), []).extend([key] if key else [])
         for number, entry in enumerate(json.loads(file.metadata()["pieces"])):
             numel = file.get_slice(f"{number}").get_shape()[0]
-            piece = _Saved(file, number, entry["start"], numel, entry["scalars"], entry["blocks"], keys[number])
-            saved.setdefault(entry["name"], []).append(piece)
+            shard = _Saved(file, number, entry["start"], numel, entry["scalars"], entry["blocks"], keys[number])
+            saved.setdefault(entry["name"], []).append(shard)
     return saved
 
 
-def _fill(target: torch.Tensor, piece: Piece, found: Sequence[_Saved], key: str, folder: Path) -> None:
-    """Copies what the saved pieces share with this one."""
+def _fill(target: torch.Tensor, shard: Shard, found: Sequence[_Saved], key: str, folder: Path) -> None:
+    """Copies what the saved shards share with this one."""
     done = 0
     for other in found:
-        first = max(piece.start, other.start)
-        last = min(piece.start + piece.values.numel(), other.start + other.numel)
+        first = max(shard.start, other.start)
+        last = min(shard.start + shard.values.numel(), other.start + other.numel)
         if first < last:
             values = other.tensor(key)[first - other.start : last - other.start]
-            target[first - piece.start : last - piece.start].copy_(values)
+            target[first - shard.start : last - shard.start].copy_(values)
             done += last - first
     if done != target.numel():
         raise UserError(
-            f"{folder} does not fit the model: {done} of the {target.numel()} elements of {piece.name} from number "
-            f"{piece.start} on are in its files"
+            f"{folder} does not fit the model: {done} of the {target.numel()} elements of {shard.name} from number "
+            f"{shard.start} on are in its files"
         )
 
 
-def _load_scalars(piece: Piece, optimizer: torch.optim.Optimizer, saved: _Saved) -> None:
+def _load_scalars(shard: Shard, optimizer: torch.optim.Optimizer, saved: _Saved) -> None:
     import torch
 
     # torch keeps the step counters of its fused and capturable optimizers on the device, others on the CPU
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for key, value in saved.scalars.items():
         if isinstance(value, dict):
-            device = piece.owner.device if on_device else "cpu"
+            device = shard.owner.device if on_device else "cpu"
             value = torch.tensor(value["value"], dtype=torch.float32, device=device)
-        optimizer.state[piece.owner][key] = value
+        optimizer.state[shard.owner][key] = value
 
 
-def _load_blocks(piece: Piece, optimizer: torch.optim.Optimizer, found: Sequence[_Saved], folder: Path) -> None:
-    """Takes over an owner's state as a whole, which works only where the same piece was saved."""
-    same = [other for other in found if (other.start, other.numel) == (piece.start, piece.values.numel())]
+def _load_blocks(shard: Shard, optimizer: torch.optim.Optimizer, found: Sequence[_Saved], folder: Path) -> None:
+    """Takes over an owner's state as a whole, which works only where the same shard was saved."""
+    same = [other for other in found if (other.start, other.numel) == (shard.start, shard.values.numel())]
     if not same:
         raise UserError(
             f"{folder} was written on another number of ranks, and {type(optimizer).__name__} keeps its state in "
             "blocks that cannot be divided anew; go on with the same number of ranks, or with dist=ddp from the start"
         )
     for key in same[0].keys:
-        optimizer.state[piece.owner][key] = same[0].tensor(key)[:].to(piece.owner.device)
-    _load_scalars(piece, optimizer, same[0])
+        optimizer.state[shard.owner][key] = same[0].tensor(key)[:].to(shard.owner.device)
+    _load_scalars(shard, optimizer, same[0])

@@ -17,6 +17,7 @@ from pathlib import Path
 import xxhash
 
 from mft.errors import UserError
+from mft.files.atomic import write_text
 
 COMPLETE = "COMPLETE"
 """Marker of a checkpoint; a folder without it is never read."""
@@ -58,12 +59,8 @@ def seal(folder: Path, marker: str = MODEL, sums: Sums | None = None) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != marker)
     entries = {name: list(entry) for name, entry in sorted((sums or measure(folder, files)).items())}
     follow_umask(files)
-    temporary = folder / f".{marker}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump({"files": entries, "sum": _sum_of(entries)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / marker)
+    text = json.dumps({"files": entries, "sum": _sum_of(entries)}, indent=1)
+    write_text(folder / marker, text, durable=True, temporary=folder / f".{marker}.tmp")
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # the name, too

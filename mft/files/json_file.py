@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from mft.files.atomic import write_text
 
 
 class Values(dict[str, Any]):
@@ -46,16 +46,4 @@ def read_json(path: Path) -> Values:
 
 def write_json(path: Path, values: dict[str, Any], durable: bool = False) -> None:
     """Writes a JSON file atomically. durable: a power cut leaves the old or the new one, never an empty file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", durable)

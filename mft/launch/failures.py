@@ -14,10 +14,10 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft import run_folder
 from mft.console.credentials import hidden
 from mft.console.screen import shown
 from mft.errors import UserError
+from mft.files.json_file import read_json, write_json
 
 if TYPE_CHECKING:
     from mft.launch.hosts import Hosts
@@ -43,7 +43,7 @@ class WorkerError(Exception):
 
 def write_report(path: Path, error: BaseException, rank: int) -> None:
     """Writes what failed as JSON: type, message, traceback, rank, time (seconds since 1970), user (a UserError)."""
-    run_folder.write_json(
+    write_json(
         path,
         {
             "rank": rank,
@@ -133,7 +133,7 @@ def reports_in(folder: Path, hosts: Hosts | None = None) -> list[dict[str, Any]]
 
 def _read(path: Path) -> dict[str, Any]:
     """Returns an error report, {} for one that is not whole."""
-    report = run_folder.read_json(path)
+    report = read_json(path)
     whole = report.text("type") and report.number("time") is not None and {"rank", "message", "user"} <= set(report)
     return report if whole else {}
 

@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft import run_folder
 from mft.errors import UserError
+from mft.files.json_file import read_json, write_json
 
 if TYPE_CHECKING:
     from mft.config.schema import Launch
@@ -89,7 +89,7 @@ class Hosts:
     def write(self, run_dir: Path) -> str:
         """Leaves the hosts in log/hosts.json; returns the mark in it by which another host knows this very file."""
         mark = uuid.uuid4().hex
-        run_folder.write_json(run_dir / "log" / "hosts.json", {"mark": mark, "hosts": self.names})
+        write_json(run_dir / "log" / "hosts.json", {"mark": mark, "hosts": self.names})
         return mark
 
     def tell(self, run_dir: Path | None, mark: str = "") -> None:
@@ -108,7 +108,7 @@ class Hosts:
 
     def _require_visible(self, run_dir: Path, mark: str) -> None:
         end = time.monotonic() + VISIBLE_SECONDS
-        while not (seen := run_folder.read_json(run_dir / "log" / "hosts.json").get("mark") == mark):
+        while not (seen := read_json(run_dir / "log" / "hosts.json").get("mark") == mark):
             if time.monotonic() > end:
                 break
             time.sleep(0.2)
@@ -190,7 +190,7 @@ class Hosts:
                 message = self.sentence(gone)
                 report = {"rank": -1, "time": since, "type": "HostGone", "message": message, "user": True}
                 report |= {"traceback": "", "gone": gone}
-                run_folder.write_json(self._log / f"host{self.rank}.error.json", report)
+                write_json(self._log / f"host{self.rank}.error.json", report)
 
     def _set(self, key: str, value: Any) -> None:
         self._guarded(lambda: self._store.set(key, json.dumps(value)))

@@ -15,20 +15,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft import run_folder
 from mft.config import inputs, plugins
-from mft.config.build import check, component
 from mft.config.identity import Identity
-from mft.config.schema import LaunchMode, freeze, settled
+from mft.config.schema import LaunchMode, freeze, resolve_precision
+from mft.config.validate import check
 from mft.console.screen import say
-from mft.data.task import all_tasks
 from mft.errors import UserError, full_disk
+from mft.files.json_file import Values, read_json, write_json
 from mft.hardware import visible_gpus
+from mft.launch import resume_choice
 from mft.launch.failures import forget_failures
 from mft.launch.hosts import Hosts
 from mft.launch.launch import Stopped, launch, place, ranks, share, warm
 from mft.launch.meeting import meet
 from mft.launch.spawn import PRELOAD
 from mft.launch.worker import SAVED
-from mft.training.metrics import criterion
+from mft.objective import criterion, losses_by_task
 from mft.training.resume import rewind
 
 
@@ -46,17 +47,16 @@ class Job:
 
     def judged(self, row: Mapping[str, Any]) -> float | None:
         """Returns the objective (`train.best`) of a row of metrics.jsonl, None where it is no validation."""
-        prefix = "valid/loss/"
-        losses = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
+        losses = losses_by_task(row)
         if not losses or None in losses.values():
             return None
         weights = {name: task.get("weight", 1.0) for name, task in self.cfg.task.items()}
         return criterion(losses, self.cfg.train.best, dict.fromkeys(losses, 1.0) | weights)
 
     def choose(self, dated: bool) -> tuple[Path, bool]:
-        """Returns (run folder, whether its run is to be resumed), see `run_folder.choose`."""
+        """Returns (run folder, whether its run is to be resumed), see `resume_choice.choose`."""
         config: Any = OmegaConf.to_container(self.cfg, enum_to_str=True)
-        return run_folder.choose(Path(self.cfg.output_dir), dated, self.cfg.train.resume, self.identity, config)
+        return resume_choice.choose(Path(self.cfg.output_dir), dated, self.cfg.train.resume, self.identity, config)
 
     def describe(self) -> dict[str, Any]:
         """Returns what is left in its run folder beside the config (`overrides.json`)."""
@@ -88,7 +88,7 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     label: what tells the job from the others of its sweep; starts: whether it is to be run by this process (soon).
     Reads the task files once to fingerprint them; loads no model and starts no process.
     """
-    cfg.train.precision = settled(cfg.train.precision)
+    cfg.train.precision = resolve_precision(cfg.train.precision)
     launch_settings: Any = OmegaConf.to_object(cfg.launch)
     launch_settings.check()
     world = ranks(share_of_gpus(cfg.launch.nproc, cfg.launch.jobs), cfg.launch.mode.value)
@@ -98,16 +98,13 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
             f"{world} ranks already; leave launch.nnodes out, or start `mft train` once on each machine."
         )
     world *= cfg.launch.nnodes
-    check(cfg, world)
-    chosen = {name: component(cfg, f"task.{name}") for name in cfg.task}
-    tasks = all_tasks(chosen, list(cfg.data.paths))
+    components = check(cfg, world)
     if cfg.launch.mode is LaunchMode.processes and starts:
         warm(preload(cfg))  # the fork server imports while the data is read here
-    family, peft = (component(cfg, path) for path in ("model", "peft"))
-    fingerprints = inputs.fingerprints(cfg, tasks, family, peft)
+    fingerprints = inputs.fingerprints(cfg, components.tasks, components.model, components.peft)
     rows = sorted((name, value) for name, value in fingerprints.items() if name.startswith("task."))
     data = hashlib.sha1(repr(rows).encode()).hexdigest()[:12]
-    identity = inputs.identity(cfg, world, [task.name for task in tasks], fingerprints)
+    identity = inputs.identity(cfg, world, [task.name for task in components.tasks], fingerprints)
     return Job(cfg, list(overrides), world, identity, label, data, plugins.named())
 
 
@@ -128,21 +125,21 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = say, hosts: Hosts |
             start_ranks(job, Path(there))
         return {}
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-    if run_folder.is_finished(folder, job.identity, job.cfg.train.resume):
+    if resume_choice.is_finished(folder, job.identity, job.cfg.train.resume):
         share(None)
         if hosts:
             hosts.tell(None)
         say(f"{shown} is finished already; its summary.json says how it went.")
-        return run_folder.read_json(folder / "summary.json")
+        return read_json(folder / "summary.json")
     held = run_folder.lock(folder)
     try:
         say(f"run folder {shown}")
-        if (asked := run_folder.step_of(job.cfg.train.resume))[0] == folder and asked[1] is not None:
+        if (asked := resume_choice.step_of(job.cfg.train.resume))[0] == folder and asked[1] is not None:
             say(rewind(folder, asked[1]))
         job.cfg.output_dir = str(folder)
         freeze(job.cfg, folder / "config.yaml")
-        run_folder.write_json(folder / "identity.json", job.identity.as_json(), durable=True)
-        run_folder.write_json(folder / "overrides.json", job.describe())
+        write_json(folder / "identity.json", job.identity.as_json(), durable=True)
+        write_json(folder / "overrides.json", job.describe())
         share(str(folder))
         if hosts:
             forget_failures(folder / "log")
@@ -152,7 +149,7 @@ def run(job: Job, folder: Path, say: Callable[[str], None] = say, hosts: Hosts |
         raise full_disk(error, folder) or error from error
     finally:
         held.release()
-    return run_folder.read_json(folder / "summary.json")
+    return read_json(folder / "summary.json")
 
 
 def start_ranks(job: Job, folder: Path, hosts: Hosts | None = None) -> None:
@@ -203,7 +200,7 @@ def objective(summary: dict[str, Any]) -> float:
 
     Raises UserError without either.
     """
-    values = run_folder.Values(summary)
+    values = Values(summary)
     value = values.part("best").get("value", values.get("train/loss"))
     if value is None:
         raise UserError("The run has neither a validation nor a training loss to compare it by.")

@@ -193,8 +193,8 @@ class Adaptive(TaskTokenMean):
 
     public_name: ClassVar[str] = ""
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         self.dropped_K = np.zeros(len(self.names))
         if float(self.weight_K.sum()) > 0:
             self.weigh(self.weight_K.numpy())

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mft.batch import IGNORE, Batch, Counts
+from mft.batch import IGNORE, Batch, StepCounts
 from mft.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,26 +33,30 @@ def task_sums(nll_BT: torch.Tensor, batch: Batch, tasks: int) -> torch.Tensor:
 class TaskLoss(ABC):
     """Turns per-token losses into this micro-batch's share of the step's objective.
 
-    Subclasses are dataclasses of plain values (their yaml lists every field). Order of calls: `start` and `planned`
-    once, `begin` if there is a validation before the first step; then in every optimizer step `probe` data if
-    `wants_probe` -> `learn(valid_K=...)`; `statistics` over all micro-batches if `needs_statistics`; `share` for each
-    micro-batch; after the update `learn(train_K=...)` if `wants_train`, then `learn(repeat_K=...)` if `wants_repeat`.
-    `state_dict` goes into checkpoints. Steps are numbered from 1: a probe before step s measures the model after s - 1
-    updates, and its weights hold from step s on.
+    Subclasses are dataclasses of plain values. Steps are numbered from 1: a probe before step s measures the model
+    after s - 1 updates, and the weights learned from it hold from step s on. Order of calls:
 
-    public_name: what it is called in names of metrics and in a run's identity; needs_statistics: whether the mode has
-    `statistics`; by_sample: whether it counts samples, which must then be whole;
-    probe_samples: samples of each task that one probe reads, all ranks together (0 = the mode makes no probes).
+    1. `setup` and `check_schedule`, once; `set_initial_losses` if there is a validation before the first step.
+    2. In every optimizer step: `learn(valid_K=...)` if `wants_probe`; `statistics` for each micro-batch if
+       `needs_statistics`; `share` for each micro-batch; after the update `learn(train_K=...)` if `wants_train`, then
+       `learn(repeat_K=...)` if `wants_repeat`.
+    3. `state_dict` for every checkpoint.
     """
 
     public_name: ClassVar[str] = ""
+    """What it is called in names of metrics and in a run's identity."""
     names: Sequence[str] = ()
-    weight_K: Any  # float64 [K]; Any, because OmegaConf reads annotations where torch is not imported
+    """Of the K tasks, once `setup` was called."""
+    weight_K: Any
+    """float64 [K], the weights of the tasks; Any, because OmegaConf reads annotations where torch is not imported."""
     needs_statistics: ClassVar[bool] = False
+    """Whether the mode has `statistics`."""
     by_sample: ClassVar[bool] = False
+    """Whether it counts samples, which must then be whole."""
     probe_samples: int = 0
+    """Samples of each task that one probe reads, all ranks together; 0: the mode makes no probes."""
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
         """Receives the K task names and the user's static weights (`task.<name>.weight`). Called once, before training.
 
         Raises UserError for a weight that is negative or not finite.
@@ -65,8 +69,8 @@ class TaskLoss(ABC):
         self.names = tuple(names)
         self.weight_K = torch.tensor(list(weights), dtype=torch.float64)
 
-    def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
-        """Is told, after `start`, how many optimizer steps the run has and how many validation samples each task has.
+    def check_schedule(self, steps: int, valid_samples: Sequence[int]) -> None:
+        """Is told, after `setup`, how many optimizer steps the run has and how many validation samples each task has.
 
         Raises UserError where the mode cannot work with that; warns where its weights would never move.
         """
@@ -76,12 +80,12 @@ class TaskLoss(ABC):
         """Whether the mode cannot work without validation samples (then a run without any is refused early)."""
         return False
 
-    def begin(self, valid_K: torch.Tensor) -> None:
+    def set_initial_losses(self, valid_K: torch.Tensor) -> None:
         """Takes the per-task losses of the validation before the first step, if there is one (train.eval_at_start)."""
 
     @abstractmethod
     def share(
-        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+        self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Returns the scalar share of this micro-batch, differentiable in `nll_BT`.
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from mft.errors import check_ranges, ranged
 from mft.loss.adaptive import (
     Adaptive,
     History,
@@ -36,7 +37,6 @@ from mft.loss.adaptive import (
     softmax,
     warn_of_a_short_run,
 )
-from mft.ranges import check_ranges, ranged
 
 if TYPE_CHECKING:
     import torch
@@ -77,24 +77,30 @@ class Coba(Adaptive):
     public_name: ClassVar[str] = "coba"
 
     variant: Variant = Variant.paper
+    """The published equations with safeguards, or the original code's, to reproduce its runs."""
     warmup_steps: int = ranged(100, min=1)
+    """Optimizer steps W before the weights move; a multiple of update_interval and at least 3 of them."""
     history_length: int = ranged(40, min=1)
+    """Probes N that slopes look back on; at least W / update_interval. Long is steady, short reacts sooner."""
     tau: float = ranged(5.0, above=0)
+    """Sharpness of the divergence factor DF, above 1 in the paper; larger holds diverging tasks back sooner."""
     update_interval: int = ranged(5, min=1)
+    """Optimizer steps u from one probe to the next; 1 in the original, larger costs less."""
     probe_samples: int = ranged(2, min=1)
+    """Validation samples of each task that one probe reads, over all ranks; more is less noisy and dearer."""
 
     def __post_init__(self) -> None:
         self.variant = chosen(Variant, self.variant, "loss.variant")
         check_ranges(self, "loss")
         check_probing("coba", self.warmup_steps, self.history_length, self.update_interval)
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         length = self.history_length if self.variant is Variant.paper else None
         self.first_K = np.full(len(self.names), np.nan)
         self.ratios, self.slopes, self.largest = History(length), History(length), History(length)
 
-    def begin(self, valid_K: torch.Tensor) -> None:
+    def set_initial_losses(self, valid_K: torch.Tensor) -> None:
         """Takes L_i^val(0), the unit of the ratios, as in the original; else the first probe of a task is it."""
         self.first_K = measured(valid_K, self.dropped_K)
 
@@ -102,7 +108,7 @@ class Coba(Adaptive):
     def needs_validation(self) -> bool:
         return True
 
-    def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
+    def check_schedule(self, steps: int, valid_samples: Sequence[int]) -> None:
         check_probes("coba", self.names, valid_samples)
         still, u = self.warmup_steps - self.update_interval, self.update_interval
         largest = (steps - 1 + u) // u * u
@@ -145,7 +151,7 @@ class Coba(Adaptive):
         slope_K = np.array([self._packed_slope(column) for column in window_cK.T])
         self.slopes.append(update, slope_K)
         self.largest.append(update, np.array([self._packed_slope(window_cK.max(axis=1))]))
-        # Column 0 of the slopes is the end of warm-up, yet the original cuts it with `start`, a number of probes.
+        # Column 0 of the slopes is the end of warm-up, yet the original cuts it with `setup`, a number of probes.
         rcs_K, acs_K = scores(slope_K, self.slopes.array()[min(start, len(self.slopes) - 1) :])
         df = divergence_factor(self.largest.array()[:, 0], self.tau)
         weight_K = softmax(len(slope_K) * (df * rcs_K + (1 - df) * acs_K))

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mft.errors import check_ranges, ranged
 from mft.loss.adaptive import Adaptive, arrays, by_task, softmax, warn_of_a_short_run
-from mft.ranges import check_ranges, ranged
 
 
 @dataclass
@@ -27,17 +27,19 @@ class Dwa(Adaptive):
     public_name: ClassVar[str] = "dwa"
 
     window: int = ranged(25, min=1)
+    """Optimizer steps of a window; 25 in the FAMO authors' comparison, an epoch in the paper."""
     temperature: float = ranged(2.0, above=0)
+    """T of softmax(ratio / T); 2 in the paper, smaller spreads the weights."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "loss")
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         self.sum_K, self.count_K = np.zeros(len(self.names)), np.zeros(len(self.names))
         self.last_K, self.windows = np.full(len(self.names), np.nan), 0
 
-    def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
+    def check_schedule(self, steps: int, valid_samples: Sequence[int]) -> None:
         warn_of_a_short_run("dwa", steps, 2 * self.window, "loss.window", self.window, (steps - 1) // 2)
 
     def wants_train(self, step: int) -> bool:

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from mft.batch import Batch, Counts
+from mft.batch import Batch, StepCounts
+from mft.errors import check_ranges, ranged
 from mft.loss.adaptive import Adam, Adaptive, arrays, by_task, check_probes, chosen, softmax
 from mft.loss.base import task_sums
 from mft.loss.focal import values_of
 from mft.loss.means import inverse, weighted_sum
-from mft.ranges import check_ranges, ranged
 
 if TYPE_CHECKING:
     import torch
@@ -53,20 +53,26 @@ class Famo(Adaptive):
     needs_statistics: ClassVar[bool] = True
 
     source: Source = Source.train
+    """Where progress is seen: the step's own batch (official), or successive validation probes."""
     lr: float = ranged(0.025, above=0)
+    """Learning rate of the weights' logits (Adam); 0.025 in the paper."""
     weight_decay: float = ranged(0.01, min=0)
+    """Pull of the logits towards equal weights (coupled L2)."""
     min_loss: float = ranged(0.0, min=0)
+    """The loss a task cannot get below, in nats per token; progress is measured in log(loss - min_loss)."""
     min_loss_by_task: dict[str, float] | None = None
+    """The same for single tasks; other tasks take min_loss."""
     probe_samples: int = ranged(2, min=1)
+    """Validation samples of each task that one probe reads, over all ranks (source=valid)."""
 
     def __post_init__(self) -> None:
         self.source = chosen(Source, self.source, "loss.source")
         check_ranges(self, "loss")
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
         if len(set(weights)) > 1:
             warnings.warn("loss=famo starts from equal task weights; task.<name>.weight does nothing", stacklevel=2)
-        super().start(names, [1.0] * len(names))
+        super().setup(names, [1.0] * len(names))
         self.min_loss_K = values_of("loss.min_loss", self.names, self.min_loss, self.min_loss_by_task or {}).numpy()
         self.xi_K = np.zeros(len(self.names))
         self.before_K = np.full(len(self.names), np.nan)
@@ -76,7 +82,7 @@ class Famo(Adaptive):
     def needs_validation(self) -> bool:
         return self.source is Source.valid
 
-    def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
+    def check_schedule(self, steps: int, valid_samples: Sequence[int]) -> None:
         if self.source is Source.valid:
             check_probes("famo with loss.source=valid", self.names, valid_samples)
 
@@ -109,7 +115,7 @@ class Famo(Adaptive):
         return slope_K, float((z_k * np.log(distance_k)).sum() / c)
 
     def share(
-        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+        self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The linearisation at the step's losses; each token carries its part of what makes the values add up."""
         import torch

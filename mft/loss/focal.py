@@ -20,11 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mft.batch import IGNORE, Batch, Counts
-from mft.errors import UserError, nearest
+from mft.batch import IGNORE, Batch, StepCounts
+from mft.errors import UserError, nearest, ranged
 from mft.loss.base import TaskLoss
 from mft.loss.means import Unweighted, inverse, present_weights, sample_slots, sample_tokens
-from mft.ranges import ranged
 
 if TYPE_CHECKING:
     import torch
@@ -77,17 +76,21 @@ class SampleFocal(Unweighted):
     by_sample: ClassVar[bool] = True
 
     gamma: float = ranged(2.0, min=0)
+    """Exponent of (1 - P); 0 switches the focus off, 2 is the value of Lin et al."""
     alpha: float = ranged(1.0, min=0)
+    """Factor of every task; alone it only scales the loss."""
     gamma_by_task: dict[str, float] | None = None
+    """Exponents of single tasks; other tasks take gamma."""
     alpha_by_task: dict[str, float] | None = None
+    """Factors of single tasks; other tasks take alpha."""
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         self.gamma_K = values_of("loss.gamma", self.names, self.gamma, self.gamma_by_task or {})
         self.alpha_K = values_of("loss.alpha", self.names, self.alpha, self.alpha_by_task or {})
 
     def share(
-        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+        self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         P_n, Q_n, task_n = sample_means(nll_BT, batch)
         gamma_n = self.gamma_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
@@ -120,12 +123,16 @@ class TaskFocal(TaskLoss):
     needs_statistics: ClassVar[bool] = True
 
     gamma: float = ranged(2.0, min=0)
+    """Exponent of (1 - P); 0 switches the focus off, 2 is the value of Lin et al."""
     alpha: float = ranged(1.0, min=0)
+    """Factor of every task; alone it only scales the loss."""
     gamma_by_task: dict[str, float] | None = None
+    """Exponents of single tasks; other tasks take gamma."""
     alpha_by_task: dict[str, float] | None = None
+    """Factors of single tasks; other tasks take alpha."""
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         self.gamma_K = values_of("loss.gamma", self.names, self.gamma, self.gamma_by_task or {})
         self.alpha_K = values_of("loss.alpha", self.names, self.alpha, self.alpha_by_task or {})
 
@@ -137,7 +144,7 @@ class TaskFocal(TaskLoss):
         return both_n2.new_zeros(len(self.names), 2).index_add(0, task_n, both_n2)
 
     def share(
-        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+        self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         assert statistics is not None, "task_focal needs the statistics of the step"
         present_K, per_sample_K = counts.samples_K > 0, inverse(counts.samples_K)

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mft.errors import check_ranges, ranged
 from mft.loss.adaptive import Adaptive, arrays, by_task
-from mft.ranges import check_ranges, ranged
 
 
 @dataclass
@@ -24,13 +24,15 @@ class Lbtw(Adaptive):
     public_name: ClassVar[str] = "lbtw"
 
     alpha: float = ranged(0.5, min=0)
+    """Exponent of loss now / loss at the start; 0.5 in the paper, 0 makes all weights equal."""
     reset_every: int = ranged(0, min=0)
+    """Optimizer steps after which the loss at the start is taken anew; 0: never."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "loss")
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         self.first_K, self.last_K = np.full((2, len(self.names)), np.nan)
 
     def wants_train(self, step: int) -> bool:

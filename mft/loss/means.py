@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from mft.batch import IGNORE, Batch, Counts
+from mft.batch import IGNORE, Batch, StepCounts
 from mft.loss.base import TaskLoss
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def inverse(count_K: torch.Tensor) -> torch.Tensor:
 class Unweighted(TaskLoss):
     """A mode without task weights: says once that weights set by the user do nothing."""
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         if len(set(weights)) > 1:
             listed = ", ".join(f"task.{name}.weight={weight:g}" for name, weight in zip(names, weights, strict=True))
             warnings.warn(f"loss={type(self).__name__} has no task weights; these do nothing: {listed}", stacklevel=2)
@@ -96,7 +96,7 @@ class TokenMean(Unweighted):
     public_name: ClassVar[str] = "token_mean"
 
     def share(
-        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+        self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         weight_K = inverse(counts.tokens_K.sum()).expand(counts.tokens_K.numel())
         return weighted_sum(nll_BT, batch, weight_K)
@@ -110,7 +110,7 @@ class SampleMean(Unweighted):
     by_sample: ClassVar[bool] = True
 
     def share(
-        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+        self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         weight_K = inverse(counts.samples_K.sum()).expand(counts.samples_K.numel())
         return weighted_sum(nll_BT, batch, weight_K, by_sample=True)
@@ -123,7 +123,7 @@ class TaskTokenMean(TaskLoss):
     public_name: ClassVar[str] = "task_token_mean"
 
     def share(
-        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+        self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         weight_K = present_weights(self.weight_K, counts.tokens_K > 0)
         return weighted_sum(nll_BT, batch, weight_K * inverse(counts.tokens_K))
@@ -137,7 +137,7 @@ class TaskSampleMean(TaskLoss):
     by_sample: ClassVar[bool] = True
 
     def share(
-        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+        self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         weight_K = present_weights(self.weight_K, counts.samples_K > 0)
         return weighted_sum(nll_BT, batch, weight_K * inverse(counts.samples_K), by_sample=True)

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mft.errors import check_ranges, ranged
 from mft.loss.adaptive import Adaptive, History, check_probes, check_probing, softmax, warn_of_a_short_run
-from mft.ranges import check_ranges, ranged
 
 
 def self_paced_weights(slope_K: np.ndarray, scale: float) -> np.ndarray:
@@ -38,24 +38,29 @@ class SelfPaced(Adaptive):
     public_name: ClassVar[str] = "self_paced"
 
     scale: float = ranged(50.0, min=0)
+    """Sharpness s of w = softmax(s q); 50 in the original, 10 is mild, 0 makes all weights equal."""
     warmup_steps: int = ranged(100, min=1)
+    """Optimizer steps W before the weights move; a multiple of update_interval and at least 3 of them."""
     history_length: int = ranged(100, min=1)
+    """Probes N a slope is fitted over; at least W / update_interval."""
     update_interval: int = ranged(1, min=1)
+    """Optimizer steps u from one probe to the next."""
     probe_samples: int = ranged(2, min=1)
+    """Validation samples of each task that one probe reads, over all ranks; more is less noisy and dearer."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "loss")
         check_probing("self_paced", self.warmup_steps, self.history_length, self.update_interval)
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().start(names, weights)
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
+        super().setup(names, weights)
         self.history = History(self.history_length)
 
     @property
     def needs_validation(self) -> bool:
         return True
 
-    def planned(self, steps: int, valid_samples: Sequence[int]) -> None:
+    def check_schedule(self, steps: int, valid_samples: Sequence[int]) -> None:
         check_probes("self_paced", self.names, valid_samples)
         still, u = self.warmup_steps - self.update_interval, self.update_interval
         largest = (steps - 1 + u) // u * u

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from mft.errors import check_ranges, ranged
 from mft.loss.adaptive import Adam, Adaptive, arrays, by_task
-from mft.ranges import check_ranges, ranged
 
 
 @dataclass
@@ -26,15 +26,17 @@ class Uncertainty(Adaptive):
     public_name: ClassVar[str] = "uncertainty"
 
     lr: float = ranged(0.025, above=0)
+    """Learning rate of the log-variances s (Adam)."""
     start_value: float = 0.0
+    """Every s before training; only differences matter for the weights."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "loss")
 
-    def start(self, names: Sequence[str], weights: Sequence[float]) -> None:
+    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
         if len(set(weights)) > 1:
             warnings.warn("loss=uncertainty learns the weights; task.<name>.weight does nothing", stacklevel=2)
-        super().start(names, [1.0] * len(names))
+        super().setup(names, [1.0] * len(names))
         self.s_K = np.full(len(self.names), self.start_value)
         self.adam = Adam(len(self.names), self.lr)
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mft.errors import UserError, writable
+from mft.errors import UserError, check_ranges, ranged, writable
 from mft.files.checksums import follow_umask
 from mft.model.causal_lm import CausalLM
 from mft.model.save import write_tokenizer
-from mft.ranges import check_ranges, ranged
 
 TEXT = (
     "def add(a, b):\n    return a + b\n",

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mft.errors import UserError, nearest
-from mft.ranges import check_ranges, ranged
+from mft.errors import UserError, check_ranges, nearest, ranged
 
 if TYPE_CHECKING:
     import torch
@@ -85,10 +84,15 @@ class Adam(Optimizer):
     """The fields both optimizers have; raises UserError for values no Adam can run with."""
 
     lr: float | None = ranged(None, above=0)
+    """Peak learning rate; null: the default of the peft mode."""
     beta1: float = ranged(0.9, min=0, below=1)
+    """Decay of the mean of the gradients."""
     beta2: float = ranged(0.999, min=0, below=1)
+    """Decay of the mean of their squares; 0.95 forgets outliers sooner."""
     eps: float = ranged(1e-8, min=0)
+    """Added to the root of the mean square, in units of the gradient."""
     weight_decay: float = ranged(0.0, min=0)
+    """Part of a matrix taken away per unit of learning rate and step; norms and biases have none."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "optimizer")
@@ -104,6 +108,7 @@ class AdamW(Adam):
     public_name: ClassVar[str] = "adamw"
 
     fused: bool = True
+    """One kernel for all parameters; false for a device that lacks it."""
 
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
         """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is null."""

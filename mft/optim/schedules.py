@@ -7,8 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mft.errors import UserError
-from mft.ranges import check_ranges, ranged
+from mft.errors import UserError, check_ranges, ranged
 
 FLOOR = 0.1
 """The default `min_lr` as a part of the peak."""
@@ -43,6 +42,7 @@ class Constant(Schedule):
     public_name: ClassVar[str] = "constant"
 
     warmup: float = ranged(0.0, min=0)
+    """Warm-up from 0 to the peak: below 1 a fraction of all steps, else a number of steps; 0 switches it off."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -57,7 +57,9 @@ class Decay(Schedule):
     """A linear warm-up to the peak, then a fall along the subclass's curve; the last step has `min_lr`."""
 
     warmup: float = ranged(0.03, min=0)
+    """Warm-up from 0 to the peak: below 1 a fraction of all steps, else a number of steps; 0 switches it off."""
     min_lr: float | None = ranged(None, min=0)
+    """Learning rate at the last step; null: a tenth of optimizer.lr, so that it follows a sweep."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -114,6 +116,7 @@ class CosineRestarts(Decay):
     public_name: ClassVar[str] = "cosine_with_restarts"
 
     cycles: int = ranged(2, min=1)
+    """Number of half cosines; 1 is `Cosine`."""
 
     def curve(self, progress: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * (self.cycles * progress % 1.0)))
@@ -126,6 +129,7 @@ class Polynomial(Decay):
     public_name: ClassVar[str] = "polynomial"
 
     power: float = ranged(2.0, above=0)
+    """1: linear; 2: falls fast at first and ends flat; below 1: stays high and falls at the end."""
 
     def curve(self, progress: float) -> float:
         return (1 - progress) ** self.power

@@ -13,10 +13,11 @@ from typing import Any
 
 from mft import run_folder
 from mft.config import yaml_file
-from mft.config.identity import CONTENTS, VERSION
+from mft.config.identity import CONTENTS, VERSION, identity_of
 from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, under
 from mft.errors import UserError, nearest
-from mft.training.metrics import criterion
+from mft.files.json_file import read_json
+from mft.objective import criterion
 from mft.training.provenance import fingerprint_tag
 
 NOT_COMPARED = (
@@ -90,7 +91,7 @@ def read_run(folder: Path) -> Run:
     except (OSError, UserError):
         config = {}
     config = config if isinstance(config, dict) else {}
-    record, summary = run_folder.read_json(folder / "overrides.json"), run_folder.read_json(folder / "summary.json")
+    record, summary = read_json(folder / "overrides.json"), read_json(folder / "summary.json")
     command = shlex.join(["mft", "train", *record.texts("overrides")])
     return Run(
         name=os.path.relpath(folder),
@@ -105,9 +106,9 @@ def read_run(folder: Path) -> Run:
 
 def _contents(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
     """Returns `task` and the fingerprints of a run folder; record: its overrides.json."""
-    identity = run_folder.identity_of(folder)
+    identity = identity_of(folder)
     if identity is None or identity.version != VERSION:
-        return with_contents(run_folder.read_json(folder / "plan.json").get("tasks", []), record.get("data", ""), None)
+        return with_contents(read_json(folder / "plan.json").get("tasks", []), record.get("data", ""), None)
     return with_contents(identity.tasks, record.get("data", ""), identity.fingerprints)
 
 

@@ -17,14 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft import run_folder
 from mft.config import plugins
-from mft.config.compose import check_sweep, explain, of_defaults, refusals, search_path, without_search_path
+from mft.config.hydra_compose import check_sweep, search_path, without_search_path
 from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, under
+from mft.config.messages import explain, of_defaults, refusals
 from mft.config.overrides import check_overrides, key_of, of_hydra, replaced
 from mft.config.schema import config_dir, register
 from mft.config.yaml_file import circle
 from mft.console.credentials import as_written
 from mft.console.screen import say
 from mft.errors import UserError
+from mft.files.json_file import read_json, write_json
 
 IDENTITY_DIGITS = 10
 """Digits of an identity that name a folder: in a million jobs two collide with a probability below one half."""
@@ -112,7 +114,7 @@ def refuse(launcher: str) -> None:
 def resume(place: Path, overrides: Sequence[str], dry_run: bool) -> None:
     """Runs the command of a sweep's folder again, with further overrides, from the folder it was started in."""
     folder = the_sweep(place)
-    record = run_folder.read_json(folder / RECORD)
+    record = read_json(folder / RECORD)
     given, started, sweep_dir = record.texts("overrides"), record.text("folder"), record.text("sweep_dir")
     if not (given and started and sweep_dir):
         raise UserError(f"{folder / RECORD} is damaged, so the sweep's command is not known; run it by hand.")
@@ -174,7 +176,7 @@ def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
         given: Any = OmegaConf.to_container(cfg.hydra.overrides, resolve=False)  # variables stay as they are written
         hydra = [o for o in given["hydra"] if key_of(o) != "hydra.mode"]
         values = {"overrides": [*given["task"], *hydra], "folder": str(Path.cwd()), "sweep_dir": str(folder)}
-        run_folder.write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)
+        write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)
         yield
     finally:
         held.release()

@@ -15,10 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft import run_folder
 from mft.config import plugins
-from mft.config.compose import absolute_paths, with_choices
+from mft.config.compose import absolute_paths
+from mft.config.hydra_compose import with_choices
 from mft.config.interpolations import replaced
 from mft.config.overrides import key_of
 from mft.config.schema import register, typed
+from mft.files.json_file import read_json
 from mft.launch import job
 from mft.launch.launch import Stopped
 from mft.launch.worker import INTERRUPTED
@@ -63,7 +65,7 @@ def look_back(task: Task) -> None:
         return
     state = run_folder.state(task.folder)
     task.state = {"killed": "failed", "running": "stopped"}.get(state, state)
-    told = run_folder.read_json(task.folder / "log" / "failure.json").text("sentence")
+    told = read_json(task.folder / "log" / "failure.json").text("sentence")
     task.error = "" if task.state != "failed" else told or "its process was ended from outside without a word"
 
 
@@ -75,7 +77,7 @@ def one_job(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     folder = Path(hydra.sweep.dir).absolute()
     plugins.name(run_folder.plugins_of(folder, RECORD))
-    fixed = {key_of(o) for o in run_folder.read_json(folder / RECORD).texts("overrides") if not is_sweep(o)}
+    fixed = {key_of(o) for o in read_json(folder / RECORD).texts("overrides") if not is_sweep(o)}
     given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # variables stay as they are written
     overrides = [o for o in given if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)

@@ -14,15 +14,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mft import run_folder
 from mft.config.build import component
-from mft.config.compose import absolute_paths, explain, refusals, without_hydra
-from mft.config.identity import VERSION
+from mft.config.compose import absolute_paths
+from mft.config.hydra_compose import without_hydra
+from mft.config.identity import VERSION, identity_of
 from mft.config.inert import given_keys, without_effect
 from mft.config.interpolations import replaced
+from mft.config.messages import explain, refusals
 from mft.config.overrides import check_overrides, key_of
 from mft.config.schema import LaunchMode, typed
 from mft.config.yaml_file import circle
 from mft.errors import UserError
-from mft.launch import job
+from mft.files.json_file import read_json
+from mft.launch import job, resume_choice
 from mft.launch.launch import Stopped, place
 from mft.launch.worker import SAVED
 from mft.sweep import display, pool
@@ -138,7 +141,7 @@ def refuse_another_version(folder: Path) -> None:
     """Raises UserError for a sweep whose jobs another version of mft wrote: their folders are named otherwise, so that
     finished ones would run again beside them."""
     for run in run_folder.runs_under(folder) if folder.is_dir() else ():
-        found = run_folder.identity_of(run)
+        found = identity_of(run)
         if found is not None and found.version != VERSION:
             raise UserError(
                 f"{display.shown(folder)} holds jobs that another version of mft wrote {found.numbers()}, so this "
@@ -152,7 +155,7 @@ def task_of(current: job.Job, folder: Path, number: int, earlier: Sequence[Task]
     task = Task(number, current, folder / current.identity.extended[:IDENTITY_DIGITS])
     if any(other.folder == task.folder for other in earlier):
         task.state = "same"
-    elif run_folder.is_finished(task.folder, current.identity):
+    elif resume_choice.is_finished(task.folder, current.identity):
         task.state = "skipped"
     elif run_folder.state(task.folder) == "pruned" and current.cfg.train.prune:
         task.state = "pruned"
@@ -305,7 +308,7 @@ def _job_return(overrides: Sequence[str], task: Task) -> Any:
     returned = JobReturn(
         overrides=list(overrides), cfg=task.job.cfg, working_dir=str(task.folder), task_name="mft", status=status
     )
-    summary = run_folder.read_json(task.folder / "summary.json")
+    summary = read_json(task.folder / "summary.json")
     returned.return_value = (
         job.objective(summary) if done else UserError(task.error or f"job {task.job.label}: {task.state}")
     )

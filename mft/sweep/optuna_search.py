@@ -12,9 +12,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft import run_folder
-from mft.config.compose import key_of
+from mft.config.overrides import key_of
 from mft.errors import UserError, nearest
+from mft.files.json_file import read_json, write_json
 from mft.launch import job
 from mft.launch.launch import place
 from mft.sweep import display
@@ -45,7 +45,7 @@ def run(cfg: DictConfig, loader: Any, arguments: Sequence[str], settings: Mappin
         remove_if_unused(folder)
         raise
     if dry_run:
-        known = len(run_folder.read_json(folder / "search.json").get("trials") or ())
+        known = len(read_json(folder / "search.json").get("trials") or ())
         display.say(f"search {display.shown(folder)}: {settings['n_trials']} trials, {known} of them done")
         for name, distribution in space.items():
             display.say(f"  {name:<24} {distribution}")
@@ -115,7 +115,7 @@ class Search:
         """Tells the study how a job went; a stopped one stays open and goes on with the next command."""
         number = self.numbers[task.number]
         if task.state in ("finished", "skipped"):
-            self.study.tell(number, job.objective(run_folder.read_json(task.folder / "summary.json")))
+            self.study.tell(number, job.objective(read_json(task.folder / "summary.json")))
         elif task.state in ("pruned", "same") and task.best is not None:
             self.study.tell(number, task.best)  # one that was ended early counts with the best it had
         elif task.state == "failed":
@@ -129,7 +129,7 @@ class Search:
         ]
         done = sorted((row for row in rows if row["objective"] is not None), key=lambda row: row["objective"])
         found = {"best": done[0] if done else None, "trials": rows}
-        run_folder.write_json(self.folder / "search.json", found)
+        write_json(self.folder / "search.json", found)
         best = display.best_of(self.tasks)
         if best is not None:
             display.say(

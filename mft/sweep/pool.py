@@ -25,6 +25,7 @@ from mft import run_folder
 from mft.console.credentials import hidden
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
+from mft.files.json_file import read_json, write_json
 from mft.launch import job
 from mft.launch.launch import Stopped, warm
 from mft.launch.spawn import handlers, variables
@@ -57,7 +58,7 @@ class Task:
         """Reads what the job has logged since the last look; returns whether a validation is among it."""
         news = False
         if not self.total:
-            self.total = int(run_folder.read_json(self.folder / "plan.json").number("total_steps") or 0)
+            self.total = int(read_json(self.folder / "plan.json").number("total_steps") or 0)
         rows, self.read = run_folder.rows_from(self.folder / "metrics.jsonl", self.read)
         for row in rows:
             self.step = max(self.step, int(row["step"]))
@@ -165,17 +166,17 @@ def _start(task: Task, cores: list[int], gpus: list[str]) -> Any:
 
 def _ended(task: Task, code: int) -> None:
     task.seconds = time.time() - task.started
-    summary = run_folder.read_json(task.folder / "summary.json")
+    summary = read_json(task.folder / "summary.json")
     if code == 0 and summary.get("status") == "finished":
         task.state, task.pruned = "finished", ""
     elif task.pruned and code in (SAVED, UNSAVED):
         task.state = "pruned"
-        run_folder.write_json(task.folder / "pruned.json", {"reason": task.pruned, "step": task.step})
+        write_json(task.folder / "pruned.json", {"reason": task.pruned, "step": task.step})
     elif code in (SAVED, INTERRUPTED, UNSAVED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
         task.state = "stopped"
     else:
         task.state = "failed"
-        told = run_folder.read_json(task.folder / "log" / "failure.json").text("sentence")
+        told = read_json(task.folder / "log" / "failure.json").text("sentence")
         task.error = told or f"its process died ({code}) without a word; its output is in {task.folder}/log"
 
 
@@ -213,9 +214,9 @@ def leave_failure(folder: Path, error: Exception) -> None:
     log = folder / "log"
     with suppress(OSError):  # the disk that ended the job may be full
         log.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
-        summary = run_folder.read_json(folder / "summary.json")
-        run_folder.write_json(folder / "summary.json", summary | {"status": "failed", "error": sentence})
+        write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
+        summary = read_json(folder / "summary.json")
+        write_json(folder / "summary.json", summary | {"status": "failed", "error": sentence})
         (log / "traceback.txt").write_text(hidden(trace), encoding="utf-8")
     say(f"mft: this job failed: {error}", sys.stderr)
 

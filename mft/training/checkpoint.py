@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError, is_full_disk
+from mft.files.atomic import publish, remove
 from mft.files.checksums import COMPLETE, damage, measure, seal
 from mft.loss.base import TaskLoss
-from mft.training.loop import State
+from mft.training.state import State
 
 
 class Checkpoints:
@@ -64,9 +65,9 @@ class Checkpoints:
                 _flush(self.folder.parent / "metrics.jsonl")  # a resumed run counts on the rows up to this step
                 seal(temporary, COMPLETE, {name: entry for part in parts for name, entry in part.items()})
         if self.engine.is_main:
-            put(temporary, final)
-            best_of_tasks = state.task_saved_step.values() if self.keep_task_best else ()
-            self._prune(protect={state.step, state.best_saved_step, *best_of_tasks})
+            publish(temporary, final)
+            best_of_tasks = state.best.task_saved_step.values() if self.keep_task_best else ()
+            self._prune(protect={state.step, state.best.saved_step, *best_of_tasks})
         self.engine.barrier()
         return final
 
@@ -94,23 +95,8 @@ def write_final(run_dir: Path, engine: Any, export: Callable[[Path], None]) -> N
         if engine.is_main:
             seal(temporary)
     if engine.is_main:
-        put(temporary, run_dir / "final")
+        publish(temporary, run_dir / "final")
     engine.barrier()
-
-
-def put(temporary: Path, folder: Path) -> None:
-    """Gives a folder that is written whole its name, in place of what was there."""
-    if folder.exists():
-        remove(folder)
-    temporary.rename(folder)
-
-
-def remove(folder: Path) -> None:
-    """Removes a folder under another name: what a kill in the middle leaves is not taken for a whole one."""
-    old = folder.with_name(f".{folder.name}.old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -140,11 +126,9 @@ def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> bool:
     import torch
 
     values = json.loads((folder / "state" / "loop.json").read_text(encoding="utf-8"))
-    unknown = set(values) - set(state.as_dict())
-    if unknown:
-        raise UserError(f"{folder} was written by another version of mft: it knows {', '.join(sorted(unknown))}.")
-    for name, value in State.checked(values).as_dict().items():
-        setattr(state, name, value)
+    if unknown := set(values) - set(state.as_dict()):
+        raise UserError(f"{folder} was written by another version of mft: it holds {', '.join(sorted(unknown))}.")
+    vars(state).update(vars(State.from_dict(values)))
     loss.load_state_dict(torch.load(folder / "state" / "loss.pt", weights_only=True))
     same_layout: bool = engine.load_state(folder / "state")
     return same_layout

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mft.errors import UserError
+from mft.loss.base import task_sums
 
 if TYPE_CHECKING:
     import torch
 
-    from mft.batch import Batch, Counts
+    from mft.batch import Batch, StepCounts
 
 PEAK_BF16_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "4090": 165, "V100": 125}
 """Dense tensor-core peak of known GPUs (vendors' data sheets), by a part of the device's name."""
@@ -32,7 +32,11 @@ def task_means(sums_2K: torch.Tensor) -> torch.Tensor:
 
 
 class Meter:
-    """Sums what happened since the last `read`. Adding a step costs no device synchronisation."""
+    """Sums what happened since the last `read`. Adding to it costs no device synchronisation.
+
+    A step is collected by `add`, micro-batch by micro-batch, and counts once it is committed; one that was not applied
+    is skipped.
+    """
 
     def __init__(
         self, names: Sequence[str], device: Any, flops_per_token: float = 0.0, peak_tflops: float | None = None
@@ -42,6 +46,7 @@ class Meter:
         self.names = list(names)
         self.sums_2K = torch.zeros(2, len(names), dtype=torch.float64, device=device)
         self.losses_2 = torch.zeros(2, dtype=torch.float64, device=device)  # the objective and the router's loss
+        self.step_sums_2K, self.step_losses_2 = torch.zeros_like(self.sums_2K), torch.zeros_like(self.losses_2)
         self.flops_per_token = flops_per_token
         self.peak_flops = (peak_tflops or known_peak(device) or 0.0) * 1e12
         self.restart()
@@ -95,28 +100,32 @@ class Meter:
         yield
         self.started += time.perf_counter() - began
 
-    def step(
-        self,
-        grad_norm: float,
-        counts: Counts,
-        batches: Sequence[Batch],
-        losses_2: torch.Tensor,
-        sums_2K: torch.Tensor,
-    ) -> None:
-        """Adds one optimizer step.
+    def add(self, batch: Batch, nll_BT: torch.Tensor, share: torch.Tensor, router: torch.Tensor) -> None:
+        """Collects a micro-batch of the present step, on the device.
 
-        counts: of all ranks; the rest of this rank: its micro-batches (on the CPU), float64 [2] the sum of its shares
-        and of its router losses, and [2, K] as from `task_sums`.
+        nll_BT: token losses, detached; share: the micro-batch's part of the objective; router: of the router's loss.
         """
+        import torch
+
+        self.step_sums_2K += task_sums(nll_BT, batch, len(self.names))
+        self.step_losses_2 += torch.stack([share.detach(), router.detach()])
+
+    def commit(self, counts: StepCounts, grad_norm: float, batches: Sequence[Batch]) -> None:
+        """Counts the present step, which was applied. counts: of all ranks; batches: this rank's, on the CPU."""
         self.steps += 1
         self.grad_norm = grad_norm
         self.samples_K = [a + b for a, b in zip(self.samples_K, counts.samples_K.tolist(), strict=True)]
-        self.losses_2 += losses_2
-        self.sums_2K += sums_2K
+        self.losses_2 += self.step_losses_2
+        self.sums_2K += self.step_sums_2K
         self._count(batches)
 
+    def begin_step(self) -> None:
+        """Forgets what was collected of the step before."""
+        self.step_sums_2K.zero_()
+        self.step_losses_2.zero_()
+
     def skip(self, batches: Sequence[Batch]) -> None:
-        """Adds a step that was not applied: its time and tokens count, its losses do not."""
+        """Counts the present step, which was not applied: its time and tokens, not its losses."""
         self.skipped += 1
         self._count(batches)
 
@@ -197,39 +206,3 @@ def peak_memory_gib(device: Any) -> float:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def mean_of_tasks(losses: Mapping[str, float]) -> float:
-    """Returns the plain mean of the tasks' losses; NaN when there is none."""
-    return sum(losses.values()) / len(losses) if losses else math.nan
-
-
-BEST = ("mean", "worst", "weighted")
-"""What train.best may be besides the name of a task."""
-
-
-def criterion(losses: Mapping[str, float], best: str, weights: Mapping[str, float]) -> float:
-    """Returns the number by which a validation is judged, the smaller the better; NaN when no task has a loss.
-
-    best: mean of the tasks | worst of them | weighted mean by `weights` (task.<name>.weight) | the name of one task.
-    Raises UserError for a task without validation samples, and where every task that has some has weight 0.
-    """
-    if not losses:
-        return math.nan
-    if best == "mean":
-        return mean_of_tasks(losses)
-    if best == "worst":
-        return max(losses.values())
-    if best == "weighted":
-        total = sum(weights[name] for name in losses)
-        if not total > 0:
-            raise UserError("train.best=weighted: every task with validation samples has weight 0; use train.best=mean")
-        return sum(weights[name] * loss for name, loss in losses.items() if weights[name]) / total
-    if best not in losses:
-        raise UserError(f"train.best={best}: this task has no validation samples; those that have: {', '.join(losses)}")
-    return losses[best]
-
-
-def perplexity(loss: float) -> float:
-    """Returns exp(loss in nats per token), inf where that is beyond a float."""
-    return math.exp(loss) if loss < 709 else math.inf

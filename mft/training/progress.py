@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from mft.console.screen import console
-from mft.training.metrics import mean_of_tasks
+from mft.console.tables import table
+from mft.objective import mean_of_tasks
 
 NAMED = 12
 """Tasks that a line names; of more it names those with the highest loss."""
@@ -48,8 +50,7 @@ class Terminal(Silent):
         )
 
         self.names, self.total = list(names), 0
-        width = None if sys.stdout.isatty() else 120
-        self.console = console(file=sys.stdout, width=width)
+        self.console = console(file=sys.stdout)
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -103,35 +104,15 @@ class Terminal(Silent):
         self.bar.stop()
 
 
-def settings_table(rows: Sequence[tuple[str, Any]], title: str) -> Any:
-    """Returns a two-column rich table of names and values, which may be rich texts."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title, style="italic"), show_header=False, title_justify="left", box=None, padding=(0, 2))
-    for name, value in rows:
-        table.add_row(Text(name, style="dim"), value if isinstance(value, Text) else Text(str(value)))
-    return table
-
-
 def losses_table(
     first: Mapping[str, float], last: Mapping[str, float], best: Mapping[str, float], best_step: int
 ) -> Any:
     """Returns the table at the end of a run: per task the first, last and best validation loss (nats per token)."""
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title="Validation loss per task (nats per token)", title_justify="left")
-    table.add_column("task")
-    for column in ("first", "last", "change", f"at best step {best_step}"):
-        table.add_column(column, justify="right")
+    def row(name: str, a: float, b: float, c: float) -> list[str]:
+        return [name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{c:.3f}"]
 
-    def row(name: str, a: float, b: float, c: float, style: str = "") -> None:
-        table.add_row(Text(name), f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{c:.3f}", style=style)
-
-    for name in last:
-        row(name, first.get(name, float("nan")), last[name], best.get(name, float("nan")))
-    if len(last) > 1:
-        means = [mean_of_tasks(losses) for losses in (first, last, best)]
-        row("mean", means[0], means[1], means[2], style="bold")
-    return table
+    numbers = ("first", "last", "change", f"at best step {best_step}")
+    rows = [row(name, first.get(name, math.nan), last[name], best.get(name, math.nan)) for name in last]
+    mean = row("mean", *(mean_of_tasks(losses) for losses in (first, last, best))) if len(last) > 1 else None
+    return table("Validation loss per task (nats per token)", ["task", *numbers], rows, numbers, total=mean)

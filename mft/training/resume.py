@@ -11,7 +11,7 @@ from mft.distributed.engine import read_state
 from mft.errors import UserError
 from mft.files.checksums import COMPLETE, damage
 from mft.training.checkpoint import marked_steps
-from mft.training.loop import State
+from mft.training.state import State
 
 
 def newest_sound(run_dir: Path, engine: Any = None) -> tuple[Path | None, dict[str, str]]:
@@ -40,7 +40,7 @@ def trouble(folder: Path, part: tuple[int, int] = (0, 1)) -> str:
     try:  # nothing but this tells of a damaged one that was written without checksums
         read_state(folder / "state")
         values = json.loads((folder / "state" / "loop.json").read_text(encoding="utf-8"))
-        if (step := State.checked(values).step) != int(folder.name.removeprefix("step-")):
+        if (step := State.from_dict(values).step) != int(folder.name.removeprefix("step-")):
             return f"state/loop.json is of step {step}"
         return "" if (folder / "state" / "loss.pt").is_file() else "state/loss.pt is missing"
     except UserError as error:

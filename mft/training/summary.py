@@ -10,13 +10,17 @@ from typing import Any
 
 from mft import run_folder
 from mft.console.credentials import hidden
+from mft.console.tables import settings_table
+from mft.files.json_file import write_json
+from mft.objective import mean_of_tasks
 from mft.training import plots
-from mft.training.loop import State, Training
-from mft.training.metrics import mean_of_tasks, peak_memory_gib
-from mft.training.progress import losses_table, settings_table
+from mft.training.best import BestTracker
+from mft.training.metrics import peak_memory_gib
+from mft.training.progress import losses_table
+from mft.training.trainer import Trainer
 
 
-def summarise(t: Training, status: str, run_dir: Path, seconds: float) -> dict[str, Any]:
+def summarise(t: Trainer, status: str, run_dir: Path, seconds: float) -> dict[str, Any]:
     """Returns the content of summary.json. All ranks call it (peak memory is the largest of all)."""
     import torch
 
@@ -28,17 +32,19 @@ def summarise(t: Training, status: str, run_dir: Path, seconds: float) -> dict[s
     return {
         "status": status,
         "steps": state.step,
-        "total_steps": t.total,
-        "epochs": round(state.passes, 4),
+        "total_steps": t.total_steps,
+        "epochs": round(state.epochs_done, 4),
         "seconds": round(seconds, 1),
         "peak_memory_gib": round(peak, 3),
-        "first": _losses(state.first_valid),
-        "last": _losses(state.last_valid),
-        "best": _losses(state.best_valid) | _best(t),
-        "best_by_task": {name: _task_best(state, name, run_dir) for name in t.names if name in state.task_best_loss},
+        "first": _losses(state.best.first),
+        "last": _losses(state.best.last),
+        "best": _losses(state.best.losses) | _best(t),
+        "best_by_task": {
+            name: _task_best(state.best, name, run_dir) for name in t.names if name in state.best.task_loss
+        },
         "skipped_steps": state.skipped,
         "train/loss": last_train,
-        "best_checkpoint": _existing(run_dir / "checkpoints" / f"step-{state.best_saved_step}"),
+        "best_checkpoint": _existing(run_dir / "checkpoints" / f"step-{state.best.saved_step}"),
         "final": _existing(run_dir / "final"),
     }
 
@@ -47,20 +53,20 @@ def write(summary: dict[str, Any], run_dir: Path) -> None:
     """Writes summary.json and the pictures of report/."""
     plots.loss_curves(run_dir / "metrics.jsonl", run_dir / "report")
     plots.task_weights(run_dir / "metrics.jsonl", run_dir / "report")
-    run_folder.write_json(run_dir / "summary.json", summary, durable=True)
+    write_json(run_dir / "summary.json", summary, durable=True)
 
 
 def failed(run_dir: Path, error: BaseException, steps: int) -> None:
     """Writes the summary of a run that ended in an error after `steps` steps."""
     values = {"status": "failed", "steps": steps, "error": hidden(f"{type(error).__name__}: {error}")}
-    run_folder.write_json(run_dir / "summary.json", values)
+    write_json(run_dir / "summary.json", values)
 
 
-def show(summary: dict[str, Any], t: Training, run_dir: Path) -> None:
+def show(summary: dict[str, Any], t: Trainer, run_dir: Path) -> None:
     """Prints the losses of every task, where the model is, how to load it and how to look at the tracker."""
     state, progress = t.state, t.progress
-    if state.last_valid:
-        progress.show(losses_table(state.first_valid, state.last_valid, state.best_valid, state.best_step))
+    if state.best.last:
+        progress.show(losses_table(state.best.first, state.best.last, state.best.losses, state.best.step))
     folder = _shown(run_dir)
     rows = [("run folder", folder)]
     if summary["final"]:
@@ -71,7 +77,7 @@ def show(summary: dict[str, Any], t: Training, run_dir: Path) -> None:
     if summary["best_checkpoint"]:
         rows.append(("best checkpoint", _shown(Path(summary["best_checkpoint"]))))
     if summary["status"] == "stopped":
-        rows.append(("go on", "the same command again (train.resume=auto)"))
+        rows.append(("resume", "the same command again (train.resume=auto)"))
     if where := t.tracker.where():
         rows.append(("tracker", where))
     rows.append(("took", f"{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB at most"))
@@ -86,16 +92,16 @@ def _losses(by_task: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in named.items()}
 
 
-def _best(t: Training) -> dict[str, Any]:
-    state = t.state
-    return {"step": state.best_step, "by": t.settings.best, "value": state.best_loss} if state.best_valid else {}
+def _best(t: Trainer) -> dict[str, Any]:
+    best = t.state.best
+    return {"step": best.step, "by": t.settings.best, "value": best.value} if best.losses else {}
 
 
-def _task_best(state: State, name: str, run_dir: Path) -> dict[str, Any]:
+def _task_best(best: BestTracker, name: str, run_dir: Path) -> dict[str, Any]:
     """Returns a task's best validation, and its best checkpoint among those whose step was validated."""
-    saved = state.task_saved_step.get(name)
+    saved = best.task_saved_step.get(name)
     checkpoint = _existing(run_dir / "checkpoints" / f"step-{saved}")
-    return {"valid/loss": state.task_best_loss[name], "step": state.task_best_step[name], "checkpoint": checkpoint}
+    return {"valid/loss": best.task_loss[name], "step": best.task_step[name], "checkpoint": checkpoint}
 
 
 def _last_logged(path: Path, key: str) -> float | None:

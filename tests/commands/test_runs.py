@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mft import cli, run_folder
+from mft.files.json_file import read_json
 from mft.tracking.store import client_for
 
 
@@ -26,7 +27,7 @@ def test_a_sweep_is_one_line_and_its_jobs_are_listed_by_its_folder(here: Path, c
     text = said(capsys, "runs")
     assert "1 runs and sweeps" in text and f"multirun/small/{sweep.name}" in text
     assert "4 finished" in text and "sweep of 4 jobs, best: loss=" in text
-    bests = [run_folder.read_json(run / "summary.json")["best"] for run in run_folder.runs_under(sweep)]
+    bests = [read_json(run / "summary.json")["best"] for run in run_folder.runs_under(sweep)]
     best = min(bests, key=lambda values: values["valid/loss"])
     assert f"{best['valid/loss']:.4f}" in text and f"docs {best['valid/loss/docs']:.3f}" in text
     text = said(capsys, "runs", str(sweep))
@@ -46,7 +47,7 @@ def test_show_says_what_was_changed_how_it_went_and_where_things_are(here: Path,
         assert part in text, text
     assert "model.hidden_size" not in text, "what follows from an option is no change"
     assert f"model {run.relative_to(here)}/final" in text and "again mft train debug=fast" in text
-    losses = run_folder.read_json(run / "summary.json")
+    losses = read_json(run / "summary.json")
     assert f"docs │ {losses['first']['valid/loss/docs']:.3f} │ {losses['last']['valid/loss/docs']:.3f}" in text
     with pytest.raises(SystemExit):
         cli.main(["show", "multirun"])

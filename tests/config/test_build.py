@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from mft.config.build import check, check_validation, component
+from mft.config.build import component
 from mft.config.compose import compose_resolved
-from mft.config.schema import Train
+from mft.config.validate import check, check_validation
 from mft.errors import UserError
 from mft.loss.coba import Coba
 from mft.loss.means import TaskTokenMean
+from mft.training.settings import TrainSettings
 from tests.loss.modes import MODES, made
 from tests.model import quantised
 
@@ -49,11 +50,11 @@ def test_a_tasks_own_validation_rows_are_enough(rows: Path) -> None:
 
 
 def test_counted_samples_are_judged_by_the_same_rule() -> None:
-    check_validation(Train(best="a"), Coba(), {"a": 3, "b": 0})
+    check_validation(TrainSettings(best="a"), Coba(), {"a": 3, "b": 0})
     with pytest.raises(UserError, match=r"train\.best=b"):
-        check_validation(Train(best="b"), TaskTokenMean(), {"a": 3, "b": 0})
+        check_validation(TrainSettings(best="b"), TaskTokenMean(), {"a": 3, "b": 0})
     with pytest.raises(UserError, match="loss=coba"):
-        check_validation(Train(), Coba(), {"a": 0, "b": 0})
+        check_validation(TrainSettings(), Coba(), {"a": 0, "b": 0})
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mft.config.build import check
 from mft.config.compose import compose_resolved
+from mft.config.validate import check
 from mft.errors import UserError
 from tests.config.test_conf import rows
 

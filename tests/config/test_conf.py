@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mft.config.build import build, check
+from mft.config.build import build
 from mft.config.compose import compose, compose_resolved
 from mft.config.overrides import group_options
-from mft.config.schema import Launch, Train, config_dir
+from mft.config.schema import Launch, config_dir
+from mft.config.validate import check
+from mft.training.settings import TrainSettings
 
 GROUPS = [p.name for p in sorted(config_dir().iterdir()) if p.is_dir() and p.name not in ("local", "format", "task")]
 OPTIONS = [(group, option) for group in GROUPS for option in group_options(group)]
@@ -99,7 +101,7 @@ def explained(text: str, key: str) -> bool:
     return "#" in lines[at] or (above >= 0 and lines[above].startswith("#"))
 
 
-@pytest.mark.parametrize("name, schema", [("train.yaml", Train), ("launch/processes.yaml", Launch)])
+@pytest.mark.parametrize("name, schema", [("train.yaml", TrainSettings), ("launch/processes.yaml", Launch)])
 def test_settings_yaml_lists_every_field(name: str, schema: type) -> None:
     keys = yaml.safe_load((config_dir() / name).read_text())
     assert set(keys) == {f.name for f in dataclasses.fields(schema)}
@@ -107,7 +109,7 @@ def test_settings_yaml_lists_every_field(name: str, schema: type) -> None:
 
 def test_schema_defaults_are_those_of_the_yaml() -> None:
     cfg = compose_resolved([])
-    for field in dataclasses.fields(Train):
+    for field in dataclasses.fields(TrainSettings):
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         assert cfg.train[field.name] == default, field.name
 
@@ -116,7 +118,7 @@ def test_check_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
     code = f"""
 import sys
 from mft.config.compose import compose_resolved
-from mft.config.build import check
+from mft.config.validate import check
 check(compose_resolved(["model=tiny", "cache_dir={tmp_path}", "data.paths=[{rows(tmp_path / "task")}]"]), world=1)
 heavy = sorted({{"torch", "transformers", "peft", "accelerate", "mlflow", "deepspeed"}} & set(sys.modules))
 assert not heavy, heavy

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from mft import run_folder
 from mft.config import inputs, plugins
 from mft.config.compose import compose_resolved
-from mft.config.identity import CONTENTS, VERSION, Identity
+from mft.config.identity import CONTENTS, VERSION, Identity, identity_of
 from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, FINGERPRINTED, under
 from mft.config.schema import config_dir, freeze
 from mft.errors import UserError
+from mft.files.json_file import write_json
 from mft.launch import job
 from mft.loss.means import TokenMean
 from mft.model.causal_lm import CausalLM
@@ -287,7 +287,7 @@ class Stage:
     def leave(self, *overrides: str) -> None:
         current = self.checked(*overrides)
         freeze(current.cfg, self.root / "o" / "config.yaml")
-        run_folder.write_json(self.root / "o" / "identity.json", current.identity.as_json())
+        write_json(self.root / "o" / "identity.json", current.identity.as_json())
 
     def said(self, *overrides: str) -> str:
         with pytest.raises(UserError) as caught:
@@ -364,12 +364,12 @@ SHAPES = ["[]", "{}", "3", '{"identity": 1, "base": "x"}', '{"version": 2, "iden
 @pytest.mark.parametrize("text", SHAPES)
 def test_a_damaged_identity_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "identity.json").write_text(text)
-    assert run_folder.identity_of(tmp_path) is None
+    assert identity_of(tmp_path) is None
 
 
 def test_an_identity_is_read_back_as_it_was(stage: Stage) -> None:
     stage.leave()
-    assert run_folder.identity_of(stage.root / "o") == stage.checked().identity
+    assert identity_of(stage.root / "o") == stage.checked().identity
     text = (stage.root / "o" / "identity.json").read_text()
     assert json.loads(text)["version"] == VERSION and str(stage.root) not in text
 

@@ -16,14 +16,14 @@ from mft.config.inert import RULES, given_keys, without_effect
 from mft.config.other_trainers import HERE
 from mft.config.overrides import group_options, of_hydra, replaced, with_output_dir
 from mft.config.places import check_name
-from mft.config.schema import Launch, Train, config_dir
+from mft.config.schema import Launch, config_dir
 from mft.data.settings import DataSettings
-from mft.errors import UserError
-from mft.ranges import check_ranges, ranged
+from mft.errors import UserError, check_ranges, ranged
+from mft.training.settings import TrainSettings
 from tests.config.test_compose import message
 from tests.config.test_conf import rows
 
-SETTINGS = [("train", Train), ("launch", Launch), ("data", DataSettings)]
+SETTINGS = [("train", TrainSettings), ("launch", Launch), ("data", DataSettings)]
 NUMBERS = [
     (f"{path}.{field.name}", cls)
     for path, cls in SETTINGS
@@ -186,7 +186,8 @@ def test_a_defaults_list_that_cannot_be_read_is_one_sentence(defaults: str, tmp_
 
 
 def test_a_name_of_digits_reaches_its_component_as_text(tmp_path: Path) -> None:
-    from mft.config.build import check, component
+    from mft.config.build import component
+    from mft.config.validate import check
 
     paths = [f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]"]
     cfg = compose_resolved(["model=tiny", *paths, "tracking.mlflow.experiment=2026", "tracking.mlflow.run_name=7"])

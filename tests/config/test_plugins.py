@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from mft.config import plugins
-from mft.config.build import build, check, component
+from mft.config.build import build, component
 from mft.config.compose import compose_resolved
 from mft.config.schema import load
+from mft.config.validate import check
 from mft.errors import UserError
 from tests import sweeping
 
@@ -59,7 +60,7 @@ def refusal(work: Path, *overrides: str, yaml: str = "") -> str:
     [
         ("mft.cli.main", "is a function"),
         ("mft.run_folder.write_json", "is a function"),
-        ("mft.training.checkpoint.remove", "is a function"),
+        ("mft.files.atomic.remove", "is a function"),
         ("mft.run_folder", "is a module"),
         ("mft.loss.means", "mft.loss"),
         ("mft.run_folder.LOCK", "is a value"),
@@ -123,12 +124,10 @@ def test_nodes_inside_a_component_and_hydras_other_keys_fall_under_the_rule(work
     task = f"task: {{x: {{_target_: mft.data.task.Task, paths: [{work}/faq], format: %s}}}}"
     assert "mft.data.formats.Format" in refusal(work, yaml=task % "{_target_: mft.data.cache.store.Store}")
     assert "is a function" in refusal(work, yaml=task % "{_target_: mft.run_folder.write_json, path: a, values: {}}")
-    assert "loss.weights: " in refusal(
-        work, yaml="loss: {weights: [{_target_: mft.training.checkpoint.remove, folder: x}]}"
-    )
-    remove = "{_target_: mft.training.checkpoint.remove, folder: x}"
+    assert "loss.weights: " in refusal(work, yaml="loss: {weights: [{_target_: mft.files.atomic.remove, folder: x}]}")
+    remove = "{_target_: mft.files.atomic.remove, folder: x}"
     nested = f"dist: {{_target_: mft.distributed.deepspeed.Zero2, config: {{a: [{remove}]}}}}"
-    assert "dist.config.a[0]._target_=mft.training.checkpoint.remove: is a function" in refusal(work, yaml=nested)
+    assert "dist.config.a[0]._target_=mft.files.atomic.remove: is a function" in refusal(work, yaml=nested)
     for key in ("_partial_: true", "_args_: [a]", "_recursive_: false", "_convert_: all", "_x_: 1"):
         assert f"loss.{key.partition(':')[0]}: unexpected" in refusal(work, yaml=f"loss: {{{key}}}")
     for places in ("+train._target_=os.system", "+data._target_=os.system", "+_target_=os.system"):

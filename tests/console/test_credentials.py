@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from mft.config.build import build, check
+from mft.config.build import build
 from mft.config.compose import compose_resolved
 from mft.config.inputs import identity
 from mft.config.interpolations import check_variables
-from mft.config.schema import freeze, load
+from mft.config.schema import freeze, load, plain
+from mft.config.validate import check
 from mft.console import credentials
 from mft.console.credentials import hidden, written_out
 from mft.errors import UserError
-from mft.run import plain
 from tests import sweeping
 
 S = "S3cr3tPlantedZX"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mft.batch import IGNORE, Counts, Row, Sample, Span
+from mft.batch import IGNORE, Row, Sample, Span, StepCounts
 from mft.data.cache.store import Samples
 from mft.data.packing import Concat, Pack
 from mft.data.sampler import Sampler, eval_batches, spread
@@ -58,7 +58,7 @@ def test_no_token_is_lost_and_each_keeps_its_task(samples, window):
         found += Counter(pair for pair in pairs if pair[1] != IGNORE)
         filled = batch.sample_BT >= 0
         seen += Counter(zip(batch.task_BT[filled].tolist(), batch.ids_BT[filled].tolist(), strict=True))
-        counted += Counts.of([batch], 2).tokens_K.numpy()
+        counted += StepCounts.of([batch], 2).tokens_K.numpy()
     assert found == expected and seen == inputs
     assert counted.tolist() == samples.totals()[1].tolist()
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from mft.data.cache.store import Samples, prepare
-from mft.data.duplicates import settle
+from mft.data.duplicates import mark_duplicates
 from mft.data.formats import Chat
 from mft.data.report import as_json, notes, tables, write_dropped
 from mft.data.settings import DataSettings, Duplicates
@@ -39,7 +39,7 @@ def rows_of(store):
 
 def test_duplicates_are_counted_and_kept(stores):
     own, other = stores()
-    settle([own, other], Duplicates.keep)
+    mark_duplicates([own, other], Duplicates.keep)
     assert own.report["duplicates"] == {"repeated": 4, "held out": 2}
     assert other.report["duplicates"] == {"repeated": 0, "held out": 1}
     assert rows_of(own) == {"rows": 27, "kept": 27, "samples": 27} and len(own) == 27
@@ -53,7 +53,7 @@ def test_duplicates_are_counted_and_kept(stores):
 
 def test_duplicates_are_left_out_and_accounted_for(stores, tmp_path, encoder):
     own, other = stores()
-    settle([own, other], Duplicates.drop)
+    mark_duplicates([own, other], Duplicates.drop)
     assert rows_of(own) == {"rows": 27, "kept": 21, "samples": 21} and len(own) == 21
     assert rows_of(other) == {"rows": 3, "kept": 2, "samples": 2}
     for store in (own, other):
@@ -80,7 +80,7 @@ def test_the_parts_of_a_row_are_no_duplicates_of_each_other(make_store):
     long = chat(*(f"turn {i} {'x ' * 8}" for i in range(12)))
     store = make_store([long, long, chat("q", "a")], seq_length=64, long_samples="split_turns", split=[1, 0, 0])
     parts = store.report["samples"]
-    settle([store], Duplicates.drop)
+    mark_duplicates([store], Duplicates.drop)
     assert store.report["duplicates"]["repeated"] == 1 and store.report["kept"] == 2
     assert len(store) == (parts - 1) // 2 + 1 > 2
 
@@ -95,8 +95,8 @@ def test_what_rows_lost_is_not_counted_of_those_left_out(make_store, how):
         for name, r in (("both", rows), ("once", rows[:3]))
     )
     assert both.report["truncated"] + both.report["rounds_left_out"] > 2
-    settle([both], Duplicates.drop)
-    settle([once], Duplicates.drop)
+    mark_duplicates([both], Duplicates.drop)
+    mark_duplicates([once], Duplicates.drop)
     names = ("kept", "samples", "tokens", "truncated", "rounds_left_out", "parts_left_out")
     assert {name: both.report[name] for name in names} == {name: once.report[name] for name in names}
 
@@ -106,7 +106,7 @@ def test_which_rows_are_found_is_what_a_dictionary_finds(make_store):
     rows = [chat(f"q{draw.randrange(300)}", "a") for _ in range(1000)]
     store = make_store(rows, split=[8, 1, 1])
     ids = [store.sample(i)[0].tolist() for i in range(1000)]
-    settle([store], Duplicates.drop)
+    mark_duplicates([store], Duplicates.drop)
     first = {json.dumps(row): i for i, row in reversed(list(enumerate(rows)))}
     assert [store.sample(i)[0].tolist() for i in range(len(store))] == [ids[i] for i in sorted(first.values())]
     assert store.report["duplicates"] == {"repeated": 1000 - len(first), "held out": 0}

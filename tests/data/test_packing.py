@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mft.batch import IGNORE, Counts, Sample
+from mft.batch import IGNORE, Sample, StepCounts
 from mft.data.packing import Pack, Pad
 from mft.data.settings import PadTo
 
@@ -22,7 +22,7 @@ def test_a_packed_batch_exactly():
     assert batch.position_BT.tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 0, 0], [0] * 6]
     assert batch.samples == ((0, 5), (1, 6), (0, 7))
     assert str(batch.ids_BT.dtype) == "torch.int64"
-    counts = Counts.of([batch], tasks=2)
+    counts = StepCounts.of([batch], tasks=2)
     assert counts.tokens_K.tolist() == [3, 1] and counts.samples_K.tolist() == [2, 1]
 
 
@@ -42,7 +42,7 @@ def test_a_batch_without_samples_is_a_batch(builder):
     batch = builder.collate([[], []], pad_id=3, seq_length=8)
     width = 8 if builder == Pad(PadTo.seq_length) else 1
     assert batch.ids_BT.tolist() == [[3] * width] * 2
-    counts = Counts.of([batch], tasks=2)
+    counts = StepCounts.of([batch], tasks=2)
     assert counts.tokens_K.sum() == 0 and counts.micro_batches == 0
 
 

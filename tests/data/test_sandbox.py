@@ -10,7 +10,8 @@ from transformers.utils import chat_template_utils
 
 from mft.batch import Message
 from mft.data.sandbox import Bounded, bound
-from mft.data.template import OWN, named
+from mft.data.template import OWN
+from mft.data.template_choice import named
 from mft.errors import UserError
 from tests.data.conftest import CHATML
 
@@ -69,9 +70,9 @@ def test_a_template_that_grows_with_some_rows_only_ends_the_run_there(kinds):
     bomb = "{% if messages[0].content == 'boo' %}" + BOMBS["nested loops"] + "{% endif %}"
     tokenizer.chat_template = bomb + CHATML.replace("{{ bos_token }}", "")
     template = named(OWN, None, tokenizer)
-    assert template.pieces([Message("user", "q"), Message("assistant", "a")])
+    assert template.segments([Message("user", "q"), Message("assistant", "a")])
     with pytest.raises(UserError, match="takes more than 1,000,000 passes"):
-        template.pieces([Message("user", "boo"), Message("assistant", "a")])
+        template.segments([Message("user", "boo"), Message("assistant", "a")])
 
 
 TEMPLATES = {

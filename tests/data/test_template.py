@@ -6,7 +6,8 @@ import pytest
 from mft.batch import IGNORE, Message, Sample
 from mft.data.formats import Auto
 from mft.data.packing import Pack
-from mft.data.template import OWN, Template, adopt, named, of_tokenizer
+from mft.data.template import OWN, Template
+from mft.data.template_choice import adopt, named, of_tokenizer
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from tests.data.conftest import CHATML, TALK
@@ -34,10 +35,10 @@ def test_the_text_is_the_documented_one():
 
 
 def test_only_targets_and_their_end_carry_loss():
-    pieces = Template().pieces(CONVERSATION)
-    assert [p.text for p in pieces if p.trained] == ["    return x"]
-    assert [p.text for p in pieces if p.eos] == ["    return x", "  \n"]
-    assert pieces[0].text.endswith("<s>bot\n")
+    segments = Template().segments(CONVERSATION)
+    assert [p.text for p in segments if p.trained] == ["    return x"]
+    assert [p.text for p in segments if p.eos] == ["    return x", "  \n"]
+    assert segments[0].text.endswith("<s>bot\n")
 
 
 @pytest.mark.parametrize("markers", [None, MARKERS, {"assistant": ""}])
@@ -83,7 +84,7 @@ def test_mftcoder_feeds_what_the_original_feeds(case):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(FIXTURES)
-    _, fmt = Auto().settled(case["row"])
+    _, fmt = Auto().detect(case["row"])
     template = named("mftcoder", case["role_markers"])
     ids_S, trained_S = Encoder(tokenizer, template).encode(fmt.messages(case["row"]))
     assert ids_S.tolist() == case["expected"]["input_ids"]
@@ -124,7 +125,7 @@ def test_a_tokenizer_without_an_end_is_refused_with_a_hint(kind, name):
 
 @pytest.mark.parametrize("name", ["mft", "mftcoder", OWN])
 def test_no_beginning_comes_twice(kind, name):
-    """A tokenizer that puts its BOS before every text must not put it before every piece, or before the template's."""
+    """A tokenizer that puts its BOS before every text must not repeat it before every segment."""
     kind.chat_template = CHATML if kind.bos_token else CHATML.replace("{{ bos_token }}", "")
     template = named(name, None, kind)
     ids_S, _ = Encoder(kind, template).encode(TALK)

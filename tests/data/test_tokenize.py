@@ -30,7 +30,7 @@ def test_the_prompt_is_a_prefix_of_the_training_ids(tokenizer, encoder, turns):
     assert prompt == ids_S[: len(prompt)].tolist()
     text = Template().text(CONVERSATION, tokenizer.eos_token)
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert whole != ids_S.tolist(), "the tokenizer should be one for which pieces matter"
+    assert whole != ids_S.tolist(), "the tokenizer should be one for which segments matter"
 
 
 def test_a_turn_without_loss(tokenizer, encoder):
@@ -52,9 +52,9 @@ def test_batches_equal_single_calls_and_the_slow_way(tokenizer, encoder):
         one_ids, one_trained = encoder.encode(messages)
         assert ids_S.tolist() == one_ids.tolist() and trained_S.tolist() == one_trained.tolist()
         slow = []
-        for piece in Template().pieces(messages):
-            slow += tokenizer(piece.text, add_special_tokens=False)["input_ids"]
-            slow += [tokenizer.eos_token_id] * piece.eos
+        for segment in Template().segments(messages):
+            slow += tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+            slow += [tokenizer.eos_token_id] * segment.eos
         assert ids_S.tolist() == slow
     assert encoder.encode_batch([]) == []
 

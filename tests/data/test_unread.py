@@ -151,7 +151,7 @@ def test_a_format_that_does_not_say_what_it_reads_is_named(tmp_path, encoder):
     ],
 )
 def test_a_text_beside_a_conversation_is_not_what_is_trained(tmp_path, row, name):
-    assert Task("t", [str(write(tmp_path / "x.jsonl", [row]))]).settled_format()[0] == name
+    assert Task("t", [str(write(tmp_path / "x.jsonl", [row]))]).find_format()[0] == name
 
 
 @pytest.mark.parametrize(
@@ -170,4 +170,4 @@ def test_a_text_beside_a_conversation_is_not_what_is_trained(tmp_path, row, name
 def test_rows_that_auto_would_misread_are_refused(tmp_path, row, says):
     task = Task("t", [str(write(tmp_path / "x.jsonl", [row]))], format=Auto())
     with pytest.raises(UserError, match=rf"task\.t: its rows (are|have) {says}"):
-        task.settled_format()
+        task.find_format()

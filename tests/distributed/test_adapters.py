@@ -9,6 +9,8 @@ from tests.distributed.equality import differences, play_beside_single
 from tests.distributed.runs import LAYOUTS, Tree
 from tests.model.mixtures import mixture_folder
 
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.long]
+
 TOKENS = ",".join(f'"w{i} x"' for i in range(40))  # more than the tiny model has spare rows for
 CASES = {
     "experts": ("peft=lora", "peft.experts=true", "peft.rank=4"),
@@ -39,8 +41,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     return tree
 
 
-@pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(("backend", "case"), PAIRS)
 def test_two_ranks_do_what_one_process_does(tree: Tree, backend: str, case: str) -> None:
     found = differences(tree.folder("single", case), tree.folder(backend, case))

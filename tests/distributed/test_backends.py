@@ -10,6 +10,7 @@ from mft.distributed.deepspeed import Zero2, Zero3, merged
 from mft.errors import UserError
 from tests.distributed.equality import MATRIX, differences, play_beside_single
 from tests.distributed.runs import BACKENDS, LAYOUTS, Tree, logged
+from tests.selection import long, selected
 
 OTHER = {
     "adaptive": ("peft=full", "loss=famo", *LAYOUTS["pack"]),
@@ -22,16 +23,21 @@ OTHER = {
 OTHER = {case: (*overrides, "train.max_steps=4") for case, overrides in OTHER.items()}
 
 
+LONG = ("full-pad", "lora-pack", "qlora-pad", "checkpointing_full", "checkpointing_lora")
+"""Each peft mode, each layout and checkpointing is among the others once."""
+
+
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+def tree(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tree:
     tree = Tree(tmp_path_factory.mktemp("backends"))
-    play_beside_single(tree, MATRIX | OTHER)
+    cases = selected(request, "case")
+    play_beside_single(tree, {case: overrides for case, overrides in (MATRIX | OTHER).items() if case in cases})
     return tree
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("case", [*MATRIX, *OTHER])
+@pytest.mark.parametrize("case", [long(case) if case in LONG else case for case in MATRIX | OTHER])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_ranks_of_any_backend_do_what_one_process_does(tree: Tree, backend: str, case: str) -> None:
     one, two = tree.folder("single", case), tree.folder(backend, case)

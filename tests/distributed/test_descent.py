@@ -15,6 +15,8 @@ from tests.distributed.equality import DESCENT, START, play_beside_single, relat
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import BACKENDS, Tree, logged, play
 
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.long]
+
 TIGHT = 0.05
 """Far below every gradient's norm."""
 CASES = {
@@ -40,11 +42,11 @@ BF16 = {"train/loss": 1e-3, "grad_norm": 1e-2, "update": 1e-2}
 
 def play_with(run_dirs: list[Path], defect: str) -> None:
     """Plays runs in which every share counts twice (doubled), or those of the last rank count nothing (left_out)."""
-    right, rank = loop.marked, int(os.environ["RANK"])
+    right, rank = loop.propagate_nonfinite, int(os.environ["RANK"])
     factor = {"doubled": 2.0, "left_out": 1.0 - rank}[defect]
-    loop.marked = lambda objective: right(objective) * factor  # type: ignore[assignment]
+    loop.propagate_nonfinite = lambda objective: right(objective) * factor  # type: ignore[assignment]
     play(run_dirs)
-    loop.marked = right  # type: ignore[assignment]
+    loop.propagate_nonfinite = right  # type: ignore[assignment]
 
 
 DEFECTS = {
@@ -74,8 +76,6 @@ def pairs(*cases: str) -> list[tuple[str, str]]:
     return [(backend, case) for case in cases for backend in BACKENDS_OF[case]]
 
 
-@pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(("backend", "case"), pairs("tight", "free"))
 def test_gradients_are_clipped_once_to_what_is_asked(tree: Tree, backend: str, case: str) -> None:
     one, two, start = (tree.folder(*run) for run in (("single", case), (backend, case), ("single", "full-start")))
@@ -87,16 +87,12 @@ def test_gradients_are_clipped_once_to_what_is_asked(tree: Tree, backend: str, c
     assert float(update(two, start).norm()) == pytest.approx(0.1 * (TIGHT if case == "tight" else norm), rel=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(("backend", "case"), pairs("full-bf16", "lora-bf16"))
 def test_bf16_is_within_its_rounding(tree: Tree, backend: str, case: str) -> None:
     found = relative(tree.folder("single", case), tree.folder(backend, case), tree.folder("single", f"{case}-start"))
     assert all(found[name] < bound for name, bound in BF16.items()), found
 
 
-@pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(("defect", "broken"), DEFECTS.items())
 def test_a_defect_breaks_the_bounds_of_bf16(tree: Tree, defect: str, broken: list[str]) -> None:
     two = tree.folder("ddp", f"full-bf16-{defect}")

@@ -13,7 +13,7 @@ from mft.distributed.deepspeed import Zero2
 from mft.distributed.engine import Engine
 from mft.errors import UserError
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_base import Model, micro_batches, poisoned, prepared
+from tests.distributed.test_engine import Model, micro_batches, poisoned, prepared
 from tests.loss.modes import config
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]

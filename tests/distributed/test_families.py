@@ -12,6 +12,8 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import LAYOUTS, Tree, logged, play
 from tests.model.families import V, tiny_model
 
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.long]
+
 BACKENDS = ("ddp", "zero3", "fsdp")
 CASES = [(name, peft) for name in ("qwen3", "qwen3_moe") for peft in ("full", "lora")]
 
@@ -39,8 +41,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     return tree
 
 
-@pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize("case", [f"{name}-{peft}" for name, peft in CASES])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_family_on_two_ranks(tree: Tree, backend: str, case: str) -> None:

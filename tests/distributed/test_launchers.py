@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from mft import run_folder
+from mft.files.json_file import read_json
 from tests.distributed.test_placed import FSDP_CONFIG
 
 REPOSITORY = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def test_the_rank_that_failed_first_is_heard(tmp_path: Path, launcher: str) -> N
     process = started(launcher, tmp_path, "fail")
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
-    assert time.time() - run_folder.read_json(tmp_path / "log" / "rank1.error.json")["time"] < 15
+    assert time.time() - read_json(tmp_path / "log" / "rank1.error.json")["time"] < 15
     assert "rank 1 failed: ValueError: this is the cause" in output
     assert 'tests/distributed/entries.py", line' in output and "in _together" in output
     assert "ValueError: this is the cause" in (tmp_path / "log" / "rank1.log").read_text()

@@ -13,6 +13,8 @@ from mft.model.peft.modes import Full, QLora
 from tests.distributed.memory import big_folder, loadings
 from tests.distributed.ranks import run_ranks
 
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.long]
+
 CASES = {
     "ddp-full": (Ddp(), Full()),
     "zero3-full": (Zero3(), Full()),
@@ -35,8 +37,6 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Found:
     return run_ranks(2, loadings, CASES, str(tiny_folder), str(big_folder(tmp_path_factory.mktemp("loading"))))
 
 
-@pytest.mark.slow
-@pytest.mark.dist
 def test_a_rank_takes_its_part_and_a_layer_or_two_while_it_loads(found: Found) -> None:
     for rank in found:
         assert rank["zero3-full"]["load"] < WHOLE / 2 + 3 * UNIT
@@ -46,16 +46,12 @@ def test_a_rank_takes_its_part_and_a_layer_or_two_while_it_loads(found: Found) -
         assert rank["ddp-full"]["prepare"] > WHOLE  # what is measured does see whole models
 
 
-@pytest.mark.slow
-@pytest.mark.dist
 def test_only_one_rank_reads_the_checkpoint(found: Found) -> None:
     for backend in ("zero3-full", "fsdp-full"):
         assert found[0][backend]["read"] > 2 * UNIT  # fsdp lets go of what it has dealt out
         assert found[1][backend]["read"] < UNIT
 
 
-@pytest.mark.slow
-@pytest.mark.dist
 def test_a_model_is_quantised_weight_by_weight(found: Found) -> None:
     for rank in found:
         for backend in ("zero3-qlora", "fsdp-qlora"):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mft import run_folder
 from mft.errors import UserError
+from mft.files.json_file import read_json
 from tests.distributed.equality import differences
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import BACKENDS, FORCED, frozen, logged, play
@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_step_is_passed_over_on_both_ranks(root: Path, backend: str) -> None:
     one, two = root / "single-3", root / f"{backend}-3"
-    assert run_folder.read_json(two / "summary.json")["skipped_steps"] == 3
+    assert read_json(two / "summary.json")["skipped_steps"] == 3
     losses = logged(two, "train/loss")
     assert losses.count(None) == 3  # type: ignore[arg-type]
     assert losses == [loss if loss is None else pytest.approx(loss, abs=1e-5) for loss in logged(one, "train/loss")]

@@ -10,6 +10,8 @@ from tests.distributed.equality import assert_gone_on, differences
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import LAYOUTS, Tree, play
 
+pytestmark = [pytest.mark.slow, pytest.mark.dist, pytest.mark.long]
+
 CASES = {
     "optimizer-full": ("zero2", "peft=full", "dist.offload_optimizer=true"),
     "stage1-full": ("zero2", "peft=full", "dist.offload_optimizer=true", "dist.stage=1"),
@@ -40,8 +42,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     return tree
 
 
-@pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_kept_in_the_cpus_memory_is_trained_the_same(tree: Tree, case: str) -> None:
     one, two = tree.folder("single", case.split("-")[1]), tree.folder(CASES[case][0], case)
@@ -49,8 +49,6 @@ def test_what_is_kept_in_the_cpus_memory_is_trained_the_same(tree: Tree, case: s
     assert max(found.values()) < 1e-5, found
 
 
-@pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_run_that_was_interrupted_is_the_same_to_the_bit(tree: Tree, case: str) -> None:
     backend = CASES[case][0]

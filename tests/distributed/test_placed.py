@@ -15,6 +15,7 @@ import pytest
 from mft import run_folder
 from mft.training.checkpoint import newest
 from tests.distributed.runs import LAYOUTS, SETTINGS, logged, write_tasks
+from tests.selection import long
 
 REPOSITORY = Path(__file__).parents[2]
 COMMON = """\
@@ -72,7 +73,7 @@ def launched(launcher: list[str], overrides: list[str]) -> subprocess.CompletedP
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("how", ["torchrun", "accelerate ds", "accelerate fsdp"])
+@pytest.mark.parametrize("how", ["torchrun", long("accelerate ds"), long("accelerate fsdp")])
 def test_placed_ranks_share_one_run_and_conf_dist_decides(tmp_path: Path, how: str) -> None:
     if how == "torchrun":
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -95,6 +96,7 @@ def test_placed_ranks_share_one_run_and_conf_dist_decides(tmp_path: Path, how: s
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.long
 def test_the_slurm_script_trains_saves_in_time_and_is_put_back_into_the_queue(tmp_path: Path) -> None:
     """docs/slurm.sbatch as it is; srun and scontrol are stand-ins, since SLURM is not here."""
     (tmp_path / "bin").mkdir()

@@ -12,12 +12,12 @@ import torch
 
 from mft.distributed import sharded_state
 from mft.distributed.ddp import Ddp, Single
-from mft.distributed.sharded_state import Piece
+from mft.distributed.sharded_state import Shard
 from mft.errors import UserError
 from tests.distributed.equality import assert_gone_on
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import BACKENDS, LAYOUTS, Tree, largest, logged, play, weights
-from tests.distributed.test_base import prepared, train, trained
+from tests.distributed.test_engine import prepared, train, trained
 
 PEFTS = ("full", "lora", "qlora")
 SETTINGS = (
@@ -99,7 +99,7 @@ def test_each_rank_writes_its_part_and_nothing_that_would_be_unpickled(tree: Tre
 def updated(state: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
     """Puts together what the optimizer updated on all ranks, from the files of a resume state."""
     whole = {name: torch.full(shape, float("nan")) for name, shape in shapes.items()}
-    mine = [Piece(name, 0, value.view(-1), value, 0) for name, value in whole.items()]
+    mine = [Shard(name, 0, value.view(-1), value, 0) for name, value in whole.items()]
     sharded_state.load(mine, torch.optim.AdamW(list(whole.values())), state, set(whole))
     return whole
 
@@ -168,11 +168,11 @@ def stepped(optimizer: torch.optim.Optimizer, weight: torch.Tensor, steps: int) 
     return weight.detach().clone()
 
 
-def dealt(weight: torch.nn.Parameter, borders: list[int]) -> list[list[Piece]]:
+def dealt(weight: torch.nn.Parameter, borders: list[int]) -> list[list[Shard]]:
     """One rank's pieces for each stretch between two borders."""
     flat = weight.detach().view(-1)
     stretches = itertools.pairwise(borders)
-    return [[Piece("weight", start, flat[start:end], weight, start)] for start, end in stretches]
+    return [[Shard("weight", start, flat[start:end], weight, start)] for start, end in stretches]
 
 
 def test_pieces_fit_any_other_division(tmp_path: Path) -> None:

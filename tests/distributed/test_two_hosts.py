@@ -131,7 +131,7 @@ def test_two_hosts_train_like_one_and_survive_the_loss_of_one(hosts: list[str], 
     again = [start(host, [*static, f"launch.node_rank={rank}"]) for rank, host in enumerate(hosts)]
     said = results(again)
     assert [process.returncode for process in again] == [0, 0], said
-    assert f"going on from step-{newest}" in said[0] and "step-" not in said[1]
+    assert f"resuming from step-{newest}" in said[0] and "step-" not in said[1]
 
     one = frozen(
         tmp_path / "one", [*RUN, tasks, f"cache_dir={tmp_path / 'cache'}", "launch.nproc=2", f"train.max_steps={steps}"]

@@ -48,7 +48,7 @@ def of_layouts() -> bool:
     from tests.loss.test_loop_layouts import LAYOUTS, SHARDED, differences, everything
 
     with tempfile.TemporaryDirectory() as folder:
-        results = everything(Path(folder), MODES)
+        results = everything(Path(folder), sharded=MODES)
     print(f"{'mode':<18}" + "".join(f"{name:>11}" for name in [*LAYOUTS, *SHARDED]))
     worst = 0.0
     for mode in MODES:

@@ -56,7 +56,7 @@ def started(loss: TaskLoss, tasks: int, weights: Iterable[float] | None = None) 
     """Returns the mode, started with tasks named t0, t1, ..."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*has no task weights")
-        loss.start([f"t{i}" for i in range(tasks)], list(weights or [1.0] * tasks))
+        loss.setup([f"t{i}" for i in range(tasks)], list(weights or [1.0] * tasks))
     return loss
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mft.batch import IGNORE, Batch, Counts
+from mft.batch import IGNORE, Batch, StepCounts
 from mft.loss.base import TaskLoss
 
 
@@ -60,8 +60,8 @@ def packed(samples: Sequence[Piece]) -> tuple[Batch, torch.Tensor]:
 def step(loss: TaskLoss, nll_all: torch.Tensor, ranks: Sequence[Sequence[tuple[Batch, torch.Tensor]]]) -> torch.Tensor:
     """Returns the sum of all shares of one optimizer step: `ranks[r][g]` is micro-batch g of rank r."""
     tasks = len(loss.names)
-    vectors = [Counts.of([batch for batch, _ in micro], tasks).tensor() for micro in ranks]
-    counts = Counts.from_tensor(torch.stack(vectors).sum(0))
+    vectors = [StepCounts.of([batch for batch, _ in micro], tasks).tensor() for micro in ranks]
+    counts = StepCounts.from_tensor(torch.stack(vectors).sum(0))
     both = [(batch, token_losses(nll_all, batch, where_BT)) for micro in ranks for batch, where_BT in micro]
     statistics = (
         sum(loss.statistics(nll_BT.detach(), batch) for batch, nll_BT in both) if loss.needs_statistics else None

@@ -17,24 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from mft.batch import BatchSizes
 from mft.config.build import build
-from mft.config.schema import BatchSizes, Train
 from mft.data.cache.store import prepare
-from mft.data.loader import Feed
+from mft.data.loader import BatchLoader
 from mft.data.packing import Pack, Pad
 from mft.data.settings import DataSettings
 from mft.data.task import Task
-from mft.data.template import adopt, named
+from mft.data.template_choice import adopt, named
 from mft.data.tokenize import Encoder
+from mft.hardware import quiet_libraries
 from mft.loss.base import TaskLoss
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
-from mft.run import quiet_libraries
 from mft.tracking.base import Tracker
 from mft.training.checkpoint import Checkpoints
-from mft.training.loop import State, Training, fit
+from mft.training.loop import fit
 from mft.training.metrics import Meter
 from mft.training.progress import Silent
+from mft.training.settings import TrainSettings
+from mft.training.state import State
+from mft.training.trainer import Trainer
 from mft.training.validate import Evaluator
 from tests.loss.modes import config, made
 
@@ -60,7 +63,7 @@ def write_tasks(root: Path) -> None:
 class Chosen:
     """Stands for the sampler: `SAMPLES` samples a step, task c absent from every third step."""
 
-    def __init__(self, feed: Feed):
+    def __init__(self, feed: BatchLoader):
         self.feed = feed
 
     def rows_in_epoch(self, epoch: int) -> int:
@@ -127,7 +130,7 @@ class Stage:
 
     def __init__(self, root: Path, layout: Layout):
         self.root = root
-        self.settings = Train(
+        self.settings = TrainSettings(
             per_device_eval_batch_size=2, log_every=1, eval_every=None, eval_at_start=False, save_every=None
         )
         family = Tiny(cache_dir=str(root / "cache"), layers=1, vocab_size=258)
@@ -144,13 +147,15 @@ class Stage:
         self.engine = build(node).start("fp32", cpu=True)
         sizes = BatchSizes(1, layout.accumulation, self.engine.world)
         rows = Pack() if layout.packed else Pad()
-        self.feed = Feed(stores, rows, sizes, self.engine.rank, tokenizer.pad_token_id, self.settings, data, [None] * 3)
+        self.feed = BatchLoader(
+            stores, rows, sizes, self.engine.rank, tokenizer.pad_token_id, self.settings, data, [None] * 3
+        )
         self.feed.sampler = Chosen(self.feed)
         self.family = family
 
     def training(
         self, loss: TaskLoss, recorder: Recorder, steps: int = STEPS, peft: Any = None, run_dir: Path | None = None
-    ) -> Training:
+    ) -> Trainer:
         """Returns a run with fresh weights. peft: None trains all of them; run_dir: where checkpoints go."""
         engine, names = self.engine, list(TASKS)
         with engine.loading():
@@ -160,18 +165,18 @@ class Stage:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         # Adam divides a gradient by its size; where that is near 0, eps keeps a rounding error from becoming a step.
         module, optimizer = engine.prepare(module, torch.optim.AdamW(trained, lr=LR, eps=1e-4))
-        loss.start(names, [1.0] * len(names))
-        loss.planned(steps, self.feed.valid_counts(len(names)))
-        return Training(
+        loss.setup(names, [1.0] * len(names))
+        loss.check_schedule(steps, self.feed.valid_counts(len(names)))
+        return Trainer(
             engine=engine,
             module=module,
             optimizer=optimizer,
             loss=loss,
             names=names,
             weights=[1.0] * len(names),
-            data=self.feed.steps,
+            loader=self.feed,
             learning_rate=lambda step: LR,
-            validation=Evaluator(engine, names, self.feed.validation),
+            evaluator=Evaluator(engine, names, self.feed.validation),
             probe=lambda step: Evaluator(engine, names, lambda: self.feed.probe(step, loss.probe_samples)).losses(
                 module
             ),
@@ -180,13 +185,13 @@ class Stage:
             tracker=recorder,
             progress=Silent(),
             settings=copy.copy(self.settings),
-            total=steps,
-            stop=lambda: False,
+            total_steps=steps,
+            stop_requested=lambda: False,
             origin=str,
             state=State(),
         )
 
-    def parameters(self, t: Training) -> torch.Tensor:
+    def parameters(self, t: Trainer) -> torch.Tensor:
         """Returns all trained parameters as one vector (on rank 0; whatever the others have elsewhere)."""
         state = self.engine.full_state(t.module, trainable=True)
         return torch.cat(

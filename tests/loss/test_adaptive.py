@@ -202,14 +202,14 @@ def test_memory_belongs_to_a_tasks_name_whatever_its_place(mode):
     def teach(loss, step, table):
         loss_K = losses(table[name] for name in loss.names)
         if step == 1:
-            loss.begin(loss_K)
+            loss.set_initial_losses(loss_K)
         loss.learn(step, valid_K=loss_K)
         loss.learn(step, train_K=loss_K)
         return loss.learn(step, repeat_K=loss_K * torch.tensor([table[name] for name in loss.names]).sqrt())
 
     one, other = made(mode), made(mode)
-    one.start(names, [1.0] * 3)
-    other.start(others, [1.0] * 3)
+    one.setup(names, [1.0] * 3)
+    other.setup(others, [1.0] * 3)
     for step in range(1, 7):
         teach(one, step, dict(zip(names, draw.uniform(0.5, 3, 3), strict=True)))
     file = io.BytesIO()
@@ -225,6 +225,6 @@ def test_memory_belongs_to_a_tasks_name_whatever_its_place(mode):
         assert [weights[name] for name in names] == pytest.approx(one.weight_K.tolist(), rel=1e-9)
     assert len(set(one.weight_K.tolist())) == 3, "the memory was never needed"
     third = made(mode)
-    third.start(["a", "b", "d"], [1.0] * 3)
+    third.setup(["a", "b", "d"], [1.0] * 3)
     with pytest.raises(UserError, match="remembers the tasks a, b, c, but not d"):
         third.load_state_dict(state)

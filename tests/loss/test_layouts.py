@@ -27,7 +27,7 @@ LENGTHS = [7, 2, 5, 1, 3, 9, 4, 6]
 
 def started(name: str) -> TaskLoss:
     loss = made(name, **({"window": 2} if "window" in config(name) else {}))
-    loss.start(["a", "b", "c"], [1.0, 1.0, 1.0])
+    loss.setup(["a", "b", "c"], [1.0, 1.0, 1.0])
     return loss
 
 

@@ -3,7 +3,7 @@ and rows, and on every backend."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from tests.distributed.ranks import run_ranks
 from tests.loss.loop import Layout, Played, played, write_tasks
 from tests.loss.modes import MODES
+from tests.selection import long, selected
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
@@ -28,20 +29,36 @@ BY_SOURCE = {"probes": "coba", "training losses": "lbtw", "statistics and repeat
 """One adaptive mode of each way of learning, played on the backends that shard."""
 
 
-def everything(root: Path, sharded: Sequence[str] = tuple(BY_SOURCE.values())) -> dict[str, dict[str, Played]]:
-    """Plays all layouts, those of SHARDED with the modes named; returns what each mode did, by layout."""
+PAIRS = [
+    (mode, layout) if mode in ("task_token_mean", *BY_SOURCE.values()) or layout == "2x2 pack" else long(mode, layout)
+    for mode in MODES
+    for layout in LAYOUTS
+]
+"""A mode of each way of learning in every layout, and every mode in the one that splits a batch in all ways at once."""
+
+
+def everything(
+    root: Path, pairs: Collection[tuple[str, str]] | None = None, sharded: Collection[str] = tuple(BY_SOURCE.values())
+) -> dict[str, dict[str, Played]]:
+    """Plays pairs of mode and layout (None: all of them), and every mode whole; returns what each did, by layout.
+
+    sharded: the modes that are played on the backends of SHARDED.
+    """
     write_tasks(root / "tasks")
     found = {}
     for world, layouts in ((1, ONE), (2, TWO | SHARDED), (4, FOUR)):
-        plan = [(layout, sharded if name in SHARDED else MODES) for name, layout in layouts.items()]
+        plan = []
+        for name, layout in layouts.items():
+            modes = sharded if name in SHARDED else MODES
+            plan.append((layout, [m for m in modes if pairs is None or name == "1x1 pad" or (m, name) in pairs]))
         results = played(str(root), plan) if world == 1 else run_ranks(world, played, str(root), plan)[0]
         found |= dict(zip(layouts, results, strict=True))
     return found
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Played]]:
-    return everything(tmp_path_factory.mktemp("layouts"))
+def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, dict[str, Played]]:
+    return everything(tmp_path_factory.mktemp("layouts"), selected(request, "mode", "layout"))
 
 
 def differences(found: Played, whole: Played) -> dict[str, float]:
@@ -55,8 +72,7 @@ def differences(found: Played, whole: Played) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "layout"), PAIRS)
 def test_the_global_batch_counts_and_not_its_layout(results, mode: str, layout: str) -> None:
     found = differences(results[layout][mode], results["1x1 pad"][mode])
     assert max(found.values()) <= 1e-6, found

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mft.batch import Counts
+from mft.batch import StepCounts
 from mft.errors import UserError
 from mft.loss.means import SampleMean, TaskSampleMean, TaskTokenMean, TokenMean
 from tests.loss.fixtures import CASES
@@ -32,7 +32,7 @@ def two_by_four():
 def test_two_by_four_by_hand(kind, weights, expected):
     samples, nll_all = two_by_four()
     loss = kind()
-    loss.start(["a", "b"], weights)
+    loss.setup(["a", "b"], weights)
     value = step(loss, nll_all, [[padded(samples)]])
     assert value.dtype == torch.float64
     assert value.item() == pytest.approx(expected, abs=1e-14)
@@ -44,7 +44,7 @@ def test_task_and_sample_balance_differ_where_a_task_has_several_samples():
     values = {}
     for kind in CASES.values():
         loss = kind()
-        loss.start(["a", "b"], [1, 1])
+        loss.setup(["a", "b"], [1, 1])
         values[kind] = step(loss, nll_all, [[padded(samples)]]).item()
     assert values[TokenMean] == pytest.approx(26 / 6)
     assert values[SampleMean] == pytest.approx((2 + 10 + 5) / 3)
@@ -57,7 +57,7 @@ def test_a_step_whose_tasks_all_have_weight_zero_has_the_loss_zero_and_no_gradie
     samples, nll_all = two_by_four()
     nll_all.requires_grad_()
     loss = kind()
-    loss.start(["a", "b", "absent"], [0, 0, 1])
+    loss.setup(["a", "b", "absent"], [0, 0, 1])
     value = step(loss, nll_all, [[padded(samples)]])
     value.backward()
     assert value.item() == 0 and not nll_all.grad.any()
@@ -65,22 +65,22 @@ def test_a_step_whose_tasks_all_have_weight_zero_has_the_loss_zero_and_no_gradie
 
 def test_negative_weight_is_refused():
     with pytest.raises(UserError, match=r"task\.b\.weight is -1"):
-        TaskTokenMean().start(["a", "b"], [1, -1])
+        TaskTokenMean().setup(["a", "b"], [1, -1])
 
 
 def test_weights_that_do_nothing_are_told():
     with pytest.warns(UserWarning, match=r"TokenMean has no task weights.*task\.b\.weight=2"):
-        TokenMean().start(["a", "b"], [1, 2])
+        TokenMean().setup(["a", "b"], [1, 2])
 
 
 @pytest.mark.parametrize("kind", CASES.values())
 def test_a_batch_without_trained_tokens_has_a_share_of_zero_with_a_graph(kind):
     loss = kind()
-    loss.start(["a", "b"], [1, 1])
+    loss.setup(["a", "b"], [1, 1])
     batch, _ = padded(pieces([0], [[False, False]]))
     nll_BT = torch.zeros(batch.ids_BT.shape, requires_grad=True)
     for others in (False, True):
-        counts = Counts.of([batch, padded(pieces([1], [[True]]))[0]] if others else [batch], 2)
+        counts = StepCounts.of([batch, padded(pieces([1], [[True]]))[0]] if others else [batch], 2)
         share = loss.share(nll_BT, batch, counts)
         share.backward()
         assert share.item() == 0 and math.isfinite(nll_BT.grad.sum())

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mft.hardware import quiet_libraries
 from mft.model.peft.modes import Lora
-from mft.run import quiet_libraries
 from mft.training.checkpoint import newest, restore
 from mft.training.loop import fit
 from tests.loss.loop import Layout, Recorder, Stage, write_tasks

@@ -26,6 +26,7 @@ def test_it_has_every_mode_two_learning_rates_and_two_seeds() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_runs_and_its_picture_is_drawn(tmp_path: Path) -> None:
     for number, name in enumerate(STUDY["task"]):
         write_task(tmp_path / "cache" / "demo" / "tasks" / name, 80, longest=3 + 3 * number)

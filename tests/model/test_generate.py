@@ -11,7 +11,8 @@ import torch
 from mft.batch import Message
 from mft.config.schema import default_cache_dir
 from mft.data.formats import Chat
-from mft.data.template import OWN, adopt, named
+from mft.data.template import OWN
+from mft.data.template_choice import adopt, named
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from mft.model.export import save_final

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 
-from mft.config.build import build, check
+from mft.config.build import build
 from mft.config.compose import compose_resolved
+from mft.config.validate import check
 from mft.errors import UserError
 from mft.model.attention import ALIBI
 from mft.model.causal_lm import CausalLM

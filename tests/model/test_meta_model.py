@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from mft.config.build import check
 from mft.config.compose import compose_resolved
+from mft.config.validate import check
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
 from mft.model.meta_model import has_experts, skeleton

@@ -10,8 +10,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from mft.config.build import check
 from mft.config.compose import compose_resolved
+from mft.config.validate import check
 from mft.errors import UserError
 from mft.model.attention import described
 from mft.model.causal_lm import CausalLM

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from mft import cli, run_folder
+from mft import cli
 from mft.config.compose import compose_resolved
 from mft.config.schema import freeze
 from mft.errors import UserError
+from mft.files.json_file import write_json
 from mft.launch import job
 from mft.runs.direction import higher_is_better
 from tests.tiny_runs import write_task
@@ -32,11 +33,11 @@ class Runs:
         cfg = compose_resolved([*given, f"output_dir={folder}"], [config] if config else [])
         current = job.checked(cfg, given)
         freeze(current.cfg, folder / "config.yaml")
-        run_folder.write_json(folder / "identity.json", current.identity.as_json())
-        run_folder.write_json(folder / "overrides.json", current.describe())
+        write_json(folder / "identity.json", current.identity.as_json())
+        write_json(folder / "overrides.json", current.describe())
         row = {"step": 1} | {f"valid/loss/{task}": loss for task in current.identity.tasks}
         (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"step": 2, **metrics}) + "\n")
-        run_folder.write_json(folder / "summary.json", {"status": "finished"})
+        write_json(folder / "summary.json", {"status": "finished"})
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_ctrl_c_stops_the_sweep_and_its_job_goes_on_from_the_checkpoint(work: Pa
     code, said = mft(work, *given)
     assert code == 0, said
     assert states(work) == {"train.seed=1": "finished", "train.seed=2": "finished"}
-    assert f"going on from {saved.name}" in (run / "log" / "output.txt").read_text()
+    assert f"resuming from {saved.name}" in (run / "log" / "output.txt").read_text()
     assert validated(run) == list(range(0, 121, 10)), "a point is missing or doubled"
 
 

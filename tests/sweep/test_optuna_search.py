@@ -10,6 +10,7 @@ import pytest
 
 from mft import cli, run_folder
 from mft.errors import UserError
+from mft.files.json_file import read_json
 from mft.sweep.optuna_search import corners, distribution, split
 from tests.sweeping import FAST, mft, runs, start, two_tasks, until, until_nothing_runs
 
@@ -49,11 +50,11 @@ def test_six_trials_then_more_by_the_same_command(tmp_path: Path) -> None:
     objectives = [trial["objective"] for trial in result["trials"]]
     assert result["best"]["objective"] == min(objectives)
     for run in runs(work):
-        best = run_folder.read_json(run / "summary.json")["best"]
+        best = read_json(run / "summary.json")["best"]
         worst = max(value for name, value in best.items() if name.startswith("valid/loss/"))
         assert best["by"] == "worst" and best["value"] == pytest.approx(worst)
     assert {round(run_best, 6) for run_best in objectives} == {
-        round(run_folder.read_json(run / "summary.json")["best"]["value"], 6) for run in runs(work)
+        round(read_json(run / "summary.json")["best"]["value"], 6) for run in runs(work)
     }
     assert "best of 6 trials" in said and "one seed a trial" in said
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from mft import cli, run_folder
+from mft import cli
+from mft.config.identity import Identity
 from mft.errors import UserError
+from mft.files.json_file import write_json
 from mft.tracking.delivery import sync
 from mft.tracking.mlflow import PATIENCE, Mlflow
 from mft.tracking.store import client_for
@@ -282,7 +284,7 @@ os._exit(9)
 def test_a_run_killed_by_force_is_marked_and_taken_up_again(store, run_dir, capsys):
     subprocess.run([sys.executable, "-c", KILLED, str(store), str(run_dir)], check=False)
     assert recorded(run_dir)[0].info.status == "RUNNING"
-    run_folder.write_json(run_dir / "identity.json", run_folder.Identity("a", "b").as_json())
+    write_json(run_dir / "identity.json", Identity("a", "b").as_json())
     cli.main(["tracking", "sync", str(run_dir)])
     assert "marked as failed" in capsys.readouterr().out and recorded(run_dir)[0].info.status == "FAILED"
     cli.main(["tracking", "sync", str(run_dir)])

@@ -15,11 +15,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mft.errors import UserError
+from mft.hardware import quiet_libraries
 from mft.launch import job
 from mft.model.tiny import Tiny
-from mft.run import quiet_libraries
 from mft.training.checkpoint import complete_steps
-from mft.training.loop import Training, fit
+from mft.training.loop import fit
+from mft.training.trainer import Trainer
 from tests.loss.loop import Layout, Recorder, Stage, write_tasks
 from tests.loss.modes import made
 from tests.tiny_runs import logged, train
@@ -219,7 +220,7 @@ class Overflowing:
         accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-54)
 
-    def fit(self, poison: bool = False) -> tuple[Training, Recorder]:
+    def fit(self, poison: bool = False) -> tuple[Trainer, Recorder]:
         recorder = Recorder()
         t = self.stage.training(made("lbtw"), recorder)
         if poison:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mft.training.progress import Terminal, losses_table, settings_table
+from mft.console.tables import settings_table
+from mft.training.progress import Terminal, losses_table
 
 
 def test_names_in_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

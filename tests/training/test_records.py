@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from mft import run_folder
+from mft.batch import StepCounts
 from mft.tracking.base import Jsonl
 from mft.training import loop
+from mft.training.trainer import Trainer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import LAYOUTS, Tree, play
 from tests.tiny_runs import logged, train
@@ -44,9 +46,9 @@ class Killed(BaseException):
 
 def end_at(moment: str, patch: pytest.MonkeyPatch, end: Any) -> None:
     """Has `end` called at that moment of the next run."""
-    validate, state, log = loop.validate, loop.every, Jsonl.log
+    validate, state, log = Trainer.validate, loop.every, Jsonl.log
 
-    def validating(t: loop.Training) -> bool:
+    def validating(t: Trainer) -> bool:
         if moment == "while validating" and t.state.step == 4:
             end()
         return validate(t)
@@ -61,7 +63,7 @@ def end_at(moment: str, patch: pytest.MonkeyPatch, end: Any) -> None:
         if moment == "after a row" and step == 9:
             end()
 
-    patch.setattr(loop, "validate", validating)
+    patch.setattr(Trainer, "validate", validating)
     patch.setattr(loop, "every", every)
     patch.setattr(Jsonl, "log", logging)
 
@@ -82,7 +84,7 @@ def test_a_run_that_is_ended_at_any_moment_leaves_the_rows_of_the_undisturbed_on
             train(tmp_path, cache_dir, *given)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         # after step 10, or, with famo, after the very last step, whose validation is left to the next start
-        patch.setattr(loop.Counts, "of", stopping(loop.Counts.of, at=2 if loss == "famo" else 1))
+        patch.setattr(StepCounts, "of", stopping(StepCounts.of, at=2 if loss == "famo" else 1))
         train(tmp_path, cache_dir, *given)
     assert run_folder.status(tmp_path / "run") == "stopped"
     summary, run = train(tmp_path, cache_dir, *given)
@@ -95,7 +97,7 @@ def test_a_run_that_is_ended_at_any_moment_leaves_the_rows_of_the_undisturbed_on
 
 
 def stopping(of: Any, at: int) -> Any:
-    """Returns `Counts.of` that sends this process a signal in the `at`-th step of the run that resumes from step 8."""
+    """Returns `StepCounts.of` that signals this process in the `at`-th step of the run that resumes from step 8."""
     seen = []
 
     def counted(batches: Any, tasks: int, stop: bool) -> Any:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from mft import run_folder
-from mft.commands import runs
+from mft.commands import runs, show
 from mft.commands.trained_model import final_folder
+from mft.config.identity import Identity, identity_of
 from mft.errors import UserError
 from mft.files.checksums import COMPLETE, MODEL, PROSE, WITHOUT_SUMS, require_sound
+from mft.launch import resume_choice
 from mft.model.merge import merge
 from mft.training.checkpoint import complete_steps
 from mft.training.resume import newest_sound
@@ -112,8 +114,9 @@ def test_a_checkpoint_without_checksums_is_taken_unless_it_cannot_be_whole(run: 
         {"step": None},
         {"step": "6"},
         {"step": 4},
-        {"position": 1.5},
-        {"first_valid": []},
+        {"rows_consumed": 1.5},
+        {"best": []},
+        {"best": {"first": []}},
         {"skipped": True},
     ):
         (step / "state" / "loop.json").write_text(json.dumps(values | wrong))
@@ -128,7 +131,7 @@ def test_a_run_goes_on_from_the_newest_sound_checkpoint_and_says_what_it_passed_
     summary, _ = train(run.parent, cache_dir, *SETTINGS, "train.keep=2")
     said = " ".join(capsys.readouterr().out.split())
     assert "step-6 is damaged and passed over: state/shard-0.safetensors has the checksum" in said
-    assert "step-4 is damaged and passed over: state/rng-0.pt has" in said and "going on from step-2" in said
+    assert "step-4 is damaged and passed over: state/rng-0.pt has" in said and "resuming from step-2" in said
     assert summary["status"] == "finished" and logged(run) == logged(finished)
     assert same(weights(run / "final"), weights(finished / "final"))
     # the damaged ones did not count as two of the two that are kept
@@ -255,8 +258,8 @@ def test_what_a_run_leaves_that_had_not_begun_is_no_obstacle(
     (folder / ".lock").touch()
     for name, text in left.items():
         (folder / name).write_text((finished / "config.yaml").read_text() if text is None else text)
-    identity = run_folder.Identity("a", "b")
-    assert run_folder.choose(folder, False, "auto", identity) == (folder, False)
+    identity = Identity("a", "b")
+    assert resume_choice.choose(folder, False, "auto", identity) == (folder, False)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +277,7 @@ def test_a_folder_with_anything_else_is_refused(
     for name, text in left.items():
         (tmp_path / name).write_text((finished / "config.yaml").read_text() if text is None else text)
     with pytest.raises(UserError, match=told):
-        run_folder.choose(tmp_path, False, "auto", run_folder.Identity("a", "b"))
+        resume_choice.choose(tmp_path, False, "auto", Identity("a", "b"))
 
 
 SHAPES = ["", "null", "[]", "7", '"text"', "{}", '{"status"', "[" * 100_000, "\udcff"]
@@ -294,8 +297,8 @@ def test_our_own_files_of_another_shape_are_as_if_absent(
     folder = shutil.copytree(finished, tmp_path / "runs" / "one", ignore=shutil.ignore_patterns("checkpoints", "final"))
     for text in (*SHAPES, WRONG[name]):
         (folder / name).write_bytes(text.encode(errors="surrogateescape"))
-        runs.runs([str(tmp_path / "runs")])
-        runs.show([str(folder)])
+        runs.command([str(tmp_path / "runs")])
+        show.command([str(folder)])
         assert run_folder.state(folder) in ("finished", "killed")
-        assert (run_folder.identity_of(folder) is None) == (name == "identity.json")
+        assert (identity_of(folder) is None) == (name == "identity.json")
     assert "one" in capsys.readouterr().out

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mft.batch import Prompt
+from mft.data.prompts import read_prompts
 from mft.errors import UserError
-from mft.training.sample_answers import Prompt, read_prompts
 
 
 def row(*turns: str) -> dict:

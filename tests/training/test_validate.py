@@ -9,13 +9,14 @@ import torch
 
 from mft.errors import UserError
 from mft.loss.coba import Coba
-from mft.training.metrics import criterion, task_means
+from mft.objective import criterion
+from mft.training.metrics import task_means
 
 
 def test_coba_takes_the_validation_before_training_as_the_unit_of_its_ratios() -> None:
     loss = Coba(warmup_steps=3, history_length=10, update_interval=1)
-    loss.start(["a", "b"], [1, 1])
-    loss.begin(torch.tensor([4.0, math.nan], dtype=torch.float64))
+    loss.setup(["a", "b"], [1, 1])
+    loss.set_initial_losses(torch.tensor([4.0, math.nan], dtype=torch.float64))
     loss.learn(1, valid_K=torch.tensor([3.0, 2.0], dtype=torch.float64))
     loss.learn(2, valid_K=torch.tensor([2.0, 1.0], dtype=torch.float64))
     assert loss.ratios.array().tolist() == [[0.5, 0.5]]  # without a validation the first probe is the unit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mft.batch import Batch, Counts
+from mft.batch import Batch, StepCounts
 from mft.errors import UserError
 from mft.loss.means import TaskTokenMean
 
@@ -24,6 +24,6 @@ class Clipped(TaskTokenMean):
             raise UserError(f"loss.limit={self.limit} must be above 0.")
 
     def share(
-        self, nll_BT: torch.Tensor, batch: Batch, counts: Counts, statistics: torch.Tensor | None = None
+        self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         return super().share(nll_BT.clamp(max=self.limit), batch, counts, statistics)

@@ -18,7 +18,7 @@ from mft.data.readers import Rows
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS, digest_of, split_of
 from mft.data.task import Task
-from mft.data.template import Piece
+from mft.data.template import Segment
 from mft.data.unread import NOTHING
 from mft.errors import UserError
 
@@ -40,7 +40,7 @@ class Read(NamedTuple):
     place: Place
     row: Any
     messages: list[Message]
-    pieces: list[Piece]
+    segments: list[Segment]
     whole: str | None
 
 
@@ -50,7 +50,7 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
     Raises RowError at the first bad row under bad_rows=error, UserError at the first long one under long_samples=error.
     """
     files = task.files()
-    format_name, _ = found = task.settled_format()
+    format_name, _ = found = task.find_format()
     splits, proportions = task.splits(), task.proportions(settings.split)
     rows = task.rows()
 
@@ -98,8 +98,8 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
 
 def _encode(encoder: Encoder, batch: Sequence[Read]) -> list[Encoded]:
     """Returns the samples of a batch and after them those of its whole texts, in one call of the tokenizer."""
-    wholes = [[Piece(read.whole, False, False)] for read in batch if read.whole is not None]
-    return encoder.encode_pieces([*(read.pieces for read in batch), *wholes])
+    wholes = [[Segment(read.whole, False, False)] for read in batch if read.whole is not None]
+    return encoder.encode_segments([*(read.segments for read in batch), *wholes])
 
 
 def _batches(
@@ -120,7 +120,7 @@ def _batches(
             if isinstance(row, RowError):
                 raise row
             messages = row_format.messages(row)
-            pieces = encoder.template.pieces(messages)
+            segments = encoder.template.segments(messages)
         except RowError as error:
             if settings.bad_rows == BadRows.error:
                 found = error.at(file, line)
@@ -131,13 +131,13 @@ def _batches(
             writer.leave_unread(unread)
         for message in messages:
             writer.answers_without_loss += not message.train
-        for piece in pieces:
-            writer.empty_thoughts += piece.thought
+        for segment in segments:
+            writer.empty_thoughts += segment.thought
         compared = understood < COMPARED_FIRST or understood % COMPARED_EVERY == 0
         whole = None
         if compared and messages[0].role != "text":
-            whole = "".join(piece.text + eos_token * piece.eos for piece in pieces)
-        batch.append(Read(place, row, messages, pieces, whole))
+            whole = "".join(segment.text + eos_token * segment.eos for segment in segments)
+        batch.append(Read(place, row, messages, segments, whole))
         understood += 1
         characters += sum(len(message.content) for message in messages)
         if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:

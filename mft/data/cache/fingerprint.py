@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ import xxhash
 from filelock import FileLock
 
 from mft.errors import UserError
+from mft.files.atomic import write_text
 
 # A file changed twice within one tick of the file system's clock keeps its time stamp; hashes of files this young are
 # therefore not remembered (the rule git uses for its index).
@@ -54,9 +54,7 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
 def _remember(memo_path: Path, fresh: dict[str, list[int | str]]) -> None:
     memo_path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(memo_path.with_suffix(".lock")):
-        temporary = memo_path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(_read(memo_path) | fresh), encoding="utf-8")
-        temporary.replace(memo_path)
+        write_text(memo_path, json.dumps(_read(memo_path) | fresh))
 
 
 def _digest(file: Path) -> str:

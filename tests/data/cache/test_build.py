@@ -7,7 +7,8 @@ from mft.data.cache.store import prepare
 from mft.data.formats import Chat
 from mft.data.settings import BadRows, DataSettings
 from mft.data.task import Task
-from mft.data.template import OWN, adopt, named
+from mft.data.template import OWN
+from mft.data.template_choice import adopt, named
 from mft.data.tokenize import Encoder
 from tests.data.conftest import CHATML, chat, write
 

@@ -11,8 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mft.config.build import check
 from mft.config.compose import compose_resolved
+from mft.config.validate import check
 from mft.errors import UserError
 from mft.model.export import save_final
 from mft.model.merge import merge

@@ -7,7 +7,8 @@ from mft.data.cache.store import prepare
 from mft.data.report import notes
 from mft.data.settings import DataSettings
 from mft.data.task import Task
-from mft.data.template import OWN, adopt, named
+from mft.data.template import OWN
+from mft.data.template_choice import adopt, named
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from tests.data.conftest import CHATML, TALK, write
@@ -19,8 +20,8 @@ def test_own_templates_learn_answers_and_their_end_only(kinds):
     template = named(OWN, None, tokenizer)
     adopt(tokenizer, template)
     assert tokenizer.eos_token == "<|im_end|>"
-    trained = [piece for piece in template.pieces(TALK) if piece.trained]
-    assert [(piece.text, piece.eos) for piece in trained] == [("    return w * h\n", True), ("<im", True)]
+    trained = [segment for segment in template.segments(TALK) if segment.trained]
+    assert [(segment.text, segment.eos) for segment in trained] == [("    return w * h\n", True), ("<im", True)]
 
 
 def test_templates_that_cannot_teach_are_refused(kinds, tmp_path):
@@ -51,7 +52,7 @@ def thinking(before: str, prompt: str = "") -> str:
 
 
 def trained(template, *turns: Message) -> list[str]:
-    return [piece.text for piece in template.pieces(turns) if piece.trained]
+    return [segment.text for segment in template.segments(turns) if segment.trained]
 
 
 @pytest.mark.parametrize(
@@ -74,11 +75,11 @@ def test_an_empty_thought_of_the_template_carries_no_loss(kinds, before, prompt)
     encoder = Encoder(tokenizer, template)
     talk = (Message("user", "q"), Message("assistant", "two"))
     assert trained(template, *talk) == ["two<|im_end|>"]
-    pieces = template.pieces(talk)
-    assert "".join(piece.text for piece in pieces) == tokenizer.apply_chat_template(
+    segments = template.segments(talk)
+    assert "".join(segment.text for segment in segments) == tokenizer.apply_chat_template(
         [{"role": m.role, "content": m.content} for m in talk], tokenize=False
     )
-    assert [piece.thought for piece in pieces].count(True) == 1
+    assert [segment.thought for segment in segments].count(True) == 1
     ids = encoder.encode(talk)[0].tolist()
     asked = encoder.encode_prompt(talk[:1])
     assert ids[: len(asked)] == asked

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mft.distributed.cpu_op import remove_abandoned
+from mft.distributed.build_lock import remove_abandoned
 
 LOAD = """
 import os
@@ -17,8 +17,8 @@ from pathlib import Path
 from torch.utils.cpp_extension import _get_build_directory
 left = Path(_get_build_directory("deepspeed_shm_comm", False)) / "lock"
 left.touch()
-from mft.distributed import cpu_op
-cpu_op.load()
+from mft.distributed import build_lock
+build_lock.load()
 from deepspeed.ops.op_builder.builder import OpBuilder
 print("loaded", *OpBuilder._loaded_ops)
 """

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from mft.batch import Message
 from mft.data.formats import RowError
 from mft.data.sandbox import TooMuch, bound
-from mft.data.template import OWN, Piece, Template
+from mft.data.template import OWN, Segment, Template
 from mft.errors import UserError, shortened
 
 if TYPE_CHECKING:
@@ -53,30 +53,30 @@ class Jinja(Template):
         self.special = re.compile("|".join(map(re.escape, longest_first))) if special else None
         try:
             self.tail, self.closing, self.end = self._ending()
-            self.pieces(PROBE)
+            self.segments(PROBE)
         except RowError as error:
             raise UserError(f"data.template={name}: {error.problem}") from error
 
-    def pieces(self, messages: Sequence[Message], generation: bool = False) -> list[Piece]:
+    def segments(self, messages: Sequence[Message], generation: bool = False) -> list[Segment]:
         if messages and messages[0].role == "text":
             return self._plain(messages)
         whole = self._render(messages, generation)
         eos = str(self.tokenizer.eos_token or "")
-        pieces, done = [], 0
+        segments, done = [], 0
         for i, message in enumerate(messages):
             if message.role != "assistant":
                 continue
             start, answer_start, stop = self._trained(messages, i, whole)
-            pieces.append(Piece(whole[done:start], False, False))
-            if answer_start > start:  # a piece of its own, so that the ids of the prompt stay a prefix
-                pieces.append(Piece(whole[start:answer_start], False, False, thought=True))
+            segments.append(Segment(whole[done:start], False, False))
+            if answer_start > start:  # a segment of its own, so that the ids of the prompt stay a prefix
+                segments.append(Segment(whole[start:answer_start], False, False, thought=True))
             answer = whole[answer_start:stop]
             if eos and answer.endswith(eos):
-                pieces.append(Piece(answer.removesuffix(eos), message.train, True))
+                segments.append(Segment(answer.removesuffix(eos), message.train, True))
             else:
-                pieces.append(Piece(answer, message.train, False))
+                segments.append(Segment(answer, message.train, False))
             done = stop
-        return [*pieces, Piece(whole[done:], False, False)] if done < len(whole) else pieces
+        return [*segments, Segment(whole[done:], False, False)] if done < len(whole) else segments
 
     def jinja(self) -> str:
         return self.source

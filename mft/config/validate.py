@@ -1,0 +1,233 @@
+"""What can be judged of a config before a process starts or a model loads: fields, values, what must fit together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, ValidationError
+
+from mft.config.build import Components, build_components, component_paths, is_of_a_library, refuse_special_keys
+from mft.config.components import component_class
+from mft.config.other_trainers import here
+from mft.config.schema import batch_sizes, resolve_precision
+from mft.data.prompts import read_prompts
+from mft.data.settings import BadRows, LongSamples, Mixture
+from mft.data.task import Task
+from mft.distributed.accelerator import refuse_fp16
+from mft.errors import UserError, check_ranges, nearest, plainly, shortened
+from mft.hardware import visible_gpus
+from mft.objective import BEST
+
+
+def check(cfg: DictConfig, world: int) -> Components:
+    """Judges a resolved, typed config before any process starts or model loads, and returns its components.
+
+    Raises UserError with a sentence for the first thing that is wrong.
+
+    Field names and types of every component come first, then what a component itself can tell (`check` methods: missing
+    paths, an attention that cannot run here), then what only the whole can tell.
+    """
+    nodes: list[tuple[str, DictConfig]] = []
+    for path in component_paths(cfg):
+        node = OmegaConf.select(cfg, path)
+        component_class(node, path)  # a group that was taken out or set to a value has no node below
+        nodes += _nodes(node, path)
+    for path, node in nodes:
+        refuse_special_keys(node, path)
+        cls = component_class(node, path)
+        if not is_of_a_library(cls, path):
+            _check_fields(node, cls, path)
+    for path, node in nodes:
+        _check_nothing_missing(node, path)
+    if not cfg.task and not cfg.data.paths:
+        raise UserError(
+            "No task is chosen. Choose from conf/task with task=[completion,docstring] (`mft demo` makes the demo's "
+            "five), or name folders of JSONL files: data.paths=[dir1,dir2]."
+        )
+    for settings in (cfg.train, cfg.data):
+        OmegaConf.to_object(settings).check()  # type: ignore[union-attr]
+    if cfg.train.prompts:
+        read_prompts(Path(cfg.train.prompts))
+    batch_sizes(cfg.train, world)
+    components = build_components(cfg)
+    for path, component in components.by_path.items():
+        if dataclasses.is_dataclass(component):
+            check_ranges(component, path)
+        if hasattr(component, "check"):
+            component.check()
+    for task in components.tasks:
+        task.files()  # a missing folder, a folder without rows
+        task.splits()  # files for validation and test alone
+        task.check_rows(stops=cfg.data.bad_rows is BadRows.error)
+    _check_something_trains(components.tasks, cfg.data.mixture)
+    names = [task.name for task in components.tasks]
+    _check_best(cfg.train.best, names)
+    _check_by_task(components.loss, names)
+    # How many samples validate is known once they are cut; where none can be, it is known now.
+    may_validate = {task.name: int(cfg.data.split[1] > 0 or "valid" in task.splits()) for task in components.tasks}
+    check_validation(cfg.train, components.loss, may_validate)
+    components.dist.check_ranks(world)
+    _check_together(cfg, components)
+    return components
+
+
+def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """Yields a component node and the component nodes inside it."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield path, node
+        for key in map(str, node):
+            yield from _nodes(node._get_node(key), f"{path}.{key}")
+    elif isinstance(node, ListConfig):
+        for number in range(len(node)):
+            yield from _nodes(node._get_node(number), f"{path}[{number}]")
+
+
+def _check_fields(node: DictConfig, cls: type, path: str) -> None:
+    """Merges the node into its class, so that unknown keys and wrong types are told by yaml path."""
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    schema = OmegaConf.structured(cls)
+    for key in (str(key) for key in node if not str(key).startswith("_")):
+        if key not in fields:
+            raise UserError(
+                f"{path}.{key}: {cls.__name__} has no such field{nearest(key, fields) or here(key) or '.'} "
+                f"Fields: {', '.join(fields) or 'none'}."
+            )
+        if OmegaConf.is_missing(node, key):
+            continue
+        value = node[key]
+        if isinstance(value, DictConfig) and "_target_" in value:
+            continue  # a component inside; checked on its own
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value)
+        try:
+            OmegaConf.update(schema, key, value, merge=False)
+            if isinstance(schema[key], str) and isinstance(value, int | float):
+                node[key] = schema[key]  # text that looks like a number, run_name=2026
+        except (ValidationError, ConfigKeyError) as error:
+            raise UserError(f"{path}.{key}={shortened(value)}: {plainly(_first_line(error)).rstrip('.')}.") from error
+        if isinstance(value, int | float) and type(schema[key]) is str:
+            node[key] = schema[key]  # a name of digits, which yaml reads as a number
+
+
+def _check_nothing_missing(node: DictConfig, path: str) -> None:
+    for key in map(str, node):
+        if OmegaConf.is_missing(node, key):
+            raise UserError(f"{path}.{key} is missing: give it on the command line, {path}.{key}=…, or in a yaml.")
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().splitlines()[0]
+    return "must be a list, e.g. [a,b]" if "is not a ListConfig" in line else line
+
+
+def _check_best(best: str, names: Sequence[str]) -> None:
+    allowed = [*BEST, *names]
+    if best not in allowed:
+        raise UserError(
+            f"train.best={best}: allowed are {', '.join(BEST)} or a task ({', '.join(names)}){nearest(best, allowed)}"
+        )
+
+
+def _check_by_task(loss: Any, names: Sequence[str]) -> None:
+    """Values of single tasks, such as loss.gamma_by_task: of tasks that exist, and numbers of at least 0."""
+    for key in vars(loss):
+        for name, value in (getattr(loss, key) or {}).items() if key.endswith("_by_task") else ():
+            if name not in names:
+                raise UserError(
+                    f"loss.{key}.{name}: unknown task{nearest(name, names) or '.'} Allowed: {', '.join(names)}."
+                )
+            if not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise UserError(f"loss.{key}.{name}={value} must be at least 0 and finite.")
+
+
+def check_validation(train: Any, loss: Any, counts: Mapping[str, int]) -> None:
+    """Raises UserError for settings that need validation samples where there are none.
+
+    counts: validation samples of each task, by name.
+    """
+    without = (
+        "; give data.split a validation part, e.g. data.split=[95,5,0], or a task its own rows with task.NAME.valid"
+    )
+    if not any(counts.values()):
+        if loss.needs_validation:
+            name = loss.public_name or type(loss).__name__
+            raise UserError(f"loss={name} learns its weights from validation samples, and no task has any{without}")
+        if train.early_stopping:
+            raise UserError(f"train.early_stopping=true needs validation samples, and no task has any{without}")
+    if train.best in counts and train.best not in BEST and not counts[train.best]:
+        raise UserError(f"train.best={train.best}: this task has no validation samples{without}")
+
+
+def _check_together(cfg: DictConfig, c: Components) -> None:
+    """Cross-component checks: what no single component can judge."""
+    c.scheduler.lr(1, 2, c.base_lr)  # a min_lr above the learning rate is refused here
+    whole = "model.add_tokens" if c.model.new_tokens() else c.peft.reads_base
+    if whole and c.dist.divides_on_load:
+        raise UserError(
+            f"{whole} reads whole weights of the base, of which every rank has a part only under dist=zero3; choose "
+            "dist=fsdp, zero2 or ddp."
+        )
+    precision = resolve_precision(cfg.train.precision).value
+    _check_dist(c.dist, c.optimizer, c.peft, precision)
+    _check_rows(c.rows, c.loss, cfg.data.long_samples)
+    c.model.check_rows(c.rows.packs_samples)
+    refuse_fp16(precision, cpu=not visible_gpus())
+    c.peft.check_with(c.model, precision)
+    c.model.check_precision(precision)
+    for name, task in c.named_tasks.items():
+        _check_share(name, task.share, cfg.data.mixture)
+
+
+def _check_dist(dist: Any, optimizer: Any, peft: Any, precision: str) -> None:
+    if getattr(dist, "divides_into_dtensors", False) and not getattr(optimizer, "takes_dtensors", True):
+        raise UserError(
+            "optimizer=adamw8bit: bitsandbytes cannot update what dist=fsdp divides over ranks; choose "
+            "optimizer=adamw, or dist=ddp"
+        )
+    stored = getattr(peft, "storage_dtype", "uint8")
+    if getattr(dist, "casts_weights", False) and precision != "fp32" and stored not in ("uint8", precision):
+        raise UserError(
+            f"peft.storage_dtype={stored}: this dist casts weights to {precision}, packed ones by value, which would "
+            f"destroy them; choose peft.storage_dtype={precision} or uint8"
+        )
+
+
+def _check_rows(rows: Any, loss: Any, long_samples: LongSamples) -> None:
+    if rows.splits_samples and loss.by_sample:
+        raise UserError(
+            f"loss: {type(loss).__name__} counts whole samples, but the rows of data=concat cut them; choose a mode "
+            "that counts tokens, e.g. loss=token_mean or loss=task_token_mean, or data=pack."
+        )
+    if long_samples is LongSamples.keep and not rows.splits_samples:
+        raise UserError(
+            "data.long_samples=keep is for rows that cut samples (data=concat); choose drop, truncate_left, "
+            "truncate_right, split_turns or error."
+        )
+
+
+def _check_something_trains(tasks: Sequence[Task], mixture: Mixture) -> None:
+    """Raises UserError where every task has a share or a weight of 0."""
+    trained = [task for task in tasks if mixture is not Mixture.shares or task.share != 0]
+    if not trained:
+        keys = ", ".join(f"task.{task.name}.share" for task in tasks)
+        raise UserError(f"{keys}: all are 0, so no task would be trained; one must be above 0.")
+    if not any(task.weight for task in trained):
+        keys = ", ".join(f"task.{task.name}.weight" for task in trained)
+        raise UserError(f"{keys}: all are 0, so nothing would be trained; one must be above 0.")
+
+
+def _check_share(name: str, share: float | None, mixture: Mixture) -> None:
+    if share is None:
+        return
+    if not (share >= 0 and math.isfinite(share)):
+        raise UserError(f"task.{name}.share={share} is no part of a mixture: a number, 0 or more, or null.")
+    if mixture is not Mixture.shares:
+        raise UserError(
+            f"task.{name}.share={share:g} does nothing with data.mixture={mixture.value}; choose data.mixture=shares."
+        )

@@ -1,0 +1,91 @@
+"""Which template `data.template` means: one of ours, the tokenizer's own chat template, or a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mft.data.chat_template import Jinja
+from mft.data.template import NOTE, OWN, MftCoder, Template
+from mft.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATES: dict[str, type[Template]] = {"mft": Template, "mftcoder": MftCoder}
+
+
+FILES = (".jinja", ".jinja2", ".j2")
+"""Endings of a chat template in a file of the user's."""
+
+
+def is_file(name: str) -> bool:
+    """Whether `data.template` names a file."""
+    return name.lower().endswith(FILES)
+
+
+def check(name: str, role_markers: Mapping[str, str] | None = None) -> None:
+    """Raises UserError where `data.template` is neither a template's name nor a file that is there, and for markers
+    that it cannot take."""
+    if name in TEMPLATES:
+        TEMPLATES[name](role_markers)
+    elif is_file(name):
+        if not Path(name).expanduser().is_file():
+            raise UserError(f"data.template: there is no file {name}")
+    elif name != OWN:
+        allowed = ", ".join((*TEMPLATES, OWN))
+        raise UserError(
+            f"data.template: unknown template {name!r}; allowed: {allowed}, or a file *.jinja"
+            f"{nearest(name, (*TEMPLATES, OWN))}"
+        )
+    if role_markers and name not in TEMPLATES:
+        raise UserError(f"data.role_markers: does nothing with data.template={name}, which writes its own markers")
+
+
+def named(
+    name: str, role_markers: Mapping[str, str] | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Template:
+    """Returns the template `data.template` asks for; raises UserError for an unknown name.
+
+    tokenizer: whose chat template `tokenizer` means, and which renders a file's.
+    """
+    check(name, role_markers)
+    if name in TEMPLATES:
+        return TEMPLATES[name](role_markers)
+    assert tokenizer is not None, "a Jinja template is rendered by the tokenizer"
+    if name == OWN:
+        return of_tokenizer(tokenizer)
+    try:
+        source = Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.template={name}: cannot be read as UTF-8 text: {error}") from error
+    return Jinja(source, tokenizer, name)
+
+
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Returns the template by which a saved tokenizer's model was trained, to encode prompts as in training.
+
+    Raises UserError for a tokenizer without a chat template.
+    """
+    source: Any = tokenizer.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not source:
+        raise UserError(
+            "data.template=tokenizer: the tokenizer has no chat template; allowed: mft, mftcoder, or a file of yours, "
+            "e.g. data.template=my.jinja"
+        )
+    if source.startswith(NOTE):
+        about = json.loads(source[len(NOTE) : source.index(" -#}")])
+        template = TEMPLATES[about["template"]]()
+        template.markers = about["role_markers"]
+        return template
+    return Jinja(source, tokenizer, OWN)
+
+
+def adopt(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    """Gives the tokenizer the template, to be saved with the checkpoint, and its end of turn as end of sequence."""
+    tokenizer.chat_template = template.jinja()
+    template.give_end(tokenizer)

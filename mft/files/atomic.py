@@ -1,0 +1,44 @@
+"""Files and folders that are whole or absent, whenever the process is killed: written under another name, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_text(path: Path, text: str, durable: bool = False, temporary: Path | None = None) -> None:
+    """Writes a text file; its folder is made where it is not there.
+
+    durable: a power cut leaves the old file or the new one, never an empty one; temporary: what it is called while it
+    is written, path.tmp by default.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary or path.with_suffix(".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Gives a folder that is written whole its name, in place of what was there."""
+    if folder.exists():
+        remove(folder)
+    temporary.rename(folder)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder under another name: what a kill in the middle leaves is not taken for a whole one."""
+    old = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)

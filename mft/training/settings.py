@@ -1,0 +1,82 @@
+"""The settings of the training loop, `train` in the config; conf/train.yaml holds their defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from mft.errors import check_ranges, ranged
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward and backward pass; trained weights are fp32 in all of them."""
+
+    auto = "auto"
+    """bf16 where the machine computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+@dataclass
+class TrainSettings:
+    """What the loop does and when: length, batch, precision, validation, checkpoints."""
+
+    epochs: float = ranged(3.0, above=0)
+    """Passes over the training data."""
+    max_steps: int | None = ranged(None, min=1)
+    """Optimizer steps; ends the run earlier than `epochs` would."""
+    per_device_batch_size: int = ranged(4, min=1)
+    """Rows (data=pack, concat) or samples (data=pad) of one micro-batch on one rank."""
+    per_device_eval_batch_size: int = ranged(4, min=1)
+    """The same for validation."""
+    global_batch_size: int | None = ranged(None, min=1)
+    """Rows or samples of one optimizer step over all ranks; the accumulation is derived from it."""
+    gradient_accumulation_steps: int | None = ranged(None, min=1)
+    """Micro-batches of one step on each rank; null: 1, or derived. Not together with global_batch_size."""
+    precision: Precision = Precision.auto
+    """The frozen config of a run holds what `auto` was resolved to on its machine."""
+    max_grad_norm: float | None = ranged(1.0, above=0)
+    """Gradients are clipped to this norm; null: never."""
+    seed: int = ranged(42, min=0)
+    """Of the data order, the adapters' first weights and dropout."""
+    log_every: int = ranged(10, min=1)
+    """Steps between two logged rows."""
+    eval_every: int | None = ranged(100, min=1)
+    """Steps between two validations; null: only at the start and the end."""
+    eval_at_start: bool = True
+    """Validate before the first step, so that progress has a baseline."""
+    eval_samples: int | None = ranged(None, min=1)
+    """Validation samples per task; null: all of them."""
+    save_every: int | None = ranged(100, min=1)
+    """Steps between two checkpoints; null: only at the end."""
+    keep: int | None = ranged(None, min=1)
+    """Newest checkpoints kept beside the best one; null: 3 with peft=full, else all."""
+    best: str = "mean"
+    """How a validation is judged: mean, worst, weighted, or the name of one task (`mft.objective`)."""
+    keep_task_best: bool = False
+    """Also save whenever a task reaches its best validation loss, and keep each task's best checkpoint."""
+    skip_nonfinite_steps: int = ranged(0, min=0)
+    """Steps with a non-finite loss or gradient that are skipped with a warning before one ends the run."""
+    early_stopping: bool = False
+    """Stop when `best` has not improved for `early_stopping_stall_num` validations."""
+    early_stopping_stall_num: int = ranged(3, min=1)
+    """Validations without improvement that end the run."""
+    resume: str = "auto"
+    """auto: the newest unfinished run of the same identity; never; a run folder; or RUN/checkpoints/step-N."""
+    prompts: str | None = None
+    """JSONL file of held-out conversations, answered before and after training."""
+    prompts_max_new_tokens: int = ranged(64, min=1)
+    """Length limit of those answers, in tokens."""
+    peak_tflops: float | None = ranged(None, above=0)
+    """Peak of one device in TFLOP/s, for speed/mfu; null: known GPUs only."""
+    fail_fast: bool = False
+    """A sweep ends at its first failed job instead of running the others."""
+    prune: bool = False
+    """A sweep ends a job whose best objective is worse than the median of the others at equal steps."""
+    prune_after: int = ranged(2, min=1)
+    """Validations a job gets before it may be pruned (three other jobs must have come as far)."""
+
+    def check(self) -> None:
+        """Raises UserError for a number out of its range."""
+        check_ranges(self, "train")

@@ -1,0 +1,66 @@
+"""Where a run stands; saved with every checkpoint as state/loop.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mft.batch import StepBatches
+from mft.training.best import BestTracker
+
+
+@dataclass
+class State:
+    """Plain values only: the loop changes them, a checkpoint holds them, a resume takes them up."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """The epoch whose rows are being trained, from 0."""
+    rows_consumed: int = 0
+    """Rows of this epoch's order that are done."""
+    epochs_done: float = 0.0
+    """Epochs done, with fraction."""
+    skipped: int = 0
+    """Steps that were not applied because their loss or gradient was not finite."""
+    best: BestTracker = field(default_factory=BestTracker)
+    learned: dict[str, float] = field(default_factory=dict)
+    """What the loss mode has reported since the last logged row."""
+    meter: list[dict[str, Any]] = field(default_factory=list)
+    """What each rank has summed since the last logged row (`Meter.state`)."""
+
+    def advance(self, data: StepBatches) -> None:
+        """Counts a step as done."""
+        self.step += 1
+        self.epoch, self.rows_consumed, self.epochs_done = data.epoch, data.rows_consumed, data.epochs_done
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns what loop.json holds."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> State:
+        """Inverse of `as_dict`; a field that an earlier version did not write has its default.
+
+        Raises ValueError for values of another shape, and where it is not said where the run stands.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"a {type(values).__name__} where an object is expected")
+        if missing := [name for name in ("step", "epoch", "rows_consumed", "epochs_done") if name not in values]:
+            raise ValueError(f"{missing[0]} is missing")
+        best = _filled(BestTracker(), values.get("best", {}), "best.")
+        state: State = _filled(cls(), values | {"best": best}, "")
+        return state
+
+
+def _filled(target: Any, values: Any, path: str) -> Any:
+    """Sets the fields of `target` to the values of their names, which must be of the types of their defaults."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.rstrip('.')} is {values!r}")
+    for name, default in vars(target).items():
+        value = values.get(name, default)
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"{path}{name} is {value!r}")
+        setattr(target, name, value)
+    return target

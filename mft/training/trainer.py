@@ -1,0 +1,162 @@
+"""What the training loop works on, and the single actions of a step; `mft.run` puts it together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from mft.batch import Batch, StepBatches, StepCounts
+from mft.distributed.engine import Engine
+from mft.errors import UserError
+from mft.loss.base import TaskLoss, task_sums
+from mft.objective import criterion, mean_of_tasks, perplexity
+from mft.tracking.base import Tracker
+from mft.training.metrics import Meter, task_means
+from mft.training.progress import Silent
+from mft.training.settings import TrainSettings
+from mft.training.state import State
+from mft.training.validate import Evaluator
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StepSource(Protocol):
+    """Where the micro-batches of each step come from (`mft.data.loader`)."""
+
+    def steps(self, epoch: int, rows_consumed: int) -> Iterator[StepBatches]:
+        """Yields this rank's micro-batches of every step from a place in the data on, without end."""
+        ...
+
+
+@dataclass
+class Trainer:
+    """One rank's training: every method is called by all ranks alike."""
+
+    engine: Engine
+    module: torch.nn.Module
+    """The prepared module; its call returns (nll_BT, router loss)."""
+    optimizer: torch.optim.Optimizer
+    loss: TaskLoss
+    names: Sequence[str]
+    """Of the K tasks, in order."""
+    weights: Sequence[float]
+    """task.<name>.weight, for train.best=weighted."""
+    loader: StepSource
+    learning_rate: Callable[[int], float]
+    """Step (from 1) → the learning rate of its update."""
+    evaluator: Evaluator
+    probe: Callable[[int], torch.Tensor]
+    """Step → validation losses [K] of a small draw before it."""
+    save: Callable[[State], Path]
+    meter: Meter
+    tracker: Tracker
+    progress: Silent
+    settings: TrainSettings
+    total_steps: int
+    stop_requested: Callable[[], bool]
+    """Whether this rank was asked to end after the current step."""
+    origin: Callable[[tuple[int, int]], str]
+    """(task, index) of a sample → file:line."""
+    state: State = field(default_factory=State)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (nll_BT, router loss) of the model on one micro-batch."""
+        nll_BT, router = self.module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
+        return nll_BT, router
+
+    def count(self, data: StepBatches) -> StepCounts:
+        """Returns the denominators of a step's losses over all ranks, and how many ranks were asked to stop.
+
+        One all-reduce for both: the counts are exact whatever each rank's micro-batches hold.
+        """
+        local = StepCounts.of(data.batches, len(self.names), self.stop_requested())
+        return StepCounts.from_tensor(self.engine.sum(local.tensor()))
+
+    def set_learning_rate(self, step: int) -> float:
+        """Sets the learning rate of a step's update and returns it."""
+        lr = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def loss_statistics(self, batches: Sequence[Batch]) -> torch.Tensor | None:
+        """Returns sums [K, S] over the whole step, for losses that are non-linear in a task's loss; else None."""
+        if not self.loss.needs_statistics:
+            return None
+        return self._without_gradient(lambda batch: self.loss.statistics(self.forward(batch)[0], batch), batches)
+
+    def learn_before(self, step: int) -> None:
+        """Lets an adaptive loss learn from a small validation before a step, where it wants one."""
+        if self.loss.wants_probe(step):
+            self.state.learned |= self.loss.learn(step, valid_K=self.probe(step))
+
+    def learn_after(self, step: int, batches: Sequence[Batch]) -> None:
+        """Lets an adaptive loss learn from a step that was applied: from its losses before and after the update."""
+        if self.loss.wants_train(step):
+            losses_K = task_means(self.engine.sum(self.meter.step_sums_2K)).cpu()
+            self.state.learned |= self.loss.learn(step, train_K=losses_K)
+        if self.loss.wants_repeat(step):
+            sums_2K = self._without_gradient(
+                lambda batch: task_sums(self.forward(batch)[0], batch, len(self.names)), batches
+            )
+            self.state.learned |= self.loss.learn(step, repeat_K=task_means(sums_2K).cpu())
+
+    def _without_gradient(self, sums_of: Callable[[Batch], torch.Tensor], batches: Sequence[Batch]) -> torch.Tensor:
+        """Returns sums over the micro-batches of all ranks; the random numbers of training stay as they were.
+
+        So a second pass sees the dropout masks of the first one, and training none of its own.
+        """
+        import torch
+
+        devices = [self.engine.device] if self.engine.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            local = torch.stack([sums_of(batch) for batch in batches]).sum(0)
+        return self.engine.sum(local)
+
+    def log(self, lr: float) -> None:
+        """Logs what was measured since the last logged row."""
+        state = self.state
+        values = self.meter.read(self.engine) | state.learned | {"lr": lr, "epoch": state.epochs_done}
+        state.learned = {}
+        self.tracker.log(state.step, values)
+        self.progress.report(state.step, values)
+
+    def validate(self) -> bool:
+        """Validates every task and logs it; returns whether it is the best validation so far.
+
+        Raises UserError, on all ranks, where no task's loss is finite.
+        """
+        step, best = self.state.step, self.settings.best
+        with self.meter.paused(), self.progress.validating():
+            losses = self.evaluator.by_name(self.module)
+        if not losses:
+            return False
+        value = criterion(losses, best, dict(zip(self.names, self.weights, strict=True)))
+        values = {"valid/loss": mean_of_tasks(losses)}
+        if best in ("worst", "weighted"):
+            values[f"valid/{best}"] = value
+        for name, loss in losses.items():
+            values |= {f"valid/loss/{name}": loss, f"valid/perplexity/{name}": perplexity(loss)}
+        self.tracker.log(step, values)
+        self.progress.validated(step, losses)
+        if not any(math.isfinite(loss) for loss in losses.values()):
+            raise UserError(
+                f"The validation after step {step} has no finite loss for any task: training diverged; these weights "
+                "were not saved. A lower optimizer.lr, longer scheduler.warmup or train.precision=fp32 often helps."
+            )
+        return self.state.best.update(step, losses, value)
+
+    def patience_exhausted(self) -> bool:
+        """Whether early stopping ends the run."""
+        return self.settings.early_stopping and self.state.best.stalled >= self.settings.early_stopping_stall_num
+
+    def save_checkpoint(self) -> None:
+        """Saves a checkpoint of the current step; its time does not count as training."""
+        self.state.best.mark_saved(self.state.step)
+        with self.meter.paused():
+            self.state.meter = self.meter.state(self.engine)
+            self.save(self.state)
