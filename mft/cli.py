@@ -1,4 +1,4 @@
-"""The `mft` command: its verbs, and how errors are printed. A verb's module is imported only when it is typed."""
+"""The `mft` command: its verbs, and how errors are printed. A verb is imported when it is typed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ WRITE = ("train", "sweep", "tracking", "merge", "convert", "demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; exits with 0, 1 (an error), 2 (a wrong command line), 75, 130 or 143."""
+    """Entry point; exits with 0, 1 (an error), 2 (a wrong command line), 75, 130 or 143."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     steady(lasting=bool(args) and args[0] in WRITE)
     try:

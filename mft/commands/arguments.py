@@ -1,7 +1,7 @@
-"""The command line of every verb: argparse for flags, help and defaults, errors in the grammar of this project.
+"""The command line of every verb: flags, help and defaults by argparse, errors in our own grammar.
 
-argparse reads the flags. What is left are the verb's words, in order: folders, prompts, overrides of the config. A
-word after `--` is taken as it is, so that `mft generate RUN -- --help` asks the model about --help.
+argparse reads the flags. What is left are the verb's words, in order: folders, prompts, overrides of the
+config. A word after `--` is taken as it is, so that `mft generate RUN -- --help` asks the model about --help.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 class Parser(argparse.ArgumentParser):
     """The command line of one verb.
 
-    words: what stands beside the flags, for the usage line; examples: commands with what they do; overrides: whether
-    words are overrides of the config, so that a mistaken flag may have been meant as one; actions: the verb's own
-    subcommands, of which the first word is one.
+    words: what stands beside the flags, for the usage line; examples: commands with what they do; overrides:
+    whether words are overrides of the config, so that a mistaken flag may have been meant as one; actions:
+    the verb's own subcommands, of which the first word is one.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Returns the values of the flags, with what else was given as `words`.
 
-        Names the plug-ins that the command line names. Raises HelpPrinted after --help, UserError for a mistake.
+        Starts the plug-ins of --plugin. Raises HelpPrinted after --help, UserError for a mistake.
         """
         at = arguments.index("--") if "--" in arguments else len(arguments)
         before, after = list(arguments[:at]), list(arguments[at + 1 :])
@@ -208,7 +208,7 @@ class Parser(argparse.ArgumentParser):
         return f"{dashed}{equals}{value}" if dashed in self.flags else word
 
     def _is_former(self, word: str) -> bool:
-        """Whether a word is an option in the former spelling, key=value; UserError for one that is nearly that."""
+        """Whether a word is an option in the former spelling; UserError for one that is nearly that."""
         key, equals, _ = word.partition("=")
         if not equals or not key.isidentifier() or not self._formerly:
             return False
@@ -235,7 +235,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def action_of(parser: Parser, words: Sequence[str]) -> tuple[str, list[str]]:
-    """Returns the subcommand that was typed and the words behind it; UserError where it is not one of the verb's."""
+    """Returns the subcommand that was typed and the words behind it; UserError for an unknown one."""
     actions = ", ".join(parser.actions)
     if not words:
         raise UserError(f"{parser.prog} needs a subcommand. Subcommands: {actions}.")
@@ -248,7 +248,7 @@ def action_of(parser: Parser, words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def overrides_in(words: Sequence[str]) -> list[str]:
-    """Returns words that are overrides of the config; UserError for one that is not, with what was probably meant."""
+    """Returns words that are overrides; UserError for one that is not, with what was probably meant."""
     from mft.config.overrides import not_an_override
 
     for word in words:

@@ -1,8 +1,8 @@
-"""`mft completion bash|zsh|fish`: a script for the shell that completes verbs, flags, and options of config groups.
+"""`mft completion bash|zsh|fish`: a script that completes verbs, flags, and options of config groups.
 
-The lists are written into the script when it is made, so that the Tab key starts no Python. They are made by hand and
-not by a package: `peft=lora` is one word for mft and three for bash, which the generators of completions (shtab,
-argcomplete) do not join again.
+The lists are written into the script when it is made, so that the Tab key starts no Python. They are made by
+hand and not by a package: `peft=lora` is one word for mft and three for bash, which the generators of
+completions (shtab, argcomplete) do not join again.
 """
 
 from __future__ import annotations

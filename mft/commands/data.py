@@ -96,7 +96,7 @@ class PreparedData:
 
 
 def report(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
-    """Prints the account of each task, and writes it with the list of dropped rows and a picture of the lengths."""
+    """Prints the account of each task; writes it with the dropped rows and a picture of the lengths."""
     data = prepared(overrides, config_dirs)
     from mft.config.overrides import key_of
     from mft.config.schema import batch_sizes
@@ -140,7 +140,7 @@ def report(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
 
 
 def show(overrides: Sequence[str], config_dirs: Sequence[Path], samples_per_task: int) -> None:
-    """Prints samples as the model will see them; what carries loss is coloured, or in ⟦ ⟧ without a terminal."""
+    """Prints samples as the model sees them; what carries loss is coloured, or in ⟦ ⟧."""
     overrides, only = without_task_name(overrides, config_dirs)
     data = prepared(overrides, config_dirs)
     from rich.text import Text
@@ -191,7 +191,7 @@ def prepare(overrides: Sequence[str], config_dirs: Sequence[Path]) -> None:
 
 
 def prepared(overrides: Sequence[str], config_dirs: Sequence[Path]) -> PreparedData:
-    """Returns the data that overrides compose, checked as for a run; raises UserError as `mft train` would."""
+    """Returns the data that overrides compose; raises UserError as `mft train` would."""
     from omegaconf import OmegaConf
 
     from mft.config.compose import compose_resolved
@@ -215,7 +215,7 @@ def prepared(overrides: Sequence[str], config_dirs: Sequence[Path]) -> PreparedD
 
 
 def without_task_name(overrides: Sequence[str], config_dirs: Sequence[Path]) -> tuple[list[str], str]:
-    """Takes task=NAME out of overrides where NAME is not an option of the config group but the name of a task.
+    """Takes task=NAME out of overrides where NAME is a task, and not an option of the config group.
 
     Returns (the other overrides, the task's name or "").
     """

@@ -42,7 +42,7 @@ def parser() -> Parser:
 
 
 def run_folders(places: Sequence[str]) -> list[Path]:
-    """Returns the run folders in the named folders, else in ROOTS; UserError for a place that is not a folder."""
+    """Returns the run folders in the named folders, else in ROOTS; UserError for what is not a folder."""
     for place in places:
         if not Path(place).is_dir():
             siblings = [path.name for path in Path(place).parent.glob("*")]

@@ -74,7 +74,7 @@ def losses_in(summary: Values, part: str) -> dict[str, float]:
 
 
 def changes(run: Run) -> list[tuple[str, str, str]]:
-    """Returns (key, value, default): the options taken, then values that are not those of the option that was taken."""
+    """Returns (key, value, default): the options chosen, then values that differ from their options'."""
     from mft.config.compose import compose_resolved
     from mft.config.schema import plain
 

@@ -1,4 +1,4 @@
-"""Where the model of a run is, and the code of its family: for the verbs that read what a training has written."""
+"""Where the model of a run is, and the code of its family: for the verbs that read a trained model."""
 
 from __future__ import annotations
 

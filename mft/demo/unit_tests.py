@@ -1,7 +1,8 @@
-"""The demo's unit-test task: tests out of Lib/test beside the code they exercise, and doctests beside their function.
+"""The demo's unit-test task: tests of Lib/test beside the code they exercise, and doctests.
 
-Only test methods that stand alone are taken: every name in them is a builtin, an import from the standard library or
-their own, and `self` is used for what unittest.TestCase has. So prompt (code and imports) and answer run together.
+Only test methods that stand alone are taken: every name in them is a builtin, an import from the standard
+library or their own, and `self` is used for what unittest.TestCase has. So prompt (code and imports) and
+answer run together.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class UnitTest:
 
 
 class Targets:
-    """The library's functions and classes by dotted name, also where a package exports them from one of its modules."""
+    """The library's functions and classes by dotted name, also where a package exports them."""
 
     def __init__(self, functions: Iterable[Function]) -> None:
         self.members: dict[str, list[Function]] = {}  # path of a function or class → it, or its methods
@@ -76,7 +77,7 @@ class Targets:
         return None
 
     def source(self, path: str, used: set[str]) -> tuple[str, tuple[str, ...]] | None:
-        """Returns the code of a function, or of a class the `used` methods; None where that is too long or nothing."""
+        """Returns the code of a function, or the `used` methods of a class; None where too long or empty."""
         members = self.members[path]
         code = members[0].code
         if members[0].owner:
@@ -109,7 +110,7 @@ def from_test_suite(tests: Iterable[Path], functions: Iterable[Function], left_o
 
 
 def _standalone(lines: list[str], node: Definition, imports: Imports, targets: Targets) -> UnitTest | None:
-    """Returns a test method, None where it needs more than imports, or no code that it exercises can be shown."""
+    """Returns a test method; None where it needs more than imports, or its target cannot be shown."""
     nodes = list(ast.walk(node))
     names = [item.id for item in nodes if isinstance(item, ast.Name)]
     attributes = [item for item in nodes if isinstance(item, ast.Attribute)]

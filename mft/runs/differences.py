@@ -1,4 +1,4 @@
-"""Which settings tell runs apart: values of the config, options of groups, and the contents of what was read."""
+"""Which settings tell runs apart: values, options of groups, and the contents of what was read."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ READABLE = {
 def differing_contents(runs: Sequence[Run]) -> list[str]:
     """Returns the keys that tell apart runs on different tasks, data, base models, adapters or templates.
 
-    The readable key is taken where it says exactly the same as the fingerprint. Where it says less (the files behind a
-    path have changed), the fingerprint stands beside it. Paths to equal contents tell nothing apart.
+    The readable key is taken where it says exactly the same as the fingerprint. Where it says less (the files
+    behind a path have changed), the fingerprint stands beside it. Paths to equal contents tell nothing apart.
     """
     telling: dict[str, None] = {}  # a set that keeps its order
     for name, readable in READABLE.items():

@@ -25,8 +25,8 @@ HIGHER = r"acc|accuracy|f1|em|bleu|rouge.?|chrf|auc|precision|recall|reward|scor
 def higher_is_better(metric: str, tasks: Sequence[str], better: str = "") -> bool:
     """Returns whether the highest value of a metric is the best one.
 
-    tasks: names of tasks, which as metrics are their validation losses; better: lower or higher, which decides;
-    "" to go by the name. Raises UserError for another word, and where the name does not tell.
+    tasks: names of tasks, which as metrics are their validation losses; better: lower or higher, which
+    decides; "" to go by the name. Raises UserError for another word, and where the name does not tell.
     """
     if better:
         if better not in ("lower", "higher"):

@@ -1,4 +1,4 @@
-"""Runs in an order: those that differ by their seed alone are one setting, and its spread says what a rank is worth."""
+"""Runs ranked by setting: runs that differ by their seed alone are one, and their spread is the noise."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Group:
 
 
 def grouped(runs: Sequence[Run], keys: Sequence[str], metric: str, higher: bool = False) -> list[Group]:
-    """Returns the groups of runs with equal values of the keys, the best mean first; runs without a value come last."""
+    """Returns the groups of runs with equal values of the keys, the best mean first, without any last."""
     members: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         members.setdefault(tuple(run.values.get(key, "-") for key in keys), []).append(run)
@@ -65,7 +65,7 @@ def grouped(runs: Sequence[Run], keys: Sequence[str], metric: str, higher: bool 
 
 
 def pooled(groups: Sequence[Group]) -> float | None:
-    """Returns the standard deviation between seeds, pooled over the groups that have several; None without any.
+    """Returns the standard deviation between seeds, pooled over groups that have several; None without.
 
     Pooled by degrees of freedom: a group of n seeds counts n - 1 times.
     """
@@ -78,8 +78,8 @@ def pooled(groups: Sequence[Group]) -> float | None:
 def verdicts(groups: Sequence[Group]) -> tuple[list[str], str]:
     """Returns a verdict for every group and a sentence on all of them.
 
-    A winner is named only where the noise between seeds is known and every other group lies further away than it.
-    groups: as `grouped` orders them, the best mean first.
+    A winner is named only where the noise between seeds is known and every other group lies further away than
+    it. groups: as `grouped` orders them, the best mean first.
     """
     noise = pooled(groups)
     higher = any(group.higher for group in groups)
@@ -116,8 +116,9 @@ def verdicts(groups: Sequence[Group]) -> tuple[list[str], str]:
 def prepare(runs: Sequence[Run], metric: str, by: Sequence[str], better: str = "") -> list[Group]:
     """Returns the groups to compare.
 
-    by: the keys that make a group; () for all that differ, but the seed. better: lower or higher; "" to read it from
-    the metric's name. Raises UserError for keys or metrics that no run has, and where the name does not tell.
+    by: the keys that make a group; () for all that differ, but the seed. better: lower or higher; "" to read
+    it from the metric's name. Raises UserError for keys or metrics that no run has, and where the name does
+    not tell.
     """
     shorten_paths(runs)
     keys_of_runs = sorted({key for run in runs for key in run.values})

@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML file with its pictures inside, without scripts and without the network."""
+"""The report of a comparison: one HTML file with its pictures inside, no scripts, no network."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
 
 
 def leave_report(folder: Path) -> Path | None:
-    """Writes `report.html` into a sweep's folder, of the runs there with a result; None where there is none."""
+    """Writes `report.html` of the runs in a sweep's folder; None where none has a result."""
     runs = [read_run(path) for path in run_folder.runs_under(folder)]
     runs = [run for run in runs if run.best("mean") is not None]
     if not runs:
@@ -173,7 +173,7 @@ def _weights(groups: Sequence[Group], tasks: Sequence[str]) -> Any | None:
 
 
 def _heat(groups: Sequence[Group], metrics: Sequence[str]) -> Any | None:
-    """The grid of the loss mode and the learning rate, or of the first two keys that differ; None below two keys."""
+    """The grid of loss mode and learning rate, or of the first two keys that differ; None below two."""
     keys = [key for key in (groups[0].keys if groups else {}) if key != SEED]
     keys.sort(key=lambda key: {"loss": 0, "optimizer.lr": 1}.get(key, 2))
     if len(keys) < 2:

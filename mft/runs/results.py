@@ -42,8 +42,8 @@ class Run:
     """The folder as seen from here, or the run's name in MLflow."""
 
     values: dict[str, str]
-    """The flat config, with the option chosen of every group. `task` holds the names of all tasks in order; keys that
-    end in FINGERPRINT hold hashes of contents, where they were recorded."""
+    """The flat config, with the option chosen of every group. `task` holds the names of all tasks in order;
+    keys that end in FINGERPRINT hold hashes of contents, where they were recorded."""
 
     rows: list[dict[str, Any]]
     """metrics.jsonl."""
@@ -67,7 +67,7 @@ class Run:
         return list(dict.fromkeys(k.removeprefix(prefix) for row in self.rows for k in row if k.startswith(prefix)))
 
     def series(self, metric: str) -> list[tuple[int, float]]:
-        """Returns (step, value) of a metric: mean, worst, a task (validation losses), or a name in metrics.jsonl."""
+        """Returns (step, value) of a metric: mean, worst, a task, or a name in metrics.jsonl."""
         points, tasks = [], self.tasks
         for row in self.rows:
             losses = {task: loss for task in tasks if (loss := row.get(f"valid/loss/{task}")) is not None}
@@ -115,7 +115,8 @@ def _contents(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
 def with_contents(tasks: Sequence[str], data: str, fingerprints: Mapping[str, str] | None) -> dict[str, str]:
     """Returns the values of a run that stand for what it read.
 
-    data: the fingerprint of its data; fingerprints: those of CONTENTS by name, None where they were not recorded.
+    data: the fingerprint of its data; fingerprints: those of CONTENTS by name, None where they were not
+    recorded.
     """
     values = {"task": f"[{','.join(tasks)}]"} if tasks else {}
     if data:
@@ -126,7 +127,7 @@ def with_contents(tasks: Sequence[str], data: str, fingerprints: Mapping[str, st
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns {dotted key: text} of what can change a result; `loss: coba` stands beside loss.tau and so on."""
+    """Returns {dotted key: text} of what can change a result, with `loss: coba` beside loss.tau."""
     values: dict[str, str] = dict(config.get("choices", {}))
 
     def walk(node: Mapping[str, Any], prefix: str) -> None:
@@ -144,7 +145,7 @@ def flat(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_experiment(name: str, uri: str, extra: str = "mean") -> list[Run]:
-    """Returns the runs of an MLflow experiment, from the store alone; extra: a metric to read besides the losses."""
+    """Returns the runs of an MLflow experiment; extra: a metric to read besides the losses."""
     from mft.tracking.params import safe_name
     from mft.tracking.store import client_for
 
