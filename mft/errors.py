@@ -18,9 +18,9 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake in the input of a run (config, data, paths, machine), told in a sentence the person can act on.
+    """Invalid user input (config, data, paths, hardware). The message says how to fix it.
 
-    Entry points print its text alone, without a traceback; everything else that is raised is a defect of ours.
+    Entry points print its text alone, without a traceback; everything else that is raised is a bug.
     exit_code: 2 for a mistake in what was asked; the launcher makes it 1 where a run had started and failed.
     """
 

@@ -52,7 +52,7 @@ def test_shares_of_the_users_tasks_compose_and_wrong_ones_are_refused(tmp_path: 
     checked("data.mixture=shares")
     with pytest.raises(UserError, match=r"task\.left\.share=3 does nothing with data\.mixture=natural"):
         checked()
-    with pytest.raises(UserError, match=r"task\.left\.share=-1.* is no part of a mixture"):
+    with pytest.raises(UserError, match=r"task\.left\.share=-1.* must be at least 0"):
         checked("data.mixture=shares", "task.left.share=-1")
     with pytest.raises(UserError, match=r"data\.mixture_temperature=0\.0 must be"):
         checked("data.mixture_temperature=0")

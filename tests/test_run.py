@@ -110,7 +110,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_told_of_and_leaves_the_older_checkpoint(small_disk: Path, cache_dir: Path) -> None:
     settings = ["peft=full", "train.save_every=1"]
-    with pytest.raises(UserError, match=r"The disk is full: .*\.step-\d\.tmp could not .* goes on from step-\d"):
+    with pytest.raises(UserError, match=r"The disk is full: .*\.step-\d\.tmp could not .* resumes from step-\d"):
         train(small_disk, cache_dir, *settings, "train.keep=9")
     steps = complete_steps(small_disk / "run" / "checkpoints")
     assert steps and not list((small_disk / "run" / "checkpoints").glob(".step*"))

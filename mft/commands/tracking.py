@@ -23,7 +23,7 @@ EXAMPLES = """\
 def parser() -> Parser:
     """Returns the command line of `mft tracking`."""
     made = Parser("tracking", "sync [DIR …] [--uri ADDRESS]", STORY, EXAMPLES, actions=("sync",))
-    made.option("--uri", takes=TEXT, help="address of the MLflow store; else the one of each run's config")
+    made.option("--uri", takes=TEXT, default="", help="address of the MLflow store; else the one of each run's config")
     return made
 
 
@@ -35,25 +35,25 @@ def command(arguments: Sequence[str]) -> None:
     sync_all(places, parsed.uri)
 
 
-def sync_all(places: Sequence[str], uri: str | None) -> None:
+def sync_all(places: Sequence[str], uri: str) -> None:
     """Sends what the stores of runs have missed; UserError with all failures, and where no run is tracked."""
-    from mft.tracking.delivery import mark_killed, sync
+    from mft.tracking.record import NAME
+    from mft.tracking.sender import sync
 
-    failures = []
     folders = run_folders(places)
-    sweeps = dict.fromkeys(folder.parent for folder in folders if (folder.parent / RECORD).exists())  # their reports
-    spooled = [folder for folder in (*folders, *sweeps) if (folder / "mlflow.spool.jsonl").exists()]
-    for folder in spooled:
-        state = run_folder.state(folder)
-        if state == "running":
-            say(f"{folder}: still running, it sends its record itself")
+    sweeps = dict.fromkeys(folder.parent for folder in folders if (folder.parent / RECORD).exists())
+    tracked = [folder for folder in (*folders, *sweeps) if (folder / NAME).exists()]  # a sweep's: its report
+    if not tracked:
+        raise UserError("There is no run tracked by MLflow here.")
+    failures = []
+    for folder in tracked:
+        if run_folder.state(folder) == "running":
+            say(f"{folder}: still running, it sends its metrics itself")
             continue
         try:
-            killed = state != "finished" and mark_killed(folder)
-            say(f"{folder}: {sync(folder, uri)} records and files sent{', marked as failed' if killed else ''}")
+            count, killed = sync(folder, uri)
+            say(f"{folder}: {count} points and files sent{', marked as failed' if killed else ''}")
         except UserError as error:
             failures.append(str(error))
-    if not spooled:
-        raise UserError("There is no run tracked by MLflow here.")
     if failures:
         raise UserError("\n".join(failures))

@@ -1,4 +1,4 @@
-"""Which experiment a run is: a hash of its inputs, kept in parts, so that two can be told apart in words.
+"""Which experiment a run is: a hash of its inputs, kept in parts, so that what differs between two can be named.
 
 `mft.config.inputs` says what the parts are; `mft.run_folder` keeps them as identity.json.
 """

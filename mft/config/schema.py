@@ -198,16 +198,15 @@ def batch_sizes(train: Any, world: int) -> BatchSizes:
         return BatchSizes(per_device, accumulation or 1, world)
     if accumulation is not None:
         raise UserError(
-            f"train.global_batch_size={total} and train.gradient_accumulation_steps={accumulation} are both given; "
-            "set one of them, the other follows."
+            f"train.global_batch_size={total} and train.gradient_accumulation_steps={accumulation} exclude each other; "
+            "set one of them, the other is derived."
         )
     unit = per_device * world
     if total % unit:
         below, above = total // unit * unit, (total // unit + 1) * unit
         values = f"{below} or {above}" if below else f"{above}"
         raise UserError(
-            f"train.global_batch_size={total} is no multiple of train.per_device_batch_size={per_device} x {world} "
-            "ranks; "
-            f"the nearest values that are: {values}."
+            f"train.global_batch_size={total} must be a multiple of train.per_device_batch_size={per_device} x {world} "
+            f"ranks. Nearest values: {values}."
         )
     return BatchSizes(per_device, total // unit, world)

@@ -89,7 +89,7 @@ def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
 
 
 def _check_fields(node: DictConfig, cls: type, path: str) -> None:
-    """Merges the node into its class, so that unknown keys and wrong types are told by yaml path."""
+    """Merges the node into its class, so that unknown keys and wrong types are reported by yaml path."""
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
     schema = OmegaConf.structured(cls)
     for key in (str(key) for key in node if not str(key).startswith("_")):
@@ -129,9 +129,8 @@ def _first_line(error: Exception) -> str:
 def _check_best(best: str, names: Sequence[str]) -> None:
     allowed = [*BEST, *names]
     if best not in allowed:
-        raise UserError(
-            f"train.best={best}: allowed are {', '.join(BEST)} or a task ({', '.join(names)}){nearest(best, allowed)}"
-        )
+        hint = nearest(best, allowed) or "."
+        raise UserError(f"train.best={best}: not a criterion or a task. Allowed: {', '.join(allowed)}{hint}")
 
 
 def _check_by_task(loss: Any, names: Sequence[str]) -> None:
@@ -226,7 +225,7 @@ def _check_share(name: str, share: float | None, mixture: Mixture) -> None:
     if share is None:
         return
     if not (share >= 0 and math.isfinite(share)):
-        raise UserError(f"task.{name}.share={share} is no part of a mixture: a number, 0 or more, or null.")
+        raise UserError(f"task.{name}.share={share} must be at least 0 and finite, or null.")
     if mixture is not Mixture.shares:
         raise UserError(
             f"task.{name}.share={share:g} does nothing with data.mixture={mixture.value}; choose data.mixture=shares."

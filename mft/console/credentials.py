@@ -50,7 +50,7 @@ def hidden(text: str) -> str:
 
 
 def _of_environment(user: str) -> bool:
-    """Whether `user:password` has a password only by a variable, which is no secret to show."""
+    """Whether `user:password` has a password only by a variable, which is not a secret."""
     name, _, password = _ENVIRONMENT.sub("", user).partition(":")
     return "${" in user and not password and (not name or ":" in user.partition("${")[0])
 

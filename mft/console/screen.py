@@ -33,7 +33,7 @@ PLAIN_WIDTH = 160
 def console(**options: Any) -> Console:
     """Returns a Console of rich whose text is `shown`, and in which brackets are no markup.
 
-    It is as wide as the terminal; PLAIN_WIDTH columns where the output is no terminal.
+    It is as wide as the terminal; PLAIN_WIDTH columns where the output is not a terminal.
     """
     result = _screen()(**{"markup": False, "highlight": False} | options)
     if not result.is_terminal and "width" not in options:

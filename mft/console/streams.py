@@ -29,7 +29,7 @@ class Lasting(io.FileIO):
 
 
 def steady(lasting: bool) -> None:
-    """Makes this process's standard streams take any text. lasting: go on where the reader of them disappears.
+    """Makes this process's standard streams take any text. lasting: continue where their reader disappears.
 
     Streams that were closed when the process started write nowhere, and those that somebody put in place of the
     process's own stay as they are.

@@ -21,7 +21,7 @@ def table(
     """Returns a table of rich.
 
     columns: their headers; numbers: those of them whose cells are right-aligned and stay on one line; rows: a cell for
-    each column, text or a rich Text (a plain text is no markup); total: a last row, below a line; styles: of each row;
+    each column, text or a rich Text (plain text is not markup); total: a last row, below a line; styles: of each row;
     lines: whether a line parts the rows, for cells of several lines.
     """
     from rich.table import Table

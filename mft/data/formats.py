@@ -351,7 +351,7 @@ def _text(value: Any, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        problem = f"holds half of a surrogate pair at character {error.start}, which is no text"
+        problem = f"holds half of a surrogate pair at character {error.start}, which is not text"
         raise RowError(field, problem) from None
     return value
 

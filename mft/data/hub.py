@@ -55,7 +55,7 @@ def _parts(name: str) -> tuple[str, str | None, str | None, str | None]:
     """Returns name, revision, split and config; raises UserError for another form."""
     found = FORM.fullmatch(name)
     if found is None:
-        raise UserError(f"{name}: is no name of a data set; allowed: hf:owner/name[@revision][:split[:config]]")
+        raise UserError(f"{name}: not a valid dataset name; expected hf:owner/name[@revision][:split[:config]]")
     path, *rest = found.groups()
     revision, split, config = (part or None for part in rest)
     return path, revision, split, config

@@ -110,7 +110,7 @@ def array(file: Any, path: Path) -> Iterator[Any]:
 
 
 class Twice(ValueError):
-    """A key that an object names twice; JSON readers keep the last one without a word."""
+    """A key that an object names twice; JSON readers silently keep the last one."""
 
 
 def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Pack(RowBuilder):
 class Concat(RowBuilder):
     """The samples of a window end to end, cut every `seq_length` tokens: for pretraining on plain text.
 
-    What is left of a sample at the end of a row goes on in the next one; only the last row of a window may be shorter.
+    The rest of a sample at the end of a row continues in the next one; only the last row of a window may be shorter.
     No token is lost, neither as input nor as target: the last position of a row predicts the first token of the next.
     A part of a sample sees itself alone, and its positions count from 0.
     """

@@ -76,12 +76,6 @@ def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
             found.append(f"{name}: {counted} (data.duplicates=drop leaves them out)")
         if n := store.report["empty_thoughts"]:
             found.append(f"{name}: the template puts an empty thought before {n:,} answers; it carries no loss")
-        compared, differ = (store.report["one_string"][k] for k in ("compared", "differ"))
-        if differ:
-            found.append(
-                f"{name}: apply_chat_template(tokenize=True) would give other ids than training for {differ:,} of "
-                f"{compared:,} rows compared (docs/data.md says why; mft generate encodes as in training)"
-            )
     return found
 
 

@@ -23,14 +23,14 @@ class LongSamples(str, Enum):  # noqa: UP042  (values come back from yaml as pla
 
 
 class BadRows(str, Enum):  # noqa: UP042
-    """What happens to a row that cannot be understood: stop at it, or count it and go on."""
+    """What happens to a row that cannot be read: it ends the run, or is counted and skipped."""
 
     error = "error"
     skip = "skip"
 
 
 class Duplicates(str, Enum):  # noqa: UP042
-    """Rows that say the same as another one: keep = they are counted, drop = they are left out, too."""
+    """Exact duplicates of another row: keep = they are counted, drop = they are left out, too."""
 
     keep = "keep"
     drop = "drop"

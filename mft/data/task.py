@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from mft.data import hub
 from mft.data.cache.fingerprint import file_digests
 from mft.data.formats import KNOWN, Auto, Format, RowError, misread, no_format
 from mft.data.readers import SUFFIXES, Rows, is_data, stem
-from mft.data.splitnames import split_named
+from mft.data.split import split_named
 from mft.errors import UserError, nearest, shortened
 
 FIRST_ROWS = 8
@@ -75,7 +76,7 @@ class Task:
         """
         if not self.paths:
             raise UserError(f"{self._at('paths')}: is empty; allowed: folders with {_ENDINGS} files, or such files")
-        files = [file for file, _ in self._all_files()]
+        files = [file for file, _ in self._listing]
         seen: set[str] = set()
         for file in files:
             real = str(file) if hub.is_name(file) else os.path.realpath(file)
@@ -89,7 +90,7 @@ class Task:
 
         Raises UserError where none trains.
         """
-        files = self._all_files()
+        files = self._listing
         if all(split for _, split in files):
             names = ", ".join(file.name for file, _ in files[:3])
             raise UserError(
@@ -179,8 +180,9 @@ class Task:
             parts.append(",".join(splits))
         return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
-    def _all_files(self) -> list[tuple[Path, str]]:
-        """Returns the files of `paths` with the splits that they are named for, and then those of `valid`.
+    @cached_property
+    def _listing(self) -> list[tuple[Path, str]]:
+        """The files of `paths` with the splits that they are named for, and then those of `valid`; looked up once.
 
         A file that is named for a split in a folder of `paths` and given in `valid` as well is of `valid`.
         """

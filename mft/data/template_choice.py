@@ -33,7 +33,7 @@ def check(name: str, role_markers: Mapping[str, str] | None = None) -> None:
         TEMPLATES[name](role_markers)
     elif is_file(name):
         if not Path(name).expanduser().is_file():
-            raise UserError(f"data.template: there is no file {name}")
+            raise UserError(f"data.template: no such file {name}")
     elif name != OWN:
         allowed = ", ".join((*TEMPLATES, OWN))
         raise UserError(

@@ -1,15 +1,16 @@
-"""Messages → token ids, the same way for training and for inference."""
+"""Messages → token ids, the same way for training and for inference, and what becomes of those that are too long."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import xxhash
 
 from mft.batch import Message
+from mft.data.settings import DataSettings, LongSamples
 from mft.data.template import Segment, Template
 from mft.data.template_choice import of_tokenizer
 from mft.errors import UserError
@@ -86,11 +87,11 @@ class Encoder:
         trained_all = np.repeat(np.array(trained_P, dtype=bool), length_P)
         border_P = np.concatenate([[0], np.cumsum(length_P, dtype=np.int64)])
         encoded = []
-        first_piece = 0
+        first_segment = 0
         for conversation in conversations:
-            start, stop = border_P[first_piece], border_P[first_piece + len(conversation)]
+            start, stop = border_P[first_segment], border_P[first_segment + len(conversation)]
             encoded.append((ids_all[start:stop], trained_all[start:stop]))
-            first_piece += len(conversation)
+            first_segment += len(conversation)
         return encoded
 
     def _ids(self, texts: list[str]) -> Iterable[list[int]]:
@@ -111,3 +112,55 @@ class Encoder:
         if backend.padding is not None:
             backend.no_padding()
         return backend
+
+
+class FittedRow(NamedTuple):
+    """The samples of a row, none longer than data.seq_length (unless it is to be kept so); none = it is dropped.
+
+    dropped_rounds: how many of its rounds were left out, because each alone is too long.
+    """
+
+    parts: Sequence[Encoded]
+    dropped_rounds: int = 0
+
+
+def fit_to_length(messages: Sequence[Message], encoded: Encoded, encoder: Encoder, settings: DataSettings) -> FittedRow:
+    """Returns what becomes of a row under data.long_samples."""
+    ids_S, trained_S = encoded
+    limit = settings.seq_length
+    if len(ids_S) <= limit or settings.long_samples == LongSamples.keep:
+        return FittedRow([encoded])
+    if settings.long_samples == LongSamples.truncate_right:
+        return FittedRow([(ids_S[:limit], trained_S[:limit])])
+    if settings.long_samples == LongSamples.truncate_left:
+        return FittedRow([(ids_S[-limit:], trained_S[-limit:])])
+    if settings.long_samples == LongSamples.split_turns:
+        return _split(messages, encoder, limit)
+    return FittedRow([])
+
+
+def _split(messages: Sequence[Message], encoder: Encoder, limit: int) -> FittedRow:
+    """Returns whole rounds in order, as many to a sample as fit, the system text before each."""
+    system = [message for message in messages if message.role == "system"]
+    rounds: list[list[Message]] = []
+    for message in messages[len(system) :]:
+        if message.role == "assistant":
+            rounds[-1].append(message)
+        else:
+            rounds.append([message])
+    parts: list[Encoded] = []
+    left_out = 0
+    waiting: list[Message] = []
+    last: Encoded | None = None
+    for turns in rounds:
+        longer = encoder.encode([*system, *waiting, *turns])
+        if len(longer[0]) > limit and waiting:
+            if last is not None:
+                parts.append(last)
+            waiting, last = [], None
+            longer = encoder.encode([*system, *turns])
+        if len(longer[0]) <= limit:
+            waiting, last = [*waiting, *turns], longer
+        else:
+            left_out += 1
+    return FittedRow([*parts, last] if last is not None else parts, left_out)

@@ -12,7 +12,7 @@ def load() -> None:
     """Compiles and loads the op (shared memory among ranks), so that DeepSpeed finds it loaded.
 
     torch guards a build by a file that is only there or not there. A rank that is killed while it builds leaves it
-    behind, and every later start would wait for it without end and without a word.
+    behind, and every later start would silently wait for it forever.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator

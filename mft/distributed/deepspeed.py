@@ -131,7 +131,7 @@ class Zero2(Backend):
     allgather_bucket_size: int = ranged(200_000_000, min=1)
     """Parameters gathered at a time after the update, in elements."""
     overlap_comm: bool = True
-    """Exchange gradients while the backward pass goes on (GPU only)."""
+    """Overlap the exchange of gradients with the backward pass (GPU only)."""
     config: dict[str, Any] | None = None
     """Further keys of DeepSpeed's JSON, merged over ours."""
 
@@ -182,7 +182,7 @@ class Zero3(Backend):
     max_live_parameters: int = ranged(1_000_000_000, min=1)
     """Elements that are whole at a time, at most; lower saves memory and gathers more often."""
     overlap_comm: bool = True
-    """Exchange gradients while the backward pass goes on (GPU only)."""
+    """Overlap the exchange of gradients with the backward pass (GPU only)."""
     gather_on_save: bool = True
     """Whether checkpoints also hold the model as transformers or peft load it; `final/` does in any case."""
     config: dict[str, Any] | None = None

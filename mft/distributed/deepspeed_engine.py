@@ -74,7 +74,7 @@ class DeepSpeedEngine(Engine):
         self._require_wrapper()
         assert isinstance(self._module, torch.nn.Module)
         if self._module.zero_optimization_stage() != self.stage:  # type: ignore[operator]
-            raise UserError(f"dist={self.name} did not come up as asked: DeepSpeed runs another stage")
+            raise UserError(f"dist={self.name} did not start as configured: DeepSpeed runs another stage")
         self._verify_sharding(next(self._module.parameters()))
         return self._module, self._optimizer
 
@@ -82,7 +82,7 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:
             super()._verify_sharding(first)
         elif not hasattr(first, "ds_id"):
-            raise UserError(f"dist={self.name} did not come up as asked: the first parameter is not partitioned")
+            raise UserError(f"dist={self.name} did not start as configured: the first parameter is not partitioned")
 
     def run_as_forward(self, call: Callable[[], T]) -> T:
         """See `Engine.inside`; DeepSpeed holds the parameters in the run's precision."""

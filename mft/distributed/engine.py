@@ -53,7 +53,7 @@ class Engine:
 
     name = "single"
     kinds: tuple[str, ...] = ("NO",)
-    """Names of accelerate's DistributedType that this backend may come up as."""
+    """Names of accelerate's DistributedType that this backend may start as."""
     wrapper: str | None = None
     """Class name of the module that `prepare` returns; None: the module itself."""
     sharded = False
@@ -81,7 +81,7 @@ class Engine:
         kind, world = accelerator.distributed_type.name, int(os.environ.get("WORLD_SIZE", 1))
         if kind not in self.kinds or self.world != world:
             raise UserError(
-                f"dist={self.name} did not come up as asked: accelerate reports {kind} with {self.world} processes "
+                f"dist={self.name} did not start as configured: accelerate reports {kind} with {self.world} processes "
                 f"where {' or '.join(self.kinds)} with {world} was expected"
             )
 
@@ -130,7 +130,7 @@ class Engine:
     def _require_wrapper(self, unwrapped: str = "") -> None:
         found, expected = type(self._module).__name__, self.wrapper or unwrapped
         if found != expected:
-            raise UserError(f"dist={self.name} did not come up as asked: the model is a {found}, not a {expected}")
+            raise UserError(f"dist={self.name} did not start as configured: the model is a {found}, not a {expected}")
 
     def _verify_sharding(self, first: torch.nn.Parameter) -> None:
         """Raises UserError unless the first parameter is whole: no DTensor (FSDP2), not partitioned by ZeRO-3."""
@@ -154,8 +154,8 @@ class Engine:
         """Clips to `max_norm` (None or 0: not), updates, zeroes the gradients; returns the norm before clipping.
 
         A non-finite norm means that nothing was updated: on fp16 with `skipped` True when the loss scaler answered an
-        overflow (go on), else it is an error for the loop to report. The gradients are equal on all ranks after the
-        exchange, so all ranks see the same norm and take the same way; sharding backends must agree explicitly.
+        overflow (training continues), else it is an error for the loop to report. The gradients are equal on all ranks
+        after the exchange, so all ranks see the same norm and decide alike; sharding backends must agree explicitly.
         """
         import torch
 
@@ -252,9 +252,9 @@ class Engine:
     def load_state(self, folder: Path | str) -> bool:
         """Restores what `save_state` wrote, of this or of another backend, on any number of ranks. All ranks call it.
 
-        Call it last before training goes on: anything random in between would be drawn from the restored states.
-        Returns whether the layout is the same, so that the run goes on bit-identically; with another one the losses are
-        equal to rounding, and ranks without a saved random state keep the one they have.
+        Call it last before training continues: anything random in between would be drawn from the restored states.
+        Returns whether the layout is the same, so that the run continues bit-identically; with another one the losses
+        are equal to rounding, and ranks without a saved random state keep the one they have.
         Raises UserError when the state is not complete, is of another model, or does not fit another layout.
         """
         folder = Path(folder)

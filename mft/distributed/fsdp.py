@@ -1,6 +1,6 @@
 """PyTorch's fully sharded data parallel, version 2: each rank holds its part of parameters, gradients and optimizer.
 
-`fully_shard` is called here and not by accelerate, which on a CPU turns an FSDP plugin into plain DDP without a word,
+`fully_shard` is called here and not by accelerate, which on a CPU silently turns an FSDP plugin into plain DDP,
 and under bf16 casts the losses that the model returns to bf16 (steps of 0.03).
 """
 
@@ -64,7 +64,7 @@ class FsdpEngine(Engine):
         for group, group_names in zip(optimizer.param_groups, grouped_names, strict=True):
             group["params"] = [parameters[name] for name in group_names]
         if not isinstance(module, FSDPModule):
-            raise UserError("dist=fsdp did not come up as asked: the model is not sharded")
+            raise UserError("dist=fsdp did not start as configured: the model is not sharded")
         self._verify_sharding(next(module.parameters()))
         self._module, self._optimizer = module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         return module, self._optimizer
@@ -111,7 +111,7 @@ class FsdpEngine(Engine):
         from torch.distributed.tensor import DTensor
 
         if not isinstance(first, DTensor):
-            raise UserError(f"dist=fsdp did not come up as asked: the first parameter is a {type(first).__name__}")
+            raise UserError(f"dist=fsdp did not start as configured: the first parameter is a {type(first).__name__}")
 
     def run_as_forward(self, call: Callable[[], T]) -> T:
         """See `Engine.inside`; gathered parameters come in the run's precision."""

@@ -178,7 +178,7 @@ def _load_blocks(shard: Shard, optimizer: torch.optim.Optimizer, found: Sequence
     if not same:
         raise UserError(
             f"{folder} was written on another number of ranks, and {type(optimizer).__name__} keeps its state in "
-            "blocks that cannot be divided anew; go on with the same number of ranks, or with dist=ddp from the start"
+            "blocks that cannot be resharded; resume with the same number of ranks, or train with dist=ddp"
         )
     for key in same[0].keys:
         optimizer.state[shard.owner][key] = same[0].tensor(key)[:].to(shard.owner.device)

@@ -70,7 +70,7 @@ class TaskLoss(ABC):
         self.weight_K = torch.tensor(list(weights), dtype=torch.float64)
 
     def check_schedule(self, steps: int, valid_samples: Sequence[int]) -> None:
-        """Is told, after `setup`, how many optimizer steps the run has and how many validation samples each task has.
+        """Receives, after `setup`, the optimizer steps of the run and the validation samples of each task.
 
         Raises UserError where the mode cannot work with that; warns where its weights would never move.
         """

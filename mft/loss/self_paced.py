@@ -6,7 +6,7 @@ A probe gives each task's validation loss. With alpha_i its slope over the last 
 
 so a task whose loss rises (a > 0) gets a weight near 0, and among falling ones the score is highest at a = -1. There is
 no floor: weights below 1e-5 are usual. Unlike the original, fits use real step numbers and float64 (its float32 fit is
-50 % off at step 100,000), an absent task is no zero, and the history is part of the checkpoint.
+50 % off at step 100,000), an absent task is not a zero, and the history is part of the checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The contract of experiment trackers, the JSON-lines log every run keeps, and the fan-out to several trackers."""
+"""The contract of experiment trackers, the metrics.jsonl of every run, and the fan-out to several."""
 
 from __future__ import annotations
 
@@ -17,51 +17,55 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Receives what a run wants to be remembered by. Only rank 0 has one. Order: open; log, artifact, model; close.
+    """Keeps the record of a run. Only rank 0 has one. Order: open; log, artifact, checkpoint, model; close.
 
-    A tracker never raises into training: what it cannot deliver it reports once as a warning and keeps. Only `prepare`
-    and `open` may raise, and only a UserError (a missing package, an address that cannot be one).
+    A tracker never raises into training: what it cannot deliver it reports once as a warning and keeps. Only
+    `prepare` and `open` may raise, and only a UserError (a missing package, a malformed address).
     """
 
     def prepare(self) -> None:
-        """Makes what several runs share (a database), once, before jobs start side by side. Not needed for one run."""
+        """Creates what runs share (a database) before jobs start in parallel; one run does without."""
 
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
-        """Starts, or on resume continues, the record of this run.
+        """Starts the record of this run, or continues it on resume.
 
-        config: the resolved config, nested; tags: identity, git_commit, versions, overrides; step: the optimizer
-        step the run continues from (0 = fresh), so that a tracker can drop points of steps that will be logged again.
+        config: the resolved config, nested; tags: identity, git_commit, versions, overrides; step: the
+        optimizer step the run resumes from (0 = fresh); points of later steps are logged again.
         """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Records metrics of one optimizer step; names as in docs/architecture.md, e.g. `valid/loss/<task>`."""
+        """Records metrics of one optimizer step; names as in docs/architecture.md, e.g. `valid/loss/<task>`.
+
+        They are in metrics.jsonl of the run folder by then, unless the disk is full.
+        """
 
     def artifact(self, path: Path) -> None:
-        """Keeps a file (or a folder) of the run folder."""
+        """Keeps a file or folder of the run folder; a tracker that reads the run folder may ignore it."""
 
     def model(self, folder: Path) -> None:
-        """Is told where the final model lies; keeps a copy only if configured to, since it may be large."""
+        """Receives the folder of the final model; copies it only if configured to, since it may be large."""
 
     def checkpoint(self, folder: Path) -> None:
-        """Is told where a checkpoint lies that the run keeps; keeps a copy only if configured to."""
+        """Receives the folder of a checkpoint that the run keeps; copies it only if configured to."""
 
     def close(self, status: str) -> None:
-        """Ends the record; status is finished, failed or stopped."""
+        """Completes the record; status is finished, failed or stopped."""
 
     def report(self, sweep_dir: Path, file: Path, tags: Mapping[str, str]) -> None:
-        """Keeps the report of a whole sweep, outside of any run; not between open and close."""
+        """Keeps the report of a sweep, outside of any run; not between open and close."""
 
     def where(self) -> str:
-        """Returns one line that tells a person how to look at the record, or ""."""
+        """Returns one line on how to look at the record, or ""."""
         return ""
 
 
 class Jsonl(Tracker):
     """`metrics.jsonl` in the run folder: one object a logged step, `{"step": 10, "train/loss": 1.23, ...}`.
 
-    On resume the lines of steps after the checkpoint are cut off, so that no step appears twice; a run that begins anew
-    in its folder begins a new file. Non-finite values are written as null, which every JSON reader understands. What
-    finds a full disk is kept and written with a later row, or when the run ends.
+    On resume the lines of steps after the checkpoint are cut off, so that no step appears twice; a run that
+    starts afresh in its folder starts a new file. Non-finite values are written as null, which every JSON
+    reader understands. Rows that meet a full disk stay in memory and are written with a later row, or when
+    the run ends.
     """
 
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
@@ -75,7 +79,7 @@ class Jsonl(Tracker):
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # a line half written when the process was killed; its step is trained and logged again
+                continue  # half a line, as a kill leaves it; its step is trained and logged again
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self.path)
@@ -89,7 +93,7 @@ class Jsonl(Tracker):
         self._write()
 
     def _write(self) -> None:
-        """Appends what is unwritten, all of it or nothing: half a line would spoil the one that follows."""
+        """Appends all unwritten rows or none: half a line would spoil the one that follows."""
         if not self._unwritten:
             return
         with self.path.open("ab", buffering=0) as file:
@@ -104,7 +108,7 @@ class Jsonl(Tracker):
 
 
 class FanOut(Tracker):
-    """Hands everything to several trackers in turn; one that breaks is reported once and does not stop the others."""
+    """Passes every call to several trackers in turn; one that fails is reported once and stops no other."""
 
     def __init__(self, trackers: Sequence[Tracker]):
         self.trackers = list(trackers)
@@ -144,4 +148,5 @@ class FanOut(Tracker):
             except Exception as error:  # a full disk, a defect in a tracker: not a reason to lose a training
                 if id(tracker) not in self.reported:
                     self.reported.add(id(tracker))
-                    log.warning("%s: %s: %s; training goes on", type(tracker).__name__, type(error).__name__, error)
+                    names = type(tracker).__name__, type(error).__name__
+                    log.warning("%s: %s: %s. Training continues", *names, error)

@@ -1,24 +1,26 @@
-"""Tracking with MLflow: training does not wait for the store, gets no error from it, and nothing logged is lost."""
+"""Tracking with MLflow: training neither waits for the store nor fails with it, and no metric is lost."""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from filelock import FileLock
-
 from mft.console.credentials import filled, hidden, without_credentials
 from mft.errors import UserError, nearest
 from mft.tracking.base import Tracker
-from mft.tracking.delivery import Delivery, cause
-from mft.tracking.params import cut, flattened
-from mft.tracking.spool import Spool, new_key
-from mft.tracking.store import database_file, prepare
+from mft.tracking.params import cut
+from mft.tracking.record import Record
+from mft.tracking.sender import Sender
+from mft.tracking.store import database_file, prepare, reason, system_metrics
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databrick
 PATIENCE = 4.0  # seconds without any progress after which open and close stop waiting
 COLLECT = 0.5  # seconds in which points gather before they are sent in one call
 RETRY = (1.0, 60.0)  # seconds until a store that did not answer is tried again: doubled each time, at most
-# MLflow's page opens on traces of language model apps, which are empty here; this opens the charts of all runs.
+# MLflow's page opens on traces of language model apps, which are empty here; this opens the runs' charts.
 CHARTS = "compareRunsMode=CHART&workflowType=machine_learning"
 SYSTEM_EVERY = 10.0  # seconds between two looks at cpu, memory, disk, network and gpu
 
@@ -35,232 +37,178 @@ SYSTEM_EVERY = 10.0  # seconds between two looks at cpu, memory, disk, network a
 class Mlflow(Tracker):
     """Records a run in an MLflow store: a local SQLite database (the default) or a server.
 
-    Everything is appended to the run folder's spool first and sent by a background thread; a store that is down costs
-    the seconds of PATIENCE at the start and at the end, and what it missed is sent when it answers again, by this
-    process, by the resumed run, or by `sync`. A run opened again in the same folder goes on as the same MLflow run.
+    A background thread sends what the run writes into its folder. A store that is down costs PATIENCE seconds
+    at the start and at the end; what it missed is sent when it answers again, by this process, the resumed
+    run, or `sync`. A run opened again in the same folder continues as the same MLflow run.
     """
 
     public_name: ClassVar[str] = "mlflow"
 
     uri: str | None = None
+    """Address of the store. None = MLFLOW_TRACKING_URI if set, else the SQLite database in `store`."""
+
     store: str = "."
+    """Folder of the default store, relative to where mft is started; unused with an address."""
+
     experiment: str = "default"
+    """Name of the experiment; change it to compare runs on a page of their own."""
+
     run_name: str | None = None
+    """Name in the table. None = the job's overrides in a sweep, else the name of the run folder."""
+
     system_metrics: bool = False
+    """Whether to log cpu, memory, disk, network and gpu of rank 0's machine every 10 s as system/…"""
+
     register_as: str | None = None
+    """Registered model that the final model becomes a version of. None = it stays in the run folder."""
+
     checkpoints: bool = False
+    """Whether to upload the checkpoints that the run kept when it ends: three times the trained size each."""
 
     def __post_init__(self) -> None:
-        if self.uri is None or self.uri == "databricks":
+        key = "MLFLOW_TRACKING_URI" if self.uri is None else "tracking.mlflow.uri"
+        uri = os.environ.get(key, "") if self.uri is None else self.uri
+        if uri == "databricks" or (not uri and self.uri is None):
             return
-        scheme = self.uri.partition("://")[0].partition("+")[0] if "://" in self.uri else ""
+        scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else ""
         if scheme not in SCHEMES:
             raise UserError(
-                f"tracking.mlflow.uri: {hidden(self.uri)!r} is no address MLflow can write to; allowed are "
-                f"http(s)://host:port, sqlite:///path/mlflow.db and other databases ({', '.join(SCHEMES)})"
+                f"{key}={hidden(uri)}: not an address that mft can send to. Allowed: http(s)://host:port, "
+                f"sqlite:///path/mlflow.db and other databases ({', '.join(SCHEMES)})"
                 f"{nearest(scheme, SCHEMES) if scheme else ''}"
             )
-        if scheme == "sqlite" and not self.uri.startswith("sqlite:///"):
-            raise UserError(f"tracking.mlflow.uri: {hidden(self.uri)!r} needs three slashes: sqlite:///path/mlflow.db")
+        if scheme == "sqlite" and not uri.startswith("sqlite:///"):
+            raise UserError(f"{key}={hidden(uri)}: needs three slashes: sqlite:///path/mlflow.db")
 
     def prepare(self) -> None:
+        uri = self._address()
+        if database_file(uri) is None:
+            return
         try:
-            prepare(self._address())
+            prepare(uri)
         except Exception as error:
-            log.warning("MLflow's database could not be prepared: %s", cause(error))
+            log.warning("MLflow's database could not be prepared: %s", reason(error, uri))
 
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
-        self._spool = Spool(run_dir)
-        self._seen = self._spool.points_from(step)  # trained again after a resume; the store has or gets the first ones
-        resumed = self._spool.path.exists()
-        self._uri = self._address(self._spool.state["uri"])
-        self._delivery = Delivery(self._spool, self._uri, self._alive)
-        self._spool.save()  # `sync` has to know the store, also one that is never reached
-        self._news = threading.Condition()
-        self._asked, self._hurry = threading.Event(), threading.Event()
-        self._moved, self._failures = time.monotonic(), 0
-        self._answers = True  # until an attempt fails
-        self._closing = self._over = self._broken = False
+        """Starts the sender. The config is sent as it stands in the folder's config.yaml."""
+        record = Record.read(run_dir)
+        now, resumed = int(time.time() * 1000), bool(record.uri)
         tags = {name: hidden(str(value)) for name, value in tags.items()}
         if "git_commit" in tags:
             tags["mlflow.source.git.commit"] = tags["git_commit"]  # the page's column Version
-        if resumed:
-            tags["resumed_from_step"] = str(step)
-        try:
-            self._key = self._spool.first()["key"] if resumed else new_key()
-        except StopIteration:  # killed within its first record
-            self._key = new_key()
-        self._append(
-            {
-                "kind": "open",
-                "key": self._key,
-                "experiment": self.experiment,
-                "run_name": cut(self.run_name or tags.get("job") or run_dir.resolve().name, 200),
-                "params": flattened(config) | {f"{k}": str(v) for k, v in config.get("choices", {}).items()},
-                "tags": tags,
-            }
-        )
-        if (run_dir / "config.yaml").exists():
-            self.artifact(run_dir / "config.yaml")
-        self._worker = threading.Thread(target=self._send_on, name="mlflow", daemon=True)
-        self._worker.start()
-        self._wait()
+        record.tags = tags | ({"resumed_from_step": str(step)} if resumed else {})
+        record.experiment = self.experiment
+        record.run_name = cut(self.run_name or tags.get("job") or run_dir.resolve().name, 200)
+        record.register_as, record.checkpoints = self.register_as or "", self.checkpoints
+        record.started = record.started or now
+        record.outcome = record.ended = ""
+        # A resume has cut metrics.jsonl back: it is read from the start, and the store asked for what it has.
+        record.places = {name: [0, 0, now] for name in record.places}
+        self._sender = Sender(run_dir, record, self._address(record.uri))
+        record.save(run_dir)  # `sync` has to know the store, also one that is never reached
+        self._news, self._closing = threading.Event(), threading.Event()
+        self._attempts, self._failed, self._delivered = 0, False, False
+        self._thread = threading.Thread(target=self._send_on, name="mlflow", daemon=True)
+        self._thread.start()
+        self._news.set()
+        self._wait(lambda: self._attempts > 0, PATIENCE)
         if self.system_metrics:
             threading.Thread(target=self._watch_system, name="mlflow-system", daemon=True).start()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        values = {name: float(value) for name, value in values.items() if (step, name) not in self._seen}
-        if values:
-            self._append({"kind": "metrics", "step": step, "values": values})
-
-    def artifact(self, path: Path) -> None:
-        self._append({"kind": "artifact", "path": self._relative(path)})
-
-    def model(self, folder: Path) -> None:
-        if self.register_as:
-            self._append({"kind": "model", "path": self._relative(folder), "register": self.register_as})
-
-    def checkpoint(self, folder: Path) -> None:
-        if self.checkpoints:
-            self.artifact(folder)
+        """Wakes the sender, which reads metrics.jsonl; infinity is null there, so a tag tells the last."""
+        at = f"last at step {step}"
+        infinite = {f"infinite.{k}": f"{float(v)}, {at}" for k, v in values.items() if math.isinf(v)}
+        if infinite:
+            self._sender.record.tags = self._sender.record.tags | infinite
+            self._sender.record.save(self._sender.run_dir)
+        self._news.set()
 
     def report(self, sweep_dir: Path, file: Path, tags: Mapping[str, str]) -> None:
-        """Keeps it as a run in an experiment of reports: beside the others it would be in the legend of every chart."""
+        """Keeps it in an experiment of reports: among the runs it would be in the legend of every chart."""
         name = f"report of sweep {tags['sweep']}"
         named = replace(self, experiment=f"{self.experiment} reports", run_name=name, system_metrics=False)
         named.open(sweep_dir, {}, tags)
-        named.artifact(file)
         named.close("finished")
 
     def close(self, status: str) -> None:
-        self._append({"kind": "close", "status": status})
-        self._closing = True  # only now: the thread ends when the run is closing and nothing is left
-        self._asked.set()
-        self._hurry.set()
-        self._wait(PATIENCE if self._answers else PATIENCE / 4)
-        self._over = True
-        self._asked.set()
-        self._hurry.set()
-        if not self._spool.pending():
-            self._worker.join(PATIENCE)  # it notes what was sent and lets go of the folder, which may be opened again
-        else:
-            log.warning(
-                "MLflow (%s) has not received all of this run; nothing is lost, `mft tracking sync %s` sends it",
-                hidden(self._uri),
-                self._spool.run_dir,
-            )
+        """Sends the rest, with the files, checkpoints and final model that lie in the run folder by now."""
+        try:
+            self._sender.record.outcome = status
+            self._sender.record.save(self._sender.run_dir)
+        finally:  # also on a full disk
+            self._closing.set()
+            self._news.set()
+            self._wait(lambda: not self._thread.is_alive(), PATIENCE / 4 if self._failed else PATIENCE)
+        if not self._delivered:
+            later = f"nothing is lost, `mft tracking sync {self._sender.run_dir}` sends it"
+            log.warning("%s has not received all of this run; %s", self._store(), later)
 
     def where(self) -> str:
-        uri = getattr(self, "_uri", self._address())
+        sender: Sender | None = getattr(self, "_sender", None)
+        uri, experiment = (sender.uri, sender.experiment_id) if sender else (self._address(), "")
         local = database_file(uri) is not None
         command = f"mlflow ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000" if local else ""
-        state = self._spool.state if hasattr(self, "_spool") else {}
-        if not state.get("experiment_id") or not (local or uri.startswith("http")):
+        if not experiment or not (local or uri.startswith("http")):
             return command or without_credentials(uri)
         server = "http://127.0.0.1:5000" if local else without_credentials(uri)
-        page = f"{server}/#/experiments/{state['experiment_id']}/runs?{CHARTS}"
+        page = f"{server}/#/experiments/{experiment}/runs?{CHARTS}"
         return f"{command}  then open {page}" if local else page
 
-    # ---- where it goes ----
-
-    def _address(self, last: str | None = None) -> str:
-        """The configured store, else the one that has this run already, else the default; sqlite made absolute."""
-        if self.uri is None and last is not None:
-            last = filled(last)
-            database = database_file(last)
-            if database is not None and database.exists():
-                return last
-        uri = self.uri or f"sqlite:///{Path(self.store).resolve() / 'mlflow.db'}"
+    def _address(self, last: str = "") -> str:
+        """Returns the configured store, MLFLOW_TRACKING_URI, `last` (which has this run) or the default."""
+        uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+        database = database_file(last)
+        if not uri and (database.exists() if database is not None else last):
+            with suppress(KeyError):  # a variable that was set when the run began
+                uri = filled(last)
+        uri = uri or f"sqlite:///{Path(self.store).resolve() / 'mlflow.db'}"
         database = database_file(uri)
         return uri.rstrip("/") if database is None else f"sqlite:///{database.resolve()}"
 
-    def _relative(self, path: Path) -> str:
-        """Paths inside the run folder are kept relative to it, so that a folder that was moved can still be sent."""
-        path, run_dir = Path(path).resolve(), self._spool.run_dir.resolve()
-        return str(path.relative_to(run_dir)) if path.is_relative_to(run_dir) else str(path)
+    def _store(self) -> str:
+        return f"MLflow ({hidden(self._sender.uri)})"
 
-    def _append(self, record: Mapping[str, Any]) -> None:
-        try:
-            self._spool.append({**record, "time": int(time.time() * 1000)})
-        except OSError as error:
-            if not self._broken:
-                log.warning("%s cannot be written: %s; training goes on", self._spool.path, error)
-            self._broken = True
-        self._asked.set()
+    def _wait(self, done: Callable[[], bool], patience: float) -> None:
+        """Returns when it is done, or when nothing has moved for so many seconds."""
+        start = time.monotonic()
+        while not done() and time.monotonic() < max(start, self._sender.moved) + patience:
+            time.sleep(0.02)
 
-    # ---- the background thread ----
+    # ---- background threads ----
 
     def _send_on(self) -> None:
         """Sends what comes until the run is closed; after a failure it tries again, ever more rarely."""
-        lock = FileLock(self._spool.run_dir / "mlflow.lock", thread_local=False)
         pause = 0.0
-        while not self._over and not (self._closing and not self._spool.pending()):
-            if pause:
-                self._hurry.wait(pause)
-            else:
-                self._asked.wait()
-                self._hurry.wait(COLLECT if self._delivery.client else 0)
-            self._hurry.clear()
-            self._asked.clear()
+        while not self._delivered:
+            if not pause:
+                self._news.wait()
+            self._closing.wait(pause or (COLLECT if self._sender.attached else 0))
+            self._news.clear()
+            closing = self._closing.is_set()
             try:
-                lock.acquire(timeout=PATIENCE)  # a `sync` of this folder may be under way
-                self._delivery.send()
+                self._sender.send(self._sender.record.outcome if closing else "")
             except Exception as error:
-                if not pause and not self._over:
-                    log.warning("MLflow (%s): %s; training goes on, it is sent later", hidden(self._uri), cause(error))
-                pause = min(max(RETRY[0], 2 * pause), RETRY[1])
-                self._tell(failed=True)
+                if not pause:
+                    why = reason(error, self._sender.uri)
+                    log.warning("%s: %s. Training continues; the run is sent later", self._store(), why)
+                pause, self._failed = min(max(RETRY[0], 2 * pause), RETRY[1]), True
             else:
                 if pause:
-                    log.warning("MLflow (%s) answers again, what it missed was sent", hidden(self._uri))
-                pause = 0.0
-                self._tell()
-        lock.release(force=True)
-        self._tell()
-
-    def _tell(self, failed: bool = False) -> None:
-        with self._news:
-            self._failures += failed
-            self._answers = not failed
-            self._news.notify_all()
-
-    def _alive(self, seconds: float) -> None:
-        with self._news:
-            self._moved = time.monotonic() + seconds
-
-    def _wait(self, patience: float = PATIENCE) -> None:
-        """Returns when all has arrived, when an attempt has failed, or when nothing has moved for so many seconds."""
-        with self._news:
-            failures, self._moved = self._failures, max(self._moved, time.monotonic())
-            while self._spool.pending() and self._failures == failures:
-                left = self._moved + patience - time.monotonic()
-                if left <= 0:
-                    self._answers = False
-                    return
-                self._news.wait(min(left, 0.5))
-
-    # ---- the machine ----
+                    log.warning("%s is reachable again; what it missed was sent", self._store())
+                pause, self._failed, self._delivered = 0.0, False, closing
+            self._attempts += 1
+            if closing:
+                break
+        self._sender.lock.release(force=True)
 
     def _watch_system(self) -> None:
-        """Logs `system/...` of this machine with MLflow's own monitors; their step is the age of the run in seconds."""
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-        monitors = []
-        for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
-            try:
-                monitors.append(kind())
-            except Exception as error:  # no gpu, or no nvidia-ml-py
-                log.debug("no %s: %s", kind.__name__, error)
-        started = self._spool.first()["time"] / 1000
-        while not self._closing:
-            values: dict[str, float] = {}
-            for monitor in monitors:
-                monitor.collect_metrics()
-                values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
-                monitor.clear_metrics()
-            if not self._closing:
-                self._append({"kind": "metrics", "step": int(time.time() - started), "values": values})
-            time.sleep(SYSTEM_EVERY)
+        """Writes system.jsonl, which is sent like metrics.jsonl; its steps are seconds since the start."""
+        sender = self._sender
+        for values in system_metrics():
+            row = {"step": int(time.time() - sender.record.started / 1000)} | values
+            with suppress(OSError), (sender.run_dir / "system.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            self._news.set()
+            if self._closing.wait(SYSTEM_EVERY):
+                break

@@ -1,4 +1,4 @@
-"""What of a run becomes text in a tracker: flattened parameters, names a tracker accepts, and no passwords."""
+"""Text that a tracker accepts: a flattened config, names and lengths within its limits, no passwords."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from mft.console.credentials import hidden
 
 KEY_LIMIT = 250  # MLflow refuses longer keys
-VALUE_LIMIT = 500  # what MLflow servers of every age take (3.x takes 6,000); the whole config is kept as an artifact
+VALUE_LIMIT = 500  # MLflow servers of every age take this (3.x takes 6,000); config.yaml is uploaded as it is
 TAG_LIMIT = 5000  # likewise (3.x takes 8,000)
 
 _REFUSED = re.compile(r"[^\w/.\- :]")
@@ -21,8 +21,8 @@ _REFUSED = re.compile(r"[^\w/.\- :]")
 def safe_name(name: str) -> str:
     """Returns a name of a metric, parameter or tag that MLflow accepts; most names stay as they are.
 
-    `@` becomes `_at_` (`pass@1` -> `pass_at_1`). Where another character is replaced, or the name is cut, a digest of
-    the name is appended, so that two names never become one.
+    `@` becomes `_at_` (`pass@1` -> `pass_at_1`). Where another character is replaced, or the name is cut, a
+    digest of the name is appended, so that two names never become one.
     """
     clean = _REFUSED.sub("_", name.replace("@", "_at_"))
     if clean.startswith("/") or posixpath.normpath(clean) != clean or clean.split("/")[0] in ("", ".", ".."):
@@ -43,8 +43,9 @@ def cut(text: str, limit: int) -> str:
 
 
 def flattened(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns {dotted key: value as YAML would write it}, names and values as MLflow takes them, credentials hidden."""
-    return {safe_name(hidden(key)): cut(hidden(_text(value)), VALUE_LIMIT) for key, value in _leaves(config, "")}
+    """Returns {dotted key: value as YAML would write it}, both as MLflow takes them, credentials hidden."""
+    leaves = _leaves(config, "")
+    return {safe_name(hidden(key)): cut(hidden(_text(value)), VALUE_LIMIT) for key, value in leaves}
 
 
 def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

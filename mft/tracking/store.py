@@ -1,30 +1,50 @@
-"""An MLflow store: how it is reached, and the SQLite database that is made where there is none."""
+"""How an MLflow store is reached, and every private part of MLflow that is used (as of 3.17.2).
+
+A SQLite database is created where there is none, by one process at a time. One that this MLflow cannot use is
+refused in a sentence before MLflow touches it, which would migrate any file half-way and end in a traceback.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from filelock import FileLock
+
+from mft.console.credentials import hidden
+from mft.errors import UserError
+from mft.tracking.params import cut
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+log = logging.getLogger(__name__)
+
 
 def client_for(uri: str) -> MlflowClient:
-    """Returns a client that fails at once instead of repeating by itself (248 s for a dead server by default).
+    """Returns a client that fails at once instead of retrying by itself (248 s for a dead server by default).
 
-    MLflow reads these from the environment of the process. What a user has set stays.
+    MLflow reads these settings from the environment of the process; what a user has set stays. Raises
+    UserError for a SQLite file that this MLflow cannot use.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing about a training leaves the machine unasked
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing leaves the machine unasked
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.store.db_migrations"):
+    for name in ("alembic", "mlflow.store.db_migrations"):
         logging.getLogger(name).setLevel(logging.WARNING)  # a line for each of 50 migrations
+    # 90 lines of traceback for each error, which it raises as well
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    if (database := database_file(uri)) is not None:
+        _check_database(database, uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -37,11 +57,78 @@ def artifact_root(database: Path) -> Path:
     return database.parent / "mlartifacts"
 
 
-def prepare(uri: str) -> None:
-    """Creates the SQLite database of a store where it is missing (7 s), one process at a time. Others: nothing."""
+def prepare(uri: str) -> MlflowClient:
+    """Returns a client, with the SQLite database created where it is missing (7 s), one process at a time."""
     database = database_file(uri)
     if database is None:
-        return
+        return client_for(uri)
     artifact_root(database).mkdir(parents=True, exist_ok=True)
-    with FileLock(artifact_root(database) / ".database.lock"):
-        client_for(uri).search_experiments(max_results=1)
+    with FileLock(artifact_root(database) / ".database.lock"):  # MLflow's own migrations race
+        client = client_for(uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def reason(error: Exception, uri: str) -> str:
+    """Returns in a line, without credentials, why a store does not take a run."""
+    database = database_file(uri)
+    if isinstance(error, UserError):
+        return hidden(str(error))
+    if database is not None and not database.exists():
+        return f"{database} was deleted or moved"
+    text = hidden(str(error)).strip()
+    if "out-of-date database schema" in text:  # of a database other than SQLite
+        command = f"mlflow db upgrade {hidden(uri)}"
+        return f"its database is of another MLflow version. Back it up, then run: {command}"
+    return f"{type(error).__name__}: {cut(text.splitlines()[0] if text else '', 200)}"
+
+
+def _check_database(path: Path, uri: str) -> None:
+    """Raises UserError for a file that is not a database, not MLflow's, or of another MLflow version."""
+    if not path.exists():
+        return
+    other = "Move it away, or choose another store with tracking.mlflow.uri."
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as database:
+            names = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            tables = {name for (name,) in names}
+            if not tables:
+                return  # new: MLflow fills it
+            if not tables >= {"experiments", "runs", "metrics", "alembic_version"}:
+                raise UserError(f"{path} is not an MLflow database. {other}")
+            row = database.execute("SELECT version_num FROM alembic_version").fetchone()
+    except sqlite3.OperationalError:  # locked or unreadable: MLflow waits longer and says more
+        return
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path} is not an MLflow database ({error}). {other}") from error
+    found, needed = row[0] if row else "none", _schema()
+    if found != needed:
+        raise UserError(
+            f"{path} is of another MLflow version (schema {found}, installed is {needed}). "
+            f"Back it up, then run: mlflow db upgrade {uri} (or install the newer MLflow that wrote it)."
+        )
+
+
+def _schema() -> str:
+    """Returns the revision of the database schema that the installed MLflow works with."""
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    return str(_get_latest_schema_revision())
+
+
+def system_metrics() -> Iterator[dict[str, float]]:
+    """Yields, each time it is asked, what MLflow's own monitors of this machine measure, as system/…"""
+    monitors = []
+    for name in ("CPU", "Disk", "Network", "GPU"):
+        module = import_module(f"mlflow.system_metrics.metrics.{name.lower()}_monitor")
+        try:
+            monitors.append(getattr(module, f"{name}Monitor")())
+        except Exception as error:  # no gpu, or no nvidia-ml-py
+            log.debug("no metrics of the %s: %s", name, error)
+    while True:
+        values: dict[str, float] = {}
+        for monitor in monitors:
+            monitor.collect_metrics()
+            values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        yield values

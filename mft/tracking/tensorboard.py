@@ -15,11 +15,12 @@ from mft.tracking.base import Tracker
 
 @dataclass
 class TensorBoard(Tracker):
-    """Writes metrics as scalars, and config and tags as text, into `tensorboard/` of the run folder or `dir/<run>/`."""
+    """Writes metrics as scalars, config and tags as text, into the run's `tensorboard/` or `dir/<run>/`."""
 
     public_name: ClassVar[str] = "tensorboard"
 
     dir: str | None = None
+    """Folder that gets a folder of event files for each run. None = tensorboard/ in the run folder."""
 
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         try:
@@ -37,7 +38,8 @@ class TensorBoard(Tracker):
         )
         for name, value in (("config", config), ("tags", tags)):
             text = hidden(json.dumps(value, indent=2, default=str, ensure_ascii=False))
-            self.writer.add_text(name, "    " + text.replace("\n", "\n    "), step)  # indented = code in Markdown
+            indented = "    " + text.replace("\n", "\n    ")  # code in Markdown
+            self.writer.add_text(name, indented, step)
         self.writer.flush()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

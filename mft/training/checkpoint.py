@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written to a temporary folder, marked complete, renamed.
+"""Checkpoints that are complete or absent: written to a temporary folder, marked complete, renamed.
 
 step-N/ holds the model as transformers or peft load it, and in state/ what an exact resume needs besides.
 """
@@ -51,7 +51,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "state").mkdir(parents=True)
         self.engine.barrier()
-        with full_disk_told(temporary, self.folder.parent):
+        with full_disk_reported(temporary, self.folder.parent):
             self.export(temporary)
             self.engine.save_state(temporary / "state")
             if self.engine.is_main:
@@ -90,7 +90,7 @@ def write_final(run_dir: Path, engine: Any, export: Callable[[Path], None]) -> N
         for leftover in run_dir.glob(".final*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
     engine.barrier()
-    with full_disk_told(temporary, run_dir):
+    with full_disk_reported(temporary, run_dir):
         export(temporary)
         if engine.is_main:
             seal(temporary)
@@ -100,7 +100,7 @@ def write_final(run_dir: Path, engine: Any, export: Callable[[Path], None]) -> N
 
 
 @contextmanager
-def full_disk_told(folder: Path, run_dir: Path) -> Iterator[None]:
+def full_disk_reported(folder: Path, run_dir: Path) -> Iterator[None]:
     """Context in which a folder of a run is written: where the disk is full it is removed, and a UserError raised."""
     try:
         yield
@@ -110,18 +110,18 @@ def full_disk_told(folder: Path, run_dir: Path) -> Iterator[None]:
             raise
         shutil.rmtree(folder, ignore_errors=True)
         older = newest(run_dir)
-        goes_on = f"; the same command then goes on from {older.name}" if older else ""
+        resumes = f"; the same command then resumes from {older.name}" if older else ""
         raise UserError(
             f"The disk is full: {folder} could not be written ({free / 2**20:,.0f} MiB were free). Make room, or keep "
-            f"fewer checkpoints (train.keep){goes_on}"
+            f"fewer checkpoints (train.keep){resumes}"
         ) from error
 
 
 def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> bool:
     """Puts a checkpoint back into state, module, optimizer, the loss's memory and the random states.
 
-    All ranks call it, last before training goes on. Returns whether the layout is the one that wrote it, so that the
-    run goes on to the bit as if it had not been interrupted. Raises UserError when the checkpoint does not fit.
+    All ranks call it, last before training continues. Returns whether the layout is the one that wrote it, so that
+    the run continues bit-identically. Raises UserError when the checkpoint does not fit.
     """
     import torch
 

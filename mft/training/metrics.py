@@ -74,7 +74,7 @@ class Meter:
         self.started = time.perf_counter()
 
     def state(self, engine: Any) -> list[dict[str, Any]]:
-        """Returns plain values of every rank from which `restart` goes on, [] where nothing is summed.
+        """Returns plain values of every rank from which `restart` continues, [] where nothing is summed.
 
         All ranks call it. The time is left out: speeds are those of the process that logs them.
         """

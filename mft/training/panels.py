@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito: told apart by the colour-blind and in grey; yellow, invisible as a line, left out.
+# Okabe and Ito: distinguishable for the colour-blind and in grey; yellow, invisible as a line, left out.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 

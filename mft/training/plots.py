@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mft import run_folder
 from mft.training.panels import MOST, color_of, label_axes, most, panel_grid
 
 if TYPE_CHECKING:
@@ -110,16 +110,10 @@ def length_histogram(lengths: Mapping[str, Any], seq_length: int, folder: Path) 
     return _save(figure, folder / "lengths.png")
 
 
-def _rows(metrics: Sequence[Row] | Path) -> list[Row]:
+def _rows(metrics: Sequence[Row] | Path) -> Sequence[Row]:
     if not isinstance(metrics, str | Path):
         return list(metrics)
-    rows = []
-    for line in Path(metrics).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue  # a line that is being written, or was when its process was killed
-    return [row for row in rows if isinstance(row, dict)]
+    return run_folder.rows_from(Path(metrics))[0]
 
 
 def _names(rows: Iterable[Row], prefixes: Sequence[str]) -> list[str]:
@@ -166,7 +160,7 @@ def _others(axis: Axes, rows: Sequence[Row], prefix: str, every: Sequence[str], 
 
 
 def _panel(axis: Axes, train: Series, valid: Series, color: Any) -> None:
-    """One task: train pale, with its moving mean where there are many points; valid in full colour, last value told."""
+    """One task: train pale, with its moving mean where there are many points; valid in full colour."""
     steps, values = train
     if steps:
         many = len(steps) >= MANY

@@ -1,4 +1,4 @@
-"""What is left when a run ends: summary.json, pictures, and the tables a person reads."""
+"""What a run leaves when it ends: summary.json, pictures, and the tables a person reads."""
 
 from __future__ import annotations
 

@@ -191,6 +191,6 @@ def test_no_file_and_no_line_of_a_run_has_the_password(tmp_path: Path, monkeypat
     texts = {path: path.read_bytes() for path in (work / "run").rglob("*") if path.is_file()}
     assert not [path for path, data in texts.items() if S.encode() in data]
     assert "${oc.env:MFT_T_PW}" in (work / "run" / "config.yaml").read_text()
-    assert "${oc.env:MFT_T_USER}:${oc.env:MFT_T_PW}@" in (work / "run" / "mlflow.spool.jsonl").read_text()
+    assert "${oc.env:MFT_T_USER}:${oc.env:MFT_T_PW}@" in (work / "run" / "mlflow.json").read_text()
     code, said = sweeping.mft(work, "train", *sweeping.FAST, *ENV, "--cfg", "job", "--resolve")
     assert code == 0 and S not in said and "${oc.env:MFT_T_PW}" in said

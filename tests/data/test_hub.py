@@ -63,8 +63,8 @@ def test_splits_and_configs_become_samples(folder, tmp_path, encoder):
         ("hf:{}", r"Config name is missing.*pairs.*talks.*The form is hf:owner/name"),
         ("hf:nobody/nothing", r"the data set cannot be loaded.*Without a network, download it"),
         ("hf:{}/gone", r"the data set cannot be loaded.*Without a network, download it"),
-        ("hf:a:b:c:d", r"is no name of a data set; allowed: hf:owner/name\[@revision\]"),
-        ("hf:", "is no name of a data set"),
+        ("hf:a:b:c:d", r"not a valid dataset name; expected hf:owner/name\[@revision\]"),
+        ("hf:", "not a valid dataset name"),
     ],
 )
 def test_mistakes_are_sentences(folder, tmp_path, encoder, name, says):

@@ -7,7 +7,7 @@ import pytest
 from mft.data.cache.store import prepare
 from mft.data.report import as_json, notes
 from mft.data.settings import DataSettings
-from mft.data.splitnames import split_named
+from mft.data.split import split_named
 from mft.data.task import Task
 from mft.errors import UserError
 from tests.data.conftest import write

@@ -324,7 +324,7 @@ class Impostor(DdpEngine):
 
 def test_an_engine_proves_what_it_is() -> None:
     engine = Single().start("fp32", cpu=True)
-    with pytest.raises(UserError, match="dist=ddp did not come up as asked: accelerate reports NO with 1 processes"):
+    with pytest.raises(UserError, match="dist=ddp did not start as configured: accelerate reports NO with 1 processes"):
         Impostor(engine.accelerator, owns_group=False)
     engine.wrapper = "DistributedDataParallel"
     with pytest.raises(UserError, match="the model is a Model, not a DistributedDataParallel"):

@@ -103,7 +103,7 @@ def test_a_tracker_that_cannot_be_opened_stops_nobody_unless_it_is_a_mistake(tmp
     tracker = FanOut([Breaks(), Jsonl()])
     tracker.open(tmp_path, {}, {})
     tracker.log(1, {"a": 1.0})
-    assert lines(tmp_path) == [{"step": 1, "a": 1.0}] and "its file is damaged; training goes on" in caplog.text
+    assert lines(tmp_path) == [{"step": 1, "a": 1.0}] and "its file is damaged. Training continues" in caplog.text
     Breaks.error = UserError("the package is not installed")
     with pytest.raises(UserError, match="not installed"):
         FanOut([Jsonl(), Breaks()]).open(tmp_path, {}, {})

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mft.console import screen
 from mft.data.cache.writer import BAD_ROW, Place, Writer
 from mft.data.formats import RowError
-from mft.data.long import Encoded, fitted
 from mft.data.readers import Rows
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS, digest_of, split_of
 from mft.data.task import Task
 from mft.data.template import Segment
+from mft.data.tokenize import Encoded, fit_to_length
 from mft.data.unread import NOTHING
 from mft.errors import UserError
 
@@ -30,18 +30,14 @@ BATCH_ROWS = 1024  # conversations given to the tokenizer at once ...
 BATCH_CHARACTERS = 4_000_000  # ... or fewer, when they are long
 AHEAD = 2  # batches being tokenised while the next one is read; each is a call that uses all cores by itself
 
-COMPARED_FIRST, COMPARED_EVERY = 256, 64
-"""Rows that are also encoded as one string, to be compared: the first ones, and then every so many (2 % more work)."""
-
 
 class Read(NamedTuple):
-    """A row that was understood. whole: its text, where it is to be encoded as one string as well."""
+    """A row that was understood."""
 
     place: Place
     row: Any
     messages: list[Message]
     segments: list[Segment]
-    whole: str | None
 
 
 def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) -> None:
@@ -55,20 +51,17 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
     rows = task.rows()
 
     def keep(batch: Sequence[Read], encoded: Sequence[Encoded]) -> None:
-        wholes = iter(encoded[len(batch) :])
-        for (place, row, messages, _, text), sample in zip(batch, encoded, strict=False):
+        for (place, row, messages, _), sample in zip(batch, encoded, strict=True):
             length = len(sample[0])
             if length > settings.seq_length and settings.long_samples == LongSamples.error:
                 raise UserError(
                     f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is {settings.seq_length}; "
                     "allowed: a larger one, or data.long_samples = drop, truncate_left, truncate_right, split_turns"
                 )
-            if text is not None:
-                writer.compare(next(wholes)[0].tolist() == sample[0].tolist())
             digest = digest_of(messages)
-            whole = splits[place[0]]
-            split = SPLITS.index(whole) if whole else split_of(digest, proportions)
-            writer.add(place, row, fitted(messages, sample, encoder, settings), length, split, digest)
+            of_file = splits[place[0]]
+            split = SPLITS.index(of_file) if of_file else split_of(digest, proportions)
+            writer.add(place, row, fit_to_length(messages, sample, encoder, settings), length, split, digest)
         writer.flush()
 
     with (
@@ -81,7 +74,7 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
         gc.freeze()  # or the collector walks over everything imported again and again, for the objects of the rows
         try:
             for batch in _batches(rows, found[1], encoder, settings, writer, {f: i for i, f in enumerate(files)}):
-                waiting.append((batch, pool.submit(_encode, encoder, batch)))
+                waiting.append((batch, pool.submit(encoder.encode_segments, [read.segments for read in batch])))
                 if len(waiting) > AHEAD:
                     done, future = waiting.popleft()
                     keep(done, future.result())
@@ -96,12 +89,6 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
         writer.finish({"task": task.name, "format": format_name})
 
 
-def _encode(encoder: Encoder, batch: Sequence[Read]) -> list[Encoded]:
-    """Returns the samples of a batch and after them those of its whole texts, in one call of the tokenizer."""
-    wholes = [[Segment(read.whole, False, False)] for read in batch if read.whole is not None]
-    return encoder.encode_segments([*(read.segments for read in batch), *wholes])
-
-
 def _batches(
     rows: Rows,
     row_format: Any,
@@ -111,9 +98,9 @@ def _batches(
     numbers: dict[Path, int],
 ) -> Iterator[list[Read]]:
     """Yields the rows that can be understood, many at a time; the others are dropped, or end it."""
-    eos_token = str(encoder.tokenizer.eos_token)
     batch: list[Read] = []
-    characters = understood = 0
+    understood = False
+    characters = 0
     for file, line, row in rows:
         place = numbers[file], line
         try:
@@ -133,12 +120,8 @@ def _batches(
             writer.answers_without_loss += not message.train
         for segment in segments:
             writer.empty_thoughts += segment.thought
-        compared = understood < COMPARED_FIRST or understood % COMPARED_EVERY == 0
-        whole = None
-        if compared and messages[0].role != "text":
-            whole = "".join(segment.text + eos_token * segment.eos for segment in segments)
-        batch.append(Read(place, row, messages, segments, whole))
-        understood += 1
+        batch.append(Read(place, row, messages, segments))
+        understood = True
         characters += sum(len(message.content) for message in messages)
         if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield batch
@@ -153,15 +136,15 @@ def _progress(name: str, rows: Rows) -> Iterator[Any]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.table import Column
 
-    def whole() -> Column:
+    def unbroken() -> Column:
         return Column(no_wrap=True)  # in a narrow terminal the bar alone gets shorter
 
     columns = (
-        TextColumn("tokenising {task.description}", table_column=whole()),
+        TextColumn("tokenising {task.description}", table_column=unbroken()),
         BarColumn(bar_width=24),
-        TaskProgressColumn(table_column=whole()),
-        TextColumn("{task.fields[written]:,} rows, left", table_column=whole()),
-        TimeRemainingColumn(table_column=whole()),
+        TaskProgressColumn(table_column=unbroken()),
+        TextColumn("{task.fields[written]:,} rows, left", table_column=unbroken()),
+        TimeRemainingColumn(table_column=unbroken()),
     )
     console = screen.console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -38,10 +38,9 @@ class Store:
     """The samples of one task, in all splits. N is the number of samples.
 
     lengths_N: tokens of each; trained_N: tokens that carry loss; split_N: index in SPLITS.
-    report: rows, kept, splits, tokens, trained_tokens, truncated, dropped {reason: count}, first_dropped,
-    one_string (rows compared with their encoding as one string, and how many differ); unread (understood rows with a
-    field that the format does not read, by field; None: it does not say); answers_without_loss; empty_thoughts (that
-    the template puts before answers); duplicates (see `settle`).
+    report: rows, kept, splits, tokens, trained_tokens, truncated, dropped {reason: count}, first_dropped, unread
+    (understood rows with a field that the format does not read, by field; None: it does not say), answers_without_loss,
+    empty_thoughts (that the template puts before answers), duplicates (see `mark_duplicates`).
     contents: the fingerprint of the rows it was made of (`Task.fingerprint`), "" until `prepare` sets it.
     fingerprint: hash of contents, tokenizer, template and options. digest_N: equal where the conversations of two
     samples' rows are.
@@ -221,9 +220,10 @@ def prepare(
             "(data.bad_rows=skip leaves such rows out and counts them)"
         )
     if not len(store):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "the files are empty"
+        if not (reasons := ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)):
+            raise UserError(f"task.{task.name}: its files are empty.")
         places = "".join(f"\n  {d['where']}: {d['problem']}" for d in store.report["first_dropped"][:3])
-        raise UserError(f"task.{task.name}: none of its {store.report['rows']} rows is left ({reasons}){places}")
+        raise UserError(f"task.{task.name}: all {store.report['rows']} rows were dropped ({reasons}){places}")
     return store
 
 

@@ -18,7 +18,7 @@ from mft.data.settings import DataSettings
 from mft.data.split import SPLITS
 
 if TYPE_CHECKING:
-    from mft.data.long import Fitted
+    from mft.data.tokenize import FittedRow
 
 VERSION = 6
 """Part of the fingerprint of every store: a change of layout, splitting or encoding raises it."""
@@ -70,7 +70,6 @@ class Writer:
         self.splits: Counter[int] = Counter()
         self.kept = self.samples = self.tokens = self.trained_tokens = 0
         self.cuts = dict.fromkeys(CUTS, 0)
-        self.compared = self.differ = 0
         self.unread: Counter[str] = Counter()
         self.declared = True  # whether the format says which fields it reads
         self.answers_without_loss = self.empty_thoughts = 0
@@ -109,12 +108,7 @@ class Writer:
             known = name in self.unread or len(self.unread) < UNREAD_NAMED
             self.unread[name if known else OTHERS] += 1
 
-    def compare(self, same: bool) -> None:
-        """Counts a row that was also encoded as one string, and whether its ids were the same."""
-        self.compared += 1
-        self.differ += not same
-
-    def add(self, place: Place, row: Any, samples: Fitted, length: int, split: int, digest: int) -> None:
+    def add(self, place: Place, row: Any, samples: FittedRow, length: int, split: int, digest: int) -> None:
         """Takes the samples of one row, or drops the row where none is left or none would teach anything.
 
         samples: what `fitted` made of the row; length: its tokens before; digest: of its conversation.
@@ -129,7 +123,7 @@ class Writer:
             return self.drop(place, row, UNTRAINED, f"no token that carries loss{cut}")
         self.kept += 1
         truncated = int(length > limit >= max(len(ids_S) for ids_S, _ in samples.parts))
-        lost = dict(zip(CUTS, (truncated, samples.rounds, len(counted) - len(taught)), strict=True))
+        lost = dict(zip(CUTS, (truncated, samples.dropped_rounds, len(counted) - len(taught)), strict=True))
         for name, count in lost.items():
             self.cuts[name] += count
         about = {"file": place[0], "line": place[1], "split": split, "digest": digest}
@@ -171,7 +165,6 @@ class Writer:
             **self.cuts,
             "dropped": {reason: self.dropped[reason] for reason in REASONS},
             "first_dropped": self.named,
-            "one_string": {"compared": self.compared, "differ": self.differ},
             "unread": dict(self.unread) if self.declared else None,
             "answers_without_loss": self.answers_without_loss,
             "empty_thoughts": self.empty_thoughts,

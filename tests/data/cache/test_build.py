@@ -1,42 +1,9 @@
 import json
 
-import pytest
-
-from mft.data.cache import build
 from mft.data.cache.store import prepare
-from mft.data.formats import Chat
 from mft.data.settings import BadRows, DataSettings
 from mft.data.task import Task
-from mft.data.template import OWN
-from mft.data.template_choice import adopt, named
-from mft.data.tokenize import Encoder
-from tests.data.conftest import CHATML, chat, write
-
-
-@pytest.mark.parametrize("name", ["mft", "mftcoder", OWN])
-def test_rows_that_one_string_would_encode_otherwise_are_counted(kind, name, tmp_path):
-    kind.chat_template = CHATML
-    template = named(name, None, kind)
-    adopt(kind, template)
-    encoder = Encoder(kind, template)
-    rows = [chat(f"q{i}", ("    return\n", "\n\n  of a", "no", "é ")[i % 4], "r", " x") for i in range(60)]
-    task = Task("t", [str(write(tmp_path / "x.jsonl", rows))])
-    found = prepare(task, encoder, DataSettings(), tmp_path / "cache").report["one_string"]
-    differ = 0
-    for row in rows:
-        messages = Chat().messages(row)
-        plain = [{"role": m.role, "content": m.content} for m in messages]
-        whole = kind.apply_chat_template(plain, tokenize=True, return_dict=False)
-        differ += whole != encoder.encode(messages)[0].tolist()
-    assert found == {"compared": 60, "differ": differ}
-    if name == "mft" and not kind.bos_token:
-        assert differ > 0, "newlines merge with the blanks of an answer in this tokenizer"
-
-
-def test_of_many_rows_one_in_sixty_four_is_compared(make_store, monkeypatch):
-    monkeypatch.setattr(build, "COMPARED_FIRST", 10)
-    store = make_store([chat(f"q{i}", "a") for i in range(100)])
-    assert store.report["one_string"]["compared"] == 10 + 1
+from tests.data.conftest import chat
 
 
 def test_every_row_that_is_no_sample_is_written_down(tmp_path, encoder):

@@ -153,10 +153,10 @@ def test_only_the_first_dropped_are_named(tmp_path, encoder):
 
 def test_a_task_of_which_nothing_is_left_is_refused(tmp_path, encoder):
     task = Task("docs", [str(write(tmp_path / "x.jsonl", [chat("q" * 900, "a"), chat("q")]))])
-    with pytest.raises(UserError, match=r"task\.docs: none of its 2 rows is left \(1 too long, 1 no trained token\)"):
+    with pytest.raises(UserError, match=r"task\.docs: all 2 rows were dropped \(1 too long, 1 no trained token\)"):
         prepare(task, encoder, DataSettings(seq_length=64), tmp_path / "cache")
     empty = Task("docs", [str(write(tmp_path / "empty.jsonl", []))])
-    with pytest.raises(UserError, match=r"none of its 0 rows is left \(the files are empty\)"):
+    with pytest.raises(UserError, match=r"its files are empty"):
         prepare(empty, encoder, DataSettings(), tmp_path / "cache")
 
 
