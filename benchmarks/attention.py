@@ -35,7 +35,7 @@ def make(layers: int):  # type: ignore[no-untyped-def]
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mft.model.causal_lm import CausalLM
-    from mft.model.peft.modes import Lora
+    from mft.model.peft.lora import Lora
     from mft.model.token_loss import TokenLoss
 
     torch.manual_seed(0)

@@ -20,7 +20,8 @@ def cases() -> dict[str, tuple[Any, Any]]:
     from mft.distributed.ddp import Ddp
     from mft.distributed.deepspeed import Zero2, Zero3
     from mft.distributed.fsdp import Fsdp
-    from mft.model.peft.modes import Full, Lora
+    from mft.model.peft.full import Full
+    from mft.model.peft.lora import Lora
 
     small = {"reduce_bucket_size": 5_000_000}
     deep = {"sub_group_size": 5_000_000, "stage3_max_reuse_distance": 5_000_000}

@@ -38,7 +38,7 @@ def setting() -> tuple[Callable[[str], None], int]:
     from mft.data.tokenize import Encoder
     from mft.distributed.ddp import Single
     from mft.loss.means import TaskTokenMean
-    from mft.model.peft.modes import compute_dtype
+    from mft.model.peft.full import compute_dtype
     from mft.model.token_loss import TokenLoss
 
     cfg = compose_resolved(["experiment=demo"])

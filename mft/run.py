@@ -133,7 +133,7 @@ def make_loader(r: Run, data: Dataset, engine: Engine, progress: Silent) -> Batc
 
 def load_model(r: Run, engine: Engine) -> PreTrainedModel | PeftModel:
     """Returns the model with what the peft mode adds to it, on every rank the same."""
-    from mft.model.peft.modes import compute_dtype
+    from mft.model.peft.full import compute_dtype
 
     family, peft, precision = r.parts.model, r.parts.peft, r.train.precision.value
     seed_everything(r.train.seed)  # the same first adapters on every rank
@@ -179,7 +179,7 @@ def make_trainer(
         return Evaluator(engine, data.names, lambda: loader.probe(step, loss.probe_samples)).losses(module)
 
     total, base_lr, scheduler = loader.total_steps(), r.parts.base_lr, r.parts.scheduler
-    keep = train.keep if train.keep is not None else peft.keep_default
+    keep = train.keep if train.keep is not None else peft.default_checkpoint_limit
     write_model = export if engine.gather_on_save else ignore
     trainer = Trainer(
         engine=engine,

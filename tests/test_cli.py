@@ -40,11 +40,11 @@ assert not heavy, heavy
         (["generate", "somewhere", "hi", "max_new_token=3"], ["max_new_token", "did you mean --max-new-tokens?"]),
         (["generate", "somewhere", "hi", "--top-p", "much"], ["--top-p needs a number", "'much'"]),
         (["generate", "somewhere"], ["at least one prompt"]),
-        (["generate", "somewhere", "hi", "--max-new-tokens", "0"], ["max_new_tokens=0", "1 and more"]),
+        (["generate", "somewhere", "hi", "--max-new-tokens", "0"], ["max_new_tokens=0", "at least 1"]),
         (["generate", "somewhere", "hi", "--temperature=0"], ["temperature=0.0", "do_sample=false"]),
-        (["generate", "somewhere", "hi", "--num-beams", "-1"], ["num_beams=-1", "1 and more"]),
-        (["generate", "somewhere", "hi", "--repetition-penalty", "nan"], ["repetition_penalty=nan", "above 0"]),
-        (["generate", "somewhere", "hi", "--top_p", "1.5"], ["top_p=1.5", "up to 1"]),
+        (["generate", "somewhere", "hi", "--num-beams", "-1"], ["num_beams=-1", "at least 1"]),
+        (["generate", "somewhere", "hi", "--repetition-penalty", "nan"], ["repetition_penalty=nan", "greater than 0"]),
+        (["generate", "somewhere", "hi", "--top_p", "1.5"], ["top_p=1.5", "at most 1"]),
         (["merge", "one", "two"], ["one run folder", "one two"]),
         (["merge", "--base", "x"], ["--adapter", "--out"]),
         (["merge", "no/such/run"], ["no/such/run", "not a folder"]),
@@ -96,7 +96,7 @@ def test_generate_with_a_base_that_has_moved(
     moved = base.rename(tmp_path / "moved")
     with pytest.raises(SystemExit):
         cli.main(asked)
-    assert "give another with base=" in capsys.readouterr().err
+    assert "give another with --base" in capsys.readouterr().err
     cli.main([*asked, "--base", str(moved)])
     assert capsys.readouterr().out == answer
     with pytest.raises(SystemExit):
@@ -105,7 +105,7 @@ def test_generate_with_a_base_that_has_moved(
     cli.main(["merge", str(run_dir), "--base", str(moved)])
     with pytest.raises(SystemExit):
         cli.main(["generate", str(run_dir / "merged"), "hi", "--base", str(moved)])
-    assert "holds a whole model, not an adapter, and needs no base; leave it out" in capsys.readouterr().err
+    assert "holds a full model, not an adapter, and needs no base; leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

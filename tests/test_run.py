@@ -61,7 +61,7 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
     fit = mft.run.fit
 
     def stopped_after_four(t):  # as a signal would: the flag is seen at the start of step 4
-        t.stop = lambda: t.state.step >= 3
+        t.stop_requested = lambda: t.state.step >= 3
         return fit(t)
 
     monkeypatch.setattr(mft.run, "fit", stopped_after_four)

@@ -13,9 +13,9 @@ STORY = """\
 With a folder alone: write its pytorch_model*.bin files as model*.safetensors beside them. They are read as tensors and
 plain containers only: a file that would run code is refused.
 
-With a family of an original format (chatglm2, chatglm3, codegeex2, qwen, baichuan, aquila2, …; see conf/model): read
-the checkpoint as a training would and write it as a native folder that transformers loads by itself. Adapters trained
-on the one work on the other.
+With a family of an original format (chatglm2, chatglm3, codegeex2, qwen, baichuan, aquila2, …; see conf/model):
+write the checkpoint as a native folder that transformers loads by itself. Adapters trained on the one work on the
+other. A run needs no such step: it converts into the cache when the checkpoint is first used.
 
 With a checkpoint that is quantised (fp8, mxfp4, bitsandbytes, compressed-tensors): write its weights dequantised, in
 the dtype that its config.json names."""
@@ -62,7 +62,7 @@ def write_native(overrides: Sequence[str], out: Path) -> None:
 
     family = component(compose_resolved(overrides), "model")
     family.check()
-    if not isinstance(family, Original) and not family.stored().method:
+    if not isinstance(family, Original) and not family.weight_format().method:
         raise UserError(
             f"{' '.join(overrides)} is neither quantised nor in an original format, so there is nothing to convert: "
             "its checkpoints are native already."

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mft.distributed.engine import Backend
     from mft.loss.base import TaskLoss
     from mft.model.causal_lm import CausalLM
-    from mft.model.peft.modes import Full
+    from mft.model.peft.full import Full
     from mft.optim.schedules import Schedule
     from mft.tracking.base import Tracker
 

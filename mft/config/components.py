@@ -18,7 +18,7 @@ CONTRACTS = {
     "format": "mft.data.formats:Format",
     "data": "mft.data.packing:RowBuilder",
     "model": "mft.model.causal_lm:CausalLM",
-    "peft": "mft.model.peft.modes:Full",
+    "peft": "mft.model.peft.full:Full",
     "dist": "mft.distributed.engine:Backend",
     "loss": "mft.loss.base:TaskLoss",
     "optimizer": "mft.optim.optimizers:Optimizer",
@@ -39,11 +39,13 @@ MOVED = {
     "mft.model.family": "mft.model.causal_lm",
     "mft.model.legacy": "mft.model.legacy.families",
     "mft.model.baichuan": "mft.model.legacy.baichuan",
-    "mft.model.peft": "mft.model.peft.modes",
+    "mft.model.peft.Full": "mft.model.peft.full",
+    "mft.model.peft.Lora": "mft.model.peft.lora",
+    "mft.model.peft.QLora": "mft.model.peft.qlora",
     "mft.optim": "mft.optim.optimizers",
     "mft.schedule": "mft.optim.schedules",
 }
-"""Old module → where its components are now: yaml files of users and configs of older runs may name these."""
+"""Old module, or class → the module of its components now: yaml files of users and configs of older runs name these."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
@@ -70,7 +72,8 @@ def component_class(node: Any, path: str) -> type:
 def moved(target: str) -> str:
     """Returns the target under its present name."""
     module, _, name = target.rpartition(".")
-    return f"{MOVED[module]}.{name}" if module in MOVED and name[:1].isupper() else target
+    now = MOVED.get(target) or MOVED.get(module)
+    return f"{now}.{name}" if now and name[:1].isupper() else target
 
 
 def group_of(path: str) -> str:
@@ -168,7 +171,7 @@ def _example(path: str) -> str:
         "task": "mft.data.task.Task",
         "format": "mft.data.formats.Chat",
         "data": "mft.data.packing.Pack",
-        "peft": "mft.model.peft.modes.Lora",
+        "peft": "mft.model.peft.lora.Lora",
         "dist": "mft.distributed.ddp.Ddp",
         "loss": "mft.loss.means.TokenMean",
         "optimizer": "mft.optim.optimizers.AdamW",

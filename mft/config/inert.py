@@ -225,7 +225,18 @@ def _is_default(cfg: DictConfig, key: str) -> bool:
         return value == default or (isinstance(value, Enum) and value.value == default)
     option = cfg.choices.get(group)
     path = config_dir() / group / f"{option}.yaml"
-    return path.is_file() and name != "" and OmegaConf.select(OmegaConf.load(path), name) == value
+    return path.is_file() and name != "" and OmegaConf.select(_with_bases(path), name) == value
+
+
+def _with_bases(path: Path) -> DictConfig:
+    """Returns the values of an option's yaml over those of the yamls beside it that its defaults list names."""
+    own = OmegaConf.load(path)
+    assert isinstance(own, DictConfig)
+    names = [name for name in own.pop("defaults", ()) if isinstance(name, str) and name != "_self_"]
+    bases = [_with_bases(path.with_name(f"{name}.yaml")) for name in names]
+    merged = OmegaConf.merge(*bases, own)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def given_keys(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> list[str]:

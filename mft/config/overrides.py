@@ -59,9 +59,14 @@ def key_of(override: str) -> str:
 
 
 def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
-    """Returns the options of a config group in conf/ and `folders`; not `base`, which holds what options share."""
-    found = {path.stem for folder in (config_dir(), *folders) for path in (folder / group).glob("*.yaml")}
-    return sorted(found - {"base"})
+    """Returns the options of a config group in conf/ and `folders`, without the yamls of conf/ that options share."""
+    names = {path.stem for folder in (config_dir(), *folders) for path in (folder / group).glob("*.yaml")}
+    return sorted(name for name in names if not is_base(group, name))
+
+
+def is_base(group: str, name: str) -> bool:
+    """Whether a yaml of conf/ holds what options of its group share (data/base, model/_base), and is none itself."""
+    return (name == "base" or name.startswith("_")) and (config_dir() / group / f"{name}.yaml").is_file()
 
 
 def credentials_in(key: str) -> str:
@@ -230,7 +235,8 @@ def _check_choice(override: str, parsed: Any) -> None:
     outside = any(isinstance(word, str) and (word.startswith("/") or ".." in word) for word in words)
     nothing = any(word is None or word == "" or isinstance(word, int | float) for word in words)
     none_of_several = group == "tracking" and "none" in words and len(words) > 1
-    if nothing or several or outside or none_of_several:
+    shared = any(isinstance(word, str) and is_base(group, word) for word in words)
+    if nothing or several or outside or none_of_several or shared:
         options = group_options(group)
         first = next((nearest(word, options) for word in value), "") if several else ""
         takes = "one option" if several else "the name of an option"

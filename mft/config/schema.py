@@ -6,7 +6,6 @@ built by `mft.config.build`, their schema is their class.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +18,7 @@ from mft.config import interpolations, yaml_file
 from mft.data.settings import DataSettings
 from mft.errors import UserError, check_ranges, ranged
 from mft.files.atomic import write_text
+from mft.files.cache_folder import default_cache_dir
 from mft.hardware import computes_in_bf16, visible_gpus
 from mft.training.settings import Precision, TrainSettings
 
@@ -112,13 +112,6 @@ def config_dir() -> Path:
     package = Path(__file__).parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
-
-
-def default_cache_dir() -> str:
-    """Returns $MFT_CACHE, else `mft` in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
-    if os.environ.get("MFT_CACHE"):
-        return os.path.abspath(os.environ["MFT_CACHE"])
-    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mft")
 
 
 def register() -> None:

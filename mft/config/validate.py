@@ -166,7 +166,7 @@ def check_validation(train: Any, loss: Any, counts: Mapping[str, int]) -> None:
 def _check_together(cfg: DictConfig, c: Components) -> None:
     """Cross-component checks: what no single component can judge."""
     c.scheduler.lr(1, 2, c.base_lr)  # a min_lr above the learning rate is refused here
-    whole = "model.add_tokens" if c.model.new_tokens() else c.peft.reads_base
+    whole = "model.add_tokens" if c.model.new_tokens() else c.peft.full_weights_reason
     if whole and c.dist.divides_on_load:
         raise UserError(
             f"{whole} reads whole weights of the base, of which every rank has a part only under dist=zero3; choose "
@@ -177,7 +177,7 @@ def _check_together(cfg: DictConfig, c: Components) -> None:
     _check_rows(c.rows, c.loss, cfg.data.long_samples)
     c.model.check_rows(c.rows.packs_samples)
     refuse_fp16(precision, cpu=not visible_gpus())
-    c.peft.check_with(c.model, precision)
+    c.peft.check_against(c.model, precision)
     c.model.check_precision(precision)
     for name, task in c.named_tasks.items():
         _check_share(name, task.share, cfg.data.mixture)

@@ -57,7 +57,7 @@ class Task:
         Raises UserError for values that types alone cannot refuse.
         """
         if not (self.weight >= 0 and math.isfinite(self.weight)):
-            raise UserError(f"task.{name}.weight={self.weight}: must be a finite number, 0 or larger.")
+            raise UserError(f"task.{name}.weight={self.weight} must be at least 0 and finite.")
         if not name.isprintable() or len(name) > NAME_CHARACTERS:
             raise UserError(
                 f"task.{name[:40]!r}.name: must be at most {NAME_CHARACTERS} printable characters; metrics are named "

@@ -61,5 +61,5 @@ def _present(cfg: Mapping[str, Any], path: str) -> Any:
 
 
 def _choice(cfg: Mapping[str, Any], group: str) -> str:
-    """The choice of a group as a person types it: mft.model.peft.modes.QLora -> qlora."""
+    """The choice of a group as a person types it: mft.model.peft.qlora.QLora -> qlora."""
     return str(_present(cfg, f"{group}._target_")).rpartition(".")[2].lower()

@@ -1,7 +1,8 @@
-"""Attention sample by sample over one row of whole samples, so that no mask of a packed row is ever made.
+"""Attention sample by sample over one row of samples, so that no mask of a packed row is ever made.
 
-Each function is registered with transformers under a name of its own and is the ordinary attention of that name's kind
-until a forward is given `cu_seq_lens_q`: answering, with its cache and left padding, is untouched.
+Each function is registered with transformers under a name of its own and is the ordinary attention of that
+name's kind until a forward is given `cu_seq_lens_q`: answering, with its cache and left padding, is
+untouched.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from mft.model.model_folder import recurrent
+from mft.model.introspect import recurrent
+from mft.model.transformers_private import attends_by_registry, attention_name, is_stateful
 
 SDPA, EAGER, ALIBI = "mft_sdpa", "mft_eager", "mft_alibi"
 PER_SAMPLE = {"sdpa": SDPA, SDPA: SDPA, "eager": EAGER, EAGER: EAGER, ALIBI: ALIBI}
@@ -27,55 +29,57 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 def attend_per_sample(base: Any) -> bool:
     """Sets a loaded model to attend sample by sample in training and returns whether it now does.
 
-    Left as they are: flash attention, which does the same on its own, and models that do not go through transformers'
-    interface (codegen), that have layers of another kind than attention, or that scale queries by their place in the
-    row (llama 4). They get transformers' block mask.
+    Left as they are: flash attention, which does the same on its own, and models that do not go through
+    transformers' interface (codegen), that have layers of another kind than attention, or that scale queries
+    by their place in the row (llama 4). They get transformers' block mask.
     """
-    config, name = base.config, base.config._attn_implementation
-    if recurrent_layers(base) or name not in PER_SAMPLE or not base._supports_attention_backend:
+    config, name = base.config, attention_name(base)
+    if recurrent_layers(base) or name not in PER_SAMPLE or not attends_by_registry(base):
         return False
     if not set(getattr(config, "layer_types", None) or ()) <= KNOWN_LAYERS:
         return False
     if getattr(config, "attn_temperature_tuning", False):
         return False
     base.set_attn_implementation(PER_SAMPLE[name])
-    return base.config._attn_implementation == PER_SAMPLE[name]
+    return attention_name(base) == PER_SAMPLE[name]
 
 
 def recurrent_layers(base: Any) -> str:
-    """Returns which layers of a loaded model carry a state from token to token beside attention, "" if none do."""
-    return recurrent(base.config.to_dict()) or ("recurrent layers" if base._is_stateful else "")
+    """Returns which layers of a loaded model carry a state from token to token beside attention, "" if none
+    do."""
+    return recurrent(base.config.to_dict()) or ("recurrent layers" if is_stateful(base) else "")
 
 
 def described(base: Any) -> str:
     """Returns what computes the attention of a loaded model, for people."""
-    name = base.config._attn_implementation
+    name = attention_name(base)
     own = {SDPA: "sdpa", EAGER: "eager", ALIBI: "ALiBi on sdpa"}
     return f"{own[name]}, sample by sample" if name in own else str(name)
 
 
 def row_of_samples(position_n: torch.Tensor) -> dict[str, Any]:
-    """Returns the arguments of a decoder's forward that keep apart the samples of one row; position_n [n] restarts at
-    0 with each of them.
+    """Returns the arguments of a decoder's forward that keep apart the samples of one row; position_n [n]
+    restarts at 0 with each of them.
 
-    The 4-D mask is a stand-in: transformers passes such a mask on as it is instead of making one, and nothing reads it.
+    The 4-D mask is a stand-in: transformers passes such a mask on as it is instead of making one, and nothing
+    reads it.
     """
     n = len(position_n)
     starts = (position_n == 0).nonzero().squeeze(-1).cpu()
-    ends = torch.cat([starts, torch.tensor([n])]).to(torch.int32)  # on the CPU: read as numbers in every layer
-    longest = int(ends.diff().max())
+    borders = torch.cat([starts, torch.tensor([n])]).to(torch.int32)  # on the CPU: read as numbers in every layer
+    longest = int(borders.diff().max())
     return {
         "attention_mask": position_n.new_zeros((1, 1, 1, 1), dtype=torch.bool),
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
         "max_length_q": longest,
         "max_length_k": longest,
     }
 
 
 def per_sample(attend: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """Returns `attend` (a function of transformers' interface that is causal where its mask is None) made to go sample
-    by sample where it is given `cu_seq_lens_q`."""
+    """Returns `attend` (a function of transformers' interface that is causal where its mask is None) made to
+    go sample by sample where it is given `cu_seq_lens_q`."""
 
     def forward(
         module: torch.nn.Module,
@@ -93,7 +97,8 @@ def per_sample(attend: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[...,
             lengths = [min(chunk, n - i) for n in lengths for i in range(0, n, chunk)]
         window = arguments.get("sliding_window")
         parts = []
-        # split, not slices: its backward joins the gradients at once, where each slice would make a full-size one.
+        # split, not slices: its backward joins the gradients at once, where each slice would make a full-size
+        # one.
         for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
             n = q.shape[2]
             mask = banded(n, window, q.device) if window and n > window else None
@@ -112,7 +117,8 @@ def chunk_of(module: Any) -> int | None:
 
 
 def banded(n: int, window: int, device: torch.device) -> torch.Tensor:
-    """Returns the causal mask [1, 1, n, n] of a sliding window: True for the last `window` keys up to the query."""
+    """Returns the causal mask [1, 1, n, n] of a sliding window: True for the last `window` keys up to the
+    query."""
     ones = torch.ones((n, n), dtype=torch.bool, device=device)
     return ones.tril().triu(1 - window)[None, None]
 
@@ -146,8 +152,8 @@ def alibi(
 ) -> tuple[torch.Tensor, None]:
     """Attention with linear biases: each head adds slope x key position to its scores.
 
-    slope x (key - query) differs from it by a constant per query, which the softmax takes out; so a key's place in the
-    row serves as its position, whatever stands before it.
+    slope x (key - query) differs from it by a constant per query, which the softmax takes out; so a key's
+    place in the row serves as its position, whatever stands before it.
     """
     slope_h = alibi_slopes(query.shape[1]).to(query.device)
     place_k = torch.arange(key.shape[2], device=query.device, dtype=torch.float32)
@@ -161,8 +167,8 @@ def alibi(
 
 
 def alibi_slopes(heads: int) -> torch.Tensor:
-    """Returns the slope of each head [heads], float32: powers of 2**(-8/n) for n heads, n the power of two below; the
-    heads left over take every second power of 2**(-8/2n)."""
+    """Returns the slope of each head [heads], float32: powers of 2**(-8/n) for n heads, n the power of two
+    below; the heads left over take every second power of 2**(-8/2n)."""
     n = 1 << (heads.bit_length() - 1)
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
     slopes += [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n) + 1, 2)]

@@ -1,7 +1,7 @@
-"""Cross entropy of selected positions in chunks of rows, so that the logits of a whole batch never exist.
+"""Cross entropy of selected positions in chunks, so that the logits of a whole batch never exist.
 
-Legend: n positions that carry loss, H hidden width, V vocabulary. Losses are float32 (float64 for a float64 model); the
-matrix products run in the compute dtype, the log-softmax never does.
+Legend: n positions that carry loss, H hidden width, V vocabulary. Losses are float32 (float64 for a float64
+model); the matrix products run in the compute dtype, the log-softmax never does.
 """
 
 from __future__ import annotations
@@ -14,25 +14,27 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Returns the rows of one chunk: about 2**25 logits (128 MiB in float32), at least 256 rows to keep the GEMM
-    busy."""
+def default_chunk_size(vocabulary: int) -> int:
+    """Returns the positions of one chunk: about 2**25 logits (128 MiB in float32), at least 256 to keep the
+    GEMM busy."""
     return max(256, min(1024, 2**25 // vocabulary))
 
 
-def linear_nll(hidden_nH: torch.Tensor, weight_VH: torch.Tensor, target_n: torch.Tensor, rows: int) -> torch.Tensor:
+def linear_nll(
+    hidden_nH: torch.Tensor, weight_VH: torch.Tensor, target_n: torch.Tensor, chunk_size: int
+) -> torch.Tensor:
     """Returns -log p(target) [n] under the logits `hidden @ weight.T`, differentiable in both; n may be 0.
 
-    With a frozen weight the gradient of every row is made in the forward pass, where its logits are at hand, and
-    backward only scales it. A trainable weight needs the scale of each row first, so its logits are made again in
-    backward.
+    With a frozen weight the gradient of every row is made in the forward pass, where its logits are at hand,
+    and backward only scales it. A trainable weight needs the scale of each row first, so its logits are made
+    again in backward.
     """
-    return _LinearNll.apply(hidden_nH, weight_VH, target_n, rows, compute_dtype(hidden_nH, weight_VH))
+    return _LinearNll.apply(hidden_nH, weight_VH, target_n, chunk_size, product_dtype(hidden_nH, weight_VH))
 
 
-def compute_dtype(hidden_nH: torch.Tensor, weight_VH: torch.Tensor) -> torch.dtype:
-    """Returns the dtype of the head's matrix product: autocast's where it is on (it leaves float64 alone), else the
-    operands'."""
+def product_dtype(hidden_nH: torch.Tensor, weight_VH: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of the head's matrix product: autocast's where it is on (it leaves float64 alone),
+    else the operands'."""
     kind = hidden_nH.device.type
     dtype = torch.promote_types(hidden_nH.dtype, weight_VH.dtype)
     if torch.is_autocast_enabled(kind) and dtype != torch.float64:
@@ -41,20 +43,20 @@ def compute_dtype(hidden_nH: torch.Tensor, weight_VH: torch.Tensor) -> torch.dty
 
 
 def module_nll(
-    logits: Callable[[torch.Tensor], torch.Tensor], hidden_nH: torch.Tensor, target_n: torch.Tensor, rows: int
+    logits: Callable[[torch.Tensor], torch.Tensor], hidden_nH: torch.Tensor, target_n: torch.Tensor, chunk_size: int
 ) -> torch.Tensor:
-    """Returns -log p(target) [n] for any head: `logits` maps [rows, H] to [rows, V] and runs again in backward; n may
-    be 0."""
+    """Returns -log p(target) [n] for any head: `logits` maps [rows, H] to [rows, V] and runs again in
+    backward; n may be 0."""
 
     def one(hidden_rH: torch.Tensor, target_r: torch.Tensor) -> torch.Tensor:
         logits_rV = logits(hidden_rH)
         return F.cross_entropy(logits_rV.to(_exact(logits_rV.dtype)), target_r, reduction="none")
 
-    # max(n, 1): a batch without a trained token still runs the head once, on no rows, so that its parameters get a zero
-    # gradient (DDP waits for every parameter of every rank).
+    # max(n, 1): a batch without a trained token still runs the head once, on no rows, so that its parameters
+    # get a zero gradient (DDP waits for every parameter of every rank).
     parts = [
-        checkpoint(one, hidden_nH[i : i + rows], target_n[i : i + rows], use_reentrant=False)
-        for i in range(0, max(len(target_n), 1), rows)
+        checkpoint(one, hidden_nH[i : i + chunk_size], target_n[i : i + chunk_size], use_reentrant=False)
+        for i in range(0, max(len(target_n), 1), chunk_size)
     ]
     return torch.cat(parts)
 
@@ -77,7 +79,7 @@ def _residual(logits_rV: torch.Tensor, logsumexp_r: torch.Tensor, target_r: torc
 
 class _LinearNll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_nH, weight_VH, target_n, rows, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden_nH, weight_VH, target_n, chunk_size, dtype):  # type: ignore[no-untyped-def]
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         with torch.autocast(hidden_nH.device.type, enabled=False):
             weight = weight_VH.to(dtype)
@@ -85,8 +87,8 @@ class _LinearNll(torch.autograd.Function):
             logsumexp_n = torch.empty_like(nll_n)
             early = wants_hidden and not wants_weight
             grad_nH = torch.empty_like(hidden_nH) if early else None
-            for i in range(0, len(target_n), rows):
-                part = slice(i, i + rows)
+            for i in range(0, len(target_n), chunk_size):
+                part = slice(i, i + chunk_size)
                 target_r = target_n[part]
                 logits_rV = _logits(hidden_nH[part], weight)
                 logsumexp_n[part] = logits_rV.logsumexp(-1)
@@ -97,7 +99,7 @@ class _LinearNll(torch.autograd.Function):
             ctx.save_for_backward(grad_nH)
         elif wants_weight:
             ctx.save_for_backward(hidden_nH, weight_VH, target_n, logsumexp_n)
-            ctx.rows, ctx.dtype = rows, dtype
+            ctx.chunk_size, ctx.dtype = chunk_size, dtype
         return nll_n
 
     @staticmethod
@@ -111,8 +113,8 @@ class _LinearNll(torch.autograd.Function):
         grad_nH = torch.empty_like(hidden_nH) if ctx.needs_input_grad[0] else None
         # Chunks are summed in float32 at least: a half-precision sum over many chunks loses the small ones.
         grad_VH = torch.zeros_like(weight_VH, dtype=_exact(weight_VH.dtype))
-        for i in range(0, len(target_n), ctx.rows):
-            part = slice(i, i + ctx.rows)
+        for i in range(0, len(target_n), ctx.chunk_size):
+            part = slice(i, i + ctx.chunk_size)
             hidden_rH, scale_r1 = hidden_nH[part].to(ctx.dtype), scale_n[part, None]
             residual_rV = _residual(_logits(hidden_rH, weight), logsumexp_n[part], target_n[part])
             residual_rV = residual_rV.to(ctx.dtype)

@@ -1,4 +1,4 @@
-"""Answers of a trained folder, asked in the very ids it was trained on."""
+"""Generates answers with a trained model, prompted with exactly the token ids it was trained on."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from mft.batch import Message
 from mft.errors import UserError, shortened
 from mft.files.checksums import require_sound
 from mft.model.causal_lm import CausalLM
-from mft.model.export import Origin
 from mft.model.model_folder import read_config
+from mft.model.origin import Origin
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 Conversation = str | Sequence[Message | Mapping[str, str]]
-"""A prompt of one user turn, or messages with `role` (system, user or human, assistant or bot) and `content`."""
+"""A prompt of one user turn, or messages with `role` (system, user or human, assistant or bot) and
+`content`."""
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 
 class PromptEncoder(Protocol):
-    """Encodes conversations as training did; `mft.data.tokenize.Encoder` is one. Handed in, as models know no data."""
+    """Encodes conversations as training did; `mft.data.tokenize.Encoder` is one. Handed in, as models know no
+    data."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -37,12 +39,13 @@ class PromptEncoder(Protocol):
 
 
 class Answerer:
-    """A trained folder, ready to answer: a run folder (its final/), a checkpoint, an adapter or a model folder.
+    """A trained folder, ready to answer: a run folder (its final/), a checkpoint, an adapter or a model
+    folder.
 
-    encoder: makes the prompt encoder of a saved tokenizer, `Encoder.saved`; tokenizer: instead of the folder's own, to
-    ask an untrained base in the form of a fine-tuned one; base: where the adapter's base model is, if not where
-    mft.json says; device: default cuda if there is one; dtype: of a full model's weights (default: as saved). An
-    adapter runs on the base as it was trained: same dtype, same quantisation.
+    encoder: makes the prompt encoder of a saved tokenizer, `Encoder.saved`; tokenizer: instead of the
+    folder's own, to ask an untrained base in the form of a fine-tuned one; base: where the adapter's base
+    model is, if not where mft.json says; device: default cuda if there is one; dtype: of a full model's
+    weights (default: as saved). An adapter runs on the base as it was trained: same dtype, same quantisation.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class Answerer:
             log.warning("trust_remote_code=true: Python code that comes with the model of %s will be run", self.folder)
         self.tokenizer = tokenizer or CausalLM(str(self.folder), trust_remote_code=trust_remote_code).tokenizer()
         if self.tokenizer.chat_template is None:
-            raise UserError(f"the tokenizer in {self.folder} has no chat template, so it is not known how to ask")
+            raise UserError(f"the tokenizer in {self.folder} has no chat template, so it cannot be asked")
         self.encoder = encoder(self.tokenizer)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load(self.folder, base, dtype, trust_remote_code).to(device).eval()
@@ -87,11 +90,12 @@ def answer(
     seed: int | None = None,
     together: bool = False,
 ) -> list[str]:
-    """Returns one answer for each conversation, all generated as one batch by a plain or peft model in eval mode.
+    """Returns one answer for each conversation, all generated as one batch by a plain or peft model in eval
+    mode.
 
-    system: a system message put before each that has none; seed: makes sampling repeatable, and keeps the random state
-    outside; together: all ranks ask the same, and none stops before the others, since they hold the model's parts.
-    Raises UserError as `check_options`.
+    system: a system message put before each that has none; seed: makes sampling repeatable, and keeps the
+    random state outside; together: all ranks ask the same, and none stops before the others, since they hold
+    the model's parts. Raises UserError as `check_options`.
     """
     import torch
 
@@ -100,8 +104,8 @@ def answer(
     if not conversations:
         return []
     device, tokenizer = next(model.parameters()).device, encoder.tokenizer
-    asked = [encoder.encode_prompt(messages(conversation, system)) for conversation in conversations]
-    inputs = padded(tokenizer, asked).to(device)
+    prompts = [encoder.encode_prompt(messages(conversation, system)) for conversation in conversations]
+    inputs = padded(tokenizer, prompts).to(device)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if do_sample else {}
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None):
@@ -130,13 +134,13 @@ def check_options(
     """Raises UserError for values of these options of `answer` with which nothing can be generated."""
     for name, count in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
         if count < 1:
-            raise UserError(f"{name}={count}: allowed are 1 and more")
+            raise UserError(f"{name}={count} must be at least 1")
     for name, factor in (("temperature", temperature), ("repetition_penalty", repetition_penalty)):
         if not 0 < factor < math.inf:
             more = "; do_sample=false takes the likeliest token" if name == "temperature" else ""
-            raise UserError(f"{name}={factor}: allowed are numbers above 0{more}")
+            raise UserError(f"{name}={factor} must be greater than 0{more}")
     if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: allowed are numbers above 0 and up to 1")
+        raise UserError(f"top_p={top_p} must be greater than 0 and at most 1")
 
 
 def padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]) -> Any:
@@ -149,23 +153,24 @@ def padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]) -> 
 
 
 def messages(conversation: Conversation, system: str | None = None) -> list[Message]:
-    """Returns a conversation as messages; UserError for an unknown role or a turn without role and content."""
+    """Returns a conversation as messages; UserError for an unknown role or a turn without role and
+    content."""
     turns = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
-    found = []
+    parsed = []
     for turn in turns:
         if isinstance(turn, Message):
-            found.append(turn)
+            parsed.append(turn)
             continue
         missing = [key for key in ("role", "content") if not isinstance(turn.get(key), str)]
         if missing:
             raise UserError(f"a turn to be answered needs the text {missing[0]}: {shortened(dict(turn))}")
         if turn["role"] not in ROLES:
             allowed = ", ".join(ROLES)
-            raise UserError(f"a turn to be answered has the role {turn['role']!r}; allowed: {allowed}")
-        found.append(Message(ROLES[turn["role"]], turn["content"]))
-    if system and not (found and found[0].role == "system"):
-        found.insert(0, Message("system", system))
-    return found
+            raise UserError(f"a turn to be answered has the role {turn['role']!r}. Allowed: {allowed}")
+        parsed.append(Message(ROLES[turn["role"]], turn["content"]))
+    if system and not (parsed and parsed[0].role == "system"):
+        parsed.insert(0, Message("system", system))
+    return parsed
 
 
 def load(folder: Path, base: str | None, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
@@ -175,12 +180,13 @@ def load(folder: Path, base: str | None, dtype: torch.dtype | None, trust_remote
 
         return PeftModel.from_pretrained(Origin.read(folder, base).load(trust_remote_code), str(folder))
     if base:
-        raise UserError(f"base={base}: {folder} holds a whole model, not an adapter, and needs no base; leave it out")
+        raise UserError(f"base={base}: {folder} holds a full model, not an adapter, and needs no base; leave it out")
     return CausalLM(str(folder), trust_remote_code=trust_remote_code).model(dtype or saved_dtype(folder))
 
 
 def model_folder(folder: Path) -> Path:
-    """Returns the folder with the weights: the one given, or the final/ or model/ inside a run or checkpoint folder."""
+    """Returns the folder with the weights: the one given, or the final/ or model/ inside a run or checkpoint
+    folder."""
     for candidate in (folder, folder / "final", folder / "model"):
         if any((candidate / name).exists() for name in ("adapter_config.json", "config.json")):
             return candidate

@@ -1,13 +1,22 @@
-"""What is inside a loaded model: the model beneath peft, what it does after its head, how many weights it has."""
+"""What is inside a loaded model: the model beneath peft, what it does after its head, how many weights it
+has."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from mft.model.peft_private import new_rows
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+RECURRENT = {"falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "minimax", "nemotron_h", "recurrent_gemma"}
+RECURRENT |= {"bamba", "rwkv", "xlstm", "zamba", "zamba2"}
+"""Model types with recurrent layers whose config.json may not list its layers."""
 
 
 def base_of(model: Any) -> Any:
@@ -22,8 +31,8 @@ def decoder_of(base: Any) -> Any:
 
 
 def head_quirks(base: Any) -> dict[str, float]:
-    """Returns what a config does to the logits after the head: granite divides, cohere multiplies, gemma 2 caps
-    softly."""
+    """Returns what a config does to the logits after the head: granite divides, cohere multiplies, gemma 2
+    caps softly."""
     names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     config = base.config.get_text_config()  # a part of it in models that also see: gemma 4
     values = {name: getattr(config, name, None) for name in names}
@@ -35,20 +44,43 @@ def head_logits(head: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
 
     peft's adapter of new rows would copy the whole weight at each call; here only their logits are put in.
     """
-    adapter = getattr(head, "token_adapter", None)
-    if adapter is None or adapter.disable_adapters or adapter.merged:
-        logits_nV: torch.Tensor = head(hidden_nH)
-        return logits_nV
+    if (trained := new_rows(head)) is None:
+        plain_nV: torch.Tensor = head(hidden_nH)
+        return plain_nV
     import torch
 
-    ((name, rows),) = adapter.token_indices.items()
-    logits_nV = adapter.base_layer(hidden_nH)
-    new_nR = hidden_nH @ adapter.trainable_tokens_delta[name].T.to(hidden_nH.dtype)
+    layer, rows, weight_RH = trained
+    logits_nV = layer(hidden_nH)
+    new_nR = hidden_nH @ weight_RH.T.to(hidden_nH.dtype)
     index_R = torch.tensor(rows, device=new_nR.device)
     return logits_nV.index_copy(1, index_R, new_nR.to(logits_nV.dtype))
 
 
-def whole_shape(parameter: Any) -> tuple[int, ...]:
+def logits(base: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
+    """Returns the logits [n, V] of final hidden states [n, H], as the model's own forward makes them."""
+    import torch
+
+    logits_nV = head_logits(base.get_output_embeddings(), hidden_nH)
+    for name, value in head_quirks(base).items():
+        if name == "logits_scaling":
+            logits_nV = logits_nV / value
+        elif name == "logit_scale":
+            logits_nV = logits_nV * value
+        else:
+            logits_nV = torch.tanh(logits_nV / value) * value
+    return logits_nV
+
+
+def plain_head(base: Any) -> bool:
+    """Whether the logits are `hidden @ weight.T` and nothing else, so that the fused cross entropy may be
+    used."""
+    from torch import nn
+
+    head = base.get_output_embeddings()
+    return type(head) is nn.Linear and head.bias is None and not head_quirks(base)
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
     """Returns the shape of a weight, also when it is packed to 4 bits or sharded by ZeRO-3."""
     state = getattr(parameter, "quant_state", None)
     if state is not None and hasattr(state, "shape"):
@@ -57,14 +89,15 @@ def whole_shape(parameter: Any) -> tuple[int, ...]:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Returns the number of parameters; a 4-bit weight holds two in a byte, a weight sharded by ZeRO-3 counts in
-    full."""
+    """Returns the number of parameters; a 4-bit weight holds two in a byte, a weight sharded by ZeRO-3 counts
+    in full."""
     return sum(weight_count(parameter) for parameter in model.parameters())
 
 
 def weight_count(parameter: Any) -> int:
-    """Returns how many weights a parameter stands for, also when it is packed to 4 bits or sharded by ZeRO-3."""
-    return math.prod(whole_shape(parameter))
+    """Returns how many weights a parameter stands for, also when it is packed to 4 bits or sharded by
+    ZeRO-3."""
+    return math.prod(full_shape(parameter))
 
 
 def is_tied(base: Any) -> bool:
@@ -74,12 +107,25 @@ def is_tied(base: Any) -> bool:
 
 
 def with_ties(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns a state dict with every name of a tied parameter, of which it has one: an engine gathers it once."""
+    """Returns a state dict with every name of a tied parameter, of which it has one: an engine gathers it
+    once."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    found = dict(state_dict)
+    complete = dict(state_dict)
     for same in names.values():
         given = next((name for name in same if name in state_dict), None)
-        found |= {name: state_dict[given] for name in same if given and name not in state_dict}
-    return found
+        complete |= {name: state_dict[given] for name in same if given and name not in state_dict}
+    return complete
+
+
+def recurrent(config: Mapping[str, Any]) -> str:
+    """Returns which layers of a model (its config.json) carry something from token to token beside attention,
+    "" if none do: a state or a convolution, which no mask keeps from running over the border of two
+    samples."""
+    config = config.get("text_config") or config  # of a model that also sees
+    kinds = [kind for key in ("layer_types", "layers_block_type") for kind in config.get(key) or ()]
+    other = sorted({str(kind) for kind in kinds if not str(kind).endswith("attention") or kind == "linear_attention"})
+    if other:
+        return f"layers of the kind {' and '.join(other)}"
+    return f"the layers of {config['model_type']}" if config.get("model_type") in RECURRENT else ""

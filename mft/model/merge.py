@@ -1,4 +1,4 @@
-"""Merging an adapter into its base, and holding the result's logits to base and adapter."""
+"""Merges an adapter into its base, and verifies the logits of the result against base + adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mft.errors import UserError
 from mft.files.checksums import require_sound
 from mft.model.causal_lm import CausalLM
-from mft.model.export import Origin
+from mft.model.origin import Origin
 from mft.model.save import check_out, new_folder, put, write_model, write_tokenizer
 
 if TYPE_CHECKING:
@@ -19,30 +19,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Merged:
-    """Result of a merge. difference: largest absolute difference of its logits to base + adapter, on a few sequences;
-    bound: what it had to stay below; effect: largest absolute difference the adapter makes to the base's logits, to
-    compare with."""
+    """Result of a merge; the numbers are in logits, measured on a few sequences."""
 
     folder: Path
     difference: float
+    """Largest absolute difference to base + adapter."""
+
     bound: float
+    """What `difference` had to stay below."""
+
     effect: float
+    """Largest absolute difference that the adapter makes to the base, to compare with."""
 
     def __str__(self) -> str:
         return (
             f"largest difference of its logits to base + adapter: {self.difference:.2g} "
-            f"(allowed: {self.bound:.2g}; the adapter's whole effect: {self.effect:.2g})"
+            f"(allowed: {self.bound:.2g}; the adapter's full effect: {self.effect:.2g})"
         )
 
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
-"""Largest accepted difference of merged logits, as a share of the largest logit. A half-precision weight rounds the
-update it takes up by up to 2**-9 (bf16) or 2**-12 (fp16) of itself in every layer; a wrong merge is off by its whole
-effect."""
+"""Largest accepted difference of merged logits, as a share of the largest logit. A half-precision weight
+rounds the update it takes up by up to 2**-9 (bf16) or 2**-12 (fp16) of itself in every layer; a wrong merge
+is off by its full effect."""
 
 TOLERANCE_8_BIT = 0.05
-"""The same for an 8-bit base, whose layers round their inputs to 1/127 of the largest one in each row, which the merged
-model does not: up to 0.021 of the largest logit on the tiny models here, where the adapter's effect is about 1."""
+"""The same for an 8-bit base, whose layers round their inputs to 1/127 of the largest one in each row, which
+the merged model does not: up to 0.021 of the largest logit on the tiny models here, where the adapter's
+effect is about 1."""
 
 PROBES = ("def add(a, b):\n    return a + b\n", "Explain what a hash table is.", "for i in range(10):\n    print(i)\n")
 
@@ -57,8 +61,8 @@ def merge(
     """Writes base + adapter as one plain Hugging Face folder and compares its logits with theirs.
 
     base: where the base model is, if not where mft.json says; tokenizer: default is the adapter folder's own.
-    The adapter of a 4-bit base is merged into the dequantised 4-bit weights, which it was trained to correct: on the
-    original weights it would be slightly off, and merged into 4 bits most of it would be rounded away.
+    The adapter of a 4-bit base is merged into the dequantised 4-bit weights, which it was trained to correct:
+    on the original weights it would be slightly off, and merged into 4 bits most of it would be rounded away.
     Raises UserError for an empty or untrained adapter, an existing `out`, and logits beyond the bound.
     """
     from peft import PeftModel
@@ -96,14 +100,15 @@ def merge(
     if not difference <= bound:  # also for NaN
         raise UserError(
             f"the merged model differs from base + adapter by {difference:.3g} in its logits, more than {bound:.3g} "
-            f"(the adapter's whole effect is {effect:.3g}); it was left in {part}"
+            f"(the adapter's full effect is {effect:.3g}); it was left in {part}"
         )
     put(part, out)
     return Merged(out, difference, bound, effect)
 
 
 def refuse_untrained(adapter: Path) -> None:
-    """Raises UserError for an adapter folder without weights, with empty tensors, or whose B matrices are all zero."""
+    """Raises UserError for an adapter folder without weights, with empty tensors, or whose B matrices are all
+    zero."""
     from safetensors import safe_open
 
     file = adapter / "adapter_model.safetensors"

@@ -1,6 +1,8 @@
-"""A model as its config.json describes it, without weights: what settings mean for it is judged before anything loads.
+"""The model that a config.json describes, on the meta device: settings are checked against it before weights
+load.
 
-Building one takes a tenth of a second, whatever the model's size; the imports before the first take a few seconds.
+Building one takes a tenth of a second, whatever the model's size; the imports before the first take a few
+seconds.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 """What config.json calls the number of routed experts."""
 
 
-def skeleton(family: CausalLM, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel | None:
-    """Returns the model of a folder on the meta device, its linear layers replaced as quantising would; None where the
-    config is not on this machine, or only code of the checkpoint's own could build the model."""
-    if family.trust_remote_code or not Path(family.source()).is_dir():
+def on_meta_device(family: CausalLM, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel | None:
+    """Returns the model of a folder on the meta device, its linear layers replaced as quantising would; None
+    where the config is not on this machine, or only code of the checkpoint's own could build the model."""
+    if family.trust_remote_code or not Path(family.location()).is_dir():
         return None
     import torch
     from transformers import AutoModelForCausalLM
@@ -48,4 +50,4 @@ def has_experts(family: CausalLM) -> bool:
         parts = [value for value in values.values() if isinstance(value, dict)]  # text_config of one that also sees
         return any((values.get(key) or 0) > 1 for key in EXPERTS) or any(map(named, parts))
 
-    return named(read_config(Path(family.source())))
+    return named(read_config(Path(family.location())))

@@ -1,21 +1,22 @@
-"""Where a model lies: a folder of ours or a name on the hub, told apart and checked without loading anything."""
+"""Validates `model.path` (local folder or hub id) without loading weights, and fingerprints what is read of
+it."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError, nearest, shortened
-from mft.model.weights import check_files
+from mft.model.safetensors_header import check_files
+from mft.model.transformers_private import known_model_type, model_types
 
 
 def check_path(path: str, hint: str = "") -> None:
-    """Raises UserError unless `path` is a model folder or may be a hub name; hint: what to do when a folder is
-    missing."""
+    """Raises UserError unless `path` is a model folder or may be a hub name; hint: what to do when a folder
+    is missing."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         _check_folder(path, folder)
@@ -49,7 +50,7 @@ def _check_folder(path: str, folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns config.json of a folder, {} where there is none; UserError for one that is no JSON object."""
+    """Returns config.json of a folder, {} where there is none; UserError unless it holds a JSON object."""
     file = folder / "config.json"
     if not file.is_file():
         return {}
@@ -58,7 +59,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"{file} is no JSON object but a {type(values).__name__}")
+        raise UserError(f"{file} must be a JSON object, found {type(values).__name__}")
     return values
 
 
@@ -85,8 +86,9 @@ ORIGINAL_FORMATS = {
 
 
 def check_type(path: str, own_code: bool) -> None:
-    """Raises UserError for a folder whose model type is missing or unknown, and for one in an original format, with the
-    choice that reads it; own_code: whether code of the folder may be run, which may bring a type of its own."""
+    """Raises UserError for a folder whose model type is missing or unknown, and for one in an original
+    format, with the choice that reads it; own_code: whether code of the folder may be run, which may bring a
+    type of its own."""
     folder = Path(path).expanduser()
     values = read_config(folder)
     if not values:  # a hub name
@@ -94,43 +96,18 @@ def check_type(path: str, own_code: bool) -> None:
     kind = values.get("model_type")
     if not isinstance(kind, str):
         raise UserError(f"model.path={path}: its config.json has no model_type, which says what kind of model it is")
-    if kind not in ORIGINAL_FORMATS and not own_code and not _known_type(kind):
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as known
-
-        if kind not in known:
-            code = "; it comes with code of its own, which model.trust_remote_code=true would run"
-            raise UserError(
-                f"model.path={path}: transformers has no model type {kind!r}, which its config.json names"
-                f"{code if 'auto_map' in values else ''}{nearest(kind, known)}"
-            )
+    exists = kind in ORIGINAL_FORMATS or kind.startswith("mft_") or own_code or known_model_type(kind)
+    if not exists and kind not in model_types():  # which has types without a folder of their name
+        code = "; it comes with code of its own, which model.trust_remote_code=true would run"
+        raise UserError(
+            f"model.path={path}: transformers has no model type {kind!r}, which its config.json names"
+            f"{code if 'auto_map' in values else ''}{nearest(kind, model_types())}"
+        )
     if kind in ORIGINAL_FORMATS:
         raise UserError(
             f"model.path={path} is a {kind} checkpoint in its original format, which transformers cannot read; choose "
             f"{ORIGINAL_FORMATS[kind]} with the same model.path"
         )
-
-
-def _known_type(kind: str) -> bool:
-    """Whether a model type is one of ours, or of transformers by a look at its files, without importing it."""
-    spec = importlib.util.find_spec("transformers")
-    roots = (spec.submodule_search_locations or []) if spec else []
-    return kind.startswith("mft_") or any((Path(root) / "models" / kind.replace("-", "_")).is_dir() for root in roots)
-
-
-RECURRENT = {"falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "minimax", "nemotron_h", "recurrent_gemma"}
-RECURRENT |= {"bamba", "rwkv", "xlstm", "zamba", "zamba2"}
-"""Model types with recurrent layers whose config.json may not list its layers."""
-
-
-def recurrent(config: Mapping[str, Any]) -> str:
-    """Returns which layers of a model (its config.json) carry something from token to token beside attention, "" if
-    none do: a state or a convolution, which no mask keeps from running over the border of two samples."""
-    config = config.get("text_config") or config  # of a model that also sees
-    kinds = [kind for key in ("layer_types", "layers_block_type") for kind in config.get(key) or ()]
-    other = sorted({str(kind) for kind in kinds if not str(kind).endswith("attention") or kind == "linear_attention"})
-    if other:
-        return f"layers of the kind {' and '.join(other)}"
-    return f"the layers of {config['model_type']}" if config.get("model_type") in RECURRENT else ""
 
 
 def no_packing(path: str, what: str) -> str:
@@ -158,7 +135,8 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
     "generation_config.json",
 )
-"""Files of a model folder, beside config and weights, that decide what is trained or what is saved with it."""
+"""Files of a model folder, beside config and weights, that decide what is trained or what is saved with
+it."""
 
 
 def contents_fingerprint(folder: Path, patterns: Sequence[str]) -> str:
@@ -174,8 +152,9 @@ def contents_fingerprint(folder: Path, patterns: Sequence[str]) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Returns a hash over the config and weight files of a folder; of each safetensors file its header and 64 samples
-    of 4 KiB, so that another training of the same architecture differs, in milliseconds instead of a full read."""
+    """Returns a hash over the config and weight files of a folder; of each safetensors file its header and 64
+    samples of 4 KiB, so that another training of the same architecture differs, in milliseconds instead of a
+    full read."""
     import xxhash
 
     digest = xxhash.xxh3_128()
@@ -193,18 +172,28 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 SMALL = 64 << 20
-"""Bytes of a weight file that is read whole for a run's identity, in 10 ms; of a larger one samples are."""
+"""Bytes of a weight file that is read in full for a run's identity, in 10 ms; of a larger one samples are."""
 
 
-def weights_fingerprint(folder: Path, known: str) -> str:
+def fingerprints(folder: Path, fingerprint: str, own_code: bool) -> dict[str, str]:
+    """Returns the hashes of all that a run reads of a model folder, by name; fingerprint:
+    `folder_fingerprint` of it; own_code: whether code in it is run."""
+    hashes = {
+        "base model": weights_fingerprint(folder, fingerprint),
+        "tokenizer": contents_fingerprint(folder, TOKENIZER_FILES),
+    }
+    return hashes | ({"code": contents_fingerprint(folder, ("**/*.py",))} if own_code else {})
+
+
+def weights_fingerprint(folder: Path, fingerprint: str) -> str:
     """Returns a hash over what `folder_fingerprint` returned and over the weight files, pickled ones too.
 
-    The samples alone, which adapters record in their mft.json, miss the change of a single value, also in a file that
-    is read in no time.
+    The samples alone, which adapters record in their mft.json, miss the change of a single value, also in a
+    file that is read in no time.
     """
     import xxhash
 
-    digest = xxhash.xxh3_128(known.encode())
+    digest = xxhash.xxh3_128(fingerprint.encode())
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = file.stat().st_size
         digest.update(json.dumps([file.name, size]).encode())

@@ -1,4 +1,5 @@
-"""The name under which the READMEs of saved ALiBi models import the native classes; they live in `mft.model.legacy`."""
+"""The name under which the READMEs of saved ALiBi models import the native classes; they live in
+`mft.model.legacy`."""
 
 from mft.model.legacy import native
 

@@ -1,10 +1,10 @@
 """The auxiliary loss of a mixture of experts' router, which keeps the experts equally busy.
 
-It is the loss of the Switch Transformer (Fedus et al. 2021, Eq. 4 to 6), as transformers computes it: with E experts,
-f_e the assignments of expert e per token and P_e the mean of softmax(router logits)_e, E * sum_e f_e P_e. Families
-whose classes in transformers hand out router logits and have no such loss (DeepSeek V2 and V3, Llama 4, GLM 4 MoE, ...)
-get the same one. Those that route by sigmoid pick the same experts by it, up to their bias and groups; the bias by
-which DeepSeek V3 balances itself is not trained in transformers.
+It is the loss of the Switch Transformer (Fedus et al. 2021, Eq. 4 to 6), as transformers computes it: with E
+experts, f_e the assignments of expert e per token and P_e the mean of softmax(router logits)_e, E * sum_e f_e
+P_e. Families whose classes in transformers hand out router logits and have no such loss (DeepSeek V2 and V3,
+Llama 4, GLM 4 MoE, ...) get the same one. Those that route by sigmoid pick the same experts by it, up to
+their bias and groups; the bias by which DeepSeek V3 balances itself is not trained in transformers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mft.model.introspect import decoder_of
+from mft.model.transformers_private import recorded_outputs
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef")
 
 def routed(base: Any) -> bool:
     """Whether the decoder of this causal LM hands out the logits of its routers."""
-    recorded = getattr(decoder_of(base), "_can_record_outputs", None) or {}
+    recorded = recorded_outputs(decoder_of(base))
     return "router_logits" in recorded or _own_loss(base) is not None
 
 
@@ -37,7 +38,8 @@ def coefficient(base: Any) -> float:
 
 
 def balance_loss(base: Any, logits: tuple[torch.Tensor, ...], mask_BT: torch.Tensor | None) -> torch.Tensor:
-    """Returns the scalar auxiliary loss, without its coefficient, of the tokens where mask_BT is 1 (None: of all).
+    """Returns the scalar auxiliary loss, without its coefficient, of the tokens where mask_BT is 1 (None: of
+    all).
 
     logits: [B * T, E] of every layer with experts.
     """

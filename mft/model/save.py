@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, writable
 from mft.files.checksums import seal
-from mft.model import ends
+from mft.model.special_tokens import as_ids
 
 if TYPE_CHECKING:
     import torch
@@ -53,35 +53,45 @@ def write_model(
     state_dict: its weights, where they were gathered from elsewhere; dtype: of the weights on disk (default: as they
     are).
     """
-    from mft.model.legacy.native import AlibiConfig, plain_rows
+    from mft.model.legacy.native import plain_rows
 
     state_dict = plain_rows(model, model.state_dict() if state_dict is None else state_dict)
     if dtype is not None:
         state_dict = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
     model.save_pretrained(str(folder), state_dict=state_dict)
-    file = folder / "config.json"
-    changed = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    edit_json(file, lambda values: values | changed | former_names(values | changed))
-    if model.config.model_type == AlibiConfig.model_type:
+    finish_config(folder, {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def finish_config(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Puts changes into a config.json that transformers wrote, and the names of its generation before; of a class of
+    ours a README says what it needs."""
+    from mft.model.legacy.native import NORM_HEAD, AlibiConfig
+
+    def finished(values: dict[str, Any]) -> dict[str, Any]:
+        values = {key: value for key, value in values.items() if key != NORM_HEAD} | dict(changes)
+        return values | former_names(values)
+
+    edit_json(folder / "config.json", finished)
+    if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == AlibiConfig.model_type:
         (folder / "README.md").write_text(CARD, encoding="utf-8")
 
 
 def former_names(config: dict[str, Any]) -> dict[str, Any]:
     """Returns what transformers 4 calls values of a config.json: the dtype, the experts of qwen3_moe, and the rotary
     embedding, where it is one and the same in all layers."""
-    found: dict[str, Any] = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
+    former: dict[str, Any] = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
     if config["model_type"] == "qwen3_moe":
-        found["num_experts"] = config["num_local_experts"]
+        former["num_experts"] = config["num_local_experts"]
     rope = config.get("rope_parameters") or {}
     if "rope_theta" not in rope:
-        return found
+        return former
     base, part = ("rotary_emb_base", "rotary_pct") if config["model_type"] == "gpt_neox" else ("rope_theta", PART)
-    found[base] = rope["rope_theta"]
+    former[base] = rope["rope_theta"]
     if PART in rope:
-        found[part] = rope[PART]
+        former[part] = rope[PART]
     if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = rope
-    return found
+        former["rope_scaling"] = rope
+    return former
 
 
 PART = "partial_rotary_factor"
@@ -105,7 +115,7 @@ def _write_ends(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
 
     def stopped(values: dict[str, Any]) -> dict[str, Any]:
-        ids = [end, *(i for i in ends.listed(values.get("eos_token_id")) if i != end)]
+        ids = [end, *(i for i in as_ids(values.get("eos_token_id")) if i != end)]
         return values | {"eos_token_id": ids if len(ids) > 1 else end}
 
     if (folder / "config.json").is_file():

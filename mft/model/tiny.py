@@ -1,17 +1,16 @@
-"""A random llama with its tokenizer, made in code: an ordinary checkpoint folder without a download, for tests and dry
-runs."""
+"""A random llama with its tokenizer, made in code: an ordinary checkpoint folder without a download, for
+tests and dry runs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mft.errors import UserError, check_ranges, ranged, writable
+from mft.errors import UserError, ranged
+from mft.files.cache_folder import made_once
 from mft.files.checksums import follow_umask
 from mft.model.causal_lm import CausalLM
 from mft.model.save import write_tokenizer
@@ -33,26 +32,46 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 class Tiny(CausalLM):
     """A llama with random weights under `<cache_dir>/tiny/<hash of its fields>`, made when it is first used.
 
-    Widths are in tokens and units: keep hidden_size and intermediate_size multiples of 64, which 4-bit weights on CPU
-    need. `path` stays empty.
+    Widths are in tokens and units: keep hidden_size and intermediate_size multiples of 64, which 4-bit
+    weights on CPU need. `path` stays empty.
     """
 
     public_name: ClassVar[str] = "tiny"
 
     path: str = ""
+    """Stays empty."""
+
     cache_dir: str = ""
+    """Where the folder is made, under tiny/."""
+
     hidden_size: int = ranged(64, min=1, max=2**16)
+    """Width of the hidden states."""
+
     intermediate_size: int = ranged(128, min=1, max=2**18)
+    """Width inside the MLP."""
+
     layers: int = ranged(2, min=1, max=1024)
+    """Decoder layers."""
+
     heads: int = ranged(4, min=1)
+    """Attention heads; divides hidden_size."""
+
     kv_heads: int = ranged(2, min=1)
-    vocab_size: int = ranged(512, min=258, max=2**22)  # 256 bytes and two special tokens
+    """Heads of keys and values; divides heads."""
+
+    vocab_size: int = ranged(512, min=258, max=2**22)
+    """Tokens, at least 256 bytes and two special ones; more than the tokenizer has are never used."""
+
     max_positions: int = ranged(4096, min=1, max=2**31 - 1)
+    """Tokens of the longest sequence."""
+
     tied: bool = True
+    """Whether the head shares the embedding's weights."""
+
     seed: int = 0
+    """Of the random weights."""
 
     def _check_path(self) -> None:
-        check_ranges(self, "model")
         if self.path:
             raise UserError(
                 f"model.path={self.path}: model=tiny makes its own weights; for weights of your own take model=auto"
@@ -67,31 +86,12 @@ class Tiny(CausalLM):
 
     def folder(self) -> Path:
         """Returns the checkpoint folder, made under a lock if it is not there yet."""
-        from filelock import FileLock
-
-        names = (
-            "hidden_size",
-            "intermediate_size",
-            "layers",
-            "heads",
-            "kv_heads",
-            "vocab_size",
-            "max_positions",
-            "tied",
-        )
-        recipe = {name: getattr(self, name) for name in (*names, "seed")} | {"text": TEXT, "version": 2}
+        names = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "vocab_size", "max_positions")
+        recipe = {name: getattr(self, name) for name in (*names, "tied", "seed")} | {"text": TEXT, "version": 2}
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-        folder = writable(Path(self.cache_dir).expanduser().resolve() / "tiny", "cache_dir") / digest
-        if not folder.exists():
-            with FileLock(f"{folder}.lock"):
-                if not folder.exists():
-                    temporary = folder.with_name(f"{digest}.{os.getpid()}.tmp")
-                    shutil.rmtree(temporary, ignore_errors=True)  # left by a process of that number that was killed
-                    self._make(temporary)
-                    temporary.rename(folder)  # a folder under its own name is therefore complete
-        return folder
+        return made_once(Path(self.cache_dir).expanduser().resolve() / "tiny" / digest, self._make)
 
-    def source(self) -> str:
+    def location(self) -> str:
         return str(self.folder())
 
     def width(self) -> int | None:
@@ -123,8 +123,8 @@ class Tiny(CausalLM):
             weights = LlamaForCausalLM(config).state_dict()
         if self.tied:
             del weights["lm_head.weight"]
-        # Not the model's save_pretrained: inside a process group it writes nothing on any rank but 0, without an error.
-        folder.mkdir()
+        # Not the model's save_pretrained: inside a process group it writes nothing on any rank but 0, without
+        # an error.
         config.save_pretrained(folder)
         write_tokenizer(tokenizer, folder)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -132,8 +132,8 @@ class Tiny(CausalLM):
 
 
 def byte_tokenizer(vocab_size: int):  # type: ignore[no-untyped-def]
-    """Returns a byte-level BPE tokenizer of at most `vocab_size` tokens: the two special ones, 256 bytes, merges of
-    TEXT."""
+    """Returns a byte-level BPE tokenizer of at most `vocab_size` tokens: the two special ones, 256 bytes,
+    merges of TEXT."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,8 @@
-"""Token losses of a micro-batch: hidden states, then the head and cross entropy only where a token is trained.
+"""Token losses of a micro-batch: hidden states, then the head and cross entropy only where a token is
+trained.
 
-The head runs inside this module, and this module is what an engine prepares: under sharding the head's weight exists
-only inside the wrapped module's forward.
+The head runs inside this module, and this module is what an engine prepares: under sharding the head's weight
+exists only inside the wrapped module's forward.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from torch import nn
 from mft.batch import IGNORE
 from mft.errors import UserError
 from mft.model.attention import attend_per_sample, recurrent_layers, row_of_samples
-from mft.model.cross_entropy import chunk_rows, linear_nll, module_nll
+from mft.model.cross_entropy import default_chunk_size, linear_nll, module_nll
 from mft.model.introspect import base_of, decoder_of
 from mft.model.model_folder import no_packing
 from mft.model.router_loss import balance_loss
+from mft.model.transformers_private import attention_name
 
 if TYPE_CHECKING:
     from mft.model.causal_lm import CausalLM
@@ -27,37 +29,39 @@ class TokenLoss(nn.Module):
     """Maps a micro-batch to its per-token losses.
 
     model: a transformers causal LM, plain or wrapped by peft; family: answers questions about its head;
-    rows: positions per chunk of logits (default: by vocabulary).
+    chunk_size: positions whose logits exist at once (default: by vocabulary).
     """
 
-    def __init__(self, model: nn.Module, family: CausalLM, rows: int | None = None):
+    def __init__(self, model: nn.Module, family: CausalLM, chunk_size: int | None = None):
         super().__init__()
         self.model = model
         self.family = family
         base = base_of(model)
-        self.rows = rows or chunk_rows(vocabulary(base.get_output_embeddings()))
+        self.chunk_size = chunk_size or default_chunk_size(vocabulary(base.get_output_embeddings()))
         self.router_coef = family.router_weight(base)
         self.recurrent = recurrent_layers(base)
         self.per_sample = attend_per_sample(base)
-        # transformers' flash attention sees sample borders in position ids only in a batch of one row: with more rows,
-        # packed samples would attend to each other without an error. As one long row the borders hold everywhere.
-        flash = "flash" in (getattr(base.config, "_attn_implementation", None) or "")
+        # transformers' flash attention sees sample borders in position ids only in a batch of one row: with
+        # more rows, packed samples would attend to each other without an error. As one long row the borders
+        # hold everywhere.
+        flash = "flash" in attention_name(base)
         self.one_row = self.per_sample or (flash and not self.recurrent)
         self.apart: bool | None = True if self.one_row or self.recurrent else None  # None: not tried yet
 
     def forward(
         self, ids_BT: torch.Tensor, target_BT: torch.Tensor, position_BT: torch.Tensor, sample_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (nll_BT, router): float32 losses (float64 for a float64 model), 0 where target_BT is IGNORE; and the
-        router's auxiliary loss, a scalar times its coefficient, 0 for models without one and for batches without a
-        trained token.
+        """Returns (nll_BT, router): float32 losses (float64 for a float64 model), 0 where target_BT is
+        IGNORE; and the router's auxiliary loss, a scalar times its coefficient, 0 for models without one and
+        for batches without a trained token.
 
-        Padding (sample_BT < 0) must follow the last sample of its row. Both results depend on the parameters even when
-        no token is trained, with zero gradient, so that every rank takes part in the exchange of gradients.
+        Padding (sample_BT < 0) must follow the last sample of its row. Both results depend on the parameters
+        even when no token is trained, with zero gradient, so that every rank takes part in the exchange of
+        gradients.
         """
         base = base_of(self.model)
-        # Without a mask and without a cache transformers builds the block-diagonal mask from restarting positions. A
-        # mask of ones or use_cache=True would let the samples of a row see each other, silently.
+        # Without a mask and without a cache transformers builds the block-diagonal mask from restarting
+        # positions. A mask of ones or use_cache=True would let the samples of a row see each other, silently.
         arguments: dict[str, Any] = {"attention_mask": None, "use_cache": False}
         if self.router_coef:
             arguments["output_router_logits"] = True
@@ -95,9 +99,9 @@ class TokenLoss(nn.Module):
 
     @torch.no_grad()
     def _keeps_apart(self, base: Any) -> bool:
-        """Whether this model keeps the samples of a row apart by their positions alone, which older classes of
-        transformers (bloom, mpt, xglm, ...) do not, without an error: tried with two rows whose second samples are
-        equal and whose first are not."""
+        """Whether this model keeps the samples of a row apart by their positions alone, which older classes
+        of transformers (bloom, mpt, xglm, ...) do not, without an error: tried with two rows whose second
+        samples are equal and whose first are not."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         embedding = base.get_input_embeddings()
@@ -110,26 +114,30 @@ class TokenLoss(nn.Module):
             module.training = mode
         one, other = outputs[0][:, 3:].float()
         exact = outputs[0].dtype == torch.float32 and not torch.is_autocast_enabled(one.device.type)
-        # By rounding tiny models differ by 1e-7 of the norm, and by 1e-2 and more where samples see each other.
+        # By rounding tiny models differ by 1e-7 of the norm, and by 1e-2 and more where samples see each
+        # other.
         return bool((one - other).norm() <= (1e-3 if exact else 2e-2) * one.norm())
 
     def _sees_others(self, base: Any) -> str:
         return (
-            f"model.path={self.family.path}: a {type(base).__name__} of transformers lets the samples of one row see "
+            f"model.path={self.family.path}: {type(base).__name__} lets the samples of one row see "
             "each other; choose data=pad, which gives every sample a row of its own"
         )
 
     def _nll(self, base: Any, hidden_nH: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
         head = base.get_output_embeddings()
         if self.family.plain_head(base):
-            return linear_nll(hidden_nH, head.weight, target_n, self.rows)
-        return module_nll(lambda hidden_rH: self.family.logits(self.model, hidden_rH), hidden_nH, target_n, self.rows)
+            return linear_nll(hidden_nH, head.weight, target_n, self.chunk_size)
+        return module_nll(
+            lambda hidden_rH: self.family.logits(self.model, hidden_rH), hidden_nH, target_n, self.chunk_size
+        )
 
     def _router(self, base: Any, outputs: Any, mask_BT: torch.Tensor | None, trained: bool) -> torch.Tensor:
         if not self.router_coef or not outputs.router_logits:  # none: a class with experts, of a config without them
             return outputs[0].new_zeros((), dtype=torch.float32)
-        # The step divides router losses by the number of micro-batches that have a trained token: the others add
-        # nothing. Their mask may be all padding, over which the balance is 0/0, so it is not taken at all.
+        # The step divides router losses by the number of micro-batches that have a trained token: the others
+        # add nothing. Their mask may be all padding, over which the balance is 0/0, so it is not taken at
+        # all.
         if not trained:
             return sum(logits.sum() for logits in outputs.router_logits).float() * 0
         return self.router_coef * balance_loss(base, outputs.router_logits, mask_BT)
@@ -145,9 +153,9 @@ def vocabulary(head: nn.Module) -> int:
 def trailing_positions(position_BT: torch.Tensor, sample_BT: torch.Tensor) -> torch.Tensor:
     """Returns position_BT with the padding at the end of each row counting on from the row's last sample.
 
-    Causal attention keeps what follows a sample from reaching it, so padding may ride along as that sample's tail. A
-    row of one sample then needs no mask at all (2.3 times as fast an attention layer here as the block-diagonal mask),
-    which a restart of the positions at the padding would ask for.
+    Causal attention keeps what follows a sample from reaching it, so padding may ride along as that sample's
+    tail. A row of one sample then needs no mask at all (2.3 times as fast an attention layer here as the
+    block-diagonal mask), which a restart of the positions at the padding would ask for.
     """
     padding_BT = sample_BT < 0
     length_B1 = (~padding_BT).sum(1, keepdim=True)

@@ -39,7 +39,7 @@ STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 class Sender:
-    """Sends one run folder to one store. `send` takes the folder's lock, the caller releases it at the end."""
+    """Sends one run folder to one store. `send` takes the folder's lock; the caller releases it."""
 
     client: MlflowClient
 
@@ -131,7 +131,7 @@ class Sender:
         return str(experiment.experiment_id)
 
     def _describe(self) -> None:
-        """Sends parameters and tags. MLflow replaces no parameter: one that a resume changed becomes a tag."""
+        """Sends parameters and tags. MLflow replaces no parameter: one that a resume changed is a tag."""
         from mlflow.entities import Param, RunTag
 
         now, run_id = self.record.tags, self.record.run_id
@@ -156,8 +156,8 @@ class Sender:
     def _send_points(self, name: str) -> int:
         """Sends the rows of a file behind its place.
 
-        A batch that failed waits unchanged: MLflow keeps a point (name, step, time, value) once, however often
-        it is sent, so a lost answer does no harm.
+        A batch that failed waits unchanged: MLflow keeps a point (name, step, time, value) once, however
+        often it is sent, so a lost answer does no harm.
         """
         if name not in self._waiting and (self.run_dir / name).exists():
             self._waiting[name] = self._read(self.run_dir / name)
@@ -246,7 +246,7 @@ class Sender:
 
 
 def sync(run_dir: Path, uri: str = "") -> tuple[int, bool]:
-    """Sends what the store of a run lacks; returns (points and files sent, whether it is newly marked as failed).
+    """Sends what the store of a run lacks; returns (points and files sent, whether it was marked as failed).
 
     uri: the store's address; empty = where the run was sent to. That is kept without credentials: a store
     that needs them takes the address again, MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and _PASSWORD.

@@ -1,10 +1,9 @@
-"""Every yaml of conf/ composes, lists exactly the fields of its class and explains each of them."""
+"""Every yaml of conf/ composes, with exactly the fields of its class, each explained where it is introduced."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +13,10 @@ import yaml
 
 from mft.config.build import build
 from mft.config.compose import compose, compose_resolved
-from mft.config.overrides import group_options
+from mft.config.overrides import check_overrides, group_options
 from mft.config.schema import Launch, config_dir
 from mft.config.validate import check
+from mft.errors import UserError
 from mft.training.settings import TrainSettings
 
 GROUPS = [p.name for p in sorted(config_dir().iterdir()) if p.is_dir() and p.name not in ("local", "format", "task")]
@@ -58,37 +58,61 @@ def test_several_tasks_may_be_chosen_and_each_of_their_fields_set() -> None:
     assert cfg.task.docstring.weight == 3 and cfg.task.completion.weight == 1
 
 
-def targets() -> list[Path]:
-    paths = sorted(config_dir().rglob("*.yaml"))
-    found = [path for path in paths if re.search(r"^\s*_target_:", path.read_text(), re.M)]
-    assert len(found) > 20
-    return found
+COMPONENTS = ("data", "dist", "format", "loss", "model", "optimizer", "peft", "scheduler", "task", "tracking")
+CHOICES = [(group, option) for group in COMPONENTS for option in group_options(group) if option != "none"]
 
 
-@pytest.mark.parametrize("path", targets(), ids=lambda p: str(p.relative_to(config_dir())))
-def test_component_yaml_lists_and_explains_every_field(path: Path) -> None:
-    group = path.relative_to(config_dir()).parts[0]
-    if group == "data":
-        group, option = "data.rows", path.stem
-        overrides = [f"data={option}"]
-    elif group in ("tracking", "task"):
-        overrides = [f"{group}=[{path.stem}]"]
-        group = f"{group}.{path.stem}"
+@pytest.mark.parametrize("group, option", CHOICES, ids="/".join)
+def test_every_component_is_composed_with_every_field_of_its_class(group: str, option: str) -> None:
+    place = {"data": "data.rows", "format": "task.docstring.format"}.get(group, group)
+    overrides = [f"{group}={option}"]
+    if group in ("tracking", "task"):
+        overrides, place = [f"{group}=[{option}]"], f"{group}.{option}"
     elif group == "format":
-        overrides, group = ["task=[docstring]", f"format@task.docstring.format={path.stem}"], "task.docstring.format"
-    else:
-        overrides = [f"{group}={path.stem}"]
+        overrides = ["task=[docstring]", f"format@{place}={option}"]
     node = compose(overrides)
-    for part in group.split("."):
+    for part in place.split("."):
         node = node._get_node(part)
     module, _, name = node._get_node("_target_")._value().rpartition(".")
     cls = getattr(importlib.import_module(module), name)
-    if group != "data.rows":  # pad_to is a setting of `data`
+    if group != "data":  # pad_to is a setting of `data`
         assert {f.name for f in dataclasses.fields(cls)} == {k for k in node if not k.startswith("_")}
+
+
+FILES = [path for group in COMPONENTS for path in sorted((config_dir() / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(config_dir())))
+def test_component_yaml_explains_every_field_that_it_introduces(path: Path) -> None:
     text = path.read_text()
-    for key in yaml.safe_load(text) or {}:
+    values = yaml.safe_load(text) or {}
+    bases = [path.with_name(f"{name}.yaml") for name in values.get("defaults", ()) if isinstance(name, str)]
+    shared = {key for base in bases if base.exists() for key in fields_of(base)}
+    for key in values.keys() - shared:
         if key not in ("defaults", "_target_", "rows"):  # the head of data/pad and data/pack explains their rows
             assert explained(text, key), f"{path}: {key} has no comment"
+
+
+def fields_of(path: Path) -> set[str]:
+    """Returns the keys of a yaml and of those beside it that its defaults list names."""
+    values = yaml.safe_load(path.read_text())
+    names = [name for name in values.get("defaults", ()) if isinstance(name, str) and name != "_self_"]
+    return set(values).union(*(fields_of(path.with_name(f"{name}.yaml")) for name in names))
+
+
+@pytest.mark.parametrize("group", COMPONENTS)
+def test_what_options_share_is_neither_listed_nor_chosen(group: str) -> None:
+    assert not [option for option in group_options(group) if option == "base" or option.startswith("_")]
+    for path in (config_dir() / group).glob("_*.yaml"):
+        with pytest.raises(UserError, match=f"{group} takes the name of an option.*Allowed: "):
+            check_overrides([f"{group}={path.stem}"])
+
+
+def test_a_family_states_only_its_differences() -> None:
+    base = yaml.safe_load((config_dir() / "model" / "_base.yaml").read_text())
+    for option in group_options("model"):
+        values = yaml.safe_load((config_dir() / "model" / f"{option}.yaml").read_text())
+        assert not [key for key, value in values.items() if key in base and base[key] == value], option
 
 
 def explained(text: str, key: str) -> bool:

@@ -25,7 +25,8 @@ from mft.files.json_file import write_json
 from mft.launch import job
 from mft.loss.means import TokenMean
 from mft.model.causal_lm import CausalLM
-from mft.model.peft.modes import Full, Lora
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
 from tests.tiny_runs import two_tasks, write_task
 
 DEFAULTS = Path(__file__).parents[1] / "fixtures" / "identity_defaults.json"

@@ -107,7 +107,7 @@ def test_a_target_must_be_a_component_of_its_group(target: str, part: str, work:
         ("scheduler", "mft.optim.schedules.Decay", "does not define curve"),
         ("scheduler", "mft.optim.optimizers.AdamW", "expected a subclass of mft.optim.schedules.Schedule"),
         ("model", "mft.model.merge.Merged", "expected a subclass of mft.model.causal_lm.CausalLM"),
-        ("peft", "mft.optim.optimizers.AdamW", "expected a subclass of mft.model.peft.modes.Full"),
+        ("peft", "mft.optim.optimizers.AdamW", "expected a subclass of mft.model.peft.full.Full"),
         ("dist", "mft.distributed.ddp.DdpEngine", "expected a subclass of mft.distributed.engine.Backend"),
         ("data.rows", "mft.data.task.Task", "expected a subclass of mft.data.packing.RowBuilder"),
         ("+tracking.x", "mft.tracking.base.Jsonl", "not a dataclass"),

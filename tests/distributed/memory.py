@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mft.model.causal_lm import CausalLM
-from mft.model.peft.modes import Full
+from mft.model.peft.full import Full
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
 

@@ -9,7 +9,8 @@ import pytest
 from mft.distributed.ddp import Ddp
 from mft.distributed.deepspeed import Zero3
 from mft.distributed.fsdp import Fsdp
-from mft.model.peft.modes import Full, QLora
+from mft.model.peft.full import Full
+from mft.model.peft.qlora import QLora
 from tests.distributed.memory import big_folder, loadings
 from tests.distributed.ranks import run_ranks
 

@@ -29,7 +29,7 @@ def run_dir(tmp_path: Path) -> Path:
         "train": {"per_device_batch_size": 8},
         "data": {"seq_length": 4096},
         "model": {"gradient_checkpointing": "auto"},
-        "peft": {"_target_": "mft.model.peft.modes.Lora"},
+        "peft": {"_target_": "mft.model.peft.lora.Lora"},
         "dist": {"_target_": "mft.distributed.ddp.Ddp"},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))

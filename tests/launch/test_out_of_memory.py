@@ -11,7 +11,7 @@ CFG = {
     "train": {"per_device_batch_size": 8, "per_device_eval_batch_size": 16},
     "data": {"seq_length": 4096},
     "model": {"gradient_checkpointing": "true"},
-    "peft": {"_target_": "mft.model.peft.modes.QLora"},
+    "peft": {"_target_": "mft.model.peft.qlora.QLora"},
     "dist": {"_target_": "mft.distributed.ddp.Single"},
 }
 

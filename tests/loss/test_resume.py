@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mft.hardware import quiet_libraries
-from mft.model.peft.modes import Lora
+from mft.model.peft.lora import Lora
 from mft.training.checkpoint import newest, restore
 from mft.training.loop import fit
 from tests.loss.loop import Layout, Recorder, Stage, write_tasks
@@ -35,7 +35,7 @@ def run(stage: Stage, mode: str, folder: Path, stop_after: int = STEPS) -> tuple
     """Trains adapters with dropout, from the newest checkpoint in `folder` where there is one, and saves at the end."""
     recorder = Recorder()
     t = stage.training(made(mode), recorder, STEPS, Lora(dropout=0.1), folder)
-    t.stop = lambda: t.state.step + 1 >= stop_after
+    t.stop_requested = lambda: t.state.step + 1 >= stop_after
     torch.manual_seed(5)
     if checkpoint := newest(folder):
         torch.manual_seed(6)

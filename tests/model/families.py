@@ -14,7 +14,9 @@ from mft.batch import IGNORE
 from mft.config.build import build
 from mft.config.compose import compose_resolved
 from mft.model.export import save_final
-from mft.model.peft.modes import Full, Lora, QLora
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.peft.summary import audit
 from mft.model.tiny import byte_tokenizer
 from mft.model.token_loss import TokenLoss

@@ -6,7 +6,7 @@ import torch
 
 from mft.batch import Batch
 from mft.model.causal_lm import CausalLM
-from mft.model.peft.modes import Full
+from mft.model.peft.full import Full
 from mft.model.token_loss import TokenLoss
 from tests.model.rows import inputs
 

@@ -164,9 +164,9 @@ def test_tiny_refuses_impossible_sizes(tmp_path: Path) -> None:
 
 def test_components_import_nothing_heavy() -> None:
     code = (
-        "import sys, mft.model.causal_lm, mft.model.tiny, mft.model.peft.modes, mft.model.export, mft.model.generate\n"
+        "import sys, mft.model.causal_lm, mft.model.tiny, mft.model.peft.qlora, mft.model.export, mft.model.generate\n"
         "mft.model.causal_lm.CausalLM('HuggingFaceTB/SmolLM2-135M-Instruct').check()\n"
-        "mft.model.peft.modes.QLora().check()\n"
+        "mft.model.peft.qlora.QLora().check()\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'bitsandbytes') if m in sys.modules])"
     )
     assert (

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from mft.errors import UserError
 from mft.model.export import save_final
 from mft.model.merge import merge
-from mft.model.peft.modes import Lora, QLora
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.peft.summary import audit, notes
 from mft.model.token_loss import TokenLoss
 from tests.model.mixtures import MIXTURES, family_of, mixture, mixture_folder
@@ -102,7 +103,7 @@ def test_what_only_the_model_can_tell_is_refused_at_loading(tiny) -> None:
         UserError, match=r"dropout=0\.1 cannot be combined with an adapter of model.layers.0.mlp.experts"
     ):
         Lora(targets=["experts.down_proj"], dropout=0.1).attach(mixture("mixtral"), family_of("mixtral"))
-    with pytest.raises(UserError, match=r"peft\.experts=true: this model is no mixture of experts"):
+    with pytest.raises(UserError, match=r"peft\.experts=true: this model is not a mixture of experts"):
         Lora(experts=True).attach(tiny.model(torch.float32), tiny)
 
 

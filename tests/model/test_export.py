@@ -12,9 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
-from mft.model.export import NOTE, save_final
+from mft.model.export import save_final
 from mft.model.merge import merge
-from mft.model.peft.modes import Full, Lora, QLora
+from mft.model.origin import NOTE
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
 

@@ -17,7 +17,9 @@ from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from mft.model.export import save_final
 from mft.model.generate import Answerer, messages, padded
-from mft.model.peft.modes import Full, Lora, QLora
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
 
@@ -76,7 +78,7 @@ def test_prompt_is_the_template(run: Path) -> None:
     assert asked([Message("user", "a"), Message("assistant", "b"), Message("user", "c")]) == expected
     own = [{"role": "system", "content": "S"}, *turns]
     assert asked(own, system="other") == asked(own), "a conversation's own system text stays"
-    with pytest.raises(UserError, match="has the role 'tool'; allowed: system, user, human, assistant, bot"):
+    with pytest.raises(UserError, match=r"has the role 'tool'\. Allowed: system, user, human, assistant, bot"):
         messages([{"role": "tool", "content": "x"}])
     with pytest.raises(UserError, match="needs the text content: "):
         messages([{"role": "user"}])

@@ -12,8 +12,10 @@ from mft.config.compose import compose_resolved
 from mft.config.validate import check
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
-from mft.model.meta_model import has_experts, skeleton
-from mft.model.peft.modes import Full, Lora, QLora
+from mft.model.meta_model import has_experts, on_meta_device
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from tests.tiny_runs import two_tasks
 
 CONFIGS = {  # of real sizes
@@ -36,8 +38,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("name", "peft", "message"),
     [
-        ("dense", Lora(experts=True), r"peft\.experts=true: this model is no mixture of experts"),
-        ("dense", Lora(router=True), r"peft\.router=true: this model is no mixture of experts"),
+        ("dense", Lora(experts=True), r"peft\.experts=true: this model is not a mixture of experts"),
+        ("dense", Lora(router=True), r"peft\.router=true: this model is not a mixture of experts"),
         ("dense", Lora(targets=["qproj"]), r"'qproj' matches no module; .*; did you mean q_proj"),
         ("dense", Lora(targets=r".*\.attn\..*"), r"the regular expression .* matches no module"),
         ("dense", Lora(targets=["lm_head"]), r"lm_head shares its weight with the embedding"),
@@ -53,27 +55,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 )
 def test_told_by_the_config_alone(name: str, peft: Lora, message: str, folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=message):
-        peft.check_with(CausalLM(str(folders[name])), "bf16")
+        peft.check_against(CausalLM(str(folders[name])), "bf16")
 
 
 def test_what_the_model_can_do_passes(folders: dict[str, Path]) -> None:
     dense, mixture = (CausalLM(str(folders[name])) for name in ("dense", "mixture"))
-    Full().check_with(dense, "bf16")
-    Lora(targets=["q_proj"], modules_to_save=["norm"], use_dora=True, init="pissa").check_with(dense, "bf16")
-    QLora(targets=["q_proj"], modules_to_save=["lm_head"], skip_modules=["o_proj"]).check_with(dense, "bf16")
-    QLora(skip_modules=["up_proj"], modules_to_save=["up_proj"], targets=["q_proj"]).check_with(dense, "bf16")
-    Lora(experts=True, router=True).check_with(mixture, "bf16")
+    Full().check_against(dense, "bf16")
+    Lora(targets=["q_proj"], modules_to_save=["norm"], use_dora=True, init="pissa").check_against(dense, "bf16")
+    QLora(targets=["q_proj"], modules_to_save=["lm_head"], skip_modules=["o_proj"]).check_against(dense, "bf16")
+    QLora(skip_modules=["up_proj"], modules_to_save=["up_proj"], targets=["q_proj"]).check_against(dense, "bf16")
+    Lora(experts=True, router=True).check_against(mixture, "bf16")
     for name in ("nobody/nothing", "/nowhere"):  # nothing is known about it yet
-        Lora(experts=True).check_with(CausalLM(name), "bf16")
+        Lora(experts=True).check_against(CausalLM(name), "bf16")
 
 
 def test_what_experts_take_beside_4_bits_is_told_before_loading(
     folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        QLora().check_with(CausalLM(str(folders["dense"])), "bf16")
+        QLora().check_against(CausalLM(str(folders["dense"])), "bf16")
         assert not caplog.text
-        QLora().check_with(CausalLM(str(folders["mixture"])), "bf16")
+        QLora().check_against(CausalLM(str(folders["mixture"])), "bf16")
     assert f"the routed experts, 96% of all weights, stay in bfloat16 and take {EXPERTS_GIB:.3g} GiB" in caplog.text
     assert f"{EXPERTS_GIB:.3g}" == "54"
 
@@ -85,14 +87,14 @@ def test_experts_are_found_also_inside_a_model_that_sees(folders: dict[str, Path
 
 
 def test_a_skeleton_has_the_layers_and_no_weights(folders: dict[str, Path]) -> None:
-    model = skeleton(CausalLM(str(folders["shared"])))
+    model = on_meta_device(CausalLM(str(folders["shared"])))
     assert model is not None and {p.device.type for p in model.parameters()} == {"meta"}
     assert sum(p.numel() for p in model.parameters()) > 600e9
-    assert skeleton(CausalLM(str(folders["shared"]), trust_remote_code=True)) is None
+    assert on_meta_device(CausalLM(str(folders["shared"]), trust_remote_code=True)) is None
 
 
 def test_a_run_is_refused_before_it_starts(tmp_path: Path, cache_dir: Path) -> None:
     settings = ["model=tiny", f"cache_dir={cache_dir}", two_tasks(tmp_path), "peft=lora"]
-    with pytest.raises(UserError, match=r"peft\.experts=true: this model is no mixture of experts"):
+    with pytest.raises(UserError, match=r"peft\.experts=true: this model is not a mixture of experts"):
         check(compose_resolved([*settings, "peft.experts=true"]), world=1)
     check(compose_resolved([*settings, "peft.targets=[q_proj]"]), world=1)

@@ -11,8 +11,8 @@ import transformers
 from mft.batch import IGNORE
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
-from mft.model.model_folder import recurrent
-from mft.model.peft.modes import Lora
+from mft.model.introspect import recurrent
+from mft.model.peft.lora import Lora
 from mft.model.peft.summary import audit
 from mft.model.token_loss import TokenLoss
 from tests.model.rows import alone, batch, inputs
@@ -45,7 +45,7 @@ def test_samples_that_would_see_each_other_are_refused_in_one_row(name: str) -> 
     for n, one in enumerate(alone(padded)):
         assert torch.allclose(module(*inputs(padded))[0][padded.sample_BT == n], module(*inputs(one))[0][0], atol=1e-5)
     assert whole.requires_grad
-    with pytest.raises(UserError, match=r"model\.path=mine: a \w+ of transformers lets the samples of one row see"):
+    with pytest.raises(UserError, match=r"model\.path=mine: \w+ lets the samples of one row see"):
         module(*inputs(batch([[9, 14]], 24, V)))
 
 
@@ -64,12 +64,12 @@ def test_gradient_checkpointing_that_a_class_cannot_is_told(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small("JetMoeConfig", num_local_experts=4, num_experts_per_tok=2, kv_channels=16)
-    with pytest.raises(UserError, match=r"gradient_checkpointing=true: a JetMoeForCausalLM of transformers cannot"):
+    with pytest.raises(UserError, match=r"gradient_checkpointing=true: JetMoeForCausalLM does not support it"):
         CausalLM("mine", gradient_checkpointing=True).checkpoint(model)
-    monkeypatch.setattr("mft.model.causal_lm.CHECKPOINTING_ABOVE", 1000)
+    monkeypatch.setattr("mft.model.gradient_checkpointing.AUTO_ABOVE", 1000)
     with caplog.at_level(logging.WARNING):
         assert not AUTO.checkpoint(model)
-    assert "gradient_checkpointing=auto is off: a JetMoeForCausalLM" in caplog.text
+    assert "gradient_checkpointing=auto is off: JetMoeForCausalLM does not support it" in caplog.text
 
 
 def test_a_class_with_experts_whose_config_has_none_has_no_router_loss() -> None:

@@ -15,7 +15,7 @@ from mft.config.validate import check
 from mft.errors import UserError
 from mft.model.attention import described
 from mft.model.causal_lm import CausalLM
-from mft.model.model_folder import recurrent
+from mft.model.introspect import recurrent
 from mft.model.token_loss import TokenLoss
 from tests.model.rows import alone, batch, inputs
 from tests.model.test_token_loss import V, small

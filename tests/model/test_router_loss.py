@@ -105,5 +105,5 @@ def test_a_coefficient_without_a_router_or_below_0_is_told() -> None:
     assert CausalLM("unused").router_weight(llama) == 0
     with pytest.raises(UserError, match=r"model\.router_coef=0\.1: LlamaForCausalLM has no router"):
         CausalLM("unused", router_coef=0.1).router_weight(llama)
-    with pytest.raises(UserError, match=r"model\.router_coef=-1: it must be 0"):
+    with pytest.raises(UserError, match=r"model\.router_coef=-1 must be at least 0, or null"):
         CausalLM("unused", router_coef=-1).check()

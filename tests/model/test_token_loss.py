@@ -11,7 +11,8 @@ import transformers
 
 from mft.batch import IGNORE
 from mft.model.causal_lm import CausalLM
-from mft.model.peft.modes import Full, Lora
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss, trailing_positions
 from tests.model.families import SIZES
@@ -48,7 +49,7 @@ def test_equals_transformers(cache_dir: Path, tied: bool, peft: Full) -> None:
     family = Tiny(cache_dir=str(cache_dir), tied=tied)
     model = shaken(peft.attach(family.model(torch.float32), family))
     data = batch([[19], [24], [7]], 24, V)
-    module = TokenLoss(model, family, rows=5)
+    module = TokenLoss(model, family, chunk_size=5)
     nll_BT, router = module(*inputs(data))
     assert nll_BT.dtype == torch.float32 and router.item() == 0
     assert (nll_BT[data.target_BT == IGNORE] == 0).all()
@@ -117,7 +118,7 @@ def test_chunks_do_not_matter(tiny: Tiny, dtype: torch.dtype, trainable: bool) -
     results = []
     for rows in (1, 7, 1000):
         model.zero_grad()
-        nll_BT, _ = TokenLoss(model, tiny, rows=rows)(*inputs(data))
+        nll_BT, _ = TokenLoss(model, tiny, chunk_size=rows)(*inputs(data))
         assert nll_BT.dtype == dtype
         (nll_BT * torch.linspace(0, 1, 32, dtype=dtype)).sum().backward()  # a weight of its own for each token
         results.append((nll_BT.detach(), gradients(model)))
@@ -161,7 +162,7 @@ def test_bf16_autocast_stays_close(tiny: Tiny, trainable: bool) -> None:
     if not trainable:
         model.get_output_embeddings().weight.requires_grad_(False)
     data = batch([[30, 20], [44]], 64, V)
-    module = TokenLoss(model, tiny, rows=13)
+    module = TokenLoss(model, tiny, chunk_size=13)
     exact_BT, _ = module(*inputs(data))
     exact_BT.sum().backward()
     exact = gradients(model)
@@ -192,7 +193,7 @@ def test_logits_of_the_whole_batch_never_exist(tiny: Tiny) -> None:
     for trainable in (True, False):
         model.get_output_embeddings().weight.requires_grad_(trainable)
         with Watch():
-            TokenLoss(model, tiny, rows=8)(*inputs(data))[0].sum().backward()
+            TokenLoss(model, tiny, chunk_size=8)(*inputs(data))[0].sum().backward()
     assert biggest == 8
 
 
@@ -212,7 +213,7 @@ def test_quirks_of_the_head(name: str, peft: Full) -> None:
     family = CausalLM("unused")
     model = shaken(peft.attach(small(config, **values), family))
     data = batch([[19], [24]], 24, V)
-    nll_BT, router = TokenLoss(model, family, rows=5)(*inputs(data))
+    nll_BT, router = TokenLoss(model, family, chunk_size=5)(*inputs(data))
     loss = nll_BT.sum() / (data.target_BT != IGNORE).sum() + router
     loss.backward()
     ours = gradients(model)

@@ -8,28 +8,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.errors import UserError, nearest
+from mft.model.legacy.layout import BAICHUAN, Layout
 from mft.model.legacy.original import Original, Values
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Baichuan(Original):
-    """Baichuan and Baichuan 2, 7B -> llama, 13B -> a llama without rotary positions and with ALiBi.
-
-    All four share one model type. positions: auto (rope where config.json has max_position_embeddings, as the 7B
-    releases do, else alibi) | rope | alibi; norm_head: auto (by the vocabulary: 125,696 tokens in Baichuan 2, 64,000
-    before) | true | false; whether the rows of the output layer are scaled to length 1.
-    """
+    """Baichuan and Baichuan 2, which share one model type: 7B -> llama, 13B -> a llama without rotary
+    positions and with ALiBi."""
 
     public_name: ClassVar[str] = "baichuan"
+    choice = "baichuan"
 
     positions: str = "auto"
+    """auto | rope | alibi; auto = rope where config.json has max_position_embeddings, as the 7B releases
+    do."""
+
     norm_head: Any = "auto"
+    """auto | true | false: whether the rows of the output layer are scaled to length 1; auto = by the
+    vocabulary: 125,696 tokens in Baichuan 2, 64,000 before."""
+
     model_type = "baichuan"
     vocabulary = "tokenizer.model"
 
@@ -53,20 +57,20 @@ class Baichuan(Original):
 
     def normalises(self, values: Values) -> bool:
         """Whether a checkpoint with this config.json has a normalising output layer."""
-        asked = str(self.norm_head).lower()
-        if asked != "auto":
-            return asked == "true"
+        value = str(self.norm_head).lower()
+        if value != "auto":
+            return value == "true"
         if "z_loss_weight" in values:
             return True
-        known = {125_696: True, 64_000: False}
-        if values.get("vocab_size") not in known:
+        by_vocabulary = {125_696: True, 64_000: False}
+        if values.get("vocab_size") not in by_vocabulary:
             raise UserError(
                 f"model.path={self.path}: a vocabulary of {values.get('vocab_size')} does not tell Baichuan from "
                 "Baichuan 2; say model.norm_head=true for Baichuan 2, false for Baichuan"
             )
-        return known[values["vocab_size"]]
+        return by_vocabulary[values["vocab_size"]]
 
-    def native(self, values: Values) -> tuple[str, str, Values]:
+    def native(self, values: Values) -> tuple[Layout, str, Values]:
         self._need(values, z_loss_weight=0)
         if self.normalises(values):  # a tied matrix would be saved with its rows scaled
             self._need(values, tie_word_embeddings=False)
@@ -84,9 +88,9 @@ class Baichuan(Original):
         if self.alibi(values):
             layers = native["num_hidden_layers"]
             native |= {"no_rope_layers": [0] * layers, "use_sliding_window": False}
-            return "OriginalBaichuanAlibiForCausalLM", "AlibiConfig", native
+            return BAICHUAN, "AlibiConfig", native
         rope = {"rope_type": "default", "rope_theta": float(values.get("rope_theta", 10000.0))}
-        return "OriginalBaichuanForCausalLM", "LlamaConfig", native | {"rope_parameters": rope}
+        return BAICHUAN, "LlamaConfig", native | {"rope_parameters": rope}
 
     def attention_for(self, dtype: torch.dtype, factory: Any) -> str:
         if not self.alibi(self.original_config()):
@@ -96,14 +100,6 @@ class Baichuan(Original):
         from mft.model.attention import ALIBI
 
         return ALIBI
-
-    def model(self, *arguments: Any, **options: Any) -> PreTrainedModel:
-        from mft.model.legacy.native import NormHead
-
-        model = super().model(*arguments, **options)
-        if self.normalises(self.original_config()):
-            model.get_output_embeddings().__class__ = NormHead
-        return model
 
     def native_tokenizer(self, file: Path, settings: Values) -> PreTrainedTokenizerBase:
         from tokenizers import processors

@@ -1,14 +1,15 @@
-"""Families whose checkpoints came with code of their own: what their configs and vocabularies mean natively."""
+"""Families whose checkpoints came with code of their own: what their configs and vocabularies mean
+natively."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from mft.errors import UserError, nearest
-from mft.model.legacy.baichuan import Baichuan
+from mft.model.legacy.layout import AQUILA, CHATGLM, CHATGLM_PER_HEAD, QWEN, Layout
 from mft.model.legacy.original import Original, Values
 from mft.model.model_folder import read_config
 
@@ -34,25 +35,20 @@ QWEN_EARLY = {
 """Keys of config.json in the first release of Qwen-7B, and what they were called later."""
 
 
-def from_options(options: dict[str, Any], **arguments: Any) -> Original:
-    """Returns the family that `Original.options` described."""
-    classes = {cls.__name__: cls for cls in (ChatGLM, Qwen, Baichuan, Aquila)}
-    return classes[options["class"]](**arguments, **{k: v for k, v in options.items() if k != "class"})
-
-
 @dataclass
 class ChatGLM(Original):
-    """chatglm2, chatglm3 and codegeex2 -> Glm.
-
-    rope_ratio: what the key of that name in config.json means, which the two generations disagree on: positions
-    (divided by it, chatglm2) or base (multiplied by it, chatglm3). Without the key it does not matter.
-    roles: whether the tokenizer has the four role tokens that came with chatglm3.
-    """
+    """chatglm2, chatglm3 and codegeex2 -> Glm."""
 
     public_name: ClassVar[str] = "chatglm"
+    choice = "chatglm3"
 
     rope_ratio: str = "base"
+    """What the key of that name in config.json means, which the two generations disagree on: positions
+    (divided by it, chatglm2) or base (multiplied by it, chatglm3). Without the key it does not matter."""
+
     roles: bool = False
+    """Whether the tokenizer has the four role tokens that came with chatglm3."""
+
     model_type = "chatglm"
     vocabulary = "tokenizer.model"
 
@@ -64,7 +60,7 @@ class ChatGLM(Original):
             )
         super().check()
 
-    def native(self, values: Values) -> tuple[str, str, Values]:
+    def native(self, values: Values) -> tuple[Layout, str, Values]:
         self._need(values, rmsnorm=True, post_layer_norm=True, apply_residual_connection_post_layernorm=False)
         self._need(values, add_bias_linear=False, pre_seq_len=None, fp32_residual_connection=False)
         self._need(values, hidden_dropout=0.0, interleaved_qkv=False, rotary_percent=0.5)
@@ -79,7 +75,7 @@ class ChatGLM(Original):
         elif ratio != 1.0:
             rope["rope_theta"] = 10000.0 * ratio
         return (
-            "OriginalChatGLMForCausalLM" if grouped else "OriginalChatGLMPerHeadForCausalLM",
+            CHATGLM if grouped else CHATGLM_PER_HEAD,
             "GlmConfig",
             {
                 "vocab_size": self._get(values, "padded_vocab_size"),
@@ -110,7 +106,8 @@ class ChatGLM(Original):
         size = backend.get_vocab_size()
         names = [str(backend.id_to_token(i)) for i in range(size - len(extra), size)]
         start, (sop, eop) = [names[1], names[3]], names[3:5]
-        # sop and eop are ids that no text becomes: as added tokens they would be cut out of "isopod" and "people".
+        # sop and eop are ids that no text becomes: as added tokens they would be cut out of "isopod" and
+        # "people".
         backend.add_special_tokens([*names[:3], *names[5:]])
         backend.decoder = decoders.Sequence([decoders.Replace(Regex(rf"\A(?:{sop}|{eop})\z"), ""), backend.decoder])
         backend.post_processor = processors.TemplateProcessing(
@@ -130,10 +127,11 @@ class ChatGLM(Original):
 
 @dataclass
 class Qwen(Original):
-    """Qwen, the first generation -> Qwen2. Its dynamic NTK and logn scaling act only when answering beyond seq_length,
-    and are left out."""
+    """Qwen, the first generation -> Qwen2. Its dynamic NTK and logn scaling act only when answering beyond
+    seq_length, and are left out."""
 
     public_name: ClassVar[str] = "qwen"
+    choice = "qwen"
     model_type = "qwen"
     vocabulary = "qwen.tiktoken"
 
@@ -147,7 +145,7 @@ class Qwen(Original):
                 *(" and ".join(longer), self.path, values.get("seq_length")),
             )
 
-    def native(self, values: Values) -> tuple[str, str, Values]:
+    def native(self, values: Values) -> tuple[Layout, str, Values]:
         values = values | {QWEN_EARLY[name]: value for name, value in values.items() if name in QWEN_EARLY}
         self._divides(values, "num_attention_heads", "hidden_size")
         hidden, heads = self._get(values, "hidden_size"), self._get(values, "num_attention_heads")
@@ -157,7 +155,7 @@ class Qwen(Original):
         self._need(values, apply_residual_connection_post_layernorm=False, pos_emb="rotary")
         self._need(values, kv_channels=hidden // heads)
         return (
-            "OriginalQwenForCausalLM",
+            QWEN,
             "Qwen2Config",
             {
                 "vocab_size": self._get(values, "vocab_size"),
@@ -197,9 +195,10 @@ class Aquila(Original):
     """Aquila2 -> llama: names and config are llama's."""
 
     public_name: ClassVar[str] = "aquila"
+    choice = "aquila2"
     model_type = "aquila"
 
-    def native(self, values: Values) -> tuple[str, str, Values]:
+    def native(self, values: Values) -> tuple[Layout, str, Values]:
         names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"]
         names += ["num_attention_heads", "max_position_embeddings"]
         native = {name: self._get(values, name) for name in names}
@@ -218,4 +217,4 @@ class Aquila(Original):
         theta = float(values.get("rope_theta", 10000.0))
         native["rope_parameters"] = {"rope_type": kind, "rope_theta": theta, **scaling}
         native |= {"hidden_act": values.get("hidden_act", "silu"), "attention_bias": False, "mlp_bias": False}
-        return "OriginalAquilaForCausalLM", "LlamaConfig", native
+        return AQUILA, "LlamaConfig", native

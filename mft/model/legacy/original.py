@@ -1,34 +1,54 @@
-"""A checkpoint in its original format, which came with code of its own, read into native classes of transformers.
+"""A checkpoint in its original format, which came with code of its own: checked, and converted when it is
+first used.
 
-Nothing of the checkpoint's code is run: its config.json is translated by a class for each family (`families`), its
-weights while they are read (`native`), its vocabulary into a fast tokenizer (`vocabulary`).
+Nothing of the checkpoint's code is run: its config.json is translated by a class for each family
+(`families`), its weights are renamed and split (`layout`, `convert`), its vocabulary becomes a fast tokenizer
+(`vocabulary`). What loads, trains, saves and merges sees the native folder alone; identity and fingerprints
+are those of the checkpoint.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
+from mft.files.cache_folder import default_cache_dir, made_once
+from mft.files.checksums import seal
 from mft.model.causal_lm import CausalLM
+from mft.model.legacy.convert import OriginalWeights, write_native
+from mft.model.legacy.layout import Layout
 from mft.model.model_folder import read_config
+from mft.model.origin import CONVERTED, Origin, convert_words, write_note
+from mft.model.safetensors_header import INDEX
+from mft.model.transformers_private import fetched
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Values = dict[str, Any]
+
+CONVERTER = 1
+"""Raised where the same checkpoint would become another native folder, so that those in caches are made
+again."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Original(CausalLM):
-    """A checkpoint in its original format. Subclasses say which `model_type` they read, and translate its config."""
+    """A checkpoint in its original format. Subclasses say which `model_type` they read, and translate its
+    config."""
 
+    cache_dir: str = ""
+    """Where the native folder is kept, under native/; "" = $MFT_CACHE, else ~/.cache/mft."""
+
+    choice = ""  # a choice of model= that reads such a checkpoint; not a field
     model_type = ""  # of the original config.json; not a field
 
     def _warn_of_code(self) -> None:
@@ -47,15 +67,12 @@ class Original(CausalLM):
         return values
 
     def _file(self, name: str) -> Path | None:
-        """Returns a file of the checkpoint, fetched from the hub where it lies there; None if there is none of that
-        name."""
-        from transformers.utils import cached_file
-
+        """Returns a file of the checkpoint, fetched from the hub where it lies there; None if there is none
+        of that name."""
         try:
-            file = cached_file(self.source(), name, revision=self.revision, _raise_exceptions_for_missing_entries=False)
+            return fetched(self.location(), name, self.revision)
         except (OSError, ValueError) as error:
             raise UserError(f"model.path={self.path} cannot be loaded: {error}") from error
-        return Path(file) if file else None
 
     def _check_path(self) -> None:
         super()._check_path()
@@ -78,10 +95,10 @@ class Original(CausalLM):
     def _need(self, values: Values, **expected: Any) -> None:
         """Raises UserError where a setting differs from the only one that the native class can compute."""
         for name, value in expected.items():
-            found = values.get(name, value)
-            if found != value:
+            given = values.get(name, value)
+            if given != value:
                 raise UserError(
-                    f"model.path={self.path}: {name}={found!r} in its config.json has no native counterpart, only "
+                    f"model.path={self.path}: {name}={given!r} in its config.json has no native counterpart, only "
                     f"{value!r} has"
                 )
 
@@ -90,19 +107,21 @@ class Original(CausalLM):
             raise UserError(f"model.path={self.path}: its config.json has no {name}, which {self.model_type} has")
         value = values[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"model.path={self.path}: {name}={value!r} in its config.json is no number above 0")
+            raise UserError(
+                f"model.path={self.path}: {name}={value!r} in its config.json must be a number greater than 0"
+            )
         return value
 
-    def _divides(self, values: Values, part: str, whole: str) -> None:
+    def _divides(self, values: Values, part: str, total: str) -> None:
         """Raises UserError where a count does not divide another."""
-        if self._get(values, whole) % self._get(values, part):
+        if self._get(values, total) % self._get(values, part):
             raise UserError(
-                f"model.path={self.path}: {part}={values[part]} in its config.json does not divide {whole}="
-                f"{values[whole]}"
+                f"model.path={self.path}: {part}={values[part]} in its config.json does not divide {total}="
+                f"{values[total]}"
             )
 
-    def native(self, values: Values) -> tuple[str, str, Values]:
-        """Returns the class of `native` that reads the weights, the name of the config class, and the config's
+    def native(self, values: Values) -> tuple[Layout, str, Values]:
+        """Returns the layout of the weights, the name of the config class, and the config's
         values. Raises UserError for a configuration that has no native counterpart."""
         raise NotImplementedError
 
@@ -127,13 +146,13 @@ class Original(CausalLM):
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the folder's tokenizer.json if it has one, else its own vocabulary as a fast tokenizer.
 
-        Raises UserError when there is no vocabulary, when it cannot be matched exactly, and when tokens were added to
-        it that the original code does not add.
+        Raises UserError when there is no vocabulary, when it cannot be matched exactly, and when tokens were
+        added to it that the original code does not add.
         """
         if not self.vocabulary or self._file("tokenizer.json"):
             from transformers import AutoTokenizer
 
-            return self._from_pretrained(AutoTokenizer, config=self.config())
+            return self._pretrained(self.location()).read(AutoTokenizer, config=self.config())
         file = self._file(self.vocabulary)
         if file is None:
             raise UserError(f"model.path={self.path} has neither {self.vocabulary} nor tokenizer.json")
@@ -149,34 +168,65 @@ class Original(CausalLM):
         return tokenizer
 
     def native_tokenizer(self, file: Path, settings: Values) -> PreTrainedTokenizerBase:
-        """Returns the vocabulary of `file` as a fast tokenizer with the special tokens that the original code gives it;
-        settings: of tokenizer_config.json."""
+        """Returns the vocabulary of `file` as a fast tokenizer with the special tokens that the original code
+        gives it; settings: of tokenizer_config.json."""
         raise NotImplementedError
 
     def _json(self, name: str) -> Values:
         file = self._file(name)
         return json.loads(file.read_text(encoding="utf-8")) if file else {}
 
-    # ── model ──
+    # ── the native folder in the cache ──
 
-    def model(
-        self,
-        dtype: torch.dtype,
-        quantization: BitsAndBytesConfig | None = None,
-        device_map: Any = None,
-        compute_dtype: torch.dtype | None = None,
-    ) -> PreTrainedModel:
-        from mft.model.legacy import native
+    def source(self) -> str:
+        """Returns the native folder of this checkpoint, converted into the cache when it is first asked
+        for."""
+        options = {"class": self.public_name, **self._own_options(), "version": CONVERTER}
+        key = json.dumps([options, sorted(self.fingerprints().items())], sort_keys=True)
+        cache = Path(self.cache_dir or default_cache_dir()).expanduser().resolve()
+        folder = cache / "native" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        return str(made_once(folder, self._write_to_cache))
 
-        reader = getattr(native, self.native(self.original_config())[0])
-        model = self._load(reader, dtype, quantization, device_map, compute_dtype, config=self.config())
-        model.__class__ = reader.__bases__[0]
-        model.config.architectures = [type(model).__name__]
-        model.__dict__.pop("_weight_conversions", None)  # or saving would try to write the original names
-        return model
+    def convert(self, folder: Path) -> None:
+        """Writes config and weights as a plain native folder, which anybody's transformers can load."""
+        write_native(self._checkpoint(), folder, plain_head=True)
 
-    def options(self) -> dict[str, Any]:
-        """Returns what, beside the path, says how the checkpoint is to be read; `from_options` takes it."""
-        common = {f.name for f in fields(CausalLM)}
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}
-        return {"class": type(self).__name__, **own}
+    def conversion(self) -> str:
+        words = {"": self.choice, ".path": self.path, ".revision": self.revision}
+        return convert_words(words | {f".{name}": value for name, value in self._own_options().items()})
+
+    def normalises(self, values: Values) -> bool:
+        """Whether the output layer of a checkpoint with this config.json scales its rows to length 1."""
+        return False
+
+    def _checkpoint(self) -> OriginalWeights:
+        values = self.original_config()
+        return OriginalWeights(
+            f"model.path={self.path}", self._fetched(), self.config(), self.native(values)[0], self.normalises(values)
+        )
+
+    def _write_to_cache(self, folder: Path) -> None:
+        write_native(self._checkpoint(), folder, plain_head=False)
+        with suppress(UserError):  # what is wrong with the vocabulary is said when the tokenizer is used
+            self.read_tokenizer().save_pretrained(str(folder))
+        write_note(folder, CONVERTED, Origin(self.location(), self.revision, self.fingerprint()))
+        seal(folder)
+
+    def _fetched(self) -> Path:
+        """Returns the folder of the weight files, which are fetched where the checkpoint lies on the hub."""
+        if Path(self.location()).is_dir():
+            return Path(self.location())
+        index = self._file(INDEX)
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index else set()
+        files = [self._file(name) for name in sorted(names or {"model.safetensors"})]
+        self._file("generation_config.json")
+        if None in files:
+            raise UserError(f"model.path={self.path} has no *.safetensors files; pickled weights are not loaded")
+        folder = self._file("config.json")
+        assert folder is not None
+        return folder.parent
+
+    def _own_options(self) -> Values:
+        """Returns what, beside the path, says how the checkpoint is to be read."""
+        common = {f.name for f in fields(Original)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}

@@ -1,4 +1,5 @@
-"""Pickled weights, as many older releases come, written once as safetensors: models are loaded from nothing else."""
+"""Pickled weights, as many older releases come, written once as safetensors: models are loaded from nothing
+else."""
 
 from __future__ import annotations
 
@@ -10,18 +11,18 @@ from typing import Any
 
 from mft.errors import UserError, nearest
 from mft.files.checksums import follow_umask
-from mft.model.headers import check_tensors
 from mft.model.model_folder import read_config
-from mft.model.stored import judge
-from mft.model.weights import Tensor
-from mft.model.weights import tensors as header
+from mft.model.quantised_checkpoint import weight_format
+from mft.model.quantised_tensors import check_tensors
+from mft.model.safetensors_header import Tensor
+from mft.model.safetensors_header import tensors as header
 
 
 def convert(folder: Path) -> list[Path]:
     """Returns the safetensors files, and their index, made of the pytorch_model*.bin files of a folder.
 
-    Raises UserError when there are none, when safetensors are there already, for a file that holds more than tensors,
-    and for quantised weights that could not be read afterwards.
+    Raises UserError when there are none, when safetensors are there already, for a file that holds more than
+    tensors, and for quantised weights that could not be read afterwards.
     """
     from safetensors.torch import save_file
 
@@ -33,9 +34,9 @@ def convert(folder: Path) -> list[Path]:
         raise UserError(f"{folder} has no pytorch_model*.bin file")
     if there := sorted(folder.glob("*.safetensors")):
         raise UserError(f"{folder} has {there[0].name} already; models are loaded from it")
-    stored = judge(str(folder), read_config(folder), None)
+    stored = weight_format(str(folder), read_config(folder), None)
     where: dict[str, str] = {}
-    found: dict[str, Tensor] = {}
+    headers: dict[str, Tensor] = {}
     size = 0
     for file in files:
         weights = read(file)
@@ -45,10 +46,10 @@ def convert(folder: Path) -> list[Path]:
         save_file(tensors, target.with_suffix(".tmp"), metadata={"format": "pt"})
         follow_umask([target.with_suffix(".tmp")])
         where |= dict.fromkeys(tensors, target.name)
-        found |= header(target.with_suffix(".tmp"))
+        headers |= header(target.with_suffix(".tmp"))
         size += sum(tensor.nbytes for tensor in tensors.values())
     try:
-        check_tensors(str(folder), stored.method, stored.settings, found, folder)
+        check_tensors(str(folder), stored.method, stored.settings, headers, folder)
     except UserError:
         for name in set(where.values()):
             (folder / name).with_suffix(".tmp").unlink()

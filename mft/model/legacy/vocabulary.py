@@ -1,9 +1,10 @@
-"""Vocabularies of original checkpoints, sentencepiece and tiktoken files, as tokenizers that give the same ids.
+"""Vocabularies of original checkpoints, sentencepiece and tiktoken files, as tokenizers that give the same
+ids.
 
-Both libraries merge the pair whose joint piece ranks best, the leftmost of equals. A `tokenizers` BPE ranks pairs, not
-pieces, so every way of splitting a piece becomes a merge, in an order that leaves the leftmost first. What is made is
-compared with the library itself on the whole vocabulary before it is handed out: the released files cannot be tried
-here, and a wrong id would train without an error.
+Both libraries merge the pair whose joint piece ranks best, the leftmost of equals. A `tokenizers` BPE ranks
+pairs, not pieces, so every way of splitting a piece becomes a merge, in an order that leaves the leftmost
+first. What is made is compared with the library itself on the whole vocabulary before it is handed out: the
+released files cannot be tried here, and a wrong id would train without an error.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ SPACE = "▁"
 """What sentencepiece writes for a space."""
 
 PAIRS = 20_000
-"""Pairs of neighbouring pieces in the comparison, at most; together with 125,000 pieces it takes some seconds."""
+"""Pairs of neighbouring pieces in the comparison, at most; together with 125,000 pieces it takes some
+seconds."""
 
 Text = TypeVar("Text", str, bytes)
 
@@ -31,8 +33,8 @@ Text = TypeVar("Text", str, bytes)
 def merges(pieces: Sequence[Text], parts: Mapping[Text, object]) -> Iterator[tuple[Text, Text]]:
     """Yields every split of each piece into two of `parts`, the best piece first.
 
-    Two splits of one piece compete where they overlap in the text: `l m r` with l + m == m + r. The library takes the
-    left one, so a split whose second part begins the piece again comes before its mirror image.
+    Two splits of one piece compete where they overlap in the text: `l m r` with l + m == m + r. The library
+    takes the left one, so a split whose second part begins the piece again comes before its mirror image.
     """
     for piece in pieces:
         splits = [i for i in range(1, len(piece)) if piece[:i] in parts and piece[i:] in parts]
@@ -43,10 +45,10 @@ def merges(pieces: Sequence[Text], parts: Mapping[Text, object]) -> Iterator[tup
 def from_sentencepiece(file: Path, extra: Sequence[str] = ()) -> Tokenizer:
     """Returns a sentencepiece BPE as a tokenizer: same ids for every text, same text for ids that a text has.
 
-    Control pieces (<s>, </s>) are in its vocabulary, and no text becomes them; user-defined ones are added tokens.
-    extra: names for the ids after the last piece, which no text becomes either; one that is a piece already is put in
-    angle brackets.
-    Raises UserError for a model that cannot be matched exactly: unigram, a normalisation table, no byte fallback.
+    Control pieces (<s>, </s>) are in its vocabulary, and no text becomes them; user-defined ones are added
+    tokens. extra: names for the ids after the last piece, which no text becomes either; one that is a piece
+    already is put in angle brackets. Raises UserError for a model that cannot be matched exactly: unigram, a
+    normalisation table, no byte fallback.
     """
     from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
@@ -119,20 +121,22 @@ def _spaces(prefix: bool, trimmed: bool, own: Sequence[str]):  # type: ignore[no
     if prefix:
         steps.append(normalizers.Prepend(SPACE))
     if prefix and own:
-        # An added token is normalised on its own before it is looked for, and must come out as it is. The price is a
-        # text that consists of nothing but one of them.
+        # An added token is normalised on its own before it is looked for, and must come out as it is. The
+        # price is a text that consists of nothing but one of them.
         names = "|".join(_escaped(piece) for piece in own)
         steps.append(normalizers.Replace(Regex(rf"\A{SPACE}(?=(?:{names})\z)"), ""))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
 
 
 def _escaped(text: str) -> str:
-    """Returns a regular expression for the text; Oniguruma has other special characters than re.escape knows."""
+    """Returns a regular expression for the text; Oniguruma has other special characters than re.escape
+    knows."""
     return "".join(c if c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
 
 
 def from_tiktoken(file: Path, pattern: str) -> Tokenizer:
-    """Returns a tiktoken file as a tokenizer, without special tokens; pattern: how a text is cut before merging.
+    """Returns a tiktoken file as a tokenizer, without special tokens; pattern: how a text is cut before
+    merging.
 
     Raises UserError for a file that does not hold a base64 token and its rank in each line.
     """
@@ -176,7 +180,8 @@ def from_tiktoken(file: Path, pattern: str) -> Tokenizer:
 
 
 def _compare(file: Path, ours: Tokenizer, pieces: list[str], library: Callable[[list[str]], list[list[int]]]) -> None:
-    """Raises UserError unless every piece, and pairs of them from all over the vocabulary, have the library's ids."""
+    """Raises UserError unless every piece, and pairs of them from all over the vocabulary, have the library's
+    ids."""
     texts = pieces + [a + b for a, b in itertools.pairwise(pieces)][:: 1 + len(pieces) // PAIRS]
     for text, encoding, ids in zip(texts, ours.encode_batch_fast(texts), library(texts), strict=True):
         if encoding.ids != ids:

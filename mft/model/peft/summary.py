@@ -1,4 +1,4 @@
-"""What of a model is trained and what is frozen, counted per kind of module."""
+"""Counts, per kind of module, what of a model is trained and what is frozen."""
 
 from __future__ import annotations
 
@@ -19,30 +19,43 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One kind of module, its path with layer numbers as *.
-
-    adapted, total: modules; trainable, parameters: weights; role: experts | router | ""; experts: routed experts in one
-    such module, 0 elsewhere; bytes: what it takes in memory as loaded; packed: whether it is quantised.
-    """
+    """One kind of module, over all layers."""
 
     kind: str
+    """Its path with layer numbers as *."""
+
     adapted: int
+    """How many of these modules are trained, or have an adapter."""
+
     total: int
+    """How many there are."""
+
     trainable: int
+    """Weights that are trained."""
+
     parameters: int
+    """All weights."""
+
     role: str = ""
+    """experts | router | "" """
+
     experts: int = 0
+    """Routed experts in one such module, 0 elsewhere."""
+
     bytes: int = 0
+    """What it takes in memory as loaded."""
+
     packed: bool = False
+    """Whether it is quantised."""
 
 
 def audit(model: nn.Module) -> list[AuditRow]:
     """Returns, per kind of module and in the model's order, how many are trained or adapted and with how many
     weights."""
-    found = list(_weights(model))
-    kinds = roles({path: shape for path, _, shape in found if shape})
+    every = list(_weights(model))
+    kinds = roles({path: shape for path, _, shape in every if shape})
     rows: dict[str, dict[str, Any]] = {}
-    for path, parameter, shape in found:
+    for path, parameter, shape in every:
         module = path.removesuffix(".weight").removesuffix(".bias")
         row = rows.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", module), {"modules": {}, "values": [0, 0, 0]})
         row["modules"][module] = row["modules"].get(module, False) or parameter.requires_grad
@@ -70,8 +83,8 @@ def audit(model: nn.Module) -> list[AuditRow]:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
-    """Yields each weight with the path that it, or what it is an adapter of, has in the plain model, and its shape, ()
-    for an adapter's."""
+    """Yields each weight with the path that it, or what it is an adapter of, has in the plain model, and its
+    shape, () for an adapter's."""
     wrapped = {  # adapters of bare weights: one module in another, each of which knows its weight
         name: module.parameter_name for name, module in model.named_modules() if hasattr(module, "parameter_name")
     }
@@ -87,7 +100,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
 
 
 def _bytes(parameter: Any) -> int:
-    """Returns the bytes of a parameter in memory, as if it were not divided over ranks, with the scales of 4 bits."""
+    """Returns the bytes of a parameter in memory, as if it were not divided over ranks, with the scales of 4
+    bits."""
     size = (getattr(parameter, "ds_numel", None) or parameter.numel()) * parameter.element_size()
     state = getattr(parameter, "quant_state", None)
     if state is not None:
@@ -103,31 +117,32 @@ def trainable_share(rows: Sequence[AuditRow]) -> float:
 
 
 def notes(rows: Sequence[AuditRow]) -> list[str]:
-    """Returns the sentences about what is easily missed: experts, the router, what quantisation leaves out."""
-    found = []
+    """Returns the sentences about what is easily missed: experts, the router, what quantisation leaves
+    out."""
+    remarks = []
     word = "trained" if all(row.trainable == row.parameters for row in rows) else "adapted"
     experts = [row for row in rows if row.role == "experts" and row.experts]
     if experts:
         each = max(row.experts for row in experts)
         adapted = max((row.experts * row.adapted // row.total for row in experts), default=0)
         how = "" if adapted else "; peft.experts=true adapts them"
-        found.append(f"experts: {adapted} of {each} {word} (in each of {max(r.total for r in experts)} layers){how}")
+        remarks.append(f"experts: {adapted} of {each} {word} (in each of {max(r.total for r in experts)} layers){how}")
     routers = [row for row in rows if row.role == "router"]
     if routers:
         adapted, total = sum(row.adapted for row in routers), sum(row.total for row in routers)
-        found.append(f"router: {adapted} of {total} {word}")
+        remarks.append(f"router: {adapted} of {total} {word}")
     if experts and any(row.packed for row in rows):
-        size, whole = sum(row.bytes for row in experts), sum(row.bytes for row in rows)
-        found.append(
+        size, total = sum(row.bytes for row in experts), sum(row.bytes for row in rows)
+        remarks.append(
             f"experts are not quantised (bitsandbytes quantises linear layers only): they take "
-            f"{size / GIB:.3g} of {whole / GIB:.3g} GiB"
+            f"{size / GIB:.3g} of {total / GIB:.3g} GiB"
         )
-    return found
+    return remarks
 
 
 def table(rows: Sequence[AuditRow]) -> Table:
-    """Returns the audit as a rich table whose names are whole in 80 columns; 0 of 48 x 128: of 48 layers of 128
-    experts."""
+    """Returns the audit as a rich table that shows every name in 80 columns; 0 of 48 x 128: of 48 layers of
+    128 experts."""
     from rich.table import Table
 
     trainable, parameters = sum(row.trainable for row in rows), sum(row.parameters for row in rows)

@@ -1,19 +1,21 @@
-"""Where adapters may sit in a model, and which of these places the settings mean.
+"""Where adapters may sit in a model, and which of them the settings select.
 
-In transformers 5 the routed experts of a layer are one three-dimensional parameter, and most routers hold a bare
-weight: neither is a linear layer, so peft reaches them as parameters (`target_parameters`), not as modules.
+In transformers 5 the routed experts of a layer are one three-dimensional parameter, and most routers hold a
+bare weight: neither is a linear layer, so peft reaches them as parameters (`target_parameters`), not as
+modules.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, nearest
-from mft.model.introspect import base_of, is_tied, whole_shape
+from mft.model.introspect import base_of, full_shape, is_tied
+from mft.model.peft_private import turns_into_experts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,22 +24,25 @@ log = logging.getLogger(__name__)
 
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-"""Model types whose out_proj peft refuses: their kernels read its weight, so an adapter would not be computed."""
+"""Model types whose out_proj peft refuses: their kernels read its weight, so an adapter would not be
+computed."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place for an adapter.
-
-    path: of the module, or of the parameter for experts; kind: linear | embedding | head | router | experts;
-    parameter: path of the weight that peft has to be told, "" where it wraps the module; packed: whether the weight is
-    quantised.
-    """
+    """A place for an adapter."""
 
     path: str
+    """Of the module; of the parameter for experts."""
+
     kind: str
+    """linear | embedding | head | router | experts"""
+
     parameter: str = ""
+    """Path of the weight that peft has to be given, "" where it wraps the module."""
+
     packed: bool = False
+    """Whether the weight is quantised."""
 
     @property
     def name(self) -> str:
@@ -45,8 +50,8 @@ class Site:
         return self.path.rpartition(".")[2]
 
 
-def sites(model: nn.Module) -> list[Site]:
-    """Returns the places of a model that has no adapter yet, in its order."""
+def adapter_sites(model: nn.Module) -> list[Site]:
+    """Returns the sites of a model that has no adapter yet, in its order."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -54,21 +59,23 @@ def sites(model: nn.Module) -> list[Site]:
     head = base.get_output_embeddings()
     kinds = roles({path: shape for path, _, shape in weights(base)})
     layers = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)]
-    taken = redirected(base, {name.rpartition(".")[2] for name, _ in layers})
-    found: list[Site] = []
+    leaves = {name.rpartition(".")[2] for name, _ in layers}
+    taken = {leaf for leaf in leaves if turns_into_experts(base, leaf)}
+    sites: list[Site] = []
     for name, module in base.named_modules():
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-        found += [Site(path, "experts", path) for path in own if kinds.get(path) == "experts"]
+        sites += [Site(path, "experts", path) for path in own if kinds.get(path) == "experts"]
         leaf, weight = name.rpartition(".")[2], f"{name}.weight"
         if weight in own and kinds.get(weight) == "router":
-            # llama 4's is a linear layer that returns two tensors: its weight can be adapted, it cannot be wrapped
+            # llama 4's is a linear layer that returns two tensors: its weight can be adapted, it cannot be
+            # wrapped
             library = type(module).__module__.partition(".")[0]
             wrapped = isinstance(module, nn.Linear) and library in ("torch", "bitsandbytes") and leaf not in taken
-            found.append(Site(name, "router", "" if wrapped else weight))
+            sites.append(Site(name, "router", "" if wrapped else weight))
         elif isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             kind = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "linear"
-            found.append(Site(name, kind, weight if leaf in taken else "", packed(module.weight)))
-    return found
+            sites.append(Site(name, kind, weight if leaf in taken else "", packed(module.weight)))
+    return sites
 
 
 def packed(weight: Any) -> bool:
@@ -77,7 +84,7 @@ def packed(weight: Any) -> bool:
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
-    """Yields path, parameter and whole shape of every weight, as the modules hold them; a tied one once."""
+    """Yields path, parameter and full shape of every weight, as the modules hold them; a tied one once."""
     from torch import nn
 
     seen: set[int] = set()
@@ -88,15 +95,15 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
             seen.add(id(parameter))
             # under fsdp the packed weights of all ranks but the first do not know their shape yet
             of_linear = isinstance(module, nn.Linear) and own == "weight"
-            shape = (module.out_features, module.in_features) if of_linear else whole_shape(parameter)
+            shape = (module.out_features, module.in_features) if of_linear else full_shape(parameter)
             yield f"{name}.{own}" if name else own, parameter, shape
 
 
 def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     """Returns what each weight belongs to, by path: experts, router, or "" for all else.
 
-    They are known by shape, whatever a family calls them: experts have three dimensions [E, ...]; a router lies beside
-    them with one row an expert, or a single one (qwen2_moe's gate of the shared expert).
+    They are known by shape, whatever a family calls them: experts have three dimensions [E, ...]; a router
+    lies beside them with one row an expert, or a single one (qwen2_moe's gate of the shared expert).
     """
     kinds = dict.fromkeys(shapes, "")
     blocks: dict[str, int] = {}
@@ -112,54 +119,32 @@ def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     return kinds
 
 
-def redirected(base: Any, names: Iterable[str]) -> set[str]:
-    """Returns those of the names that peft turns into the fused weights of routed experts on this kind of model.
+def select(model: nn.Module, targets: str | list[str], experts: bool, router: bool) -> list[Site]:
+    """Returns the sites that the settings mean: a list of names, "all-linear" (all linear layers but head and
+    router) or a regular expression over whole paths, with the experts and routers on top where asked.
 
-    It does so to load adapters made before transformers 5, also where linear layers have the same names: deepseek's
-    shared experts and dense layers.
+    Raises UserError for what matches nothing, with the nearest names, and for sites that peft cannot adapt.
     """
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    found = set()
-    for name in names:
-        config = LoraConfig(target_modules=[name])
-        try:
-            convert_peft_config_for_transformers(config, base, None)
-        except ValueError:  # half of a fused pair
-            found.add(name)
-            continue
-        if name not in (config.target_modules or ()):
-            found.add(name)
-    return found
-
-
-def chosen(model: nn.Module, targets: str | list[str], experts: bool, router: bool) -> list[Site]:
-    """Returns the places that the settings mean: a list of names, "all-linear" (all linear layers but head and router)
-    or a regular expression over whole paths, with the experts and routers on top where asked.
-
-    Raises UserError for what matches nothing, with the nearest names, and for places that peft cannot adapt.
-    """
-    places = sites(model)
+    sites = adapter_sites(model)
     kind: str = base_of(model).config.model_type
-    refused = [site for site in places if site.name == "out_proj" and kind in MAMBA]
+    refused = [site for site in sites if site.name == "out_proj" and kind in MAMBA]
     if targets == "all-linear":
-        left_out = sorted({site.name for site in places if site.kind == "linear" and site.parameter and site.packed})
+        left_out = sorted({site.name for site in sites if site.kind == "linear" and site.parameter and site.packed})
         if left_out:
             log.warning(
                 "%s stay frozen: peft takes these names for the routed experts and can adapt them beside full weights "
                 "only, not quantised ones",
                 ", ".join(left_out),
             )
-        wanted = [site for site in places if site.kind == "linear" and not (site.parameter and site.packed)]
+        wanted = [site for site in sites if site.kind == "linear" and not (site.parameter and site.packed)]
         wanted = [site for site in wanted if site not in refused]
     else:
-        wanted = _named(places, targets)
-    for role, asked in (("experts", experts), ("router", router)):
-        of_kind = [site for site in places if site.kind == role]
-        if asked and not of_kind:
-            raise UserError(f"peft.{role}=true: this model is no mixture of experts; remove it")
-        wanted += of_kind if asked else []
+        wanted = _named(sites, targets)
+    for role, wants in (("experts", experts), ("router", router)):
+        of_kind = [site for site in sites if site.kind == role]
+        if wants and not of_kind:
+            raise UserError(f"peft.{role}=true: this model is not a mixture of experts; remove it")
+        wanted += of_kind if wants else []
     for site in wanted:
         if site in refused:
             raise UserError(
@@ -172,43 +157,45 @@ def chosen(model: nn.Module, targets: str | list[str], experts: bool, router: bo
                 "leave it out, choose peft=lora, or keep it unquantised with peft.skip_modules"
             )
     paths = {site.path for site in wanted}
-    return [site for site in places if site.path in paths]
+    return [site for site in sites if site.path in paths]
 
 
-def _named(places: list[Site], targets: str | list[str]) -> list[Site]:
+def _named(sites: list[Site], targets: str | list[str]) -> list[Site]:
     def matches(path: str, target: str) -> bool:
         if isinstance(targets, str):
             return re.fullmatch(target, path) is not None
         return path == target or path.endswith(f".{target}")
 
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    missing = [target for target in wanted if not any(matches(site.path, target) for site in places)]
+    missing = [target for target in wanted if not any(matches(site.path, target) for site in sites)]
     if missing:
-        names = list(dict.fromkeys(site.name for site in places))
+        names = list(dict.fromkeys(site.name for site in sites))
         what = "the regular expression" if isinstance(targets, str) else "the name"
         note = f' (a single name needs brackets: peft.targets="[{targets}]")' if targets in names else ""
         raise UserError(
             f"peft.targets: {what} {missing[0]!r} matches no module; this model has {', '.join(names)}"
             f"{nearest(missing[0], names)}{note}"
         )
-    return [site for site in places if any(matches(site.path, target) for target in wanted)]
+    return [site for site in sites if any(matches(site.path, target) for target in wanted)]
 
 
-def for_peft(model: nn.Module, places: list[Site]) -> tuple[list[str], list[str]]:
-    """Returns `target_modules` and `target_parameters` of a LoraConfig that adapts exactly these places.
+def for_peft(model: nn.Module, sites: list[Site]) -> tuple[list[str], list[str]]:
+    """Returns `target_modules` and `target_parameters` of a LoraConfig that adapts exactly these sites.
 
-    A name stands for all paths that end in it where all of them are meant, so that the adapter's config stays legible.
+    A name stands for all paths that end in it where all of them are meant, so that the adapter's config stays
+    legible.
     """
     base = base_of(model)
-    modules = {site.path for site in places if not site.parameter}
-    parameters = {site.parameter for site in places if site.parameter}
+    modules = {site.path for site in sites if not site.parameter}
+    parameters = {site.parameter for site in sites if site.parameter}
     named_modules = [name for name, _ in base.named_modules()]
     named_parameters = [name for name, _ in base.named_parameters()]
     return _shortened(modules, named_modules, 1), _shortened(parameters, named_parameters, 2)
 
 
 def _shortened(paths: set[str], everything: list[str], parts: int) -> list[str]:
-    """Returns `paths`, with the last `parts` parts in place of all paths that end in them where none other does."""
+    """Returns `paths`, with the last `parts` parts in place of all paths that end in them where none other
+    does."""
 
     def end(path: str) -> str:
         return ".".join(path.split(".")[-parts:])
@@ -217,15 +204,16 @@ def _shortened(paths: set[str], everything: list[str], parts: int) -> list[str]:
     return sorted({path if end(path) in others else end(path) for path in paths})
 
 
-def whole_modules(model: nn.Module, names: list[str], places: list[Site]) -> tuple[list[str], bool]:
-    """Returns the paths of the modules that are trained whole, and whether embedding and head are among them as one.
+def full_modules(model: nn.Module, names: list[str], sites: list[Site]) -> tuple[list[str], bool]:
+    """Returns the paths of the modules that are trained in full, and whether embedding and head are among
+    them as one.
 
     Raises UserError for a name that matches nothing, for a quantised module, and for one that has an adapter.
     """
     base: Any = base_of(model)
     paths = [path for path, module in base.named_modules() if path and any(True for _ in module.parameters())]
     leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()))
-    found: list[str] = []
+    selected: list[str] = []
     for name in names:
         of_name = [path for path in paths if path == name or path.endswith(f".{name}")]
         if not of_name:
@@ -233,19 +221,19 @@ def whole_modules(model: nn.Module, names: list[str], places: list[Site]) -> tup
                 f"peft.modules_to_save: the name {name!r} matches no module; this model has {', '.join(leaves)}"
                 f"{nearest(name, leaves)}"
             )
-        found += [path for path in of_name if path not in found]
-    for path in found:
+        selected += [path for path in of_name if path not in selected]
+    for path in selected:
         if any(map(packed, base.get_submodule(path).parameters())):
             raise UserError(
-                f"peft.modules_to_save: {path} is quantised and cannot be trained whole; leave it out, or keep it "
+                f"peft.modules_to_save: {path} is quantised and cannot be trained in full; leave it out, or keep it "
                 "unquantised with peft.skip_modules"
             )
-        if inside := [site.path for site in places if f"{site.path}.".startswith(f"{path}.")]:
-            raise UserError(f"peft.modules_to_save: {path} is trained whole, but {inside[0]} is one of peft.targets")
-    ends = [
+        if inside := [site.path for site in sites if f"{site.path}.".startswith(f"{path}.")]:
+            raise UserError(f"peft.modules_to_save: {path} is trained in full, but {inside[0]} is one of peft.targets")
+    embeddings = [
         path
         for path, module in base.named_modules()
         if module in (base.get_input_embeddings(), base.get_output_embeddings())
     ]
-    tied = is_tied(base) and any(path in found for path in ends)
-    return ([path for path in found if path not in ends] + ends if tied else found), tied
+    tied = is_tied(base) and any(path in selected for path in embeddings)
+    return ([path for path in selected if path not in embeddings] + embeddings if tied else selected), tied

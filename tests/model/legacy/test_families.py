@@ -15,10 +15,12 @@ from mft.config.build import build
 from mft.config.compose import compose_resolved
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
-from mft.model.export import Origin, save_final, save_native
+from mft.model.export import save_final, save_native
 from mft.model.legacy.families import ChatGLM, Original
-from mft.model.legacy.native import NormHead, SplitQkv
-from mft.model.peft.modes import Lora, QLora
+from mft.model.legacy.native import NormHead
+from mft.model.origin import Origin
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.tiny import byte_tokenizer
 from mft.model.token_loss import TokenLoss
 from tests.model import originals
@@ -181,8 +183,6 @@ def test_rows_per_head(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     per_head = ChatGLM(str(folder), rope_ratio="positions").model(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(grouped.parameters(), per_head.parameters(), strict=True))
-    with pytest.raises(NotImplementedError):
-        _ = SplitQkv().reverse_op
 
 
 @pytest.mark.parametrize("name", ["qwen", "aquila2"])

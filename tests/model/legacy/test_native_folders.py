@@ -121,7 +121,7 @@ def test_an_adapter_is_merged_into_either(written: Path) -> None:
     expected = load_file(written / "baichuan2_7b" / "expected.safetensors")["logits"]
     with torch.no_grad():
         assert (load(written / "merged", None, None).eval()(IDS).logits - expected).abs().max() < 2e-5
-    with pytest.raises(UserError, match=r"cannot be used: .*is of model type 'glm', not 'baichuan'"):
+    with pytest.raises(UserError, match="is not the one the adapter was trained on"):
         merge(adapter, written / "other", base=str(written / "chatglm2" / "native"))
 
 

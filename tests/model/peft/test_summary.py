@@ -8,7 +8,9 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 
-from mft.model.peft.modes import Full, Lora, QLora
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.peft.summary import AuditRow, as_json, notes, table, trainable_share
 from mft.model.tiny import Tiny
 from tests.model.mixtures import family_of, mixture

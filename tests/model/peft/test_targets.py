@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mft.errors import UserError
-from mft.model.peft.modes import Lora
+from mft.model.peft.lora import Lora
 from mft.model.tiny import Tiny
 
 

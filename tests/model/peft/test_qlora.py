@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 
 from mft.errors import UserError
-from mft.model.export import Origin, save_final
-from mft.model.peft.modes import QLora
+from mft.model.export import save_final
+from mft.model.origin import Origin
+from mft.model.peft.qlora import QLora
 from mft.model.peft.summary import audit
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss

@@ -1,5 +1,5 @@
-"""Quantised weights as the headers of safetensors files show them: what gives them away, and whether those of each
-method that is read are complete and of shapes that transformers reads rightly.
+"""Quantised weights as the headers of safetensors files show them: what gives them away, and whether those of
+each method that is read are complete and of shapes that transformers reads rightly.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError
-from mft.model.weights import FLOATS, Tensor, and_others
+from mft.model.safetensors_header import FLOATS, Tensor
+from mft.model.weights import and_others
 
 BNB = "bitsandbytes"
 READ = (BNB, "fp8", "mxfp8", "mxfp4", "compressed-tensors")
@@ -24,23 +25,25 @@ OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
 STATE_OF_4_BITS = ".quant_state.bitsandbytes__"
 ADAPTER = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
 NO_WEIGHT = re.compile(r"(bias|ids?|mask|idx|index|indices|weight_format)$")
-"""Last parts of names of whole numbers that a plain model may have: attention masks, positions, tables of ids."""
+"""Last parts of names of whole numbers that a plain model may have: attention masks, positions, tables of
+ids."""
 
 Tensors = Mapping[str, Tensor]
 
 
-def check_tensors(who: str, method: str, settings: Mapping[str, Any], found: Tensors, folder: Path) -> None:
+def check_tensors(who: str, method: str, settings: Mapping[str, Any], stored: Tensors, folder: Path) -> None:
     """Raises UserError for tensors that do not agree with how the checkpoint is said to be stored.
 
-    who: begins the sentence; method, settings: quant_method and the rest of config.json's quantization_config, "" and
-    nothing for plain weights; found: all tensors of the checkpoint, by name; folder: where it lies.
+    who: begins the sentence; method, settings: quant_method and the rest of config.json's
+    quantization_config, "" and nothing for plain weights; stored: all tensors of the checkpoint, by name;
+    folder: where it lies.
     """
-    if adapter := [name for name in found if ADAPTER.search(name)]:
+    if adapter := [name for name in stored if ADAPTER.search(name)]:
         raise UserError(
             f"{who} holds weights of an adapter among the model's own ({adapter[0]}{and_others(len(adapter))}); give "
             "the plain base as model.path, and the adapter's own folder as peft.path"
         )
-    odd = {name: tensor for name, tensor in found.items() if _quantised(name, tensor)}
+    odd = {name: tensor for name, tensor in stored.items() if _quantised(name, tensor)}
     if not method and odd:
         name = min(odd, key=lambda n: STATE_OF_4_BITS in n)
         what = f"holds quantised weights ({name} is {odd[name].dtype}{and_others(len(odd))})"
@@ -51,14 +54,14 @@ def check_tensors(who: str, method: str, settings: Mapping[str, Any], found: Ten
         raise UserError(
             f"{who} {what}, but its config.json has no quantization_config that says how to read them{old}; {WAY_OUT}"
         )
-    if method and found and not odd:
+    if method and stored and not odd:
         raise UserError(
             f"{who}: its config.json says that the weights are quantised by {method}, but all "
-            f"{len(found)} are plain {next(iter(found.values())).dtype}; take quantization_config out of config.json "
+            f"{len(stored)} are plain {next(iter(stored.values())).dtype}; take quantization_config out of config.json "
             "if they are real values"
         )
     for name, tensor in odd.items() if method else ():
-        if why := UNREADABLE[method](name, tensor, found, settings):
+        if why := UNREADABLE[method](name, tensor, stored, settings):
             raise UserError(f"{who}: its weights are quantised by {method}, but {name} {why}; {WAY_OUT}")
 
 
@@ -71,12 +74,12 @@ def _quantised(name: str, tensor: Tensor) -> bool:
     return tensor.dtype.startswith("F") or not NO_WEIGHT.search(name)
 
 
-def _fp8(name: str, tensor: Tensor, found: Tensors, settings: Mapping[str, Any]) -> str:
-    """Returns why an 8-bit weight cannot be turned into its values, "" if it can: transformers multiplies each block of
-    a weight by its scale, and takes the scales' number for that of the blocks."""
+def _fp8(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
+    """Returns why an 8-bit weight cannot be turned into its values, "" if it can: transformers multiplies
+    each block of a weight by its scale, and takes the scales' number for that of the blocks."""
     if name.endswith(".weight_scale_inv"):  # exponents, in one byte each
-        return "" if name.removesuffix("_scale_inv") in found else "has no weight beside it"
-    scale = found.get(f"{name}_scale_inv")
+        return "" if name.removesuffix("_scale_inv") in stored else "has no weight beside it"
+    scale = stored.get(f"{name}_scale_inv")
     if not name.endswith(".weight") or not tensor.dtype.startswith("F8") or scale is None:
         return f"({tensor.dtype}) has no scale called {name}_scale_inv, the only ones that transformers reads"
     rows = tensor.shape[0] if tensor.shape else 1
@@ -93,28 +96,28 @@ def _fp8(name: str, tensor: Tensor, found: Tensors, settings: Mapping[str, Any])
     return ""
 
 
-def _mxfp4(name: str, tensor: Tensor, found: Tensors, settings: Mapping[str, Any]) -> str:
+def _mxfp4(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
     for own, other in (("_blocks", "_scales"), ("_scales", "_blocks")):
         if re.search(rf"\.(gate_up_proj|down_proj){own}$", name):
             beside = name.removesuffix(own) + other
-            return "" if beside in found else f"has no {beside} beside it"
+            return "" if beside in stored else f"has no {beside} beside it"
     return f"({tensor.dtype}) is none of the experts' blocks and scales"
 
 
-def _bnb(name: str, tensor: Tensor, found: Tensors, settings: Mapping[str, Any]) -> str:
+def _bnb(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
     if not name.endswith(".weight"):
         return ""
-    four = any(f"{name}{STATE_OF_4_BITS}{kind}" in found for kind in ("nf4", "fp4"))
-    eight = f"{name.removesuffix('weight')}SCB" in found
+    four = any(f"{name}{STATE_OF_4_BITS}{kind}" in stored for kind in ("nf4", "fp4"))
+    eight = f"{name.removesuffix('weight')}SCB" in stored
     bits, there = (4, four) if settings.get("load_in_4bit") else (8, eight)
     return "" if there else f"({tensor.dtype}) lacks its state of {bits} bits"
 
 
-def _compressed(name: str, tensor: Tensor, found: Tensors, settings: Mapping[str, Any]) -> str:
+def _compressed(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
     module, _, last = name.rpartition(".")
     if last not in ("weight", "weight_packed"):
         return ""
-    return "" if f"{module}.weight_scale" in found else f"({tensor.dtype}) has no {module}.weight_scale beside it"
+    return "" if f"{module}.weight_scale" in stored else f"({tensor.dtype}) has no {module}.weight_scale beside it"
 
 
 UNREADABLE: dict[str, Callable[[str, Tensor, Tensors, Mapping[str, Any]], str]] = {

@@ -19,9 +19,12 @@ from transformers import AutoModelForCausalLM
 from mft.cli import main
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
-from mft.model.export import Origin, save_final
+from mft.model.export import save_final
 from mft.model.merge import merge
-from mft.model.peft.modes import Full, Lora, QLora
+from mft.model.origin import Origin
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.save import write_model
 from tests.model import quantised
 from tests.model.families import tiny_model
@@ -108,12 +111,12 @@ def test_refused_in_each_mode_before_anything_loads(kind: str, mode: str, llama:
     family, peft = CausalLM(str(tmp_path / kind)), MODES[mode]
     family.check()
     if (kind, mode) in (("bnb4", "qlora4"), ("bnb8", "qlora8")):
-        peft.check_with(family, "fp32")
+        peft.check_against(family, "fp32")
         return
-    message = r"`mft convert model\.path=\S+ out=FOLDER`, and train on that folder"
+    message = r"`mft convert model\.path=\S+ --out FOLDER`, and train on that folder"
     begun = time.perf_counter()
     with pytest.raises(UserError, match=message) as refusal:
-        peft.check_with(family, "fp32")
+        peft.check_against(family, "fp32")
     assert time.perf_counter() - begun < 1
     assert {"fp8_whole": "fp8", "bnb4": "bitsandbytes", "bnb8": "bitsandbytes"}.get(kind, kind) in str(refusal.value)
     with pytest.raises(UserError, match=message):  # also where only a rank sees the files
@@ -145,7 +148,7 @@ def test_qlora_on_a_base_of_bitsandbytes(
 def test_what_was_converted_trains_and_merges(mode: str, llama: Path, tokenizer: Any, tmp_path: Path) -> None:
     quantised.fp8(llama, tmp_path / "fp8")
     family = convert(tmp_path / "fp8", tmp_path / "real")
-    MODES[mode].check_with(family, "fp32")
+    MODES[mode].check_against(family, "fp32")
     module = trained(MODES[mode], family, batch([[20, 9], [30]], 32, 512))
     save_final(module, tokenizer, tmp_path / "final")
     if mode != "full":
@@ -180,7 +183,7 @@ def test_settings_that_a_quantised_base_does_not_take_are_reported(
 ) -> None:
     quantised.bnb(llama, tmp_path / "fp4", 4)
     family = CausalLM(str(tmp_path / "fp4"))
-    QLora(skip_modules=["o_proj"]).check_with(family, "fp32")
+    QLora(skip_modules=["o_proj"]).check_against(family, "fp32")
     assert "keeps its own skip_modules=[] (asked: ['o_proj']), quant_type=fp4 (asked: nf4), double_quant=False" in (
         caplog.text
     )

@@ -1,4 +1,4 @@
-"""Which implementation of attention is taken: whether flash attention 2 can run, by machine, dtype and model."""
+"""Chooses the attention implementation: whether flash attention 2 can run, by machine, dtype and model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 
 from mft.errors import UserError
 from mft.hardware import visible_gpus
+from mft.model.transformers_private import flash_kernels
 
 FLASH = "flash_attention_2"
 OLDEST = (2, 6)
-"""Version of flash-attn that came with soft caps: transformers leaves them out, without a word, under an older one."""
+"""Version of flash-attn that came with soft caps: transformers leaves them out, without a word, under an
+older one."""
 
 AMPERE = (8, 0)
 """Compute capability that its kernels need."""
@@ -22,7 +24,7 @@ HALF = ("bfloat16", "float16", "bf16", "fp16")
 
 
 class Attention(StrEnum):
-    """Implementations of attention a user can ask for; auto = flash_attention_2 where it can run, else sdpa."""
+    """Values of model.attention; auto = flash_attention_2 where it can run, else sdpa."""
 
     auto = "auto"
     sdpa = "sdpa"
@@ -32,12 +34,16 @@ class Attention(StrEnum):
 
 @dataclass(frozen=True)
 class Facts:
-    """What flash attention finds on a machine: version of the package flash-attn, None without it; number of CUDA GPUs
-    and the lowest compute capability among them."""
+    """What flash attention finds on a machine."""
 
     version: tuple[int, int] | None
+    """Of the package flash-attn, None without it."""
+
     gpus: int = 0
+    """Number of CUDA GPUs."""
+
     capability: tuple[int, int] = (0, 0)
+    """The lowest compute capability among them."""
 
     @classmethod
     def here(cls) -> Facts:
@@ -56,9 +62,9 @@ class Facts:
         return cls(version, gpus, min(torch.cuda.get_device_capability(i) for i in range(gpus)))
 
 
-def missing(facts: Facts, dtype: str = HALF[0]) -> str:
-    """Returns why flash attention cannot run on a machine in a computing dtype, e.g. torch.bfloat16 or bf16; "" if it
-    can."""
+def unavailable_reason(facts: Facts, dtype: str = HALF[0]) -> str:
+    """Returns why flash attention cannot run on a machine in a computing dtype, e.g. torch.bfloat16 or bf16;
+    "" if it can."""
     if facts.version is None:
         return "the package flash-attn is not installed"
     if facts.version < OLDEST:
@@ -72,35 +78,35 @@ def missing(facts: Facts, dtype: str = HALF[0]) -> str:
     return ""
 
 
-def unfit(model_class: Any) -> str:
+def unsupported_reason(model_class: Any) -> str:
     """Returns why a class of models cannot use flash attention 2, "" if it can."""
-    if not getattr(model_class, "_supports_flash_attn", False):
+    supported, only = flash_kernels(model_class)
+    if not supported:
         return f"{model_class.__name__} does not support it"
-    only = getattr(model_class, "_compatible_flash_implementations", None)
     if only and FLASH not in only:  # gpt-oss: its sinks are in other kernels alone
         return f"{model_class.__name__} adds to its attention what it does not compute"
     return ""
 
 
-def refuse_flash(asked: str, dtype: str = HALF[0]) -> None:
+def refuse_flash(attention: str, dtype: str = HALF[0]) -> None:
     """Raises UserError where flash attention is asked for and this machine cannot run it in that dtype."""
-    if asked == FLASH and (why := missing(Facts.here(), dtype)):
+    if attention == FLASH and (why := unavailable_reason(Facts.here(), dtype)):
         raise _refusal(why)
 
 
-def choose(asked: str, dtype: str, model_class: Callable[[], Any]) -> str:
+def choose_kernel(attention: str, dtype: str, model_class: Callable[[], Any]) -> str:
     """Returns the implementation to load a model with, auto resolved.
 
-    model_class: gives its class, None where it comes with code of its own, of which auto expects nothing. Raises
-    UserError where flash attention is asked for and cannot run.
+    model_class: gives its class, None where it comes with code of its own, of which auto expects nothing.
+    Raises UserError where flash attention is asked for and cannot run.
     """
-    if asked not in ("auto", FLASH):
-        return str(Attention(asked).value)
-    why = missing(Facts.here(), dtype)
+    if attention not in ("auto", FLASH):
+        return str(Attention(attention).value)
+    why = unavailable_reason(Facts.here(), dtype)
     if not why:
-        found = model_class()
-        why = unfit(found) if found else "" if asked == FLASH else "unknown"
-    if why and asked == FLASH:
+        cls = model_class()
+        why = unsupported_reason(cls) if cls else "" if attention == FLASH else "unknown"
+    if why and attention == FLASH:
         raise _refusal(why)
     return "sdpa" if why else FLASH
 

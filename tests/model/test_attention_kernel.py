@@ -14,8 +14,8 @@ from mft.config.compose import compose_resolved
 from mft.config.validate import check
 from mft.errors import UserError
 from mft.model.attention import ALIBI
+from mft.model.attention_kernel import Facts, unavailable_reason
 from mft.model.causal_lm import CausalLM
-from mft.model.implementation import Facts, missing
 from tests.model import originals
 from tests.model.families import FAMILIES
 
@@ -43,7 +43,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_the_machine_lacks(facts: Facts, dtype: str, why: str) -> None:
-    assert missing(facts, dtype) == why
+    assert unavailable_reason(facts, dtype) == why
 
 
 @pytest.mark.usefixtures("ampere")
@@ -92,4 +92,4 @@ def test_this_machine_is_asked() -> None:
     facts = Facts.here()
     family = CausalLM("unused")
     taken = family.attention_for(torch.bfloat16, transformers.LlamaForCausalLM)
-    assert (taken == "flash_attention_2") == (not missing(facts))
+    assert (taken == "flash_attention_2") == (not unavailable_reason(facts))

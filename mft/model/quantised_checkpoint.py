@@ -1,8 +1,8 @@
-"""How the weights of a checkpoint are stored: plain; by bitsandbytes, which peft=qlora trains beside as they are; in
-another way that `mft convert` turns into real values; or in one that cannot be read.
+"""How the weights of a checkpoint are stored: plain; by bitsandbytes, which peft=qlora trains beside as they
+are; in another way that `mft convert` turns into real values; or in one that cannot be read.
 
-A quantised weight read by its numbers alone is another weight, thousands of times too large. config.json and the
-headers of the weight files tell them apart within milliseconds, before anything is loaded.
+A quantised weight read by its numbers alone is another weight, thousands of times too large. config.json and
+the headers of the weight files tell them apart within milliseconds, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, shortened
-from mft.model.headers import BNB, READ, WAY_OUT, check_tensors
-from mft.model.weights import tensors, weight_files
+from mft.model.quantised_tensors import BNB, READ, WAY_OUT, check_tensors
+from mft.model.safetensors_header import tensors, weight_files
+from mft.model.transformers_private import kept_in_float32
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +27,14 @@ FORMATS = ("float-quantized", "int-quantized", "pack-quantized")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """How a checkpoint is quantised. method: quant_method of its config.json, "" for plain weights; settings: all that
-    config.json says about it."""
+class WeightFormat:
+    """How the weights of a checkpoint are stored."""
 
     method: str = ""
+    """quant_method of its config.json, "" for plain weights."""
+
     settings: Mapping[str, Any] = field(default_factory=dict)
+    """All that config.json says about the quantisation."""
 
     @property
     def bits(self) -> int:
@@ -39,14 +42,14 @@ class Stored:
         return 0 if self.method != BNB else 4 if self.settings.get("load_in_4bit") else 8
 
 
-def judge(who: str, config: Mapping[str, Any], folder: Path | None) -> Stored:
+def weight_format(who: str, config: Mapping[str, Any], folder: Path | None) -> WeightFormat:
     """Returns how the weights of a checkpoint are stored.
 
-    who: begins a sentence about it, e.g. model.path=x; config: its config.json; folder: where its weight files lie,
-    None as long as they are not on this machine.
+    who: begins a sentence about it, e.g. model.path=x; config: its config.json; folder: where its weight
+    files lie, None as long as they are not on this machine.
 
-    Raises UserError, with the way out, for a method that is not read, for weights that are not what config.json says,
-    and for an adapter's weights among the base's.
+    Raises UserError, with the way out, for a method that is not read, for weights that are not what
+    config.json says, and for an adapter's weights among the base's.
     """
     stored = _named(who, config)
     if stored.method and stored.method not in READ:
@@ -62,13 +65,14 @@ def judge(who: str, config: Mapping[str, Any], folder: Path | None) -> Stored:
             f"which cannot be trained; {WAY_OUT}"
         )
     if folder is not None:
-        found = {name: tensor for file in weight_files(folder) for name, tensor in tensors(file).items()}
-        check_tensors(who, stored.method, stored.settings, found, folder)
+        headers = {name: tensor for file in weight_files(folder) for name, tensor in tensors(file).items()}
+        check_tensors(who, stored.method, stored.settings, headers, folder)
     return stored
 
 
-def _named(who: str, config: Mapping[str, Any]) -> Stored:
-    """Returns what config.json says; UserError where it says so in a place that transformers does not look at."""
+def _named(who: str, config: Mapping[str, Any]) -> WeightFormat:
+    """Returns what config.json says; UserError where it says so in a place that transformers does not look
+    at."""
     for where, settings in _settings(config):
         if not isinstance(settings, Mapping):
             raise UserError(f"{who}: {where} in its config.json must be an object")
@@ -85,12 +89,13 @@ def _named(who: str, config: Mapping[str, Any]) -> Stored:
                 f"{who}: its weights are quantised by {method}, as {where} in its config.json says, where transformers "
                 f"does not look for it; {WAY_OUT}"
             )
-        return Stored(method, settings)
-    return Stored()
+        return WeightFormat(method, settings)
+    return WeightFormat()
 
 
 def _settings(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields what a config.json says about quantisation and where, from the outside to the parts of the model."""
+    """Yields what a config.json says about quantisation and where, from the outside to the parts of the
+    model."""
     keys = ("quantization_config", "compression_config")
     yield from ((path + key, values[key]) for key in keys if values.get(key) is not None)
     for key, value in values.items():
@@ -121,31 +126,32 @@ def _check_compressed(who: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_quantised(path: str, held: Stored, bits: int) -> None:
-    """Raises UserError for a checkpoint that cannot be trained as it is stored: quantised, unless by bitsandbytes to
-    the bits that peft=qlora asks for; bits: those, 0 for a base that is not to be quantised."""
-    if not held.method or (held.bits and held.bits == bits):
+def refuse_quantised(path: str, weights: WeightFormat, bits: int) -> None:
+    """Raises UserError for a checkpoint that cannot be trained as it is stored: quantised, unless by
+    bitsandbytes to the bits that peft=qlora asks for; bits: those, 0 for a base that is not to be
+    quantised."""
+    if not weights.method or (weights.bits and weights.bits == bits):
         return
     way = f"write its real values once, `mft convert model.path={path} --out FOLDER`, and train on that folder"
-    if held.bits and bits:
+    if weights.bits and bits:
         raise UserError(
-            f"peft.bits={bits}: bitsandbytes has quantised model.path={path} to {held.bits} bits already; choose "
-            f"peft.bits={held.bits}, or {way}"
+            f"peft.bits={bits}: bitsandbytes has quantised model.path={path} to {weights.bits} bits already; choose "
+            f"peft.bits={weights.bits}, or {way}"
         )
-    if held.bits:
+    if weights.bits:
         raise UserError(
-            f"model.path={path}: bitsandbytes has quantised its weights to {held.bits} bits; choose peft=qlora with "
-            f"peft.bits={held.bits}, or {way}"
+            f"model.path={path}: bitsandbytes has quantised its weights to {weights.bits} bits; choose peft=qlora with "
+            f"peft.bits={weights.bits}, or {way}"
         )
-    raise UserError(f"model.path={path}: its weights are quantised by {held.method}; {way}")
+    raise UserError(f"model.path={path}: its weights are quantised by {weights.method}; {way}")
 
 
-def prepare(config: Any, stored: Stored, computing: torch.dtype | None) -> Any:
-    """Returns a transformers config by which from_pretrained reads a quantised checkpoint: dequantised while loading,
-    or, by bitsandbytes, in its own bits; computing: the dtype that these compute in."""
+def loading_config(config: Any, weights: WeightFormat, computing: torch.dtype | None) -> Any:
+    """Returns a transformers config by which from_pretrained reads a quantised checkpoint: dequantised while
+    loading, or, by bitsandbytes, in its own bits; computing: the dtype that these compute in."""
     part = config if getattr(config, "quantization_config", None) else config.get_text_config()
     values = dict(part.quantization_config)
-    if stored.method != BNB:
+    if weights.method != BNB:
         values["dequantize"] = True
     elif computing is not None:
         values["bnb_4bit_compute_dtype"] = str(computing).removeprefix("torch.")
@@ -153,19 +159,9 @@ def prepare(config: Any, stored: Stored, computing: torch.dtype | None) -> Any:
     return config
 
 
-def in_dtype(model: Any, dtype: torch.dtype) -> None:
+def cast_unquantised(model: Any, dtype: torch.dtype) -> None:
     """Casts what transformers left as it was stored while it dequantised: embeddings, norms, the head."""
-    whole = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    kept = kept_in_float32(model)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not any(part in name for part in whole):
+        if parameter.is_floating_point() and not any(part in name for part in kept):
             parameter.data = parameter.data.to(dtype)
-
-
-def forget(model: Any) -> None:
-    """Makes a model save its weights as they are in memory: transformers would quantise them again, and name no
-    quantisation in the config.json beside them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    used = {tuple(step._original_target_patterns) for step in model._weight_conversions or ()}
-    plain = get_model_conversion_mapping(model)
-    model._weight_conversions = [step for step in plain if tuple(step._original_target_patterns) in used]

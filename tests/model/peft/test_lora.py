@@ -16,7 +16,8 @@ from mft.config.validate import check
 from mft.errors import UserError
 from mft.model.export import save_final
 from mft.model.merge import merge
-from mft.model.peft.modes import Lora, QLora
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.peft.summary import audit
 from mft.model.tiny import Tiny
 from tests.model.rows import batch
@@ -120,7 +121,7 @@ def test_goes_on_from_an_adapter_with_whole_modules(tiny: Tiny, tokenizer, tmp_p
     ("peft", "message"),
     [
         (Lora(init="pisa"), r"peft\.init='pisa' is not one of true, gaussian, .*; did you mean pissa"),
-        (Lora(init="eva"), r"peft\.init=eva: this beginning is computed from activations on data"),
+        (Lora(init="eva"), r"peft\.init=eva needs activations on calibration data, which mft does not support"),
         (Lora(init="orthogonal", rank=3), r"peft\.init=orthogonal needs an even rank, not peft\.rank=3"),
         (QLora(init="pissa"), r"peft\.init=pissa takes the largest part .* choose peft\.init=true, or peft=lora"),
         (QLora(init="olora"), r"peft\.init=olora takes the largest part"),
@@ -138,14 +139,14 @@ def test_refused_before_loading(peft: Lora, message: str) -> None:
         (Lora(modules_to_save=["lmhead"]), r"'lmhead' matches no module; .*; did you mean lm_head"),
         (
             Lora(modules_to_save=["q_proj"]),
-            r"layers\.0\.self_attn\.q_proj is trained whole, but .* is one of peft\.targets",
+            r"layers\.0\.self_attn\.q_proj is trained in full, but .* is one of peft\.targets",
         ),
         (
             Lora(targets=["q_proj", "lm_head"]),
             r"lm_head shares its weight with the embedding.*modules_to_save=\[lm_head\]",
         ),
         (Lora(targets=["embed_tokens"]), r"embed_tokens shares its weight with the output layer"),
-        (QLora(targets=["q_proj"], modules_to_save=["up_proj"]), r"up_proj is quantised and cannot be trained whole"),
+        (QLora(targets=["q_proj"], modules_to_save=["up_proj"]), r"up_proj is quantised and cannot be trained in full"),
     ],
 )
 def test_refused_when_the_model_is_known(peft: Lora, message: str, tiny: Tiny) -> None:

@@ -15,10 +15,13 @@ from mft.batch import Batch
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
-from mft.model.export import Origin, save_final
+from mft.model.export import save_final
 from mft.model.generate import Answerer
 from mft.model.merge import merge
-from mft.model.peft.modes import Full, Lora, QLora
+from mft.model.origin import Origin
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
 from tests.model.rows import inputs
@@ -198,11 +201,11 @@ def test_what_the_vocabulary_has_is_no_new_token(cache_dir: Path) -> None:
 def test_a_head_with_a_bias_is_trained_whole() -> None:
     from transformers import AutoModelForCausalLM, PhiConfig
 
-    from mft.model.tokens import NEW_ROWS, widen
+    from mft.model.special_tokens import NEW_ROWS, widen_embeddings
 
     config = PhiConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=60)
     model = AutoModelForCausalLM.from_config(config)
-    widen(model, [60, 61], 8)
+    widen_embeddings(model, [60, 61], 8)
     assert getattr(model, NEW_ROWS) == [60, 61, 62, 63]
     head = model.get_output_embeddings()
     assert torch.allclose(head.bias[60:], head.bias[:60].mean().expand(4), atol=1e-6)

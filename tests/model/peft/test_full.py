@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from mft.errors import UserError
-from mft.model.peft.modes import Full, Lora, QLora
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
 from tests.model.rows import batch, inputs
@@ -20,7 +22,11 @@ def test_precision_decides_the_dtype_of_the_base() -> None:
     )
     assert [Lora().dtype(p) for p in ("bf16", "fp16", "fp32")] == [torch.bfloat16, torch.float16, torch.float32]
     assert (Full().default_lr, Lora().default_lr, QLora().default_lr) == (1e-5, 1e-4, 1e-4)
-    assert Full().keep_default and Lora().keep_default is None and QLora().keep_default is None
+    assert (
+        Full().default_checkpoint_limit
+        and Lora().default_checkpoint_limit is None
+        and QLora().default_checkpoint_limit is None
+    )
 
 
 def test_adapters_are_float32_on_a_bf16_base(tiny: Tiny) -> None:

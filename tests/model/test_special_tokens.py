@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
-from mft.model.ends import PADS
 from mft.model.export import save_final
-from mft.model.peft.modes import Lora
+from mft.model.peft.lora import Lora
+from mft.model.special_tokens import PADS
 from mft.model.tiny import EOS, PAD, Tiny
 from mft.model.token_loss import TokenLoss
 

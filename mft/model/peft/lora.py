@@ -1,0 +1,291 @@
+"""Low-rank adapters (Hu et al. 2021): their settings, what these rule out, and how peft attaches them."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mft.errors import UserError, check_ranges, nearest, ranged, shortened
+from mft.files.checksums import require_sound
+from mft.model.peft.full import Full, compute_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from torch import nn
+
+    from mft.model.causal_lm import CausalLM
+    from mft.model.peft.targets import Site
+
+log = logging.getLogger(__name__)
+
+INITS = ("true", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora")
+"""Initialisations by peft's names: true = B is zero; gaussian: the same with another A; orthogonal: A and B
+span orthogonal spaces; pissa: A and B hold the largest singular values of the weight, which lacks them from
+then on (pissa_niter_N: found by N iterations, faster); olora: the same with a QR decomposition."""
+
+NEED_DATA = {
+    "eva": "activations on calibration data",
+    "corda": "activations on calibration data",
+    "lora_ga": "gradients on calibration data",
+    "loftq": "an unquantised copy of the base",
+}
+"""Initialisations of peft that are not supported → what they need."""
+
+TIED = {"embedding": "the output layer", "head": "the embedding"}
+
+
+@dataclass
+class Lora(Full):
+    """Trains low-rank adapters (kept in float32) beside a frozen base."""
+
+    public_name: ClassVar[str] = "lora"
+
+    rank: int = ranged(16, min=1)
+    """Width of the adapters; at most the hidden size of the model."""
+
+    alpha: float = ranged(32.0, above=0)
+    """The update is scaled by alpha / rank."""
+
+    dropout: float = ranged(0.0, min=0, below=1)
+    """Probability of zeroing an input of the adapters while training."""
+
+    targets: Any = None
+    """Modules that get adapters: a list of names, "all-linear", or a regular expression over whole module
+    paths; None = the family's lora_targets, else all linear layers."""
+
+    experts: bool = False
+    """Adapt the routed experts of a mixture of experts, besides `targets`."""
+
+    router: bool = False
+    """Adapt the routers of a mixture of experts, besides `targets`."""
+
+    modules_to_save: list[str] = field(default_factory=list)
+    """Names of modules that are trained in full and saved with the adapter, e.g. lm_head."""
+
+    use_dora: bool = False
+    """Train length and direction of the weights apart (DoRA): often better at small ranks, slower."""
+
+    use_rslora: bool = False
+    """Scale the update by alpha / sqrt(rank) instead, which large ranks need."""
+
+    init: Any = True
+    """Initialisation of the adapters, one of INITS."""
+
+    path: str | None = None
+    """An adapter folder to start from; its own rank, alpha, dropout, targets and so on then hold."""
+
+    @property
+    def default_lr(self) -> float:
+        return 1e-4
+
+    @property
+    def default_checkpoint_limit(self) -> int | None:
+        return None
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether attaching takes something out of the base's weights, which training then puts back."""
+        return self.path is None and str(self.init).startswith(("pissa", "olora"))
+
+    @property
+    def full_weights_reason(self) -> str:
+        if self.path:
+            return ""
+        return f"peft.init={self.init}" if self.changes_base else "peft.use_dora=true" if self.use_dora else ""
+
+    def files(self) -> list[Path]:
+        if not self.path:
+            return []
+        folder = Path(self.path).expanduser()
+        return [folder / "adapter_config.json", *sorted(folder.glob("*.safetensors"))]
+
+    # ── checks, before anything is loaded ──
+
+    def check(self) -> None:
+        check_ranges(self, "peft")
+        _check_targets(self.targets)
+        _check_init(self.init, self.rank)
+        bare = "peft.experts=true" if self.experts else "peft.router=true" if self.router else ""
+        if bare and not self.path:
+            self._check_parameter_adapter(bare)
+        if self.path:
+            _check_adapter_folder(self.path, Path(self.path).expanduser())
+
+    def check_against(self, family: CausalLM, precision: str) -> None:
+        from mft.model.meta_model import on_meta_device
+
+        super().check_against(family, precision)
+        if not self.path:
+            self._check_rank(family.width())
+        if self._needs_model_check and not self.path:
+            model = on_meta_device(family, self.quantization(compute_dtype(precision)))
+            if model is not None:
+                self.config(model, family)
+
+    @property
+    def _needs_model_check(self) -> bool:
+        """Whether there are settings that one model can meet and another cannot."""
+        by_name = self.targets and self.targets != "all-linear"
+        return bool(by_name or self.experts or self.router or self.modules_to_save)
+
+    def _check_rank(self, width: Any) -> None:
+        """Raises UserError for a rank above the width of the hidden states, which is a side of every
+        matrix."""
+        if isinstance(width, int) and self.rank > width:
+            raise UserError(
+                f"peft.rank={self.rank}: the matrices of this model have no rank above {width}, its hidden size; "
+                f"choose a smaller one, e.g. {max(1, min(16, width // 4))}, or peft=full"
+            )
+
+    def _check_parameter_adapter(self, what: str) -> None:
+        """Raises UserError for settings that peft cannot apply to an adapter of a bare parameter, which
+        `what` needs: it adds the update to the weight itself, so there is no input to drop and no layer to
+        decompose."""
+        for setting, remedy, wrong in (
+            (f"peft.dropout={self.dropout}", "peft.dropout=0", self.dropout > 0),
+            ("peft.use_dora=true", "peft.use_dora=false", self.use_dora),
+            (f"peft.init={self.init}", "peft.init=true", str(self.init).lower() not in ("true", "gaussian")),
+        ):
+            if wrong:
+                raise UserError(
+                    f"{setting} cannot be combined with {what}: the weights of experts and routers are no layers of "
+                    f"their own, and their adapters are added to the weight itself; choose {remedy}, or leave them out"
+                )
+
+    def _check_sites(self, sites: list[Site], tied: bool) -> None:
+        """Raises UserError for targets that other settings rule out; tied: head and embedding are one
+        weight."""
+        for site in sites:
+            if site.parameter:
+                self._check_parameter_adapter(f"an adapter of {site.path}")
+            if site.kind == "embedding" and (self.use_dora or str(self.init).lower() not in ("true", "gaussian")):
+                raise UserError(
+                    f"peft.targets: an adapter of the embedding {site.path} goes with peft.use_dora=false and "
+                    "peft.init=true or gaussian only; leave one of them out"
+                )
+            if site.kind in ("embedding", "head") and tied:
+                raise UserError(
+                    f"peft.targets: {site.path} shares its weight with {TIED[site.kind]}, so an adapter of one would "
+                    f"change the other when merged; train it in full with peft.modules_to_save=[{site.name}] instead"
+                )
+
+    # ── attaching ──
+
+    def dtype(self, precision: str) -> torch.dtype:
+        # the base is frozen and loses nothing in half precision; the adapters are float32
+        return compute_dtype(precision)
+
+    def attach(self, model: nn.Module, family: CausalLM) -> nn.Module:
+        """Returns the model wrapped by peft, only its adapters requiring gradients.
+
+        Raises UserError when a target matches no module, with the names there are.
+        """
+        from peft import PeftModel, get_peft_model
+
+        from mft.model.introspect import base_of
+        from mft.model.peft.init import in_float32, remember_init
+        from mft.model.special_tokens import check_same_tokens
+
+        if self.path:
+            folder = Path(self.path).expanduser()
+            check_same_tokens(base_of(model), folder)
+            with _without_notices():
+                model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+            self._warn_of_ignored_settings(model.peft_config["default"])
+            return in_float32(model)
+        with _without_notices():
+            model = in_float32(get_peft_model(model, self.config(base_of(model), family)))
+        if self.changes_base:
+            remember_init(model)
+        return model
+
+    def config(self, model: Any, family: CausalLM) -> LoraConfig:
+        """Returns what peft is to do to a model, also to one without weights.
+
+        Raises UserError for settings that this model cannot meet: a target that matches nothing, with the
+        names there are; experts of a dense model.
+        """
+        from peft import LoraConfig
+
+        from mft.model.introspect import is_tied
+        from mft.model.peft.targets import for_peft, full_modules, select
+        from mft.model.special_tokens import trained_rows
+
+        targets, init = self.targets or list(family.lora_targets) or "all-linear", str(self.init).lower()
+        self._check_rank(getattr(model.config.get_text_config(), "hidden_size", None))
+        sites = select(model, targets, self.experts, self.router)
+        self._check_sites(sites, is_tied(model))
+        saved, tied = full_modules(model, self.modules_to_save, sites)
+        modules, parameters = for_peft(model, sites)
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # a float is fine, and what rsLoRA needs
+            lora_dropout=self.dropout,
+            target_modules=modules,
+            target_parameters=parameters or None,
+            modules_to_save=saved or None,
+            trainable_token_indices=trained_rows(model, saved),
+            ensure_weight_tying=tied,
+            use_dora=self.use_dora,
+            use_rslora=self.use_rslora,
+            init_lora_weights=True if init == "true" else init,  # type: ignore[arg-type]  # peft checks it
+        )
+
+    def _warn_of_ignored_settings(self, config: Any) -> None:
+        own = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+        own |= {"use_dora": config.use_dora, "use_rslora": config.use_rslora}
+        differing = [f"{n}={v} (asked: {getattr(self, n)})" for n, v in own.items() if getattr(self, n) != v]
+        if differing:
+            log.warning("the adapter at %s keeps its own %s", self.path, ", ".join(differing))
+
+
+def _check_targets(targets: Any) -> None:
+    if targets is None:
+        return
+    if isinstance(targets, str) and targets:
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise UserError(f"peft.targets={targets!r} is not a regular expression: {error}") from error
+    elif not isinstance(targets, list) or not targets or not all(isinstance(n, str) and n for n in targets):
+        raise UserError(
+            f"peft.targets={shortened(targets)} must be a list of module names, one regular expression, all-linear, or "
+            "null for the model's own list"
+        )
+
+
+def _check_init(init: Any, rank: int) -> None:
+    value = str(init).lower()
+    if value in NEED_DATA:
+        raise UserError(
+            f"peft.init={init} needs {NEED_DATA[value]}, which mft does not support. Allowed: {', '.join(INITS)}"
+        )
+    if value not in INITS and not re.fullmatch(r"pissa_niter_\d+", value):
+        raise UserError(f"peft.init={init!r} is not one of {', '.join(INITS)}{nearest(value, INITS)}")
+    if value == "orthogonal" and rank % 2:
+        raise UserError(f"peft.init=orthogonal needs an even rank, not peft.rank={rank}")
+
+
+def _check_adapter_folder(path: str, folder: Path) -> None:
+    if not folder.is_dir():
+        siblings = [str(p) for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise UserError(f"peft.path={path} does not exist{nearest(folder, siblings)}")
+    if not (folder / "adapter_config.json").exists():
+        raise UserError(f"peft.path={path} has no adapter_config.json, so it is not an adapter folder")
+    require_sound(folder)
+
+
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """Hides what peft and transformers warn about each other."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
