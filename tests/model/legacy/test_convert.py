@@ -151,7 +151,7 @@ def test_an_adapter_of_an_earlier_version_is_told_the_same(adapter: Path, tmp_pa
     }
     del note["origin"]["converted_from"]
     (adapter / NOTE).write_text(json.dumps(note))
-    with pytest.raises(UserError, match=r"`mft convert model=baichuan model\.path=\S+ .*model\.norm_head=True out="):
+    with pytest.raises(UserError, match=r"`mft convert model=baichuan model\.path=\S+ .*model\.norm_head=True --out"):
         Origin.read(adapter).family()
     save_native(family_of("baichuan2_7b", tmp_path / "source", tmp_path / "cache"), tmp_path / "native")
     merge(adapter, tmp_path / "merged", base=str(tmp_path / "native"))
