@@ -1,7 +1,7 @@
 """A picture of what a command prints on a terminal: python docs/picture.py FILE.svg COLUMNS COMMAND...
 
 docs/data_report.svg   88 mft data report experiment=demo
-docs/data_show.svg     88 mft data show experiment=demo task=function_name n=1
+docs/data_show.svg     88 mft data show experiment=demo task=function_name --n 1
 """
 
 import io

@@ -37,16 +37,16 @@ assert not heavy, heavy
         (["trian"], ["'trian'", "did you mean train?"]),
         (["train", "--mutlirun"], ["--mutlirun", "did you mean --multirun?"]),
         (["train", "peft"], ["'peft'", "did you mean peft=…?"]),
-        (["generate", "somewhere", "hi", "max_new_token=3"], ["max_new_token", "did you mean max_new_tokens?"]),
-        (["generate", "somewhere", "hi", "top_p=much"], ["top_p=much", "number"]),
+        (["generate", "somewhere", "hi", "max_new_token=3"], ["max_new_token", "did you mean --max-new-tokens?"]),
+        (["generate", "somewhere", "hi", "--top-p", "much"], ["--top-p needs a number", "'much'"]),
         (["generate", "somewhere"], ["at least one prompt"]),
-        (["generate", "somewhere", "hi", "max_new_tokens=0"], ["max_new_tokens=0", "at least 1"]),
-        (["generate", "somewhere", "hi", "temperature=0"], ["temperature=0.0", "do_sample=false"]),
-        (["generate", "somewhere", "hi", "num_beams=-1"], ["num_beams=-1", "at least 1"]),
-        (["generate", "somewhere", "hi", "repetition_penalty=nan"], ["repetition_penalty=nan", "greater than 0"]),
-        (["generate", "somewhere", "hi", "top_p=1.5"], ["top_p=1.5", "at most 1"]),
+        (["generate", "somewhere", "hi", "--max-new-tokens", "0"], ["max_new_tokens=0", "at least 1"]),
+        (["generate", "somewhere", "hi", "--temperature=0"], ["temperature=0.0", "do_sample=false"]),
+        (["generate", "somewhere", "hi", "--num-beams", "-1"], ["num_beams=-1", "at least 1"]),
+        (["generate", "somewhere", "hi", "--repetition-penalty", "nan"], ["repetition_penalty=nan", "greater than 0"]),
+        (["generate", "somewhere", "hi", "--top_p", "1.5"], ["top_p=1.5", "at most 1"]),
         (["merge", "one", "two"], ["one run folder", "one two"]),
-        (["merge", "base=x"], ["adapter=…", "out=…"]),
+        (["merge", "--base", "x"], ["--adapter", "--out"]),
         (["merge", "no/such/run"], ["no/such/run", "not a folder"]),
         (["demo", "now"], ["takes no arguments"]),
     ],
@@ -71,7 +71,7 @@ def test_generate_and_merge_a_run(tmp_path: Path, cache_dir: Path, capsys: pytes
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _, run_dir = train(tmp_path, cache_dir, "optimizer.lr=1e-2", "train.max_steps=6")
-    cli.main(["generate", str(run_dir), "what comes next?", "max_new_tokens=4", "do_sample=false"])
+    cli.main(["generate", str(run_dir), "what comes next?", "--max-new-tokens", "4", "--do-sample", "false"])
     capsys.readouterr()
     cli.main(["merge", str(run_dir)])
     assert str(run_dir / "merged") in capsys.readouterr().out
@@ -89,22 +89,22 @@ def test_generate_with_a_base_that_has_moved(
     base = shutil.copytree(tiny_folder, tmp_path / "base")
     given = ["model=auto", f"model.path={base}", "peft=lora", "train.max_steps=1"]
     _, run_dir = train(tmp_path, cache_dir, *given)
-    asked = ["generate", str(run_dir), "what comes next?", "max_new_tokens=4", "do_sample=false"]
+    asked = ["generate", str(run_dir), "what comes next?", "--max-new-tokens", "4", "--do-sample", "false"]
     capsys.readouterr()
     cli.main(asked)
     answer = capsys.readouterr().out
     moved = base.rename(tmp_path / "moved")
     with pytest.raises(SystemExit):
         cli.main(asked)
-    assert "give another with base=" in capsys.readouterr().err
-    cli.main([*asked, f"base={moved}"])
+    assert "give another with --base" in capsys.readouterr().err
+    cli.main([*asked, "--base", str(moved)])
     assert capsys.readouterr().out == answer
     with pytest.raises(SystemExit):
-        cli.main(["generate", str(moved), "hi", f"base={moved}"])
+        cli.main(["generate", str(moved), "hi", "--base", str(moved)])
     assert "chat template" in capsys.readouterr().err  # a plain base: how to ask is not known
-    cli.main(["merge", str(run_dir), f"base={moved}"])
+    cli.main(["merge", str(run_dir), "--base", str(moved)])
     with pytest.raises(SystemExit):
-        cli.main(["generate", str(run_dir / "merged"), "hi", f"base={moved}"])
+        cli.main(["generate", str(run_dir / "merged"), "hi", "--base", str(moved)])
     assert "holds a full model, not an adapter, and needs no base; leave it out" in capsys.readouterr().err
 
 

@@ -10,7 +10,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from mft.cli import COMMANDS, main, split_flags
+from mft.cli import COMMANDS, main
+from mft.commands.arguments import overrides_in
+from mft.commands.train import parser
 from mft.config import plugins
 from mft.config.build import build
 from mft.config.compose import compose_resolved
@@ -81,11 +83,11 @@ def test_training_commands_compose(words: list[str], monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(ROOT / "examples" / "plugin")  # the package that docs/plugins.md names
     monkeypatch.setattr(plugins, "_named", {})
     given = [word.replace("…", "owner/name") for word in of_mft(words)[1:] if word not in ("…", "--dry-run")]
-    given = plugins.taken(given)
-    overrides, folders, flags = split_flags(given)
+    parsed = parser().parse(given)
+    overrides, folders = overrides_in(parsed.words), parsed.config_dir or []
     # Launchers of other packages are for Hydra's own command line; tests/sweep/test_external_launcher.py starts them.
     ours = [o for o in overrides if not o.startswith(("hydra/", "hydra."))]
-    if "-m" in flags:
+    if parsed.multirun:
         ours = [first_of_sweep(override) for override in ours]
     cfg = compose_resolved(ours, folders)
     if OmegaConf.is_missing(cfg.model, "path"):  # as where … stands for it

@@ -64,7 +64,7 @@ def test_they_are_listed_shown_and_compared(old: Path, capsys: pytest.CaptureFix
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_their_adapters_are_merged_and_answer(old: Path, adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
-    mft(capsys, "merge", adapter, "out=merged")
+    mft(capsys, "merge", adapter, "--out", "merged")
     assert (old / "merged" / "model.safetensors").is_file()
     answer = mft(capsys, "generate", adapter, "x 1", "max_new_tokens=3")
     assert answer

@@ -174,15 +174,15 @@ def not_an_override(word: str) -> str:
     return f"{word!r} is not a valid override; {hint}"
 
 
-def unknown_flag(flag: str, flags: Sequence[str]) -> str:
-    """Returns the sentence for a flag that `mft train` does not have."""
+def unknown_flag(flag: str, flags: Sequence[str], command: str) -> str:
+    """Returns the sentence for a flag that a command with overrides does not have; it may be meant as an override."""
     name, equals, value = flag.lstrip("-").partition("=")
     hint = nearest(flag.partition("=")[0], flags)
     if not hint and (equals or "." in name or here(name)):
         plain = here(name).removeprefix("; did you mean ").removesuffix("?") or name
         written = plain if "=" in plain else f"{plain}={value or '…'}"
         hint = f"; did you mean {written}, without dashes?"
-    return f"mft train has no flag {flag}{hint or '.'} Flags: {', '.join(flags)}."
+    return f"{command} has no flag {shortened(flag)[1:-1]}{hint or '.'} Flags: {', '.join(flags)}."
 
 
 def _check_characters(override: str) -> None:

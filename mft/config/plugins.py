@@ -9,7 +9,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from mft.errors import UserError
@@ -21,21 +21,10 @@ _named: dict[str, None] = {}
 """Of this process, in order. A command sets it once, before anything is composed."""
 
 
-def taken(args: Sequence[str]) -> list[str]:
-    """Names the packages of all `--plugin PACKAGE` in a command line; returns the other arguments."""
-    rest, packages, left = [], [], list(args)
-    while left:
-        arg = left.pop(0)
-        flag, equals, value = arg.partition("=")
-        if flag != "--plugin":
-            rest.append(arg)
-        elif not equals and not left:
-            raise UserError("--plugin needs the name of a Python package, for example --plugin mypkg.")
-        else:
-            packages.append(value if equals else left.pop(0))
+def start(packages: Iterable[str]) -> None:
+    """Names the packages of a command line, and forgets those of an earlier command of this process."""
     _named.clear()
     name(packages)
-    return rest
 
 
 def name(packages: Iterable[str]) -> None:

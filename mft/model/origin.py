@@ -97,7 +97,7 @@ class Origin:
         if self.converted_from and read_config(folder).get("model_type") in (None, *ORIGINAL_FORMATS):
             raise UserError(
                 f"the base model of this adapter, {self.path}, is not a native folder, or is gone from the cache: "
-                f"write one with `mft convert {self.converted_from} out=FOLDER`, and give base=FOLDER"
+                f"write one with `mft convert {self.converted_from} --out FOLDER`, and give --base FOLDER"
             )
         try:
             family.check()
@@ -105,7 +105,7 @@ class Origin:
             refuse_quantised(self.path, weights, weights.bits)
         except UserError as error:
             raise UserError(
-                f"the base model of this adapter cannot be used: {error}; give another with base="
+                f"the base model of this adapter cannot be used: {error}; give another with --base"
             ) from error
         # a converted folder is as good as the checkpoint that it was made of
         note = read_note(folder)
@@ -113,7 +113,7 @@ class Origin:
         if self.fingerprint and self.fingerprint not in (source, family.fingerprint()):
             raise UserError(
                 f"the base model {self.path} is not the one the adapter was trained on: its fingerprint is "
-                f"{source or family.fingerprint()}, not {self.fingerprint}; give the right one with base="
+                f"{source or family.fingerprint()}, not {self.fingerprint}; give the right one with --base"
             )
         return family
 

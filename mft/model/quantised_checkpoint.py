@@ -132,7 +132,7 @@ def refuse_quantised(path: str, weights: WeightFormat, bits: int) -> None:
     quantised."""
     if not weights.method or (weights.bits and weights.bits == bits):
         return
-    way = f"write its real values once, `mft convert model.path={path} out=FOLDER`, and train on that folder"
+    way = f"write its real values once, `mft convert model.path={path} --out FOLDER`, and train on that folder"
     if weights.bits and bits:
         raise UserError(
             f"peft.bits={bits}: bitsandbytes has quantised model.path={path} to {weights.bits} bits already; choose "

@@ -1,4 +1,4 @@
-"""Whether a lower or a higher value of a metric is the better one: known from its name, or said by the person."""
+"""Whether a lower or a higher value of a metric is better: by its name, or as the person says."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ OURS = {
     r"memory/.*|speed/seconds_per_step": "lower",
     r"speed/(tokens_per_second|mfu)|data/fill": "higher",
 }
-"""Names that mft logs (docs/architecture.md), in full; whatever a task is called."""
+"""Full names that mft logs (docs/architecture.md), whatever the tasks are called."""
 
 LOWER = r"loss|nll|perplexity|ppl|errors?|wer|cer|mse|mae|rmse|seconds|latency|time|gib"
 HIGHER = r"acc|accuracy|f1|em|bleu|rouge.?|chrf|auc|precision|recall|reward|score|pass|match|mfu|second"
 """Words in the last part of any other name. `second`: so many per second; `pass`: pass@1."""
 
 
-def higher_is_better(metric: str, tasks: Sequence[str], asked: str = "") -> bool:
+def higher_is_better(metric: str, tasks: Sequence[str], better: str = "") -> bool:
     """Returns whether the highest value of a metric is the best one.
 
-    tasks: names of tasks, which as metrics are their validation losses; asked: lower or higher, which decides where it
-    is given. Raises UserError for another word, and where the name does not tell.
+    tasks: names of tasks, which as metrics are their validation losses; better: lower or higher, which
+    decides; "" to go by the name. Raises UserError for another word, and where the name does not tell.
     """
-    if asked:
-        if asked not in ("lower", "higher"):
-            raise UserError(f"--better {asked}: must be lower or higher{nearest(asked, ('lower', 'higher')) or '.'}")
-        return asked == "higher"
+    if better:
+        if better not in ("lower", "higher"):
+            raise UserError(f"--better {better}: must be lower or higher{nearest(better, ('lower', 'higher')) or '.'}")
+        return better == "higher"
     if metric in LOSSES or metric in tasks:
         return False
-    for pattern, better in OURS.items():
+    for pattern, direction in OURS.items():
         if re.fullmatch(pattern, metric):
-            return better == "higher"
+            return direction == "higher"
     words = re.split(r"[\W_]+", metric.rpartition("/")[2].lower())
     lower, higher = (any(re.fullmatch(pattern, word) for word in words) for pattern in (LOWER, HIGHER))
     if lower == higher:

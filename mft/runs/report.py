@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML file with its pictures inside, without scripts and without the network."""
+"""The report of a comparison: one HTML file with its pictures inside, no scripts, no network."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mft.runs.apart import differing
-from mft.runs.compare import SEED, Group, columns, verdicts
+from mft import run_folder
+from mft.runs.differences import differing
 from mft.runs.direction import LOSSES
+from mft.runs.ranking import SEED, Group, columns, prepare, verdicts
+from mft.runs.results import read_run
 from mft.training.panels import MOST, color_of, label_axes, most, panel_grid
 
 MOST_CURVES = 12
@@ -38,14 +40,15 @@ def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
     """Writes the report; returns its file."""
     runs = [run for group in groups for run in group.runs]
     every = list(dict.fromkeys(task for run in runs for task in run.tasks))
-    worst = {task: max(g.mean(task) for g in groups if g.numbers(task)) for task in every if _known(groups, task)}
+    means = {task: [group.mean(task) for group in groups if group.numbers(task)] for task in every}
+    worst = {task: max(of_groups) for task, of_groups in means.items() if of_groups}
     tasks = most(every, worst, MOST - 2)
     head, rows = columns(groups, metric)
     sentence = verdicts(groups)[1]
     parts = [
         HEAD.format(title=escape(f"mft compare: {title}")),
         f"<h1>{escape(title)}</h1><p>{len(runs)} runs, {len(groups)} settings, ranked by <b>{escape(metric)}</b>: each "
-        f"run's {_what(groups, metric)}, mean over n seeds. Losses are nats per token.</p>",
+        f"run's {_compared(groups, metric)}, mean over n seeds. Losses are nats per token.</p>",
         f"<p class=say>{escape(sentence)}</p>",
         _table(head, rows),
         "<h2>Settings and seeds</h2>" + _image(_dots(groups, metric), "every seed, mean and spread"),
@@ -68,15 +71,20 @@ def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
     return path
 
 
-def _what(groups: Sequence[Group], metric: str) -> str:
+def leave_report(folder: Path) -> Path | None:
+    """Writes `report.html` of the runs in a sweep's folder; None where none has a result."""
+    runs = [read_run(path) for path in run_folder.runs_under(folder)]
+    runs = [run for run in runs if run.best("mean") is not None]
+    if not runs:
+        return None
+    return write(prepare(runs, "mean", ()), "mean", folder / "report.html", str(folder.name))
+
+
+def _compared(groups: Sequence[Group], metric: str) -> str:
     """Returns which value of a run is compared, in words."""
     best = "highest" if any(group.higher for group in groups) else "lowest"
     losses = {*LOSSES, *(task for group in groups for run in group.runs for task in run.tasks)}
     return f"{best} {metric} validation loss" if metric in losses else f"{best} {metric}"
-
-
-def _known(groups: Sequence[Group], metric: str) -> bool:
-    return any(group.numbers(metric) for group in groups)
 
 
 def _note(groups: Sequence[Group], tasks: Sequence[str], every: Sequence[str]) -> str:
@@ -112,7 +120,7 @@ def _dots(groups: Sequence[Group], metric: str) -> Any:
         range(len(groups)), [f"{group.label}  (n = {len(group.numbers())})" for group in groups], fontsize=8
     )
     axis.invert_yaxis()
-    axis.set_xlabel(f"{_what(groups, metric)}; dots: seeds, bar: mean ± standard deviation", fontsize=8)
+    axis.set_xlabel(f"{_compared(groups, metric)}; dots: seeds, bar: mean ± standard deviation", fontsize=8)
     axis.grid(alpha=0.25, axis="x")
     return figure
 
@@ -165,7 +173,7 @@ def _weights(groups: Sequence[Group], tasks: Sequence[str]) -> Any | None:
 
 
 def _heat(groups: Sequence[Group], metrics: Sequence[str]) -> Any | None:
-    """The grid of the loss mode and the learning rate, or of the first two keys that differ; None below two keys."""
+    """The grid of loss mode and learning rate, or of the first two keys that differ; None below two."""
     keys = [key for key in (groups[0].keys if groups else {}) if key != SEED]
     keys.sort(key=lambda key: {"loss": 0, "optimizer.lr": 1}.get(key, 2))
     if len(keys) < 2:
@@ -183,14 +191,13 @@ def _heat(groups: Sequence[Group], metrics: Sequence[str]) -> Any | None:
         axis.set_xticks(range(len(cols)), cols, fontsize=8)
         place = axis.get_subplotspec()
         axis.set_yticks(range(len(rows)), rows if place is None or place.is_first_col() else [], fontsize=8)
-        known = [value for line in cells for value in line if not math.isnan(value)]
-        middle = (min(known) + max(known)) / 2 if known else 0.0
+        numbers = [value for line in cells for value in line if not math.isnan(value)]
+        middle = (min(numbers) + max(numbers)) / 2 if numbers else 0.0  # darker cells than this get white text
         for y, line in enumerate(cells):
             for x, value in enumerate(line):
-                text, color = (
-                    ("", "black") if math.isnan(value) else (f"{value:.3f}", "white" if value > middle else "black")
-                )
-                axis.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
+                if not math.isnan(value):
+                    color = "white" if value > middle else "black"
+                    axis.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=8, color=color)
     return figure
 
 
@@ -213,8 +220,8 @@ def _cost(groups: Sequence[Group]) -> Any:
     figure = Figure(figsize=(10, 1.2 + 0.3 * len(groups)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, name, attribute in ((axes[0], "seconds", "seconds"), (axes[1], "peak memory (GiB)", "memory")):
-        known = [[v for run in group.runs if (v := getattr(run, attribute)) is not None] for group in groups]
-        axis.barh(range(len(groups)), [fmean(values) if values else 0.0 for values in known], color="#56B4E9")
+        measured = [[v for run in group.runs if (v := getattr(run, attribute)) is not None] for group in groups]
+        axis.barh(range(len(groups)), [fmean(values) if values else 0.0 for values in measured], color="#56B4E9")
         axis.set_xlabel(name, fontsize=8)
     axes[0].set_yticks(range(len(groups)), [group.label for group in groups], fontsize=8)
     axes[0].invert_yaxis()

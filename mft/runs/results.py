@@ -1,4 +1,4 @@
-"""What runs say of themselves: read from their folders, or from an MLflow experiment."""
+"""Runs read back: from their folders, or from an MLflow experiment."""
 
 from __future__ import annotations
 
@@ -36,19 +36,29 @@ PAGE = 1000
 
 @dataclass
 class Run:
-    """What one run folder says.
-
-    values: flat config with the option taken of every group; `task` are the names of all tasks in order, keys that end
-    in FINGERPRINT are hashes of contents, where they are known; rows: metrics.jsonl.
-    """
+    """What one run folder, or one run of an MLflow experiment, holds."""
 
     name: str
+    """The folder as seen from here, or the run's name in MLflow."""
+
     values: dict[str, str]
+    """The flat config, with the option chosen of every group. `task` holds the names of all tasks in order;
+    keys that end in FINGERPRINT hold hashes of contents, where they were recorded."""
+
     rows: list[dict[str, Any]]
+    """metrics.jsonl."""
+
     state: str
+    """running, finished, pruned, stopped, failed or killed."""
+
     seconds: float | None = None
+    """How long it took; None where that was not recorded."""
+
     memory: float | None = None
+    """Peak memory in GiB; None where that was not recorded."""
+
     command: str = ""
+    """The command that repeats it."""
 
     @property
     def tasks(self) -> list[str]:
@@ -57,17 +67,17 @@ class Run:
         return list(dict.fromkeys(k.removeprefix(prefix) for row in self.rows for k in row if k.startswith(prefix)))
 
     def series(self, metric: str) -> list[tuple[int, float]]:
-        """Returns (step, value) of a metric: mean, worst, a task (validation losses), or a name in metrics.jsonl."""
-        found = []
+        """Returns (step, value) of a metric: mean, worst, a task, or a name in metrics.jsonl."""
+        points, tasks = [], self.tasks
         for row in self.rows:
-            losses = {t: row[f"valid/loss/{t}"] for t in self.tasks if row.get(f"valid/loss/{t}") is not None}
+            losses = {task: loss for task in tasks if (loss := row.get(f"valid/loss/{task}")) is not None}
             if metric in ("mean", "worst"):
-                value = criterion(losses, metric, {}) if losses and len(losses) == len(self.tasks) else None
+                value = criterion(losses, metric, {}) if losses and len(losses) == len(tasks) else None
             else:
                 value = losses.get(metric, row.get(metric))
             if value is not None and math.isfinite(value):
-                found.append((int(row["step"]), float(value)))
-        return found
+                points.append((int(row["step"]), float(value)))
+        return points
 
     def best(self, metric: str, higher: bool = False) -> float | None:
         """Returns the lowest (or highest) value of a metric, None where it was not logged."""
@@ -75,17 +85,17 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Returns what a run folder says."""
+    """Returns the run of a folder; what is missing or damaged there is left out."""
     try:
         config = yaml_file.load(folder / "config.yaml") or {}
     except (OSError, UserError):
         config = {}
     config = config if isinstance(config, dict) else {}
-    known, summary = read_json(folder / "overrides.json"), read_json(folder / "summary.json")
-    command = shlex.join(["mft", "train", *known.texts("overrides")])
+    record, summary = read_json(folder / "overrides.json"), read_json(folder / "summary.json")
+    command = shlex.join(["mft", "train", *record.texts("overrides")])
     return Run(
         name=os.path.relpath(folder),
-        values=flat(config) | _contents(folder, known),
+        values=flat(config) | _contents(folder, record),
         rows=run_folder.rows_from(folder / "metrics.jsonl")[0],
         state=run_folder.state(folder),
         seconds=summary.number("seconds"),
@@ -94,16 +104,20 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _contents(folder: Path, known: Mapping[str, Any]) -> dict[str, str]:
-    """Returns `task` and the fingerprints of a run folder; known: its overrides.json."""
-    found = identity_of(folder)
-    if found is None or found.version != VERSION:
-        return with_contents(read_json(folder / "plan.json").get("tasks", []), known.get("data", ""), None)
-    return with_contents(found.tasks, known.get("data", ""), found.fingerprints)
+def _contents(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """Returns `task` and the fingerprints of a run folder; record: its overrides.json."""
+    identity = identity_of(folder)
+    if identity is None or identity.version != VERSION:
+        return with_contents(read_json(folder / "plan.json").get("tasks", []), record.get("data", ""), None)
+    return with_contents(identity.tasks, record.get("data", ""), identity.fingerprints)
 
 
 def with_contents(tasks: Sequence[str], data: str, fingerprints: Mapping[str, str] | None) -> dict[str, str]:
-    """Returns the values of a run that stand for what it has read; fingerprints: None = unknown, besides the data's."""
+    """Returns the values of a run that stand for what it read.
+
+    data: the fingerprint of its data; fingerprints: those of CONTENTS by name, None where they were not
+    recorded.
+    """
     values = {"task": f"[{','.join(tasks)}]"} if tasks else {}
     if data:
         values[DATA] = data[:8]
@@ -113,8 +127,8 @@ def with_contents(tasks: Sequence[str], data: str, fingerprints: Mapping[str, st
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns {dotted key: text} of what can change a result; `loss: coba` stands beside loss.tau and so on."""
-    found: dict[str, str] = dict(config.get("choices", {}))
+    """Returns {dotted key: text} of what can change a result, with `loss: coba` beside loss.tau."""
+    values: dict[str, str] = dict(config.get("choices", {}))
 
     def walk(node: Mapping[str, Any], prefix: str) -> None:
         for key, value in node.items():
@@ -124,14 +138,14 @@ def flat(config: Mapping[str, Any]) -> dict[str, str]:
             if isinstance(value, Mapping):
                 walk(value, f"{path}.")
             else:
-                found[path] = f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
+                values[path] = f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
 
     walk(config, "")
-    return {k: v for k, v in found.items() if k.split(".")[0] not in ("tracking", "launch", "debug", "experiment")}
+    return {k: v for k, v in values.items() if k.split(".")[0] not in ("tracking", "launch", "debug", "experiment")}
 
 
-def read_experiment(name: str, uri: str, asked: str = "mean") -> list[Run]:
-    """Returns the runs of an MLflow experiment, from the store alone; asked: a metric to read besides the losses."""
+def read_experiment(name: str, uri: str, extra: str = "mean") -> list[Run]:
+    """Returns the runs of an MLflow experiment; extra: a metric to read besides the losses."""
     from mft.tracking.params import safe_name
     from mft.tracking.store import client_for
 
@@ -144,8 +158,8 @@ def read_experiment(name: str, uri: str, asked: str = "mean") -> list[Run]:
     for run in _all_runs(client, experiment.experiment_id):
         rows: dict[int, dict[str, Any]] = {}
         for metric in run.data.metrics:
-            if metric.startswith(("valid/", "train/weight/", "train/loss")) or metric == safe_name(asked):
-                called = asked if metric == safe_name(asked) else metric
+            if metric.startswith(("valid/", "train/weight/", "train/loss")) or metric == safe_name(extra):
+                called = extra if metric == safe_name(extra) else metric
                 for point in client.get_metric_history(run.info.run_id, metric):
                     rows.setdefault(point.step, {"step": point.step})[called] = point.value
         start, end = run.info.start_time, run.info.end_time
@@ -156,11 +170,12 @@ def read_experiment(name: str, uri: str, asked: str = "mean") -> list[Run]:
         command = f"mft train {tags.get('overrides', '')}"
         seconds = (end - start) / 1000 if end else None
         by_step = [rows[step] for step in sorted(rows)]
-        found = Run(run.info.run_name, values, by_step, run.info.status.lower(), seconds, None, command)
-        known = {kind: tags[tag] for kind in CONTENTS if (tag := fingerprint_tag(kind)) in tags}
-        tasks = json.loads(tags["tasks"]) if "tasks" in tags else sorted(found.tasks)
-        found.values |= with_contents(tasks, tags.get("data_fingerprint", ""), known if "tasks" in tags else None)
-        runs.append(found)
+        result = Run(run.info.run_name, values, by_step, run.info.status.lower(), seconds, None, command)
+        fingerprints = {kind: tags[tag] for kind in CONTENTS if (tag := fingerprint_tag(kind)) in tags}
+        tasks = json.loads(tags["tasks"]) if "tasks" in tags else sorted(result.tasks)
+        recorded = fingerprints if "tasks" in tags else None  # the version that tags them tags the tasks, too
+        result.values |= with_contents(tasks, tags.get("data_fingerprint", ""), recorded)
+        runs.append(result)
     return runs
 
 
@@ -174,15 +189,15 @@ def _all_runs(client: Any, experiment: str) -> Iterator[Any]:
             return
 
 
-def at(place: str, uri: str, asked: str = "mean") -> list[Run]:
+def at(place: str, uri: str, metric: str = "mean") -> list[Run]:
     """Returns the runs of a folder, or of an MLflow experiment of that name.
 
-    uri: of its store, else ./mlflow.db; asked: the metric to compare by.
+    uri: of its store, else ./mlflow.db; metric: the one to compare by.
     """
     if Path(place).is_dir():
         return [read_run(path) for path in run_folder.runs_under(Path(place))]
     if not uri and not Path("mlflow.db").exists():
         raise UserError(
-            f"{place} is no folder, and there is no MLflow store here (mlflow.db) to look for an experiment in."
+            f"{place} is not a folder, and there is no MLflow store here (mlflow.db) that could hold an experiment."
         )
-    return read_experiment(place, uri or f"sqlite:///{Path('mlflow.db').resolve()}", asked)
+    return read_experiment(place, uri or f"sqlite:///{Path('mlflow.db').resolve()}", metric)

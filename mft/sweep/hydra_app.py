@@ -122,22 +122,3 @@ def resume(place: Path, overrides: Sequence[str], dry_run: bool = False) -> None
     os.chdir(started)
     moved = [] if Path(sweep_dir).resolve() == folder.resolve() else [f"hydra.sweep.dir={folder.resolve()}"]
     through_hydra([*given, *overrides, *moved], [], ["-m"], dry_run)
-
-
-def command(args: Sequence[str]) -> None:
-    """mft sweep resume DIR: runs the command of a sweep's folder again, from the folder it was started in.
-
-    Finished jobs are skipped, unfinished ones resume from their checkpoint, failed ones are tried again.
-    Further overrides are added: mft sweep resume multirun/demo launch.jobs=2
-    """
-    if not args or "-h" in args or "--help" in args:
-        print(command.__doc__)
-        return
-    words = [arg for arg in args if arg != "--dry-run"]
-    if words[0] == "resume":
-        words = words[1:]
-    elif not Path(words[0]).is_dir():
-        raise UserError(f"unknown subcommand {words[0]!r}; did you mean mft sweep resume multirun/demo/…?")
-    if not words:
-        raise UserError("mft sweep resume needs the folder of a sweep: mft sweep resume multirun/demo/…")
-    resume(Path(words[0]), words[1:], "--dry-run" in args)

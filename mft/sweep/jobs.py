@@ -171,7 +171,7 @@ def _run_here(jobs: Sequence[SweepJob], fail_fast: bool) -> None:
 
 def leave_report(jobs: Sequence[SweepJob], folder: Path) -> None:
     """Leaves the comparison of what is finished in the sweep's folder, and with every tracker that keeps such files."""
-    from mft.runs.compare import leave_report
+    from mft.runs.report import leave_report
 
     try:
         report = leave_report(folder)

@@ -43,7 +43,7 @@ def test_report(overrides: list[str], tmp_path: Path, capsys) -> None:
 
 
 def test_show_marks_what_is_trained(overrides: list[str], tmp_path: Path, capsys) -> None:
-    text = said(capsys, "show", *overrides, "n=2", "task=naming")
+    text = said(capsys, "show", *overrides, "--n", "2", "task=naming")
     shown = [line for line in text.splitlines() if line.startswith("naming: ")]
     assert len(shown) == 2 and "adding" not in text
     line = int(shown[0].split("rows.jsonl:")[1].split(":")[0])
@@ -51,7 +51,7 @@ def test_show_marks_what_is_trained(overrides: list[str], tmp_path: Path, capsys
         "chat_rounds"
     ]
     assert f"<s>human\n{question['content']}<s>bot\n⟦{answer['content']}<|endoftext|>⟧\n" in text
-    assert said(capsys, "show", *overrides, "n=1").count(" trained\n") == 2
+    assert said(capsys, "show", *overrides, "--n=1").count(" trained\n") == 2
 
 
 def test_prepare_leaves_nothing_for_the_run_to_tokenise(overrides: list[str], tmp_path: Path, capsys, monkeypatch):
@@ -76,8 +76,8 @@ def test_data_sets_come_beside_files(overrides: list[str], tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["rport"], "there is no command mft data rport; did you mean report? Commands: report, show, prepare"),
-        (["show", "n=0"], "n=0: a number of samples from 1 is needed"),
+        (["rport"], "mft data: unknown subcommand 'rport'; did you mean report? Subcommands: report, show, prepare."),
+        (["show", "--n", "0"], "--n needs a whole number from 1, got '0'"),
         (["show", "task=namin"], "task=namin: there is no such task; did you mean naming? Tasks: adding, naming."),
         (["report", "data.seq_lenth=3"], "data has no key 'seq_lenth'; did you mean seq_length?"),
         (["report", "-m"], "mft data has no flag -m"),

@@ -39,7 +39,7 @@ def test_a_sweep_is_one_line_and_its_jobs_are_listed_by_its_folder(here: Path, c
     assert "did you mean multirun?" in capsys.readouterr().err
 
 
-def test_show_says_what_was_changed_how_it_went_and_where_things_are(here: Path, capsys) -> None:
+def test_show_says_what_was_changed_how_it_went_and_where_its_files_are(here: Path, capsys) -> None:
     run = next(r for r in run_folder.runs_under(here / "multirun") if "coba" in (r / "overrides.json").read_text())
     text = said(capsys, "show", str(run.relative_to(here)))
     assert "finished, 6/6 steps" in text
@@ -78,7 +78,7 @@ def test_what_mlflow_has_of_the_sweep(here: Path) -> None:
 
 
 def test_sync_says_what_is_wrong(tmp_path: Path, capsys) -> None:
-    for args, part in ((["sink"], "knows sync"), (["sync", str(tmp_path)], "no run tracked by MLflow here")):
+    for args, part in ((["sink"], "unknown subcommand"), (["sync", str(tmp_path)], "no run tracked by MLflow here")):
         with pytest.raises(SystemExit):
             cli.main(["tracking", *args])
         assert part in capsys.readouterr().err

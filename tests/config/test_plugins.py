@@ -24,9 +24,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin"
 
 @pytest.fixture(autouse=True)
 def nothing_named():
-    plugins.taken([])
+    plugins.start([])
     yield
-    plugins.taken([])
+    plugins.start([])
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_the_key_of_earlier_versions_names_what_stands_in_its_place(given: str, 
 )
 def test_what_cannot_be_a_plugin_is_refused(package: str, part: str) -> None:
     with pytest.raises(UserError, match=part):
-        plugins.taken(["train", "--plugin", package])
+        plugins.start([package])
     assert plugins.named() == ()
 
 

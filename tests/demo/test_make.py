@@ -41,17 +41,15 @@ def test_made_once(tmp_path: Path, small_library: Path):
     assert not list(root.glob("*.partial"))
 
 
-def test_what_it_tells(tmp_path: Path, small_library: Path):
-    with pytest.raises(UserError, match="run `mft demo`"):
-        demo.describe(tmp_path)
-    root = demo.make(tmp_path, model=False)
-    for task, samples, characters in demo.describe(tmp_path):
+def test_what_it_writes(tmp_path: Path, small_library: Path):
+    root = demo.make(tmp_path, print, model=False)
+    table = demo.describe(root)
+    for task, samples, characters in table:
         lines = (root / "tasks" / task / "train.jsonl").read_text().splitlines()
         assert len(lines) == samples and characters > samples
-    examples = demo.examples(tmp_path)
-    assert list(examples) == [task for task, _, _ in demo.describe(tmp_path)]
-    for messages, answer in examples.values():
-        assert [message["role"] for message in messages][-1] == "user" and answer
+    examples = [json.loads(line) for line in (root / "examples.jsonl").read_text().splitlines()]
+    assert [row["data_name"] for row in examples] == [task for task, _, _ in table]
+    assert all(row["chat_rounds"][-1]["content"] for row in examples)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -73,12 +72,10 @@ def test_a_conversion_gone_wrong_is_refused(loaded):
         model.check(*loaded, nll=9.0)
 
 
-def test_the_second_call_is_instant(folder: Path, tmp_path: Path):
+def test_the_second_call_makes_nothing(folder: Path, tmp_path: Path):
     (tmp_path / "demo" / "tasks").mkdir(parents=True)
     (tmp_path / "demo" / "model").mkdir()
     (tmp_path / "demo" / "about.json").write_text(
         f'{{"tasks": {{"format": {demo.FORMAT}}}, "model": {{"format": {demo.FORMAT}}}}}'
     )
-    started = time.perf_counter()
     demo.make(tmp_path, pytest.fail)
-    assert time.perf_counter() - started < 0.5

@@ -62,7 +62,7 @@ def same(model: Any, true: dict[str, torch.Tensor]) -> bool:
 
 
 def convert(folder: Path, out: Path) -> CausalLM:
-    main(["convert", f"model.path={folder}", f"out={out}"])
+    main(["convert", f"model.path={folder}", "--out", str(out)])
     return CausalLM(str(out))
 
 
@@ -113,7 +113,7 @@ def test_refused_in_each_mode_before_anything_loads(kind: str, mode: str, llama:
     if (kind, mode) in (("bnb4", "qlora4"), ("bnb8", "qlora8")):
         peft.check_against(family, "fp32")
         return
-    message = r"`mft convert model\.path=\S+ out=FOLDER`, and train on that folder"
+    message = r"`mft convert model\.path=\S+ --out FOLDER`, and train on that folder"
     begun = time.perf_counter()
     with pytest.raises(UserError, match=message) as refusal:
         peft.check_against(family, "fp32")
@@ -174,7 +174,7 @@ def test_merge_and_generate_name_the_way_as_well(
 
 def test_a_plain_folder_has_nothing_to_convert(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["convert", f"model.path={llama}", f"out={tmp_path / 'other'}"])
+        main(["convert", f"model.path={llama}", "--out", str(tmp_path / "other")])
     assert "is neither quantised nor in an original format" in capsys.readouterr().err
 
 

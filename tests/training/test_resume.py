@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mft import run_folder
-from mft.cli import final_folder
-from mft.commands import runs
+from mft.commands import runs, show
+from mft.commands.trained_model import final_folder
 from mft.config.identity import Identity, identity_of
 from mft.errors import UserError
 from mft.files.checksums import COMPLETE, MODEL, PROSE, WITHOUT_SUMS, require_sound
@@ -297,8 +297,8 @@ def test_our_own_files_of_another_shape_are_as_if_absent(
     folder = shutil.copytree(finished, tmp_path / "runs" / "one", ignore=shutil.ignore_patterns("checkpoints", "final"))
     for text in (*SHAPES, WRONG[name]):
         (folder / name).write_bytes(text.encode(errors="surrogateescape"))
-        runs.runs([str(tmp_path / "runs")])
-        runs.show([str(folder)])
+        runs.command([str(tmp_path / "runs")])
+        show.command([str(folder)])
         assert run_folder.state(folder) in ("finished", "killed")
         assert (identity_of(folder) is None) == (name == "identity.json")
     assert "one" in capsys.readouterr().out

@@ -131,8 +131,8 @@ def test_a_cache_that_is_gone_is_told_at_merge_with_the_command(adapter: Path, t
     merge(adapter, tmp_path / "merged")
     shutil.rmtree(tmp_path / "cache")
     source = tmp_path / "source"
-    words = rf"mft convert model=baichuan model\.path={source} model\.positions=rope model\.norm_head=\w+ out=FOLDER`"
-    with pytest.raises(UserError, match=rf"gone from the cache: write one with `{words}, and give base=FOLDER"):
+    words = rf"mft convert model=baichuan model\.path={source} model\.positions=rope model\.norm_head=\w+ --out FOLDER`"
+    with pytest.raises(UserError, match=rf"gone from the cache: write one with `{words}, and give --base FOLDER"):
         merge(adapter, tmp_path / "second")
     with pytest.raises(UserError, match="is not a native folder"):
         merge(adapter, tmp_path / "second", base=str(source))
@@ -151,7 +151,7 @@ def test_an_adapter_of_an_earlier_version_is_told_the_same(adapter: Path, tmp_pa
     }
     del note["origin"]["converted_from"]
     (adapter / NOTE).write_text(json.dumps(note))
-    with pytest.raises(UserError, match=r"`mft convert model=baichuan model\.path=\S+ .*model\.norm_head=True out="):
+    with pytest.raises(UserError, match=r"`mft convert model=baichuan model\.path=\S+ .*model\.norm_head=True --out"):
         Origin.read(adapter).family()
     save_native(family_of("baichuan2_7b", tmp_path / "source", tmp_path / "cache"), tmp_path / "native")
     merge(adapter, tmp_path / "merged", base=str(tmp_path / "native"))

@@ -82,7 +82,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
         with torch.no_grad():
             logits = model(IDS).logits
         save_file({"ids": IDS, "logits": logits}, root / name / "expected.safetensors")
-        main(["convert", f"model={name}", f"model.path={folder}", f"out={root / name / 'native'}"])
+        main(["convert", f"model={name}", f"model.path={folder}", "--out", str(root / name / "native")])
     return root
 
 
@@ -132,7 +132,7 @@ def test_positions_are_also_written_as_transformers_4_reads_them(name: str, toke
     scaled = {"rope_scaling": {"type": "linear", "factor": 2.0}} if name == "aquila2" else {}
     folder = originals.write(tmp_path / "source", name, **scaled)
     tokenizer.save_pretrained(folder)
-    main(["convert", f"model={name}", f"model.path={folder}", f"out={tmp_path / 'native'}"])
+    main(["convert", f"model={name}", f"model.path={folder}", "--out", str(tmp_path / "native")])
     values = json.loads((tmp_path / "native" / "config.json").read_text())
     assert values["rope_theta"] == (500_000 if name == "chatglm3_32k" else 10_000)
     assert values.get("partial_rotary_factor") == (None if name == "aquila2" else 0.5)
@@ -151,12 +151,18 @@ def test_positions_are_also_written_as_transformers_4_reads_them(name: str, toke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["model=llama", "model.path=/no/where", "out=y"], "model.path=/no/where does not exist"),
-        (["model=qwen", "peft=lora", "out=y"], r"takes a folder alone, or model=…, model\.… and out=…, got model=qwen"),
+        (["model=llama", "model.path=/no/where", "--out", "y"], "model.path=/no/where does not exist"),
+        (
+            ["model=qwen", "peft=lora", "--out", "y"],
+            r"or model=…, model\.… and --out DIR, got model=qwen",
+        ),
         (["model=qwen", "model.path=x"], "takes a folder alone"),
-        (["model=qwen", "model.pth=x", "out=y"], "did you mean path"),
-        (["model=qwen", "model.path=/no/where", "out=y"], "model.path=/no/where does not exist"),
-        (["model=qwen", f"model.path={originals.FIXTURES / 'qwen'}", f"out={originals.FIXTURES}"], "exists already"),
+        (["model=qwen", "model.pth=x", "--out", "y"], "did you mean path"),
+        (["model=qwen", "model.path=/no/where", "--out", "y"], "model.path=/no/where does not exist"),
+        (
+            ["model=qwen", f"model.path={originals.FIXTURES / 'qwen'}", "--out", str(originals.FIXTURES)],
+            "exists already",
+        ),
     ],
 )
 def test_what_convert_refuses(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +183,7 @@ def test_convert_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     written = load_file(folder / "model.safetensors")
     assert written.keys() == weights.keys() and all(torch.equal(written[key], weights[key]) for key in weights)
     main(["convert", "--help"])
-    assert "out=NATIVE" in capsys.readouterr().out
+    assert "--out NATIVE" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["convert", str(folder)])
     assert "has model.safetensors already; models are loaded from it" in capsys.readouterr().err

@@ -171,4 +171,4 @@ def test_the_highest_value_wins_where_higher_is_better(runs: Runs, capsys) -> No
     assert [row[1] for row in table[1:]] == ["null", "0.5"] and "is lower than all others" in said
     with pytest.raises(SystemExit):
         compared(capsys, "--metric", "eval/accuracy", "--better", "best")
-    assert "--better best: must be lower or higher" in capsys.readouterr().err
+    assert "--better needs one of lower, higher, got 'best'" in capsys.readouterr().err

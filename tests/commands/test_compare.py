@@ -1,4 +1,4 @@
-"""Comparison of a real small sweep: table, flags, report; and when a winner may be named."""
+"""`mft compare` on a real small sweep: table, flags, report."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import pytest
 
 from mft import cli
 from mft.runs import results
-from mft.runs.compare import Group, verdicts
-from mft.runs.results import Run
 
 
 @pytest.fixture
@@ -58,10 +56,10 @@ def test_an_mlflow_experiment_by_name_gives_the_same_table(here: Path, tmp_path:
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (["--metrik", "mean"], ["--metrik", "did you mean metric?"]),
+        (["--metrik", "mean"], ["--metrik", "did you mean --metric?"]),
         (["multirun/small", "--metric", "wurst"], ["--metric wurst", "did you mean worst?"]),
         (["multirun/small", "--group-by", "los"], ["--group-by los", "did you mean loss?"]),
-        (["multirun/small", "--csv"], ["--csv needs a value"]),
+        (["multirun/small", "--csv"], ["--csv needs a file"]),
         (["smal"], ["neither a folder nor an experiment", "did you mean small?"]),
         ([str(Path(__file__).parents[1] / "data")], ["There is no run"]),
     ],
@@ -79,19 +77,6 @@ def test_the_sweep_leaves_its_report(here: Path) -> None:
     assert "<script" not in text and "http://" not in text and "https://" not in text and "data:image/png" in text
     assert text.count("mft train debug=fast") == 4, "a command for every run"
     assert os.path.getsize(report) < 3e6
-
-
-def group(name: str, *losses: float) -> Group:
-    runs = [Run(name, {}, [{"step": 1, "valid/loss/a": loss}], "finished") for loss in losses]
-    return Group({"loss": name}, runs, "mean")
-
-
-def test_a_winner_is_named_only_where_seeds_tell_it_apart() -> None:
-    assert "No winner" in verdicts([group("a", 1.0), group("b", 9.0)])[1]
-    assert "No winner" in verdicts([group("a", 1.0), group("b", 9.0, 9.1)])[1]
-    assert "No winner" in verdicts([group("a", 1.0, 1.2), group("b", 1.1, 1.3)])[1]
-    words, told = verdicts([group("a", 1.0, 1.01), group("b", 2.0, 2.01)])
-    assert words == ["lowest", "higher"] and "lower than all others" in told
 
 
 def test_all_pages_of_an_experiment_are_read(

@@ -1,0 +1,68 @@
+"""`mft compare`: runs of folders or of an MLflow experiment, ranked, in a table and an HTML report."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from mft.commands.arguments import FILE, TEXT, Parser, one_of
+from mft.console.screen import console, say
+from mft.console.tables import table
+from mft.errors import UserError
+
+STORY = """\
+Rank the runs in folders (multirun/<name>, one sweep, outputs/<name>) or of an MLflow experiment by their lowest
+validation loss, and write a report with pictures. Runs that differ by their seed alone are one setting; the spread
+between seeds says how far to trust the ranking.
+
+Of metrics called accuracy, f1, pass@1, tokens_per_second and the like the highest value is the best; --better decides
+for names that do not tell."""
+
+EXAMPLES = """\
+  mft compare multirun/demo
+  mft compare multirun/demo --metric worst --group-by loss,optimizer.lr --csv table.csv
+  mft compare my_experiment --uri sqlite:///mlflow.db"""
+
+
+def parser() -> Parser:
+    """Returns the command line of `mft compare`."""
+    made = Parser("compare", "DIR [DIR …] | EXPERIMENT [--metric NAME] [--group-by KEY,KEY] …", STORY, EXAMPLES)
+    made.option(
+        "--metric", takes=TEXT, default="mean", help="mean, worst, a task, or the name of any metric that was logged"
+    )
+    made.option("--better", takes=one_of("WHICH", "lower", "higher"), help="which value of the metric is better")
+    made.option("--group-by", takes=TEXT, default="", help="keys that make a setting, KEY,KEY; else all that differ")
+    made.option("--csv", takes=FILE, help="write the table to this file, too")
+    made.option("--out", takes=FILE, help="where the report goes; else report.html in the (first) folder")
+    made.option("--uri", takes=TEXT, default="", help="address of the MLflow store; else ./mlflow.db")
+    return made
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Prints the table and the verdict, and writes the report."""
+    parsed = parser().parse(arguments or ["--help"])
+    places, metric = parsed.words, parsed.metric
+    if not places:
+        raise UserError("mft compare needs a folder or the name of an MLflow experiment.")
+    from mft.runs import results
+    from mft.runs.ranking import columns, prepare, verdicts
+    from mft.runs.report import write
+
+    runs = [run for place in places for run in results.at(place, parsed.uri, metric)]
+    if not runs:
+        raise UserError(f"There is no run in {', '.join(places)}.")
+    groups = prepare(runs, metric, [key for key in parsed.group_by.split(",") if key], parsed.better or "")
+    head, rows = columns(groups, metric)
+    console().print(table(f"{len(runs)} runs, {len(groups)} settings", head, rows))
+    say(verdicts(groups)[1])
+    unfinished = [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]
+    if unfinished:
+        say(f"unfinished runs, ranked by their results so far: {', '.join(unfinished)}")
+    if parsed.csv:
+        with parsed.csv.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([head, *rows])
+        say(f"table: {parsed.csv}")
+    first = Path(places[0])
+    out = parsed.out or (first if first.is_dir() else Path(".")) / "report.html"
+    say(f"report: {write(groups, metric, out, ', '.join(places))}")

@@ -1,0 +1,93 @@
+"""`mft show`: one run: its state, its losses, what its config changes of the defaults, and its files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from mft.commands.arguments import Parser
+from mft.commands.runs import steps
+from mft.console.screen import console
+from mft.errors import UserError
+from mft.files.json_file import Values, read_json
+from mft.runs.results import Run, flat, read_run
+
+FILES = {
+    "config": "config.yaml",
+    "metrics": "metrics.jsonl",
+    "model": "final",
+    "checkpoints": "checkpoints",
+    "pictures": "report",
+    "output": "log/output.txt",
+    "traceback": "log/traceback.txt",
+}
+"""What is shown of a run folder, where it is there."""
+
+
+def parser() -> Parser:
+    """Returns the command line of `mft show`."""
+    return Parser(
+        "show",
+        "RUN",
+        "Print a run's state and losses, what its config changes of the defaults, and where its files are.",
+        "  mft show outputs/demo/…",
+    )
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Prints what a run folder holds."""
+    words = parser().parse(arguments or ["--help"]).words
+    if len(words) != 1:
+        raise UserError(f"mft show takes one run folder, got {' '.join(words) or 'none'} (mft runs lists the runs).")
+    folder = Path(words[0])
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml (mft runs lists the runs).")
+    from rich.text import Text
+
+    from mft.console.tables import settings_table
+    from mft.training.progress import losses_table
+
+    run, summary = read_run(folder), read_json(folder / "summary.json")
+    terminal = console()
+    seconds, memory = summary.number("seconds"), summary.number("peak_memory_gib")
+    took = "" if seconds is None or memory is None else f", took {seconds:.0f} s and {memory:.1f} GiB at most"
+    terminal.print(settings_table([("state", f"{run.state}, {steps(run, folder)} steps{took}")], str(folder)))
+    changed = [(key, Text.assemble(value, "  ", (default, "dim"))) for key, value, default in changes(run)]
+    terminal.print(settings_table(changed, "changed from the defaults (dim: the default)"))
+    first, last, best = (losses_in(summary, part) for part in ("first", "last", "best"))
+    if last:
+        terminal.print(losses_table(first, last, best, int(summary.part("best").number("step") or 0)))
+    rows: list[tuple[str, object]] = [(name, folder / file) for name, file in FILES.items() if (folder / file).exists()]
+    rows += [("error", summary.text("error"))] if summary.text("error") else []
+    terminal.print(settings_table([*rows, ("again", run.command)], "files, and the command"), soft_wrap=True)
+
+
+def losses_in(summary: Values, part: str) -> dict[str, float]:
+    """Returns the validation losses of a part of summary.json by task; one that was not finite is inf."""
+    prefix = "valid/loss/"
+    return {
+        key.removeprefix(prefix): math.inf if loss is None else float(loss)
+        for key, loss in summary.part(part).items()
+        if key.startswith(prefix) and (loss is None or isinstance(loss, int | float))
+    }
+
+
+def changes(run: Run) -> list[tuple[str, str, str]]:
+    """Returns (key, value, default): the options chosen, then values that differ from their options'."""
+    from mft.config.compose import compose_resolved
+    from mft.config.schema import plain
+
+    def composed(overrides: Sequence[str]) -> dict[str, str]:
+        return flat(plain(compose_resolved(overrides)))
+
+    defaults = composed([])
+    options = {k: v for k, v in run.values.items() if "." not in k and k in defaults and k not in ("task", "train")}
+    taken = [(key, value, defaults[key]) for key, value in options.items() if value != defaults[key]]
+    try:
+        base = composed([f"{key}={value}" for key, value, _ in taken])
+    except UserError:  # an option of the user's own folder, which --config-dir named then
+        base = defaults
+    others = {k: v for k, v in run.values.items() if k not in options and not k.endswith("cache_dir")}
+    given = [(k, v, base.get(k, "-")) for k, v in others.items() if base.get(k) != v]
+    return [*taken, *given]

@@ -1,0 +1,134 @@
+"""`mft train`: compose a config, check it, run it; or hand it to Hydra for a sweep or to print it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mft.commands.arguments import Parser, Value, one_of, overrides_in
+from mft.config import plugins
+from mft.console.screen import say
+from mft.errors import UserError
+
+EXAMPLES = """\
+  mft train model.path=… data.paths=[dir1,dir2] peft=lora optimizer.lr=2e-4
+  mft train experiment=demo train.max_steps=20
+  mft train -m experiment=demo loss=token_mean,task_token_mean optimizer.lr=1e-4,2e-4      a sweep: every combination
+
+config groups (GROUP=OPTION) and their options:
+{groups}
+
+Every key of an option can be set: `mft train peft=lora --cfg job` shows them, conf/ explains them."""
+
+
+def parser() -> Parser:
+    """Returns the command line of `mft train`."""
+    made = Parser(
+        "train",
+        "[KEY=VALUE …] [-m] [--cfg job] [--config-dir DIR]",
+        "Compose a run from conf/ and the overrides, check it, and run it. The same command resumes it.",
+        EXAMPLES.format(groups=config_groups()),
+        overrides=True,
+    )
+    made.switch("-m", "--multirun", help="a sweep: comma-separated values are swept, every combination is a job")
+    made.switch("--dry-run", help="print what would run, with all jobs checked, and start nothing")
+    made.option("--cfg", "-c", takes=one_of("PART", "job", "hydra", "all"), help="print the composed config and stop")
+    made.switch("--resolve", help="with --cfg: interpolations replaced by their values")
+    made.option("--package", "-p", takes=Value("a package, such as train", "KEY"), help="with --cfg: this part only")
+    made.option(
+        "--info",
+        "-i",
+        takes=one_of("PART", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+        nargs="?",
+        const="all",
+        help="print how Hydra composes the config and stop",
+    )
+    made.switch("--hydra-help", help="print Hydra's own help")
+    made.composing()
+    return made
+
+
+def config_groups() -> str:
+    """Returns a line per config group with its options."""
+    return "\n".join(f"  {group:<11} {' · '.join(options)}" for group, options in group_table().items())
+
+
+def group_table() -> dict[str, list[str]]:
+    """Returns {config group: its options}, read from the folder names of conf/."""
+    from mft.config.overrides import group_options
+    from mft.config.schema import config_dir
+
+    groups = sorted(path.name for path in config_dir().iterdir() if path.is_dir() and path.name != "local")
+    return {group: group_options(group) for group in groups}
+
+
+def command(arguments: Sequence[str]) -> None:
+    """Trains, sweeps, or prints what was composed."""
+    parsed = parser().parse(arguments)
+    overrides, config_dirs = overrides_in(parsed.words), parsed.config_dir or []
+    if flags := hydra_flags(parsed):
+        from mft.sweep.hydra_app import through_hydra
+
+        through_hydra(overrides, config_dirs, flags, parsed.dry_run)
+    else:
+        run_one(overrides, config_dirs, parsed.dry_run)
+
+
+def hydra_flags(parsed: argparse.Namespace) -> list[str]:
+    """Returns the flags that Hydra's own application serves; UserError where they do not go together."""
+    serving = [f"--{name}={value}" for name in ("cfg", "info") if (value := getattr(parsed, name))]
+    serving += ["--hydra-help"] if parsed.hydra_help else []
+    changing = ["--resolve"] if parsed.resolve else []
+    changing += [f"--package={parsed.package}"] if parsed.package else []
+    if changing and not serving and not parsed.multirun:
+        raise UserError(f"{changing[0]} needs --cfg job, whose output it changes.")
+    if parsed.multirun:
+        from mft.launch.placement import detect_rank
+
+        if detect_rank() is not None:
+            raise UserError(
+                "A sweep (-m) starts the ranks of its jobs itself: run `mft train -m …` without torchrun, accelerate "
+                "launch or srun, or one job at a time with them."
+            )
+    return [*(["-m"] if parsed.multirun else []), *serving, *changing]
+
+
+def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) -> None:
+    """Checks one run and starts it. Under torchrun or srun this process is one of its ranks."""
+    from mft.config.compose import compose_resolved
+    from mft.config.inert import given_keys, without_effect
+    from mft.config.overrides import key_of, of_hydra, replaced, with_output_dir
+    from mft.launch import job, resume_choice
+    from mft.launch.launch import launch_command
+    from mft.launch.placement import detect_rank
+
+    overrides = with_output_dir(overrides)
+    plugins.name(recorded_plugins(overrides))
+    cfg = compose_resolved(overrides, config_dirs)
+    checked = job.checked(cfg, overrides, starts=not dry_run)
+    placed = detect_rank()
+    if placed is None or placed.rank == 0:
+        inert = without_effect(cfg, checked.world, given_keys(overrides, config_dirs))
+        for note in [*replaced(overrides), *of_hydra(overrides, sweep=False), *inert]:
+            say(f"mft: {note}", sys.stderr)
+    dated = not any(key_of(override) == "output_dir" for override in overrides)
+    if dry_run:
+        if placed is not None and placed.rank > 0:
+            return
+        folder, resumes = checked.choose(dated)
+        finished = resume_choice.is_finished(folder, checked.identity, cfg.train.resume)
+        state = "already finished" if finished else "would resume" if resumes else "would run"
+        say(f"{folder}: {state}; nothing was started")
+        return
+    launch_command(checked, dated)
+
+
+def recorded_plugins(overrides: Sequence[str]) -> list[str]:
+    """Returns the packages recorded in the run folder that the command line names to be resumed."""
+    from mft import run_folder
+
+    given = [override.partition("=") for override in overrides]
+    folders = [Path(value).expanduser() for key, _, value in given if key in ("output_dir", "train.resume")]
+    return [package for folder in folders for package in run_folder.plugins_of(folder)]

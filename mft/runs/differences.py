@@ -1,0 +1,106 @@
+"""Which settings tell runs apart: values, options of groups, and the contents of what was read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+
+from mft.config.identity import EXTENDABLE
+from mft.runs.results import FINGERPRINT, Run
+
+READABLE = {
+    "data": ("data.paths", "task"),
+    "base model": ("model.path", "model"),
+    "tokenizer": ("model.path", "model"),
+    "code": ("model.path", "model"),
+    "adapter": ("peft.path",),
+    "template": ("data.template",),
+}
+"""Contents that tell settings apart → keys that may say the same in a readable way."""
+
+
+def differing_contents(runs: Sequence[Run]) -> list[str]:
+    """Returns the keys that tell apart runs on different tasks, data, base models, adapters or templates.
+
+    The readable key is taken where it says exactly the same as the fingerprint. Where it says less (the files
+    behind a path have changed), the fingerprint stands beside it. Paths to equal contents tell nothing apart.
+    """
+    telling: dict[str, None] = {}  # a set that keeps its order
+    for name, readable in READABLE.items():
+        fingerprint = f"{name}{FINGERPRINT}"
+        contents = [run.values.get(fingerprint, "") for run in runs]
+        if "" in contents or not any(contents):  # not recorded in all runs: the path has to do
+            telling |= {key: None for key in readable[:1] if len({run.values.get(key) for run in runs}) > 1}
+            continue
+        if len(set(contents)) == 1:
+            continue
+        if name == "data":  # the order of the tasks counts as well
+            contents = [f"{content} {run.values.get('task')}" for content, run in zip(contents, runs, strict=True)]
+        kinds = len(set(contents))
+        values = {key: [run.values.get(key) for run in runs] for key in readable}
+        # A key follows the contents where each content has one value of it; exactly, where each value has one content.
+        following = [
+            key
+            for key, of_runs in values.items()
+            if len(set(of_runs)) > 1 and len(set(zip(contents, of_runs, strict=True))) == kinds
+        ]
+        exact = [key for key in following if len(set(values[key])) == kinds]
+        telling |= dict.fromkeys((exact or following)[:1])
+        if not exact:
+            telling[fingerprint] = None
+    tasks_by_values: dict[tuple[str | None, ...], set[str | None]] = {}
+    for run in runs:
+        tasks_by_values.setdefault(tuple(run.values.get(key) for key in telling), set()).add(run.values.get("task"))
+    if any(len(tasks) > 1 for tasks in tasks_by_values.values()):
+        telling["task"] = None
+    return list(telling)
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Returns the keys whose values differ: contents first, then options of groups, then single values.
+
+    A key whose value follows from the option of its group is left out: `optimizer=adamw8bit` says it.
+    """
+    contents = differing_contents(runs)
+    apart = {"task", *(key for readable in READABLE.values() for key in readable if "." in key), "model.revision"}
+    keys = dict.fromkeys(key for run in runs for key in run.values)
+    values = [key for key in keys if key not in apart and not key.endswith(FINGERPRINT) and _differs(key, runs)]
+    differ = [*(key for key in contents if key != "model"), *values]  # `model` is the option of a group, among values
+    of_model = [key for key in differ if key.split(".")[0] == "model"]
+    for name in ("base model", "tokenizer", "code"):  # of a model that is made of its settings they follow from those
+        fingerprint = f"{name}{FINGERPRINT}"
+        pairs = {(run.values.get(fingerprint), *(run.values.get(key) for key in of_model)) for run in runs}
+        if len(pairs) == len({pair[1:] for pair in pairs}):
+            differ = [key for key in differ if key != fingerprint]
+    return sorted(differ, key=lambda key: (0,) if key in contents else (1, "." in key, key in EXTENDABLE))
+
+
+def _differs(key: str, runs: Sequence[Run]) -> bool:
+    """Whether runs have different values of a key, and not only because their options of its group differ."""
+    group, nested = key.split(".")[0], "." in key
+    by_option: dict[str, set[str]] = {}
+    for run in runs:
+        if key in run.values:
+            by_option.setdefault(run.values.get(group, "") if nested else "", set()).add(run.values[key])
+    grouped = nested and any(group in run.values for run in runs)
+    if grouped and all(len(values) == 1 for values in by_option.values()):
+        return False
+    missing = not nested and any(key not in run.values for run in runs)
+    return missing or len(set().union(*by_option.values())) > 1
+
+
+def shorten_paths(runs: Sequence[Run]) -> None:
+    """Rewrites data.paths of all runs as [x,y], relative to the folder that holds all of them."""
+    lists: list[list[str]] = []
+    for run in runs:
+        try:
+            lists.append([str(path) for path in json.loads(run.values.get("data.paths", "[]"))])
+        except (ValueError, TypeError):  # cut by a tracker
+            return
+    folders = [os.path.dirname(path) for paths in lists for path in paths if os.path.isabs(path)]
+    root = os.path.commonpath(folders) if folders else ""
+    for run, paths in zip(runs, lists, strict=True):
+        if paths:
+            short = [os.path.relpath(path, root) if os.path.isabs(path) else path for path in paths]
+            run.values["data.paths"] = f"[{','.join(short)}]"
