@@ -95,6 +95,7 @@ def results(processes: list[subprocess.Popen[str]], timeout: float = 400) -> lis
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.long
 def test_two_hosts_train_like_one_and_survive_the_loss_of_one(hosts: list[str], tmp_path: Path) -> None:
     tasks = f"data.paths=[{','.join(map(str, write_tasks(tmp_path / 'tasks')))}]"
     common = [tasks, f"cache_dir={tmp_path / 'cache'}", "launch.nproc=1", "launch.nnodes=2"]

@@ -91,6 +91,7 @@ def test_a_failed_job_leaves_its_traceback_and_fail_fast_starts_no_other(work: P
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_job_worse_than_the_median_of_the_others_ends_early(work: Path) -> None:
     given = ["train", "-m", *LONG, "optimizer.lr=1e-3,2e-3,3e-3,1e-9", "scheduler=constant"]
     code, said = mft(work, *given, "launch.prune=true")

@@ -60,6 +60,7 @@ def test_six_trials_then_more_by_the_same_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_failing_trials_are_told_tried_again_and_make_the_exit_code(tmp_path: Path) -> None:
     work = two_tasks(tmp_path)
     given = [*SEARCH, "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler=random", "optimizer.lr=choice(1e-3,1e30)"]
