@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from mft.commands.arguments import Parser, Value, one_of, overrides_in
@@ -96,33 +97,34 @@ def hydra_flags(parsed: argparse.Namespace) -> list[str]:
 
 
 def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) -> None:
-    """Checks one run and starts it. Under torchrun or srun this process is one of its ranks."""
+    """Checks one run and starts it. Under torchrun or srun this process is one of its ranks; rank 0 alone checks."""
     from mft.config.compose import compose_resolved
     from mft.config.inert import given_keys, without_effect
     from mft.config.overrides import key_of, of_hydra, replaced, with_output_dir
     from mft.launch import job, resume_choice
-    from mft.launch.launch import launch_command
+    from mft.launch.launch import follow_rank0, launch_command, refusing_for_all
     from mft.launch.placement import detect_rank
 
-    overrides = with_output_dir(overrides)
-    plugins.name(recorded_plugins(overrides))
-    cfg = compose_resolved(overrides, config_dirs)
-    checked = job.checked(cfg, overrides, starts=not dry_run)
-    placed = detect_rank()
-    if placed is None or placed.rank == 0:
+    if (placed := detect_rank()) is not None and placed.rank > 0:
+        if not dry_run:
+            follow_rank0()
+        return
+    with nullcontext() if dry_run else refusing_for_all():
+        overrides = with_output_dir(overrides)
+        plugins.name(recorded_plugins(overrides))
+        cfg = compose_resolved(overrides, config_dirs)
+        checked = job.checked(cfg, overrides, starts=not dry_run)
         inert = without_effect(cfg, checked.world, given_keys(overrides, config_dirs))
         for note in [*replaced(overrides), *of_hydra(overrides, sweep=False), *inert]:
             say(f"mft: {note}", sys.stderr)
-    dated = not any(key_of(override) == "output_dir" for override in overrides)
-    if dry_run:
-        if placed is not None and placed.rank > 0:
+        dated = not any(key_of(override) == "output_dir" for override in overrides)
+        if not dry_run:
+            launch_command(checked, dated)
             return
-        folder, resumes = checked.choose(dated)
-        finished = resume_choice.is_finished(folder, checked.identity, cfg.train.resume)
-        state = "already finished" if finished else "would resume" if resumes else "would run"
-        say(f"{folder}: {state}; nothing was started")
-        return
-    launch_command(checked, dated)
+    folder, resumes = checked.choose(dated)
+    finished = resume_choice.is_finished(folder, checked.identity, cfg.train.resume)
+    state = "already finished" if finished else "would resume" if resumes else "would run"
+    say(f"{folder}: {state}; nothing was started")
 
 
 def recorded_plugins(overrides: Sequence[str]) -> list[str]:

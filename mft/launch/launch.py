@@ -23,7 +23,7 @@ from mft.launch import multinode, worker
 from mft.launch.failures import forget_failures
 from mft.launch.job import Job
 from mft.launch.multinode import NodeGroup
-from mft.launch.placement import broadcast_from_rank0, detect_rank
+from mft.launch.placement import broadcast_from_rank0, broadcasts, detect_rank
 from mft.launch.rank_log import written_to
 from mft.launch.resume_choice import is_finished, step_of
 from mft.launch.signals import SAVED, Stopped, exit_code, handlers
@@ -37,10 +37,6 @@ def launch_command(job: Job, dated: bool, say: Callable[[str], None] = say) -> N
 
     dated: whether output_dir was made up from the date, see `Job.choose`.
     """
-    placed = detect_rank()
-    if placed is not None and placed.rank > 0:  # rank 0 chooses
-        launch(job, Path(job.cfg.output_dir), say)
-        return
     with joined(job) as nodes:
         if nodes is None or nodes.rank == 0:
             launch(job, job.choose(dated)[0], say, nodes)
@@ -51,6 +47,30 @@ def launch_command(job: Job, dated: bool, say: Callable[[str], None] = say) -> N
             _run_ranks(job, folder, nodes)
 
 
+def follow_rank0() -> None:
+    """Runs this placed rank in the folder that rank 0 chooses; rank 0 alone composes, checks and hashes.
+
+    Exits with 2 where rank 0 refused the command line: it prints its sentence, once for all.
+    """
+    folder = broadcast_from_rank0(None)
+    if folder is None:
+        raise SystemExit(2)
+    if folder:  # else the run is finished already
+        worker.placed_rank_main(Path(folder) / "log", worker.run_job, (folder,))
+
+
+@contextmanager
+def refusing_for_all() -> Iterator[None]:
+    """Context of rank 0: what fails before it has named the folder is announced to the ranks that wait for it."""
+    before = broadcasts()
+    try:
+        yield
+    except Exception:
+        if broadcasts() == before:
+            broadcast_from_rank0(None)
+        raise
+
+
 def launch(job: Job, folder: Path, say: Callable[[str], None] = say, nodes: NodeGroup | None = None) -> dict[str, Any]:
     """Runs the job in `folder`, resumes it or skips it when it is finished; returns its summary.
 
@@ -58,14 +78,9 @@ def launch(job: Job, folder: Path, say: Callable[[str], None] = say, nodes: Node
     (its sentence alone), WorkerError with the traceback of the rank that failed first, Stopped when a signal
     ended the run.
     """
-    placed = detect_rank()
-    if placed is not None and placed.rank > 0:  # rank 0 chooses the folder and writes it
-        if chosen := broadcast_from_rank0(None):
-            _run_ranks(job, Path(chosen))
-        return {}
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
     if is_finished(folder, job.identity, job.cfg.train.resume):
-        broadcast_from_rank0(None)
+        broadcast_from_rank0("")
         if nodes:
             nodes.share_folder(None)
         say(f"{shown}: this run is already finished; see summary.json.")

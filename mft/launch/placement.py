@@ -80,6 +80,11 @@ def ranks(nproc: int | str, mode: str = "processes") -> int:
     return int(nproc)
 
 
+def broadcasts() -> int:
+    """Returns a number that grows with every broadcast."""
+    return len(_stores)
+
+
 def broadcast_from_rank0(value: Any) -> Any:
     """Returns rank 0's value on every placed rank, before any engine is up; without placed ranks, the value itself.
 

@@ -92,6 +92,9 @@ def test_placed_ranks_share_one_run_and_conf_dist_decides(tmp_path: Path, how: s
     if how == "torchrun":
         refused = launched(launcher, ["-m", *overrides])
         assert refused.returncode != 0 and "A sweep (-m) starts the ranks of its jobs itself" in refused.stderr
+        # rank 0 alone composes and checks: it says once what is wrong, and the others do not wait for it
+        refused = launched(launcher, [*overrides, "optimizer.lr=-1"])
+        assert refused.returncode != 0 and refused.stderr.count("optimizer.lr=-1 must be greater than 0") == 1
 
 
 @pytest.mark.slow
