@@ -10,7 +10,7 @@ from hydra.plugins.launcher import Launcher
 
 
 class MftLauncher(Launcher):
-    """Hands the jobs of a sweep to `mft.sweep.jobs.run_grid`; how jobs run is said in `launch`."""
+    """Hands the jobs of a sweep to `mft.sweep.jobs.run_grid`; `launch` has the settings."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         self.hydra_context, self.config, self.dry_run = hydra_context, config, task_function.dry_run

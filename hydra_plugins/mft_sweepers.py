@@ -13,14 +13,14 @@ class Grid(basic_sweeper.BasicSweeper):
     """Every combination. Jobs are checked by `mft.sweep.jobs`, also where the launcher of another package runs them."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
-        from mft.sweep.external_launcher import Elsewhere
+        from mft.sweep.external_launcher import ExternalLauncher
 
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         if config.hydra.runtime.choices["hydra/launcher"] != "mft":
-            self.launcher = Elsewhere(self.launcher, config, hydra_context.config_loader, task_function.dry_run)
+            self.launcher = ExternalLauncher(self.launcher, config, hydra_context.config_loader, task_function.dry_run)
 
     def validate_batch_is_legal(self, batch: Any) -> None:
-        """Nothing: composing every job twice would double the time, and `mft.sweep.jobs` says more."""
+        """Does nothing: composing every job twice would double the time, and `mft.sweep.jobs` explains more."""
 
 
 class Optuna(Sweeper):
@@ -38,8 +38,7 @@ class Optuna(Sweeper):
         return run(self.config, self.hydra_context.config_loader, arguments, self.settings, self.dry_run)
 
 
-# plain dicts: Hydra executes this module without registering it, and dataclasses look their module up
-GRID = {"_target_": "hydra_plugins.mft_sweepers.Grid", "max_batch_size": None, "params": None}
+# a plain dict: Hydra executes this module without registering it, and dataclasses look their module up
 OPTUNA = {
     "_target_": "hydra_plugins.mft_sweepers.Optuna",
     "sampler": "tpe",  # tpe or random
@@ -49,8 +48,3 @@ OPTUNA = {
     "params": None,  # key -> interval(…), range(…), choice(…); what the command line sweeps is added
 }
 ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OPTUNA, provider="mft")
-
-
-def grids_are_ours() -> None:
-    """Puts Grid in the place of the basic sweeper in this process; an experiment can still choose another."""
-    ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=GRID, provider="mft")

@@ -98,7 +98,7 @@ def dispatch(args: list[str]) -> None:
             raise
         fail(str(error))
     except KeyboardInterrupt as stopped:
-        sys.exit(getattr(stopped, "code", 130))  # launch.Stopped knows whether there is a checkpoint to resume from
+        sys.exit(getattr(stopped, "code", 130))  # signals.Stopped knows whether there is a checkpoint to resume from
 
 
 def fail(message: str, code: int = 1) -> None:

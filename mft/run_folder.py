@@ -38,6 +38,10 @@ class RunStatus(StrEnum):
     """Ended by its sweep because its validation was worse than the other jobs'."""
     waiting = "waiting"
     """A job of a sweep that has not started."""
+    skipped = "skipped"
+    """A job that an earlier command of its sweep finished."""
+    same = "same"
+    """A job that is an earlier one of its sweep again."""
 
 
 def plugins_of(folder: Path, record: str = "overrides.json") -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 from mft import cli, run_folder
 from mft.errors import UserError
 from mft.files.json_file import read_json
-from mft.launch.worker import worker
+from mft.launch.worker import run_job
 
 FIXTURE = Path(__file__).parent / "fixtures" / "runs_8e2545b"
 WRITTEN_AS = "/runs_8e2545b"
@@ -96,7 +96,7 @@ def test_resuming_them_is_refused_with_what_still_works(
 
 def test_a_rank_started_by_hand_refuses_them(old: Path) -> None:
     with pytest.raises(UserError, match=r"written by another version of mft \(identity 1"):
-        worker(str(old / "stopped"))
+        run_job(str(old / "stopped"))
 
 
 def test_their_half_done_sweep_is_refused_before_any_job_starts(old: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mft.config.compose import compose_resolved
 from mft.launch import job
+from mft.launch.launch import launch
 
 
 def write_task(folder: Path, rows: int, seed: int = 0, longest: int = 20) -> Path:
@@ -48,7 +49,7 @@ def train(tmp_path: Path, cache_dir: Path, *overrides: str, out: str = "run") ->
     checked = job.checked(cfg, given)
     chosen, _ = checked.choose(dated=False)
     gc.freeze()  # what is imported by now, or the collector walks over it at the end of every run
-    return job.run(checked, chosen, say=lambda text: None), chosen
+    return launch(checked, chosen, say=lambda text: None), chosen
 
 
 def logged(run_dir: Path) -> list[dict[str, Any]]:

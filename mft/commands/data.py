@@ -197,7 +197,7 @@ def prepared(overrides: Sequence[str], config_dirs: Sequence[Path]) -> PreparedD
     from mft.config.compose import compose_resolved
     from mft.config.overrides import with_output_dir
     from mft.config.validate import check
-    from mft.launch.launch import ranks
+    from mft.launch.placement import ranks
 
     cfg = compose_resolved(with_output_dir(overrides), config_dirs)
     world = ranks(cfg.launch.nproc, cfg.launch.mode)

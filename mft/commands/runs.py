@@ -15,7 +15,7 @@ from mft.console.tables import table
 from mft.errors import UserError, nearest
 from mft.files.json_file import read_json
 from mft.runs.results import Run, read_run
-from mft.sweep.command import RECORD
+from mft.sweep.folder import RECORD
 
 ROOTS = ("outputs", "multirun")
 """Where runs are looked for when no folder is named."""

@@ -34,6 +34,6 @@ def command(arguments: Sequence[str]) -> None:
         _, words = action_of(line, words)
     if not words:
         raise UserError("mft sweep resume needs the folder of a sweep: mft sweep resume multirun/demo/…")
-    from mft.sweep.command import resume
+    from mft.sweep.hydra_app import resume
 
     resume(Path(words[0]), overrides_in(words[1:]), parsed.dry_run)

@@ -9,7 +9,7 @@ from mft.commands.arguments import TEXT, Parser, action_of
 from mft.commands.runs import run_folders
 from mft.console.screen import say
 from mft.errors import UserError
-from mft.sweep.command import RECORD
+from mft.sweep.folder import RECORD
 
 STORY = """\
 Send what runs (in outputs/ and multirun/) recorded and their MLflow store has not received. A run that was killed is

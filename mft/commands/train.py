@@ -69,7 +69,7 @@ def command(arguments: Sequence[str]) -> None:
     parsed = parser().parse(arguments)
     overrides, config_dirs = overrides_in(parsed.words), parsed.config_dir or []
     if flags := hydra_flags(parsed):
-        from mft.sweep.command import through_hydra
+        from mft.sweep.hydra_app import through_hydra
 
         through_hydra(overrides, config_dirs, flags, parsed.dry_run)
     else:
@@ -85,9 +85,9 @@ def hydra_flags(parsed: argparse.Namespace) -> list[str]:
     if changing and not serving and not parsed.multirun:
         raise UserError(f"{changing[0]} needs --cfg job, whose output it changes.")
     if parsed.multirun:
-        from mft.launch.launch import place
+        from mft.launch.placement import detect_rank
 
-        if place() is not None:
+        if detect_rank() is not None:
             raise UserError(
                 "A sweep (-m) starts the ranks of its jobs itself: run `mft train -m …` without torchrun, accelerate "
                 "launch or srun, or one job at a time with them."
@@ -101,33 +101,28 @@ def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) ->
     from mft.config.inert import given_keys, without_effect
     from mft.config.overrides import key_of, of_hydra, replaced, with_output_dir
     from mft.launch import job, resume_choice
-    from mft.launch.launch import place
+    from mft.launch.launch import launch_command
+    from mft.launch.placement import detect_rank
 
     overrides = with_output_dir(overrides)
     plugins.name(recorded_plugins(overrides))
     cfg = compose_resolved(overrides, config_dirs)
     checked = job.checked(cfg, overrides, starts=not dry_run)
-    placed = place()
+    placed = detect_rank()
     if placed is None or placed.rank == 0:
         inert = without_effect(cfg, checked.world, given_keys(overrides, config_dirs))
         for note in [*replaced(overrides), *of_hydra(overrides, sweep=False), *inert]:
             say(f"mft: {note}", sys.stderr)
-    if placed is not None and placed.rank > 0:
-        job.run(checked, Path(cfg.output_dir))  # rank 0 sends the folder it chose
-        return
     dated = not any(key_of(override) == "output_dir" for override in overrides)
     if dry_run:
+        if placed is not None and placed.rank > 0:
+            return
         folder, resumes = checked.choose(dated)
         finished = resume_choice.is_finished(folder, checked.identity, cfg.train.resume)
         state = "already finished" if finished else "would resume" if resumes else "would run"
         say(f"{folder}: {state}; nothing was started")
         return
-    with job.together(checked) as hosts:
-        if hosts is not None and hosts.rank > 0:
-            job.follow(checked, hosts)
-            return
-        folder, _ = checked.choose(dated)
-        job.run(checked, folder, hosts=hosts)
+    launch_command(checked, dated)
 
 
 def recorded_plugins(overrides: Sequence[str]) -> list[str]:

@@ -131,9 +131,9 @@ EIGHT_BITS = when("peft.bits", 8)
 RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
     ("train.early_stopping_stall_num", (unless("train.early_stopping", True),)),
     ("train.prompts_max_new_tokens", (where_null("train.prompts"),)),
-    ("train.prune", (outside_a_sweep, without_validation)),
-    ("train.prune_after", (outside_a_sweep, unless("train.prune", True), without_validation)),
-    ("train.fail_fast", (outside_a_sweep,)),
+    ("launch.prune", (outside_a_sweep, without_validation)),
+    ("launch.prune_after", (outside_a_sweep, unless("launch.prune", True), without_validation)),
+    ("launch.fail_fast", (outside_a_sweep,)),
     ("train.resume", (in_a_sweep,)),
     ("train.eval_every", (without_validation, ends_before("train.eval_every"))),
     ("train.eval_at_start", (without_validation,)),

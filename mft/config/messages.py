@@ -18,7 +18,7 @@ from yaml import YAMLError
 from mft.config.hydra_compose import compose_words, places_of
 from mft.config.inputs import under
 from mft.config.other_trainers import here
-from mft.config.overrides import group_options, key_of
+from mft.config.overrides import MOVED_KEYS, group_options, key_of
 from mft.config.schema import config_dir
 from mft.errors import nearest, plainly
 
@@ -142,6 +142,8 @@ def _missing_option(option: str, search: Sequence[str]) -> str:
 
 def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> str:
     """`peft.rnk`: composes without the wrong override to see which keys its node has."""
+    if key in MOVED_KEYS:
+        return f"{key}: this key has moved; write {MOVED_KEYS[key]}=…"
     if key in GONE:
         return f"{key}: {GONE[key]}"
     if under(key, ("hydra",)):

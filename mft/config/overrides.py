@@ -48,6 +48,12 @@ HYDRA_INSTEAD = {
 }
 """Why some of Hydra's settings have no effect."""
 
+MOVED_KEYS = {
+    "train.fail_fast": "launch.fail_fast",
+    "train.prune": "launch.prune",
+    "train.prune_after": "launch.prune_after",
+}
+"""Keys of earlier versions → where they are now; the old ones are refused with the new name."""
 
 DEEPEST = 64
 """Brackets that a value on the command line may have."""
@@ -56,6 +62,13 @@ DEEPEST = 64
 def key_of(override: str) -> str:
     """Returns what an override sets."""
     return override.split("=", 1)[0].lstrip("+~")
+
+
+def with_moved_keys(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides of a recorded command with keys of earlier versions under their present names."""
+    return [
+        o.replace(key, MOVED_KEYS.get(key, key), 1) for o, key in zip(overrides, map(key_of, overrides), strict=True)
+    ]
 
 
 def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:

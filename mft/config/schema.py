@@ -26,6 +26,10 @@ LONGEST = 10_000_000
 """Seconds that a setting may ask to wait, four months; timers of the system end not far beyond."""
 
 
+EARLIER_KEYS = ("allow_targets", "fail_fast", "prune", "prune_after")
+"""Keys of `train` that earlier versions froze and no rank reads."""
+
+
 class LaunchMode(StrEnum):
     """processes: every run in worker processes of its own; inline: in this process, for a debugger."""
 
@@ -35,20 +39,37 @@ class LaunchMode(StrEnum):
 
 @dataclass
 class Launch:
-    """Where the ranks come from; conf/launch explains every field."""
+    """Who starts ranks and jobs, and where; conf/launch explains every field."""
 
     mode: LaunchMode = LaunchMode.processes
     nproc: Any = "auto"
+    """Ranks on this machine; auto: all visible GPUs, 1 without (of several jobs at once: each one's part)."""
     shutdown_seconds: int = ranged(600, min=0, max=LONGEST)
+    """Seconds that ranks may take to save after a signal; raise it where a checkpoint takes longer."""
     jobs: int = ranged(1, min=1)
+    """Jobs of a sweep at once on this machine."""
+    fail_fast: bool = False
+    """A sweep ends at its first failed job instead of running the others."""
+    prune: bool = False
+    """A sweep ends a job whose best objective is worse than the median of the others at equal steps."""
+    prune_after: int = ranged(2, min=1)
+    """Validations a job gets before it may be pruned (three other jobs must have come as far)."""
     nnodes: int = ranged(1, min=1)
+    """Machines of the run; the same command is started on each."""
     node_rank: int | None = None
+    """This machine's number from 0, with `main_address`; c10d numbers the machines itself."""
     main_address: str | None = None
+    """Address or name of machine 0, which listens there; or `rdzv_endpoint`."""
     main_port: int = ranged(29500, min=1, max=65535)
+    """Port at `main_address`."""
     rdzv_endpoint: str | None = None
+    """host:port of one of the machines, for torch's c10d rendezvous."""
     local_addr: str | None = None
+    """This machine's address for the others; null: the one from which it reaches the meeting point."""
     join_seconds: int = ranged(600, min=1, max=LONGEST)
+    """Seconds that the machines wait for one another at the start."""
     lost_seconds: int = ranged(60, min=1, max=LONGEST)
+    """Seconds without a heartbeat after which a machine counts as gone."""
 
     def check(self) -> None:
         """Raises UserError for values that types alone cannot refuse."""
@@ -154,7 +175,8 @@ def read(path: Path) -> Any:
     yaml_file.check(path)
     cfg = OmegaConf.load(path)
     if isinstance(cfg, DictConfig) and isinstance(cfg.get("train"), DictConfig):
-        cfg.train.pop("allow_targets", None)
+        for key in EARLIER_KEYS:
+            cfg.train.pop(key, None)
     return cfg
 
 

@@ -1,7 +1,7 @@
-"""What a rank leaves when it fails, and which of several failures is the cause of the others.
+"""What a rank leaves when it fails, and which of several failures caused the others.
 
-`log/rank<r>.error.json` in the run folder is written by the rank itself, or for a rank that died without a word by the
-process that started it; `log/host<n>.error.json` by host n when it misses another one.
+`log/rank<r>.error.json` in the run folder is written by the rank itself, or, for a rank that was killed, by
+the process that started it; `log/host<n>.error.json` by host n when another host is gone.
 """
 
 from __future__ import annotations
@@ -20,13 +20,22 @@ from mft.errors import UserError
 from mft.files.json_file import read_json, write_json
 
 if TYPE_CHECKING:
-    from mft.launch.hosts import Hosts
+    from mft.launch.multinode import NodeGroup
 
 FULL = 2**16
 """Bytes free on a disk below which a rank that left no report is taken to have found it full."""
 
 CAUSE_SECONDS = 5.0
-"""How long those whose connections broke wait for the cause to show, in another rank or on another host."""
+"""How long to wait for the report of the cause, where all that is known are broken connections."""
+
+ROOT, HOST_GONE, LOST_CONNECTION = 0, 1, 2
+"""How far a failure is from the cause: a rank's own failure; a host that is gone, whose ranks cannot report
+any more; a rank that only lost its connection to another one, which is the cause."""
+
+BROKEN = re.compile(
+    r"Connection (closed|reset|refused)|Broken pipe|failed to connect|remote process exited|NCCL|Gloo", re.IGNORECASE
+)
+"""What errors of a lost connection say."""
 
 
 class WorkerError(Exception):
@@ -63,91 +72,99 @@ def forget_failures(reports: Path) -> None:
         old.unlink()
 
 
-def told(error: BaseException, rank: int) -> str:
+def render_failure(error: BaseException, rank: int) -> str:
     """Returns what a person reads about a rank's failure: a UserError's sentence, or a traceback and whose it is."""
     if isinstance(error, UserError):
         return shown(f"mft: {error}")
     return shown(WorkerError(_sentence(rank, error), "".join(traceback.format_exception(error))))
 
 
-def is_the_first(report: Path, since: float) -> bool:
-    """Whether a rank's report is of a cause, and there is none of another rank (written after `since`)."""
+def is_root_cause(report: Path, since: float) -> bool:
+    """Whether a rank's report is of a cause, and no other rank has reported one since then."""
     others = [path for path in report.parent.glob("*.error.json") if path != report and path.stat().st_mtime >= since]
     own = _read(report)
-    return not others and bool(own) and _how_far_from_the_cause(own) == 0
+    return not others and bool(own) and causal_distance(own) == ROOT
 
 
 def cause_elsewhere(report: Path, since: float) -> Exception | None:
     """Returns what another rank failed of, if this one (with its report) only lost its connection; else None."""
-    own, end = _read(report), time.monotonic() + CAUSE_SECONDS
-    while own and _how_far_from_the_cause(own) == 2 and time.monotonic() < end:
+    own, deadline = _read(report), time.monotonic() + CAUSE_SECONDS
+    while own and causal_distance(own) == LOST_CONNECTION and time.monotonic() < deadline:
         first = next((r for r in reports_in(report.parent) if r["time"] >= since and r["rank"] != own["rank"]), None)
-        if first and _how_far_from_the_cause(first) < 2:
+        if first and causal_distance(first) < LOST_CONNECTION:
             return _error_of(first)
         time.sleep(0.2)
     return None
 
 
-def failure_of(reports: Path, ranks: range, codes: dict[int, int], hosts: Hosts | None = None) -> Exception:
+def failure_of(log: Path, ranks: range, codes: dict[int, int], nodes: NodeGroup | None = None) -> Exception:
     """Returns the error of the rank that failed first, from its report, or from its exit code when it left none.
 
-    ranks: those of this machine. With several hosts the cause may be on another one, and its report takes a moment.
+    ranks: those of this machine. With several hosts the cause may be on another one, and its report takes a
+    moment.
     """
-    found = reports_in(reports, hosts)
-    silent = sorted(set(ranks) - {report["rank"] for report in found})
-    if hosts is not None and not any(codes.get(rank, 0) < 0 for rank in silent):
-        end = time.monotonic() + CAUSE_SECONDS
-        while not (found and _how_far_from_the_cause(found[0]) < 2) and time.monotonic() < end:
+    own_rank = nodes.rank if nodes else None
+    reports = reports_in(log, own_rank)
+    silent = sorted(set(ranks) - {report["rank"] for report in reports})
+    if nodes is not None and not any(codes.get(rank, 0) < 0 for rank in silent):
+        # no rank was killed here: the cause is in a report, here or on its way from another host, or that host is gone
+        deadline = time.monotonic() + CAUSE_SECONDS
+        while _only_lost(reports) and time.monotonic() < deadline:
             time.sleep(0.2)
-            found = reports_in(reports, hosts)
-        if (not found or _how_far_from_the_cause(found[0]) == 2) and (gone := hosts.gone(CAUSE_SECONDS - 1)):
-            return UserError(hosts.sentence(gone))
-    lost = bool(found) and _how_far_from_the_cause(found[0]) == 2
-    if found and not (lost and silent):
-        return _error_of(found[0])
+            reports = reports_in(log, own_rank)
+        if _only_lost(reports) and (gone := nodes.gone(CAUSE_SECONDS - 1)):
+            return UserError(nodes.lost(gone))
+    # a rank without a report was killed: it, not a report of a lost connection, is the cause
+    if reports and not (silent and _only_lost(reports)):
+        return _error_of(reports[0])
     rank = next((rank for rank in silent if codes.get(rank)), silent[0] if silent else 0)
-    code = codes.get(rank)
+    return _silent_death(log, rank, codes.get(rank), len(ranks))
+
+
+def _only_lost(reports: list[dict[str, Any]]) -> bool:
+    return not reports or causal_distance(reports[0]) == LOST_CONNECTION
+
+
+def _silent_death(log: Path, rank: int, code: int | None, ranks: int) -> Exception:
+    """Returns the error of a rank that left an exit code (negative: a signal; None: not even that) and no report."""
     if code is None or code == -signal.SIGKILL:
         return UserError(
             f"Rank {rank} was killed from outside, probably because the machine's memory ran out. Lower "
-            f"train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now {len(ranks)})."
+            f"train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now {ranks})."
         )
-    if code > 0 and (left := shutil.disk_usage(reports).free) < FULL:
+    if code > 0 and (left := shutil.disk_usage(log).free) < FULL:
         return UserError(
-            f"The disk is full: rank {rank} could not even write what it failed of into {reports} ({left:,} bytes were "
+            f"The disk is full: rank {rank} could not even write what it failed of into {log} ({left:,} bytes were "
             "free). Make room; the same command then resumes."
         )
-    how = f"died of {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
-    return WorkerError(f"rank {rank} {how} without a word; its output is in {reports}")
+    how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    return WorkerError(f"rank {rank} {how} without a report; its output is in {log}.")
 
 
-def reports_in(folder: Path, hosts: Hosts | None = None) -> list[dict[str, Any]]:
-    """Returns the error reports of ranks and hosts, the one nearest to the cause first.
+def reports_in(log: Path, host: int | None = None) -> list[dict[str, Any]]:
+    """Returns the error reports of ranks and hosts, the one nearest to the cause first, then the oldest.
 
-    Without those that take this very host for gone: it was cut off, and knows better.
+    host: this host's number; reports that take this very host for gone are left out: it was cut off, and
+    knows better.
     """
-    found = [_read(path) for path in sorted(folder.glob("*.error.json"))]
-    told = [r for r in found if r and not (hosts and hosts.rank in r.get("gone", ()))]
-    return sorted(told, key=lambda report: (_how_far_from_the_cause(report), report["time"]))
+    reports = [_read(path) for path in sorted(log.glob("*.error.json"))]
+    reports = [report for report in reports if report and host not in report.get("gone", ())]
+    return sorted(reports, key=lambda report: (causal_distance(report), report["time"]))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Returns an error report, {} for one that is not whole."""
+    """Returns an error report, {} for one that is incomplete."""
     report = read_json(path)
-    whole = report.text("type") and report.number("time") is not None and {"rank", "message", "user"} <= set(report)
-    return report if whole else {}
+    complete = report.text("type") and report.number("time") is not None and {"rank", "message", "user"} <= set(report)
+    return report if complete else {}
 
 
-def _how_far_from_the_cause(report: dict[str, Any]) -> int:
-    """Returns 0 for a failure of a rank, 1 for a host that is gone, 2 for a rank that only lost its connection.
-
-    Of that, another rank is the cause.
-    """
+def causal_distance(report: dict[str, Any]) -> int:
+    """Returns ROOT, HOST_GONE or LOST_CONNECTION."""
     if report["type"] == "HostGone":
-        return 1
-    signs = r"Connection (closed|reset|refused)|Broken pipe|failed to connect|remote process exited|NCCL|Gloo"
-    lost = report["type"].startswith("Dist") or re.search(signs, report["message"], re.IGNORECASE) is not None
-    return 2 if lost else 0
+        return HOST_GONE
+    # torch's DistBackendError, DistNetworkError, …; gloo and MPI raise a bare RuntimeError
+    return LOST_CONNECTION if report["type"].startswith("Dist") or BROKEN.search(report["message"]) else ROOT
 
 
 def _error_of(report: dict[str, Any]) -> Exception:

@@ -1,156 +1,139 @@
-"""Where ranks come from: worker processes of this command, this very process, or placed from outside (torchrun, SLURM).
+"""From a checked job to its ranks: the run folder, then worker processes, this very process, or placed ranks.
 
-torch is imported only when something is launched.
+`launch` → `spawn` → `worker`: every rank reads the frozen config of the run folder and nothing else.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import re
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mft.errors import UserError
-from mft.hardware import visible_gpus
-from mft.launch import worker
-from mft.launch.failures import cause_elsewhere
-from mft.launch.hosts import Hosts
+from omegaconf import OmegaConf
+
+from mft import run_folder
+from mft.config.schema import Launch, LaunchMode, freeze
+from mft.console.screen import say
+from mft.errors import UserError, full_disk
+from mft.files.json_file import read_json, write_json
+from mft.launch import multinode, worker
+from mft.launch.failures import forget_failures
+from mft.launch.job import Job
+from mft.launch.multinode import NodeGroup
+from mft.launch.placement import broadcast_from_rank0, detect_rank
 from mft.launch.rank_log import written_to
-from mft.launch.spawn import PRELOAD, Stopped, WorkerError, handlers, start, warm
-
-__all__ = ["Place", "Stopped", "WorkerError", "launch", "place", "ranks", "share", "warm"]
-
-_stores: list[Any] = []
-"""The store of the placed ranks and its prefixes used so far; kept, since rank 0's serves the others."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """The rank that this process was started as from outside."""
-
-    rank: int
-    local_rank: int
-    world: int
+from mft.launch.resume_choice import is_finished, step_of
+from mft.launch.signals import SAVED, Stopped, exit_code, handlers
+from mft.launch.spawn import spawn
+from mft.run_folder import RunStatus
+from mft.training.resume import rewind
 
 
-def place() -> Place | None:
-    """Returns this process's place if torchrun, accelerate launch or srun started it as a rank, else None.
+def launch_command(job: Job, dated: bool, say: Callable[[str], None] = say) -> None:
+    """Launches the job of one `mft train`: in the folder it chooses, on this machine or on several.
 
-    SLURM's variables are translated into torch's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-    MASTER_PORT); those that are set already stay. A step of one task, and a batch script outside srun, are no rank:
-    they launch.
+    dated: whether output_dir was made up from the date, see `Job.choose`.
     """
-    variables = os.environ
-    in_step = "SLURM_STEP_ID" in variables or "SLURM_STEP_NUM_TASKS" in variables
-    tasks = int(variables.get("SLURM_STEP_NUM_TASKS") or variables.get("SLURM_NTASKS") or 1) if in_step else 1
-    if "RANK" not in variables and tasks > 1 and "SLURM_PROCID" in variables:
-        host = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "127.0.0.1")
-        first = re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", host).split(",")[0]  # gpu[03-05,9] -> gpu03
-        per_node = variables.get("SLURM_STEP_TASKS_PER_NODE", str(tasks))
-        variables["RANK"] = variables["SLURM_PROCID"]
-        variables["WORLD_SIZE"] = str(tasks)
-        variables["LOCAL_RANK"] = variables.get("SLURM_LOCALID", "0")
-        variables.setdefault("LOCAL_WORLD_SIZE", re.split(r"[(,]", per_node)[0])
-        variables.setdefault("MASTER_ADDR", first)
-        variables.setdefault("MASTER_PORT", str(20000 + int(variables.get("SLURM_JOB_ID", 0)) % 10000))
-    if not all(name in variables for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        return None
-    return Place(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]))
-
-
-def ranks(nproc: int | str, mode: str = "processes") -> int:
-    """Returns how many ranks a run will have: the placed ones, else `launch.nproc`, with auto = visible GPUs or 1.
-
-    mode: `launch.mode`; inline has one rank. Raises UserError for a number that cannot be.
-    """
-    placed = place()
-    if placed is not None:
-        return placed.world
-    if str(getattr(mode, "value", mode)) == "inline":
-        if str(nproc) not in ("auto", "1"):
-            raise UserError(f"launch.mode=inline runs one rank, but launch.nproc={nproc}; choose launch=processes")
-        return 1
-    if str(nproc) == "auto":
-        return max(1, visible_gpus())
-    if not str(nproc).isdigit() or int(nproc) < 1:
-        raise UserError(f"launch.nproc={nproc}: give a number of ranks from 1, or auto (all visible GPUs, 1 without)")
-    gpus = visible_gpus()
-    if gpus and int(nproc) > gpus:
-        raise UserError(f"launch.nproc={nproc}, but {gpus} GPUs are visible; a rank needs one of its own")
-    return int(nproc)
-
-
-def share(value: Any) -> Any:
-    """Returns rank 0's value on every placed rank, before any engine is up; else the value itself.
-
-    All ranks call it equally often; the value must pickle (it goes between our own ranks only).
-    """
-    placed = place()
-    if placed is None or placed.world == 1:
-        return value
-    from torch.distributed import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
-
-    # over the store itself: a process group here would leave its addresses behind for the engine's to stumble over
-    if not _stores:
-        _stores.append(next(rendezvous("env://"))[0])
-    store = PrefixStore(f"mft/share/{len(_stores)}", _stores[0])
-    _stores.append(store)
-    if placed.rank == 0:
-        store.set("value", pickle.dumps(value).hex())
-    return pickle.loads(bytes.fromhex(store.get("value").decode()))
-
-
-def launch(
-    run_dir: Path | str,
-    nproc: int | str = "auto",
-    mode: str = "processes",
-    shutdown_seconds: int = 600,
-    preload: Sequence[str] = PRELOAD,
-    entry: str = worker.ENTRY,
-    hosts: Hosts | None = None,
-) -> None:
-    """Runs the run of a folder in its ranks and returns when all of them have ended well.
-
-    nproc: ranks on this machine; mode: processes, or inline (one rank, in this process); hosts: the machines whose
-    ranks make one group with these. Ranks that are placed from outside run in this process.
-    Raises UserError for a mistake found in a rank (its sentence alone), WorkerError with the traceback of the rank
-    that failed first, Stopped when a signal ended the run.
-    """
-    arguments = (str(run_dir), entry)
-    log = Path(run_dir) / "log"
-    placed = place()
-    if placed is not None:
-        _placed(log, arguments, placed.rank)
+    placed = detect_rank()
+    if placed is not None and placed.rank > 0:  # rank 0 chooses
+        launch(job, Path(job.cfg.output_dir), say)
         return
-    world = ranks(nproc, mode)
-    if str(getattr(mode, "value", mode)) == "inline":
-        _inline(log, arguments)
-    else:
-        try:
-            start(worker.worker, arguments, world, log, shutdown_seconds, preload, hosts)
-        except Stopped as stopped:
-            raise Stopped(stopped.signum, worker.exit_code(Path(run_dir), stopped.signum)) from None
+    with joined(job) as nodes:
+        if nodes is None or nodes.rank == 0:
+            launch(job, job.choose(dated)[0], say, nodes)
+        elif (folder := nodes.share_folder()) is None:
+            say("this run is already finished.")
+        else:
+            say(f"run folder {folder}, host {nodes.rank} of {len(nodes.names)}")
+            _run_ranks(job, folder, nodes)
 
 
-def _placed(log: Path, arguments: tuple[str, str], rank: int) -> None:
-    since = time.time()
+def launch(job: Job, folder: Path, say: Callable[[str], None] = say, nodes: NodeGroup | None = None) -> dict[str, Any]:
+    """Runs the job in `folder`, resumes it or skips it when it is finished; returns its summary.
+
+    nodes: the machines of the run, of which this is number 0. Raises UserError for a mistake found in a rank
+    (its sentence alone), WorkerError with the traceback of the rank that failed first, Stopped when a signal
+    ended the run.
+    """
+    placed = detect_rank()
+    if placed is not None and placed.rank > 0:  # rank 0 chooses the folder and writes it
+        if chosen := broadcast_from_rank0(None):
+            _run_ranks(job, Path(chosen))
+        return {}
+    shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+    if is_finished(folder, job.identity, job.cfg.train.resume):
+        broadcast_from_rank0(None)
+        if nodes:
+            nodes.share_folder(None)
+        say(f"{shown}: this run is already finished; see summary.json.")
+        return read_json(folder / "summary.json")
+    lock = run_folder.lock(folder)
     try:
-        worker.enter(str(log), worker.worker, arguments)
-    except Exception:
-        if rank == 0 and (cause := cause_elsewhere(log / "rank0.error.json", since)):
-            raise cause from None
+        say(f"run folder {shown}")
+        resumed, step = step_of(job.cfg.train.resume)
+        if resumed == folder and step is not None:
+            say(rewind(folder, step))
+        job.cfg.output_dir = str(folder)
+        freeze(job.cfg, folder / "config.yaml")
+        write_json(folder / "identity.json", job.identity.as_json(), durable=True)
+        write_json(folder / "overrides.json", job.describe())
+        broadcast_from_rank0(str(folder))
+        if nodes:
+            forget_failures(folder / "log")
+            nodes.share_folder(folder)
+        _run_ranks(job, folder, nodes)
+    except OSError as error:
+        raise full_disk(error, folder) or error from error
+    finally:
+        lock.release()
+    return read_json(folder / "summary.json")
+
+
+def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None = None) -> None:
+    """Runs this machine's ranks of the run in `folder`. Raises what ended it, also a signal to another machine."""
+    settings, log, arguments = job.cfg.launch, folder / "log", (str(folder),)
+    try:
+        if detect_rank() is not None:
+            worker.placed_rank_main(log, worker.run_job, arguments)
+        elif settings.mode is LaunchMode.inline:
+            _run_inline(folder)
+        else:
+            nproc = job.world // settings.nnodes
+            try:
+                spawn(worker.run_job, arguments, nproc, log, settings.shutdown_seconds, nodes)
+            except Stopped as stopped:
+                raise Stopped(stopped.signum, exit_code(folder, stopped.signum)) from None
+    except UserError as error:
+        error.exit_code = 1  # the run had started
         raise
+    if nodes and run_folder.status(folder) == RunStatus.stopped:  # by a signal to another machine
+        raise Stopped(signal.SIGTERM, SAVED)
 
 
-def _inline(log: Path, arguments: tuple[str, str]) -> None:
+def _run_inline(folder: Path) -> None:
+    log = folder / "log"
     log.mkdir(parents=True, exist_ok=True)
     with handlers(worker.stop.request), written_to(log / "rank0.log", 0):
-        try:
-            worker.worker(*arguments)
-        except SystemExit as error:
-            raise Stopped(worker.stop.signal, int(error.code or 0)) from None
+        worker.run_job(str(folder))
+    if worker.stop():
+        raise Stopped(worker.stop.signal, exit_code(folder, worker.stop.signal))
+
+
+@contextmanager
+def joined(job: Job) -> Iterator[NodeGroup | None]:
+    """The machines of the job, which have met and agree on what they run; None: it has one machine."""
+    if job.cfg.launch.nnodes == 1:
+        yield None
+        return
+    settings = OmegaConf.to_object(job.cfg.launch)
+    assert isinstance(settings, Launch)
+    facts = {"launch.nnodes": settings.nnodes, "ranks": job.world // settings.nnodes, "data": job.data}
+    facts |= {name: value[:10] for name, value in job.identity.fingerprints.items() if not name.startswith("task.")}
+    nodes = multinode.join(settings, facts | {"config": job.identity.extended[:10]})
+    try:
+        yield nodes
+    finally:
+        nodes.close()

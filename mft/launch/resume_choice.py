@@ -33,7 +33,7 @@ def step_of(resume: str) -> tuple[Path, int | None]:
 def choose(
     output_dir: Path, dated: bool, resume: str, identity: Identity, config: Mapping[str, Any] | None = None
 ) -> tuple[Path, bool]:
-    """Returns (folder, whether its run is to be gone on with).
+    """Returns (folder, whether its run is to be resumed).
 
     output_dir: where a fresh run would go; dated: whether that folder was made up from the date, so that with
     resume=auto the newest unfinished run of this identity beside it is taken instead; config: of this run, nested, to

@@ -1,6 +1,7 @@
-"""Worker processes of this command: forked from a server with the heavy imports done, watched by torch's elastic agent.
+"""Starts the ranks of a run: forked from a server with the heavy imports done, watched by torch's elastic agent.
 
-The server lives as long as this process, so the second and later jobs of a sweep start in well under a second.
+The server lives as long as this process, so the second and later jobs of a sweep start in well under a
+second.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from mft.hardware import DRIVERS, quiet_without_gpu
 from mft.launch import worker
-from mft.launch.failures import WorkerError, failure_of, forget_failures, write_report
-from mft.launch.hosts import IFNAMES, Hosts
+from mft.launch.failures import failure_of, forget_failures, write_report
+from mft.launch.multinode import INTERFACE_VARIABLES, NodeGroup
+from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, handlers
+from mft.launch.store import listening_store
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
-
-__all__ = ["PRELOAD", "Stopped", "WorkerError", "handlers", "start", "warm"]
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo
 
 PRELOAD = (
     "mft.launch.worker",
@@ -41,82 +42,77 @@ PRELOAD = (
 """Modules the fork server imports once. None may initialise CUDA: forked workers could not use a GPU."""
 
 TOUCHES_CUDA = ("peft", "bitsandbytes", "deepspeed")
-"""Left out of the preload where there is a GPU: peft imports bitsandbytes, which asks every GPU for its capability, and
-deepspeed may ask when it looks for its accelerator."""
+"""Left out of the preload where there is a GPU: peft imports bitsandbytes, which asks every GPU for its
+capability, and deepspeed may ask when it looks for its accelerator."""
+
+SET_BY_ELASTIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that every rank gets from elastic; a batch script may have exported its own."""
+
+EXIT_BARRIER_SECONDS = 1.0
+"""How long elastic's agent waits for other hosts once its ranks are done; `NodeGroup.close` knows who has left."""
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal ended the run; the process is to leave with `code` (see `mft.launch.worker.exit_code`).
-
-    A KeyboardInterrupt and no Exception, so that nothing on the way (Hydra) takes it for one failed job of a sweep and
-    starts the next.
-    """
-
-    def __init__(self, signum: int, code: int):
-        super().__init__(signum, code)
-        self.signum = signum
-        self.code = code
-
-
-def start(
+def spawn(
     function: Callable[..., Any],
     arguments: Sequence[Any],
     nproc: int,
-    reports: Path,
+    log: Path,
     shutdown_seconds: int = 600,
-    preload: Sequence[str] = PRELOAD,
-    hosts: Hosts | None = None,
+    nodes: NodeGroup | None = None,
 ) -> dict[int, Any]:
-    """Calls function(*arguments) in nproc ranks on this machine; returns what each returned, by its number here.
+    """Calls function(*arguments) in nproc ranks on this machine; returns what each returned, by rank.
 
-    function must be importable by name; reports: folder for the ranks' logs and error reports; hosts: the machines
-    whose ranks make one group with these. Raises as `launch`.
+    function must be importable by name; log: folder for the ranks' logs and error reports; shutdown_seconds:
+    how long ranks may save after a signal; nodes: the machines whose ranks make one group with these. Raises
+    as `launch`.
     """
-    if hosts is None:
-        forget_failures(reports)
+    if nodes is None:
+        forget_failures(log)
     else:
-        hosts.watch(reports)
-    warm(preload)  # first, so that the server's imports run beside our own
+        nodes.watch(log)
+    start_fork_server()  # first, so that its imports run beside our own
+    from torch.distributed.elastic.agent.server import WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    register_loopback()
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id="mft",
-        rdzv_backend="loopback",
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
+    info = loopback() if nodes is None else nodes.rendezvous()
+    spec = WorkerSpec(
+        role="default",
+        local_world_size=nproc,
+        rdzv_handler=finished(info),
+        entrypoint=worker.rank_main,
+        args=(str(log), function, tuple(arguments), environment(nodes)),
         max_restarts=0,
-        start_method=start_method(),
-        signals_to_handle="SIGQUIT",  # the others are ours
-        shutdown_timeout=shutdown_seconds,
     )
     silence_elastic()
-    first = hosts.rank * nproc if hosts else 0
     try:
         with signals_end_workers(SignalException):
-            return elastic_launch(config, worker.enter)(
-                str(reports), function, tuple(arguments), variables(hosts, nproc), first
-            )
+            result = LocalElasticAgent(
+                spec,
+                DefaultLogsSpecs(log_dir=os.devnull),
+                start_method(),
+                EXIT_BARRIER_SECONDS,
+                shutdown_timeout=shutdown_seconds,
+            ).run()
     except SignalException as error:
         raise Stopped(error.sigval, 128 + error.sigval) from None
-    except ChildFailedError as error:
-        codes = {first + rank: failure.exitcode for rank, failure in error.failures.items()}
-    stopped = {code for code in codes.values() if code in (worker.SAVED, worker.INTERRUPTED, worker.UNSAVED)}
-    if stopped:  # the ranks were signalled, this process was not
-        raise Stopped(signal.SIGINT if worker.INTERRUPTED in stopped else signal.SIGTERM, max(stopped))
+    if not result.is_failed():
+        return dict(result.return_values)
+    codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+    if stopped := {code for code in codes.values() if code in (SAVED, INTERRUPTED, UNSAVED)}:
+        # the ranks were signalled, this process was not
+        raise Stopped(signal.SIGINT if INTERRUPTED in stopped else signal.SIGTERM, max(stopped))
+    first = info.rank * nproc
     ranks = range(first, first + nproc)
-    failure = failure_of(reports, ranks, codes, hosts)
-    died = [rank for rank in ranks if codes.get(rank, 0) < 0 and not (reports / f"rank{rank}.error.json").exists()]
-    if hosts is not None and died:  # the other hosts look for the cause, too
-        write_report(reports / f"rank{died[0]}.error.json", failure, died[0])
+    failure = failure_of(log, ranks, codes, nodes)
+    died = [rank for rank in ranks if codes.get(rank, 0) < 0 and not (log / f"rank{rank}.error.json").exists()]
+    if nodes is not None and died:  # the other hosts look for the cause, too
+        write_report(log / f"rank{died[0]}.error.json", failure, died[0])
     raise failure
 
 
-def warm(preload: Sequence[str] = PRELOAD) -> None:
+def start_fork_server(preload: Sequence[str] = PRELOAD) -> None:
     """Starts the fork server if there is none yet, without waiting for its imports. Its environment is today's."""
     if start_method() == "fork":
         return
@@ -132,22 +128,25 @@ def warm(preload: Sequence[str] = PRELOAD) -> None:
 def start_method() -> str:
     """Returns how this process starts ranks: from the fork server, or, where it came from that itself, by plain fork.
 
-    Such a process (the supervisor of a job) has the imports already; a fork server of its own would do them again.
+    Such a process (the supervisor of a job) has the imports already; a fork server of its own would do them
+    again.
     """
     return "forkserver" if multiprocessing.parent_process() is None else "fork"
 
 
-def variables(hosts: Hosts | None = None, nproc: int = 1) -> dict[str, str]:
-    """Returns this process's environment for the workers, which talk over the loopback interface alone.
+def environment(nodes: NodeGroup | None = None) -> dict[str, str]:
+    """Returns this process's environment for the ranks, which talk over the loopback interface alone.
 
-    With several hosts they talk over the interface that leads to the others, and are one group.
+    With several hosts they talk over the interface that leads to the others. What is set already stays.
     """
-    found = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
-    if hosts is not None:
-        ours = hosts.variables(nproc)
-        return found | ours | {name: found[name] for name in ours if name.endswith("_IFNAME") and name in found}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("TORCHELASTIC_") and name not in SET_BY_ELASTIC
+    }
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    return found | {name: found.get(name, loopback) for name in IFNAMES if loopback}
+    interface = nodes.interface if nodes else loopback
+    return (dict.fromkeys(INTERFACE_VARIABLES, interface) if interface else {}) | inherited
 
 
 @contextmanager
@@ -156,35 +155,16 @@ def signals_end_workers(exception: type[Exception]) -> Iterator[None]:
 
     At once is safe: each worker's watchdog sees this process gone.
     """
-    asked: list[int] = []
+    received: list[int] = []
 
-    def ask(signum: int, frame: FrameType | None) -> None:
-        if asked:
+    def receive(signum: int, frame: FrameType | None) -> None:
+        if received:
             os._exit(128 + signum)
-        asked.append(signum)
+        received.append(signum)
         raise exception(f"signal {signum}", signal.Signals(signum))
 
-    with handlers(ask):
+    with handlers(receive):
         yield
-
-
-@contextmanager
-def handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Handles SIGINT, SIGTERM and SIGHUP by `handler` inside the block; outside the main thread it does nothing."""
-    try:
-        before = {
-            name: signal.signal(name, handler) for name in worker.SIGNALS if signal.getsignal(name) != signal.SIG_IGN
-        }
-    except ValueError:  # signal only works in main thread
-        before = {}
-    quit_before = signal.getsignal(signal.SIGQUIT)
-    try:
-        yield
-    finally:
-        for name, old in before.items():
-            signal.signal(name, old)
-        if before:
-            signal.signal(signal.SIGQUIT, quit_before)  # elastic leaves its own behind
 
 
 def silence_elastic() -> None:
@@ -194,62 +174,21 @@ def silence_elastic() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
-def register_loopback() -> None:
-    """Registers the rendezvous of one machine, `loopback`, with elastic."""
-    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+def loopback() -> RendezvousInfo:
+    """Returns the rendezvous of one machine, whose store listens on 127.0.0.1 only, on a port that the kernel picks."""
+    from torch.distributed import PrefixStore
+    from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
-    if "loopback" not in rendezvous_handler_registry._registry:
-        rendezvous_handler_registry.register("loopback", loopback)
+    store = listening_store("127.0.0.1")
+    return RendezvousInfo(PrefixStore("mft", store), 0, 1, RendezvousStoreInfo("127.0.0.1", store.port))
 
 
-def loopback(parameters: RendezvousParameters) -> RendezvousHandler:
-    """Returns a rendezvous whose store listens on 127.0.0.1 only, on a port that the kernel picks.
+def finished(info: RendezvousInfo) -> RendezvousHandler:
+    """Returns a handler for elastic's agent of a rendezvous that has taken place."""
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-    torch's own (static, c10d) listen on every interface, where anybody who reaches the port could talk to the ranks.
-    """
-    from datetime import timedelta
-
-    from torch.distributed import PrefixStore, TCPStore
-    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
-
-    class Loopback(RendezvousHandler):
-        def __init__(self) -> None:
-            listener = socket.socket()
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-            self.info = RendezvousStoreInfo("127.0.0.1", port)
-            self.store = TCPStore(
-                "127.0.0.1",
-                port,
-                is_master=True,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=900),
-                master_listen_fd=listener.detach(),
-            )
-
-        def get_backend(self) -> str:
-            return "loopback"
-
-        @property
-        def use_agent_store(self) -> bool:
-            return True
-
+    class Finished(StaticTCPRendezvous):
         def next_rendezvous(self) -> RendezvousInfo:
-            return RendezvousInfo(PrefixStore(parameters.run_id, self.store), 0, 1, self.info)
+            return info
 
-        def is_closed(self) -> bool:
-            return False
-
-        def set_closed(self) -> None:
-            pass
-
-        def num_nodes_waiting(self) -> int:
-            return 0
-
-        def get_run_id(self) -> str:
-            return parameters.run_id
-
-        def shutdown(self) -> bool:
-            return True
-
-    return Loopback()
+    return Finished("", 0, info.rank, info.world_size, "mft", timeout=0)

@@ -1,11 +1,13 @@
 """`hydra/sweeper=optuna`: a sweep whose values Optuna proposes from what earlier jobs have reached.
 
-The study lies in the sweep's folder (`search.journal`), so the same command goes on with it: finished trials are known,
-unfinished ones go on from their checkpoint, failed ones are tried again. A job's folder is its identity, as in grids.
+The study lies in the sweep's folder (`search.journal`), so the same command resumes it: finished trials are
+kept, interrupted ones resume from their checkpoint, failed ones are tried again. A job's folder is its
+identity, as in grids.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mft.config.overrides import key_of
+from mft.console.screen import say
 from mft.errors import UserError, nearest
 from mft.files.json_file import read_json, write_json
-from mft.launch import job
-from mft.launch.launch import place
+from mft.launch.job import objective
+from mft.launch.placement import detect_rank
+from mft.run_folder import RunStatus
 from mft.sweep import display
-from mft.sweep.command import Shown, is_sweep, remove_if_unused, taken
-from mft.sweep.jobs import Composer, checked, finish, folder_of, judge, refuse_another_version, side_by_side, task_of
-from mft.sweep.pool import Task
+from mft.sweep.composer import Composer, check_all
+from mft.sweep.folder import DryRunDone, folder_of, is_sweep, remove_if_unused, require_this_version, taken
+from mft.sweep.jobs import finish, require_success, run_side_by_side, sweep_job
+from mft.sweep.pool import SweepJob
 
 JOURNAL = "search.journal"
 SAMPLERS = ("tpe", "random")
@@ -33,34 +38,35 @@ RETRIES = "retries"
 
 def run(cfg: DictConfig, loader: Any, arguments: Sequence[str], settings: Mapping[str, Any], dry_run: bool) -> Any:
     """Runs the trials that are left; returns (values, objective) of the best. UserError if any failed."""
-    optuna = installed()
+    optuna = import_optuna()
     folder = folder_of(cfg)
-    refuse_another_version(folder)
+    require_this_version(folder)
     try:
         fixed, space = split(arguments, settings.get("params") or {})
-        refuse(cfg, settings, space)
+        check_settings(cfg, settings, space)
         composer = Composer(cfg, loader, starts=not dry_run)
-        corner_jobs = checked(composer, [[*fixed, *corner] for corner in corners(space)])
+        boundary = check_all(composer, [[*fixed, *trial] for trial in boundary_trials(space)])
     except UserError:
         remove_if_unused(folder)
         raise
     if dry_run:
-        known = len(read_json(folder / "search.json").get("trials") or ())
-        display.say(f"search {display.shown(folder)}: {settings['n_trials']} trials, {known} of them done")
+        done = len(read_json(folder / "search.json").get("trials") or ())
+        say(f"search {os.path.relpath(folder)}: {settings['n_trials']} trials, {done} of them done")
         for name, distribution in space.items():
-            display.say(f"  {name:<24} {distribution}")
-        display.say(f"{len(corner_jobs)} jobs at the edges of this space were checked; nothing was started")
+            say(f"  {name:<24} {distribution}")
+        say(f"{len(boundary)} jobs at the boundary of this space were checked; nothing was started")
         remove_if_unused(folder)
-        raise Shown
+        raise DryRunDone
     with taken(cfg, folder):
-        search = Search(optuna, folder, space, fixed, composer, settings, corner_jobs[0].cfg.launch.jobs)
-        display.start(search.tasks, folder)
-        signum = side_by_side(
-            search.waiting(), search.tasks, folder, corner_jobs[0].cfg, search.jobs, search.total, search.ended
+        job_cfg = boundary[0].cfg
+        search = Search(optuna, folder, space, fixed, composer, settings, job_cfg.launch.jobs)
+        display.start(search.jobs, folder)
+        signum = run_side_by_side(
+            search.waiting(), search.jobs, folder, job_cfg, job_cfg.launch.jobs, search.total, search.on_end
         )
-        finish(search.tasks, folder, signum)
-        best = search.leave()
-    judge(search.tasks)
+        finish(search.jobs, folder, signum)
+        best = search.write_results()
+    require_success(search.jobs)
     if search.refused:
         raise UserError("\n".join(search.refused))
     return best
@@ -77,12 +83,12 @@ class Search:
         fixed: Sequence[str],
         composer: Composer,
         settings: Mapping[str, Any],
-        jobs: int,
+        at_once: int,
     ):
         self.optuna, self.folder, self.space, self.fixed = optuna, folder, dict(space), list(fixed)
-        self.composer, self.jobs, self.total = composer, jobs, int(settings["n_trials"])
-        self.tasks: list[Task] = []
-        self.numbers: dict[int, int] = {}  # of a task -> of its trial
+        self.composer, self.total = composer, int(settings["n_trials"])
+        self.jobs: list[SweepJob] = []
+        self.trial_numbers: dict[int, int] = {}  # by the number of the job
         self.refused: list[str] = []
         journal = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
         storage = optuna.storages.JournalStorage(journal)
@@ -93,16 +99,18 @@ class Search:
             self.study.sampler = optuna.samplers.RandomSampler(seed=seed)
         else:
             first = int(settings["startup_trials"])
-            self.study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=first, constant_liar=jobs > 1)
-        self._refuse_another_space()
+            self.study.sampler = optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=first, constant_liar=at_once > 1
+            )
+        self._require_same_space()
         for trial in self._newest():
             if trial.state.name == "COMPLETE":
-                self._task(trial.number, trial.params)
+                self._add(trial.number, trial.params)
             elif trial.state.name == "FAIL":
                 root = trial.user_attrs.get(RETRIES, trial.number)
                 self.study.enqueue_trial(trial.params, user_attrs={RETRIES: root})
 
-    def waiting(self) -> Iterator[Task]:
+    def waiting(self) -> Iterator[SweepJob]:
         """Yields jobs: those that were interrupted, those that failed before, then new ones until there are enough."""
         for trial in self._newest():
             if trial.state.name == "RUNNING":
@@ -111,53 +119,52 @@ class Search:
             trial = self.study.ask(self.space)
             yield from self._next(trial.number, trial.params)
 
-    def ended(self, task: Task) -> None:
-        """Tells the study how a job went; a stopped one stays open and goes on with the next command."""
-        number = self.numbers[task.number]
-        if task.state in ("finished", "skipped"):
-            self.study.tell(number, job.objective(read_json(task.folder / "summary.json")))
-        elif task.state in ("pruned", "same") and task.best is not None:
-            self.study.tell(number, task.best)  # one that was ended early counts with the best it had
-        elif task.state == "failed":
+    def on_end(self, job: SweepJob) -> None:
+        """Tells the study how a job ended; a stopped one stays open and is resumed by the next command."""
+        number = self.trial_numbers[job.number]
+        if job.state in (RunStatus.finished, RunStatus.skipped):
+            self.study.tell(number, objective(read_json(job.folder / "summary.json")))
+        elif job.state in (RunStatus.pruned, RunStatus.same) and job.best is not None:
+            self.study.tell(number, job.best)  # one that was ended early counts with the best it had
+        elif job.state == RunStatus.failed:
             self.study.tell(number, state=self.optuna.trial.TrialState.FAIL)
 
-    def leave(self) -> dict[str, Any]:
+    def write_results(self) -> dict[str, Any]:
         """Writes search.json, the values and the objective of every trial, and says which was the best."""
         rows = [
             {"trial": t.number, "state": t.state.name.lower(), "objective": t.value, "values": t.params}
             for t in self._newest()
         ]
         done = sorted((row for row in rows if row["objective"] is not None), key=lambda row: row["objective"])
-        found = {"best": done[0] if done else None, "trials": rows}
-        write_json(self.folder / "search.json", found)
-        best = display.best_of(self.tasks)
+        results = {"best": done[0] if done else None, "trials": rows}
+        write_json(self.folder / "search.json", results)
+        best = display.best_of(self.jobs)
         if best is not None:
-            display.say(
-                f"best of {len(done)} trials: {best.best:.4f} with {best.job.label}  ({display.shown(best.folder)})"
-            )
-            display.say("one seed a trial: repeat the best few with train.seed=1,2,3 before you believe their order")
-        return found
+            where = os.path.relpath(best.folder)
+            say(f"best of {len(done)} trials: {best.best:.4f} with {best.checked.label}  ({where})")
+            say("one seed a trial: repeat the best few with train.seed=1,2,3 before trusting their ranking")
+        return results
 
-    def _next(self, number: int, params: Mapping[str, Any]) -> Iterator[Task]:
+    def _next(self, number: int, params: Mapping[str, Any]) -> Iterator[SweepJob]:
         """Yields the job of a trial if it has to run."""
         try:
-            task = self._task(number, params)
-        except UserError as error:  # a combination that the edges did not show
+            job = self._add(number, params)
+        except UserError as error:  # a combination that the boundary did not show
             self.refused.append(str(error))
-            display.say(str(error))
+            say(str(error))
             self.study.tell(number, state=self.optuna.trial.TrialState.FAIL)
             return
-        if task.state == "waiting":
-            yield task
+        if job.state == RunStatus.waiting:
+            yield job
         else:  # the values of an earlier trial again, or finished before its end was noted
-            self.ended(task)
+            self.on_end(job)
 
-    def _task(self, number: int, params: Mapping[str, Any]) -> Task:
-        current = self.composer.job([*self.fixed, *said(params)])
-        task = task_of(current, self.folder, len(self.tasks) + 1, self.tasks)
-        self.tasks.append(task)
-        self.numbers[task.number] = number
-        return task
+    def _add(self, number: int, params: Mapping[str, Any]) -> SweepJob:
+        checked = self.composer.job([*self.fixed, *to_overrides(params)])
+        job = sweep_job(checked, self.folder, len(self.jobs) + 1, self.jobs)
+        self.jobs.append(job)
+        self.trial_numbers[job.number] = number
+        return job
 
     def _newest(self) -> list[Any]:
         """Returns every trial, of one that was repeated the newest repetition."""
@@ -169,19 +176,19 @@ class Search:
     def _queued(self) -> bool:
         return any(trial.state.name == "WAITING" for trial in self.study.trials)
 
-    def _refuse_another_space(self) -> None:
+    def _require_same_space(self) -> None:
         before = next((trial.distributions for trial in reversed(self.study.trials) if trial.distributions), self.space)
         for name in sorted({*before, *self.space}):
             try:
                 self.optuna.distributions.check_distribution_compatibility(before[name], self.space[name])
             except (KeyError, ValueError):
                 raise UserError(
-                    f"{display.shown(self.folder)} holds a search over other values of {name}; "
+                    f"{os.path.relpath(self.folder)} holds a search over other values of {name}; "
                     "sweep=NAME starts another."
                 ) from None
 
 
-def installed() -> Any:
+def import_optuna() -> Any:
     """Returns optuna; UserError with the command that installs it."""
     try:
         import optuna
@@ -239,8 +246,8 @@ def distribution(override: str) -> Any:
     )
 
 
-def refuse(cfg: DictConfig, settings: Mapping[str, Any], space: Mapping[str, Any]) -> None:
-    """Refuses what cannot be searched."""
+def check_settings(cfg: DictConfig, settings: Mapping[str, Any], space: Mapping[str, Any]) -> None:
+    """Raises UserError for what cannot be searched."""
     if not space:
         raise UserError(
             "hydra/sweeper=optuna has nothing to search: name values, as "
@@ -248,31 +255,34 @@ def refuse(cfg: DictConfig, settings: Mapping[str, Any], space: Mapping[str, Any
         )
     if settings["sampler"] not in SAMPLERS:
         raise UserError(
-            f"hydra.sweeper.sampler={settings['sampler']}: allowed are {', '.join(SAMPLERS)}"
-            f"{nearest(str(settings['sampler']), SAMPLERS) or '.'}"
+            f"hydra.sweeper.sampler={settings['sampler']}: unknown sampler"
+            f"{nearest(str(settings['sampler']), SAMPLERS) or '.'} Allowed: {', '.join(SAMPLERS)}."
         )
     for name in ("n_trials", "startup_trials"):
         if not str(settings[name]).isdigit() or int(settings[name]) < 1:
             raise UserError(f"hydra.sweeper.{name}={settings[name]} must be at least 1.")
-    if (launcher := cfg.hydra.runtime.choices["hydra/launcher"]) != "mft" or place() is not None:
+    if (launcher := cfg.hydra.runtime.choices["hydra/launcher"]) != "mft" or detect_rank() is not None:
         raise UserError(
             f"hydra/sweeper=optuna runs its jobs on this machine, through hydra/launcher=mft, not {launcher} "
             "(launch.jobs=2: two side by side)."
         )
 
 
-def corners(space: Mapping[str, Any]) -> list[list[str]]:
+def boundary_trials(space: Mapping[str, Any]) -> list[list[str]]:
     """Returns overrides that touch both ends of every interval and every choice at least once."""
-    ends = {name: edges(values) for name, values in space.items()}
-    count = max(len(values) for values in ends.values())
-    return [said({name: values[min(at, len(values) - 1)] for name, values in ends.items()}) for at in range(count)]
+    boundary = {name: extremes(values) for name, values in space.items()}
+    count = max(map(len, boundary.values()))
+    return [
+        to_overrides({name: values[min(at, len(values) - 1)] for name, values in boundary.items()})
+        for at in range(count)
+    ]
 
 
-def edges(values: Any) -> list[Any]:
+def extremes(values: Any) -> list[Any]:
     """Returns the choices of a distribution, or its two ends."""
     return list(values.choices) if hasattr(values, "choices") else [values.low, values.high]
 
 
-def said(params: Mapping[str, Any]) -> list[str]:
+def to_overrides(params: Mapping[str, Any]) -> list[str]:
     """Returns the overrides of a trial's values."""
     return [f"{name}={f'{v:.{DIGITS}g}' if isinstance(v, float) else v}" for name, v in params.items()]

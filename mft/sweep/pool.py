@@ -1,7 +1,7 @@
 """Jobs side by side: each under a supervisor process of its own, with its share of the cores and GPUs.
 
-A supervisor is forked from the fork server, writes the output of its job to `log/output.txt` in the run folder, and
-ends with this process: kill -9 of the sweep leaves nothing running.
+A supervisor is forked from the fork server, writes the output of its job to `log/output.txt` in the run
+folder, and ends with this process: kill -9 of the sweep leaves nothing running.
 """
 
 from __future__ import annotations
@@ -26,98 +26,118 @@ from mft.console.credentials import hidden
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
 from mft.files.json_file import read_json, write_json
-from mft.launch import job
-from mft.launch.launch import Stopped, warm
-from mft.launch.spawn import handlers, variables
-from mft.launch.worker import INTERRUPTED, SAVED, UNSAVED
+from mft.launch.job import Job
+from mft.launch.launch import launch
+from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, handlers
+from mft.launch.spawn import environment, start_fork_server
+from mft.run_folder import RunStatus
 
 LOOK_SECONDS = 0.5
 """How often the running jobs' metrics are read."""
 
+Supervisor = Any
+"""A process of multiprocessing's forkserver context."""
+
 
 @dataclass
-class Task:
-    """One job in a pool: what it is, where it runs, and how far it has come."""
+class SweepJob:
+    """One job of a sweep: what it is, where it runs, and how far it has come."""
 
     number: int
-    job: job.Job
+    """From 1, in the order of the sweep."""
+    checked: Job
+    """Its config and identity."""
     folder: Path
-    state: str = "waiting"  # waiting, running, finished, skipped, failed, stopped, pruned
+    """Its run folder."""
+    state: RunStatus = RunStatus.waiting
+    """How it stands in this command: waiting, running, or how it ended."""
     error: str = ""
+    """Why it failed, in a sentence."""
     step: int = 0
-    total: int = 0
-    now: float | None = None  # the objective at the newest validation
+    """The newest logged step."""
+    total_steps: int = 0
+    """Steps of the run, 0 while they are not known."""
+    value: float | None = None
+    """The objective (train.best) at the newest validation."""
     best: float | None = None
-    at: dict[int, float] = field(default_factory=dict)  # step -> objective
+    """The lowest objective so far."""
+    values: dict[int, float] = field(default_factory=dict)
+    """Step → objective, of every validation."""
     started: float = 0.0
+    """Seconds since 1970."""
     seconds: float = 0.0
-    read: int = 0  # bytes of metrics.jsonl that are known
-    pruned: str = ""  # why it was asked to end early
+    """How long it took."""
+    offset: int = 0
+    """Bytes of metrics.jsonl that have been read."""
+    prune_reason: str = ""
+    """Why it was asked to end early, in a sentence."""
 
-    def look(self) -> bool:
-        """Reads what the job has logged since the last look; returns whether a validation is among it."""
-        news = False
-        if not self.total:
-            self.total = int(read_json(self.folder / "plan.json").number("total_steps") or 0)
-        rows, self.read = run_folder.rows_from(self.folder / "metrics.jsonl", self.read)
+    def update(self) -> bool:
+        """Reads what the job has logged since the last time; returns whether a validation is among it."""
+        validated = False
+        if not self.total_steps:
+            plan = read_json(self.folder / "plan.json")
+            self.total_steps = int(plan.number("total_steps") or 0)
+        rows, self.offset = run_folder.rows_from(self.folder / "metrics.jsonl", self.offset)
         for row in rows:
             self.step = max(self.step, int(row["step"]))
-            value = self.job.judged(row)
+            value = self.checked.judged(row)
             if value is not None:
-                self.now, news = value, True
-                self.at[int(row["step"])] = value
+                self.value, validated = value, True
+                self.values[int(row["step"])] = value
                 self.best = value if self.best is None else min(self.best, value)
-        return news
+        return validated
 
     def best_until(self, step: int) -> float | None:
         """Returns the best objective at or before a step, None where the job was not validated by then."""
-        return min((value for at, value in self.at.items() if at <= step), default=None)
+        return min((value for at, value in self.values.items() if at <= step), default=None)
 
 
 def run(
-    waiting: Iterator[Task],
+    waiting: Iterator[SweepJob],
     side_by_side: int,
     fail_fast: bool,
-    changed: Callable[[Task], None],
-    hopeless: Callable[[Task], str],
+    on_change: Callable[[SweepJob], None],
+    should_prune: Callable[[SweepJob], str],
 ) -> int:
-    """Runs the tasks that `waiting` yields, at most so many at a time; returns the signal that ended it, 0: none.
+    """Runs the jobs that `waiting` yields, at most so many at a time; returns the signal that ended it, 0: none.
 
-    The next task is asked for when a place is free, so that a search can learn from those that have ended.
-    changed: told of every task that starts, was validated or ends; hopeless: says why a task is to end early, or "".
+    The next job is asked for when a place is free, so that a search can learn from those that have ended.
+    on_change: called with every job that starts, was validated or ends; should_prune: returns why a job is to
+    end early, or "".
     """
-    places = shares(side_by_side)
-    running: dict[int, tuple[Any, Task]] = {}  # place -> supervisor, task
-    over = False
-    warm()
-    with forwarded(running) as asked:
+    places = partition_devices(side_by_side)
+    running: dict[int, tuple[Supervisor, SweepJob]] = {}  # by place
+    over = False  # no further job is started
+    start_fork_server()
+    with forwarded(running) as signals:
         while True:
             for place in (p for p in range(len(places)) if p not in running):
-                over = over or bool(asked)
-                task = None if over else next(waiting, None)
-                if task is None:
+                over = over or bool(signals)
+                job = None if over else next(waiting, None)
+                if job is None:
                     over = True
                     break
-                running[place] = (_start(task, *places[place]), task)
-                changed(task)
+                running[place] = (_start(job, *places[place]), job)
+                on_change(job)
             if not running:
-                return asked[0] if asked else 0
+                return signals[0] if signals else 0
             multiprocessing.connection.wait([process.sentinel for process, _ in running.values()], LOOK_SECONDS)
-            for place, (process, task) in list(running.items()):
-                if task.look():
-                    changed(task)
-                    if not task.pruned and task.step < task.total and (reason := hopeless(task)):
-                        task.pruned = reason
+            for place, (process, job) in list(running.items()):
+                if job.update():
+                    on_change(job)
+                    if not job.prune_reason and job.step < job.total_steps and (reason := should_prune(job)):
+                        job.prune_reason = reason
                         os.kill(process.pid, signal.SIGTERM)
                 if process.exitcode is not None:
                     del running[place]
-                    _ended(task, process.exitcode)
-                    over = over or (fail_fast and task.state == "failed")
-                    changed(task)
+                    _ended(job, process.exitcode)
+                    over = over or (fail_fast and job.state == RunStatus.failed)
+                    on_change(job)
 
 
-def shares(jobs: int) -> list[tuple[list[int], list[str]]]:
-    """Returns (cores, GPUs) of each of so many jobs side by side; one job gets everything, told as two empty lists."""
+def partition_devices(jobs: int) -> list[tuple[list[int], list[str]]]:
+    """Returns (cores, GPUs) of each of so many jobs side by side; two empty lists stand for all of them."""
     if jobs == 1:
         return [([], [])]
     from mft.hardware import visible_gpus
@@ -128,59 +148,60 @@ def shares(jobs: int) -> list[tuple[list[int], list[str]]]:
     if gpus and len(gpus) < jobs:
         raise UserError(f"launch.jobs={jobs}, but {len(gpus)} GPUs are visible; a job needs at least one of its own.")
 
-    def part(things: list[Any], number: int) -> list[Any]:
-        size = len(things) // jobs
-        return things[number * size : (number + 1) * size] if size else things[number % len(things) :][:1]
+    def part(devices: list[Any], number: int) -> list[Any]:
+        size = len(devices) // jobs
+        return devices[number * size : (number + 1) * size] if size else devices[number % len(devices) :][:1]
 
     return [(part(cores, n) if cores else [], part(gpus, n) if gpus else []) for n in range(jobs)]
 
 
 @contextmanager
-def forwarded(running: dict[int, tuple[Any, Task]]) -> Iterator[list[int]]:
-    """Hands signals on to the supervisors, which have their own sessions; a second signal ends everything at once."""
-    asked: list[int] = []
+def forwarded(running: dict[int, tuple[Supervisor, SweepJob]]) -> Iterator[list[int]]:
+    """Forwards signals to the supervisors, which have their own sessions; a second signal ends everything at once."""
+    received: list[int] = []
 
     def forward(signum: int, frame: FrameType | None) -> None:
-        if asked:
+        if received:
             os._exit(128 + signum)  # the supervisors and their ranks see this process gone
-        asked.append(signum)
-        print("\nstopping: running jobs save a checkpoint first (once more: at once)", file=sys.stderr)
+        received.append(signum)
+        print("\nStopping: saving checkpoints. Press Ctrl-C again to quit immediately.", file=sys.stderr)
         for process, _ in list(running.values()):
             if process.exitcode is None:
                 os.kill(process.pid, signum)
 
     with handlers(forward):
-        yield asked
+        yield received
 
 
-def _start(task: Task, cores: list[int], gpus: list[str]) -> Any:
-    task.state, task.started, task.read, task.at, task.best = "running", time.time(), 0, {}, None
-    task.look()
-    task.folder.joinpath("log").mkdir(parents=True, exist_ok=True)
-    task.folder.joinpath("log", "traceback.txt").unlink(missing_ok=True)
+def _start(job: SweepJob, cores: list[int], gpus: list[str]) -> Supervisor:
+    job.state, job.started, job.offset, job.values, job.best = RunStatus.running, time.time(), 0, {}, None
+    job.update()
+    job.folder.joinpath("log").mkdir(parents=True, exist_ok=True)
+    job.folder.joinpath("log", "traceback.txt").unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=supervise, args=(task.job, task.folder, cores, gpus, variables()))
+    process = context.Process(target=supervise, args=(job.checked, job.folder, cores, gpus, environment()))
     process.start()
     return process
 
 
-def _ended(task: Task, code: int) -> None:
-    task.seconds = time.time() - task.started
-    summary = read_json(task.folder / "summary.json")
-    if code == 0 and summary.get("status") == "finished":
-        task.state, task.pruned = "finished", ""
-    elif task.pruned and code in (SAVED, UNSAVED):
-        task.state = "pruned"
-        write_json(task.folder / "pruned.json", {"reason": task.pruned, "step": task.step})
+def _ended(job: SweepJob, code: int) -> None:
+    """Notes how a job ended. code: of its supervisor, negative for a signal."""
+    job.seconds = time.time() - job.started
+    summary = read_json(job.folder / "summary.json")
+    if code == 0 and summary.get("status") == RunStatus.finished:
+        job.state, job.prune_reason = RunStatus.finished, ""
+    elif job.prune_reason and code in (SAVED, UNSAVED):
+        job.state = RunStatus.pruned
+        write_json(job.folder / "pruned.json", {"reason": job.prune_reason, "step": job.step})
     elif code in (SAVED, INTERRUPTED, UNSAVED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
-        task.state = "stopped"
+        job.state = RunStatus.stopped
     else:
-        task.state = "failed"
-        told = read_json(task.folder / "log" / "failure.json").text("sentence")
-        task.error = told or f"its process died ({code}) without a word; its output is in {task.folder}/log"
+        job.state = RunStatus.failed
+        sentence = read_json(job.folder / "log" / "failure.json").text("sentence")
+        job.error = sentence or f"the process exited unexpectedly (code {code}); its output is in {job.folder}/log"
 
 
-def supervise(current: job.Job, folder: Path, cores: list[int], gpus: list[str], environment: dict[str, str]) -> None:
+def supervise(job: Job, folder: Path, cores: list[int], gpus: list[str], environment: dict[str, str]) -> None:
     """Runs one job in ranks of this process; leaves with 0, 1 (failed: log/failure.json) or a worker's code."""
     os.setsid()  # a Ctrl-C of the terminal reaches the sweep alone, which hands it on once
     os.environ.update(environment)
@@ -194,7 +215,7 @@ def supervise(current: job.Job, folder: Path, cores: list[int], gpus: list[str],
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     threading.Thread(target=_end_with_parent, daemon=True, name="watchdog").start()
     try:
-        job.run(current, folder)
+        launch(job, folder)
     except Stopped as stopped:
         raise SystemExit(stopped.code) from None
     except KeyboardInterrupt:  # before the ranks were up
@@ -216,7 +237,7 @@ def leave_failure(folder: Path, error: Exception) -> None:
         log.mkdir(parents=True, exist_ok=True)
         write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
         summary = read_json(folder / "summary.json")
-        write_json(folder / "summary.json", summary | {"status": "failed", "error": sentence})
+        write_json(folder / "summary.json", summary | {"status": RunStatus.failed, "error": sentence})
         (log / "traceback.txt").write_text(hidden(trace), encoding="utf-8")
     say(f"mft: this job failed: {error}", sys.stderr)
 

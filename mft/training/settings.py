@@ -70,12 +70,6 @@ class TrainSettings:
     """Length limit of those answers, in tokens."""
     peak_tflops: float | None = ranged(None, above=0)
     """Peak of one device in TFLOP/s, for speed/mfu; null: known GPUs only."""
-    fail_fast: bool = False
-    """A sweep ends at its first failed job instead of running the others."""
-    prune: bool = False
-    """A sweep ends a job whose best objective is worse than the median of the others at equal steps."""
-    prune_after: int = ranged(2, min=1)
-    """Validations a job gets before it may be pruned (three other jobs must have come as far)."""
 
     def check(self) -> None:
         """Raises UserError for a number out of its range."""

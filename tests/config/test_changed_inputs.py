@@ -18,6 +18,7 @@ from mft.data.template import Template
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from mft.launch import job
+from mft.launch.launch import launch
 from tests.tiny_runs import train, two_tasks, write_task
 
 CODE = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -69,8 +70,8 @@ def test_a_run_trains_on_what_was_checked_or_not_at_all(
     content = changed.read_bytes()
     changed.write_bytes(content + b"\n")
     with pytest.raises(UserError, match=sentence):
-        job.run(later, tmp_path / "later", say=lambda text: None)
+        launch(later, tmp_path / "later", say=lambda text: None)
     assert not (tmp_path / "later" / "report" / "data.json").exists()
     assert not (tmp_path / "later" / "metrics.jsonl").exists()
     changed.write_bytes(content)
-    assert job.run(later, tmp_path / "later", say=lambda text: None)["status"] == "finished"
+    assert launch(later, tmp_path / "later", say=lambda text: None)["status"] == "finished"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mft.config.compose import compose_resolved
+from mft.config.overrides import with_moved_keys
 from mft.config.validate import check
 from mft.errors import UserError
 from tests.config.test_conf import rows
@@ -34,7 +35,9 @@ def message(*overrides: str, world: int = 1) -> str:
         ("train={steps: 3}", ["train", "+train.NAME"]),
         ("epocs=1", ["epocs", "did you mean train.epochs?"]),
         ("train.seq_length=64", ["train.seq_length", "did you mean data.seq_length?"]),
-        ("+train.fast=1", ["train.fast", "did you mean fail_fast?"]),
+        ("+launch.fast=1", ["launch.fast", "did you mean fail_fast?"]),
+        ("train.prune=true", ["train.prune: this key has moved; write launch.prune=…"]),
+        ("+train.fail_fast=true", ["write launch.fail_fast=…"]),
         ("+nme=1", ["nme", "did you mean name?"]),
         ("peft=3", ["peft=3", "full, lora, qlora"]),
         ("peft=null", ["peft=null", "full, lora, qlora"]),
@@ -173,3 +176,8 @@ def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
     cfg = compose_resolved(["data.paths=[here/task]", "output_dir=out"])
     assert list(cfg.data.paths) == [str(tmp_path / "here" / "task")]
     assert cfg.output_dir == str(tmp_path / "out")
+
+
+def test_a_recorded_command_is_read_under_the_present_names_of_its_keys() -> None:
+    recorded = ["train.prune=true", "+train.fail_fast=true", "optimizer.lr=1e-3,2e-3", "train.pruned=x"]
+    assert with_moved_keys(recorded) == ["launch.prune=true", "+launch.fail_fast=true", *recorded[2:]]

@@ -238,7 +238,7 @@ def inert(*overrides: str, world: int = 1, sweep: bool = False) -> list[str]:
     [
         (["train.early_stopping_stall_num=5"], "train.early_stopping is false"),
         (["train.prompts_max_new_tokens=5"], "train.prompts is null"),
-        (["train.prune=true"], "this is one run, not a sweep (-m)"),
+        (["launch.prune=true"], "this is one run, not a sweep (-m)"),
         (["launch.jobs=2"], "this is one run, not a sweep (-m)"),
         (["train.eval_every=7", "data.split=[100,0,0]"], "no task has validation samples"),
         (["train.keep_task_best=true", "data.split=[100,0,0]"], "no task has validation samples"),
@@ -269,7 +269,7 @@ def test_a_setting_without_effect_is_reported_with_the_reason(overrides: list[st
 
 def test_a_setting_with_an_effect_is_not_reported() -> None:
     assert not inert("train.early_stopping=true", "train.early_stopping_stall_num=5")
-    assert not inert("train.prune=true", "train.prune_after=3", "launch.jobs=2", sweep=True)
+    assert not inert("launch.prune=true", "launch.prune_after=3", "launch.jobs=2", sweep=True)
     assert not inert("data=pad", "data.length_group=8", "data.pad_to=longest")
     assert not inert("dist=ddp", "dist.find_unused_parameters=true", world=2)
     assert not inert("launch.main_port=29500", "train.early_stopping_stall_num=3", "peft=qlora", "peft.bits=8"), (

@@ -334,6 +334,7 @@ def test_a_named_plugin_trains_resumes_merges_and_answers(work: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.long
 def test_an_installed_plugin_needs_no_flag_and_a_sweep_remembers_a_named_one(work: Path) -> None:
     site = work / "site"
     shutil.copytree(EXAMPLE / "mft_example", site / "mft_example")

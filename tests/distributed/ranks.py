@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mft.launch.spawn import start
+from mft.launch.spawn import spawn
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, shutdown_seconds: int = 10) -> list[Any]:
@@ -24,7 +24,7 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, shutdow
     traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        results = start(_call, (function, arguments), world, Path(folder), shutdown_seconds)
+        results = spawn(_call, (function, arguments), world, Path(folder), shutdown_seconds)
     return [pickle.loads(results[rank]) for rank in range(world)]
 
 

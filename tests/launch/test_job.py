@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from mft import hardware
-from mft.launch.launch import ranks
 from tests.tiny_runs import two_tasks
 
 REPOSITORY = Path(__file__).parents[2]
@@ -36,16 +34,3 @@ with multiprocessing.get_context("forkserver").Pool(1) as pool:
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=180
     )
     assert done.stdout.splitlines() == ["[]", "['deepspeed', 'peft', 'torch']"], done.stderr
-
-
-@pytest.mark.parametrize(("variable", "found"), [("", 0), ("-1", 0), ("0,1", 2), ("3", 1), ("GPU-a,GPU-b,GPU-c", 3)])
-def test_auto_takes_the_gpus_that_cuda_is_to_see(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, found: int
-) -> None:
-    """No GPU is here: torch's own reading of the variable stands for its count."""
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(hardware, "DRIVERS", (tmp_path,))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(torch.cuda._parse_visible_devices()))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-    assert hardware.visible_gpus() == found
-    assert ranks("auto") == max(1, found)

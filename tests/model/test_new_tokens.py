@@ -140,7 +140,7 @@ def test_loss_and_gradients_are_those_of_peft(tied: bool, cache_dir: Path) -> No
     tiny = family(cache_dir, tied)
     model = trained(Lora(rank=4), tiny, batch(tiny.tokenizer()), steps=1).model
     data = batch(tiny.tokenizer())
-    nll = TokenLoss(model, tiny, rows=5)(*inputs(data))[0].sum()
+    nll = TokenLoss(model, tiny, chunk_size=5)(*inputs(data))[0].sum()
     nll.backward()
     ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()

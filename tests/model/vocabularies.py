@@ -11,14 +11,15 @@ from typing import Any
 from mft.model.legacy.families import QWEN_WORDS
 from tests.model import originals
 
-CODE = Path(__file__).parents[2] / "mft" / "training" / "loop.py"
+SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("originals", "families")]
+CODE = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
 CHINESE = ["今天天气很好，我们去公园散步。", "请写一个函数，计算两个数的和。", "模型在多个任务上微调，损失按任务平衡。"]
 OTHER = ["🙂 ok 🚀🚀 done 👩‍👩‍👧‍👦", "  lead", "a  b   c\t\td", "people sit at the isopod's shop", "naïve café"]
 TEXTS = [
-    *CODE.read_text(encoding="utf-8").splitlines(),
+    *CODE.splitlines(),
     *CHINESE,
     *OTHER,
-    CODE.read_text(encoding="utf-8"),
+    CODE,
     "",
     " ",
     "   ",

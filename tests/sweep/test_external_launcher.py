@@ -15,6 +15,7 @@ SUBMITIT = importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SUBMITIT, reason='needs pip install "mft[slurm]"')
+@pytest.mark.long
 def test_submitit_runs_the_jobs_of_a_sweep_and_only_what_is_left(tmp_path: Path) -> None:
     work = two_tasks(tmp_path)
     given = ["train", "-m", *FAST, "optimizer.lr=1e30,1e-3"]

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from mft import cli, run_folder
 from mft.data.task import FIRST_ROWS
-from mft.sweep.command import sweep_id, taken
+from mft.sweep.folder import sweep_id, taken
 from mft.training.checkpoint import newest
 from tests.sweeping import FAST, mft, runs, start, states, two_tasks, until, until_nothing_runs
 
@@ -68,7 +68,7 @@ def test_ctrl_c_stops_the_sweep_and_its_job_goes_on_from_the_checkpoint(work: Pa
     saved = newest(run)
     assert saved is not None
     code, said = mft(work, *given, "--dry-run")
-    assert code == 0 and f"would go on from {saved.name}" in said and "2 of 2 jobs would run" in said, said
+    assert code == 0 and f"would resume from {saved.name}" in said and "2 of 2 jobs would run" in said, said
     code, said = mft(work, *given)
     assert code == 0, said
     assert states(work) == {"train.seed=1": "finished", "train.seed=2": "finished"}
@@ -79,7 +79,7 @@ def test_ctrl_c_stops_the_sweep_and_its_job_goes_on_from_the_checkpoint(work: Pa
 @pytest.mark.slow
 def test_a_failed_job_leaves_its_traceback_and_fail_fast_starts_no_other(work: Path) -> None:
     axis = "optimizer.lr=1e30,1e-3"
-    code, said = mft(work, "train", "-m", *FAST, axis, "train.fail_fast=true")
+    code, said = mft(work, "train", "-m", *FAST, axis, "launch.fail_fast=true")
     assert code == 1 and "1 failed, 1 not started" in said, said
     assert list(states(work).values()) == ["failed"]
     code, said = mft(work, "train", "-m", *FAST, axis)
@@ -91,16 +91,17 @@ def test_a_failed_job_leaves_its_traceback_and_fail_fast_starts_no_other(work: P
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_job_worse_than_the_median_of_the_others_ends_early(work: Path) -> None:
     given = ["train", "-m", *LONG, "optimizer.lr=1e-3,2e-3,3e-3,1e-9", "scheduler=constant"]
-    code, said = mft(work, *given, "train.prune=true")
-    assert code == 0 and "job 4 was ended early: at step" in said and "the median of 3 others" in said, said
+    code, said = mft(work, *given, "launch.prune=true")
+    assert code == 0 and "job 4 was pruned: at step" in said and "the median of 3 others" in said, said
     label = "optimizer.lr=1e-09"
     assert states(work)[label] == "pruned" and list(states(work).values()).count("finished") == 3
-    code, said = mft(work, *given, "train.prune=true", "--dry-run")
+    code, said = mft(work, *given, "launch.prune=true", "--dry-run")
     assert code == 0 and "0 of 4 jobs would run" in said, said
     code, said = mft(work, *given, "--dry-run")  # without the rule it may go on
-    assert code == 0 and "1 of 4 jobs would run" in said and "would go on from step-" in said, said
+    assert code == 0 and "1 of 4 jobs would run" in said and "would resume from step-" in said, said
 
 
 COUNTING = """

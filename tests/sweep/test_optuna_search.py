@@ -11,7 +11,7 @@ import pytest
 from mft import cli, run_folder
 from mft.errors import UserError
 from mft.files.json_file import read_json
-from mft.sweep.optuna_search import corners, distribution, split
+from mft.sweep.optuna_search import boundary_trials, distribution, split
 from tests.sweeping import FAST, mft, runs, start, two_tasks, until, until_nothing_runs
 
 pytest.importorskip("optuna")
@@ -60,6 +60,7 @@ def test_six_trials_then_more_by_the_same_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_failing_trials_are_told_tried_again_and_make_the_exit_code(tmp_path: Path) -> None:
     work = two_tasks(tmp_path)
     given = [*SEARCH, "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler=random", "optimizer.lr=choice(1e-3,1e30)"]
@@ -77,7 +78,7 @@ def test_what_a_search_is_made_of() -> None:
     assert fixed == ["a=1"] and list(space) == ["b", "c.d"]
     assert (space["b"].low, space["b"].high, space["b"].step) == (8, 32, 8)
     assert (space["c.d"].low, space["c.d"].high, space["c.d"].log) == (1e-5, 1e-3, True)
-    assert corners(space) == [["b=8", "c.d=1e-05"], ["b=32", "c.d=0.001"]]
+    assert boundary_trials(space) == [["b=8", "c.d=1e-05"], ["b=32", "c.d=0.001"]]
     assert distribution("x=int(interval(1,9))").high == 9 and distribution("x=a,b").choices == ("a", "b")
     for wrong in ("x=3", "x=interval(5,1)", "x=interval("):
         with pytest.raises(UserError, match="x="):

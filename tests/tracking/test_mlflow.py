@@ -367,6 +367,7 @@ def test_a_run_killed_by_force_is_marked_and_taken_up_again(store, run_dir, caps
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_server_killed_and_started_again_loses_nothing(run_dir, store):
     port = free_port()
     server = start_server(store, port)

@@ -1,6 +1,6 @@
 """Failures and signals under torchrun, accelerate launch and (a stand-in of) srun; the runs are stand-ins, too.
 
-The same for the processes of `mft train` itself is in tests/launch/test_launch.py.
+The same for the processes of `mft train` itself is in tests/launch/test_spawn.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import psutil
 import pytest
 
 from mft import run_folder
-from mft.files.json_file import read_json
-from tests.distributed.test_placed import FSDP_CONFIG
+from tests.launch.test_placed import FSDP_CONFIG
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
     "accelerate": ["accelerate.commands.launch", "--config_file", "{run_dir}/accelerate.yaml", "-m"],
-    "srun": ["tests.distributed.srun", sys.executable, "-m"],
+    "srun": ["tests.launch.srun", sys.executable, "-m"],
 }
 
 
@@ -33,7 +32,7 @@ def started(launcher: str, run_dir: Path, entry: str) -> subprocess.Popen[str]:
     words = [word.format(run_dir=run_dir) for word in LAUNCHERS[launcher]]
     unplaced = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
     return subprocess.Popen(
-        [sys.executable, "-m", *words, "tests.distributed.placed", str(run_dir), entry],
+        [sys.executable, "-m", *words, "tests.launch.placed", str(run_dir), entry],
         cwd=REPOSITORY,
         env=unplaced | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "ERROR"},
         stdout=subprocess.PIPE,
@@ -64,13 +63,12 @@ def all_gone(pids: list[int], seconds: float) -> bool:
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_rank_that_failed_first_is_heard(tmp_path: Path, launcher: str) -> None:
+def test_the_rank_that_failed_first_is_reported(tmp_path: Path, launcher: str) -> None:
     process = started(launcher, tmp_path, "fail")
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
-    assert time.time() - read_json(tmp_path / "log" / "rank1.error.json")["time"] < 15
     assert "rank 1 failed: ValueError: this is the cause" in output
-    assert 'tests/distributed/entries.py", line' in output and "in _together" in output
+    assert 'tests/launch/entries.py", line' in output and "in _together" in output
     assert "ValueError: this is the cause" in (tmp_path / "log" / "rank1.log").read_text()
     assert (tmp_path / "log" / "rank0.log").exists()
 

@@ -101,7 +101,7 @@ def test_the_slurm_script_trains_saves_in_time_and_is_put_back_into_the_queue(tm
     """docs/slurm.sbatch as it is; srun and scontrol are stand-ins, since SLURM is not here."""
     (tmp_path / "bin").mkdir()
     stand_ins = {
-        "srun": f'exec {sys.executable} -m tests.distributed.srun "$@"',
+        "srun": f'exec {sys.executable} -m tests.launch.srun "$@"',
         "mft": f'exec {sys.executable} -m mft.cli "$@"',
         "scontrol": f'echo "$@" > {tmp_path / "asked"}',
     }

@@ -85,7 +85,7 @@ def start(host: str, overrides: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def results(processes: list[subprocess.Popen[str]], timeout: float = 150) -> list[str]:
+def results(processes: list[subprocess.Popen[str]], timeout: float = 400) -> list[str]:
     try:
         return [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
@@ -95,6 +95,7 @@ def results(processes: list[subprocess.Popen[str]], timeout: float = 150) -> lis
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.long
 def test_two_hosts_train_like_one_and_survive_the_loss_of_one(hosts: list[str], tmp_path: Path) -> None:
     tasks = f"data.paths=[{','.join(map(str, write_tasks(tmp_path / 'tasks')))}]"
     common = [tasks, f"cache_dir={tmp_path / 'cache'}", "launch.nproc=1", "launch.nnodes=2"]
@@ -105,12 +106,12 @@ def test_two_hosts_train_like_one_and_survive_the_loss_of_one(hosts: list[str], 
     begin = time.monotonic()
     while not complete_steps(tmp_path / "run" / "checkpoints"):
         assert all(process.poll() is None for process in processes), results(processes)
-        assert time.monotonic() - begin < 150
+        assert time.monotonic() - begin < 400
         time.sleep(0.1)
     ip("-n", hosts[0], "link", "set", f"m{os.getpid()}a", "down")
     # 10 s until a host counts as gone, 5 until a rank in a collective is ended, and what a busy machine adds; gloo by
     # itself would wait for half an hour
-    said = results(processes, timeout=100)
+    said = results(processes, timeout=300)
     assert [process.returncode for process in processes] == [1, 1]
     names = json.loads((tmp_path / "run" / "log" / "hosts.json").read_text())["hosts"]
     ours = [next(n for n, name in enumerate(names) if name.endswith(address)) for address in ADDRESSES]

@@ -1,0 +1,101 @@
+"""Which rank this process is, and how many there will be.
+
+Ranks are placed from outside (torchrun, accelerate launch, srun) or started by this command, see
+`mft.launch.launch`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from mft.errors import UserError
+from mft.hardware import visible_gpus
+
+_stores: list[Any] = []
+"""The store of the placed ranks and its prefixes used so far; kept, since rank 0's serves the others."""
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """The rank that this process was started as from outside."""
+
+    rank: int
+    """Number among all ranks, from 0."""
+    local_rank: int
+    """Number among the ranks of this machine, from 0."""
+    world: int
+    """Ranks of the whole group."""
+
+
+def detect_rank() -> RankInfo | None:
+    """Returns the rank that torchrun, accelerate launch or srun started this process as, None without them.
+
+    SLURM's variables are translated into torch's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+    MASTER_ADDR, MASTER_PORT); those that are set already stay. A step of one task, and a batch script outside
+    srun, are not ranks: they launch.
+    """
+    variables = os.environ
+    in_step = "SLURM_STEP_ID" in variables or "SLURM_STEP_NUM_TASKS" in variables
+    tasks = int(variables.get("SLURM_STEP_NUM_TASKS") or variables.get("SLURM_NTASKS") or 1) if in_step else 1
+    if "RANK" not in variables and tasks > 1 and "SLURM_PROCID" in variables:
+        host = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "127.0.0.1")
+        first = re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", host).split(",")[0]  # gpu[03-05,9] -> gpu03
+        per_node = variables.get("SLURM_STEP_TASKS_PER_NODE", str(tasks))
+        variables["RANK"] = variables["SLURM_PROCID"]
+        variables["WORLD_SIZE"] = str(tasks)
+        variables["LOCAL_RANK"] = variables.get("SLURM_LOCALID", "0")
+        variables.setdefault("LOCAL_WORLD_SIZE", re.split(r"[(,]", per_node)[0])
+        variables.setdefault("MASTER_ADDR", first)
+        variables.setdefault("MASTER_PORT", str(20000 + int(variables.get("SLURM_JOB_ID", 0)) % 10000))
+    if not all(name in variables for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return None
+    return RankInfo(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]))
+
+
+def ranks(nproc: int | str, mode: str = "processes") -> int:
+    """Returns how many ranks this machine will run: the placed ones, else `launch.nproc`; auto = visible GPUs, or 1.
+
+    mode: `launch.mode`; inline has one rank. Raises UserError for a number that cannot be.
+    """
+    placed = detect_rank()
+    if placed is not None:
+        return placed.world
+    if str(getattr(mode, "value", mode)) == "inline":
+        if str(nproc) not in ("auto", "1"):
+            raise UserError(f"launch.mode=inline runs one rank, but launch.nproc={nproc}; choose launch=processes")
+        return 1
+    if str(nproc) == "auto":
+        return max(1, visible_gpus())
+    if not str(nproc).isdigit() or int(nproc) < 1:
+        raise UserError(
+            f"launch.nproc={nproc}: must be a number of ranks, at least 1, or auto (all visible GPUs; 1 without)."
+        )
+    gpus = visible_gpus()
+    if gpus and int(nproc) > gpus:
+        raise UserError(f"launch.nproc={nproc}: only {gpus} GPUs are visible, and every rank needs its own.")
+    return int(nproc)
+
+
+def broadcast_from_rank0(value: Any) -> Any:
+    """Returns rank 0's value on every placed rank, before any engine is up; without placed ranks, the value itself.
+
+    All ranks call it equally often; the value is one that JSON takes.
+    """
+    placed = detect_rank()
+    if placed is None or placed.world == 1:
+        return value
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    # over the store itself: a process group here would leave its addresses behind for the engine's to stumble over
+    if not _stores:
+        _stores.append(next(rendezvous("env://"))[0])
+    store = PrefixStore(f"mft/broadcast/{len(_stores)}", _stores[0])
+    _stores.append(store)
+    if placed.rank == 0:
+        store.set("value", json.dumps(value))
+    return json.loads(store.get("value").decode())

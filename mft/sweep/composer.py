@@ -1,0 +1,100 @@
+"""Composes and checks the jobs of a sweep, before the first starts."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mft.config.compose import absolute_paths
+from mft.config.hydra_compose import without_hydra
+from mft.config.inert import given_keys, without_effect
+from mft.config.interpolations import replaced
+from mft.config.messages import explain, refusals
+from mft.config.overrides import check_overrides, key_of
+from mft.config.schema import typed
+from mft.config.yaml_file import circle
+from mft.console.screen import say
+from mft.errors import UserError
+from mft.launch.job import Job
+from mft.launch.job import checked as check_job
+from mft.sweep.folder import is_sweep
+
+VALUE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)+=")
+"""An override of a value, not of a group: `optimizer.lr=…`."""
+
+NEWS_SECONDS = 5.0
+"""How often the progress of checking is printed."""
+
+
+class Composer:
+    """Composes and checks the jobs of one sweep. Hydra composes once what differs by plain values alone."""
+
+    def __init__(self, cfg: DictConfig, loader: Any, starts: bool = True):
+        """cfg: the sweep's own config with Hydra's node; loader: Hydra's config loader; starts: see `job.checked`."""
+        self.cfg, self.loader, self.starts = cfg, loader, starts
+        self.fixed = {key_of(o) for o in cfg.hydra.overrides.task if not is_sweep(o)}  # keys: Hydra writes true as True
+        self.bases: dict[tuple[str, ...], DictConfig] = {}
+        folders = [Path(str(folder).removeprefix("file://")) for folder in cfg.hydra.searchpath]
+        self.given = given_keys(cfg.hydra.overrides.task, folders)
+        self.notes: list[str] | None = None  # settings without effect in every job so far
+
+    def label(self, overrides: Sequence[str]) -> str:
+        """Returns what distinguishes a job from the others of its sweep."""
+        return " ".join(o for o in overrides if key_of(o) not in self.fixed) or "(all as given)"
+
+    def job(self, overrides: Sequence[str]) -> Job:
+        """Returns the checked job of these overrides; UserError that names it if it cannot run."""
+        label = self.label(overrides)
+        try:
+            check_overrides(overrides)
+            composed = self.composed(overrides)
+            if composed.launch.get("nnodes", 1) > 1:
+                raise UserError("a sweep runs on one machine; launch.nnodes is for one run on several.")
+            own = [o for o in overrides if key_of(o) != "sweep"]
+            job = check_job(absolute_paths(typed(replaced(composed))), own, label, self.starts)
+            notes = without_effect(job.cfg, job.world, self.given, sweep=True)
+            self.notes = notes if self.notes is None else [note for note in self.notes if note in notes]
+            return job
+        except RecursionError:
+            raise UserError(f"job {label}: {circle()}") from None
+        except refusals() as error:
+            search = [o for o in self.cfg.hydra.overrides.hydra if key_of(o) == "hydra.searchpath"]
+            raise UserError(f"job {label}: {explain(error, search, overrides)}") from error
+        except UserError as error:
+            raise UserError(f"job {label}: {error}") from error
+
+    def composed(self, overrides: Sequence[str]) -> DictConfig:
+        """Returns what Hydra composes of these overrides (150 ms), or sets swept values in a copy of that."""
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        swept = [o for o in overrides if VALUE.match(o) and key_of(o) not in self.fixed]
+        rest = tuple(o for o in overrides if o not in swept)
+        if rest in self.bases:
+            cfg = copy.deepcopy(self.bases[rest])
+            try:
+                for override in OverridesParser.create().parse_overrides(swept):
+                    OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
+                return cfg
+            except OmegaConfBaseException:
+                pass  # Hydra says it with the names that `explain` looks for
+        cfg = without_hydra(self.loader.load_sweep_config(self.cfg, list(overrides)))
+        self.bases.setdefault(rest, copy.deepcopy(cfg))
+        return cfg
+
+
+def check_all(composer: Composer, job_overrides: Sequence[Sequence[str]]) -> list[Job]:
+    """Composes and checks every job; UserError names the first one that cannot run, before any starts."""
+    jobs, reported = [], time.monotonic()
+    for number, overrides in enumerate(job_overrides, start=1):
+        jobs.append(composer.job(overrides))
+        if time.monotonic() - reported > NEWS_SECONDS:
+            reported = time.monotonic()
+            say(f"checking jobs: {number} of {len(job_overrides)}")
+    return jobs

@@ -1,0 +1,124 @@
+"""A sweep's folder: which one a command has, what names its jobs' folders, its lock, and the command kept in it.
+
+`multirun/<name>/<sweep id>/` holds sweep.json, jobs.txt, a run folder for every job, and the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mft import run_folder
+from mft.config import plugins
+from mft.config.identity import VERSION, identity_of
+from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, under
+from mft.config.overrides import key_of
+from mft.errors import UserError
+from mft.files.json_file import write_json
+from mft.launch.job import Job
+
+IDENTITY_DIGITS = 10
+"""Digits of an identity that name a folder: in a million jobs two collide with a probability below one half."""
+
+RECORD = "sweep.json"
+"""In the sweep's folder: the command that made it, so that it can be resumed."""
+
+IN_THE_ID = ("batch_size", "gradient_accumulation_steps")
+"""Parts of keys that name a sweep though they are not, as such, part of a run's identity."""
+
+
+class DryRunDone(Exception):
+    """Raised by a dry run when everything is printed, through Hydra, to its caller."""
+
+
+def folder_of(cfg: DictConfig) -> Path:
+    """Returns the folder of a sweep. cfg: its own config with Hydra's node."""
+    return Path(cfg.hydra.sweep.dir).absolute()
+
+
+def job_folder(job: Job, folder: Path) -> Path:
+    """Returns the run folder of a job in a sweep's folder; the same whoever launches it."""
+    return folder / job.identity.extended[:IDENTITY_DIGITS]
+
+
+def find_sweep(folder: Path) -> Path:
+    """Returns the sweep folder meant by `multirun/<name>/<id>` or, with one sweep in it, by `multirun/<name>`."""
+    if (folder / RECORD).exists():
+        return folder
+    sweeps = sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
+    if len(sweeps) == 1:
+        return sweeps[0]
+    if not sweeps:
+        raise UserError(f"{folder} is not a sweep: it has no {RECORD}.")
+    raise UserError(f"{folder} holds {len(sweeps)} sweeps; name one of them: {', '.join(map(str, sweeps))}.")
+
+
+def sweep_id(overrides: Sequence[str]) -> str:
+    """Returns the hash of what is not swept, so that values can be added to an axis and all jobs keep their folders.
+
+    What only says how jobs run (launch, tracking, logging) has no part in it.
+    """
+    kept = [o for o in overrides if not _says_how(key_of(o))]
+    fixed = sorted(o for o in kept if not is_sweep(o))
+    axes = sorted(key_of(o) for o in kept if is_sweep(o))
+    return hashlib.sha1(repr((fixed, axes)).encode()).hexdigest()[:IDENTITY_DIGITS]
+
+
+def _says_how(name: str) -> bool:
+    if any(part in name for part in IN_THE_ID):
+        return False
+    if name.startswith("hydra.") or name == "hydra/launcher":
+        return True
+    return under(name, CANNOT_CHANGE_THE_RESULT)
+
+
+def is_sweep(override: str) -> bool:
+    """Whether an override names several values."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(override).is_sweep_override()
+
+
+def require_this_version(folder: Path) -> None:
+    """Raises UserError for a sweep whose jobs another version of mft wrote.
+
+    Their folders are named by another identity, so finished jobs would run again beside them.
+    """
+    for run in run_folder.runs_under(folder) if folder.is_dir() else ():
+        identity = identity_of(run)
+        if identity is not None and identity.version != VERSION:
+            raise UserError(
+                f"{os.path.relpath(folder)} holds jobs that another version of mft wrote {identity.numbers()}, so this "
+                "sweep cannot be resumed; mft runs, show, compare, merge and generate still read them. Add sweep=NAME "
+                "to its command to run it anew beside them."
+            )
+
+
+@contextmanager
+def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
+    """Holds a sweep's folder for this process and keeps its command there: the newest one, when values were added."""
+    try:
+        lock = run_folder.lock(folder)
+    except UserError:
+        raise UserError(f"{folder}: this sweep is already running, in another process.") from None
+    try:
+        given: Any = OmegaConf.to_container(cfg.hydra.overrides, resolve=False)  # variables stay as they are written
+        hydra = [o for o in given["hydra"] if key_of(o) != "hydra.mode"]
+        values = {"overrides": [*given["task"], *hydra], "folder": str(Path.cwd()), "sweep_dir": str(folder)}
+        write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)
+        yield
+    finally:
+        lock.release()
+
+
+def remove_if_unused(folder: Path) -> None:
+    """Removes what Hydra leaves of a sweep that did not start."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"multirun.yaml"}:
+        shutil.rmtree(folder)

@@ -1,0 +1,60 @@
+"""Which rank this process is, and how many ranks a run will have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mft import hardware
+from mft.errors import UserError
+from mft.launch.placement import RankInfo, detect_rank, ranks
+
+
+@pytest.fixture(autouse=True)
+def not_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))]:
+        monkeypatch.delenv(name)
+
+
+def test_a_process_knows_where_it_was_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert detect_rank() is None and ranks("auto") >= 1
+    before = dict(os.environ)
+    slurm = {"PROCID": "5", "LOCALID": "1", "STEP_NUM_TASKS": "8", "STEP_NODELIST": "gpu[03-04]", "JOB_ID": "12345"}
+    for name, value in (slurm | {"STEP_TASKS_PER_NODE": "4(x2)"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    try:
+        assert detect_rank() == RankInfo(5, 1, 8) and ranks(3) == 8
+        assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu03", "22345")
+        assert os.environ["LOCAL_WORLD_SIZE"] == "4"
+    finally:
+        for name in set(os.environ) - set(before) - {f"SLURM_{key}" for key in (*slurm, "STEP_TASKS_PER_NODE")}:
+            del os.environ[name]
+
+
+def test_a_slurm_step_of_one_task_launches_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # a batch script outside srun
+    assert detect_rank() is None
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert detect_rank() is None
+
+
+@pytest.mark.parametrize("nproc", [0, -1, "two", 1.5])
+def test_a_wrong_number_of_ranks_is_refused(nproc: object) -> None:
+    with pytest.raises(UserError, match=r"launch\.nproc="):
+        ranks(nproc)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("variable", "found"), [("", 0), ("-1", 0), ("0,1", 2), ("3", 1), ("GPU-a,GPU-b,GPU-c", 3)])
+def test_auto_takes_the_gpus_that_cuda_is_to_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, found: int
+) -> None:
+    """No GPU is here: torch's own reading of the variable stands for its count."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(hardware, "DRIVERS", (tmp_path,))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(torch.cuda._parse_visible_devices()))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert hardware.visible_gpus() == found
+    assert ranks("auto") == max(1, found)
