@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mft.demo import unit_tests
 from mft.demo.source import Function, functions
+from mft.demo.unit_tests import from_docstrings, from_test_suite
 
 CAPS = {"completion": 1_200, "docstring": 700, "function_body": 1_250, "function_name": 500, "unit_test": 600}
 """Rows of a task at most. Unequal, as real tasks are; together about 1 M SmolLM2 tokens with Python 3.11."""
@@ -181,12 +181,12 @@ def unit_test_rows(
     tests: Iterable[Path], library: Sequence[Function], left_out: Counter[str]
 ) -> Iterator[tuple[Row, tuple[str, ...]]]:
     """Yields rows of unit tests and of doctests, each with the paths of the functions it shows."""
-    for test in unit_tests.from_test_suite(tests, library, left_out):
+    for test in from_test_suite(tests, library, left_out):
         human = f"Write the unittest method `{test.name}` for `{test.target}`.\n\n{block(test.code)}"
         if test.imports:
             human += "\n\nThe test file starts with:\n\n" + block("\n".join(test.imports))
         yield chat("unit_test", test.target, human, test.test, f":{test.name}"), test.shown
-    for function, examples in unit_tests.from_docstrings(library):
+    for function, examples in from_docstrings(library):
         summary = function.doc.split(">>>")[0].split("\n\n")[0].strip()
         human = f"Write doctest examples for this {kind(function)}.\n\n{block(function.undocumented())}"
         if summary:
