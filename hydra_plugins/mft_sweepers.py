@@ -1,4 +1,7 @@
-"""Hydra's sweepers for `mft train -m`: a grid and a search; see `mft.sweep.jobs` and `mft.sweep.optuna_search`."""
+"""Hydra's sweepers for `mft train -m`: a grid and a search; see `mft.sweep.jobs` and `mft.sweep.optuna_search`.
+
+Private of Hydra 1.3: `core_plugins.basic_sweeper`; `tests/config/test_hydra_compose.py` fails where it is gone.
+"""
 
 from __future__ import annotations
 

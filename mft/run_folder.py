@@ -15,9 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mft.errors import UserError, writable
-from mft.files.json_file import Values as Values
-from mft.files.json_file import read_json as read_json
-from mft.files.json_file import write_json as write_json
+from mft.files.json_file import read_json
 
 LOCK = ".lock"
 
@@ -70,7 +68,7 @@ def state(run_dir: Path) -> RunStatus:
     return RunStatus.killed if written is RunStatus.unfinished else written
 
 
-def rows_from(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+def metric_rows(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Returns the rows of metrics.jsonl from a byte on, and the byte behind the last whole one.
 
     A file that has become shorter (a resumed run cuts off what it trains again) is read from its start.

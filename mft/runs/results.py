@@ -96,7 +96,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         name=os.path.relpath(folder),
         values=flat(config) | _contents(folder, record),
-        rows=run_folder.rows_from(folder / "metrics.jsonl")[0],
+        rows=run_folder.metric_rows(folder / "metrics.jsonl")[0],
         state=run_folder.state(folder),
         seconds=summary.number("seconds"),
         memory=summary.number("peak_memory_gib"),

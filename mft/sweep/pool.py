@@ -78,7 +78,7 @@ class SweepJob:
         if not self.total_steps:
             plan = read_json(self.folder / "plan.json")
             self.total_steps = int(plan.number("total_steps") or 0)
-        rows, self.offset = run_folder.rows_from(self.folder / "metrics.jsonl", self.offset)
+        rows, self.offset = run_folder.metric_rows(self.folder / "metrics.jsonl", self.offset)
         for row in rows:
             self.step = max(self.step, int(row["step"]))
             value = self.checked.judged(row)

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from mft.console.credentials import as_written, filled, hidden, without_credentials
 from mft.errors import UserError
-from mft.run_folder import rows_from, status
+from mft.run_folder import metric_rows, status
 from mft.tracking.params import TAG_LIMIT, cut, flattened, safe_name
 from mft.tracking.record import NAME, Record
 from mft.tracking.store import artifact_root, database_file, prepare, reason
@@ -181,7 +181,7 @@ class Sender:
 
         file = path.stat()
         inode, offset, since = self.record.places.get(path.name, [0, 0, self.record.started])
-        rows, offset = rows_from(path, offset if inode == file.st_ino else 0)
+        rows, offset = metric_rows(path, offset if inode == file.st_ino else 0)
         points, last, spread = [], since, max(int(file.st_mtime * 1000) - since, 0)
         for number, row in enumerate(rows, 1):
             last, step = since + spread * number // len(rows), row.pop("step")

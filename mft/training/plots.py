@@ -113,7 +113,7 @@ def length_histogram(lengths: Mapping[str, Any], seq_length: int, folder: Path) 
 def _rows(metrics: Sequence[Row] | Path) -> Sequence[Row]:
     if not isinstance(metrics, str | Path):
         return list(metrics)
-    return run_folder.rows_from(Path(metrics))[0]
+    return run_folder.metric_rows(Path(metrics))[0]
 
 
 def _names(rows: Iterable[Row], prefixes: Sequence[str]) -> list[str]:

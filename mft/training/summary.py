@@ -106,7 +106,7 @@ def _task_best(best: BestTracker, name: str, run_dir: Path) -> dict[str, Any]:
 
 def _last_logged(path: Path, key: str) -> float | None:
     found = None
-    for row in run_folder.rows_from(path)[0]:
+    for row in run_folder.metric_rows(path)[0]:
         found = row.get(key, found)
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,6 +17,7 @@ def test_hydra_has_what_composing_uses_of_it() -> None:
     arguments = inspect.signature(Hydra.compose_config).parameters
     assert {"config_name", "overrides", "run_mode", "from_shell", "validate_sweep_overrides"} <= set(arguments)
     assert hasattr(GlobalHydra.instance(), "hydra")
+    assert all(hasattr(BasicSweeper, name) for name in ("setup", "sweep", "validate_batch_is_legal"))
     assert OverridesParser.create().parse_override("a=[b,c]").value() == ["b", "c"]
 
 

@@ -31,7 +31,7 @@ def finished(work: Path) -> dict[str, float]:
 
 
 def validated(run: Path) -> list[int]:
-    return [row["step"] for row in run_folder.rows_from(run / "metrics.jsonl")[0] if "valid/loss" in row]
+    return [row["step"] for row in run_folder.metric_rows(run / "metrics.jsonl")[0] if "valid/loss" in row]
 
 
 @pytest.mark.slow
