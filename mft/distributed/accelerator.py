@@ -96,4 +96,5 @@ def free_port() -> int:
     """Returns a TCP port that is free on 127.0.0.1 at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port

@@ -269,7 +269,7 @@ class Engine:
         if random.exists():
             rng.load(random)
         self.barrier()
-        return saved["dist"] == self.name and saved["world"] == self.world
+        return bool(saved["dist"] == self.name and saved["world"] == self.world)
 
     def _shards(self) -> list[sharded_state.Shard]:
         """Returns what this rank updates: whole parameters."""

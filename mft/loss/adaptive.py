@@ -38,8 +38,9 @@ def chosen(kind: type[Choice], value: object, key: str) -> Choice:
 
 
 def softmax(values: np.ndarray) -> np.ndarray:
-    powers = np.exp(values - np.max(values))
-    return powers / powers.sum()
+    powers: np.ndarray = np.exp(values - np.max(values))
+    shares: np.ndarray = powers / powers.sum()
+    return shares
 
 
 def line_slope(x: np.ndarray, y: np.ndarray) -> float:

@@ -101,7 +101,8 @@ class Famo(Adaptive):
 
     def distance(self, loss_K: np.ndarray) -> np.ndarray:
         """Returns D: how far each loss is above its lower bound, at least eps."""
-        return np.maximum(loss_K - self.min_loss_K + EPS, EPS)
+        above_K: np.ndarray = np.maximum(loss_K - self.min_loss_K + EPS, EPS)
+        return above_K
 
     def coefficients(self, loss_K: np.ndarray) -> tuple[np.ndarray, float]:
         """Returns dL/dL_i (float64 [K], 0 for tasks whose loss is NaN) and the value of the objective."""
