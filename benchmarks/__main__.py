@@ -1,4 +1,5 @@
-"""`python -m benchmarks` lists the benchmarks, `python -m benchmarks.NAME` runs one; `make bench` runs the step's."""
+"""`python -m benchmarks` lists the benchmarks, `python -m benchmarks.NAME` runs one; `make bench` runs the
+step's."""
 
 from __future__ import annotations
 

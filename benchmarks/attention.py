@@ -2,9 +2,9 @@
 
     python -m benchmarks.attention [layers]
 
-LoRA on all linear layers of a llama shaped like SmolLM2-135M (random weights), two rows of 1,024 tokens, sample lengths
-drawn like the demo's. The two variants take turns in one process with one compute thread; memory is the growth of the
-peak resident size over a step, each variant in a process of its own.
+LoRA on all linear layers of a llama shaped like SmolLM2-135M (random weights), two rows of 1,024 tokens,
+sample lengths drawn like the demo's. The two variants take turns in one process with one compute thread;
+memory is the growth of the peak resident size over a step, each variant in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ ROWS, LENGTH, ROUNDS = 2, 1024, 4
 
 
 def sample_lengths(seed: int) -> list[int]:
-    """Sample lengths that fill one row: log-normal with the demo's median of 165 tokens and mean of about 230."""
+    """Sample lengths that fill one row: log-normal with the demo's median of 165 tokens and mean of about
+    230."""
     import numpy
 
     random = numpy.random.default_rng(seed)
@@ -40,7 +41,12 @@ def make(layers: int):  # type: ignore[no-untyped-def]
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    sizes = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     config = LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=49152, tie_word_embeddings=True)
     family = CausalLM("unused")
     model = Lora().attach(LlamaForCausalLM._from_config(config, attn_implementation="sdpa"), family)
@@ -90,7 +96,10 @@ def main() -> None:
     ]
     print(f"{layers} layers, rows of {[len(row) for row in lengths]} samples")
     print(f"CPU seconds of a step: block mask {mask:.2f}, per sample {own:.2f}: {mask / own:.2f} x the speed")
-    print(f"MiB of a step: block mask {memory[0]:.0f}, per sample {memory[1]:.0f}: {memory[1] / memory[0]:.2f} x")
+    print(
+        f"MiB of a step: block mask {memory[0]:.0f}, per sample {memory[1]:.0f}: "
+        f"{memory[1] / memory[0]:.2f} x"
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Two ranks of every backend against one process at the same global batch: the largest differences, as a table.
+"""Two ranks of every backend against one process at the same global batch: the largest differences, as a
+table.
 
     python -m benchmarks.equality [bf16]
 
-ddp, zero2, zero3 and fsdp × full, LoRA, QLoRA × padded, packed rows, 20 steps of the tiny model in fp32 on the CPU with
-gloo. In each cell, over all steps: the largest absolute difference of the objective, of the validation loss (both nats
-per token), of the gradient norm before clipping (to 0.5), and of a final parameter. The tests bound each by 1e-5.
+ddp, zero2, zero3 and fsdp × full, LoRA, QLoRA × padded, packed rows, 20 steps of the tiny model in fp32 on
+the CPU with gloo. In each cell, over all steps: the largest absolute difference of the objective, of the
+validation loss (both nats per token), of the gradient norm before clipping (to 0.5), and of a final
+parameter. The tests bound each by 1e-5.
 
-bf16: four steps of gradient descent in bf16, and the same with defects put in; the relative differences of the
-objective, of the gradient norm, and of the whole update as one vector.
+bf16: four steps of gradient descent in bf16, and the same with defects put in; the relative differences of
+the objective, of the gradient norm, and of the whole update as one vector.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def in_fp32(folder: Path) -> None:
     play_beside_single(tree, MATRIX)
     print("| peft, rows | " + " | ".join(BACKENDS) + " |\n" + "|--" * (1 + len(BACKENDS)) + "|")
     for case in MATRIX:
-        cells = [cell(differences(tree.folder("single", case), tree.folder(backend, case))) for backend in BACKENDS]
+        cells = [
+            cell(differences(tree.folder("single", case), tree.folder(backend, case))) for backend in BACKENDS
+        ]
         print(f"| {case.replace('-', ', ')} | {' | '.join(cells)} |")
 
 
@@ -49,7 +53,10 @@ def in_bf16(folder: Path) -> None:
     rows = [(backend, f"{peft}-bf16", "") for peft in ("full", "lora") for backend in BACKENDS]
     for backend, case, defect in [*rows, *(("ddp", "full-bf16", f"-{defect}") for defect in DEFECTS)]:
         one, start = tree.folder("single", case), tree.folder("single", f"{case}-start")
-        print(f"| {backend} {case}{defect} | {cell(relative(one, tree.folder(backend, case + defect), start))} |")
+        print(
+            f"| {backend} {case}{defect} | "
+            f"{cell(relative(one, tree.folder(backend, case + defect), start))} |"
+        )
 
 
 def main(precision: str) -> None:

@@ -1,4 +1,5 @@
-"""Every native family on a tiny random model: the largest difference of each check, as a table for docs/models.md.
+"""Every native family on a tiny random model: the largest difference of each check, as a table for
+docs/models.md.
 
     python -m benchmarks.families [family ...]
 
@@ -20,7 +21,13 @@ def main() -> None:
     logging.disable(logging.WARNING)
     exact = ("packed", "padded", "mixed", "loss", "checkpointing", "4 bits", "saved")
     trained = ("full", "lora", "qlora")
-    print("| family | " + " | ".join((*exact, *trained)) + " |\n" + "|---" * (1 + len(exact) + len(trained)) + "|")
+    print(
+        "| family | "
+        + " | ".join((*exact, *trained))
+        + " |\n"
+        + "|---" * (1 + len(exact) + len(trained))
+        + "|"
+    )
     start = time.process_time()
     for name in sys.argv[1:] or FAMILIES:
         with tempfile.TemporaryDirectory() as folder:

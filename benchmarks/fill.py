@@ -3,7 +3,8 @@
     python -m benchmarks.fill
 
 Fill = tokens / (rows x width), over the first epoch. Padding is to the longest sample of a micro-batch of 4;
-`sequential` begins a new row where the next sample does not fit, as MFTCoder does. Needs `mft demo`; reads no model.
+`sequential` begins a new row where the next sample does not fit, as MFTCoder does. Needs `mft demo`; reads no
+model.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def fill(
 ) -> float:
     """Returns tokens / (rows x width) of an epoch, without the empty rows that fill its last step.
 
-    longest: a micro-batch is as wide as its longest row, else seq_length; sort: a step's rows are dealt by length.
+    longest: a micro-batch is as wide as its longest row, else seq_length; sort: a step's rows are dealt by
+    length.
     """
     sampler = Sampler(samples, builder, seq_length, PER_DEVICE * accumulation, seed=42)
     tokens = room = 0
@@ -77,16 +79,25 @@ def main() -> None:
     ways = {
         "padding to seq_length": (plain, {}),
         "padding, 4 samples a step": (plain, {"longest": True}),
-        "padding, 128 a step, sorted in the step": (plain, {"accumulation": 32, "longest": True, "sort": True}),
+        "padding, 128 a step, sorted in the step": (
+            plain,
+            {"accumulation": 32, "longest": True, "sort": True},
+        ),
         "padding, 4 a step, grouped (data=pad)": (grouped, {"longest": True, "sort": True}),
-        "padding, 32 a step, grouped (data=pad)": (grouped, {"accumulation": 8, "longest": True, "sort": True}),
+        "padding, 32 a step, grouped (data=pad)": (
+            grouped,
+            {"accumulation": 8, "longest": True, "sort": True},
+        ),
         "packing, sequential": (Sequential(), {}),
         "packing, best fit (data=pack)": (Pack(), {}),
     }
     for seq_length in (1024, 4096):
         samples = demo_samples(seq_length)
         tokens, longest = int(samples.lengths_N.sum()), int(samples.lengths_N.max())
-        print(f"seq_length {seq_length:,}: {len(samples):,} samples, {tokens:,} tokens, the longest has {longest:,}")
+        print(
+            f"seq_length {seq_length:,}: {len(samples):,} samples, {tokens:,} tokens, the longest has "
+            f"{longest:,}"
+        )
         for name, (builder, options) in ways.items():
             start = time.process_time()
             found = fill(samples, builder, seq_length, **options)

@@ -2,10 +2,11 @@
 
     mft demo && python -m benchmarks.loss_cost [rounds] [mode ...]
 
-One process, one compute thread, fp32. In every round each mode takes the steps from one probe to the next (its
-`update_interval`, 5 for coba; one step for modes without probes) on the same micro-batches of the same model, through
-the training loop itself, and so does the control right before it: load and cache are shared. CPU time is compared
-round by round and the median of the ratios is printed.
+One process, one compute thread, fp32. In every round each mode takes the steps from one probe to the next
+(its
+`update_interval`, 5 for coba; one step for modes without probes) on the same micro-batches of the same model,
+through the training loop itself, and so does the control right before it: load and cache are shared. CPU time
+is compared round by round and the median of the ratios is printed.
 """
 
 from __future__ import annotations
@@ -45,9 +46,13 @@ def assembled(folder: Path):  # type: ignore[no-untyped-def]
     engine = build(cfg.dist).start("fp32")
     sizes = batch_sizes(train, engine.world)
     shares = [task.share for task in tasks]
-    feed = BatchLoader(stores, build(cfg.data.rows), sizes, engine.rank, tokenizer.pad_token_id, train, data, shares)
+    feed = BatchLoader(
+        stores, build(cfg.data.rows), sizes, engine.rank, tokenizer.pad_token_id, train, data, shares
+    )
     module = TokenLoss(peft.attach(family.model(peft.dtype("fp32"), None), family), family)
-    module, optimizer = engine.prepare(module, optim.build(module.named_parameters(), optim.base_lr(peft.default_lr)))
+    module, optimizer = engine.prepare(
+        module, optim.build(module.named_parameters(), optim.base_lr(peft.default_lr))
+    )
     return engine, module, optimizer, feed, [task.name for task in tasks], train
 
 
@@ -59,7 +64,8 @@ class NoValidation:
 
 
 def main(rounds: int, modes: list[str]) -> None:
-    """Prints the ratio of each mode's CPU time to the control's, over the steps from one probe to the next."""
+    """Prints the ratio of each mode's CPU time to the control's, over the steps from one probe to the
+    next."""
     import torch
 
     from mft.config.build import build
@@ -90,7 +96,9 @@ def main(rounds: int, modes: list[str]) -> None:
             loader=feed,
             learning_rate=lambda step: 1e-5,
             evaluator=NoValidation(),
-            probe=lambda step: Evaluator(engine, names, lambda: feed.probe(step, loss.probe_samples)).losses(module),
+            probe=lambda step: Evaluator(engine, names, lambda: feed.probe(step, loss.probe_samples)).losses(
+                module
+            ),
             save=lambda state: Path(),
             meter=Meter(names, engine.device),
             tracker=Tracker(),
@@ -120,7 +128,9 @@ def main(rounds: int, modes: list[str]) -> None:
             own = steps(t, places[mode], interval[mode])
             places[mode] = t.state
             ratios[mode].append(own / base)
-            print(f"round {number}: {mode} {own:.1f} s, {CONTROL} {base:.1f} s, {own / base:.3f} x", flush=True)
+            print(
+                f"round {number}: {mode} {own:.1f} s, {CONTROL} {base:.1f} s, {own / base:.3f} x", flush=True
+            )
     for mode in modes:
         line = f"{mode}: {statistics.median(ratios[mode]):.3f} x the CPU time of {CONTROL}"
         if trainings[mode].loss.wants_probe(1):

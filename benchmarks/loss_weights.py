@@ -1,4 +1,5 @@
-"""Draws the task weights of a sweep's adaptive modes over time, a panel a mode: the picture in docs/losses.md.
+"""Draws the task weights of a sweep's adaptive modes over time, a panel a mode: the picture in
+docs/losses.md.
 
     python -m benchmarks.loss_weights multirun/loss_study/<sweep> docs/losses_weights.png [override ...]
 
@@ -20,7 +21,9 @@ def weights(run: Path) -> dict[str, tuple[list[int], list[float]]]:
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         for name in row:
-            if name.startswith("train/weight/") and row[name]:  # 0: famo, and the task is absent from the step
+            if (
+                name.startswith("train/weight/") and row[name]
+            ):  # 0: famo, and the task is absent from the step
                 steps, values = found.setdefault(name.removeprefix("train/weight/"), ([], []))
                 steps.append(row["step"])
                 values.append(row[name])

@@ -2,10 +2,11 @@
 
     python -m benchmarks.sharding
 
-A llama of 61 million parameters (234 MiB in fp32), two steps of AdamW on rows of 16 tokens, so that activations weigh
-nothing; fp32 on the CPU with gloo; full and LoRA. Printed is the higher of the two ranks' peaks, from before loading
-on, in MiB and as a ratio to ddp's in the same run; tests/distributed/memory.py says what is counted. DeepSpeed's
-sizes are five million elements, a layer: those of conf/dist (up to a billion) would keep such a model whole.
+A llama of 61 million parameters (234 MiB in fp32), two steps of AdamW on rows of 16 tokens, so that
+activations weigh nothing; fp32 on the CPU with gloo; full and LoRA. Printed is the higher of the two ranks'
+peaks, from before loading on, in MiB and as a ratio to ddp's in the same run; tests/distributed/memory.py
+says what is counted. DeepSpeed's sizes are five million elements, a layer: those of conf/dist (up to a
+billion) would keep such a model whole.
 """
 
 from __future__ import annotations

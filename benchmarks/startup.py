@@ -2,10 +2,10 @@
 
     python -m benchmarks.startup [rounds]
 
-A cold start is `mft train` in a fresh process, which imports everything. A sweep of four jobs follows in each round;
-its first job is cold, too, the other three come from its fork server. Time is wall clock until the first step is
-logged: of a cold start from the command on, of a later job from the moment its run folder appears. Tiny model, tokens
-cached.
+A cold start is `mft train` in a fresh process, which imports everything. A sweep of four jobs follows in each
+round; its first job is cold, too, the other three come from its fork server. Time is wall clock until the
+first step is logged: of a cold start from the command on, of a later job from the moment its run folder
+appears. Tiny model, tokens cached.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def rows(folder: Path) -> Path:
 
 
 def first_steps(command: list[str], under: Path, expected: int) -> list[tuple[float, float]]:
-    """Runs a command; returns for each run folder under `under`, in order, when it appeared and its first step came."""
-    process = subprocess.Popen([sys.executable, "-m", "mft.cli", "train", *command], stdout=subprocess.DEVNULL)
+    """Runs a command; returns for each run folder under `under`, in order, when it appeared and its first
+    step came."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mft.cli", "train", *command], stdout=subprocess.DEVNULL
+    )
     appeared: dict[Path, float] = {}
     stepped: dict[Path, float] = {}
     while process.poll() is None:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.step [repeats]
 
-Both variants take turns on the same packed rows of the demo's tasks (2 rows of 1,024 tokens, LoRA, the machine's fast
-precision); time is CPU seconds of the process. Memory is the peak of a fresh process for each variant, above what it
-held before its first step. Needs `mft demo`.
+Both variants take turns on the same packed rows of the demo's tasks (2 rows of 1,024 tokens, LoRA, the
+machine's fast precision); time is CPU seconds of the process. Memory is the peak of a fresh process for each
+variant, above what it held before its first step. Needs `mft demo`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def setting() -> tuple[Callable[[str], None], int]:
             nll_BT, _ = module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
         else:
             inputs = {"input_ids": batch.ids_BT, "position_ids": batch.position_BT}
-            logits = engine.run_as_forward(lambda: model(**inputs, attention_mask=None, use_cache=False).logits)
+            logits = engine.run_as_forward(
+                lambda: model(**inputs, attention_mask=None, use_cache=False).logits
+            )
             flat = torch.nn.functional.cross_entropy(
                 logits.float().flatten(0, 1), batch.target_BT.flatten(), ignore_index=-100, reduction="none"
             )
@@ -111,7 +113,10 @@ def main(repeats: int) -> None:
     peaks = {}
     for variant in VARIANTS:
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.step", "--memory", variant], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "benchmarks.step", "--memory", variant],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         peaks[variant] = float(done.stdout.strip().splitlines()[-1])
     for variant in VARIANTS:

@@ -47,10 +47,10 @@ def resident() -> float:
 def per_piece(file: Path, tokenizer: Any, padded: bool) -> int:
     """Tokenises a file as MFTCoder 0.5 does, piece by piece in Python; returns the number of tokens kept.
 
-    Like its UniformEncoder: one `encode` for the system text, for each question, each answer and each line break after
-    it, lists of ids and of the loss mask that grow turn by turn, long samples dropped. padded: every list is filled up
-    to the sequence length, and all of a file become two float32 arrays at its end, as there; without, each sample
-    becomes two int32 arrays at once, a leaner encoder of the same kind.
+    Like its UniformEncoder: one `encode` for the system text, for each question, each answer and each line
+    break after it, lists of ids and of the loss mask that grow turn by turn, long samples dropped. padded:
+    every list is filled up to the sequence length, and all of a file become two float32 arrays at its end, as
+    there; without, each sample becomes two int32 arrays at once, a leaner encoder of the same kind.
     """
 
     def encode(text: str) -> list[int]:
@@ -89,7 +89,8 @@ def per_piece(file: Path, tokenizer: Any, padded: bool) -> int:
 
 
 def speed(folder: Path) -> None:
-    """Prints the rates and their ratios, medians of rounds in turns; all make the ids of the template `mftcoder`."""
+    """Prints the rates and their ratios, medians of rounds in turns; all make the ids of the template
+    `mftcoder`."""
     from transformers import AutoTokenizer
 
     from mft.data.cache.store import prepare
@@ -102,7 +103,9 @@ def speed(folder: Path) -> None:
     rows = "".join(path.read_text(encoding="utf-8") for path in sorted((demo() / "tasks").rglob("*.jsonl")))
     file.write_text(rows * COPIES, encoding="utf-8")
     settings = DataSettings(seq_length=SEQ_LENGTH)
-    theirs, ours = (AutoTokenizer.from_pretrained(demo() / "model") for _ in range(2))  # each has a cache of words
+    theirs, ours = (
+        AutoTokenizer.from_pretrained(demo() / "model") for _ in range(2)
+    )  # each has a cache of words
 
     def store(number: int) -> int:
         task = Task("rows", [str(file)])
@@ -122,7 +125,10 @@ def speed(folder: Path) -> None:
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
             rates[name].append((counts[-1] / cpu / 1e6, counts[-1] / wall / 1e6))
         assert len(set(counts)) == 1, f"all must make the same tokens: {counts}"
-    print(f"{counts[0]:,} tokens, {ROUNDS} rounds in turns, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{counts[0]:,} tokens, {ROUNDS} rounds in turns, {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.1f}"
+    )
     for name, found in rates.items():
         cpu, wall = (statistics.median(part) for part in zip(*found, strict=True))
         print(f"{name:<18} {cpu:.3f} million tokens a CPU second, {wall:.3f} a second")
@@ -136,7 +142,9 @@ def speed(folder: Path) -> None:
 def words() -> Iterator[str]:
     """Yields short questions and answers without end, none twice."""
     random = np.random.default_rng(0)
-    vocabulary = np.array(["list", "of", "the", "returns", "number", "file", "def", "a", "for", "value", "not", "key"])
+    vocabulary = np.array(
+        ["list", "of", "the", "returns", "number", "file", "def", "a", "for", "value", "not", "key"]
+    )
     for number in itertools.count():
         yield f"{number} {' '.join(random.choice(vocabulary, 6))}"
 
@@ -201,7 +209,8 @@ def child_start(overrides: list[str]) -> None:
 
 
 def memory(folder: Path) -> None:
-    """Prints the resident size of a process that tokenises very many short samples, and the time of random access."""
+    """Prints the resident size of a process that tokenises very many short samples, and the time of random
+    access."""
     write_rows(folder / "short.jsonl", SHORT_SAMPLES, words())
     print(child("child_memory", str(folder / "short.jsonl"), str(folder / "cache")))
 
@@ -232,9 +241,14 @@ def child_memory(arguments: list[str]) -> None:
     store = prepare(task, Encoder(tokenizer, Template()), DataSettings(), cache)
     seconds, busy = time.perf_counter() - clock, time.process_time() - cpu
     done.set()
-    points = [seen[min(len(seen) - 1, round(part * len(seen)))] for part in (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)]
+    points = [
+        seen[min(len(seen) - 1, round(part * len(seen)))] for part in (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+    ]
     print(f"{len(store):,} samples, {store.report['tokens']:,} tokens in {seconds:.0f} s ({busy:.0f} CPU s)")
-    print(f"MiB above the {before:.0f} before: " + ", ".join(f"{mib - before:.0f} at {s:.0f} s" for s, mib in points))
+    print(
+        f"MiB above the {before:.0f} before: "
+        + ", ".join(f"{mib - before:.0f} at {s:.0f} s" for s, mib in points)
+    )
     random = np.random.default_rng(0)
     for count in (len(store) // 1000, len(store)):
         numbers = random.integers(0, count, 20_000)

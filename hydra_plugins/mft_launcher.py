@@ -1,4 +1,5 @@
-"""Hydra's launcher for `mft train -m`. Hydra finds launchers only in `hydra_plugins`; the work is in `mft.sweep`."""
+"""Hydra's launcher for `mft train -m`. Hydra finds launchers only in `hydra_plugins`; the work is in
+`mft.sweep`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Hydra's sweepers for `mft train -m`: a grid and a search; see `mft.sweep.jobs` and `mft.sweep.optuna_search`.
+"""Hydra's sweepers for `mft train -m`: a grid and a search; see `mft.sweep.jobs` and
+`mft.sweep.optuna_search`.
 
-Private of Hydra 1.3: `core_plugins.basic_sweeper`; `tests/config/test_hydra_compose.py` fails where it is gone.
+Private of Hydra 1.3: `core_plugins.basic_sweeper`; `tests/config/test_hydra_compose.py` fails where it is
+gone.
 """
 
 from __future__ import annotations
@@ -13,17 +15,21 @@ from hydra.plugins.sweeper import Sweeper
 
 
 class Grid(basic_sweeper.BasicSweeper):
-    """Every combination. Jobs are checked by `mft.sweep.jobs`, also where the launcher of another package runs them."""
+    """Every combination. Jobs are checked by `mft.sweep.jobs`, also where the launcher of another package
+    runs them."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         from mft.sweep.external_launcher import ExternalLauncher
 
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         if config.hydra.runtime.choices["hydra/launcher"] != "mft":
-            self.launcher = ExternalLauncher(self.launcher, config, hydra_context.config_loader, task_function.dry_run)
+            self.launcher = ExternalLauncher(
+                self.launcher, config, hydra_context.config_loader, task_function.dry_run
+            )
 
     def validate_batch_is_legal(self, batch: Any) -> None:
-        """Does nothing: composing every job twice would double the time, and `mft.sweep.jobs` explains more."""
+        """Does nothing: composing every job twice would double the time, and `mft.sweep.jobs` explains
+        more."""
 
 
 class Optuna(Sweeper):

@@ -1,7 +1,7 @@
 """The nouns that data, losses and engines share.
 
-Shape legend, used as name suffixes everywhere: B rows of a micro-batch, T positions of a row, S tokens of one sample,
-N samples in a batch, K tasks, V vocabulary, H hidden width. `nll_BT` is a tensor of shape [B, T].
+Shape legend, used as name suffixes everywhere: B rows of a micro-batch, T positions of a row, S tokens of one
+sample, N samples in a batch, K tasks, V vocabulary, H hidden width. `nll_BT` is a tensor of shape [B, T].
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ IGNORE = -100
 class Message:
     """One turn of a conversation, or a whole text.
 
-    role: system, user, assistant, or text (continued pretraining; such a message stands alone);
-    train: whether an assistant turn carries loss; pair: the row is a question and its answer, and can hold no more.
+    role: system, user, assistant, or text (continued pretraining; such a message stands alone); train:
+    whether an assistant turn carries loss; pair: the row is a question and its answer, and can hold no more.
     """
 
     role: str
@@ -60,9 +60,9 @@ Row = list[int | Span]
 class Sample:
     """One tokenised training sample, or a span of one.
 
-    ids_S: int32 token ids; trained_S: bool, True where the token is a training target; task: its index (0..K-1);
-    index: its number inside the task's store, by which reports name its file and line; following: the id that comes
-    after a span where that is a training target, else IGNORE.
+    ids_S: int32 token ids; trained_S: bool, True where the token is a training target; task: its index
+    (0..K-1); index: its number inside the task's store, by which reports name its file and line; following:
+    the id that comes after a span where that is a training target, else IGNORE.
     """
 
     ids_S: numpy.ndarray
@@ -99,7 +99,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """What one optimizer step holds, the denominators of its losses; global over ranks once summed with `Engine.sum`.
+    """What one optimizer step holds, the denominators of its losses; global over ranks once summed with
+    `Engine.sum`.
 
     tokens_K:  float64 [K] trained tokens of each task
     samples_K: float64 [K] samples of each task that have a trained token

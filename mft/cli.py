@@ -81,7 +81,8 @@ def dispatch(args: list[str]) -> None:
         fail("The current folder no longer exists; change to another one.", 2)
     if args[0] not in COMMANDS:
         fail(
-            f"unknown command {shortened(args[0])}{nearest(args[0], COMMANDS) or '.'} Commands: {', '.join(COMMANDS)}.",
+            f"unknown command {shortened(args[0])}{nearest(args[0], COMMANDS) or '.'} Commands: "
+            f"{', '.join(COMMANDS)}.",
             2,
         )
     module, _, function = COMMANDS[args[0]].partition(":")
@@ -94,11 +95,15 @@ def dispatch(args: list[str]) -> None:
     except Exception as error:
         if refusal := full_disk(error) or no_path(error):
             fail(str(refusal), refusal.exit_code)
-        if type(error).__name__ != "WorkerError":  # which carries the traceback of the rank that failed, not ours
+        if (
+            type(error).__name__ != "WorkerError"
+        ):  # which carries the traceback of the rank that failed, not ours
             raise
         fail(str(error))
     except KeyboardInterrupt as stopped:
-        sys.exit(getattr(stopped, "code", 130))  # signals.Stopped knows whether there is a checkpoint to resume from
+        sys.exit(
+            getattr(stopped, "code", 130)
+        )  # signals.Stopped knows whether there is a checkpoint to resume from
 
 
 def fail(message: str, code: int = 1) -> None:

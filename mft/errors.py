@@ -1,7 +1,8 @@
 """Errors a person can act on: the key or file:line, the value, what is allowed, the nearest match.
 
-The range of a number is declared with its field: its metadata holds `min`, `max` (inclusive), `above`, `below`
-(exclusive). Without any, a number must be finite and fit into 64 bits, since no setting means anything beyond.
+The range of a number is declared with its field: its metadata holds `min`, `max` (inclusive), `above`,
+`below` (exclusive). Without any, a number must be finite and fit into 64 bits, since no setting means
+anything beyond.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ CONTROL = re.compile(
 
 
 def printable(text: str) -> str:
-    """Returns text with control characters as Python would write them, so that data cannot steer a terminal."""
+    """Returns text with control characters as Python would write them, so that data cannot steer a
+    terminal."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -54,7 +56,10 @@ REFUSALS = (
         r"(Invalid value assigned|DictConfig with ListConfig|Cannot assign \w+ to ListConfig)",
         "must be a list, such as [a,b]",
     ),
-    (r"(is not a DictConfig|Cannot assign \w+ to DictConfig|to DictConfig)", "must be a mapping, such as {a: 1}"),
+    (
+        r"(is not a DictConfig|Cannot assign \w+ to DictConfig|to DictConfig)",
+        "must be a mapping, such as {a: 1}",
+    ),
     (r"(is not Optional|None to non-optional)", "must not be null"),
     (r"is not a subclass of str", "must be a string"),
     (r"(is not a subclass of [A-Z]|to Dict\[)", "must be a mapping, such as {a: 1}"),
@@ -72,7 +77,8 @@ def plainly(refusal: str) -> str:
 
 
 def writable(folder: Path, key: str) -> Path:
-    """Returns a folder, made where it is not there; UserError names its config key where nothing can be written."""
+    """Returns a folder, made where it is not there; UserError names its config key where nothing can be
+    written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,11 +99,14 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 def full_disk(error: BaseException, folder: Path | None = None) -> UserError | None:
-    """Returns the sentence for a disk that is full, None for any other error and where it was said already."""
+    """Returns the sentence for a disk that is full, None for any other error and where it was said
+    already."""
     if isinstance(error, UserError) or not is_full_disk(error):
         return None
     what = getattr(error, "filename", None) or (f"a file in {folder}" if folder else "a file")
-    told = UserError(f"The disk is full: {what} could not be written. Make room; the same command then resumes.")
+    told = UserError(
+        f"The disk is full: {what} could not be written. Make room; the same command then resumes."
+    )
     told.exit_code = 1
     return told
 
@@ -140,10 +149,15 @@ def ranged(default: Any, **bounds: float) -> Any:
 
 
 def check_ranges(settings: Any, path: str) -> None:
-    """Raises UserError for the first number of a dataclass outside its range; path: where it stands in the config."""
+    """Raises UserError for the first number of a dataclass outside its range; path: where it stands in the
+    config."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and not _within(value, field.metadata):
+        if (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and not _within(value, field.metadata)
+        ):
             null = ", or null" if "None" in str(field.type) or "Optional" in str(field.type) else ""
             shown = shortened(value, 40)
             raise UserError(f"{path}.{field.name}={shown} must be {_described(value, field.metadata)}{null}.")
@@ -156,7 +170,8 @@ def _within(value: float, bounds: Mapping[str, float]) -> bool:
 
 
 def _described(value: float, bounds: Mapping[str, float]) -> str:
-    """Returns "at least 0 and less than 1"; of a number that nothing takes also that it must be finite, or smaller."""
+    """Returns "at least 0 and less than 1"; of a number that nothing takes also that it must be finite, or
+    smaller."""
     if not math.isfinite(value):
         return " and ".join([*_listed(bounds), "finite"])
     too_large = isinstance(value, int) and value > LARGEST and not {"max", "below"} & set(bounds)

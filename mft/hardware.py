@@ -14,12 +14,15 @@ DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 """Device files of a machine with NVIDIA or AMD GPUs."""
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""Flags of /proc/cpuinfo (x86, x86, Arm). A CPU without them emulates bf16, 7 times slower than fp32 with AVX2."""
+"""Flags of /proc/cpuinfo (x86, x86, Arm). A CPU without them emulates bf16, 7 times slower than fp32 with
+AVX2."""
 
 
 def quiet_without_gpu() -> None:
     """Keeps libraries, while they are imported, from warning of what they could use on another machine."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a package with CPU kernels
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+        logging.ERROR
+    )  # of a package with CPU kernels
     if not any(path.exists() for path in DRIVERS):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed says that it found nothing better
 
@@ -29,7 +32,9 @@ def quiet_libraries() -> None:
     quiet_without_gpu()
     import transformers
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\.")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\."
+    )
     transformers.utils.logging.disable_progress_bar()
 
 

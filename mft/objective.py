@@ -1,4 +1,5 @@
-"""How a validation is judged: the number by which `train.best`, early stopping, sweeps and `mft compare` go."""
+"""How a validation is judged: the number by which `train.best`, early stopping, sweeps and `mft compare`
+go."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ VALID_LOSS = "valid/loss/"
 
 
 def losses_by_task(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the validation losses in a row of metrics.jsonl by task; {} where the row holds no validation."""
+    """Returns the validation losses in a row of metrics.jsonl by task; {} where the row holds no
+    validation."""
     return {key.removeprefix(VALID_LOSS): value for key, value in row.items() if key.startswith(VALID_LOSS)}
 
 
@@ -26,11 +28,12 @@ def mean_of_tasks(losses: Mapping[str, float]) -> float:
 
 
 def criterion(losses: Mapping[str, float], best: str, weights: Mapping[str, float]) -> float:
-    """Returns the number by which a validation is judged, the smaller the better; NaN when no task has a loss.
+    """Returns the number by which a validation is judged, the smaller the better; NaN when no task has a
+    loss.
 
-    losses: nats per token, by task.
-    best: mean of the tasks | worst of them | weighted mean by `weights` (task.<name>.weight) | the name of one task.
-    Raises UserError for a task without validation samples, and where every task that has some has weight 0.
+    losses: nats per token, by task. best: mean of the tasks | worst of them | weighted mean by `weights`
+    (task.<name>.weight) | the name of one task. Raises UserError for a task without validation samples, and
+    where every task that has some has weight 0.
     """
     if not losses:
         return math.nan
@@ -47,7 +50,8 @@ def criterion(losses: Mapping[str, float], best: str, weights: Mapping[str, floa
         return sum(weights[name] * loss for name, loss in losses.items() if weights[name]) / total
     if best not in losses:
         raise UserError(
-            f"train.best={best}: this task has no validation samples; tasks that have some: {', '.join(losses)}."
+            f"train.best={best}: this task has no validation samples; tasks that have some: "
+            f"{', '.join(losses)}."
         )
     return losses[best]
 

@@ -109,18 +109,23 @@ def load_data(r: Run) -> Dataset:
 
 
 def make_loader(r: Run, data: Dataset, engine: Engine, progress: Silent) -> BatchLoader:
-    """Returns what deals the micro-batches to this rank; shows and writes what the run will take of each task."""
+    """Returns what deals the micro-batches to this rank; shows and writes what the run will take of each
+    task."""
     if engine.is_main:
         data.write_report(r.folder / "report")
     for renderable in (*report.tables(data.stores, data.names), *report.notes(data.stores, data.names)):
         progress.show(renderable)
     sizes, shares = batch_sizes(r.train, engine.world), [task.share for task in data.tasks]
     pad_id: Any = data.tokenizer.pad_token_id
-    loader = BatchLoader(data.stores, r.parts.rows, sizes, engine.rank, pad_id, r.train, r.data_settings, shares)
+    loader = BatchLoader(
+        data.stores, r.parts.rows, sizes, engine.rank, pad_id, r.train, r.data_settings, shares
+    )
     total, mixed = loader.total_steps(), loader.mixture(data.names)
     progress.show(mixture.table(mixed, r.data_settings))
     if (warmup := getattr(r.parts.scheduler, "warmup", 0)) >= 1 and warmup > total:
-        progress.show(f"scheduler.warmup={warmup:g}: the learning rate does not reach its peak in {total:,} steps")
+        progress.show(
+            f"scheduler.warmup={warmup:g}: the learning rate does not reach its peak in {total:,} steps"
+        )
     if engine.is_main:
         write_json(r.folder / "report" / "mixture.json", mixed)
         write_json(r.folder / "plan.json", {"total_steps": total, "tasks": data.names})
@@ -157,7 +162,8 @@ def make_trainer(
     progress: Silent,
     stop: Callable[[], bool],
 ) -> tuple[Trainer, Callable[[Path], None]]:
-    """Returns what the loop works on, and a function that writes the model to a folder (all ranks call it)."""
+    """Returns what the loop works on, and a function that writes the model to a folder (all ranks call
+    it)."""
     from mft.model.export import save_final
     from mft.model.introspect import base_of
     from mft.model.token_loss import TokenLoss
@@ -228,7 +234,8 @@ def show_model(r: Run, t: Trainer, model: Any, checkpointing: bool) -> None:
 
 
 def make_answers(r: Run, data: Dataset, model: Any, engine: Engine) -> Answers:
-    """Returns what asks the model the prompts of train.prompts; a sharded model answers with all ranks together."""
+    """Returns what asks the model the prompts of train.prompts; a sharded model answers with all ranks
+    together."""
     from mft.model import generate
 
     def answer(conversations: list[list[dict[str, str]]]) -> list[str]:
@@ -247,7 +254,8 @@ def make_answers(r: Run, data: Dataset, model: Any, engine: Engine) -> Answers:
 
 
 def resume(r: Run, t: Trainer) -> None:
-    """Takes up the newest checkpoint that is as it was written; the damaged ones newer than it are set aside."""
+    """Takes up the newest checkpoint that is as it was written; the damaged ones newer than it are set
+    aside."""
     checkpoint, damaged = newest_sound(r.folder, t.engine)
     if checkpoint is None and damaged:
         raise all_damaged(r.folder, damaged)
@@ -258,14 +266,17 @@ def resume(r: Run, t: Trainer) -> None:
         seed_everything(r.train.seed + 1 + t.engine.rank)  # dropout differs from rank to rank
         return
     exact = restore(checkpoint, t.state, t.engine, t.loss)
-    other = "" if exact else ", written on another number of ranks: the same samples, losses equal to rounding"
+    other = (
+        "" if exact else ", written on another number of ranks: the same samples, losses equal to rounding"
+    )
     t.progress.show(f"resuming from {checkpoint.name}{other}")
 
 
 def train_and_record(
     r: Run, t: Trainer, export: Callable[[Path], None], answers: Answers, started: float
 ) -> dict[str, Any]:
-    """Trains, writes the final model, and leaves the summary and the record of the trackers; returns the summary."""
+    """Trains, writes the final model, and leaves the summary and the record of the trackers; returns the
+    summary."""
     engine, folder = t.engine, r.folder
     status = RunStatus.failed
     t.tracker.open(folder, plain(r.cfg), run_tags(r.cfg, folder), t.state.step)
@@ -301,8 +312,8 @@ def train_and_record(
 def require_unchanged(r: Run, read: Mapping[str, str]) -> None:
     """Raises UserError where what was read is not what the folder's identity records.
 
-    read: fingerprints of what was read; the other files are looked at here. It is called after each reading, since
-    files may change between the check of a run, or of a sweep, and its start.
+    read: fingerprints of what was read; the other files are looked at here. It is called after each reading,
+    since files may change between the check of a run, or of a sweep, and its start.
     """
     if (recorded := identity_of(r.folder)) is not None:
         recorded.require({**read, **inputs.files(r.cfg, r.parts.model, r.parts.peft)}, plain(r.cfg))
@@ -313,7 +324,8 @@ def ignore(folder: Path) -> None:
 
 
 def run_tags(cfg: DictConfig, run_dir: Path) -> dict[str, str]:
-    """Returns what a tracker keeps beside the config: what ran, in which sweep, on which data, versions, host."""
+    """Returns what a tracker keeps beside the config: what ran, in which sweep, on which data, versions,
+    host."""
     record, identity = read_json(run_dir / "overrides.json"), identity_of(run_dir)
     kept = tags() | {
         "overrides": " ".join(record.texts("overrides")),
@@ -325,7 +337,9 @@ def run_tags(cfg: DictConfig, run_dir: Path) -> dict[str, str]:
         contents = {name: value for name, value in identity.fingerprints.items() if name in CONTENTS}
         kept |= {fingerprint_tag(name): value for name, value in contents.items()}
         kept |= {"tasks": json.dumps(identity.tasks)}
-    kept |= {group: option for group, option in cfg.choices.items() if group in ("model", "peft", "dist", "loss")}
+    kept |= {
+        group: option for group, option in cfg.choices.items() if group in ("model", "peft", "dist", "loss")
+    }
     if record.text("sweep"):
         kept |= {"sweep": record.text("sweep"), "job": record.text("label") or kept["overrides"]}
     return kept

@@ -1,7 +1,7 @@
 """The run folder: the names in it, the status of its run, its metrics, and the lock of who writes it.
 
-config.yaml · identity.json · overrides.json · plan.json · metrics.jsonl · summary.json · checkpoints/step-N/ · final/ ·
-log/ · report/
+config.yaml · identity.json · overrides.json · plan.json · metrics.jsonl · summary.json · checkpoints/step-N/
+· final/ · log/ · report/
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ LOCK = ".lock"
 
 
 class RunStatus(StrEnum):
-    """How a run, or a job of a sweep, stands. The first three are written into summary.json by the run itself."""
+    """How a run, or a job of a sweep, stands. The first three are written into summary.json by the run
+    itself."""
 
     finished = "finished"
     stopped = "stopped"
@@ -49,7 +50,8 @@ def plugins_of(folder: Path, record: str = "overrides.json") -> list[str]:
 
 
 def status(run_dir: Path) -> RunStatus:
-    """Returns the status that a run wrote into its summary: finished, stopped or failed; unfinished without one."""
+    """Returns the status that a run wrote into its summary: finished, stopped or failed; unfinished without
+    one."""
     written = read_json(run_dir / "summary.json").text("status")
     return (
         RunStatus(written)
@@ -88,7 +90,9 @@ def metric_rows(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]
             rows.append(json.loads(line))
         except (ValueError, RecursionError):
             continue
-    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int], offset + len(whole)
+    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int], offset + len(
+        whole
+    )
 
 
 def runs_under(folder: Path) -> list[Path]:

@@ -1,4 +1,5 @@
-"""A headless Chromium for tests, driven through its DevTools protocol over a pair of pipes; needs no driver."""
+"""A headless Chromium for tests, driven through its DevTools protocol over a pair of pipes; needs no
+driver."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Page:
             self.send(f"{domain}.enable")
 
     def open(self, url: str, width: int = 1600, height: int = 1200, offline: bool = False) -> None:
-        """Goes to an address, in a window that is high enough for what pages draw only where it can be seen."""
+        """Goes to an address, in a window that is high enough for what pages draw only where it can be
+        seen."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.send("Emulation.setDeviceMetricsOverride", **size)
         if offline:
@@ -52,13 +54,17 @@ class Page:
         deadline = time.monotonic() + seconds
         while not (value := self.js(expression)):
             if time.monotonic() > deadline:
-                raise AssertionError(f"never true: {expression}\n{self.js('document.body.innerText')}\n{self.errors}")
+                raise AssertionError(
+                    f"never true: {expression}\n{self.js('document.body.innerText')}\n{self.errors}"
+                )
             time.sleep(0.3)
         return value
 
     def picture(self, path: Path) -> Path:
         """Writes a PNG of the page."""
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+        path.write_bytes(
+            base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+        )
         return path
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
@@ -100,7 +106,12 @@ def page(profile: Path) -> Iterator[Page]:
     from_us, commands = os.pipe()
     events, to_us = os.pipe()
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    options += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--mute-audio"]
+    options += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--mute-audio",
+    ]
 
     def place() -> None:  # it reads commands from 3 and writes to 4; both may be taken by each other
         source, sink = os.dup(from_us), os.dup(to_us)

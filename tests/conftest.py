@@ -13,8 +13,8 @@ from filelock import FileLock
 from mft.model.tiny import Tiny
 from tests import sweeping
 
-# A shell starts its background jobs with Ctrl-C ignored, which every process below would inherit: the tests that send
-# it would then wait for nothing.
+# A shell starts its background jobs with Ctrl-C ignored, which every process below would inherit: the tests
+# that send it would then wait for nothing.
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -39,7 +39,8 @@ def tiny_folder(tiny: Tiny) -> Path:
 
 @pytest.fixture
 def tokenizer(tiny: Tiny):
-    """Its byte-level tokenizer (EOS and pad token set, no chat template); a fresh one, so that a test may change it."""
+    """Its byte-level tokenizer (EOS and pad token set, no chat template); a fresh one, so that a test may
+    change it."""
     return tiny.tokenizer()
 
 
@@ -56,7 +57,10 @@ def swept(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
         if not work.exists():
             sweeping.two_tasks(work)
             git = ["git", "-c", "user.name=mft", "-c", "user.email=mft@localhost"]
-            for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "What the runs are tagged with"]):
+            for words in (
+                ["init", "-q"],
+                ["commit", "-q", "--allow-empty", "-m", "What the runs are tagged with"],
+            ):
                 subprocess.run([*git, *words], cwd=work, check=True)
             axes = ["loss=task_token_mean,coba", "train.seed=1,2", "optimizer.lr=2e-3", "train.eval_every=2"]
             trackers = ["tracking=[mlflow,tensorboard]", "tracking.tensorboard.dir=tb"]

@@ -1,4 +1,5 @@
-"""What a module's fixture has to play: only the cases whose tests were selected, since each is a run of its own."""
+"""What a module's fixture has to play: only the cases whose tests were selected, since each is a run of its
+own."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ def long(*values: Any) -> Any:
 
 
 def selected(request: pytest.FixtureRequest, *names: str) -> set[Any]:
-    """Returns what parameters of these names the selected tests of the fixture's module have: tuples, if several."""
+    """Returns what parameters of these names the selected tests of the fixture's module have: tuples, if
+    several."""
     found = set()
     for item in request.session.items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})

@@ -1,4 +1,5 @@
-"""Sweeps of real tiny jobs for tests: the command as a person types it, in a folder of its own with two tasks."""
+"""Sweeps of real tiny jobs for tests: the command as a person types it, in a folder of its own with two
+tasks."""
 
 from __future__ import annotations
 

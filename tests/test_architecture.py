@@ -1,4 +1,5 @@
-"""The rules of the house, read off the imports: they point down only, and components do not know each other."""
+"""The rules of the house, read off the imports: they point down only, and components do not know each
+other."""
 
 from __future__ import annotations
 
@@ -152,7 +153,9 @@ def test_entry_points_and_component_classes_import_nothing_heavy_at_the_top() ->
 def test_every_folder_of_tests_is_collected(pytestconfig: pytest.Config) -> None:
     passed_over = pytestconfig.getini("norecursedirs")
     folders = {
-        part for path in Path(__file__).parent.rglob("test_*.py") for part in path.relative_to(ROOT.parent).parts
+        part
+        for path in Path(__file__).parent.rglob("test_*.py")
+        for part in path.relative_to(ROOT.parent).parts
     }
     assert "distributed" in folders
     assert not [name for name in folders for pattern in passed_over if fnmatch(name, pattern)]

@@ -37,13 +37,19 @@ assert not heavy, heavy
         (["trian"], ["'trian'", "did you mean train?"]),
         (["train", "--mutlirun"], ["--mutlirun", "did you mean --multirun?"]),
         (["train", "peft"], ["'peft'", "did you mean peft=…?"]),
-        (["generate", "somewhere", "hi", "max_new_token=3"], ["max_new_token", "did you mean --max-new-tokens?"]),
+        (
+            ["generate", "somewhere", "hi", "max_new_token=3"],
+            ["max_new_token", "did you mean --max-new-tokens?"],
+        ),
         (["generate", "somewhere", "hi", "--top-p", "much"], ["--top-p needs a number", "'much'"]),
         (["generate", "somewhere"], ["at least one prompt"]),
         (["generate", "somewhere", "hi", "--max-new-tokens", "0"], ["max_new_tokens=0", "at least 1"]),
         (["generate", "somewhere", "hi", "--temperature=0"], ["temperature=0.0", "do_sample=false"]),
         (["generate", "somewhere", "hi", "--num-beams", "-1"], ["num_beams=-1", "at least 1"]),
-        (["generate", "somewhere", "hi", "--repetition-penalty", "nan"], ["repetition_penalty=nan", "greater than 0"]),
+        (
+            ["generate", "somewhere", "hi", "--repetition-penalty", "nan"],
+            ["repetition_penalty=nan", "greater than 0"],
+        ),
         (["generate", "somewhere", "hi", "--top_p", "1.5"], ["top_p=1.5", "at most 1"]),
         (["merge", "one", "two"], ["one run folder", "one two"]),
         (["merge", "--base", "x"], ["--adapter", "--out"]),
@@ -51,7 +57,9 @@ assert not heavy, heavy
         (["demo", "now"], ["takes no arguments"]),
     ],
 )
-def test_a_wrong_command_line_gets_a_sentence(args: list[str], parts: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_a_wrong_command_line_gets_a_sentence(
+    args: list[str], parts: list[str], capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(args)
     assert caught.value.code in (1, 2)

@@ -1,4 +1,5 @@
-"""Every command in README.md, CONTRIBUTING.md and docs/ is one that the program has, and composes to a config."""
+"""Every command in README.md, CONTRIBUTING.md and docs/ is one that the program has, and composes to a
+config."""
 
 from __future__ import annotations
 
@@ -27,9 +28,11 @@ PROGRAMS = ("mft", "make", "python", *LAUNCHERS, *SETUP)
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """Returns (page, words) of every whole command: lines of bash blocks, and inline code that begins with a program.
+    """Returns (page, words) of every whole command: lines of bash blocks, and inline code that begins with a
+    program.
 
-    Inline code that only names something (`mft`, `mft compare` without arguments) counts, too, where it is a command.
+    Inline code that only names something (`mft`, `mft compare` without arguments) counts, too, where it is a
+    command.
     """
     found = []
     for page in PAGES:
@@ -85,7 +88,8 @@ def test_training_commands_compose(words: list[str], monkeypatch: pytest.MonkeyP
     given = [word.replace("…", "owner/name") for word in of_mft(words)[1:] if word not in ("…", "--dry-run")]
     parsed = parser().parse(given)
     overrides, folders = overrides_in(parsed.words), parsed.config_dir or []
-    # Launchers of other packages are for Hydra's own command line; tests/sweep/test_external_launcher.py starts them.
+    # Launchers of other packages are for Hydra's own command line; tests/sweep/test_external_launcher.py
+    # starts them.
     ours = [o for o in overrides if not o.startswith(("hydra/", "hydra."))]
     if parsed.multirun:
         ours = [first_of_sweep(override) for override in ours]
@@ -101,7 +105,12 @@ def test_data_commands_run(words: list[str], tmp_path: Path, cache_dir: Path, ca
     given = [word for word in words[2:] if "…" not in word]
     compose_resolved([word for word in given[1:] if word.startswith("experiment=")])
     paths = [str(write_task(tmp_path / name, 12)) for name in ("docstring", "naming")]
-    tiny = ["debug=fast", f"data.paths=[{','.join(paths)}]", f"cache_dir={cache_dir}", f"output_dir={tmp_path / 'out'}"]
+    tiny = [
+        "debug=fast",
+        f"data.paths=[{','.join(paths)}]",
+        f"cache_dir={cache_dir}",
+        f"output_dir={tmp_path / 'out'}",
+    ]
     # `docstring` is a task of the demo in the docs, and the folder of that name here.
     arguments = [word for word in given if not word.startswith("experiment=") and word != "task=docstring"]
     main(["data", *arguments, *tiny])

@@ -1,4 +1,5 @@
-"""Every training argument of MFTCoder has a place here, and what is set there reaches the object that uses it."""
+"""Every training argument of MFTCoder has a place here, and what is set there reaches the object that uses
+it."""
 
 from __future__ import annotations
 
@@ -24,9 +25,13 @@ SEED_ARGUMENTS = [
 ]
 # fmt: on
 
-# argument -> (what the built object must hold, a way to it); `get("peft.rank")` builds `peft` and reads `rank`
+# argument -> (what the built object must hold, a way to it); `get("peft.rank")` builds `peft` and reads
+# `rank`
 EXPECTED: dict[str, tuple[str, Any]] = {
-    "data_paths": ("data.paths", [str(Path("data/completion").absolute()), str(Path("data/docs").absolute())]),
+    "data_paths": (
+        "data.paths",
+        [str(Path("data/completion").absolute()), str(Path("data/docs").absolute())],
+    ),
     "data_split": ("data.split", [98, 2, 0]),
     "task_weights": ("task.docstring.weight", 2),
     "output_dir": ("output_dir", str(Path("runs/first").absolute())),
@@ -111,5 +116,9 @@ def test_its_value_reaches_the_object_that_uses_it(argument: str) -> None:
         for part in component.split("."):
             node = node[part]
         built = build(node, component)
-        found = type(built).__name__ if place == component else getattr(built, place.removeprefix(component + "."))
+        found = (
+            type(built).__name__
+            if place == component
+            else getattr(built, place.removeprefix(component + "."))
+        )
     assert found == expected

@@ -1,4 +1,5 @@
-"""Whole runs on other mixtures, without duplicates, and on rows that cut samples; what cannot be is refused before."""
+"""Whole runs on other mixtures, without duplicates, and on rows that cut samples; what cannot be is refused
+before."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def test_shares_of_the_users_tasks_compose_and_wrong_ones_are_refused(tmp_path: 
     names = f"task=[{own_yaml(tmp_path, 'left', 3)},{own_yaml(tmp_path, 'right', 1)}]"
 
     def checked(*overrides: str) -> None:
-        check(compose_resolved(["model=tiny", f"cache_dir={tmp_path}", names, *overrides], [tmp_path]), world=1)
+        check(
+            compose_resolved(["model=tiny", f"cache_dir={tmp_path}", names, *overrides], [tmp_path]), world=1
+        )
 
     checked("data.mixture=shares")
     with pytest.raises(UserError, match=r"task\.left\.share=3 does nothing with data\.mixture=natural"):
@@ -62,7 +65,9 @@ def test_duplicates_are_dropped_from_a_run(tmp_path: Path, cache_dir: Path) -> N
     folder = write_task(tmp_path / "twice", 40)
     file = folder / "rows.jsonl"
     file.write_text(file.read_text() * 2)
-    _, run_dir = train(tmp_path, cache_dir, f"data.paths=[{folder}]", "data.duplicates=drop", "train.max_steps=1")
+    _, run_dir = train(
+        tmp_path, cache_dir, f"data.paths=[{folder}]", "data.duplicates=drop", "train.max_steps=1"
+    )
     said = json.loads((run_dir / "report" / "data.json").read_text())["twice"]
     assert said["duplicates"] == {"repeated": 40, "held out": 0}
     assert (said["rows"], said["kept"], said["dropped"]["repeated"]) == (80, 40, 40)
@@ -71,7 +76,9 @@ def test_duplicates_are_dropped_from_a_run(tmp_path: Path, cache_dir: Path) -> N
 
 def test_pretraining_on_rows_that_cut_samples(tmp_path: Path, cache_dir: Path) -> None:
     paths = f"data.paths=[{write_texts(tmp_path / 'books', 60)},{write_texts(tmp_path / 'code', 30)}]"
-    summary, run_dir = train(tmp_path, cache_dir, "data=concat", paths, "optimizer.lr=1e-2", "train.max_steps=6")
+    summary, run_dir = train(
+        tmp_path, cache_dir, "data=concat", paths, "optimizer.lr=1e-2", "train.max_steps=6"
+    )
     assert summary["last"]["valid/loss"] < summary["first"]["valid/loss"]
     fills = [row["data/fill"] for row in logged(run_dir) if "data/fill" in row]
     assert min(fills) == 1.0
@@ -81,13 +88,21 @@ def test_pretraining_on_rows_that_cut_samples(tmp_path: Path, cache_dir: Path) -
 
 @pytest.mark.parametrize("loss", ["sample_mean", "task_sample_mean", "sample_focal", "task_focal"])
 def test_losses_that_count_samples_refuse_rows_that_cut_them(tmp_path: Path, loss: str) -> None:
-    given = ["model=tiny", f"cache_dir={tmp_path}", two_tasks(tmp_path / "tasks"), "data=concat", f"loss={loss}"]
+    given = [
+        "model=tiny",
+        f"cache_dir={tmp_path}",
+        two_tasks(tmp_path / "tasks"),
+        "data=concat",
+        f"loss={loss}",
+    ]
     with pytest.raises(UserError, match=r"counts whole samples, but the rows of data=concat cut them"):
         check(compose_resolved(given), world=1)
 
 
 def test_what_does_not_go_together_with_cutting_is_refused(tmp_path: Path, cache_dir: Path) -> None:
-    with pytest.raises(UserError, match=r"task\.adding: its rows are conversations \(chat\), which data=concat"):
+    with pytest.raises(
+        UserError, match=r"task\.adding: its rows are conversations \(chat\), which data=concat"
+    ):
         train(tmp_path, cache_dir, "data=concat")
     given = ["model=tiny", f"cache_dir={tmp_path}", two_tasks(tmp_path / "tasks"), "data.long_samples=keep"]
     with pytest.raises(UserError, match=r"data\.long_samples=keep is for rows that cut samples"):

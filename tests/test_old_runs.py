@@ -1,4 +1,5 @@
-"""Runs of 8e2545b, whose identity has no version: everything that reads runs reads them, resuming them is refused."""
+"""Runs of 8e2545b, whose identity has no version: everything that reads runs reads them, resuming them is
+refused."""
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ FIXTURE = Path(__file__).parent / "fixtures" / "runs_8e2545b"
 WRITTEN_AS = "/runs_8e2545b"
 SWEEP = Path("multirun/half/3f52439f4e")
 FINISHED_JOB, STOPPED_JOB = SWEEP / "7540870ada", SWEEP / "00e54889e7"
-ADAPTERS = ["finished/final", "finished/checkpoints/step-9", "stopped/checkpoints/step-853", f"{FINISHED_JOB}/final"]
+ADAPTERS = [
+    "finished/final",
+    "finished/checkpoints/step-9",
+    "stopped/checkpoints/step-853",
+    f"{FINISHED_JOB}/final",
+]
 
 
 @pytest.fixture
@@ -63,7 +69,9 @@ def test_they_are_listed_shown_and_compared(old: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_their_adapters_are_merged_and_answer(old: Path, adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_their_adapters_are_merged_and_answer(
+    old: Path, adapter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     mft(capsys, "merge", adapter, "--out", "merged")
     assert (old / "merged" / "model.safetensors").is_file()
     answer = mft(capsys, "generate", adapter, "x 1", "max_new_tokens=3")
@@ -75,7 +83,11 @@ def test_their_adapters_are_merged_and_answer(old: Path, adapter: str, capsys: p
     [
         ("finished", [], "peft.path=FOLDER/finished/final"),
         ("stopped", ["output_dir=stopped"], "peft.path=FOLDER/stopped/checkpoints/step-853"),
-        ("stopped", ["output_dir=new", "train.resume=stopped"], "peft.path=FOLDER/stopped/checkpoints/step-853"),
+        (
+            "stopped",
+            ["output_dir=new", "train.resume=stopped"],
+            "peft.path=FOLDER/stopped/checkpoints/step-853",
+        ),
     ],
 )
 def test_resuming_them_is_refused_with_what_still_works(
@@ -89,7 +101,9 @@ def test_resuming_them_is_refused_with_what_still_works(
     assert advice.replace("FOLDER", str(old)) in said
     assert "another config" not in said and len(said.splitlines()) == 1
     assert before == {
-        path: path.read_bytes() for path in (old / run).rglob("*") if path.name != run_folder.LOCK and path.is_file()
+        path: path.read_bytes()
+        for path in (old / run).rglob("*")
+        if path.name != run_folder.LOCK and path.is_file()
     }
     assert not (old / "new").exists()
 
@@ -99,7 +113,9 @@ def test_a_rank_started_by_hand_refuses_them(old: Path) -> None:
         run_job(str(old / "stopped"))
 
 
-def test_their_half_done_sweep_is_refused_before_any_job_starts(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_their_half_done_sweep_is_refused_before_any_job_starts(
+    old: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted(SWEEP.rglob("*"))
     said = refused(capsys, "sweep", "resume", str(SWEEP))
     assert "holds jobs that another version of mft wrote (identity 1" in said and "sweep=NAME" in said

@@ -1,4 +1,5 @@
-"""One run from end to end: what it leaves behind, exact resume, longer runs, early stop, what a person is told."""
+"""One run from end to end: what it leaves behind, exact resume, longer runs, early stop, what a person is
+told."""
 
 from __future__ import annotations
 
@@ -31,7 +32,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_run_folder_holds_what_it_promises(tmp_path: Path, cache_dir: Path) -> None:
     summary, run_dir = train(tmp_path, cache_dir)
-    names = ("config.yaml", "identity.json", "metrics.jsonl", "summary.json", "report/data.json", "report/losses.png")
+    names = (
+        "config.yaml",
+        "identity.json",
+        "metrics.jsonl",
+        "summary.json",
+        "report/data.json",
+        "report/losses.png",
+    )
     for name in names:
         assert (run_dir / name).is_file(), name
     assert (run_dir / "checkpoints" / "step-3" / COMPLETE).is_file()
@@ -51,7 +59,13 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path, cache_dir: Path) -> N
 def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
     peft: str, data: str, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = [f"peft={peft}", f"data={data}", "train.max_steps=7", "train.save_every=3", "train.eval_every=2"]
+    settings = [
+        f"peft={peft}",
+        f"data={data}",
+        "train.max_steps=7",
+        "train.save_every=3",
+        "train.eval_every=2",
+    ]
     settings += ["optimizer.lr=1e-3", "train.gradient_accumulation_steps=2"]
     settings += ["peft.dropout=0.1"] if peft != "full" else []
     _, whole = train(tmp_path, cache_dir, *settings, out="whole")
@@ -102,7 +116,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 4 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True
+    ).returncode:
         pytest.skip("a disk may be mounted by root only")
     yield disk
     subprocess.run(["umount", disk], check=True)
@@ -110,7 +126,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_told_of_and_leaves_the_older_checkpoint(small_disk: Path, cache_dir: Path) -> None:
     settings = ["peft=full", "train.save_every=1"]
-    with pytest.raises(UserError, match=r"The disk is full: .*\.step-\d\.tmp could not .* resumes from step-\d"):
+    with pytest.raises(
+        UserError, match=r"The disk is full: .*\.step-\d\.tmp could not .* resumes from step-\d"
+    ):
         train(small_disk, cache_dir, *settings, "train.keep=9")
     steps = complete_steps(small_disk / "run" / "checkpoints")
     assert steps and not list((small_disk / "run" / "checkpoints").glob(".step*"))
@@ -143,7 +161,11 @@ def test_folder_of_another_config_is_refused(tmp_path: Path, cache_dir: Path) ->
 def test_what_cannot_change_the_result_keeps_the_identity(tmp_path: Path, cache_dir: Path) -> None:
     first, _ = train(tmp_path, cache_dir, "train.per_device_batch_size=4")
     again, _ = train(
-        tmp_path, cache_dir, "train.per_device_batch_size=2", "train.gradient_accumulation_steps=2", "train.keep=7"
+        tmp_path,
+        cache_dir,
+        "train.per_device_batch_size=2",
+        "train.gradient_accumulation_steps=2",
+        "train.keep=7",
     )
     assert again == first
     with pytest.raises(UserError, match="another config"):
@@ -184,14 +206,23 @@ def test_broken_row_is_told_by_file_and_line_before_any_model_loads(tmp_path: Pa
         file.write('{"chat_rounds": [{"role": "human", "content": "x"\n')
     with pytest.raises(UserError, match=r"rows\.jsonl:6: .*JSON"):
         train(tmp_path, cache_dir, f"data.paths=[{task}]")
-    summary, run_dir = train(tmp_path, cache_dir, f"data.paths=[{task}]", "data.bad_rows=skip", out="skipping")
+    summary, run_dir = train(
+        tmp_path, cache_dir, f"data.paths=[{task}]", "data.bad_rows=skip", out="skipping"
+    )
     assert summary["status"] == "finished"
     assert json.loads((run_dir / "report" / "data.json").read_text())["broken"]["dropped"]["bad row"] == 1
 
 
 def test_exploding_run_stops_with_the_step_and_the_samples_named(tmp_path: Path, cache_dir: Path) -> None:
     with pytest.raises(UserError, match=r"Step \d+ has a non-finite.*optimizer.lr"):
-        train(tmp_path, cache_dir, "optimizer.lr=1e30", "scheduler=constant", "peft=full", "train.max_grad_norm=null")
+        train(
+            tmp_path,
+            cache_dir,
+            "optimizer.lr=1e30",
+            "scheduler=constant",
+            "peft=full",
+            "train.max_grad_norm=null",
+        )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed" and "non-finite" in summary["error"]
 
@@ -206,7 +237,9 @@ def test_answers_before_and_after_are_kept_side_by_side(tmp_path: Path, cache_di
 
 
 def test_same_seed_same_loss_other_seed_other_loss(tmp_path: Path, cache_dir: Path) -> None:
-    runs = [train(tmp_path, cache_dir, f"train.seed={seed}", out=f"{n}")[1] for n, seed in enumerate((1, 1, 2))]
+    runs = [
+        train(tmp_path, cache_dir, f"train.seed={seed}", out=f"{n}")[1] for n, seed in enumerate((1, 1, 2))
+    ]
     first, again, other = ([r.get("train/loss") for r in logged(folder)] for folder in runs)
     assert first == again != other
 

@@ -15,7 +15,17 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_wheel_composes_as_the_checkout_does(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+    ]
     subprocess.run([*build, str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("mft-*.whl")
     site = tmp_path / "site"
@@ -34,5 +44,7 @@ assert cfg.loss._target_ == "mft.loss.means.TokenMean" and cfg.train.max_steps =
     names = zipfile.ZipFile(wheel).namelist()
     assert "hydra_plugins/mft_launcher.py" in names and "mft/conf/loss/task_token_mean.yaml" in names
     inside = {name.removeprefix("mft/conf/") for name in names if name.startswith("mft/conf/")}
-    here = {str(p.relative_to(ROOT / "conf")) for p in (ROOT / "conf").rglob("*.yaml") if p.parent.name != "local"}
+    here = {
+        str(p.relative_to(ROOT / "conf")) for p in (ROOT / "conf").rglob("*.yaml") if p.parent.name != "local"
+    }
     assert here <= inside

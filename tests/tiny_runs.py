@@ -59,7 +59,8 @@ def logged(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def resume(tmp_path: Path, cache_dir: Path, *overrides: str, step: int, out: str = "run") -> dict[str, Any]:
-    """Trains on from the checkpoint of `step`, as if the finished run in `out` had been killed right after it."""
+    """Trains on from the checkpoint of `step`, as if the finished run in `out` had been killed right after
+    it."""
     run_dir = tmp_path / out
     kept = run_dir / "checkpoints" / f"step-{step}"
     for folder in (run_dir / "final", *(run_dir / "checkpoints").iterdir()):

@@ -173,11 +173,19 @@ class Parser(argparse.ArgumentParser):
         words: list[str] = []
         former: list[str] = []
         for word in rest:
-            if word.startswith("-") and " " not in word and not word.lstrip("-")[:1].isdigit() and word != "-":
+            if (
+                word.startswith("-")
+                and " " not in word
+                and not word.lstrip("-")[:1].isdigit()
+                and word != "-"
+            ):
                 raise UserError(self._unknown(word))
             (former if self._is_former(word) else words).append(word)
         if former:
-            flags = [f"--{key.replace('_', '-')}={value}" for key, _, value in (word.partition("=") for word in former)]
+            flags = [
+                f"--{key.replace('_', '-')}={value}"
+                for key, _, value in (word.partition("=") for word in former)
+            ]
             note = f"{' '.join(former)}: the options of {self.prog} are flags now; write {' '.join(flags)}."
             say(f"mft: {note} The old spelling will be refused in a later release.", sys.stderr)
             parsed, _ = self._read(flags, parsed)
@@ -188,14 +196,20 @@ class Parser(argparse.ArgumentParser):
             plugins.start(parsed.plugin or ())
         return parsed
 
-    def _read(self, words: list[str], values: argparse.Namespace | None = None) -> tuple[argparse.Namespace, list[str]]:
+    def _read(
+        self, words: list[str], values: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         try:
             return self.parse_known_args(words, values)
         except argparse.ArgumentError as error:
-            flag = next((name for name in (error.argument_name or "").split("/") if name.startswith("--")), "")
+            flag = next(
+                (name for name in (error.argument_name or "").split("/") if name.startswith("--")), ""
+            )
             takes = self.flags[flag].type if flag in self.flags else None
             message = error.message
-            if message.startswith("expected") and isinstance(takes, Value):  # argparse's own words: no value was given
+            if message.startswith("expected") and isinstance(
+                takes, Value
+            ):  # argparse's own words: no value was given
                 message = f"needs {takes.expects}."
             elif message.startswith("ignored explicit argument"):  # argparse's own words: --dry-run=yes
                 message = f"takes no value, got{message.removeprefix('ignored explicit argument')}."
@@ -213,7 +227,9 @@ class Parser(argparse.ArgumentParser):
         if not equals or not key.isidentifier() or not self._formerly:
             return False
         if key not in self._formerly and not self.overrides and (hint := nearest(key, self._flag_names())):
-            raise UserError(f"{shortened(word)}: unknown option{hint} A word that is meant as it stands follows --.")
+            raise UserError(
+                f"{shortened(word)}: unknown option{hint} A word that is meant as it stands follows --."
+            )
         return key in self._formerly
 
     def _flag_names(self) -> list[str]:
@@ -225,9 +241,7 @@ class Parser(argparse.ArgumentParser):
             from mft.config.overrides import unknown_flag
 
             return unknown_flag(flag, names, self.prog)
-        return (
-            f"{self.prog} has no flag {shortened(flag)[1:-1]}{nearest(flag, names) or '.'} Flags: {', '.join(names)}."
-        )
+        return f"{self.prog} has no flag {shortened(flag)[1:-1]}{nearest(flag, names) or '.'} Flags: {', '.join(names)}."
 
     def error(self, message: str) -> Any:
         """Raises what argparse would print."""
@@ -243,7 +257,9 @@ def action_of(parser: Parser, words: Sequence[str]) -> tuple[str, list[str]]:
         hint = nearest(words[0], parser.actions)
         if not hint and len(parser.actions) == 1:
             hint = f"; did you mean {parser.prog} {actions} …?"
-        raise UserError(f"{parser.prog}: unknown subcommand {shortened(words[0])}{hint or '.'} Subcommands: {actions}.")
+        raise UserError(
+            f"{parser.prog}: unknown subcommand {shortened(words[0])}{hint or '.'} Subcommands: {actions}."
+        )
     return words[0], list(words[1:])
 
 

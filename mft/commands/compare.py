@@ -27,12 +27,21 @@ EXAMPLES = """\
 
 def parser() -> Parser:
     """Returns the command line of `mft compare`."""
-    made = Parser("compare", "DIR [DIR …] | EXPERIMENT [--metric NAME] [--group-by KEY,KEY] …", STORY, EXAMPLES)
-    made.option(
-        "--metric", takes=TEXT, default="mean", help="mean, worst, a task, or the name of any metric that was logged"
+    made = Parser(
+        "compare", "DIR [DIR …] | EXPERIMENT [--metric NAME] [--group-by KEY,KEY] …", STORY, EXAMPLES
     )
-    made.option("--better", takes=one_of("WHICH", "lower", "higher"), help="which value of the metric is better")
-    made.option("--group-by", takes=TEXT, default="", help="keys that make a setting, KEY,KEY; else all that differ")
+    made.option(
+        "--metric",
+        takes=TEXT,
+        default="mean",
+        help="mean, worst, a task, or the name of any metric that was logged",
+    )
+    made.option(
+        "--better", takes=one_of("WHICH", "lower", "higher"), help="which value of the metric is better"
+    )
+    made.option(
+        "--group-by", takes=TEXT, default="", help="keys that make a setting, KEY,KEY; else all that differ"
+    )
     made.option("--csv", takes=FILE, help="write the table to this file, too")
     made.option("--out", takes=FILE, help="where the report goes; else report.html in the (first) folder")
     made.option("--uri", takes=TEXT, default="", help="address of the MLflow store; else ./mlflow.db")

@@ -53,7 +53,8 @@ def parser() -> Parser:
     return Parser(
         "completion",
         "bash|zsh|fish",
-        "Print a script that completes verbs, flags and, for train and data, config groups with their options.",
+        "Print a script that completes verbs, flags and, for train and data, config groups with their "
+        "options.",
         HOW,
         actions=("bash", "zsh", "fish"),
     )
@@ -69,9 +70,12 @@ def command(arguments: Sequence[str]) -> None:
 def parsers() -> dict[str, Parser]:
     """Returns the parser of every verb: of all modules of this folder that have one."""
     modules = [
-        importlib.import_module(f"{commands.__name__}.{m.name}") for m in pkgutil.iter_modules(commands.__path__)
+        importlib.import_module(f"{commands.__name__}.{m.name}")
+        for m in pkgutil.iter_modules(commands.__path__)
     ]
-    return {module.__name__.rpartition(".")[2]: module.parser() for module in modules if hasattr(module, "parser")}
+    return {
+        module.__name__.rpartition(".")[2]: module.parser() for module in modules if hasattr(module, "parser")
+    }
 
 
 def offered(verb: str, line: Parser) -> list[str]:

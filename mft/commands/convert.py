@@ -28,7 +28,9 @@ EXAMPLES = """\
 
 def parser() -> Parser:
     """Returns the command line of `mft convert`."""
-    made = Parser("convert", "FOLDER   or   mft convert [model=FAMILY] model.path=FOLDER --out DIR", STORY, EXAMPLES)
+    made = Parser(
+        "convert", "FOLDER   or   mft convert [model=FAMILY] model.path=FOLDER --out DIR", STORY, EXAMPLES
+    )
     made.option("--out", takes=FOLDER, formerly=True, help="the folder to write; it must not exist yet")
     made.plugins()
     return made
@@ -64,7 +66,8 @@ def write_native(overrides: Sequence[str], out: Path) -> None:
     family.check()
     if not isinstance(family, Original) and not family.weight_format().method:
         raise UserError(
-            f"{' '.join(overrides)} is neither quantised nor in an original format, so there is nothing to convert: "
+            f"{' '.join(overrides)} is neither quantised nor in an original format, so there is nothing to "
+            f"convert: "
             "its checkpoints are native already."
         )
     save_native(family, out.expanduser())

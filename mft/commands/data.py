@@ -51,7 +51,9 @@ def parser() -> Parser:
         overrides=True,
         actions=("report", "show", "prepare"),
     )
-    made.option("--n", takes=COUNT, help=f"(show) samples of each task (default: {DEFAULT_SAMPLES})", formerly=True)
+    made.option(
+        "--n", takes=COUNT, help=f"(show) samples of each task (default: {DEFAULT_SAMPLES})", formerly=True
+    )
     made.composing()
     return made
 
@@ -151,7 +153,9 @@ def show(overrides: Sequence[str], config_dirs: Sequence[Path], samples_per_task
 
     names, stores, terminal = data.dataset.names, data.dataset.stores, console()
     if only and only not in names:
-        raise UserError(f"task={only}: there is no such task{nearest(only, names) or '.'} Tasks: {', '.join(names)}.")
+        raise UserError(
+            f"task={only}: there is no such task{nearest(only, names) or '.'} Tasks: {', '.join(names)}."
+        )
     samples = Samples(stores, "train", data.settings.limit)
     coloured = terminal.is_terminal
     for i in chosen(samples, samples_per_task):

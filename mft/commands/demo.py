@@ -25,7 +25,8 @@ def command(arguments: Sequence[str]) -> None:
     parsed = parser().parse(arguments)
     if parsed.words:
         raise UserError(
-            f"mft demo takes no arguments, got {' '.join(parsed.words)}; the cache folder is set by MFT_CACHE."
+            f"mft demo takes no arguments, got {' '.join(parsed.words)}; the cache folder is set by "
+            f"MFT_CACHE."
         )
     from mft.config.schema import default_cache_dir
     from mft.demo import describe, make

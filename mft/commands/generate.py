@@ -20,7 +20,8 @@ def parser() -> Parser:
     made = Parser(
         "generate",
         'RUN "PROMPT" ["PROMPT" …] [--max-new-tokens N] [--system TEXT] …',
-        "Answer prompts with a run's model, encoded as in training. RUN: a run folder, a checkpoint or a model folder.",
+        "Answer prompts with a run's model, encoded as in training. RUN: a run folder, a checkpoint or a "
+        "model folder.",
         EXAMPLES,
     )
     for name, takes, default, meaning in (

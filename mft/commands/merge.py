@@ -20,13 +20,17 @@ def parser() -> Parser:
     made = Parser(
         "merge",
         "RUN [--out DIR]   or   mft merge --base BASE --adapter DIR --out DIR",
-        "Write base + adapter as a plain Hugging Face folder, and compare its logits with those of base + adapter.",
+        "Write base + adapter as a plain Hugging Face folder, and compare its logits with those of base + "
+        "adapter.",
         EXAMPLES,
     )
     made.option("--out", takes=FOLDER, formerly=True, help="where to write the model; of a run: its merged/")
     made.option("--adapter", takes=FOLDER, formerly=True, help="the adapter's folder, where no run is given")
     made.option(
-        "--base", takes=TEXT, formerly=True, help="folder or hub name of the base model, if not the adapter's own"
+        "--base",
+        takes=TEXT,
+        formerly=True,
+        help="folder or hub name of the base model, if not the adapter's own",
     )
     made.option(
         "--trust-remote-code",

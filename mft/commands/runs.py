@@ -64,7 +64,8 @@ def command(arguments: Sequence[str]) -> None:
         in_sweep = (folder.parent / RECORD).exists() and folder.parent.resolve() not in named
         sweeps.setdefault(folder.parent if in_sweep else folder, []).append(folder)
     rows = [
-        run_row(folder) if members == [folder] else sweep_row(folder, members) for folder, members in sweeps.items()
+        run_row(folder) if members == [folder] else sweep_row(folder, members)
+        for folder, members in sweeps.items()
     ]
     console().print(table(f"{len(rows)} runs and sweeps", COLUMNS, rows))
 

@@ -39,7 +39,9 @@ def command(arguments: Sequence[str]) -> None:
     """Prints what a run folder holds."""
     words = parser().parse(arguments or ["--help"]).words
     if len(words) != 1:
-        raise UserError(f"mft show takes one run folder, got {' '.join(words) or 'none'} (mft runs lists the runs).")
+        raise UserError(
+            f"mft show takes one run folder, got {' '.join(words) or 'none'} (mft runs lists the runs)."
+        )
     folder = Path(words[0])
     if not (folder / "config.yaml").exists():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml (mft runs lists the runs).")
@@ -58,7 +60,9 @@ def command(arguments: Sequence[str]) -> None:
     first, last, best = (losses_in(summary, part) for part in ("first", "last", "best"))
     if last:
         terminal.print(losses_table(first, last, best, int(summary.part("best").number("step") or 0)))
-    rows: list[tuple[str, object]] = [(name, folder / file) for name, file in FILES.items() if (folder / file).exists()]
+    rows: list[tuple[str, object]] = [
+        (name, folder / file) for name, file in FILES.items() if (folder / file).exists()
+    ]
     rows += [("error", summary.text("error"))] if summary.text("error") else []
     terminal.print(settings_table([*rows, ("again", run.command)], "files, and the command"), soft_wrap=True)
 
@@ -82,7 +86,9 @@ def changes(run: Run) -> list[tuple[str, str, str]]:
         return flat(plain(compose_resolved(overrides)))
 
     defaults = composed([])
-    options = {k: v for k, v in run.values.items() if "." not in k and k in defaults and k not in ("task", "train")}
+    options = {
+        k: v for k, v in run.values.items() if "." not in k and k in defaults and k not in ("task", "train")
+    }
     taken = [(key, value, defaults[key]) for key, value in options.items() if value != defaults[key]]
     try:
         base = composed([f"{key}={value}" for key, value, _ in taken])

@@ -19,7 +19,9 @@ EXAMPLES = """\
 
 def parser() -> Parser:
     """Returns the command line of `mft sweep`."""
-    made = Parser("sweep", "resume DIR [KEY=VALUE …] [--dry-run]", STORY, EXAMPLES, overrides=True, actions=("resume",))
+    made = Parser(
+        "sweep", "resume DIR [KEY=VALUE …] [--dry-run]", STORY, EXAMPLES, overrides=True, actions=("resume",)
+    )
     made.switch("--dry-run", help="print which jobs would run, with all of them checked, and start nothing")
     made.plugins()
     return made
@@ -30,7 +32,9 @@ def command(arguments: Sequence[str]) -> None:
     line = parser()
     parsed = line.parse(arguments or ["--help"])
     words = parsed.words
-    if not (words and words[0] not in line.actions and Path(words[0]).is_dir()):  # mft sweep DIR is understood, too
+    if not (
+        words and words[0] not in line.actions and Path(words[0]).is_dir()
+    ):  # mft sweep DIR is understood, too
         _, words = action_of(line, words)
     if not words:
         raise UserError("mft sweep resume needs the folder of a sweep: mft sweep resume multirun/demo/…")

@@ -23,7 +23,9 @@ EXAMPLES = """\
 def parser() -> Parser:
     """Returns the command line of `mft tracking`."""
     made = Parser("tracking", "sync [DIR …] [--uri ADDRESS]", STORY, EXAMPLES, actions=("sync",))
-    made.option("--uri", takes=TEXT, default="", help="address of the MLflow store; else the one of each run's config")
+    made.option(
+        "--uri", takes=TEXT, default="", help="address of the MLflow store; else the one of each run's config"
+    )
     return made
 
 

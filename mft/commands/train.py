@@ -33,11 +33,17 @@ def parser() -> Parser:
         EXAMPLES.format(groups=config_groups()),
         overrides=True,
     )
-    made.switch("-m", "--multirun", help="a sweep: comma-separated values are swept, every combination is a job")
+    made.switch(
+        "-m", "--multirun", help="a sweep: comma-separated values are swept, every combination is a job"
+    )
     made.switch("--dry-run", help="print what would run, with all jobs checked, and start nothing")
-    made.option("--cfg", "-c", takes=one_of("PART", "job", "hydra", "all"), help="print the composed config and stop")
+    made.option(
+        "--cfg", "-c", takes=one_of("PART", "job", "hydra", "all"), help="print the composed config and stop"
+    )
     made.switch("--resolve", help="with --cfg: interpolations replaced by their values")
-    made.option("--package", "-p", takes=Value("a package, such as train", "KEY"), help="with --cfg: this part only")
+    made.option(
+        "--package", "-p", takes=Value("a package, such as train", "KEY"), help="with --cfg: this part only"
+    )
     made.option(
         "--info",
         "-i",
@@ -90,14 +96,16 @@ def hydra_flags(parsed: argparse.Namespace) -> list[str]:
 
         if detect_rank() is not None:
             raise UserError(
-                "A sweep (-m) starts the ranks of its jobs itself: run `mft train -m …` without torchrun, accelerate "
+                "A sweep (-m) starts the ranks of its jobs itself: run `mft train -m …` without torchrun, "
+                "accelerate "
                 "launch or srun, or one job at a time with them."
             )
     return [*(["-m"] if parsed.multirun else []), *serving, *changing]
 
 
 def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) -> None:
-    """Checks one run and starts it. Under torchrun or srun this process is one of its ranks; rank 0 alone checks."""
+    """Checks one run and starts it. Under torchrun or srun this process is one of its ranks; rank 0 alone
+    checks."""
     from mft.config.compose import compose_resolved
     from mft.config.inert import given_keys, without_effect
     from mft.config.overrides import key_of, of_hydra, replaced, with_output_dir

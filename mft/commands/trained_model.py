@@ -29,7 +29,9 @@ def final_folder(run: str) -> Path:
             require_sound(folder / "final")
         except UserError as error:
             checkpoint, _ = newest_sound(folder)
-            other = f" {checkpoint} is sound; train.resume={checkpoint} writes final/ anew." if checkpoint else ""
+            other = (
+                f" {checkpoint} is sound; train.resume={checkpoint} writes final/ anew." if checkpoint else ""
+            )
             raise UserError(f"{error}{other}") from error
         return model_folder(folder)
     checkpoint, damaged = newest_sound(folder)

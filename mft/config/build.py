@@ -30,18 +30,25 @@ COMPONENTS = ("data.rows", "model", "peft", "dist", "loss", "optimizer", "schedu
 
 def component_paths(cfg: DictConfig) -> list[str]:
     """Returns the yaml paths of all component nodes, tasks first."""
-    return [f"task.{name}" for name in cfg.task] + list(COMPONENTS) + [f"tracking.{name}" for name in cfg.tracking]
+    return (
+        [f"task.{name}" for name in cfg.task]
+        + list(COMPONENTS)
+        + [f"tracking.{name}" for name in cfg.tracking]
+    )
 
 
 def refuse_special_keys(node: DictConfig, path: str) -> None:
     """Raises UserError for Hydra's other keys of a component, which nothing here reads."""
     for key in map(str, node):
         if key.startswith("_") and key != "_target_":
-            raise UserError(f"{path}.{key}: unexpected; a component has _target_ and the fields of its class.")
+            raise UserError(
+                f"{path}.{key}: unexpected; a component has _target_ and the fields of its class."
+            )
 
 
 def build(node: DictConfig, path: str = "component", **runtime: Any) -> Any:
-    """Makes a component of its node; those inside it are built first. `runtime` values override the node's."""
+    """Makes a component of its node; those inside it are built first. `runtime` values override the
+    node's."""
     cls = component_class(node, path)
     refuse_special_keys(node, path)
     values = {str(key): _value(node[key], f"{path}.{key!s}") for key in node if key != "_target_"} | runtime
@@ -99,7 +106,8 @@ class Components:
 
 
 def build_components(cfg: DictConfig) -> Components:
-    """Makes all components of a config. Raises UserError where two tasks have one name or there is no task."""
+    """Makes all components of a config. Raises UserError where two tasks have one name or there is no
+    task."""
     made = {path: component(cfg, path) for path in component_paths(cfg)}
     named_tasks = {str(name): made[f"task.{name}"] for name in cfg.task}
     return Components(

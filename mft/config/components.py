@@ -1,4 +1,5 @@
-"""Which class a `_target_` may name: of an allowed package, defined there, and a subclass of its group's contract."""
+"""Which class a `_target_` may name: of an allowed package, defined there, and a subclass of its group's
+contract."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ CONTRACTS = {
     "scheduler": "mft.optim.schedules:Schedule",
     "tracking": "mft.tracking.base:Tracker",
 }
-"""Config group → module:class that its components subclass. Resolved when asked for, since some import numpy."""
+"""Config group → module:class that its components subclass. Resolved when asked for, since some import
+numpy."""
 
 LIBRARIES = {"optimizer": ("torch.optim", "bitsandbytes.optim")}
 """Config group → packages whose own classes it may name; they subclass torch.optim.Optimizer."""
@@ -45,7 +47,8 @@ MOVED = {
     "mft.optim": "mft.optim.optimizers",
     "mft.schedule": "mft.optim.schedules",
 }
-"""Old module, or class → the module of its components now: yaml files of users and configs of older runs name these."""
+"""Old module, or class → the module of its components now: yaml files of users and configs of older runs name
+these."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
@@ -53,8 +56,9 @@ _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 def component_class(node: Any, path: str) -> type:
     """Returns the class that the component node at a yaml path names in `_target_`.
 
-    The package is judged by its name before anything is imported. Raises UserError for a node without a target, a
-    package that is not allowed, a module that cannot be imported, and for what is not a component of this group.
+    The package is judged by its name before anything is imported. Raises UserError for a node without a
+    target, a package that is not allowed, a module that cannot be imported, and for what is not a component
+    of this group.
     """
     target = node._get_node("_target_") if isinstance(node, DictConfig) else None
     target = node["_target_"] if target is not None else None
@@ -77,7 +81,8 @@ def moved(target: str) -> str:
 
 
 def group_of(path: str) -> str:
-    """Returns the config group of a component at a yaml path, "" for one inside another, where any kind may stand."""
+    """Returns the config group of a component at a yaml path, "" for one inside another, where any kind may
+    stand."""
     parts = path.split(".")
     if parts[0] == "task":
         return "task" if len(parts) == 2 else "format" if parts[2:] == ["format"] else ""
@@ -103,7 +108,8 @@ def unknown_package(given: str, target: str, allowed: list[str]) -> UserError:
     top = target.partition(".")[0]
     return UserError(
         f"{given}: {top} is not a package that a config may name{nearest(top, allowed) or '.'} Allowed: "
-        f"{', '.join(allowed)}. One of your own is named with --plugin {top} on the command line, or by its installed "
+        f"{', '.join(allowed)}. One of your own is named with --plugin {top} on the command line, or by "
+        f"its installed "
         f"entry point of the group {plugins.GROUP} (docs/plugins.md)."
     )
 
@@ -118,7 +124,8 @@ def _package(target: str, path: str) -> str:
 
 
 def imported(target: str, given: str) -> Any:
-    """Imports the module of a target and returns what it has by that name; UserError that begins with `given`."""
+    """Imports the module of a target and returns what it has by that name; UserError that begins with
+    `given`."""
     module_name, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -126,10 +133,14 @@ def imported(target: str, given: str) -> Any:
         missing = str(error.name)
         if inside(module_name, missing):
             raise UserError(f"{given}: there is no module {missing}{_neighbour(missing)}") from error
-        raise UserError(f"{given}: {module_name} needs the module {missing}, which is not installed.") from error
+        raise UserError(
+            f"{given}: {module_name} needs the module {missing}, which is not installed."
+        ) from error
     except (Exception, SystemExit) as error:
         place = _line_of(error, module_name)
-        raise UserError(f"{given}: {module_name} cannot be imported: {type(error).__name__}: {error}{place}") from error
+        raise UserError(
+            f"{given}: {module_name} cannot be imported: {type(error).__name__}: {error}{place}"
+        ) from error
     if name not in vars(module):
         raise UserError(f"{given}: {module_name} has no {name}{nearest(name, _public(module)) or '.'}")
     return vars(module)[name]
@@ -152,11 +163,15 @@ def _judged(found: Any, package: str, path: str, given: str) -> type:
     if not issubclass(found, tuple(contracts)):
         raise UserError(f"{given}: expected a subclass of {expected}{_others(path)}")
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
-        raise UserError(f"{given}: the class does not define {', '.join(missing)}, so nothing can be built of it.")
+        raise UserError(
+            f"{given}: the class does not define {', '.join(missing)}, so nothing can be built of it."
+        )
     if package not in LIBRARIES.get(group, ()) and not dataclasses.is_dataclass(found):
         raise UserError(f"{given}: the class is not a dataclass; the fields of a component are its settings.")
     if package in LIBRARIES.get(group, ()) and found is contracts[0]:
-        raise UserError(f"{given}: is the base of all optimizers; name one of them, for example torch.optim.AdamW.")
+        raise UserError(
+            f"{given}: is the base of all optimizers; name one of them, for example torch.optim.AdamW."
+        )
     return found
 
 
@@ -190,7 +205,9 @@ def _choose(path: str) -> str:
 
 
 def _public(module: Any) -> list[str]:
-    return [name for name, value in vars(module).items() if isinstance(value, type) and not name.startswith("_")]
+    return [
+        name for name, value in vars(module).items() if isinstance(value, type) and not name.startswith("_")
+    ]
 
 
 def _neighbour(missing: str) -> str:

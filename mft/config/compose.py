@@ -21,7 +21,8 @@ from mft.errors import UserError, no_path, shortened
 
 
 def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
-    """Returns the config that `overrides` compose from conf/ and further folders of yaml files, not yet resolved.
+    """Returns the config that `overrides` compose from conf/ and further folders of yaml files, not yet
+    resolved.
 
     Raises UserError for unknown groups, options and keys, and for values of the wrong type.
     """
@@ -45,8 +46,8 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
 
 
 def compose_resolved(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
-    """Returns the composed config with paths of the settings made absolute and every interpolation replaced, but those
-    of environment variables, which stay as they are written."""
+    """Returns the composed config with paths of the settings made absolute and every interpolation replaced,
+    but those of environment variables, which stay as they are written."""
     cfg = replaced(compose(overrides, config_dirs))
     try:
         return absolute_paths(typed(cfg))
@@ -66,7 +67,9 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
         value = node[key]
         if not OmegaConf.is_interpolation(node, key):
             return absolute(value)
-        written = os.path.expanduser(node._get_node(key)._value())  # of a variable, which stays as it is written
+        written = os.path.expanduser(
+            node._get_node(key)._value()
+        )  # of a variable, which stays as it is written
         return written if absolute(value) == os.path.expanduser(value) else os.path.join(os.getcwd(), written)
 
     def all_absolute(paths: Any, key: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Hydra's own composition, its search path and its node in the config.
 
-Used of Hydra 1.3 without being public: `GlobalHydra.instance().hydra`, `Hydra.compose_config`, and the override parser;
+Used of Hydra 1.3 without being public: `GlobalHydra.instance().hydra`, `Hydra.compose_config`, and the
+override parser;
 `tests/config/test_hydra_compose.py` fails where one of them is gone.
 """
 
@@ -21,7 +22,8 @@ from mft.errors import UserError
 
 
 def search_path(config_dirs: Sequence[Path], overrides: Sequence[str] = ()) -> list[str]:
-    """Returns the override that adds folders of yaml files, and those of plug-ins, to conf/ and what `overrides` add.
+    """Returns the override that adds folders of yaml files, and those of plug-ins, to conf/ and what
+    `overrides` add.
 
     Of several such overrides Hydra reads the first alone. Raises UserError for one that is not a folder.
     """
@@ -35,7 +37,8 @@ def search_path(config_dirs: Sequence[Path], overrides: Sequence[str] = ()) -> l
 
 
 def places_of(search: str) -> list[str]:
-    """Returns the folders and packages of an override of Hydra's search path; UserError for a package not named."""
+    """Returns the folders and packages of an override of Hydra's search path; UserError for a package not
+    named."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     value = OverridesParser.create().parse_override(search).value()
@@ -44,7 +47,9 @@ def places_of(search: str) -> list[str]:
         raise UserError(f"{search}: expected a list of folders, hydra.searchpath=['file:///my/folder'].")
     for place in value:
         if not place.startswith("pkg://") and not Path(place.removeprefix("file://")).is_dir():
-            raise UserError(f"hydra.searchpath: {place} is not a folder; --config-dir DIR adds a folder of yamls.")
+            raise UserError(
+                f"hydra.searchpath: {place} is not a folder; --config-dir DIR adds a folder of yamls."
+            )
     return cast("list[str]", value)
 
 

@@ -1,7 +1,7 @@
 """Hydra's own node of a composed config, judged before Hydra builds or writes anything of it.
 
-A yaml can set all of it, from launchers and callbacks to factories of log handlers. The rule is that of components:
-first the package, by its name alone; then the class.
+A yaml can set all of it, from launchers and callbacks to factories of log handlers. The rule is that of
+components: first the package, by its name alone; then the class.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
 def check_searchpath(places: Any) -> None:
-    """Raises UserError for a package of yaml files (pkg://…) that is not named: to list it, Hydra imports it."""
+    """Raises UserError for a package of yaml files (pkg://…) that is not named: to list it, Hydra imports
+    it."""
     for place in places if isinstance(places, list) else ():
         if str(place).startswith("pkg://"):
             package = str(place).removeprefix("pkg://").replace("/", ".")
@@ -43,7 +44,8 @@ def check_searchpath(places: Any) -> None:
 
 
 def check(hydra: DictConfig) -> None:
-    """Raises UserError for what runs code, or writes a file, that the person at the command line has not named."""
+    """Raises UserError for what runs code, or writes a file, that the person at the command line has not
+    named."""
     for path, node in _mappings(hydra, "hydra"):
         for key in map(str, node):
             if key.startswith("_") and key != "_target_":
@@ -53,12 +55,17 @@ def check(hydra: DictConfig) -> None:
     for name in ("hydra_logging", "job_logging"):
         _check_logging(hydra, name)
     if "/" in str(_value(hydra.job, "name")):
-        raise UserError(f"hydra.job.name={hydra.job.name}: expected a name without slashes; log files are named by it.")
+        raise UserError(
+            f"hydra.job.name={hydra.job.name}: expected a name without slashes; log files are named by it."
+        )
     if hydra.job.env_set or hydra.job.env_copy:
-        raise UserError("hydra.job.env_set, env_copy: unused; set variables in the shell, which every job inherits.")
+        raise UserError(
+            "hydra.job.env_set, env_copy: unused; set variables in the shell, which every job inherits."
+        )
     if hydra.output_subdir is not None:
         raise UserError(
-            f"hydra.output_subdir={hydra.output_subdir}: unused; a run folder holds its config as config.yaml."
+            f"hydra.output_subdir={hydra.output_subdir}: unused; a run folder holds its config as "
+            f"config.yaml."
         )
     _check_launcher(hydra)
 
@@ -73,13 +80,19 @@ def _check_target(target: Any, path: str) -> None:
     kinds: dict[str, type] = {"hydra.launcher": Launcher, "hydra.sweeper": Sweeper}
     if path in kinds:
         known = {
-            name: cls for name, cls in Plugins.instance().class_name_to_class.items() if issubclass(cls, kinds[path])
+            name: cls
+            for name, cls in Plugins.instance().class_name_to_class.items()
+            if issubclass(cls, kinds[path])
         }
         if target not in known or not any(inside(str(target), package) for package in PLUGINS):
-            raise UserError(f"{given}: expected an installed {path.removeprefix('hydra.')}: {', '.join(known)}.")
+            raise UserError(
+                f"{given}: expected an installed {path.removeprefix('hydra.')}: {', '.join(known)}."
+            )
         return
     if not re.fullmatch(r"hydra\.callbacks\.\w+", path):
-        raise UserError(f"{given}: unexpected; only hydra.launcher, hydra.sweeper and hydra.callbacks.NAME are built.")
+        raise UserError(
+            f"{given}: unexpected; only hydra.launcher, hydra.sweeper and hydra.callbacks.NAME are built."
+        )
     allowed = [CALLBACKS, "mft", *plugins.allowed()]
     package = next((name for name in allowed if isinstance(target, str) and inside(target, name)), None)
     if package is None:
@@ -102,16 +115,20 @@ def _check_logging(hydra: DictConfig, name: str) -> None:
 
 
 def _check_launcher(hydra: DictConfig) -> None:
-    """Lines of a batch script, which `setup` and a line break in any value are, come from the command line only."""
+    """Lines of a batch script, which `setup` and a line break in any value are, come from the command line
+    only."""
     given = [line.lstrip("+").partition("=")[0] for line in hydra.overrides.hydra]
     for path, node in _mappings(hydra.launcher, "hydra.launcher"):
         for key in map(str, node):
             value = _value(node, key)
             if key == "setup" and value and f"{path}.setup" not in given:
                 raise UserError(
-                    f"{path}.setup: shell commands are taken from the command line only: '{path}.setup=[\"…\"]'."
+                    f"{path}.setup: shell commands are taken from the command line only: "
+                    f"'{path}.setup=[\"…\"]'."
                 )
-            if key != "setup" and re.search(r"[\r\n]", f"{key}{'' if isinstance(value, DictConfig) else value}"):
+            if key != "setup" and re.search(
+                r"[\r\n]", f"{key}{'' if isinstance(value, DictConfig) else value}"
+            ):
                 raise UserError(f"{path}.{key}={shortened(value)}: must not hold a line break.")
 
 

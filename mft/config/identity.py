@@ -1,4 +1,5 @@
-"""Which experiment a run is: a hash of its inputs, kept in parts, so that what differs between two can be named.
+"""Which experiment a run is: a hash of its inputs, kept in parts, so that what differs between two can be
+named.
 
 `mft.config.inputs` says what the parts are; `mft.run_folder` keeps them as identity.json.
 """
@@ -16,10 +17,11 @@ from mft.errors import UserError, shortened
 from mft.files.json_file import read_json
 
 VERSION = 2
-"""Raised by every change of what enters an identity, and by every changed default or public name of a component.
+"""Raised by every change of what enters an identity, and by every changed default or public name of a
+component.
 
-Runs of another version are read (show, compare, merge, generate) but not resumed: whether they are the same experiment
-cannot be known. Version 1 is the identity.json without a version.
+Runs of another version are read (show, compare, merge, generate) but not resumed: whether they are the same
+experiment cannot be known. Version 1 is the identity.json without a version.
 """
 
 EXTENDABLE = ("train.max_steps", "train.epochs")
@@ -43,7 +45,8 @@ CONTENTS = {
 
 @dataclass(frozen=True)
 class Identity:
-    """The inputs of a run. extended: hash of all of them, 40 hex digits; base: the same without the run's length."""
+    """The inputs of a run. extended: hash of all of them, 40 hex digits; base: the same without the run's
+    length."""
 
     extended: str
     base: str
@@ -52,7 +55,8 @@ class Identity:
     choices: dict[str, str] = field(default_factory=dict)
     """Component path → public name, and the global batch."""
     values: dict[str, str] = field(default_factory=dict)
-    """Dotted key → short hash of a value that is not the default; hashed, since a value may come from a secret."""
+    """Dotted key → short hash of a value that is not the default; hashed, since a value may come from a
+    secret."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """`task.<name>` and the names in CONTENTS → hash of what is read."""
     version: int = VERSION
@@ -68,7 +72,9 @@ class Identity:
         """Returns the identity of these inputs; values: plain, as JSON takes them."""
         hashed = {key: _hash(value)[:10] for key, value in values.items()}
         shorter = {key: value for key, value in hashed.items() if key not in EXTENDABLE}
-        whole, base = (_hash([VERSION, list(tasks), choices, part, fingerprints]) for part in (hashed, shorter))
+        whole, base = (
+            _hash([VERSION, list(tasks), choices, part, fingerprints]) for part in (hashed, shorter)
+        )
         return cls(whole, base, tuple(tasks), dict(choices), hashed, dict(fingerprints))
 
     def as_json(self) -> dict[str, Any]:
@@ -79,8 +85,11 @@ class Identity:
 
     @classmethod
     def from_json(cls, values: Any) -> Identity | None:
-        """Inverse of `as_json`; None for values of another shape. An identity without a version has hashes only."""
-        if not isinstance(values, dict) or not all(isinstance(values.get(key), str) for key in ("identity", "base")):
+        """Inverse of `as_json`; None for values of another shape. An identity without a version has hashes
+        only."""
+        if not isinstance(values, dict) or not all(
+            isinstance(values.get(key), str) for key in ("identity", "base")
+        ):
             return None
         version = values.get("version", 1)
         if version != VERSION:
@@ -97,12 +106,15 @@ class Identity:
         read: some of the fingerprints, made after reading; config: the run's, to say where the contents lie.
         """
         if self.version != VERSION:
-            raise UserError(f"This run was written by another version of mft {self.numbers()}, and cannot be resumed.")
+            raise UserError(
+                f"This run was written by another version of mft {self.numbers()}, and cannot be resumed."
+            )
         changed = [name for name, value in read.items() if self.fingerprints.get(name) != value]
         if changed:
             what = " and ".join(changed_content(name, config, config) for name in changed)
             raise UserError(
-                f"{what} since this run was checked: it would not be the experiment that its identity.json records. "
+                f"{what} since this run was checked: it would not be the experiment that its identity.json "
+                f"records. "
                 "Start the same command again; it is a new run then."
             )
 
@@ -116,8 +128,11 @@ def identity_of(run_dir: Path) -> Identity | None:
     return Identity.from_json(read_json(run_dir / "identity.json"))
 
 
-def differences(there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns in words how a run that is there differs from the one here: (in contents, in config), "" for not at all.
+def differences(
+    there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]
+) -> tuple[str, str]:
+    """Returns in words how a run that is there differs from the one here: (in contents, in config), "" for
+    not at all.
 
     then, now: their configs, nested, as they may be shown.
     """
@@ -137,7 +152,9 @@ def changed_content(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) 
     return f"{what} has changed ({new})" if old == new else f"{what} differs ({old} there, {new} here)"
 
 
-def _contents(there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _contents(
+    there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[str]:
     if set(there.tasks) == set(here.tasks) and there.tasks != here.tasks:
         yield f"the order of the tasks has changed ({', '.join(there.tasks)} there, {', '.join(here.tasks)} here)"
     for name in sorted({*there.fingerprints, *here.fingerprints}):
@@ -147,10 +164,16 @@ def _contents(there: Identity, here: Identity, then: Mapping[str, Any], now: Map
         yield changed_content(name, then, now)
 
 
-def _config(there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _config(
+    there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[str]:
     if set(there.tasks) != set(here.tasks):
         yield f"the tasks are {', '.join(there.tasks)} there and {', '.join(here.tasks)} here"
-    others = [key for key in sorted({*there.choices, *here.choices}) if there.choices.get(key) != here.choices.get(key)]
+    others = [
+        key
+        for key in sorted({*there.choices, *here.choices})
+        if there.choices.get(key) != here.choices.get(key)
+    ]
     one_sided = {f"task.{name}" for name in set(there.tasks) ^ set(here.tasks)}
     for key in others:
         if not _below(key, one_sided):
@@ -187,7 +210,9 @@ def _paths(task: str, config: Mapping[str, Any]) -> str:
     if own is not None:
         return ", ".join([*own.get("paths", []), *(own.get("valid") or [])])
     paths = [str(path) for path in (config.get("data") or {}).get("paths", [])]
-    return next((path for path in paths if Path(path).name.split(".")[0] == task.split(".")[0]), ", ".join(paths))
+    return next(
+        (path for path in paths if Path(path).name.split(".")[0] == task.split(".")[0]), ", ".join(paths)
+    )
 
 
 def _hash(value: Any) -> str:

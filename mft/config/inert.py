@@ -1,4 +1,5 @@
-"""Settings that a person gave and that have no effect beside the others: a table of rules, each with its reason."""
+"""Settings that a person gave and that have no effect beside the others: a table of rules, each with its
+reason."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ def where_given(key: str) -> Reason:
 def rows_are_not(name: str) -> Reason:
     """A setting that one way of making rows reads."""
     return lambda run: (
-        "" if str(run.value("data.rows._target_")).endswith(name.capitalize()) else f"it is read by data={name}"
+        ""
+        if str(run.value("data.rows._target_")).endswith(name.capitalize())
+        else f"it is read by data={name}"
     )
 
 
@@ -113,12 +116,18 @@ def ends_before(key: str) -> Reason:
 
 
 def grouped(run: Run) -> str:
-    groups = not rows_are_not("pad")(run) and run.value("data.pad_to") == "longest" and run.cfg.data.length_group > 1
+    groups = (
+        not rows_are_not("pad")(run)
+        and run.value("data.pad_to") == "longest"
+        and run.cfg.data.length_group > 1
+    )
     return "data=pad makes windows of 50 x data.length_group samples" if groups else ""
 
 
 def local_folder(run: Run) -> str:
-    return "model.path is a folder" if run.value("model.path") and Path(run.value("model.path")).is_dir() else ""
+    return (
+        "model.path is a folder" if run.value("model.path") and Path(run.value("model.path")).is_dir() else ""
+    )
 
 
 def no_new_tokens(run: Run) -> str:
@@ -168,7 +177,10 @@ RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
             *("modules_to_save", "use_dora", "use_rslora", "init"),
         )
     ),
-    *((f"peft.{name}", (EIGHT_BITS,)) for name in ("quant_type", "double_quant", "compute_dtype", "storage_dtype")),
+    *(
+        (f"peft.{name}", (EIGHT_BITS,))
+        for name in ("quant_type", "double_quant", "compute_dtype", "storage_dtype")
+    ),
     ("loss.probe_samples", (when("loss.source", "train"),)),
     ("dist.find_unused_parameters", (one_rank,)),
     ("dist.reduce_every_micro_batch", (one_rank, one_micro_batch)),
@@ -186,9 +198,11 @@ RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
 
 
 def without_effect(cfg: DictConfig, world: int, given: Sequence[str], sweep: bool = False) -> list[str]:
-    """Returns a sentence for every setting among `given` keys that differs from its default and has no effect.
+    """Returns a sentence for every setting among `given` keys that differs from its default and has no
+    effect.
 
-    cfg: resolved and typed; world: number of ranks; given: keys set by the person; sweep: whether it is a job of one.
+    cfg: resolved and typed; world: number of ranks; given: keys set by the person; sweep: whether it is a job
+    of one.
     """
     run, notes = Run(cfg, world, sweep), []
     for key, reasons in _rules(run):
@@ -216,7 +230,8 @@ def _peak_not_reached(run: Run) -> str:
 
 
 def _is_default(cfg: DictConfig, key: str) -> bool:
-    """Whether a value is what it is without anybody setting it: of a settings class, or of the chosen option's yaml."""
+    """Whether a value is what it is without anybody setting it: of a settings class, or of the chosen
+    option's yaml."""
     group, _, name = key.partition(".")
     settings = {"train": TrainSettings, "launch": Launch, "data": DataSettings}.get(group)
     value = OmegaConf.select(cfg, key)
@@ -229,7 +244,8 @@ def _is_default(cfg: DictConfig, key: str) -> bool:
 
 
 def _with_bases(path: Path) -> DictConfig:
-    """Returns the values of an option's yaml over those of the yamls beside it that its defaults list names."""
+    """Returns the values of an option's yaml over those of the yamls beside it that its defaults list
+    names."""
     own = OmegaConf.load(path)
     assert isinstance(own, DictConfig)
     names = [name for name in own.pop("defaults", ()) if isinstance(name, str) and name != "_self_"]

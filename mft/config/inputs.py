@@ -1,7 +1,8 @@
 """Every input of a run, and where it enters the run's identity: as a value, as a fingerprint, or not at all.
 
-Values equal to the default of their class stay out, so that a new option whose default changes nothing changes no
-identity. Classes of ours enter by their public name, so that moving one changes nothing; others by their full target.
+Values equal to the default of their class stay out, so that a new option whose default changes nothing
+changes no identity. Classes of ours enter by their public name, so that moving one changes nothing; others by
+their full target.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ FINGERPRINTED: dict[str, str] = {
     "model.revision": "as base model: of a hub name it is part of the fingerprint, a folder has none",
     "peft.path": "as adapter",
 }
-"""Config path → the fingerprint, or part of the identity, that stands for it: contents count, not where they lie."""
+"""Config path → the fingerprint, or part of the identity, that stands for it: contents count, not where they
+lie."""
 
 TEMPLATE_FILE = "(a file)"
 """Stands for the name of a template file, whose content is a fingerprint."""
@@ -98,7 +100,8 @@ def fingerprints(cfg: DictConfig, tasks: Sequence[Task], family: Any, peft: Any)
 
 
 def files(cfg: DictConfig, family: Any, peft: Any) -> dict[str, str]:
-    """Returns the part of `fingerprints` that is not about the rows of tasks; quick enough to be made again."""
+    """Returns the part of `fingerprints` that is not about the rows of tasks; quick enough to be made
+    again."""
     found = dict(family.fingerprints())
     if is_file(cfg.data.template):
         found["template"] = file_digests([Path(cfg.data.template).expanduser()], Path(cfg.cache_dir))[0]
@@ -110,7 +113,8 @@ def files(cfg: DictConfig, family: Any, peft: Any) -> dict[str, str]:
 
 
 def config_parts(cfg: DictConfig) -> tuple[dict[str, str], dict[str, Any]]:
-    """Returns ({component path: public name}, {dotted key: value}) of all that enters an identity as a value."""
+    """Returns ({component path: public name}, {dotted key: value}) of all that enters an identity as a
+    value."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     choices: dict[str, str] = {}
     values: dict[str, Any] = {}
@@ -150,7 +154,8 @@ class Named:
 
 
 def public_name(cls: type, target: str) -> str:
-    """Returns the public name of a class of ours; the full target of any other, also of a subclass of ours."""
+    """Returns the public name of a class of ours; the full target of any other, also of a subclass of
+    ours."""
     if cls.__module__.partition(".")[0] == "mft" and vars(cls).get("public_name"):
         return str(vars(cls)["public_name"])
     return target

@@ -1,6 +1,8 @@
-"""Interpolations of a composed config: bounded before any is resolved, then replaced, but for the environment's values.
+"""Interpolations of a composed config: bounded before any is resolved, then replaced, but for the
+environment's values.
 
-`${oc.env:NAME}` stays as it is written, so that no password is kept with a run, and is read again in every rank.
+`${oc.env:NAME}` stays as it is written, so that no password is kept with a run, and is read again in every
+rank.
 """
 
 from __future__ import annotations
@@ -42,9 +44,11 @@ def _variable(name: str, *default: Any) -> Any:
 
 
 def replaced(cfg: DictConfig) -> DictConfig:
-    """Returns the config with every interpolation replaced, but values from the environment as they are written.
+    """Returns the config with every interpolation replaced, but values from the environment as they are
+    written.
 
-    Raises UserError that names the one that cannot be resolved, that leads back to itself, or that is too large.
+    Raises UserError that names the one that cannot be resolved, that leads back to itself, or that is too
+    large.
     """
     bound(cfg)
     try:
@@ -58,7 +62,8 @@ def replaced(cfg: DictConfig) -> DictConfig:
 
 
 def check_variables(cfg: DictConfig) -> None:
-    """Raises UserError for a variable of the environment that a frozen config reads and that is not set here."""
+    """Raises UserError for a variable of the environment that a frozen config reads and that is not set
+    here."""
     for key in _keys(cfg):
         try:
             value = cfg[key]
@@ -77,11 +82,14 @@ def bound(cfg: DictConfig) -> None:
     except RecursionError:
         raise UserError("The interpolations of the config lead too deep; write the values.") from None
     if size > LARGEST:
-        raise UserError("The interpolations of the config come to more than a million characters; write the values.")
+        raise UserError(
+            "The interpolations of the config come to more than a million characters; write the values."
+        )
 
 
 def _size(node: Any, root: DictConfig, sizes: dict[int, int], opened: dict[int, str]) -> int:
-    """Returns what a node comes to when resolved; each node is looked at once. opened: nodes on the way to it."""
+    """Returns what a node comes to when resolved; each node is looked at once. opened: nodes on the way to
+    it."""
     if id(node) in sizes:
         return sizes[id(node)]
     value = node._value()
@@ -121,7 +129,8 @@ def _references(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _target(node: Any, root: DictConfig, key: str) -> Any:
-    """Returns the node that a key leads to, or the interpolation on the way to it; None for one that is not there."""
+    """Returns the node that a key leads to, or the interpolation on the way to it; None for one that is not
+    there."""
     name = key.lstrip(".")
     found: Any = root if name == key else node
     for _ in range(len(key) - len(name)):

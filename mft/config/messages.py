@@ -1,4 +1,5 @@
-"""What Hydra, OmegaConf and the yaml parser refuse, said as a sentence: the key, what is allowed, the nearest match.
+"""What Hydra, OmegaConf and the yaml parser refuse, said as a sentence: the key, what is allowed, the nearest
+match.
 
 The patterns are those of Hydra 1.3 and OmegaConf 2.3; `tests/config/test_compose.py` holds every case.
 """
@@ -24,7 +25,8 @@ from mft.errors import nearest, plainly
 
 
 def of_defaults(error: Exception) -> str | None:
-    """Returns the sentence for a `defaults` in a yaml that Hydra cannot read, None for errors of another kind."""
+    """Returns the sentence for a `defaults` in a yaml that Hydra cannot read, None for errors of another
+    kind."""
     frame = error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_code.co_filename.endswith(("defaults_list.py", "config_repository.py")):
@@ -42,7 +44,8 @@ def refusals() -> tuple[type[Exception], ...]:
 
 
 def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -> str:
-    """Returns a sentence for what was refused while composing: the key, what is allowed, the nearest match."""
+    """Returns a sentence for what was refused while composing: the key, what is allowed, the nearest
+    match."""
     if isinstance(error, UnicodeDecodeError):
         return f"{_not_text(search)} is not text in UTF-8; save it as UTF-8."
     if isinstance(error, RecursionError):
@@ -54,7 +57,9 @@ def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
     if match := re.search(r"Ambiguous value for argument '(([^=]+)=(.*))'", text):
         given, key, values = match.groups()
-        return f"{given}: several values make a sweep, mft train -m {given}; for a list write {key}=[{values}]."
+        return (
+            f"{given}: several values make a sweep, mft train -m {given}; for a list write {key}=[{values}]."
+        )
     if match := re.search(r"Multiple values for ([^.]+)\.|(\S+) appears more than once", text):
         group = match.group(1) or match.group(2)
         return f"+{group}: an option of this group is already chosen; write {group}=… without the plus."
@@ -81,7 +86,9 @@ def explain(error: Exception, search: Sequence[str], overrides: Sequence[str]) -
     return text.strip()
 
 
-REASON = r"Value '|Invalid (value|type)|is not Optional|does not support deletion|Cannot (merge|convert 'list')"
+REASON = (
+    r"Value '|Invalid (value|type)|is not Optional|does not support deletion|Cannot (merge|convert 'list')"
+)
 """Lines in which OmegaConf says what is wrong with a value."""
 
 
@@ -122,7 +129,9 @@ def _wrong_yaml(name: str, text: str, reason: str, search: Sequence[str], overri
     if "not in '" in text:
         return f"{name}.yaml: {_unknown_key(key, search, [o for o in overrides if key_of(o) != group])}"
     return (
-        f"{name}.yaml: {key}: {_ended(reason)}" if key and reason else f"{name}.yaml: contains no keys of the config."
+        f"{name}.yaml: {key}: {_ended(reason)}"
+        if key and reason
+        else f"{name}.yaml: contains no keys of the config."
     )
 
 
@@ -189,7 +198,8 @@ def task_not_chosen(wrong: str, chosen: Sequence[str]) -> str:
 
 
 def _elsewhere(wrong: str, cfg: DictConfig, similar: bool) -> str:
-    """Returns "; did you mean optimizer.lr?" where a key of this name (or one like it) stands in another place."""
+    """Returns "; did you mean optimizer.lr?" where a key of this name (or one like it) stands in another
+    place."""
     places: dict[str, str] = {}
     for path in _all_keys(cfg):
         places.setdefault(_last(path), path)

@@ -133,6 +133,7 @@ HERE = {
 
 
 def here(name: str) -> str:
-    """Returns "; did you mean optimizer.lr?" for a setting's name in another trainer, "" for any other name."""
+    """Returns "; did you mean optimizer.lr?" for a setting's name in another trainer, "" for any other
+    name."""
     found = HERE.get(name.replace("-", "_").lower())
     return f"; did you mean {found}?" if found else ""

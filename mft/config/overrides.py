@@ -1,4 +1,5 @@
-"""The overrides of a command line, judged before Hydra composes anything: what can be read, what replaces what."""
+"""The overrides of a command line, judged before Hydra composes anything: what can be read, what replaces
+what."""
 
 from __future__ import annotations
 
@@ -19,7 +20,19 @@ SEVERAL = ("task", "tracking")
 """Groups of which several options can be chosen."""
 
 KEPT = (
-    *("data", "model", "peft", "dist", "loss", "optimizer", "scheduler", "train", "launch", "hydra", "schema"),
+    *(
+        "data",
+        "model",
+        "peft",
+        "dist",
+        "loss",
+        "optimizer",
+        "scheduler",
+        "train",
+        "launch",
+        "hydra",
+        "schema",
+    ),
     *("name", "sweep", "choices", "output_dir", "cache_dir"),
 )
 """What no run can do without."""
@@ -67,35 +80,40 @@ def key_of(override: str) -> str:
 def with_moved_keys(overrides: Sequence[str]) -> list[str]:
     """Returns the overrides of a recorded command with keys of earlier versions under their present names."""
     return [
-        o.replace(key, MOVED_KEYS.get(key, key), 1) for o, key in zip(overrides, map(key_of, overrides), strict=True)
+        o.replace(key, MOVED_KEYS.get(key, key), 1)
+        for o, key in zip(overrides, map(key_of, overrides), strict=True)
     ]
 
 
 def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
-    """Returns the options of a config group in conf/ and `folders`, without the yamls of conf/ that options share."""
+    """Returns the options of a config group in conf/ and `folders`, without the yamls of conf/ that options
+    share."""
     names = {path.stem for folder in (config_dir(), *folders) for path in (folder / group).glob("*.yaml")}
     return sorted(name for name in names if not is_base(group, name))
 
 
 def is_base(group: str, name: str) -> bool:
-    """Whether a yaml of conf/ holds what options of its group share (data/base, model/_base), and is none itself."""
+    """Whether a yaml of conf/ holds what options of its group share (data/base, model/_base), and is none
+    itself."""
     return (name == "base" or name.startswith("_")) and (config_dir() / group / f"{name}.yaml").is_file()
 
 
 def credentials_in(key: str) -> str:
     """Returns the refusal of a password or key, which it does not repeat."""
     return (
-        f"{key}: the address holds a user, a password or a key, and configs are kept with the run; write it as "
+        f"{key}: the address holds a user, a password or a key, and configs are kept with the run; write "
+        f"it as "
         "${oc.env:NAME}, which is kept as written and read in every rank, or, for MLflow, give it as "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment."
     )
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Raises UserError for overrides that Hydra cannot read or answers with a traceback, and for what they must not do.
+    """Raises UserError for overrides that Hydra cannot read or answers with a traceback, and for what they
+    must not do.
 
-    These are: unreadable text, characters that cannot be seen, groups that are removed or given a number, null or
-    several options, and Hydra's own nodes replaced as a whole.
+    These are: unreadable text, characters that cannot be seen, groups that are removed or given a number,
+    null or several options, and Hydra's own nodes replaced as a whole.
     """
     for override in overrides:
         _check_characters(override)
@@ -111,7 +129,11 @@ def check_overrides(overrides: Sequence[str]) -> None:
             check_name(name)  # before a sweep makes a folder of it
         if parsed.is_delete():
             _check_deletion(override, parsed)
-        elif (config_dir() / parsed.key_or_group).is_dir() and not parsed.package and not parsed.is_sweep_override():
+        elif (
+            (config_dir() / parsed.key_or_group).is_dir()
+            and not parsed.package
+            and not parsed.is_sweep_override()
+        ):
             _check_choice(override, parsed)
 
 
@@ -120,11 +142,16 @@ def replaced(overrides: Sequence[str]) -> list[str]:
     last: dict[str, list[str]] = {}
     for override in overrides:
         last.setdefault(key_of(override), []).append(override)
-    return [f"{key} is set {len(found)} times; {found[-1]} is used." for key, found in last.items() if len(found) > 1]
+    return [
+        f"{key} is set {len(found)} times; {found[-1]} is used."
+        for key, found in last.items()
+        if len(found) > 1
+    ]
 
 
 def of_hydra(overrides: Sequence[str], sweep: bool) -> list[str]:
-    """Returns a sentence for every setting of Hydra's own that has no effect. sweep: whether these are a sweep's."""
+    """Returns a sentence for every setting of Hydra's own that has no effect. sweep: whether these are a
+    sweep's."""
     elsewhere = [o for o in overrides if key_of(o) == "hydra/launcher" and not o.endswith("=mft")]
     if sweep and elsewhere:
         return []
@@ -132,7 +159,9 @@ def of_hydra(overrides: Sequence[str], sweep: bool) -> list[str]:
     notes = []
     for override in overrides:
         key = key_of(override)
-        if re.match(r"hydra[./]", key) and not under(key.replace("/", "."), [h.replace("/", ".") for h in honoured]):
+        if re.match(r"hydra[./]", key) and not under(
+            key.replace("/", "."), [h.replace("/", ".") for h in honoured]
+        ):
             fallback = f"mft {'runs sweeps' if sweep else 'composes runs'} without this part of Hydra"
             if not sweep and under(key.replace("/", "."), ("hydra.sweeper", "hydra.launcher", "hydra.sweep")):
                 fallback = "it is for sweeps (-m)"
@@ -155,7 +184,8 @@ def with_output_dir(overrides: Sequence[str]) -> list[str]:
 
 
 def not_an_override(word: str) -> str:
-    """Returns the sentence for a word without `=`: with what was probably meant, as far as it can be guessed."""
+    """Returns the sentence for a word without `=`: with what was probably meant, as far as it can be
+    guessed."""
     if word[:1] in DASHES:
         dash = unicodedata.name(word[0]).lower()
         return f"{word!r} starts with {dash}, not with a hyphen; write --{word.lstrip(DASHES)}."
@@ -170,12 +200,17 @@ def not_an_override(word: str) -> str:
     else:
         known = here(word).removeprefix("; did you mean ").removesuffix("?")
         meant = f"{known or word}=…" if known or word in groups or "." in word else ""
-    hint = f"did you mean {meant}?" if meant else "use key=value (a group: peft=lora, a value: optimizer.lr=2e-4)."
+    hint = (
+        f"did you mean {meant}?"
+        if meant
+        else "use key=value (a group: peft=lora, a value: optimizer.lr=2e-4)."
+    )
     return f"{word!r} is not a valid override; {hint}"
 
 
 def unknown_flag(flag: str, flags: Sequence[str], command: str) -> str:
-    """Returns the sentence for a flag that a command with overrides does not have; it may be meant as an override."""
+    """Returns the sentence for a flag that a command with overrides does not have; it may be meant as an
+    override."""
     name, equals, value = flag.lstrip("-").partition("=")
     hint = nearest(flag.partition("=")[0], flags)
     if not hint and (equals or "." in name or here(name)):
@@ -191,14 +226,19 @@ def _check_characters(override: str) -> None:
     for place, text in (("key", key), ("value", value)):
         for letter in text:
             category = unicodedata.category(letter)
-            hidden = category in ("Cf", "Cc") and letter not in "\t\n\u200c\u200d"  # the two join letters and emoji
+            hidden = (
+                category in ("Cf", "Cc") and letter not in "\t\n\u200c\u200d"
+            )  # the two join letters and emoji
             if hidden or (place == "key" and (letter.isspace() or category[0] == "Z")):
                 name = unicodedata.name(letter, "control character").lower()
                 raise UserError(
-                    f"{shortened(override)}: its {place} contains {name} (U+{ord(letter):04X}); type it again without."
+                    f"{shortened(override)}: its {place} contains {name} (U+{ord(letter):04X}); type it "
+                    f"again without."
                 )
     if equals and (not bare or bare.startswith("@")):
-        raise UserError(f"{override}: the key before = is missing; use key=value, for example optimizer.lr=2e-4.")
+        raise UserError(
+            f"{override}: the key before = is missing; use key=value, for example optimizer.lr=2e-4."
+        )
     if not override.isprintable() and "\n" not in override and "\t" not in override:
         raise UserError(f"{shortened(override)}: contains bytes that are not text in UTF-8.")
 
@@ -215,11 +255,13 @@ def _parsed(override: str) -> Any:
         key = override.partition("=")[0]
         if not re.fullmatch(r"(\+{1,2}|~)?[\w$][\w$./@:-]*", key):
             raise UserError(
-                f"{shortened(override)}: {key!r} is not a key; keys are names joined by dots, such as train.max_steps."
+                f"{shortened(override)}: {key!r} is not a key; keys are names joined by dots, such as "
+                f"train.max_steps."
             ) from error
         reason = str(error).splitlines()[0].strip()
         raise UserError(
-            f"{shortened(override, 300)[1:-1]}: cannot be read ({shortened(reason, 120)[1:-1]}). Close brackets and "
+            f"{shortened(override, 300)[1:-1]}: cannot be read ({shortened(reason, 120)[1:-1]}). Close "
+            f"brackets and "
             "quotes, and put text that holds brackets, commas, ~ or = in quotes of its own: "
             '\'data.paths=["~/a,b","c=d"]\'.'
         ) from error
@@ -230,7 +272,8 @@ def _check_hydra(override: str) -> None:
     node = key == "hydra" or (key.startswith("hydra.") and key.count(".") == 1 and key not in HYDRA_VALUES)
     if node or under(key, ("hydra.runtime", "hydra.overrides")):
         raise UserError(
-            f"{override}: {key} belongs to Hydra and cannot be replaced; the folder of a run is output_dir=…, that of "
+            f"{override}: {key} belongs to Hydra and cannot be replaced; the folder of a run is "
+            f"output_dir=…, that of "
             "a sweep hydra.sweep.dir=…"
         )
 
@@ -238,7 +281,9 @@ def _check_hydra(override: str) -> None:
 def _check_deletion(override: str, parsed: Any) -> None:
     key = parsed.key_or_group
     if key in KEPT:
-        raise UserError(f"{override}: {key} cannot be removed, since every run needs it; set another value, {key}=…")
+        raise UserError(
+            f"{override}: {key} cannot be removed, since every run needs it; set another value, {key}=…"
+        )
 
 
 def _check_choice(override: str, parsed: Any) -> None:

@@ -28,7 +28,8 @@ def check_name(name: str) -> None:
     given = f"name={shortened(name)[1:-1]}"
     if name.startswith(("/", "~")) or set(name.split("/")) & {"", ".", ".."}:
         raise UserError(
-            f"{given} must be a name for folders inside outputs/ and multirun/; the folder of a run is output_dir=…"
+            f"{given} must be a name for folders inside outputs/ and multirun/; the folder of a run is "
+            f"output_dir=…"
         )
     _check_length(name, given)
 
@@ -45,7 +46,9 @@ def check_places(cfg: DictConfig) -> None:
 
 def _paths(cfg: DictConfig) -> Iterator[tuple[str, str]]:
     for key in (*ONE, *FOLDERS):
-        value: Any = OmegaConf.select(cfg, key) if not OmegaConf.is_missing(cfg, key.partition(".")[0]) else None
+        value: Any = (
+            OmegaConf.select(cfg, key) if not OmegaConf.is_missing(cfg, key.partition(".")[0]) else None
+        )
         if isinstance(value, str):
             yield key, value
     lists = {"data.paths": cfg.data.paths}

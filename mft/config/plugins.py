@@ -1,4 +1,5 @@
-"""The packages beside mft whose classes a config may name: installed plug-ins, and those named on the command line.
+"""The packages beside mft whose classes a config may name: installed plug-ins, and those named on the command
+line.
 
 No yaml can add one. What was named is recorded in the run folder, so that ranks and later commands know it.
 """
@@ -28,7 +29,8 @@ def start(packages: Iterable[str]) -> None:
 
 
 def name(packages: Iterable[str]) -> None:
-    """Adds packages to those whose classes a config may name; raises UserError for one that cannot be a plug-in."""
+    """Adds packages to those whose classes a config may name; raises UserError for one that cannot be a
+    plug-in."""
     for package in packages:
         _check(package)
         _named[package] = None
@@ -62,10 +64,13 @@ def _check(package: object) -> None:
         raise UserError(f"{given}: expected the name of a Python package, for example --plugin mypkg.")
     top = package.partition(".")[0]
     if top in (*sys.stdlib_module_names, "mft"):
-        raise UserError(f"{given}: {top} is not a plug-in, but part of {'mft' if top == 'mft' else 'Python'}.")
+        raise UserError(
+            f"{given}: {top} is not a plug-in, but part of {'mft' if top == 'mft' else 'Python'}."
+        )
     if _spec(top) is None:
         raise UserError(
-            f"{given}: there is no package {top!r} in this environment; install it, or put the folder that holds it "
+            f"{given}: there is no package {top!r} in this environment; install it, or put the folder that "
+            f"holds it "
             "into PYTHONPATH."
         )
 

@@ -1,7 +1,7 @@
 """The settings of a run: their schema, where conf/ lies, and how a resolved config is frozen and read back.
 
-Settings (`name`, `train`, `launch`, `data`) are read by the code and typed here; components (`model`, `peft`, ...) are
-built by `mft.config.build`, their schema is their class.
+Settings (`name`, `train`, `launch`, `data`) are read by the code and typed here; components (`model`, `peft`,
+...) are built by `mft.config.build`, their schema is their class.
 """
 
 from __future__ import annotations
@@ -76,13 +76,16 @@ class Launch:
         check_ranges(self, "launch")
         if self.node_rank is not None and not 0 <= self.node_rank < self.nnodes:
             raise UserError(
-                f"launch.node_rank={self.node_rank}: with launch.nnodes={self.nnodes} machines are numbered 0 to "
+                f"launch.node_rank={self.node_rank}: with launch.nnodes={self.nnodes} machines are "
+                f"numbered 0 to "
                 f"{self.nnodes - 1}."
             )
         if self.rdzv_endpoint is not None:
             host, _, port = self.rdzv_endpoint.rpartition(":")
             if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
-                raise UserError(f"launch.rdzv_endpoint={self.rdzv_endpoint}: write host:port, for example node0:29400.")
+                raise UserError(
+                    f"launch.rdzv_endpoint={self.rdzv_endpoint}: write host:port, for example node0:29400."
+                )
         if self.nnodes > 1:
             self._check_hosts()
 
@@ -96,12 +99,14 @@ class Launch:
             )
         if self.main_address is not None and self.node_rank is None:
             raise UserError(
-                f"launch.node_rank is missing: number the {self.nnodes} machines from 0; number 0 is the one with "
+                f"launch.node_rank is missing: number the {self.nnodes} machines from 0; number 0 is the "
+                f"one with "
                 f"launch.main_address={self.main_address}."
             )
         if self.rdzv_endpoint is not None and self.node_rank is not None:
             raise UserError(
-                f"launch.node_rank={self.node_rank}: with launch.rdzv_endpoint machines are numbered as they come; "
+                f"launch.node_rank={self.node_rank}: with launch.rdzv_endpoint machines are numbered as "
+                f"they come; "
                 "leave it out, or give launch.main_address instead."
             )
 
@@ -143,8 +148,8 @@ def register() -> None:
     interpolations.register()
     yaml_file.register()
     schema = OmegaConf.structured(Config)
-    # A task's yaml may leave out fields that have defaults; without the flag Hydra would not let them be set either.
-    # Wrong names are refused by the task's class.
+    # A task's yaml may leave out fields that have defaults; without the flag Hydra would not let them be set
+    # either. Wrong names are refused by the task's class.
     schema.task._set_flag("struct", False)
     ConfigStore.instance().store(name="schema", node=schema, provider="mft")
 
@@ -157,7 +162,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def freeze(cfg: DictConfig, path: Path) -> None:
-    """Writes the config atomically; every rank reads this file and nothing else, but for `${oc.env:NAME}` in it."""
+    """Writes the config atomically; every rank reads this file and nothing else, but for `${oc.env:NAME}` in
+    it."""
     write_text(path, OmegaConf.to_yaml(cfg))
 
 
@@ -213,7 +219,8 @@ def batch_sizes(train: Any, world: int) -> BatchSizes:
         return BatchSizes(per_device, accumulation or 1, world)
     if accumulation is not None:
         raise UserError(
-            f"train.global_batch_size={total} and train.gradient_accumulation_steps={accumulation} exclude each other; "
+            f"train.global_batch_size={total} and train.gradient_accumulation_steps={accumulation} exclude "
+            f"each other; "
             "set one of them, the other is derived."
         )
     unit = per_device * world
@@ -221,7 +228,8 @@ def batch_sizes(train: Any, world: int) -> BatchSizes:
         below, above = total // unit * unit, (total // unit + 1) * unit
         values = f"{below} or {above}" if below else f"{above}"
         raise UserError(
-            f"train.global_batch_size={total} must be a multiple of train.per_device_batch_size={per_device} x {world} "
+            f"train.global_batch_size={total} must be a multiple of "
+            f"train.per_device_batch_size={per_device} x {world} "
             f"ranks. Nearest values: {values}."
         )
     return BatchSizes(per_device, total // unit, world)

@@ -1,4 +1,5 @@
-"""What can be judged of a config before a process starts or a model loads: fields, values, what must fit together."""
+"""What can be judged of a config before a process starts or a model loads: fields, values, what must fit
+together."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, ValidationError
 
-from mft.config.build import Components, build_components, component_paths, is_of_a_library, refuse_special_keys
+from mft.config.build import (
+    Components,
+    build_components,
+    component_paths,
+    is_of_a_library,
+    refuse_special_keys,
+)
 from mft.config.components import component_class
 from mft.config.other_trainers import here
 from mft.config.schema import batch_sizes, resolve_precision
@@ -29,8 +36,8 @@ def check(cfg: DictConfig, world: int) -> Components:
 
     Raises UserError with a sentence for the first thing that is wrong.
 
-    Field names and types of every component come first, then what a component itself can tell (`check` methods: missing
-    paths, an attention that cannot run here), then what only the whole can tell.
+    Field names and types of every component come first, then what a component itself can tell (`check`
+    methods: missing paths, an attention that cannot run here), then what only the whole can tell.
     """
     nodes: list[tuple[str, DictConfig]] = []
     for path in component_paths(cfg):
@@ -46,7 +53,8 @@ def check(cfg: DictConfig, world: int) -> Components:
         _check_nothing_missing(node, path)
     if not cfg.task and not cfg.data.paths:
         raise UserError(
-            "No task is chosen. Choose from conf/task with task=[completion,docstring] (`mft demo` makes the demo's "
+            "No task is chosen. Choose from conf/task with task=[completion,docstring] (`mft demo` makes "
+            "the demo's "
             "five), or name folders of JSONL files: data.paths=[dir1,dir2]."
         )
     for settings in (cfg.train, cfg.data):
@@ -69,7 +77,9 @@ def check(cfg: DictConfig, world: int) -> Components:
     _check_best(cfg.train.best, names)
     _check_by_task(components.loss, names)
     # How many samples validate is known once they are cut; where none can be, it is known now.
-    may_validate = {task.name: int(cfg.data.split[1] > 0 or "valid" in task.splits()) for task in components.tasks}
+    may_validate = {
+        task.name: int(cfg.data.split[1] > 0 or "valid" in task.splits()) for task in components.tasks
+    }
     check_validation(cfg.train, components.loss, may_validate)
     components.dist.check_ranks(world)
     _check_together(cfg, components)
@@ -110,7 +120,9 @@ def _check_fields(node: DictConfig, cls: type, path: str) -> None:
             if isinstance(schema[key], str) and isinstance(value, int | float):
                 node[key] = schema[key]  # text that looks like a number, run_name=2026
         except (ValidationError, ConfigKeyError) as error:
-            raise UserError(f"{path}.{key}={shortened(value)}: {plainly(_first_line(error)).rstrip('.')}.") from error
+            raise UserError(
+                f"{path}.{key}={shortened(value)}: {plainly(_first_line(error)).rstrip('.')}."
+            ) from error
         if isinstance(value, int | float) and type(schema[key]) is str:
             node[key] = schema[key]  # a name of digits, which yaml reads as a number
 
@@ -118,7 +130,9 @@ def _check_fields(node: DictConfig, cls: type, path: str) -> None:
 def _check_nothing_missing(node: DictConfig, path: str) -> None:
     for key in map(str, node):
         if OmegaConf.is_missing(node, key):
-            raise UserError(f"{path}.{key} is missing: give it on the command line, {path}.{key}=…, or in a yaml.")
+            raise UserError(
+                f"{path}.{key} is missing: give it on the command line, {path}.{key}=…, or in a yaml."
+            )
 
 
 def _first_line(error: Exception) -> str:
@@ -139,7 +153,8 @@ def _check_by_task(loss: Any, names: Sequence[str]) -> None:
         for name, value in (getattr(loss, key) or {}).items() if key.endswith("_by_task") else ():
             if name not in names:
                 raise UserError(
-                    f"loss.{key}.{name}: unknown task{nearest(name, names) or '.'} Allowed: {', '.join(names)}."
+                    f"loss.{key}.{name}: unknown task{nearest(name, names) or '.'} Allowed: "
+                    f"{', '.join(names)}."
                 )
             if not (isinstance(value, int | float) and 0 <= value < math.inf):
                 raise UserError(f"loss.{key}.{name}={value} must be at least 0 and finite.")
@@ -150,15 +165,17 @@ def check_validation(train: Any, loss: Any, counts: Mapping[str, int]) -> None:
 
     counts: validation samples of each task, by name.
     """
-    without = (
-        "; give data.split a validation part, e.g. data.split=[95,5,0], or a task its own rows with task.NAME.valid"
-    )
+    without = "; give data.split a validation part, e.g. data.split=[95,5,0], or a task its own rows with task.NAME.valid"
     if not any(counts.values()):
         if loss.needs_validation:
             name = loss.public_name or type(loss).__name__
-            raise UserError(f"loss={name} learns its weights from validation samples, and no task has any{without}")
+            raise UserError(
+                f"loss={name} learns its weights from validation samples, and no task has any{without}"
+            )
         if train.early_stopping:
-            raise UserError(f"train.early_stopping=true needs validation samples, and no task has any{without}")
+            raise UserError(
+                f"train.early_stopping=true needs validation samples, and no task has any{without}"
+            )
     if train.best in counts and train.best not in BEST and not counts[train.best]:
         raise UserError(f"train.best={train.best}: this task has no validation samples{without}")
 
@@ -169,7 +186,8 @@ def _check_together(cfg: DictConfig, c: Components) -> None:
     whole = "model.add_tokens" if c.model.new_tokens() else c.peft.full_weights_reason
     if whole and c.dist.divides_on_load:
         raise UserError(
-            f"{whole} reads whole weights of the base, of which every rank has a part only under dist=zero3; choose "
+            f"{whole} reads whole weights of the base, of which every rank has a part only under "
+            f"dist=zero3; choose "
             "dist=fsdp, zero2 or ddp."
         )
     precision = resolve_precision(cfg.train.precision).value
@@ -192,7 +210,8 @@ def _check_dist(dist: Any, optimizer: Any, peft: Any, precision: str) -> None:
     stored = getattr(peft, "storage_dtype", "uint8")
     if getattr(dist, "casts_weights", False) and precision != "fp32" and stored not in ("uint8", precision):
         raise UserError(
-            f"peft.storage_dtype={stored}: this dist casts weights to {precision}, packed ones by value, which would "
+            f"peft.storage_dtype={stored}: this dist casts weights to {precision}, packed ones by value, "
+            f"which would "
             f"destroy them; choose peft.storage_dtype={precision} or uint8"
         )
 
@@ -200,7 +219,8 @@ def _check_dist(dist: Any, optimizer: Any, peft: Any, precision: str) -> None:
 def _check_rows(rows: Any, loss: Any, long_samples: LongSamples) -> None:
     if rows.splits_samples and loss.by_sample:
         raise UserError(
-            f"loss: {type(loss).__name__} counts whole samples, but the rows of data=concat cut them; choose a mode "
+            f"loss: {type(loss).__name__} counts whole samples, but the rows of data=concat cut them; "
+            f"choose a mode "
             "that counts tokens, e.g. loss=token_mean or loss=task_token_mean, or data=pack."
         )
     if long_samples is LongSamples.keep and not rows.splits_samples:
@@ -228,5 +248,6 @@ def _check_share(name: str, share: float | None, mixture: Mixture) -> None:
         raise UserError(f"task.{name}.share={share} must be at least 0 and finite, or null.")
     if mixture is not Mixture.shares:
         raise UserError(
-            f"task.{name}.share={share:g} does nothing with data.mixture={mixture.value}; choose data.mixture=shares."
+            f"task.{name}.share={share:g} does nothing with data.mixture={mixture.value}; choose "
+            f"data.mixture=shares."
         )

@@ -1,6 +1,8 @@
-"""Yaml files as they may come from anybody: judged in bounded time before they are loaded, with file and line.
+"""Yaml files as they may come from anybody: judged in bounded time before they are loaded, with file and
+line.
 
-A few hundred bytes of aliases can stand for billions of values, and deep brackets end in a traceback of the parser.
+A few hundred bytes of aliases can stand for billions of values, and deep brackets end in a traceback of the
+parser.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:map", "tag:yaml.org,2002:se
 
 
 def check(path: Path) -> None:
-    """Raises UserError, with file and line, for a file that is not UTF-8, too large, or not plain, finite YAML."""
+    """Raises UserError, with file and line, for a file that is not UTF-8, too large, or not plain, finite
+    YAML."""
     if path.stat().st_size > LARGEST:
         raise UserError(f"{path}: is larger than {LARGEST // 2**20} MiB; a config is text of a few pages.")
     data = path.read_bytes()
@@ -34,7 +37,9 @@ def check(path: Path) -> None:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: is not UTF-8 (byte 0x{data[error.start]:02x}); save it as UTF-8.") from None
+        raise UserError(
+            f"{path}:{line}: is not UTF-8 (byte 0x{data[error.start]:02x}); save it as UTF-8."
+        ) from None
     try:
         _judge(path, text)
     except yaml.YAMLError as error:
@@ -45,7 +50,9 @@ def load(path: Path) -> Any:
     """Returns what a judged yaml file holds, without interpolations; UserError as `check`."""
     check(path)
     try:
-        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return yaml.load(
+            path.read_text(encoding="utf-8-sig"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )
     except yaml.YAMLError as error:
         raise UserError(_refusal(path, error)) from error
 
@@ -70,7 +77,9 @@ def register() -> None:
             last[:] = [file]
             defaults = found.config.get("defaults") if isinstance(found.config, DictConfig) else None
             if defaults is not None and not OmegaConf.is_list(defaults):
-                raise UserError(f"{file}: defaults: expected a list, such as `defaults: [override /peft: lora]`.")
+                raise UserError(
+                    f"{file}: defaults: expected a list, such as `defaults: [override /peft: lora]`."
+                )
             return found
 
     SourcesRegistry.instance().types["file"] = FileConfigSource
@@ -98,7 +107,9 @@ def _judge(path: Path, text: str) -> None:
             total += sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent):
             if event.tag is not None and event.tag not in _TAGS:
-                raise UserError(f"{at}: the tag {event.tag} is unexpected; expected text, numbers, lists or mappings.")
+                raise UserError(
+                    f"{at}: the tag {event.tag} is unexpected; expected text, numbers, lists or mappings."
+                )
             if isinstance(event, yaml.ScalarEvent):
                 _check_number(event, at)
                 total += 1
@@ -122,7 +133,9 @@ def _judge(path: Path, text: str) -> None:
 
 def _check_number(event: Any, at: str) -> None:
     if event.style is None and len(event.value) > LONGEST_NUMBER and re.match(r"[-+.]?\d", event.value):
-        raise UserError(f"{at}: a number of {len(event.value):,} characters; expected at most {LONGEST_NUMBER}.")
+        raise UserError(
+            f"{at}: a number of {len(event.value):,} characters; expected at most {LONGEST_NUMBER}."
+        )
 
 
 def _refusal(path: Path, error: yaml.YAMLError) -> str:

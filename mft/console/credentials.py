@@ -1,7 +1,8 @@
-"""Passwords and keys: found where an address has them written out, and hidden wherever text leaves this process.
+"""Passwords and keys: found where an address has them written out, and hidden wherever text leaves this
+process.
 
-Values that a config takes from the environment, `${oc.env:NAME}`, are kept as they are written: what was read is
-remembered here, and hidden in all that is printed, logged or sent to a tracker.
+Values that a config takes from the environment, `${oc.env:NAME}`, are kept as they are written: what was read
+is remembered here, and hidden in all that is printed, logged or sent to a tracker.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^{},\s]+)\s*(?:,([^{}]*))?\}"
 _USERINFO = re.compile(r"(?<=://)(?![\w.-]+:\d{1,5}/)[^\s'\"]*@")  # but not the @ in a path behind host:port/
 _WHOLE_USERINFO = re.compile(r"(?<=://)(?![\w.-]+:\d{1,5}/).*@", re.DOTALL)  # of a text that is one address
 _NO_SCHEME = re.compile(r"(?<![\w/:.*{$-])[^\s'\"=/:@,\[\]{}()]+:(?!//)[^\s'\"@]+@(?=[\w.$*-])")
-_PARAMETER = re.compile(rf"([?&;#]|%3F|%26|%23)([\w.-]*(?:{SECRET}|(?<![\w])key)[\w.-]*)=[^&;\s'\"#]+", re.IGNORECASE)
+_PARAMETER = re.compile(
+    rf"([?&;#]|%3F|%26|%23)([\w.-]*(?:{SECRET}|(?<![\w])key)[\w.-]*)=[^&;\s'\"#]+", re.IGNORECASE
+)
 _SHORTEST = 5  # characters of a remembered value; shorter ones stand in too many words
 
 _remembered: dict[str, str] = {}
@@ -41,12 +44,15 @@ def remember(value: str, variable: str) -> None:
 
 
 def hidden(text: str) -> str:
-    """Returns text with credentials of the addresses in it as ***, and values of the environment as written."""
+    """Returns text with credentials of the addresses in it as ***, and values of the environment as
+    written."""
     for value in sorted(_remembered, key=len, reverse=True):
         text = text.replace(value, _remembered[value])
     for pattern in (_USERINFO, _NO_SCHEME):
         text = pattern.sub(lambda match: match[0] if _of_environment(match[0][:-1]) else "***@", text)
-    return _PARAMETER.sub(lambda m: m[0] if _ENVIRONMENT.match(m.string, m.end(2) + 1) else f"{m[1]}{m[2]}=***", text)
+    return _PARAMETER.sub(
+        lambda m: m[0] if _ENVIRONMENT.match(m.string, m.end(2) + 1) else f"{m[1]}{m[2]}=***", text
+    )
 
 
 def _of_environment(user: str) -> bool:
@@ -63,7 +69,8 @@ def as_written(text: str) -> str:
 
 
 def filled(text: str) -> str:
-    """Returns what `as_written` made of a text with the variables' values in it again; KeyError for one not set."""
+    """Returns what `as_written` made of a text with the variables' values in it again; KeyError for one not
+    set."""
     for match in _ENVIRONMENT.finditer(text):
         remember(os.environ[match[1]], match[1])
     return _ENVIRONMENT.sub(lambda match: os.environ[match[1]], text)
@@ -80,9 +87,12 @@ def without_credentials(uri: str) -> str:
 def written_out(text: str, key: str = "") -> bool:
     """Whether an address in a text as it stands in a config has a user, a password or a key written out.
 
-    `${oc.env:NAME}` in their place is none. key: where it stands, which says whether all of the text is an address.
+    `${oc.env:NAME}` in their place is none. key: where it stands, which says whether all of the text is an
+    address.
     """
-    text = _ENVIRONMENT.sub(lambda match: "\0" + ("" if (match[2] or "null").strip() == "null" else match[2]), text)
+    text = _ENVIRONMENT.sub(
+        lambda match: "\0" + ("" if (match[2] or "null").strip() == "null" else match[2]), text
+    )
     for _ in range(3):  # percent signs may be escaped themselves
         text = unicodedata.normalize("NFKC", text)
         if _in_plain(text.strip(" '\"[]"), ADDRESS.search(key) is not None):
@@ -95,7 +105,9 @@ def _in_plain(text: str, address: bool) -> bool:
     """text: with \\0 for what comes from the environment."""
     local = re.match(r"(sqlite|file)(\+\w+)?:/", text, re.IGNORECASE)
     if not local:
-        for before in re.findall(r"://([^\s'\"]*)@", text) or (re.findall(r"(\S*)@", text) if address else []):
+        for before in re.findall(r"://([^\s'\"]*)@", text) or (
+            re.findall(r"(\S*)@", text) if address else []
+        ):
             password = before.partition(":")[2] if "\0" in before else before
             if password.replace("\0", ""):
                 return True
@@ -106,6 +118,11 @@ def _in_plain(text: str, address: bool) -> bool:
         value = value.replace("\0", "")
         if re.search(rf"({SECRET}|^key$)", name, re.IGNORECASE) and value:
             return True
-        if address and part.replace("\0", "") and not (HARMLESS.fullmatch(name)) and (value or "=" not in part):
+        if (
+            address
+            and part.replace("\0", "")
+            and not (HARMLESS.fullmatch(name))
+            and (value or "=" not in part)
+        ):
             return True
     return False

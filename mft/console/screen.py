@@ -50,7 +50,11 @@ def _screen() -> type[Console]:
         def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
             for segment in super().render(renderable, options):
                 plain = segment.control or (segment.text.isascii() and segment.text.isprintable())
-                yield segment if plain and "@" not in segment.text else segment._replace(text=shown(segment.text))
+                yield (
+                    segment
+                    if plain and "@" not in segment.text
+                    else segment._replace(text=shown(segment.text))
+                )
 
     return Screen
 

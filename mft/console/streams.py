@@ -1,4 +1,5 @@
-"""Standard output and error that end no command: characters a terminal lacks are replaced, a closed one is left."""
+"""Standard output and error that end no command: characters a terminal lacks are replaced, a closed one is
+left."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ class Lasting(io.FileIO):
 def steady(lasting: bool) -> None:
     """Makes this process's standard streams take any text. lasting: continue where their reader disappears.
 
-    Streams that were closed when the process started write nowhere, and those that somebody put in place of the
-    process's own stay as they are.
+    Streams that were closed when the process started write nowhere, and those that somebody put in place of
+    the process's own stay as they are.
     """
     for name, descriptor in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)

@@ -1,4 +1,5 @@
-"""The one style of every table: a title on the left, text that folds, numbers on the right that never break."""
+"""The one style of every table: a title on the left, text that folds, numbers on the right that never
+break."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ def table(
 ) -> Table:
     """Returns a table of rich.
 
-    columns: their headers; numbers: those of them whose cells are right-aligned and stay on one line; rows: a cell for
-    each column, text or a rich Text (plain text is not markup); total: a last row, below a line; styles: of each row;
-    lines: whether a line parts the rows, for cells of several lines.
+    columns: their headers; numbers: those of them whose cells are right-aligned and stay on one line; rows: a
+    cell for each column, text or a rich Text (plain text is not markup); total: a last row, below a line;
+    styles: of each row; lines: whether a line parts the rows, for cells of several lines.
     """
     from rich.table import Table
 
@@ -45,7 +46,9 @@ def settings_table(rows: Iterable[tuple[str, Any]], title: str) -> Table:
     """Returns two columns without lines: names and values, which may be rich Texts."""
     from rich.table import Table
 
-    result = Table(title=_cell(title, "italic"), show_header=False, title_justify="left", box=None, padding=(0, 2))
+    result = Table(
+        title=_cell(title, "italic"), show_header=False, title_justify="left", box=None, padding=(0, 2)
+    )
     for name, value in rows:
         result.add_row(_cell(name, "dim"), _cell(value))
     return result

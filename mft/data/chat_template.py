@@ -33,10 +33,11 @@ PROBE = (Message("user", "What is 1+1?"), Message("assistant", "It is two."))
 class Jinja(Template):
     """A chat template of which only the rendered text is known.
 
-    The part that carries loss is what the model has to write itself: from the end of the generation prompt up to the
-    first special token after the answer, that one included. An empty thought that the template puts before the answer
-    is not part of it: the row does not teach to think of nothing. Raises UserError for a template that cannot be
-    rendered, that writes no such token, or whose generation prompt is not how it begins an answer.
+    The part that carries loss is what the model has to write itself: from the end of the generation prompt up
+    to the first special token after the answer, that one included. An empty thought that the template puts
+    before the answer is not part of it: the row does not teach to think of nothing. Raises UserError for a
+    template that cannot be rendered, that writes no such token, or whose generation prompt is not how it
+    begins an answer.
     """
 
     NAME = "jinja"
@@ -45,10 +46,14 @@ class Jinja(Template):
         """name: how `data.template` calls it."""
         super().__init__()
         if len(source) > LONGEST:
-            raise UserError(f"data.template={name}: has {len(source):,} characters; a template has {LONGEST:,} at most")
+            raise UserError(
+                f"data.template={name}: has {len(source):,} characters; a template has {LONGEST:,} at most"
+            )
         bound()
         self.source, self.tokenizer, self.name = source, tokenizer, name
-        special = {str(token) for token in tokenizer.get_added_vocab()} | {str(t) for t in tokenizer.all_special_tokens}
+        special = {str(token) for token in tokenizer.get_added_vocab()} | {
+            str(t) for t in tokenizer.all_special_tokens
+        }
         longest_first = sorted(filter(None, special), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first))) if special else None
         try:
@@ -99,14 +104,17 @@ class Jinja(Template):
         if not whole.startswith(prompt):
             raise RowError(
                 "",
-                f"the generation prompt (it ends in {shortened(prompt[-30:])}) is not how the chat template begins an "
+                f"the generation prompt (it ends in {shortened(prompt[-30:])}) is not how the chat "
+                f"template begins an "
                 "answer in training, so the model would be asked in another form than it was taught",
             )
         until = self._render(messages[: i + 1], False)
         forms = _forms(messages[i].content)
         form = next((form for form in forms if until.endswith(form + self.tail)), None)
         if form is None:
-            raise RowError("", f"the chat template does not write out the answer {shortened(messages[i].content)}")
+            raise RowError(
+                "", f"the chat template does not write out the answer {shortened(messages[i].content)}"
+            )
         stop = len(until) - len(self.tail) + len(self.closing)
         if whole.startswith(until[:stop]):
             return len(prompt), _behind_thought(prompt, whole, stop - len(self.closing) - len(form)), stop
@@ -128,7 +136,8 @@ class Jinja(Template):
         if found is None:
             raise RowError(
                 "",
-                "it writes no end-of-turn token after an answer, so answers would never end; add {{ eos_token }}",
+                "it writes no end-of-turn token after an answer, so answers would never end; add {{ "
+                "eos_token }}",
             )
         return tail, tail[: found.end()], found.group()
 
@@ -141,20 +150,28 @@ class Jinja(Template):
                 )
             )
         except TooMuch as error:
-            where = f" of {self.tokenizer.name_or_path}" if self.name == OWN and self.tokenizer.name_or_path else ""
-            raise UserError(f"data.template={self.name}: the chat template{where} is refused: {error}.") from error
+            where = (
+                f" of {self.tokenizer.name_or_path}"
+                if self.name == OWN and self.tokenizer.name_or_path
+                else ""
+            )
+            raise UserError(
+                f"data.template={self.name}: the chat template{where} is refused: {error}."
+            ) from error
         except TemplateError as error:
             raise RowError("", f"the chat template cannot write it: {error}") from error
         except RecursionError as error:
-            raise RowError("", "the chat template cannot write it: it is nested too deeply, or calls itself") from error
+            raise RowError(
+                "", "the chat template cannot write it: it is nested too deeply, or calls itself"
+            ) from error
         except Exception as error:  # the template is a program from outside, and may fail in any way
             problem = f"the chat template cannot write it: {type(error).__name__}: {error}"
             raise RowError("", problem) from error
 
 
 def _behind_thought(prompt: str, whole: str, at: int) -> int:
-    """Returns where the loss begins: at the answer's own text (`at`) if only an empty thought stands before it, whose
-    tag the prompt may have opened; else where the prompt ends."""
+    """Returns where the loss begins: at the answer's own text (`at`) if only an empty thought stands before
+    it, whose tag the prompt may have opened; else where the prompt ends."""
     opened = OPENED.search(prompt[-80:])
     before = whole[len(prompt) : at]
     empty = EMPTY_THOUGHT.fullmatch(before) or (opened and EMPTY_THOUGHT.fullmatch(opened.group() + before))
@@ -163,4 +180,6 @@ def _behind_thought(prompt: str, whole: str, at: int) -> int:
 
 def _forms(content: str) -> list[str]:
     """Returns an answer as it may stand in the text: templates often strip it."""
-    return [form for form in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip())) if form]
+    return [
+        form for form in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip())) if form
+    ]

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The chosen tasks, each with its store, and the encoder that made them; the tokenizer has the template."""
+    """The chosen tasks, each with its store, and the encoder that made them; the tokenizer has the
+    template."""
 
     tasks: list[Task]
     stores: list[Store]
@@ -77,11 +78,13 @@ def dataset(
 
 
 def _check_texts(tasks: Sequence[Task]) -> None:
-    """Raises UserError for a task whose rows are no plain text: cut anywhere, an answer would lose its question."""
+    """Raises UserError for a task whose rows are no plain text: cut anywhere, an answer would lose its
+    question."""
     for task in tasks:
         name, found = task.find_format()
         if not isinstance(found, Text):
             raise UserError(
-                f"task.{task.name}: its rows are conversations ({name}), which data=concat would cut anywhere; choose "
+                f"task.{task.name}: its rows are conversations ({name}), which data=concat would cut "
+                f"anywhere; choose "
                 "data=pack or data=pad for them, concat is for rows of plain text (the field `text`)."
             )

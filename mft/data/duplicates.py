@@ -11,8 +11,8 @@ from mft.data.settings import Duplicates
 from mft.data.split import SPLITS
 
 REPEATED, HELD_OUT = "repeated", "held out"
-"""Reasons. repeated: an earlier row of the same task and split says the same; held out: a training row that is in the
-validation or test part of any task, too."""
+"""Reasons. repeated: an earlier row of the same task and split says the same; held out: a training row that
+is in the validation or test part of any task, too."""
 
 TRAIN = SPLITS.index("train")
 
@@ -20,8 +20,9 @@ TRAIN = SPLITS.index("train")
 def mark_duplicates(stores: Sequence[Store], duplicates: Duplicates) -> None:
     """Counts the duplicates of each store in its report, and leaves them out of it under `drop`.
 
-    report["duplicates"]: rows by reason, each row once. Rows are the same where roles and contents are; what one task
-    trains on and another one trains on as well is no duplicate. Memory: about 40 bytes a sample of the largest task.
+    report["duplicates"]: rows by reason, each row once. Rows are the same where roles and contents are; what
+    one task trains on and another one trains on as well is no duplicate. Memory: about 40 bytes a sample of
+    the largest task.
     """
     held_out = [np.unique(store.digest_N[store.split_N != TRAIN]) for store in stores]
     held_out_U = np.unique(np.concatenate([*held_out, np.empty(0, np.uint64)]))
@@ -31,14 +32,17 @@ def mark_duplicates(stores: Sequence[Store], duplicates: Duplicates) -> None:
         repeated_N &= ~leaked_N
         begins_N = store.begins_N()
         found = {REPEATED: repeated_N, HELD_OUT: leaked_N}
-        store.report["duplicates"] = {reason: int((out_N & begins_N).sum()) for reason, out_N in found.items()}
+        store.report["duplicates"] = {
+            reason: int((out_N & begins_N).sum()) for reason, out_N in found.items()
+        }
         if duplicates == Duplicates.drop:
             store.leave_out(repeated_N, REPEATED, same_N)
             store.leave_out(leaked_N[~repeated_N], HELD_OUT)
 
 
 def _repeated(store: Store) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bool [N], whether a sample's row repeats an earlier one, and int [N], the first sample of that one."""
+    """Returns bool [N], whether a sample's row repeats an earlier one, and int [N], the first sample of that
+    one."""
     begins_N = store.begins_N()
     row_N = np.cumsum(begins_N) - 1
     first_R = np.flatnonzero(begins_N)

@@ -16,11 +16,13 @@ from mft.errors import UserError, nearest, shortened
 class RowError(UserError):
     """A row that cannot be understood: where it is, which field, what is wrong with it.
 
-    file and line are None until the reader of the file fills them in with `at`; field is "" for the row as a whole;
-    text: the row as it stands in the file, where it could not even be parsed.
+    file and line are None until the reader of the file fills them in with `at`; field is "" for the row as a
+    whole; text: the row as it stands in the file, where it could not even be parsed.
     """
 
-    def __init__(self, field: str, problem: str, file: Path | None = None, line: int | None = None, text: str = ""):
+    def __init__(
+        self, field: str, problem: str, file: Path | None = None, line: int | None = None, text: str = ""
+    ):
         self.field, self.problem, self.file, self.line, self.text = field, problem, file, line, text
         place = f"{file}:{line}: " if file is not None else ""
         super().__init__(f"{place}{field}: {problem}" if field else f"{place}{problem}")
@@ -38,16 +40,19 @@ class RowError(UserError):
 class Format(ABC):
     """Turns the parsed rows of one task into conversations. Subclasses are dataclasses of plain values.
 
-    Their repr is part of the token cache's fingerprint, so every value that changes the result must be a field.
+    Their repr is part of the token cache's fingerprint, so every value that changes the result must be a
+    field.
     """
 
     @abstractmethod
     def messages(self, row: Any) -> list[Message]:
-        """Returns the conversation of a row, roles system, user and assistant; raises RowError naming the field."""
+        """Returns the conversation of a row, roles system, user and assistant; raises RowError naming the
+        field."""
 
     def unread(self, row: Any) -> Iterable[str] | None:
-        """Returns the names of the fields of an understood row that `messages` does not read though they carry text, a
-        list or an object, e.g. `tools` and `messages[].name`; None where the format does not say what it reads."""
+        """Returns the names of the fields of an understood row that `messages` does not read though they
+        carry text, a list or an object, e.g. `tools` and `messages[].name`; None where the format does not
+        say what it reads."""
         return None
 
     def describe(self) -> str:
@@ -63,8 +68,8 @@ class Turns(Format):
     """A list of turns, one object each. The class variables say how the fields and the roles are called.
 
     An optional system turn comes first, then user and assistant turns alternate. A turn of the assistant with
-    `"train": false`, `"weight": 0` or `"loss_mask": 0` carries no loss; other fields that would say so are refused.
-    All further fields are left unread, and named by `unread`.
+    `"train": false`, `"weight": 0` or `"loss_mask": 0` carries no loss; other fields that would say so are
+    refused. All further fields are left unread, and named by `unread`.
     """
 
     FIELD: ClassVar[str]
@@ -81,14 +86,18 @@ class Turns(Format):
 
     def messages(self, row: Any) -> list[Message]:
         if not isinstance(row, dict):
-            raise RowError("", f"is {_kind(row)} {shortened(row)}; allowed: an object with the field {self.FIELD}")
+            raise RowError(
+                "", f"is {_kind(row)} {shortened(row)}; allowed: an object with the field {self.FIELD}"
+            )
         turns = _field(row, self.FIELD)
         if not isinstance(turns, list) or not turns:
             problem = f"is {_kind(turns)} {shortened(turns)}; allowed: a list of at least one {self.ONE}"
             raise RowError(self.FIELD, problem)
         if len(row) > 1 and (row.get("train") is False or row.get("loss_mask") == 0):
             field = "train" if row.get("train") is False else "loss_mask"
-            raise RowError(field, f"stands beside {self.FIELD}, where it is not read; write it into each {self.ONE}")
+            raise RowError(
+                field, f"stands beside {self.FIELD}, where it is not read; write it into each {self.ONE}"
+            )
         messages: list[Message] = []
         for number, turn in enumerate(turns):
             messages.append(self._message(turn, f"{self.FIELD}[{number}]", messages))
@@ -109,7 +118,9 @@ class Turns(Format):
 
     def _message(self, turn: Any, field: str, before: list[Message]) -> Message:
         if not isinstance(turn, dict):
-            problem = f"is {_kind(turn)} {shortened(turn)}; allowed: an object with {self.ROLE} and {self.CONTENT}"
+            problem = (
+                f"is {_kind(turn)} {shortened(turn)}; allowed: an object with {self.ROLE} and {self.CONTENT}"
+            )
             raise RowError(field, problem)
         for key in (self.ROLE, self.CONTENT):
             if key not in turn:
@@ -124,12 +135,18 @@ class Turns(Format):
         allowed = list(expected) if before else [*self.SYSTEM, *expected]
         if role not in allowed:
             known = role in (*self.SYSTEM, *self.USER, *self.ASSISTANT)
-            hint = f"; {self.USER[0]} and {self.ASSISTANT[0]} turns alternate" if known else nearest(role, allowed)
+            hint = (
+                f"; {self.USER[0]} and {self.ASSISTANT[0]} turns alternate"
+                if known
+                else nearest(role, allowed)
+            )
             problem = f"{shortened(role)} is not allowed here; allowed: {', '.join(allowed)}{hint}"
             raise RowError(f"{field}.{self.ROLE}", problem)
         train = len(turn) == 2 or _trained(turn, field, assistant)
         if assistant and not content:
-            raise RowError(f"{field}.{self.CONTENT}", f"is empty; a {self.ASSISTANT[0]} turn needs text to learn")
+            raise RowError(
+                f"{field}.{self.CONTENT}", f"is empty; a {self.ASSISTANT[0]} turn needs text to learn"
+            )
         meaning = "assistant" if assistant else "system" if role in self.SYSTEM else "user"
         return Message(meaning, content, train)
 
@@ -139,7 +156,8 @@ class Turns(Format):
 
 @dataclass
 class Chat(Turns):
-    """chatML: `chat_rounds` is a list of `{"role", "content"}`, roles system/human/bot or system/user/assistant."""
+    """chatML: `chat_rounds` is a list of `{"role", "content"}`, roles system/human/bot or
+    system/user/assistant."""
 
     public_name: ClassVar[str] = "chat"
     FIELD = "chat_rounds"
@@ -150,7 +168,8 @@ class Chat(Turns):
 
 @dataclass
 class Messages(Turns):
-    """OpenAI's form: `messages` is a list of `{"role", "content"}`, roles system (or developer)/user/assistant.
+    """OpenAI's form: `messages` is a list of `{"role", "content"}`, roles system (or
+    developer)/user/assistant.
 
     content may be a list of text parts, `[{"type": "text", "text": "..."}]`, which are joined.
     """
@@ -174,7 +193,8 @@ class Messages(Turns):
 
 @dataclass
 class ShareGPT(Turns):
-    """ShareGPT: `conversations` is a list of `{"from", "value"}`, from = system, human (or user), gpt (or assistant).
+    """ShareGPT: `conversations` is a list of `{"from", "value"}`, from = system, human (or user), gpt (or
+    assistant).
 
     A field `system` beside the list is the system turn.
     """
@@ -197,11 +217,12 @@ class ShareGPT(Turns):
 
 @dataclass
 class Pair(Format):
-    """A question and its answer in two fields, e.g. prompt and answer; the names of the fields are the values.
+    """A question and its answer in two fields, e.g. prompt and answer; the names of the fields are the
+    values.
 
-    system: field of an optional system text; input: field of optional further input, put on a new line below the
-    question ("" = there is none). `"train": false` or `"loss_mask": 0` takes the answer out of the loss. Further fields
-    are left unread, and named by `unread`.
+    system: field of an optional system text; input: field of optional further input, put on a new line below
+    the question ("" = there is none). `"train": false` or `"loss_mask": 0` takes the answer out of the loss.
+    Further fields are left unread, and named by `unread`.
     """
 
     public_name: ClassVar[str] = "pair"
@@ -219,7 +240,9 @@ class Pair(Format):
 
     def messages(self, row: Any) -> list[Message]:
         if not isinstance(row, dict):
-            problem = f"is {_kind(row)} {shortened(row)}; allowed: an object with {self.prompt} and {self.answer}"
+            problem = (
+                f"is {_kind(row)} {shortened(row)}; allowed: an object with {self.prompt} and {self.answer}"
+            )
             raise RowError("", problem)
         question = _text(_field(row, self.prompt), self.prompt)
         answer = _text(_field(row, self.answer), self.answer)
@@ -252,7 +275,9 @@ class Text(Format):
 
     def messages(self, row: Any) -> list[Message]:
         if not isinstance(row, dict):
-            raise RowError("", f"is {_kind(row)} {shortened(row)}; allowed: an object with the field {self.field}")
+            raise RowError(
+                "", f"is {_kind(row)} {shortened(row)}; allowed: an object with the field {self.field}"
+            )
         text = _text(_field(row, self.field), self.field)
         if not text:
             raise RowError(self.field, "is empty; there is nothing to learn")
@@ -303,22 +328,27 @@ OWN_NAMES = "format: {_target_: mft.data.formats.Pair, prompt: my_question, answ
 def misread(name: str, row: Mapping[str, Any]) -> str:
     """Returns why a row should not be read by the format that Auto found, "" where it may.
 
-    Preferences would be trained as plain answers, the rejected ones among them, and a pair as text with its question.
+    Preferences would be trained as plain answers, the rejected ones among them, and a pair as text with its
+    question.
     """
     if carries(row.get("chosen")) and carries(row.get("rejected")):
         return (
-            "its rows are preferences (chosen, rejected), which mft does not train; to train on the chosen answers "
+            "its rows are preferences (chosen, rejected), which mft does not train; to train on the chosen "
+            "answers "
             f"alone, name the fields in the task's yaml, e.g. {OWN_NAMES}"
         )
     if name == "prompt_completion" and isinstance(row.get("label"), bool):
         return (
-            "its rows are judged completions (prompt, completion, label), and those with label: false would be "
-            "trained, too; take them out of the files, and write format: prompt_completion into the task's yaml"
+            "its rows are judged completions (prompt, completion, label), and those with label: false "
+            "would be "
+            "trained, too; take them out of the files, and write format: prompt_completion into the task's "
+            "yaml"
         )
     sides = [next((f for f in fields if carries(row.get(f))), None) for fields in (QUESTIONS, ANSWERS)]
     if name == "text" and all(sides):
         return (
-            f"its rows have a text beside {sides[0]} and {sides[1]}: as plain text the questions would be trained, "
+            f"its rows have a text beside {sides[0]} and {sides[1]}: as plain text the questions would be "
+            f"trained, "
             f"too; name the format in the task's yaml, {OWN_NAMES} or format: text"
         )
     return ""
@@ -328,7 +358,8 @@ def no_format(fields: Sequence[str]) -> str:
     """Returns what is said where no row of a task fits a known format; fields: those of its first object."""
     marks = [known.FIELD if isinstance(known, Turns) else known.describe() for known in KNOWN.values()]
     return (
-        f"no format fits its rows; fields of the first one: {shortened(', '.join(fields[:12]) or 'none')}. Known: "
+        f"no format fits its rows; fields of the first one: {shortened(', '.join(fields[:12]) or 'none')}. "
+        f"Known: "
         f"{', '.join(marks)}. For other names choose one in the task's yaml, e.g. {OWN_NAMES}"
     )
 
@@ -370,13 +401,16 @@ def _trained(turn: Mapping[str, Any], field: str, assistant: bool) -> bool:
     """
     train, weight = _train(turn, f"{field}."), turn.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise RowError(f"{field}.weight", f"is {_kind(weight)} {shortened(weight)}; allowed: 0 (no loss) and 1")
+        raise RowError(
+            f"{field}.weight", f"is {_kind(weight)} {shortened(weight)}; allowed: 0 (no loss) and 1"
+        )
     train = _loss_mask(turn, f"{field}.") and train and weight != 0
     for name in UNCLEAR_LOSS if assistant and train else ():
         value = turn.get(name)
         if value is not None and (name == "mask" or value != 1):
             problem = (
-                f"is {_kind(value)} {shortened(value)} and not read, so the answer would be trained whatever it says; "
+                f"is {_kind(value)} {shortened(value)} and not read, so the answer would be trained "
+                f"whatever it says; "
                 'write "train": false into turns without loss, and take the field out'
             )
             raise RowError(f"{field}.{name}", problem)
@@ -400,5 +434,11 @@ def _loss_mask(fields: Mapping[str, Any], prefix: str) -> bool:
 
 def _kind(value: Any) -> str:
     """Returns what JSON calls the type of a value."""
-    names = {dict: "the object", list: "the list", str: "the text", bool: "the boolean", type(None): "the value"}
+    names = {
+        dict: "the object",
+        list: "the list",
+        str: "the text",
+        bool: "the boolean",
+        type(None): "the value",
+    }
     return names.get(type(value), "the number")

@@ -22,15 +22,17 @@ def is_name(path: str | os.PathLike[str]) -> bool:
 def load(name: str) -> Any:
     """Returns the rows of a data set: an iterable of dicts that knows its `_fingerprint`.
 
-    The split is `train` where none is named. What was loaded once is found in the cache of `datasets` offline. Raises
-    UserError where the package is missing, where neither hub nor cache has the data set, and for a split or config that
-    it has not.
+    The split is `train` where none is named. What was loaded once is found in the cache of `datasets`
+    offline. Raises UserError where the package is missing, where neither hub nor cache has the data set, and
+    for a split or config that it has not.
     """
     path, revision, split, config = _parts(name)
     try:
         import datasets
     except ModuleNotFoundError:
-        raise UserError(f"{name}: data sets of the hub need the package datasets: pip install 'mft[hub]'") from None
+        raise UserError(
+            f"{name}: data sets of the hub need the package datasets: pip install 'mft[hub]'"
+        ) from None
     try:
         return datasets.load_dataset(path, config, split=split or "train", revision=revision)
     except Exception as error:  # the hub's client raises dozens of classes, from requests' to its own
@@ -55,7 +57,9 @@ def _parts(name: str) -> tuple[str, str | None, str | None, str | None]:
     """Returns name, revision, split and config; raises UserError for another form."""
     found = FORM.fullmatch(name)
     if found is None:
-        raise UserError(f"{name}: not a valid dataset name; expected hf:owner/name[@revision][:split[:config]]")
+        raise UserError(
+            f"{name}: not a valid dataset name; expected hf:owner/name[@revision][:split[:config]]"
+        )
     path, *rest = found.groups()
     revision, split, config = (part or None for part in rest)
     return path, revision, split, config

@@ -1,4 +1,5 @@
-"""Files that are not JSON lines: arrays of rows are read piece by piece, other kinds are refused with what to do."""
+"""Files that are not JSON lines: arrays of rows are read piece by piece, other kinds are refused with what to
+do."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def refuse_other_kinds(file: Path, start: bytes) -> None:
     if (ending := file.suffix.lower()) in (".csv", ".tsv"):
         delimiter = ", delimiter='\\t'" if ending == ".tsv" else ""
         raise UserError(
-            f"{file}: is a table ({ending[1:].upper()}); rows are JSON, one object a line. To convert it: python -c "
+            f"{file}: is a table ({ending[1:].upper()}); rows are JSON, one object a line. To convert it: "
+            f"python -c "
             f'"import csv, json, sys; [print(json.dumps(r)) for r in csv.DictReader(sys.stdin{delimiter})]" '
             f"< {file.name} > {file.stem}.jsonl"
         )

@@ -28,8 +28,8 @@ class LoopSettings(Protocol):
 class BatchLoader:
     """Turns stores into micro-batches.
 
-    rows: the row builder; sizes: of a step; rank: this one; train, data: the settings of these names; shares: of the
-    tasks in the mixture (`task.<name>.share`), None = 1.
+    rows: the row builder; sizes: of a step; rank: this one; train, data: the settings of these names; shares:
+    of the tasks in the mixture (`task.<name>.share`), None = 1.
     """
 
     def __init__(
@@ -43,11 +43,20 @@ class BatchLoader:
         data: DataSettings,
         shares: Sequence[float | None],
     ):
-        self.rows, self.sizes, self.rank, self.pad_id, self.settings, self.data = rows, sizes, rank, pad_id, train, data
+        self.rows, self.sizes, self.rank, self.pad_id, self.settings, self.data = (
+            rows,
+            sizes,
+            rank,
+            pad_id,
+            train,
+            data,
+        )
         self.train_samples = Samples(stores, "train", data.limit)
         self.valid_samples = Samples(stores, "valid")
         count_K = counts_per_epoch(self.train_samples, shares, data)
-        self.sampler = Sampler(self.train_samples, rows, data.seq_length, sizes.total, train.seed, data.window, count_K)
+        self.sampler = Sampler(
+            self.train_samples, rows, data.seq_length, sizes.total, train.seed, data.window, count_K
+        )
 
     def total_steps(self) -> int:
         """Returns the optimizer steps of the run: train.epochs passes, at most train.max_steps."""
@@ -74,7 +83,8 @@ class BatchLoader:
         return np.bincount(self.valid_samples.task_N, minlength=tasks).tolist()
 
     def steps(self, epoch: int, rows_consumed: int) -> Iterator[StepBatches]:
-        """Yields this rank's micro-batches of every step, without end, from `rows_consumed` rows into an epoch on."""
+        """Yields this rank's micro-batches of every step, without end, from `rows_consumed` rows into an
+        epoch on."""
         for rows, (epoch, rows_consumed) in self.sampler.steps(epoch, rows_consumed):  # noqa: B020
             length = self.train_samples.row_length if self.rows.by_length else None
             dealt = deal(rows, self.rank, self.sizes.world, self.sizes.accumulation, length)

@@ -21,13 +21,16 @@ BLOCK = 4096  # samples of a stream that are permuted by one generator, at least
 class Streams:
     """The endless stream of each task, and the stretch of it that an epoch takes.
 
-    A stream is pass after pass over the task's samples, each pass a permutation of its own. Epoch e takes the places
-    from e x count to (e + 1) x count, so a task of which an epoch takes half shows its other half in the next one, and
-    a task taken twice shows every sample twice. size_K: samples of each task, which are numbered through task after
-    task; count_K: how many an epoch takes, with fractions; None = each of them once.
+    A stream is pass after pass over the task's samples, each pass a permutation of its own. Epoch e takes the
+    places from e x count to (e + 1) x count, so a task of which an epoch takes half shows its other half in
+    the next one, and a task taken twice shows every sample twice. size_K: samples of each task, which are
+    numbered through task after task; count_K: how many an epoch takes, with fractions; None = each of them
+    once.
     """
 
-    def __init__(self, size_K: Sequence[int] | np.ndarray, count_K: Sequence[float] | np.ndarray | None, seed: int):
+    def __init__(
+        self, size_K: Sequence[int] | np.ndarray, count_K: Sequence[float] | np.ndarray | None, seed: int
+    ):
         self.size_K = np.asarray(size_K, np.int64)
         self.count_K = np.asarray(self.size_K if count_K is None else count_K, np.float64)
         self.first_K = np.cumsum(self.size_K) - self.size_K
@@ -44,14 +47,17 @@ class Streams:
         return numbers_N[spaced(task_N, np.random.default_rng([self.seed, 1, epoch]))]
 
     def taken(self, epochs: float) -> np.ndarray:
-        """Returns float64 [K]: the samples taken of each task in so many epochs, the last one in proportion."""
+        """Returns float64 [K]: the samples taken of each task in so many epochs, the last one in
+        proportion."""
         whole = int(epochs)
-        taken_K = np.array([self._places(task, whole) for task in range(len(self.size_K))], np.float64).reshape(-1, 2)
+        taken_K = np.array(
+            [self._places(task, whole) for task in range(len(self.size_K))], np.float64
+        ).reshape(-1, 2)
         return taken_K[:, 0] + (epochs - whole) * (taken_K[:, 1] - taken_K[:, 0])
 
     def _places(self, task: int, epoch: int) -> tuple[int, int]:
-        # Rounded up, so that the first epoch has something of every task; before that to 6 places, because a share is
-        # a float and 100.0000000001 samples are 100.
+        # Rounded up, so that the first epoch has something of every task; before that to 6 places, because a
+        # share is a float and 100.0000000001 samples are 100.
         start, stop = (int(np.ceil(round(e * self.count_K[task], 6))) for e in (epoch, epoch + 1))
         return start, stop
 
@@ -72,8 +78,8 @@ class Streams:
 def spaced(label_N: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Returns an order of N things in which each label comes at even distances, otherwise random.
 
-    The i-th of the n things of a label stands at (i + offset) / n. So a stretch of M things of L labels holds a label
-    of share p at least p (M - 2 L) - 1 times, while a plain shuffle may leave it out.
+    The i-th of the n things of a label stands at (i + offset) / n. So a stretch of M things of L labels holds
+    a label of share p at least p (M - 2 L) - 1 times, while a plain shuffle may leave it out.
     """
     order_N = random.permutation(len(label_N))
     shuffled_N = np.asarray(label_N)[order_N]
@@ -87,8 +93,8 @@ def spaced(label_N: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def counts_per_epoch(samples: Samples, shares: Sequence[float | None], settings: DataSettings) -> np.ndarray:
     """Returns float64 [K]: the samples that an epoch takes of each task.
 
-    An epoch keeps the length of the natural one, in samples or in trained tokens. shares: `task.<name>.share`, None
-    = 1. Raises UserError where no task has anything to give.
+    An epoch keeps the length of the natural one, in samples or in trained tokens. shares:
+    `task.<name>.share`, None = 1. Raises UserError where no task has anything to give.
     """
     size_K, trained_K = samples.totals()
     if settings.mixture == Mixture.natural:
@@ -105,16 +111,22 @@ def counts_per_epoch(samples: Samples, shares: Sequence[float | None], settings:
     return wanted_K * size_K / np.maximum(amount_K, 1) if by_tokens else wanted_K
 
 
-def account(samples: Samples, names: Sequence[str], streams: Streams, epochs: float) -> dict[str, dict[str, float]]:
+def account(
+    samples: Samples, names: Sequence[str], streams: Streams, epochs: float
+) -> dict[str, dict[str, float]]:
     """Returns what a run of so many epochs takes of each task.
 
-    samples: how many there are; share, trained_share: its part of all samples and of all trained tokens, of 1;
-    natural_share: its part of all samples there are; epochs: how often each of its samples comes.
+    samples: how many there are; share, trained_share: its part of all samples and of all trained tokens, of
+    1; natural_share: its part of all samples there are; epochs: how often each of its samples comes.
     """
     size_K, trained_K = samples.totals()
     taken_K = streams.taken(epochs)
     tokens_K = taken_K * trained_K / np.maximum(size_K, 1)
-    parts = (size_K / max(1, size_K.sum()), taken_K / max(1.0, taken_K.sum()), tokens_K / max(1.0, tokens_K.sum()))
+    parts = (
+        size_K / max(1, size_K.sum()),
+        taken_K / max(1.0, taken_K.sum()),
+        tokens_K / max(1.0, tokens_K.sum()),
+    )
     return {
         name: {
             "samples": int(size_K[k]),
@@ -130,7 +142,9 @@ def account(samples: Samples, names: Sequence[str], streams: Streams, epochs: fl
 def table(accounts: dict[str, dict[str, Any]], settings: DataSettings) -> Table:
     """Returns a line for each task of what `account` says."""
     kind = Mixture(settings.mixture)
-    how = kind.value if kind is Mixture.natural else f"{kind.value}, by {MixtureBy(settings.mixture_by).value}"
+    how = (
+        kind.value if kind is Mixture.natural else f"{kind.value}, by {MixtureBy(settings.mixture_by).value}"
+    )
     rows = []
     for name, a in accounts.items():
         shares = (f"{100 * a[k]:.1f}" for k in ("natural_share", "share", "trained_share"))

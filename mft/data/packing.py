@@ -32,19 +32,22 @@ class RowBuilder(ABC):
         return asked
 
     def groups(self, rows: list[Row], lengths: Sequence[int] | np.ndarray) -> list[list[Row]]:
-        """Returns the rows of a window in groups, each row once; those of a group follow each other in training."""
+        """Returns the rows of a window in groups, each row once; those of a group follow each other in
+        training."""
         return [[row] for row in rows]
 
     @abstractmethod
     def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[Row]:
-        """Returns rows of indices into `lengths`, or spans of them: every token once, no row longer than seq_length."""
+        """Returns rows of indices into `lengths`, or spans of them: every token once, no row longer than
+        seq_length."""
 
     def width(self, longest: int, seq_length: int) -> int:
         """Returns T of a micro-batch whose longest row has `longest` tokens."""
         return longest
 
     def collate(self, rows: Sequence[Sequence[Sample]], pad_id: int, seq_length: int) -> Batch:
-        """Returns the Batch of the rows, B = len(rows). A row without samples is all padding; T is 1 at least."""
+        """Returns the Batch of the rows, B = len(rows). A row without samples is all padding; T is 1 at
+        least."""
         import torch
 
         longest = max((sum(len(sample.ids_S) for sample in row) for row in rows), default=0)
@@ -81,8 +84,9 @@ class RowBuilder(ABC):
 class Pad(RowBuilder):
     """A sample a row, padded on the right.
 
-    pad_to: longest (of the micro-batch) or seq_length (always that width). length_group: how many samples of similar
-    length follow each other in training; 1 = samples come as they are drawn. It means nothing for pad_to=seq_length.
+    pad_to: longest (of the micro-batch) or seq_length (always that width). length_group: how many samples of
+    similar length follow each other in training; 1 = samples come as they are drawn. It means nothing for
+    pad_to=seq_length.
     """
 
     public_name: ClassVar[str] = "pad"
@@ -145,9 +149,9 @@ class Pack(RowBuilder):
 class Concat(RowBuilder):
     """The samples of a window end to end, cut every `seq_length` tokens: for pretraining on plain text.
 
-    The rest of a sample at the end of a row continues in the next one; only the last row of a window may be shorter.
-    No token is lost, neither as input nor as target: the last position of a row predicts the first token of the next.
-    A part of a sample sees itself alone, and its positions count from 0.
+    The rest of a sample at the end of a row continues in the next one; only the last row of a window may be
+    shorter. No token is lost, neither as input nor as target: the last position of a row predicts the first
+    token of the next. A part of a sample sees itself alone, and its positions count from 0.
     """
 
     public_name: ClassVar[str] = "concat"

@@ -19,7 +19,8 @@ Spans = list[tuple[str, bool]]
 def spans(ids_S: np.ndarray, trained_S: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Spans:
     """Returns the decoded stretches of a sample. A first token never carries loss: nothing comes before it.
 
-    A stretch is what decoding gains by it, since sentencepiece tokenizers leave out a blank at the start of a text.
+    A stretch is what decoding gains by it, since sentencepiece tokenizers leave out a blank at the start of a
+    text.
     """
     trained_S = np.array(trained_S)
     trained_S[:1] = False
@@ -29,7 +30,9 @@ def spans(ids_S: np.ndarray, trained_S: np.ndarray, tokenizer: PreTrainedTokeniz
     for start, stop in pairwise(borders):
         text = _decoded(ids_S[:stop], tokenizer)
         # Bytes of one character on both sides of a border decode to another character than alone.
-        gained = text.removeprefix(before) if text.startswith(before) else _decoded(ids_S[start:stop], tokenizer)
+        gained = (
+            text.removeprefix(before) if text.startswith(before) else _decoded(ids_S[start:stop], tokenizer)
+        )
         found.append((gained, bool(trained_S[start])))
         before = text
     return found
@@ -45,4 +48,6 @@ def chosen(samples: Samples, per_task: int) -> list[int]:
 
 
 def _decoded(ids_S: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode(ids_S.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(
+        tokenizer.decode(ids_S.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )

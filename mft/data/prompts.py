@@ -33,7 +33,9 @@ def read_prompts(path: Path) -> list[Prompt]:
             raise UserError(f"train.prompts: {path}:{number}: is not UTF-8: {where}.") from error
         except (ValueError, RecursionError) as error:
             shown = shortened(line.decode(errors="replace"))
-            raise UserError(f"train.prompts: {path}:{number}: is not a chatML row ({error}): {shown}") from error
+            raise UserError(
+                f"train.prompts: {path}:{number}: is not a chatML row ({error}): {shown}"
+            ) from error
         expected = turns.pop()["content"] if turns[-1]["role"] == "assistant" else ""
         prompts.append(Prompt(str(row.get("data_name", "")), turns, expected))
     if not prompts:

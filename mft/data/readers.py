@@ -38,10 +38,11 @@ def stem(path: Path) -> str:
 class Rows:
     """The rows of files in order: iterating yields (file, line number from 1, parsed row).
 
-    Where a line is not valid JSON in UTF-8 the third is the RowError that says so, instead of being raised: the caller
-    decides whether to stop. Blank lines are no rows; a byte order mark and CRLF line ends are accepted. In Parquet
-    files, data sets and JSON arrays the line is the number of the row. Raises UserError for a file that cannot be read
-    to its end, and for one of another kind (UTF-16, CSV, gzip without its ending …), with what to do.
+    Where a line is not valid JSON in UTF-8 the third is the RowError that says so, instead of being raised:
+    the caller decides whether to stop. Blank lines are no rows; a byte order mark and CRLF line ends are
+    accepted. In Parquet files, data sets and JSON arrays the line is the number of the row. Raises UserError
+    for a file that cannot be read to its end, and for one of another kind (UTF-16, CSV, gzip without its
+    ending …), with what to do.
 
     total, done: bytes of all files, and those read so far (as they lie on disk).
     """
@@ -56,7 +57,9 @@ class Rows:
         for file in self.files:
             try:
                 if hub.is_name(file):
-                    yield from ((file, number, row) for number, row in enumerate(hub.load(str(file)), start=1))
+                    yield from (
+                        (file, number, row) for number, row in enumerate(hub.load(str(file)), start=1)
+                    )
                     continue
                 size = file.stat().st_size
                 if file.name.lower().endswith(".parquet"):
@@ -124,7 +127,9 @@ def _row(batch: Any, i: int) -> dict[str, Any] | RowError:
         try:
             row[name] = column[i].as_py()
         except (ValueError, OverflowError) as error:
-            return RowError(name, f"holds a value that cannot be read: {error}", text=repr(row)[:SHOWN_CHARACTERS])
+            return RowError(
+                name, f"holds a value that cannot be read: {error}", text=repr(row)[:SHOWN_CHARACTERS]
+            )
     return row
 
 
@@ -136,7 +141,8 @@ def row_text(row: Any) -> str:
 
 
 class _Zst(io.RawIOBase):
-    """Decompressed bytes of a .zst file. Unlike zstandard's own reader it does not take a cut file for a short one."""
+    """Decompressed bytes of a .zst file. Unlike zstandard's own reader it does not take a cut file for a
+    short one."""
 
     def __init__(self, raw: IO[bytes]):
         import zstandard
@@ -183,14 +189,20 @@ def _parsed(line: bytes, file: Path, number: int) -> Any:
     try:
         return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        problem = f"is not UTF-8: byte {line[error.start : error.start + 1]!r} at byte {error.start} of the line"
+        problem = (
+            f"is not UTF-8: byte {line[error.start : error.start + 1]!r} at byte {error.start} of the line"
+        )
     except json.JSONDecodeError as error:
         around = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
         problem = f"is not JSON: {error.msg} at character {error.pos}, near {around!r}"
         if number == 1 and error.doc.strip()[:1] == "{":
-            problem += f"; if objects of this file go over several lines: jq -c . {file.name} > {file.name}.jsonl"
+            problem += (
+                f"; if objects of this file go over several lines: jq -c . {file.name} > {file.name}.jsonl"
+            )
     except RecursionError:
         problem = "is not usable: its JSON is nested too deeply"
     except ValueError as error:  # a key that comes twice, an integer of more digits than Python converts
         problem = f"is not usable: {error}"
-    return RowError("", problem, file, number, line[:SHOWN_CHARACTERS].decode("utf-8", "replace").rstrip("\r\n"))
+    return RowError(
+        "", problem, file, number, line[:SHOWN_CHARACTERS].decode("utf-8", "replace").rstrip("\r\n")
+    )

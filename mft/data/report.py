@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 def as_json(stores: Sequence[Store], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns each task's report (see Store), lengths in tokens (mean, p50, p95, max), files held out by name."""
+    """Returns each task's report (see Store), lengths in tokens (mean, p50, p95, max), files held out by
+    name."""
     return {
         name: store.report | {"length": _lengths(store), "held_out_files": store.held_out_files()}
         for store, name in zip(stores, names, strict=True)
@@ -33,7 +34,8 @@ def as_json(stores: Sequence[Store], names: Sequence[str]) -> dict[str, dict[str
 def tables(stores: Sequence[Store], names: Sequence[str]) -> list[Table]:
     """Returns the account in rows and in tokens, each with a line for each task and one for all of them.
 
-    rows = kept + dropped in every line. Both fit into 80 columns: two tables, and names and reasons go on below.
+    rows = kept + dropped in every line. Both fit into 80 columns: two tables, and names and reasons go on
+    below.
     """
     reports = [store.report for store in stores]
     splits = [name for name in SPLITS if name != "test" or any(report["splits"][name] for report in reports)]
@@ -57,12 +59,14 @@ def tables(stores: Sequence[Store], names: Sequence[str]) -> list[Table]:
 
 
 def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
-    """Returns what a table has no room for: fields that are not read, files held out by name, duplicates, and rows that
-    other programs would encode to other ids."""
+    """Returns what a table has no room for: fields that are not read, files held out by name, duplicates, and
+    rows that other programs would encode to other ids."""
     found = unread_notes(stores, names)
     for store, name in zip(stores, names, strict=True):
         if files := store.held_out_files():
-            listed = [f"{_printable(Path(f['file']).name)} ({f['split']}, {f['rows']:,} rows)" for f in files[:6]]
+            listed = [
+                f"{_printable(Path(f['file']).name)} ({f['split']}, {f['rows']:,} rows)" for f in files[:6]
+            ]
             more = f" and {len(files) - 6} more (data.json)" if len(files) > 6 else ""
             found.append(f"{name}: held out, never trained: {', '.join(listed)}{more}")
         kept = {
@@ -75,18 +79,23 @@ def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
             counted = ", ".join(f"{n:,} rows {said[reason]}" for reason, n in kept.items())
             found.append(f"{name}: {counted} (data.duplicates=drop leaves them out)")
         if n := store.report["empty_thoughts"]:
-            found.append(f"{name}: the template puts an empty thought before {n:,} answers; it carries no loss")
+            found.append(
+                f"{name}: the template puts an empty thought before {n:,} answers; it carries no loss"
+            )
     return found
 
 
 def unread_notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
-    """Returns a line for each task with fields that its format does not read, and one for the labels of all tasks."""
+    """Returns a line for each task with fields that its format does not read, and one for the labels of all
+    tasks."""
     found: list[str] = []
     labels: Counter[str] = Counter()
     for store, name in zip(stores, names, strict=True):
         counts = store.report["unread"]
         if counts is None:
-            found.append(f"{name}: its format does not say which fields of a row it leaves unread (Format.unread)")
+            found.append(
+                f"{name}: its format does not say which fields of a row it leaves unread (Format.unread)"
+            )
             continue
         lessons, named = split_labels(counts)
         labels.update(named)
@@ -94,11 +103,14 @@ def unread_notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
             found.append(f"{name}: not read: {_listed(lessons)}")
         if loss := [field for field in lessons if field in SAYS_LOSS]:
             found.append(
-                f"{name}: {', '.join(loss)} may say what carries loss, but is not read there: all answers of these "
+                f"{name}: {', '.join(loss)} may say what carries loss, but is not read there: all answers "
+                f"of these "
                 'rows are trained unless a turn says "train": false'
             )
         if n := store.report["answers_without_loss"]:
-            found.append(f"{name}: {n:,} answers carry no loss, as their rows ask (train, weight or loss_mask)")
+            found.append(
+                f"{name}: {n:,} answers carry no loss, as their rows ask (train, weight or loss_mask)"
+            )
     if labels:
         found.append(f"labels that are not read: {_listed(dict(labels.most_common()))}")
     return found
@@ -115,7 +127,8 @@ def _printable(field: str) -> str:
 
 
 def write_dropped(path: Path, stores: Sequence[Store], names: Sequence[str]) -> None:
-    """Writes every row that became no sample, one JSON object each: task, file, line, field, reason, problem, row."""
+    """Writes every row that became no sample, one JSON object each: task, file, line, field, reason, problem,
+    row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for store, name in zip(stores, names, strict=True):

@@ -1,4 +1,5 @@
-"""Which samples come next: a function of (seed, epoch, position) that knows no rank; and how ranks share a step."""
+"""Which samples come next: a function of (seed, epoch, position) that knows no rank; and how ranks share a
+step."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ T = TypeVar("T")
 class Sampler:
     """The rows of each optimizer step, for the whole world.
 
-    The samples of an epoch come in an order in which every task is spaced evenly (`Streams`), cut into windows of at
-    least as many samples as the row builder wants (one where there are fewer). A window is made into rows, which are
-    put in an order of their own, because a row builder's runs from long samples to short ones. The state is (epoch,
-    position), position = rows of the epoch already handed out.
+    The samples of an epoch come in an order in which every task is spaced evenly (`Streams`), cut into
+    windows of at least as many samples as the row builder wants (one where there are fewer). A window is made
+    into rows, which are put in an order of their own, because a row builder's runs from long samples to short
+    ones. The state is (epoch, position), position = rows of the epoch already handed out.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class Sampler:
         window: int = 4096,
         count_K: Sequence[float] | np.ndarray | None = None,
     ):
-        """rows_per_step: rows of one optimizer step, over all ranks and micro-batches. count_K: samples of each task
-        in an epoch, None = each sample once. Raises UserError where there are no samples."""
+        """rows_per_step: rows of one optimizer step, over all ranks and micro-batches. count_K: samples of
+        each task in an epoch, None = each sample once. Raises UserError where there are no samples."""
         if not len(samples):
-            raise UserError("data.split: no sample is left for training; give train a larger part, e.g. [95,5,0]")
+            raise UserError(
+                "data.split: no sample is left for training; give train a larger part, e.g. [95,5,0]"
+            )
         if seed < 0:
             raise UserError(f"train.seed: {seed} is negative; allowed: 0 or more")
         self.samples, self.builder, self.seq_length = samples, rows, seq_length
@@ -47,7 +50,8 @@ class Sampler:
         self._rows_of_windows: dict[int, list[int]] = {}
 
     def rows_in_epoch(self, epoch: int) -> int:
-        """Returns the number of rows of an epoch; under packing it may differ by a few from epoch to epoch."""
+        """Returns the number of rows of an epoch; under packing it may differ by a few from epoch to
+        epoch."""
         return sum(self._counts(epoch))
 
     def steps_in_epoch(self, epoch: int) -> int:
@@ -55,10 +59,11 @@ class Sampler:
         return -(-self.rows_in_epoch(epoch) // self.rows_per_step)
 
     def steps(self, epoch: int = 0, position: int = 0) -> Iterator[tuple[list[Row], tuple[int, int]]]:
-        """Yields (rows, (epoch, position) after them), `rows_per_step` rows each, epoch after epoch without end.
+        """Yields (rows, (epoch, position) after them), `rows_per_step` rows each, epoch after epoch without
+        end.
 
-        Starting from a yielded (epoch, position) continues with the very next step. A step never spans two epochs: the
-        last one of an epoch is filled with empty rows, and the state after it is (epoch + 1, 0).
+        Starting from a yielded (epoch, position) continues with the very next step. A step never spans two
+        epochs: the last one of an epoch is filled with empty rows, and the state after it is (epoch + 1, 0).
         """
         while True:
             waiting: list[Row] = []
@@ -92,13 +97,16 @@ class Sampler:
         return np.split(order_N, range(size, len(order_N) - size + 1, size))
 
     def _rows(self, epoch: int, number: int, part: np.ndarray) -> list[Row]:
-        """Returns the rows of a window in their order: each task is spaced evenly over it, by its rarest sample."""
+        """Returns the rows of a window in their order: each task is spaced evenly over it, by its rarest
+        sample."""
         lengths = self.samples.lengths_N[part]
         tasks = self.samples.task_N[part]
         groups = self.builder.groups(self.builder.rows(lengths, self.seq_length), lengths)
         frequency_K = np.bincount(tasks)
         rarity, task_of = np.argsort(np.argsort(frequency_K, kind="stable")).tolist(), tasks.tolist()
-        label_G = np.array([min(rarity[task_of[_number(i)]] for row in group for i in row) for group in groups])
+        label_G = np.array(
+            [min(rarity[task_of[_number(i)]] for row in group for i in row) for group in groups]
+        )
         order_G = spaced(label_G, np.random.default_rng([self.seed, 2, epoch, number]))
         return _renumbered([row for g in order_G for row in groups[g]], part)
 
@@ -122,13 +130,16 @@ def deal(
 ) -> list[list[T]]:
     """Returns the micro-batches of one rank: `accumulation` lists of equally many rows.
 
-    Over all ranks and micro-batches every row is dealt exactly once; len(rows) is a multiple of world × accumulation.
-    Rows go round like cards, so that the empty rows of an incomplete step spread over the ranks. Where the length of a
-    row is given, those of similar length meet: the longest micro-batches come first (what does not fit into memory
-    shows at once), and those that the ranks work on at the same time are neighbours.
+    Over all ranks and micro-batches every row is dealt exactly once; len(rows) is a multiple of world ×
+    accumulation. Rows go round like cards, so that the empty rows of an incomplete step spread over the
+    ranks. Where the length of a row is given, those of similar length meet: the longest micro-batches come
+    first (what does not fit into memory shows at once), and those that the ranks work on at the same time are
+    neighbours.
     """
     hands = world * accumulation
-    assert len(rows) % hands == 0, f"{len(rows)} rows do not divide into {world} ranks × {accumulation} micro-batches"
+    assert len(rows) % hands == 0, (
+        f"{len(rows)} rows do not divide into {world} ranks × {accumulation} micro-batches"
+    )
     if length is None:
         return [rows[micro * world + rank :: hands] for micro in range(accumulation)]
     ordered, size = sorted(rows, key=length, reverse=True), len(rows) // hands
@@ -136,7 +147,8 @@ def deal(
 
 
 def spread(samples: Samples, per_task: int) -> np.ndarray:
-    """Returns the numbers of at most `per_task` samples of each task (0 or less: all), evenly spaced over its files.
+    """Returns the numbers of at most `per_task` samples of each task (0 or less: all), evenly spaced over its
+    files.
 
     Evenly, because files are often sorted: the first ones would stand for one source only.
     """
@@ -169,7 +181,8 @@ def eval_batches(
     world: int = 1,
     window: int = 4096,
 ) -> list[list[Row]]:
-    """Returns the micro-batches of one rank over the samples of these numbers, at most `per_device` rows each.
+    """Returns the micro-batches of one rank over the samples of these numbers, at most `per_device` rows
+    each.
 
     Every rank gets equally many (collective backends need that), the last ones filled with empty rows.
     """

@@ -1,8 +1,9 @@
 """Bounds for chat templates from outside: passes of loops and calls, characters, and time of one rendering.
 
-transformers renders chat templates in Jinja's sandbox, which keeps them from the machine but lets them run and grow for
-ever. `bound` puts an environment in its place that counts: every loop, call, filter, operator and output goes through a
-method here and pays for what it does, before it does it where the result could be huge.
+transformers renders chat templates in Jinja's sandbox, which keeps them from the machine but lets them run
+and grow for ever. `bound` puts an environment in its place that counts: every loop, call, filter, operator
+and output goes through a method here and pays for what it does, before it does it where the result could be
+huge.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 PASSES = 1_000_000
-"""Passes of loops, calls, filters and operators in one rendering; a long conversation takes some thousands."""
+"""Passes of loops, calls, filters and operators in one rendering; a long conversation takes some
+thousands."""
 CHARACTERS, PER_CHARACTER = 20_000_000, 100
 """Characters that one rendering may make on the way, and how many more for each one that it is given."""
 SECONDS = 10.0
@@ -41,7 +43,8 @@ class Budget:
     """What one rendering may still take."""
 
     def __init__(self, messages: Any):
-        """messages: what the template is given; counted once the characters run short, which they hardly ever do."""
+        """messages: what the template is given; counted once the characters run short, which they hardly ever
+        do."""
         self.passes, self.characters, self.messages = PASSES, CHARACTERS, messages
         self.until = time.monotonic() + SECONDS
 
@@ -55,7 +58,12 @@ class Budget:
     def judge(self) -> None:
         """Raises TooMuch where more was spent than there was."""
         if self.characters < 0 and self.messages:
-            given = [value for message in self.messages if isinstance(message, Mapping) for value in message.values()]
+            given = [
+                value
+                for message in self.messages
+                if isinstance(message, Mapping)
+                for value in message.values()
+            ]
             self.characters, self.messages = self.characters + PER_CHARACTER * sum(map(_size, given)), ()
         if self.passes < 0:
             raise TooMuch(f"it takes more than {PASSES:,} passes of loops and calls for one conversation")
@@ -112,7 +120,13 @@ class Bounded(ImmutableSandboxedEnvironment):
         __self.budget.spend(1, __self.text if isinstance(__obj, Macro) else 0)
         if args or kwargs:
             method = getattr(__obj, "__wrapped__", __obj)
-            _grow(__self.budget, getattr(method, "__name__", ""), getattr(method, "__self__", None), args, kwargs)
+            _grow(
+                __self.budget,
+                getattr(method, "__name__", ""),
+                getattr(method, "__self__", None),
+                args,
+                kwargs,
+            )
         result = super().call(__context, __obj, *args, **kwargs)
         __self.budget.spend(0, _size(result))
         return result
@@ -246,7 +260,9 @@ def _grow(budget: Budget, name: str, value: Any, args: Sequence[Any], kwargs: Ma
         if isinstance(number, int) and abs(number) > LARGEST:
             raise TooMuch(f"it gives {name or 'a function'} a number of more than {LARGEST:,}")
     if name == "join":
-        items, separator = (value, given[:1]) if not isinstance(value, str) or not given else (given[0], [value])
+        items, separator = (
+            (value, given[:1]) if not isinstance(value, str) or not given else (given[0], [value])
+        )
         budget.spend(0, _size(items) * sum(map(_size, separator)))
     elif name == "replace" and len(given) > 1:
         budget.spend(0, (_size(value) // max(1, _size(given[0])) + 1) * _size(given[1]))

@@ -12,7 +12,8 @@ from mft.errors import UserError, check_ranges, ranged, shortened
 
 
 class LongSamples(str, Enum):  # noqa: UP042  (values come back from yaml as plain strings; str keeps them equal)
-    """What happens to a sample of more than `seq_length` tokens; in every case it is counted in the report."""
+    """What happens to a sample of more than `seq_length` tokens; in every case it is counted in the
+    report."""
 
     drop = "drop"
     truncate_left = "truncate_left"
@@ -44,7 +45,8 @@ class PadTo(str, Enum):  # noqa: UP042
 
 
 class Mixture(str, Enum):  # noqa: UP042
-    """How often tasks come: each sample once an epoch, by `task.<name>.share`, or by their size to 1 / temperature."""
+    """How often tasks come: each sample once an epoch, by `task.<name>.share`, or by their size to 1 /
+    temperature."""
 
     natural = "natural"
     shares = "shares"
@@ -60,14 +62,16 @@ class MixtureBy(str, Enum):  # noqa: UP042
 
 @dataclass
 class DataSettings:
-    """How rows become samples, and samples the rows of a step. conf/data/base.yaml says how to choose each value."""
+    """How rows become samples, and samples the rows of a step. conf/data/base.yaml says how to choose each
+    value."""
 
     paths: list[str] = field(default_factory=list)
     """Folders, files or hub data sets, each a task of its own beside those of the config group `task`."""
     template: str = "mft"
     """How a conversation is written: mft, mftcoder, tokenizer (its own chat template), or a file *.jinja."""
     role_markers: Any = None
-    """Role → marker, in place of the template's own. (A typed dict takes no new key from the command line.)"""
+    """Role → marker, in place of the template's own. (A typed dict takes no new key from the command
+    line.)"""
     seq_length: int = ranged(1024, min=2, max=2**31 - 1)
     """Tokens of the longest sample, and of a row under data=pack and data=concat."""
     long_samples: LongSamples = LongSamples.drop
@@ -107,6 +111,7 @@ class DataSettings:
         parts = list(self.split)
         if len(parts) != 3 or any(not math.isfinite(p) or p < 0 for p in parts) or sum(parts) <= 0:
             raise UserError(
-                f"data.split={shortened(parts)} must be three proportions for train, valid and test, none negative and "
+                f"data.split={shortened(parts)} must be three proportions for train, valid and test, none "
+                f"negative and "
                 "not all zero, e.g. [95,5,0]"
             )

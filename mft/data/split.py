@@ -1,7 +1,7 @@
 """Which samples are for training, validation and test.
 
-Decided by content, so that adding rows never moves old ones; or by the name of a file or folder, as data sets of the
-hub are laid out: test-00000-of-00002.jsonl.
+Decided by content, so that adding rows never moves old ones; or by the name of a file or folder, as data sets
+of the hub are laid out: test-00000-of-00002.jsonl.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ SPLITS = ("train", "valid", "test")
 
 
 def digest_of(messages: Sequence[Message]) -> int:
-    """Returns a hash of 64 bits over roles and contents: the same for equal conversations, whatever their file, task,
-    format or other fields."""
+    """Returns a hash of 64 bits over roles and contents: the same for equal conversations, whatever their
+    file, task, format or other fields."""
     digest = xxhash.xxh3_64()
     for message in messages:
         digest.update(f"{message.role}\0{message.content}\0".encode())
@@ -28,15 +28,17 @@ def digest_of(messages: Sequence[Message]) -> int:
 
 
 def split_of(digest: int, proportions: Sequence[float]) -> int:
-    """Returns the index in SPLITS for a conversation of this digest, so that a duplicate of a training row never
-    validates it."""
+    """Returns the index in SPLITS for a conversation of this digest, so that a duplicate of a training row
+    never validates it."""
     point = digest / 2**64 * sum(proportions)
     border = 0.0
     for index, proportion in enumerate(proportions):
         border += proportion
         if point < border:
             return index
-    return max(index for index, proportion in enumerate(proportions) if proportion > 0)  # the sum's last rounding
+    return max(
+        index for index, proportion in enumerate(proportions) if proportion > 0
+    )  # the sum's last rounding
 
 
 KEYWORDS = {
@@ -50,10 +52,11 @@ WORD = re.compile(r"[^-._ 0-9]+")  # what the hub's convention takes for the bor
 
 
 def split_named(path: PurePath) -> str:
-    """Returns the split that a path inside a task's folder names: valid, test, or "" for train and where it names none.
+    """Returns the split that a path inside a task's folder names: valid, test, or "" for train and where it
+    names none.
 
-    The name of the file decides, then that of the nearest folder that names one. Raises UserError for a name that names
-    several, since such rows must not be trained by chance.
+    The name of the file decides, then that of the nearest folder that names one. Raises UserError for a name
+    that names several, since such rows must not be trained by chance.
     """
     for part in reversed(path.parts):
         splits = {KEYWORDS[word] for word in WORD.findall(part.lower()) if word in KEYWORDS}

@@ -1,4 +1,5 @@
-"""A task: a name, the files of its rows, what a row means, its weight in the loss and its share of the mixture."""
+"""A task: a name, the files of its rows, what a row means, its weight in the loss and its share of the
+mixture."""
 
 from __future__ import annotations
 
@@ -33,12 +34,12 @@ _ENDINGS = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
 class Task:
     """One of the tasks that are learned together.
 
-    name: its name in reports and metrics; "" = its key under `task`. paths: folders (searched for data files, also
-    below), files, or names of hub data sets. In a folder, files that are named for validation or test are not trained
-    (see `splitnames`); a file that is given itself is not judged by its name. valid: the same for rows that only
-    validate, whatever their names. weight: weight in the loss. share: part of the mixture under data.mixture=shares,
-    relative to the other tasks; None = 1. format: a Format, or the name of one of conf/format. hint: what to do when a
-    path is missing.
+    name: its name in reports and metrics; "" = its key under `task`. paths: folders (searched for data files,
+    also below), files, or names of hub data sets. In a folder, files that are named for validation or test
+    are not trained (see `splitnames`); a file that is given itself is not judged by its name. valid: the same
+    for rows that only validate, whatever their names. weight: weight in the loss. share: part of the mixture
+    under data.mixture=shares, relative to the other tasks; None = 1. format: a Format, or the name of one of
+    conf/format. hint: what to do when a path is missing.
     """
 
     public_name: ClassVar[str] = "task"
@@ -60,22 +61,28 @@ class Task:
             raise UserError(f"task.{name}.weight={self.weight} must be at least 0 and finite.")
         if not name.isprintable() or len(name) > NAME_CHARACTERS:
             raise UserError(
-                f"task.{name[:40]!r}.name: must be at most {NAME_CHARACTERS} printable characters; metrics are named "
+                f"task.{name[:40]!r}.name: must be at most {NAME_CHARACTERS} printable characters; metrics "
+                f"are named "
                 "after it."
             )
         for key in ("paths", "valid"):
             if not all(path and isinstance(path, str) for path in getattr(self, key)):
-                raise UserError(f"task.{name}.{key}={getattr(self, key)}: every entry must be the text of a path.")
+                raise UserError(
+                    f"task.{name}.{key}={getattr(self, key)}: every entry must be the text of a path."
+                )
         return replace(self, name=name, format=_format(self.format, f"task.{name}.format"))
 
     def files(self) -> list[Path]:
-        """Returns the files of `paths` and then those of `valid`: in the given order, the files of a folder sorted.
+        """Returns the files of `paths` and then those of `valid`: in the given order, the files of a folder
+        sorted.
 
-        A hub data set is one file, named as it was given. Raises UserError for a missing path (with the nearest
-        existing name beside it), a folder without a data file, a file named twice.
+        A hub data set is one file, named as it was given. Raises UserError for a missing path (with the
+        nearest existing name beside it), a folder without a data file, a file named twice.
         """
         if not self.paths:
-            raise UserError(f"{self._at('paths')}: is empty; allowed: folders with {_ENDINGS} files, or such files")
+            raise UserError(
+                f"{self._at('paths')}: is empty; allowed: folders with {_ENDINGS} files, or such files"
+            )
         files = [file for file, _ in self._listing]
         seen: set[str] = set()
         for file in files:
@@ -86,7 +93,8 @@ class Task:
         return files
 
     def splits(self) -> list[str]:
-        """Returns what each of `files()` is for: valid, test, or "" (it trains, but for what data.split takes of it).
+        """Returns what each of `files()` is for: valid, test, or "" (it trains, but for what data.split takes
+        of it).
 
         Raises UserError where none trains.
         """
@@ -94,7 +102,8 @@ class Task:
         if all(split for _, split in files):
             names = ", ".join(file.name for file, _ in files[:3])
             raise UserError(
-                f"{self._at('paths')}: no file to train on: by their names all are for validation or test ({names}); "
+                f"{self._at('paths')}: no file to train on: by their names all are for validation or test "
+                f"({names}); "
                 "to train on such files give the files themselves, not their folder."
             )
         return [split for _, split in files]
@@ -106,7 +115,8 @@ class Task:
         return splits[: len(splits) - validate] + [""] * validate
 
     def proportions(self, split: Sequence[float]) -> list[float]:
-        """Returns data.split for the files that train: a split with files of its own takes no part of them."""
+        """Returns data.split for the files that train: a split with files of its own takes no part of
+        them."""
         train, valid, test = split
         own = set(self.splits())
         moved = (valid if "valid" in own else 0.0) + (test if "test" in own else 0.0)
@@ -117,10 +127,11 @@ class Task:
         return Rows(self.files())
 
     def check_rows(self, stops: bool) -> None:
-        """Reads the first rows of every file of text, so that what is wrong with all of them is known before a run.
+        """Reads the first rows of every file of text, so that what is wrong with all of them is known before
+        a run.
 
-        stops: whether a bad row ends the run. Raises UserError for a file of another kind than its name says, where no
-        format fits, and where `stops` RowError for the first bad row.
+        stops: whether a bad row ends the run. Raises UserError for a file of another kind than its name says,
+        where no format fits, and where `stops` RowError for the first bad row.
         """
         row_format = None if isinstance(self.format, Auto) else self.format
         for file in self.files():
@@ -145,9 +156,11 @@ class Task:
                 raise UserError(f"task.{self.name}: {misread('', objects[0]) or no_format(list(objects[0]))}")
 
     def find_format(self) -> tuple[str, Format]:
-        """Returns the name of the format and the format, which Auto finds by the task's first recognisable row.
+        """Returns the name of the format and the format, which Auto finds by the task's first recognisable
+        row.
 
-        Raises UserError where no row fits any; a task without a single object is left to the account of its rows.
+        Raises UserError where no row fits any; a task without a single object is left to the account of its
+        rows.
         """
         if not isinstance(self.format, Auto):
             return self.format.describe(), self.format
@@ -168,7 +181,8 @@ class Task:
         return found
 
     def fingerprint(self, cache_dir: str | os.PathLike[str]) -> str:
-        """Returns a hash of the contents of all files in order and the splits they are for, not of names and places."""
+        """Returns a hash of the contents of all files in order and the splits they are for, not of names and
+        places."""
         files = self.files()
         digests = iter(file_digests([file for file in files if not hub.is_name(file)], Path(cache_dir)))
         parts = [hub.digest(str(file)) if hub.is_name(file) else next(digests) for file in files]
@@ -182,7 +196,8 @@ class Task:
 
     @cached_property
     def _listing(self) -> list[tuple[Path, str]]:
-        """The files of `paths` with the splits that they are named for, and then those of `valid`; looked up once.
+        """The files of `paths` with the splits that they are named for, and then those of `valid`; looked up
+        once.
 
         A file that is named for a split in a folder of `paths` and given in `valid` as well is of `valid`.
         """
@@ -192,7 +207,9 @@ class Task:
         for path in self.paths:
             folder = Path(path).expanduser()
             files = self._files_of(path, "paths")
-            found += [(file, "" if file == folder else split_named(file.relative_to(folder))) for file in files]
+            found += [
+                (file, "" if file == folder else split_named(file.relative_to(folder))) for file in files
+            ]
         kept = [(file, split) for file, split in found if not split or os.path.realpath(file) not in given]
         return kept + [(file, "valid") for file in validate]
 
@@ -223,7 +240,9 @@ class Task:
             found = f" (it holds: {', '.join(sorted(others)[:8])})" if others else " (it is empty)"
             if ".json" in others:
                 found += "; a .json file with an array of rows is read where it is given itself"
-            raise UserError(f"{self._at(key)}: no {_ENDINGS} file in the folder {path}{found}{self._advice()}")
+            raise UserError(
+                f"{self._at(key)}: no {_ENDINGS} file in the folder {path}{found}{self._advice()}"
+            )
         return sorted(files)
 
     def _unreadable(self, error: OSError) -> None:
@@ -246,7 +265,8 @@ class FolderTask(Task):
 
 
 def all_tasks(chosen: Mapping[str, Task], paths: Sequence[str]) -> list[Task]:
-    """Returns the chosen tasks, named after their keys where they have no name, and after them one for each of `paths`.
+    """Returns the chosen tasks, named after their keys where they have no name, and after them one for each
+    of `paths`.
 
     Raises UserError where two tasks would have the same name, or where there is none at all.
     """
@@ -254,19 +274,23 @@ def all_tasks(chosen: Mapping[str, Task], paths: Sequence[str]) -> list[Task]:
     for key, task in chosen.items():
         name = task.name or key
         if name in tasks:
-            raise UserError(f"task.{key}.name: {name!r} is already the name of another chosen task; names must differ")
+            raise UserError(
+                f"task.{key}.name: {name!r} is already the name of another chosen task; names must differ"
+            )
         tasks[name] = task.named(name)
     tasks |= {task.name: task.named(task.name) for task in tasks_from_paths(paths, list(tasks.values()))}
     if not tasks:
         raise UserError(
-            "task: no task is chosen; choose some of conf/task, e.g. 'task=[docstring,completion]', or give folders "
+            "task: no task is chosen; choose some of conf/task, e.g. 'task=[docstring,completion]', or "
+            "give folders "
             "of JSONL files with 'data.paths=[folder1,folder2]'"
         )
     return list(tasks.values())
 
 
 def tasks_from_paths(paths: Sequence[str], taken: Sequence[Task], format: Format | None = None) -> list[Task]:
-    """Returns a task for each folder, file or data set of `data.paths`, named after it (a file without its suffixes).
+    """Returns a task for each folder, file or data set of `data.paths`, named after it (a file without its
+    suffixes).
 
     taken: the tasks there already are. Raises UserError with both origins where a name comes twice.
     """
@@ -277,7 +301,8 @@ def tasks_from_paths(paths: Sequence[str], taken: Sequence[Task], format: Format
         name = hub.task_name(path) if hub.is_name(path) else stem(place)
         if name in origins:
             raise UserError(
-                f"data.paths: {path} would be a second task named {name!r}, beside {origins[name]}; rename the folder, "
+                f"data.paths: {path} would be a second task named {name!r}, beside {origins[name]}; rename "
+                f"the folder, "
                 "or choose one of them"
             )
         origins[name] = f"data.paths ({path})"
@@ -286,20 +311,24 @@ def tasks_from_paths(paths: Sequence[str], taken: Sequence[Task], format: Format
 
 
 def _format(given: Any, key: str) -> Format:
-    """Returns a format that is given as one, or by the name of its yaml; raises UserError for anything else."""
+    """Returns a format that is given as one, or by the name of its yaml; raises UserError for anything
+    else."""
     formats = {"auto": Auto(), **KNOWN}
     if isinstance(given, Format):
         return given
     if isinstance(given, str) and given in formats:
         return formats[given]
     raise UserError(
-        f"{key}={shortened(given)}: unknown format{nearest(given, formats) or '.'} Allowed: {', '.join(formats)}, or "
-        "fields of your own names: format: {_target_: mft.data.formats.Pair, prompt: my_question, answer: my_answer}."
+        f"{key}={shortened(given)}: unknown format{nearest(given, formats) or '.'} Allowed: "
+        f"{', '.join(formats)}, or "
+        "fields of your own names: format: {_target_: mft.data.formats.Pair, prompt: my_question, answer: "
+        "my_answer}."
     )
 
 
 def _beside(path: Path) -> str:
-    """Returns the nearest existing name in the folder that would hold the path, or which folder is missing."""
+    """Returns the nearest existing name in the folder that would hold the path, or which folder is
+    missing."""
     parent = path.parent
     if not parent.is_dir():
         return f" (nor does {parent})"

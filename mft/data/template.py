@@ -1,4 +1,5 @@
-"""How a conversation is written down for the model: one text for training, for inference and for other programs."""
+"""How a conversation is written down for the model: one text for training, for inference and for other
+programs."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ KEYS = {"system": "system", "user": "user", "human": "user", "assistant": "assis
 class Segment(NamedTuple):
     """A stretch of the text that is tokenised on its own.
 
-    eos: the end-of-sequence token follows it; thought: it is an empty thought that the template puts before an answer.
+    eos: the end-of-sequence token follows it; thought: it is an empty thought that the template puts before
+    an answer.
     """
 
     text: str
@@ -48,26 +50,35 @@ class Template:
     }
 
     def __init__(self, role_markers: Mapping[str, str] | None = None):
-        """role_markers replaces markers by role (system, user or human, assistant or bot); None keeps them all."""
+        """role_markers replaces markers by role (system, user or human, assistant or bot); None keeps them
+        all."""
         self.markers = dict(self.MARKERS)
         given: dict[str, str] = {}
         for key, marker in (role_markers or {}).items():
             if key not in KEYS:
                 allowed = ", ".join(KEYS)
-                raise UserError(f"data.role_markers: unknown role {key!r}; allowed: {allowed}{nearest(key, KEYS)}")
+                raise UserError(
+                    f"data.role_markers: unknown role {key!r}; allowed: {allowed}{nearest(key, KEYS)}"
+                )
             if not isinstance(marker, str):
-                raise UserError(f"data.role_markers.{key}: {shortened(marker)} is not text; allowed: the marker's text")
+                raise UserError(
+                    f"data.role_markers.{key}: {shortened(marker)} is not text; allowed: the marker's text"
+                )
             role = KEYS[key]
             if role in given:
-                raise UserError(f"data.role_markers: {given[role]} and {key} are the same role; give one of them")
+                raise UserError(
+                    f"data.role_markers: {given[role]} and {key} are the same role; give one of them"
+                )
             given[role] = key
-            self.markers[role] = marker.replace("\\n", "\n")  # Hydra's command line has no escape for a line break
+            self.markers[role] = marker.replace(
+                "\\n", "\n"
+            )  # Hydra's command line has no escape for a line break
 
     def segments(self, messages: Sequence[Message], generation: bool = False) -> list[Segment]:
         """Returns the text in segments, with a border at the start of each bot target and after it.
 
-        A message of the role `text` is a segment of its own, all of it trained, with its end. Tokens never cross a
-        border, so the ids of a prompt are a prefix of the training ids of the same conversation.
+        A message of the role `text` is a segment of its own, all of it trained, with its end. Tokens never
+        cross a border, so the ids of a prompt are a prefix of the training ids of the same conversation.
         generation: the text ends where the next answer is to begin.
         """
         if messages and messages[0].role == "text":
@@ -96,8 +107,8 @@ class Template:
     def jinja(self) -> str:
         """Returns the chat template to save in the tokenizer; it renders the same text.
 
-        It needs `eos_token`, which tokenizers provide, and takes the roles human and bot as well. A comment at its
-        start says what it was made from, by which `of_tokenizer` finds the segments again.
+        It needs `eos_token`, which tokenizers provide, and takes the roles human and bot as well. A comment
+        at its start says what it was made from, by which `of_tokenizer` finds the segments again.
         """
         system, user, bot = (_literal(self.markers[role]) for role in ("system", "user", "assistant"))
         return self._note() + _turns(
@@ -125,9 +136,9 @@ class Template:
 class MftCoder(Template):
     """The template `mftcoder`: what the training code of MFTCoder 0.5 feeds, to the id.
 
-    `<s>system\\n{system}\\n<s>human\\n{input}\\n<s>bot\\n{target}\\n{EOS}\\n`: a line break follows every content, also
-    the target, and carries its loss; narrow and other no-break spaces become blanks. In a pair nothing follows EOS, and
-    the system text is not encoded apart from the question.
+    `<s>system\\n{system}\\n<s>human\\n{input}\\n<s>bot\\n{target}\\n{EOS}\\n`: a line break follows every
+    content, also the target, and carries its loss; narrow and other no-break spaces become blanks. In a pair
+    nothing follows EOS, and the system text is not encoded apart from the question.
     """
 
     NAME = "mftcoder"
@@ -195,5 +206,6 @@ def _blanks(text: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Returns a Jinja string literal; non-ASCII stays as it is, since Jinja does not join JSON's surrogate escapes."""
+    """Returns a Jinja string literal; non-ASCII stays as it is, since Jinja does not join JSON's surrogate
+    escapes."""
     return json.dumps(text, ensure_ascii=False)

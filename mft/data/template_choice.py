@@ -27,8 +27,8 @@ def is_file(name: str) -> bool:
 
 
 def check(name: str, role_markers: Mapping[str, str] | None = None) -> None:
-    """Raises UserError where `data.template` is neither a template's name nor a file that is there, and for markers
-    that it cannot take."""
+    """Raises UserError where `data.template` is neither a template's name nor a file that is there, and for
+    markers that it cannot take."""
     if name in TEMPLATES:
         TEMPLATES[name](role_markers)
     elif is_file(name):
@@ -41,7 +41,9 @@ def check(name: str, role_markers: Mapping[str, str] | None = None) -> None:
             f"{nearest(name, (*TEMPLATES, OWN))}"
         )
     if role_markers and name not in TEMPLATES:
-        raise UserError(f"data.role_markers: does nothing with data.template={name}, which writes its own markers")
+        raise UserError(
+            f"data.role_markers: does nothing with data.template={name}, which writes its own markers"
+        )
 
 
 def named(
@@ -74,7 +76,8 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
         source = source.get("default")
     if not source:
         raise UserError(
-            "data.template=tokenizer: the tokenizer has no chat template; allowed: mft, mftcoder, or a file of yours, "
+            "data.template=tokenizer: the tokenizer has no chat template; allowed: mft, mftcoder, or a "
+            "file of yours, "
             "e.g. data.template=my.jinja"
         )
     if source.startswith(NOTE):
@@ -86,6 +89,7 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
 
 
 def adopt(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-    """Gives the tokenizer the template, to be saved with the checkpoint, and its end of turn as end of sequence."""
+    """Gives the tokenizer the template, to be saved with the checkpoint, and its end of turn as end of
+    sequence."""
     tokenizer.chat_template = template.jinja()
     template.give_end(tokenizer)

@@ -1,4 +1,5 @@
-"""Messages → token ids, the same way for training and for inference, and what becomes of those that are too long."""
+"""Messages → token ids, the same way for training and for inference, and what becomes of those that are too
+long."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ Encoded = tuple[np.ndarray, np.ndarray]
 class Encoder:
     """Encodes conversations segment by segment; the end of sequence enters as its id, not as text.
 
-    No token is added at the start: a template that wants a BOS writes it. A first token may be marked as trained (in
-    plain text every token is), though nothing comes before it to predict it.
+    No token is added at the start: a template that wants a BOS writes it. A first token may be marked as
+    trained (in plain text every token is), though nothing comes before it to predict it.
 
     Raises UserError for a tokenizer without an end-of-sequence token: without it no answer would ever end.
     """
@@ -34,24 +35,29 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template):
         if tokenizer.eos_token_id is None:
             raise UserError(
-                "model.eos_token: the tokenizer has no end-of-sequence token, so answers would never end; name one of "
+                "model.eos_token: the tokenizer has no end-of-sequence token, so answers would never end; "
+                "name one of "
                 "its tokens, e.g. model.eos_token='<|endoftext|>'"
             )
         self.tokenizer = tokenizer
         self.template = template
         self.eos_id = int(tokenizer.eos_token_id)
-        self.vocab_size = max(max(tokenizer.get_vocab().values(), default=0) + 1, len(tokenizer), self.eos_id + 1)
+        self.vocab_size = max(
+            max(tokenizer.get_vocab().values(), default=0) + 1, len(tokenizer), self.eos_id + 1
+        )
 
     @classmethod
     def saved(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        """Returns the encoder with which the model of a saved tokenizer was trained, found by its chat template.
+        """Returns the encoder with which the model of a saved tokenizer was trained, found by its chat
+        template.
 
         Raises UserError for a tokenizer without a chat template, or with one that cannot be trained with.
         """
         return cls(tokenizer, of_tokenizer(tokenizer))
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
-        """Returns the training ids of one conversation (ids_S int32) and which of them carry loss (trained_S bool)."""
+        """Returns the training ids of one conversation (ids_S int32) and which of them carry loss (trained_S
+        bool)."""
         return self.encode_batch([messages])[0]
 
     def encode_batch(self, conversations: Iterable[Sequence[Message]]) -> list[Encoded]:
@@ -59,7 +65,8 @@ class Encoder:
         return self.encode_segments([self.template.segments(messages) for messages in conversations])
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the ids after which the model is to answer: a prefix of the training ids of the same conversation."""
+        """Returns the ids after which the model is to answer: a prefix of the training ids of the same
+        conversation."""
         return self.encode_segments([self.template.segments(messages, generation=True)])[0][0].tolist()
 
     def fingerprint(self) -> str:
@@ -102,7 +109,8 @@ class Encoder:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _backend(self):
-        """Returns the Rust tokenizer without the truncation or padding that an earlier call may have left in it.
+        """Returns the Rust tokenizer without the truncation or padding that an earlier call may have left in
+        it.
 
         Only asked while several threads encode: to change a tokenizer in use is an error.
         """
@@ -115,7 +123,8 @@ class Encoder:
 
 
 class FittedRow(NamedTuple):
-    """The samples of a row, none longer than data.seq_length (unless it is to be kept so); none = it is dropped.
+    """The samples of a row, none longer than data.seq_length (unless it is to be kept so); none = it is
+    dropped.
 
     dropped_rounds: how many of its rounds were left out, because each alone is too long.
     """
@@ -124,7 +133,9 @@ class FittedRow(NamedTuple):
     dropped_rounds: int = 0
 
 
-def fit_to_length(messages: Sequence[Message], encoded: Encoded, encoder: Encoder, settings: DataSettings) -> FittedRow:
+def fit_to_length(
+    messages: Sequence[Message], encoded: Encoded, encoder: Encoder, settings: DataSettings
+) -> FittedRow:
     """Returns what becomes of a row under data.long_samples."""
     ids_S, trained_S = encoded
     limit = settings.seq_length

@@ -40,7 +40,9 @@ def make(cache_dir: Path, progress: Callable[[str], None], model: bool = True) -
     from filelock import FileLock
 
     root = Path(cache_dir).expanduser() / "demo"
-    parts = [("tasks", make_tasks, "five tasks from the source of Python's standard library (about 20 seconds)")]
+    parts = [
+        ("tasks", make_tasks, "five tasks from the source of Python's standard library (about 20 seconds)")
+    ]
     if model:
         parts.append(("model", make_model, "SmolLM2-135M-Instruct out of its GGUF file (about 30 seconds)"))
     if not all(complete(root, name) for name, _, _ in parts):
@@ -71,7 +73,9 @@ def part(root: Path, name: str, fill: Callable[[Path], dict[str, Any]]) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir()
     facts = fill(partial)
-    if (partial / "examples.jsonl").exists():  # beside the tasks, not among them: a task folder is read recursively
+    if (
+        partial / "examples.jsonl"
+    ).exists():  # beside the tasks, not among them: a task folder is read recursively
         os.replace(partial / "examples.jsonl", root / "examples.jsonl")
     shutil.rmtree(root / name, ignore_errors=True)  # of an older format, or not listed
     os.replace(partial, root / name)
@@ -93,7 +97,9 @@ def make_tasks(partial: Path) -> dict[str, Any]:
     root = source.stdlib_root()
     files, tests = source.stdlib_files(root), source.test_files(root)
     if not files:
-        raise UserError(f"{root}: this Python comes without the source of its standard library, the demo's text")
+        raise UserError(
+            f"{root}: this Python comes without the source of its standard library, the demo's text"
+        )
     rows, held_out, left_out = tasks.build(files, tests, root)
     written = {partial / task / "train.jsonl": of_task for task, of_task in rows.items() if of_task}
     for path, of_path in (written | {partial / "examples.jsonl": held_out}).items():

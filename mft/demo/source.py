@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SKIPPED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+    {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+    }
     | {"encodings", "pydoc_data", "lib-dynload", "_vendor", "msilib", "__pycache__", "__phello__"}
 )
 """Not the library itself (installed packages, tests, an IDE, vendored or generated files), or tables only."""
@@ -147,7 +157,9 @@ def definitions(
             yield from definitions(ast.iter_child_nodes(node), owners)
 
 
-def read(lines: list[str], node: Definition, module: str = "", owners: tuple[ast.ClassDef, ...] = ()) -> Function | str:
+def read(
+    lines: list[str], node: Definition, module: str = "", owners: tuple[ast.ClassDef, ...] = ()
+) -> Function | str:
     """Returns one function out of the lines of its file, or the reason why it is unfit."""
     source = "\n".join(lines[_first_line(node) - 1 : node.end_lineno])
     code = textwrap.dedent(source)

@@ -31,8 +31,31 @@ MAX_CHARACTERS = 5_000  # of a row's messages: about 1,700 SmolLM2 tokens at mos
 MASK = "____"
 
 FAMILIAR = (
-    *("bisect", "calendar", "collections", "csv", "datetime", "fractions", "glob", "heapq", "html", "ipaddress"),
-    *("json", "pathlib", "queue", "random", "shlex", "shutil", "statistics", "string", "tempfile", "textwrap", "uuid"),
+    *(
+        "bisect",
+        "calendar",
+        "collections",
+        "csv",
+        "datetime",
+        "fractions",
+        "glob",
+        "heapq",
+        "html",
+        "ipaddress",
+    ),
+    *(
+        "json",
+        "pathlib",
+        "queue",
+        "random",
+        "shlex",
+        "shutil",
+        "statistics",
+        "string",
+        "tempfile",
+        "textwrap",
+        "uuid",
+    ),
 )
 """Subjects that most readers know: the held-out rows come from these where possible."""
 
@@ -217,7 +240,9 @@ def held_out(rows: list[Row]) -> Row:
     """Returns the row to show before and after training: short, from a module people know."""
 
     def order(row: Row) -> tuple[bool, bool, bool, float]:
-        least = 6 if row["data_name"] == "function_name" else 40  # characters of an answer that shows something
+        least = (
+            6 if row["data_name"] == "function_name" else 40
+        )  # characters of an answer that shows something
         short = characters(row) <= 900 and least <= len(row["chat_rounds"][-1]["content"]) <= 400
         public = "._" not in "." + row["source"] and not row["id"].endswith(":doctest")
         return not short, not public, row["source"].split(".")[0] not in FAMILIAR, draw("shown", row["id"])

@@ -84,12 +84,16 @@ class Targets:
             if not used.intersection(member.name for member in members):
                 return None
             members = [member for member in members if member.name in used or member.name == "__init__"]
-            methods = ["\n".join("    " + line if line else "" for line in member.lines) for member in members]
+            methods = [
+                "\n".join("    " + line if line else "" for line in member.lines) for member in members
+            ]
             code = members[0].owner_head + "\n" + "\n\n".join(methods)
         return None if len(code) > MAX_PROMPT_CODE else (code, tuple(member.path for member in members))
 
 
-def from_test_suite(tests: Iterable[Path], functions: Iterable[Function], left_out: Counter[str]) -> list[UnitTest]:
+def from_test_suite(
+    tests: Iterable[Path], functions: Iterable[Function], left_out: Counter[str]
+) -> list[UnitTest]:
     """Returns the test methods of files that stand alone and exercise one of `functions`, each text once."""
     targets = Targets(functions)
     kept: dict[str, UnitTest] = {}
@@ -114,16 +118,23 @@ def _standalone(lines: list[str], node: Definition, imports: Imports, targets: T
     nodes = list(ast.walk(node))
     names = [item.id for item in nodes if isinstance(item, ast.Name)]
     attributes = [item for item in nodes if isinstance(item, ast.Attribute)]
-    of_self = [item.attr for item in attributes if isinstance(item.value, ast.Name) and item.value.id == "self"]
-    if names.count("self") > len(of_self) or not TEST_CASE.issuperset(of_self):  # self handed on, or more than TestCase
+    of_self = [
+        item.attr for item in attributes if isinstance(item.value, ast.Name) and item.value.id == "self"
+    ]
+    if names.count("self") > len(of_self) or not TEST_CASE.issuperset(
+        of_self
+    ):  # self handed on, or more than TestCase
         return None
     stored = [item.id for item in nodes if isinstance(item, ast.Name) and not isinstance(item.ctx, ast.Load)]
     given = [item.arg for item in nodes if isinstance(item, ast.arg)]
-    # Functions, classes, `except … as name` and imports inside the test have a `name`; of `import a.b` it binds a.
+    # Functions, classes, `except … as name` and imports inside the test have a `name`; of `import a.b` it
+    # binds a.
     named: list[Any] = [item for item in nodes if getattr(item, "name", None)]
     bound = [(getattr(item, "asname", None) or item.name).split(".")[0] for item in named]
     free = set(names).difference(stored, given, bound, BUILTINS)
-    if not all(name in imports and imports[name][0].split(".")[0] in sys.stdlib_module_names for name in free):
+    if not all(
+        name in imports and imports[name][0].split(".")[0] in sys.stdlib_module_names for name in free
+    ):
         return None
     method = read(lines, node)
     if isinstance(method, str):

@@ -26,15 +26,20 @@ def accelerator(precision: str, cpu: bool | None, *handlers: Any, **options: Any
     precision = getattr(precision, "value", precision)
     if precision not in PRECISIONS:
         raise UserError(
-            f"train.precision={precision}: choose one of {', '.join(PRECISIONS)}{nearest(precision, PRECISIONS)}"
+            f"train.precision={precision}: choose one of "
+            f"{', '.join(PRECISIONS)}{nearest(precision, PRECISIONS)}"
         )
     if cpu is None:
-        cpu = not torch.cuda.is_available()  # cpu=False on a machine without GPU would be no distribution at all
+        cpu = (
+            not torch.cuda.is_available()
+        )  # cpu=False on a machine without GPU would be no distribution at all
     refuse_fp16(precision, cpu)
     if not cpu and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("train.precision=bf16 is not supported by this GPU; choose fp16 or fp32")
     forget_foreign_settings()
-    return Accelerator(mixed_precision=PRECISIONS[precision], cpu=cpu, kwargs_handlers=list(handlers), **options)
+    return Accelerator(
+        mixed_precision=PRECISIONS[precision], cpu=cpu, kwargs_handlers=list(handlers), **options
+    )
 
 
 def refuse_fp16(precision: str, cpu: bool) -> None:
@@ -61,7 +66,8 @@ def grouped(precision: str, cpu: bool | None, *handlers: Any) -> tuple[Accelerat
 
 
 def forget_foreign_settings() -> None:
-    """Removes accelerate's own settings from the environment, with one warning: they would overrule conf/dist."""
+    """Removes accelerate's own settings from the environment, with one warning: they would overrule
+    conf/dist."""
     foreign = [
         name
         for name in sorted(os.environ)
@@ -70,7 +76,9 @@ def forget_foreign_settings() -> None:
     for name in foreign:
         del os.environ[name]
     if foreign:
-        warnings.warn(f"ignored environment variables, since conf/dist decides: {', '.join(foreign)}", stacklevel=2)
+        warnings.warn(
+            f"ignored environment variables, since conf/dist decides: {', '.join(foreign)}", stacklevel=2
+        )
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""The op that DeepSpeed compiles for CPUs when its first group is made, under a lock that a killed process lets go."""
+"""The op that DeepSpeed compiles for CPUs when its first group is made, under a lock that a killed process
+lets go."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ log = logging.getLogger(__name__)
 def load() -> None:
     """Compiles and loads the op (shared memory among ranks), so that DeepSpeed finds it loaded.
 
-    torch guards a build by a file that is only there or not there. A rank that is killed while it builds leaves it
-    behind, and every later start would silently wait for it forever.
+    torch guards a build by a file that is only there or not there. A rank that is killed while it builds
+    leaves it behind, and every later start would silently wait for it forever.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator

@@ -1,5 +1,5 @@
-"""DeepSpeed's ZeRO as settings: the optimizer and the gradients (`Zero2`), and with `Zero3` the parameters too, divided
-over ranks. What they say becomes DeepSpeed's JSON.
+"""DeepSpeed's ZeRO as settings: the optimizer and the gradients (`Zero2`), and with `Zero3` the parameters
+too, divided over ranks. What they say becomes DeepSpeed's JSON.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         inner = result.get(key)
-        result[key] = merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+        result[key] = (
+            merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+        )
     return result
 
 
@@ -57,7 +59,8 @@ def refuse_decided(config: Mapping[str, Any]) -> None:
 
 
 def refuse_unknown(config: Mapping[str, Any]) -> None:
-    """Raises UserError for a key of `zero_optimization` that DeepSpeed does not have; imports it if there are any."""
+    """Raises UserError for a key of `zero_optimization` that DeepSpeed does not have; imports it if there are
+    any."""
     if not (given := config.get("zero_optimization")):
         return
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -66,11 +69,14 @@ def refuse_unknown(config: Mapping[str, Any]) -> None:
     names = set(known) | {field.alias for field in known.values() if field.alias}
     for key in given:
         if key not in names:
-            raise UserError(f"dist.config.zero_optimization.{key}: DeepSpeed has no such key{nearest(key, names)}")
+            raise UserError(
+                f"dist.config.zero_optimization.{key}: DeepSpeed has no such key{nearest(key, names)}"
+            )
 
 
 def refuse_invalid(config: Mapping[str, Any]) -> None:
-    """Raises UserError for what DeepSpeed cannot read: a key unknown to its zero_optimization, a wrong value."""
+    """Raises UserError for what DeepSpeed cannot read: a key unknown to its zero_optimization, a wrong
+    value."""
     import deepspeed
 
     refuse_unknown(config)
@@ -87,10 +93,11 @@ def start(
     over: Mapping[str, Any],
     gather_on_save: bool = True,
 ) -> DeepSpeedEngine:
-    """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.
+    """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is
+    one.
 
-    zero: makes the zero_optimization part for a machine with or without GPU; over: merged over the whole JSON.
-    Raises UserError when the device cannot do the precision or the group is not what was asked.
+    zero: makes the zero_optimization part for a machine with or without GPU; over: merged over the whole
+    JSON. Raises UserError when the device cannot do the precision or the group is not what was asked.
     """
     accelerator, owns_group = grouped(precision, cpu)
     gpu = accelerator.device.type != "cpu"
@@ -98,7 +105,8 @@ def start(
     if not gpu:
         build_lock.load()
     config: dict[str, Any] = {
-        # one micro-batch a step as DeepSpeed sees it: the engine scales by the whole step, and says when it ends
+        # one micro-batch a step as DeepSpeed sees it: the engine scales by the whole step, and says when it
+        # ends
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "zero_optimization": zero(gpu),
@@ -116,7 +124,8 @@ def start(
 
 @dataclass
 class Zero2(Backend):
-    """DeepSpeed ZeRO stage 2: each rank holds all parameters, and its part of the gradients and of the optimizer."""
+    """DeepSpeed ZeRO stage 2: each rank holds all parameters, and its part of the gradients and of the
+    optimizer."""
 
     public_name: ClassVar[str] = "zero2"
     casts_weights: ClassVar[bool] = True
@@ -136,11 +145,14 @@ class Zero2(Backend):
     """Further keys of DeepSpeed's JSON, merged over ours."""
 
     def check(self) -> None:
-        """Raises UserError for a stage of another class, an odd size, and keys of `config` that a setting decides."""
+        """Raises UserError for a stage of another class, an odd size, and keys of `config` that a setting
+        decides."""
         if self.stage not in (1, 2):
             raise UserError(f"dist.stage={self.stage}: dist=zero2 has stages 1 and 2; stage 3 is dist=zero3")
         if self.allgather_bucket_size % 2:
-            raise UserError(f"dist.allgather_bucket_size={self.allgather_bucket_size}: DeepSpeed wants an even number")
+            raise UserError(
+                f"dist.allgather_bucket_size={self.allgather_bucket_size}: DeepSpeed wants an even number"
+            )
         refuse_decided(self.config or {})
         refuse_unknown(self.config or {})
 
@@ -162,8 +174,8 @@ class Zero2(Backend):
 
 @dataclass
 class Zero3(Backend):
-    """DeepSpeed ZeRO stage 3: each rank holds its part of parameters, gradients and optimizer; layers are gathered
-    while they compute.
+    """DeepSpeed ZeRO stage 3: each rank holds its part of parameters, gradients and optimizer; layers are
+    gathered while they compute.
     """
 
     public_name: ClassVar[str] = "zero3"

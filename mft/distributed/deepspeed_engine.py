@@ -1,7 +1,8 @@
-"""The engine of DeepSpeed's ZeRO: the optimizer, the gradients and, in stage 3, the parameters divided over the ranks.
+"""The engine of DeepSpeed's ZeRO: the optimizer, the gradients and, in stage 3, the parameters divided over
+the ranks.
 
-The DeepSpeed engine is made and driven here: inside accelerate it would update the weights within `backward`, before
-the ranks could agree that the step is finite, and clip at 1.0 where no clipping was asked for.
+The DeepSpeed engine is made and driven here: inside accelerate it would update the weights within `backward`,
+before the ranks could agree that the step is finite, and clip at 1.0 where no clipping was asked for.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedEngine(Engine):
-    """Drives a DeepSpeed engine. Every micro-batch exchanges gradients from stage 2 on: no rank keeps whole ones."""
+    """Drives a DeepSpeed engine. Every micro-batch exchanges gradients from stage 2 on: no rank keeps whole
+    ones."""
 
     kinds = ("MULTI_CPU", "MULTI_GPU")
     wrapper = "DeepSpeedEngine"
     divided = True
 
-    def __init__(self, accelerator: Accelerator, owns_group: bool, config: dict[str, Any], gather_on_save: bool = True):
+    def __init__(
+        self, accelerator: Accelerator, owns_group: bool, config: dict[str, Any], gather_on_save: bool = True
+    ):
         self.stage: int = config["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
         super().__init__(accelerator, owns_group)
@@ -37,7 +41,8 @@ class DeepSpeedEngine(Engine):
         self.sharded = self.stage == 3
 
     def loading(self) -> AbstractContextManager[None]:
-        """Under ZeRO-3 transformers divides every weight while it loads: rank 0 reads it, each rank keeps its part.
+        """Under ZeRO-3 transformers divides every weight while it loads: rank 0 reads it, each rank keeps its
+        part.
 
         A model quantised while loading is divided in `prepare` instead.
         """
@@ -62,7 +67,9 @@ class DeepSpeedEngine(Engine):
 
         self._require_trained(module)
         module.to(self.device)
-        with environment({"LOCAL_RANK": str(self.local_rank)}):  # asked for, though unused; launch=inline has none
+        with environment(
+            {"LOCAL_RANK": str(self.local_rank)}
+        ):  # asked for, though unused; launch=inline has none
             self._module, self._optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=deepcopy(self.config), dist_init_required=False
             )
@@ -82,7 +89,9 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:
             super()._verify_sharding(first)
         elif not hasattr(first, "ds_id"):
-            raise UserError(f"dist={self.name} did not start as configured: the first parameter is not partitioned")
+            raise UserError(
+                f"dist={self.name} did not start as configured: the first parameter is not partitioned"
+            )
 
     def run_as_forward(self, call: Callable[[], T]) -> T:
         """See `Engine.inside`; DeepSpeed holds the parameters in the run's precision."""
@@ -118,7 +127,9 @@ class DeepSpeedEngine(Engine):
         with deepspeed.zero.GatheredParameters(parameters):
             yield
 
-    def full_state(self, module: torch.nn.Module, trainable: bool = False, prefix: str = "") -> dict[str, torch.Tensor]:
+    def full_state(
+        self, module: torch.nn.Module, trainable: bool = False, prefix: str = ""
+    ) -> dict[str, torch.Tensor]:
         """One parameter after the other is gathered; rank 0 copies it to the CPU, the others return nothing.
 
         What is trained comes in fp32, as it is updated, also where it is computed with in half precision.
@@ -133,7 +144,9 @@ class DeepSpeedEngine(Engine):
                 continue
             if id(parameter) not in copies:
                 with self.gathered([] if parameter.requires_grad else [parameter]):
-                    whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.detach()
+                    whole = (
+                        safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.detach()
+                    )
                     copies[id(parameter)] = whole.to("cpu", copy=True) if self.is_main else whole.new_empty(0)
             if self.is_main:
                 state[name.removeprefix(prefix)] = copies[id(parameter)]
@@ -145,7 +158,8 @@ class DeepSpeedEngine(Engine):
         return state
 
     def _shards(self) -> list[Shard]:
-        """Returns the runs of each trained parameter that lie in this rank's part of DeepSpeed's flat fp32 buffers."""
+        """Returns the runs of each trained parameter that lie in this rank's part of DeepSpeed's flat fp32
+        buffers."""
         assert self._module is not None, "prepare first"
         zero, found = self._optimizer, []
         parameters: Iterator[tuple[str, Any]] = self.unwrap(self._module).named_parameters()

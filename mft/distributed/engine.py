@@ -1,8 +1,8 @@
 """The contract between a distribution backend and the training loop.
 
-A backend (`Single`, `Ddp`, ...) is a dataclass of plain values from conf/dist; its `start` returns the live `Engine`
-of this rank, which wraps an `accelerate.Accelerator`. A backend that shards overrides the methods of `Engine` that
-differ; the loop does not know which one it has.
+A backend (`Single`, `Ddp`, ...) is a dataclass of plain values from conf/dist; its `start` returns the live
+`Engine` of this rank, which wraps an `accelerate.Accelerator`. A backend that shards overrides the methods of
+`Engine` that differ; the loop does not know which one it has.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ T = TypeVar("T")
 
 
 class Backend(ABC):
-    """What conf/dist chooses: subclasses are dataclasses of plain values, whose `start` returns the live engine."""
+    """What conf/dist chooses: subclasses are dataclasses of plain values, whose `start` returns the live
+    engine."""
 
     divides_on_load: ClassVar[bool] = False
     """Whether a rank never holds a whole weight, not even while the model is loaded."""
@@ -37,18 +38,19 @@ class Backend(ABC):
 
     @abstractmethod
     def start(self, precision: str, cpu: bool | None = None) -> Engine:
-        """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.
+        """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there
+        is one.
 
-        Ranks are read from the environment (RANK, WORLD_SIZE, ...). Raises UserError when the device cannot do the
-        precision, or when the group of ranks is not what was asked for.
+        Ranks are read from the environment (RANK, WORLD_SIZE, ...). Raises UserError when the device cannot
+        do the precision, or when the group of ranks is not what was asked for.
         """
 
 
 class Engine:
     """One rank's live view of the distributed run: devices, gradients, sums over ranks, state.
 
-    Used by the loop as: `prepare` once; for each micro-batch forward and `backward(share)` inside `accumulating(last)`;
-    then `step`. Every rank makes the same calls in the same order.
+    Used by the loop as: `prepare` once; for each micro-batch forward and `backward(share)` inside
+    `accumulating(last)`; then `step`. Every rank makes the same calls in the same order.
     """
 
     name = "single"
@@ -59,7 +61,8 @@ class Engine:
     sharded = False
     """Whether parameters are divided over the ranks: then all ranks must run every forward together."""
     divided = False
-    """Whether each rank keeps its own part of the optimizer's state, and so writes a file of the resume state."""
+    """Whether each rank keeps its own part of the optimizer's state, and so writes a file of the resume
+    state."""
     gather_on_save = True
     """Whether checkpoints hold the whole model besides the sharded state."""
 
@@ -75,13 +78,15 @@ class Engine:
         self.local_rank: int = max(accelerator.local_process_index, 0)
         self.world: int = accelerator.num_processes
         self.skipped = False
-        """Whether the last `step` was skipped by the fp16 loss scaler (an overflow it has answered; not an error)."""
+        """Whether the last `step` was skipped by the fp16 loss scaler (an overflow it has answered; not an
+        error)."""
         self._module: torch.nn.Module | None = None
         self._optimizer: Any = None
         kind, world = accelerator.distributed_type.name, int(os.environ.get("WORLD_SIZE", 1))
         if kind not in self.kinds or self.world != world:
             raise UserError(
-                f"dist={self.name} did not start as configured: accelerate reports {kind} with {self.world} processes "
+                f"dist={self.name} did not start as configured: accelerate reports {kind} with "
+                f"{self.world} processes "
                 f"where {' or '.join(self.kinds)} with {world} was expected"
             )
 
@@ -95,8 +100,9 @@ class Engine:
         return nullcontext()
 
     def run_as_forward(self, call: Callable[[], T]) -> T:
-        """Returns `call()`, in which parts of the prepared module may be called as they are in its own forward: in the
-        run's precision, and with what is divided over the ranks gathered as it computes. All ranks make it alike.
+        """Returns `call()`, in which parts of the prepared module may be called as they are in its own
+        forward: in the run's precision, and with what is divided over the ranks gathered as it computes. All
+        ranks make it alike.
         """
         with self.accelerator.autocast():
             return call()
@@ -111,12 +117,15 @@ class Engine:
             del inner.forward
 
     def prepare(self, module: torch.nn.Module, optimizer: Any) -> tuple[torch.nn.Module, Any]:
-        """Returns module and optimizer, placed on the device and wrapped; call the returned module, not its parts.
+        """Returns module and optimizer, placed on the device and wrapped; call the returned module, not its
+        parts.
 
         Raises UserError when what came back is not what the backend stands for.
         """
         self._require_trained(module)
-        with warnings.catch_warnings():  # the new name of broadcast_buffers does not exist in torch 2.6 to 2.12
+        with (
+            warnings.catch_warnings()
+        ):  # the new name of broadcast_buffers does not exist in torch 2.6 to 2.12
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
             self._module, self._optimizer = self.accelerator.prepare(module, optimizer)
         self._require_wrapper(type(module).__name__)
@@ -130,32 +139,41 @@ class Engine:
     def _require_wrapper(self, unwrapped: str = "") -> None:
         found, expected = type(self._module).__name__, self.wrapper or unwrapped
         if found != expected:
-            raise UserError(f"dist={self.name} did not start as configured: the model is a {found}, not a {expected}")
+            raise UserError(
+                f"dist={self.name} did not start as configured: the model is a {found}, not a {expected}"
+            )
 
     def _verify_sharding(self, first: torch.nn.Parameter) -> None:
-        """Raises UserError unless the first parameter is whole: no DTensor (FSDP2), not partitioned by ZeRO-3."""
+        """Raises UserError unless the first parameter is whole: no DTensor (FSDP2), not partitioned by
+        ZeRO-3."""
         import torch
         from torch.distributed.tensor import DTensor
 
         data = getattr(first, "data", first)
         if not isinstance(first, torch.nn.Parameter) or isinstance(data, DTensor) or hasattr(first, "ds_id"):
-            raise UserError(f"dist={self.name} keeps parameters whole, but the first one is a {type(first).__name__}")
+            raise UserError(
+                f"dist={self.name} keeps parameters whole, but the first one is a {type(first).__name__}"
+            )
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Context around forward and backward of one micro-batch; ranks exchange gradients only in the last one."""
+        """Context around forward and backward of one micro-batch; ranks exchange gradients only in the last
+        one."""
         assert self._module is not None, "prepare first"
         return nullcontext() if last else self.accelerator.no_sync(self._module)
 
     def backward(self, share: torch.Tensor) -> None:
-        """Adds the gradient of this micro-batch's share (a scalar). Multiplies by `world`: DDP's mean becomes a sum."""
+        """Adds the gradient of this micro-batch's share (a scalar). Multiplies by `world`: DDP's mean becomes
+        a sum."""
         self.accelerator.backward(share * self.world)
 
     def step(self, max_norm: float | None = None) -> float:
-        """Clips to `max_norm` (None or 0: not), updates, zeroes the gradients; returns the norm before clipping.
+        """Clips to `max_norm` (None or 0: not), updates, zeroes the gradients; returns the norm before
+        clipping.
 
-        A non-finite norm means that nothing was updated: on fp16 with `skipped` True when the loss scaler answered an
-        overflow (training continues), else it is an error for the loop to report. The gradients are equal on all ranks
-        after the exchange, so all ranks see the same norm and decide alike; sharding backends must agree explicitly.
+        A non-finite norm means that nothing was updated: on fp16 with `skipped` True when the loss scaler
+        answered an overflow (training continues), else it is an error for the loop to report. The gradients
+        are equal on all ranks after the exchange, so all ranks see the same norm and decide alike; sharding
+        backends must agree explicitly.
         """
         import torch
 
@@ -168,7 +186,9 @@ class Engine:
         if finite and max_norm:
             torch.nn.utils.clip_grads_with_norm_(trained, max_norm, total)
         self.skipped = False
-        if finite or self.accelerator.scaler is not None:  # the scaler sees the overflow too, skips, lowers its scale
+        if (
+            finite or self.accelerator.scaler is not None
+        ):  # the scaler sees the overflow too, skips, lowers its scale
             self._optimizer.step()
             self.skipped = bool(self._optimizer.step_was_skipped)
         self._optimizer.zero_grad()
@@ -181,7 +201,8 @@ class Engine:
         return torch.nn.utils.get_total_norm(gradients)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the sum over all ranks, on this rank's device and of the same type; the argument stays as it is."""
+        """Returns the sum over all ranks, on this rank's device and of the same type; the argument stays as
+        it is."""
         import torch
 
         total = tensor.detach().to(self.device, copy=True)
@@ -215,13 +236,18 @@ class Engine:
     def unwrap(self, module: torch.nn.Module) -> torch.nn.Module:
         """Returns the module that was given to `prepare`."""
         wrapped = type(module).__name__ == self.wrapper
-        return cast("torch.nn.Module", module.module) if wrapped else module  # accelerate's own imports deepspeed
+        return (
+            cast("torch.nn.Module", module.module) if wrapped else module
+        )  # accelerate's own imports deepspeed
 
-    def full_state(self, module: torch.nn.Module, trainable: bool = False, prefix: str = "") -> dict[str, torch.Tensor]:
-        """Returns whole tensors by name, for saving; complete on rank 0, on other ranks a backend may return less.
+    def full_state(
+        self, module: torch.nn.Module, trainable: bool = False, prefix: str = ""
+    ) -> dict[str, torch.Tensor]:
+        """Returns whole tensors by name, for saving; complete on rank 0, on other ranks a backend may return
+        less.
 
-        All ranks call it. trainable: only parameters that are trained (an adapter), else the whole state dict;
-        prefix: keep the names that begin with it, without it (`full_state(module, prefix="model.")`).
+        All ranks call it. trainable: only parameters that are trained (an adapter), else the whole state
+        dict; prefix: keep the names that begin with it, without it (`full_state(module, prefix="model.")`).
         """
         inner = self.unwrap(module)
         if trainable:
@@ -231,31 +257,41 @@ class Engine:
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def save_state(self, folder: Path | str) -> None:
-        """Writes what an exact resume needs: trained parameters, optimizer, loss scaler, random states of each rank.
+        """Writes what an exact resume needs: trained parameters, optimizer, loss scaler, random states of
+        each rank.
 
-        All ranks call it, after `prepare`. Layout: engine.json, shard-<rank>.safetensors by each rank that keeps a part
-        of the optimizer (see `sharded_state`), rng-<rank>.pt by each rank. Parameters that are not trained are not
-        written: they come from the base model. Not atomic: the caller writes into a temporary folder and renames it
-        after all ranks have returned.
+        All ranks call it, after `prepare`. Layout: engine.json, shard-<rank>.safetensors by each rank that
+        keeps a part of the optimizer (see `sharded_state`), rng-<rank>.pt by each rank. Parameters that are
+        not trained are not written: they come from the base model. Not atomic: the caller writes into a
+        temporary folder and renames it after all ranks have returned.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.divided or self.is_main:
-            sharded_state.save(self._shards(), self._base_optimizer(), folder / f"shard-{self.rank}.safetensors")
+            sharded_state.save(
+                self._shards(), self._base_optimizer(), folder / f"shard-{self.rank}.safetensors"
+            )
         if self.is_main:
             shards = self.world if self.divided else 1
-            values = {"dist": self.name, "world": self.world, "shards": shards, "scaler": self._scaler_state()}
+            values = {
+                "dist": self.name,
+                "world": self.world,
+                "shards": shards,
+                "scaler": self._scaler_state(),
+            }
             (folder / "engine.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         rng.save(folder / f"rng-{self.rank}.pt")
         self.barrier()
 
     def load_state(self, folder: Path | str) -> bool:
-        """Restores what `save_state` wrote, of this or of another backend, on any number of ranks. All ranks call it.
+        """Restores what `save_state` wrote, of this or of another backend, on any number of ranks. All ranks
+        call it.
 
-        Call it last before training continues: anything random in between would be drawn from the restored states.
-        Returns whether the layout is the same, so that the run continues bit-identically; with another one the losses
-        are equal to rounding, and ranks without a saved random state keep the one they have.
-        Raises UserError when the state is not complete, is of another model, or does not fit another layout.
+        Call it last before training continues: anything random in between would be drawn from the restored
+        states. Returns whether the layout is the same, so that the run continues bit-identically; with
+        another one the losses are equal to rounding, and ranks without a saved random state keep the one they
+        have. Raises UserError when the state is not complete, is of another model, or does not fit another
+        layout.
         """
         folder = Path(folder)
         saved = read_state(folder)
@@ -294,7 +330,8 @@ class Engine:
             self.accelerator.scaler.load_state_dict(state)
 
     def close(self) -> None:
-        """Ends the process group that it made and frees what accelerate holds; the process may start another engine."""
+        """Ends the process group that it made and frees what accelerate holds; the process may start another
+        engine."""
         import torch
         from accelerate.state import AcceleratorState, GradientState
 
@@ -308,7 +345,8 @@ class Engine:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Returns engine.json of a resume state; UserError when it is damaged, or a file that it counts on is missing."""
+    """Returns engine.json of a resume state; UserError when it is damaged, or a file that it counts on is
+    missing."""
     path = folder / "engine.json"
     try:
         saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
-"""PyTorch's fully sharded data parallel, version 2: each rank holds its part of parameters, gradients and optimizer.
+"""PyTorch's fully sharded data parallel, version 2: each rank holds its part of parameters, gradients and
+optimizer.
 
-`fully_shard` is called here and not by accelerate, which on a CPU silently turns an FSDP plugin into plain DDP,
-and under bf16 casts the losses that the model returns to bf16 (steps of 0.03).
+`fully_shard` is called here and not by accelerate, which on a CPU silently turns an FSDP plugin into plain
+DDP, and under bf16 casts the losses that the model returns to bf16 (steps of 0.03).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class FsdpEngine(Engine):
         self.gather_on_save = settings.gather_on_save
 
     def loading(self) -> AbstractContextManager[None]:
-        """Only the first rank of each machine reads the weights; on the others they have no memory until `prepare`."""
+        """Only the first rank of each machine reads the weights; on the others they have no memory until
+        `prepare`."""
         return self._first_rank_loading()
 
     @contextmanager
@@ -58,7 +60,9 @@ class FsdpEngine(Engine):
         done: set[int] = set()
         for unit in [*units, module]:
             self._fill(unit, done)
-            fully_shard(unit, reshard_after_forward=None if unit is module else self.settings.reshard, **options)
+            fully_shard(
+                unit, reshard_after_forward=None if unit is module else self.settings.reshard, **options
+            )
             done |= {id(p) for p in unit.parameters()}
         parameters = dict(module.named_parameters())
         for group, group_names in zip(optimizer.param_groups, grouped_names, strict=True):
@@ -66,17 +70,22 @@ class FsdpEngine(Engine):
         if not isinstance(module, FSDPModule):
             raise UserError("dist=fsdp did not start as configured: the model is not sharded")
         self._verify_sharding(next(module.parameters()))
-        self._module, self._optimizer = module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
+        self._module, self._optimizer = (
+            module,
+            self.accelerator.prepare_optimizer(optimizer, device_placement=False),
+        )
         return module, self._optimizer
 
     def _units(self, module: torch.nn.Module) -> list[torch.nn.Module]:
-        """Returns the decoder layers. Of the class names that transformers has for a family a model may lack some."""
+        """Returns the decoder layers. Of the class names that transformers has for a family a model may lack
+        some."""
         asked: list[str] = getattr(module, "layer_classes", list)()
         units = [part for part in module.modules() if type(part).__name__ in asked]
         if not units:
             hint = nearest(asked[0], {type(part).__name__ for part in module.modules()}) if asked else ""
             raise UserError(
-                f"dist=fsdp finds no decoder layer to divide the model by: model.shard_layers={asked}, and none of its "
+                f"dist=fsdp finds no decoder layer to divide the model by: model.shard_layers={asked}, and "
+                f"none of its "
                 f"modules is of such a class{hint}"
             )
         return units
@@ -111,14 +120,17 @@ class FsdpEngine(Engine):
         from torch.distributed.tensor import DTensor
 
         if not isinstance(first, DTensor):
-            raise UserError(f"dist=fsdp did not start as configured: the first parameter is a {type(first).__name__}")
+            raise UserError(
+                f"dist=fsdp did not start as configured: the first parameter is a {type(first).__name__}"
+            )
 
     def run_as_forward(self, call: Callable[[], T]) -> T:
         """See `Engine.inside`; gathered parameters come in the run's precision."""
         return self._in_place_of_forward(call)
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Exchanges gradients in the last micro-batch only, or in each, which keeps just a part of them on a rank."""
+        """Exchanges gradients in the last micro-batch only, or in each, which keeps just a part of them on a
+        rank."""
         assert self._module is not None, "prepare first"
         self._module.set_requires_gradient_sync(last or self.settings.reduce_every_micro_batch)  # type: ignore[operator]
         return nullcontext()
@@ -134,8 +146,11 @@ class FsdpEngine(Engine):
         """Returns the module itself: it was sharded in place."""
         return module
 
-    def full_state(self, module: torch.nn.Module, trainable: bool = False, prefix: str = "") -> dict[str, torch.Tensor]:
-        """One parameter after the other is gathered; rank 0 copies it to the CPU, the others return nothing."""
+    def full_state(
+        self, module: torch.nn.Module, trainable: bool = False, prefix: str = ""
+    ) -> dict[str, torch.Tensor]:
+        """One parameter after the other is gathered; rank 0 copies it to the CPU, the others return
+        nothing."""
         from torch.distributed.tensor import DTensor
 
         self._reshard(module)
@@ -157,8 +172,8 @@ class FsdpEngine(Engine):
         return state
 
     def _reshard(self, module: torch.nn.Module) -> None:
-        """Gives back what a forward without a backward, as in an evaluation, has left gathered: the root's parameters
-        would be the whole ones, whose memory fsdp frees later."""
+        """Gives back what a forward without a backward, as in an evaluation, has left gathered: the root's
+        parameters would be the whole ones, whose memory fsdp frees later."""
         from torch.distributed.fsdp import FSDPModule
 
         for part in module.modules():
@@ -199,14 +214,16 @@ class Fsdp(Backend):
     """Whether checkpoints also hold the model as transformers or peft load it; `final/` does in any case."""
 
     def start(self, precision: str, cpu: bool | None = None) -> FsdpEngine:
-        """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.
+        """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there
+        is one.
 
         Raises UserError when the device cannot do the precision or the group is not what was asked.
         """
         import torch
         from accelerate import InitProcessGroupKwargs
 
-        # NCCL cannot add up parts in the CPU's memory; a group on a CPU is gloo's, and accelerate takes no other
+        # NCCL cannot add up parts in the CPU's memory; a group on a CPU is gloo's, and accelerate takes no
+        # other
         gpu = torch.cuda.is_available() and not cpu
         both = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if self.offload and gpu else []
         return FsdpEngine(*grouped(precision, cpu, *both), self)

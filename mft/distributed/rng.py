@@ -1,4 +1,5 @@
-"""The random states of this rank: seeded, saved and restored. Nothing in the file is executed when it is read."""
+"""The random states of this rank: seeded, saved and restored. Nothing in the file is executed when it is
+read."""
 
 from __future__ import annotations
 

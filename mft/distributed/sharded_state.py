@@ -1,9 +1,11 @@
-"""The resume state of any backend on any number of ranks: each rank's shards of the flattened trained parameters.
+"""The resume state of any backend on any number of ranks: each rank's shards of the flattened trained
+parameters.
 
-However a backend divides a parameter (whole, by rows, by a run of a flat buffer), what a rank keeps of it is a run of
-consecutive elements. Each rank writes its runs with the optimizer's numbers for them into shard-<rank>.safetensors;
-each rank of the next start reads what overlaps its own runs, from whichever files hold it. With the same layout these
-are the same runs, so nothing is lost; there is no conversion between layouts, and nothing that would be unpickled.
+However a backend divides a parameter (whole, by rows, by a run of a flat buffer), what a rank keeps of it is
+a run of consecutive elements. Each rank writes its runs with the optimizer's numbers for them into
+shard-<rank>.safetensors; each rank of the next start reads what overlaps its own runs, from whichever files
+hold it. With the same layout these are the same runs, so nothing is lost; there is no conversion between
+layouts, and nothing that would be unpickled.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 class Shard:
     """A run of consecutive elements of one flattened parameter, on the rank that updates them.
 
-    name: of the parameter; start: its first element there; values: the elements themselves, a 1-D view of what the
-    optimizer updates; owner: the tensor by which the optimizer knows them; offset: their place in the flattened owner.
+    name: of the parameter; start: its first element there; values: the elements themselves, a 1-D view of
+    what the optimizer updates; owner: the tensor by which the optimizer knows them; offset: their place in
+    the flattened owner.
     """
 
     name: str
@@ -74,7 +77,8 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _in_blocks(owner: torch.Tensor, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer keeps something for the owner that is not a number per element, as 8-bit states are."""
+    """Whether the optimizer keeps something for the owner that is not a number per element, as 8-bit states
+    are."""
     values = optimizer.state.get(owner, {}).values()
     return any(not _is_scalar(value) and value.shape != owner.shape for value in values)
 
@@ -99,8 +103,9 @@ class _Saved:
 def load(shards: Sequence[Shard], optimizer: torch.optim.Optimizer, folder: Path, trained: set[str]) -> None:
     """Puts the saved values and the optimizer's state into this rank's shards.
 
-    trained: names of all trained parameters, of all ranks. Raises UserError when the saved parameters are others, when
-    an element is in no file, and when the optimizer's state is in blocks that fit the layout that wrote them only.
+    trained: names of all trained parameters, of all ranks. Raises UserError when the saved parameters are
+    others, when an element is in no file, and when the optimizer's state is in blocks that fit the layout
+    that wrote them only.
     """
     import torch
 
@@ -138,7 +143,9 @@ def _read(folder: Path) -> dict[str, list[_Saved]]:
             keys.setdefault(int(number), []).extend([key] if key else [])
         for number, entry in enumerate(json.loads(file.metadata()["pieces"])):
             numel = file.get_slice(f"{number}").get_shape()[0]
-            shard = _Saved(file, number, entry["start"], numel, entry["scalars"], entry["blocks"], keys[number])
+            shard = _Saved(
+                file, number, entry["start"], numel, entry["scalars"], entry["blocks"], keys[number]
+            )
             saved.setdefault(entry["name"], []).append(shard)
     return saved
 
@@ -155,7 +162,8 @@ def _fill(target: torch.Tensor, shard: Shard, found: Sequence[_Saved], key: str,
             done += last - first
     if done != target.numel():
         raise UserError(
-            f"{folder} does not fit the model: {done} of the {target.numel()} elements of {shard.name} from number "
+            f"{folder} does not fit the model: {done} of the {target.numel()} elements of {shard.name} "
+            f"from number "
             f"{shard.start} on are in its files"
         )
 
@@ -172,12 +180,15 @@ def _load_scalars(shard: Shard, optimizer: torch.optim.Optimizer, saved: _Saved)
         optimizer.state[shard.owner][key] = value
 
 
-def _load_blocks(shard: Shard, optimizer: torch.optim.Optimizer, found: Sequence[_Saved], folder: Path) -> None:
+def _load_blocks(
+    shard: Shard, optimizer: torch.optim.Optimizer, found: Sequence[_Saved], folder: Path
+) -> None:
     """Takes over an owner's state as a whole, which works only where the same shard was saved."""
     same = [other for other in found if (other.start, other.numel) == (shard.start, shard.values.numel())]
     if not same:
         raise UserError(
-            f"{folder} was written on another number of ranks, and {type(optimizer).__name__} keeps its state in "
+            f"{folder} was written on another number of ranks, and {type(optimizer).__name__} keeps its "
+            f"state in "
             "blocks that cannot be resharded; resume with the same number of ranks, or train with dist=ddp"
         )
     for key in same[0].keys:

@@ -1,4 +1,5 @@
-"""Files and folders that are whole or absent, whenever the process is killed: written under another name, renamed."""
+"""Files and folders that are whole or absent, whenever the process is killed: written under another name,
+renamed."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from pathlib import Path
 def write_text(path: Path, text: str, durable: bool = False, temporary: Path | None = None) -> None:
     """Writes a text file; its folder is made where it is not there.
 
-    durable: a power cut leaves the old file or the new one, never an empty one; temporary: what it is called while it
-    is written, path.tmp by default.
+    durable: a power cut leaves the old file or the new one, never an empty one; temporary: what it is called
+    while it is written, path.tmp by default.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or path.with_suffix(".tmp")

@@ -1,4 +1,5 @@
-"""Folders of the cache: where they lie unless cache_dir says otherwise, and made once by whoever needs one first."""
+"""Folders of the cache: where they lie unless cache_dir says otherwise, and made once by whoever needs one
+first."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ def default_cache_dir() -> str:
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """Returns a folder of the cache, made under a lock if it is not there yet.
 
-    make: fills an empty folder of another name, which is renamed when it is complete; its errors leave nothing behind.
-    Several processes of a machine may ask at once: one makes the folder, the others wait.
+    make: fills an empty folder of another name, which is renamed when it is complete; its errors leave
+    nothing behind. Several processes of a machine may ask at once: one makes the folder, the others wait.
     """
     from filelock import FileLock
 

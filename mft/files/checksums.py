@@ -1,7 +1,7 @@
 """Sizes and checksums of the files in a folder, written last: by them a folder is known to be whole.
 
-A checkpoint has them in COMPLETE, a model folder (`final/`, merged, converted) in mft_checksums.json. Folders of
-earlier versions and of other programs have none; those are accepted.
+A checkpoint has them in COMPLETE, a model folder (`final/`, merged, converted) in mft_checksums.json. Folders
+of earlier versions and of other programs have none; those are accepted.
 """
 
 from __future__ import annotations
@@ -69,9 +69,11 @@ def seal(folder: Path, marker: str = MODEL, sums: Sums | None = None) -> None:
 
 
 def damage(folder: Path, marker: str = MODEL, part: tuple[int, int] = (0, 1), hashed: bool = True) -> str:
-    """Returns the first file of a folder that is not as its marker says, with what is expected; "" when it is sound.
+    """Returns the first file of a folder that is not as its marker says, with what is expected; "" when it is
+    sound.
 
-    part: (rank, world) looks at this rank's share of the files; hashed False: looks at sizes alone, in no time.
+    part: (rank, world) looks at this rank's share of the files; hashed False: looks at sizes alone, in no
+    time.
     """
     try:
         sums = _read(folder / marker)
@@ -84,10 +86,11 @@ def damage(folder: Path, marker: str = MODEL, part: tuple[int, int] = (0, 1), ha
 
 
 def require_sound(folder: Path, small_only: bool = False) -> None:
-    """Raises UserError for a model or adapter folder with a damaged file; one without a marker is taken as it is.
+    """Raises UserError for a model or adapter folder with a damaged file; one without a marker is taken as it
+    is.
 
-    Of a checkpoint only the model is looked at, not what a resume needs besides. README.md may have been edited.
-    small_only: of files above SMALL only the size is compared, so that it takes no time.
+    Of a checkpoint only the model is looked at, not what a resume needs besides. README.md may have been
+    edited. small_only: of files above SMALL only the size is compared, so that it takes no time.
     """
     marker = MODEL if (folder / MODEL).exists() else COMPLETE
     try:
@@ -98,14 +101,18 @@ def require_sound(folder: Path, small_only: bool = False) -> None:
         problem = str(error)
     if problem:
         raise UserError(
-            f"{folder} is damaged: {problem}. Copy it again, or use another checkpoint of its run; if the change was "
+            f"{folder} is damaged: {problem}. Copy it again, or use another checkpoint of its run; if the "
+            f"change was "
             f"made on purpose, remove {folder / marker}."
         )
 
 
 def digest(path: Path) -> str:
     """Returns the xxh3-128 of a file's content."""
-    found, buffer = xxhash.xxh3_128(), bytearray(1 << 18)  # fits into the processor's cache: 7 GB/s, as mapped pages
+    found, buffer = (
+        xxhash.xxh3_128(),
+        bytearray(1 << 18),
+    )  # fits into the processor's cache: 7 GB/s, as mapped pages
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -114,7 +121,8 @@ def digest(path: Path) -> str:
 
 
 def follow_umask(files: Iterable[Path]) -> None:
-    """Gives files of one folder the mode that a new file there gets: safetensors lets the owner alone read its own."""
+    """Gives files of one folder the mode that a new file there gets: safetensors lets the owner alone read
+    its own."""
     files = list(files)
     if not files:
         return
@@ -136,7 +144,9 @@ def _read(marker: Path) -> Sums | None:
     try:
         text = marker.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise _NoSums(f"{marker.name} cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from None
+        raise _NoSums(
+            f"{marker.name} cannot be read ({getattr(error, 'strerror', None) or 'not text'})"
+        ) from None
     if text == WITHOUT_SUMS:
         return None
     try:
@@ -149,8 +159,11 @@ def _read(marker: Path) -> Sums | None:
         raise _NoSums(f"{marker.name} is {'damaged' if text else 'empty'}") from None
 
 
-def _first(folder: Path, sums: Sums, names: Iterable[str], hashed: bool = True, limit: float = math.inf) -> str:
-    """Returns what is wrong with the first damaged file; hashed False, or above the limit: by its size alone."""
+def _first(
+    folder: Path, sums: Sums, names: Iterable[str], hashed: bool = True, limit: float = math.inf
+) -> str:
+    """Returns what is wrong with the first damaged file; hashed False, or above the limit: by its size
+    alone."""
     for name in names:
         size, expected = sums[name]
         try:
@@ -167,7 +180,8 @@ def _first(folder: Path, sums: Sums, names: Iterable[str], hashed: bool = True, 
 
 
 def _unreadable(folder: Path) -> str:
-    """Returns the first file of a checkpoint without checksums that is cut short or is not what its name says."""
+    """Returns the first file of a checkpoint without checksums that is cut short or is not what its name
+    says."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         try:
@@ -187,7 +201,8 @@ def _unreadable(folder: Path) -> str:
 
 
 def _check_header(path: Path) -> None:
-    """Raises ValueError, or what wrong JSON raises, for a safetensors file of another size than its header says."""
+    """Raises ValueError, or what wrong JSON raises, for a safetensors file of another size than its header
+    says."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -11,7 +11,8 @@ from mft.files.atomic import write_text
 
 
 class Values(dict[str, Any]):
-    """The object in one of our JSON files, read as what it should hold: a value of another type counts as absent."""
+    """The object in one of our JSON files, read as what it should hold: a value of another type counts as
+    absent."""
 
     def text(self, key: str) -> str:
         """Returns a text, "" where there is none."""
@@ -36,7 +37,8 @@ class Values(dict[str, Any]):
 
 
 def read_json(path: Path) -> Values:
-    """Returns the object in a JSON file, {} when there is no such file, it is broken or holds something else."""
+    """Returns the object in a JSON file, {} when there is no such file, it is broken or holds something
+    else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -45,5 +47,6 @@ def read_json(path: Path) -> Values:
 
 
 def write_json(path: Path, values: dict[str, Any], durable: bool = False) -> None:
-    """Writes a JSON file atomically. durable: a power cut leaves the old or the new one, never an empty file."""
+    """Writes a JSON file atomically. durable: a power cut leaves the old or the new one, never an empty
+    file."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", durable)

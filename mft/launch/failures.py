@@ -33,7 +33,8 @@ ROOT, HOST_GONE, LOST_CONNECTION = 0, 1, 2
 any more; a rank that only lost its connection to another one, which is the cause."""
 
 BROKEN = re.compile(
-    r"Connection (closed|reset|refused)|Broken pipe|failed to connect|remote process exited|NCCL|Gloo", re.IGNORECASE
+    r"Connection (closed|reset|refused)|Broken pipe|failed to connect|remote process exited|NCCL|Gloo",
+    re.IGNORECASE,
 )
 """What errors of a lost connection say."""
 
@@ -51,7 +52,8 @@ class WorkerError(Exception):
 
 
 def write_report(path: Path, error: BaseException, rank: int) -> None:
-    """Writes what failed as JSON: type, message, traceback, rank, time (seconds since 1970), user (a UserError)."""
+    """Writes what failed as JSON: type, message, traceback, rank, time (seconds since 1970), user (a
+    UserError)."""
     write_json(
         path,
         {
@@ -73,7 +75,8 @@ def forget_failures(reports: Path) -> None:
 
 
 def render_failure(error: BaseException, rank: int) -> str:
-    """Returns what a person reads about a rank's failure: a UserError's sentence, or a traceback and whose it is."""
+    """Returns what a person reads about a rank's failure: a UserError's sentence, or a traceback and whose it
+    is."""
     if isinstance(error, UserError):
         return shown(f"mft: {error}")
     return shown(WorkerError(_sentence(rank, error), "".join(traceback.format_exception(error))))
@@ -81,16 +84,23 @@ def render_failure(error: BaseException, rank: int) -> str:
 
 def is_root_cause(report: Path, since: float) -> bool:
     """Whether a rank's report is of a cause, and no other rank has reported one since then."""
-    others = [path for path in report.parent.glob("*.error.json") if path != report and path.stat().st_mtime >= since]
+    others = [
+        path
+        for path in report.parent.glob("*.error.json")
+        if path != report and path.stat().st_mtime >= since
+    ]
     own = _read(report)
     return not others and bool(own) and causal_distance(own) == ROOT
 
 
 def cause_elsewhere(report: Path, since: float) -> Exception | None:
-    """Returns what another rank failed of, if this one (with its report) only lost its connection; else None."""
+    """Returns what another rank failed of, if this one (with its report) only lost its connection; else
+    None."""
     own, deadline = _read(report), time.monotonic() + CAUSE_SECONDS
     while own and causal_distance(own) == LOST_CONNECTION and time.monotonic() < deadline:
-        first = next((r for r in reports_in(report.parent) if r["time"] >= since and r["rank"] != own["rank"]), None)
+        first = next(
+            (r for r in reports_in(report.parent) if r["time"] >= since and r["rank"] != own["rank"]), None
+        )
         if first and causal_distance(first) < LOST_CONNECTION:
             return _error_of(first)
         time.sleep(0.2)
@@ -98,7 +108,8 @@ def cause_elsewhere(report: Path, since: float) -> Exception | None:
 
 
 def failure_of(log: Path, ranks: range, codes: dict[int, int], nodes: NodeGroup | None = None) -> Exception:
-    """Returns the error of the rank that failed first, from its report, or from its exit code when it left none.
+    """Returns the error of the rank that failed first, from its report, or from its exit code when it left
+    none.
 
     ranks: those of this machine. With several hosts the cause may be on another one, and its report takes a
     moment.
@@ -107,7 +118,8 @@ def failure_of(log: Path, ranks: range, codes: dict[int, int], nodes: NodeGroup 
     reports = reports_in(log, own_rank)
     silent = sorted(set(ranks) - {report["rank"] for report in reports})
     if nodes is not None and not any(codes.get(rank, 0) < 0 for rank in silent):
-        # no rank was killed here: the cause is in a report, here or on its way from another host, or that host is gone
+        # no rank was killed here: the cause is in a report, here or on its way from another host, or that
+        # host is gone
         deadline = time.monotonic() + CAUSE_SECONDS
         while _only_lost(reports) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -126,15 +138,18 @@ def _only_lost(reports: list[dict[str, Any]]) -> bool:
 
 
 def _silent_death(log: Path, rank: int, code: int | None, ranks: int) -> Exception:
-    """Returns the error of a rank that left an exit code (negative: a signal; None: not even that) and no report."""
+    """Returns the error of a rank that left an exit code (negative: a signal; None: not even that) and no
+    report."""
     if code is None or code == -signal.SIGKILL:
         return UserError(
             f"Rank {rank} was killed from outside, probably because the machine's memory ran out. Lower "
-            f"train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now {ranks})."
+            f"train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now "
+            f"{ranks})."
         )
     if code > 0 and (left := shutil.disk_usage(log).free) < FULL:
         return UserError(
-            f"The disk is full: rank {rank} could not even write what it failed of into {log} ({left:,} bytes were "
+            f"The disk is full: rank {rank} could not even write what it failed of into {log} ({left:,} "
+            f"bytes were "
             "free). Make room; the same command then resumes."
         )
     how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
@@ -155,7 +170,11 @@ def reports_in(log: Path, host: int | None = None) -> list[dict[str, Any]]:
 def _read(path: Path) -> dict[str, Any]:
     """Returns an error report, {} for one that is incomplete."""
     report = read_json(path)
-    complete = report.text("type") and report.number("time") is not None and {"rank", "message", "user"} <= set(report)
+    complete = (
+        report.text("type")
+        and report.number("time") is not None
+        and {"rank", "message", "user"} <= set(report)
+    )
     return report if complete else {}
 
 

@@ -56,7 +56,9 @@ class Job:
         dated: whether output_dir was made up from the date.
         """
         config: Any = OmegaConf.to_container(self.cfg, enum_to_str=True)
-        return resume_choice.choose(Path(self.cfg.output_dir), dated, self.cfg.train.resume, self.identity, config)
+        return resume_choice.choose(
+            Path(self.cfg.output_dir), dated, self.cfg.train.resume, self.identity, config
+        )
 
     def describe(self) -> dict[str, Any]:
         """Returns what is left in its run folder beside the config (`overrides.json`)."""
@@ -94,7 +96,8 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     world = ranks(share_of_gpus(cfg.launch.nproc, cfg.launch.jobs), cfg.launch.mode.value)
     if cfg.launch.nnodes > 1 and detect_rank() is not None:
         raise UserError(
-            f"launch.nnodes={cfg.launch.nnodes}: torchrun, accelerate launch or srun has placed this process as one of "
+            f"launch.nnodes={cfg.launch.nnodes}: torchrun, accelerate launch or srun has placed this "
+            f"process as one of "
             f"{world} ranks already; leave launch.nnodes out, or start `mft train` once on each machine."
         )
     world *= cfg.launch.nnodes
@@ -110,7 +113,11 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
 
 def preload(cfg: DictConfig) -> tuple[str, ...]:
     """Returns the modules that the fork server imports for a run."""
-    return (*PRELOAD, "deepspeed") if str(cfg.dist._target_).startswith("mft.distributed.deepspeed.") else PRELOAD
+    return (
+        (*PRELOAD, "deepspeed")
+        if str(cfg.dist._target_).startswith("mft.distributed.deepspeed.")
+        else PRELOAD
+    )
 
 
 def objective(summary: dict[str, Any]) -> float:

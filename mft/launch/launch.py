@@ -61,7 +61,8 @@ def follow_rank0() -> None:
 
 @contextmanager
 def refusing_for_all() -> Iterator[None]:
-    """Context of rank 0: what fails before it has named the folder is announced to the ranks that wait for it."""
+    """Context of rank 0: what fails before it has named the folder is announced to the ranks that wait for
+    it."""
     before = broadcasts()
     try:
         yield
@@ -71,7 +72,9 @@ def refusing_for_all() -> Iterator[None]:
         raise
 
 
-def launch(job: Job, folder: Path, say: Callable[[str], None] = say, nodes: NodeGroup | None = None) -> dict[str, Any]:
+def launch(
+    job: Job, folder: Path, say: Callable[[str], None] = say, nodes: NodeGroup | None = None
+) -> dict[str, Any]:
     """Runs the job in `folder`, resumes it or skips it when it is finished; returns its summary.
 
     nodes: the machines of the run, of which this is number 0. Raises UserError for a mistake found in a rank
@@ -108,7 +111,8 @@ def launch(job: Job, folder: Path, say: Callable[[str], None] = say, nodes: Node
 
 
 def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None = None) -> None:
-    """Runs this machine's ranks of the run in `folder`. Raises what ended it, also a signal to another machine."""
+    """Runs this machine's ranks of the run in `folder`. Raises what ended it, also a signal to another
+    machine."""
     settings, log, arguments = job.cfg.launch, folder / "log", (str(folder),)
     try:
         if detect_rank() is not None:
@@ -146,7 +150,9 @@ def joined(job: Job) -> Iterator[NodeGroup | None]:
     settings = OmegaConf.to_object(job.cfg.launch)
     assert isinstance(settings, Launch)
     facts = {"launch.nnodes": settings.nnodes, "ranks": job.world // settings.nnodes, "data": job.data}
-    facts |= {name: value[:10] for name, value in job.identity.fingerprints.items() if not name.startswith("task.")}
+    facts |= {
+        name: value[:10] for name, value in job.identity.fingerprints.items() if not name.startswith("task.")
+    }
     nodes = multinode.join(settings, facts | {"config": job.identity.extended[:10]})
     try:
         yield nodes

@@ -1,4 +1,5 @@
-"""Several machines in one run (`launch.nnodes`): every machine runs the same command and starts its own ranks.
+"""Several machines in one run (`launch.nnodes`): every machine runs the same command and starts its own
+ranks.
 
 One of them serves a store (torch's TCPStore) at the address that all are given: host 0 at
 launch.main_address, or the one with the address of launch.rdzv_endpoint, where elastic's c10d rendezvous
@@ -37,7 +38,8 @@ BEAT_SECONDS = 1.0
 """How often a host says that it is alive."""
 
 VISIBLE_SECONDS = 30.0
-"""How long a file written on one host may take to appear on another: a network file system caches what is not there."""
+"""How long a file written on one host may take to appear on another: a network file system caches what is not
+there."""
 
 LEAVING_SECONDS = 60.0
 """How long host 0 serves its store to hosts that have not left yet, at most."""
@@ -56,7 +58,8 @@ class NodeGroup:
     """This machine among the machines of a run."""
 
     def __init__(self, address: tuple[str, int], server: Any, rank: int, local: str, settings: Launch):
-        """address: of the store; server: the store, None where another host serves it; local: this host's address."""
+        """address: of the store; server: the store, None where another host serves it; local: this host's
+        address."""
         self.address, self._server = address, server
         self.store = connect(address)
         """This host's connection to the store."""
@@ -76,11 +79,14 @@ class NodeGroup:
         self._log: Path | None = None
 
     def require_agreement(self, facts: Mapping[str, Any]) -> None:
-        """Compares what the hosts are about to run; raises UserError, on each of them, unless it is the same."""
+        """Compares what the hosts are about to run; raises UserError, on each of them, unless it is the
+        same."""
         with self._connection():
             twice = self.store.add(f"hosts numbered {self.rank}", 1) > 1
         if twice:
-            raise UserError(f"launch.node_rank={self.rank} was given on two hosts; each needs its own number.")
+            raise UserError(
+                f"launch.node_rank={self.rank} was given on two hosts; each needs its own number."
+            )
         own = {"name": self._own_name, "facts": dict(facts), "serves": self._server is not None}
         hosts = self.all_gather("facts", own, self._settings.join_seconds)
         self._serving = [host["serves"] for host in hosts].index(True)
@@ -117,7 +123,8 @@ class NodeGroup:
         if not all(answers):
             blind = ", ".join(name for name, answer in zip(self.names, answers, strict=True) if not answer)
             raise UserError(
-                f"output_dir={folder} was written by host 0 ({self.names[0]}) and is not visible on {blind}: the run "
+                f"output_dir={folder} was written by host 0 ({self.names[0]}) and is not visible on "
+                f"{blind}: the run "
                 "folder must lie on a file system that all hosts share, under the same path."
             )
         return folder
@@ -150,7 +157,8 @@ class NodeGroup:
             yield
         except Exception as error:  # whatever a connection can die of
             raise UserError(
-                f"lost the connection to {_endpoint(self._settings)} ({str(error).splitlines()[0]}); see the terminal "
+                f"lost the connection to {_endpoint(self._settings)} ({str(error).splitlines()[0]}); see "
+                f"the terminal "
                 "of the host that serves there for the cause."
             ) from error
 
@@ -158,10 +166,13 @@ class NodeGroup:
         """Returns what elastic's agent needs to start this host's ranks of the group."""
         from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
-        return RendezvousInfo(self.store, self.rank, self._settings.nnodes, RendezvousStoreInfo(*self.address))
+        return RendezvousInfo(
+            self.store, self.rank, self._settings.nnodes, RendezvousStoreInfo(*self.address)
+        )
 
     def watch(self, log: Path) -> None:
-        """From now on reports a host that is gone in the log folder, where this host's ranks see it and end."""
+        """From now on reports a host that is gone in the log folder, where this host's ranks see it and
+        end."""
         self._log = log
 
     def gone(self, seconds: float) -> list[int]:
@@ -175,7 +186,8 @@ class NodeGroup:
         """Returns the sentence about hosts that are gone."""
         named = " and ".join(f"host {n} ({self.names[n]})" for n in gone)
         return (
-            f"{named} {'is' if len(gone) == 1 else 'are'} gone: no sign of life any more. What was saved is intact; "
+            f"{named} {'is' if len(gone) == 1 else 'are'} gone: no sign of life any more. What was saved "
+            f"is intact; "
             "run the same command on every host to resume from the newest checkpoint."
         )
 
@@ -215,7 +227,8 @@ class NodeGroup:
             self._unreachable = True
 
     def _report_gone(self) -> None:
-        """Reports hosts that are gone; again and again, since a rank that is just starting takes reports by their age.
+        """Reports hosts that are gone; again and again, since a rank that is just starting takes reports by
+        their age.
 
         A thread beside `_beat`, which may hang in a connection whose other end has lost its power.
         """
@@ -224,7 +237,13 @@ class NodeGroup:
             gone = self.gone(self._settings.lost_seconds)
             if gone and self._log is not None:
                 since = since or time.time()
-                report = {"rank": -1, "time": since, "type": "HostGone", "message": self.lost(gone), "user": True}
+                report = {
+                    "rank": -1,
+                    "time": since,
+                    "type": "HostGone",
+                    "message": self.lost(gone),
+                    "user": True,
+                }
                 report |= {"traceback": "", "gone": gone}
                 write_json(self._log / f"host{self.rank}.error.json", report)
 
@@ -236,7 +255,10 @@ def join(settings: Launch, facts: Mapping[str, Any]) -> NodeGroup:
     """
     static = settings.main_address is not None
     name, _, digits = _endpoint(settings).rpartition(":")
-    port, key = int(digits), f"launch.main_address={name}" if static else f"launch.rdzv_endpoint={name}:{digits}"
+    port, key = (
+        int(digits),
+        f"launch.main_address={name}" if static else f"launch.rdzv_endpoint={name}:{digits}",
+    )
     try:
         address = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
@@ -245,17 +267,25 @@ def join(settings: Launch, facts: Mapping[str, Any]) -> NodeGroup:
     serves = settings.node_rank == 0 if static else address in interfaces
     local = settings.local_addr or (address if serves else _route(address, port))
     if serves and address not in interfaces:
-        raise UserError(f"{key}: must be an address of host 0 (launch.node_rank=0), which has {', '.join(interfaces)}.")
+        raise UserError(
+            f"{key}: must be an address of host 0 (launch.node_rank=0), which has {', '.join(interfaces)}."
+        )
     if local not in interfaces:
-        raise UserError(f"launch.local_addr={local}: must be an address of this machine: {', '.join(interfaces)}.")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns about every host name it cannot look up
+        raise UserError(
+            f"launch.local_addr={local}: must be an address of this machine: {', '.join(interfaces)}."
+        )
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # torch warns about every host name it cannot look up
     server = None
     if serves:
         try:
             server = listening_store(address, port)
         except OSError as error:
             if static or error.errno != errno.EADDRINUSE:  # else another process of this machine serves there
-                raise UserError(f"{key}, port {port}: this host cannot serve there ({error.strerror}).") from None
+                raise UserError(
+                    f"{key}, port {port}: this host cannot serve there ({error.strerror})."
+                ) from None
     if server is None and (missing := await_listener(address, port, settings.join_seconds)):
         raise UserError(_too_few(1, settings, f": {missing.strerror or missing}"))
     number = settings.node_rank if static else _number((address, port), local, settings)
@@ -266,14 +296,17 @@ def join(settings: Launch, facts: Mapping[str, Any]) -> NodeGroup:
 
 
 def _number(address: tuple[str, int], local: str, settings: Launch) -> int:
-    """Returns this host's number by elastic's c10d rendezvous, which copes with hosts that come and go meanwhile."""
+    """Returns this host's number by elastic's c10d rendezvous, which copes with hosts that come and go
+    meanwhile."""
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # it would serve another store, on every interface
     nodes, store = settings.nnodes, connect(address)
-    parameters = RendezvousParameters("c10d", "", "mft", nodes, nodes, local, join_timeout=settings.join_seconds)
+    parameters = RendezvousParameters(
+        "c10d", "", "mft", nodes, nodes, local, join_timeout=settings.join_seconds
+    )
     handler = create_handler(store, C10dRendezvousBackend(store, "mft"), parameters)
     store.add("joined", 1)
     try:
@@ -285,7 +318,8 @@ def _number(address: tuple[str, int], local: str, settings: Launch) -> int:
 
 def _too_few(joined: int, settings: Launch, reason: str = "") -> str:
     return (
-        f"only {joined} of {settings.nnodes} hosts joined at {_endpoint(settings)} within {settings.join_seconds} "
+        f"only {joined} of {settings.nnodes} hosts joined at {_endpoint(settings)} within "
+        f"{settings.join_seconds} "
         f"seconds (launch.join_seconds){reason}."
     )
 

@@ -29,7 +29,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, cfg: Mapping[str, Any]) -> UserError | None:
-    """Returns the sentence for an error of this kind, None for any other. cfg: the resolved config as plain values."""
+    """Returns the sentence for an error of this kind, None for any other. cfg: the resolved config as plain
+    values."""
     if not is_out_of_memory(error):
         return None
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
@@ -43,11 +44,16 @@ def advice(cfg: Mapping[str, Any]) -> str:
         value = _present(cfg, path)
         lower.append(path if value is None else f"{path} (now {value})")
     switch = [
-        f"model.gradient_checkpointing=true (now {str(_present(cfg, 'model.gradient_checkpointing')).lower()})",
+        f"model.gradient_checkpointing=true (now "
+        f"{str(_present(cfg, 'model.gradient_checkpointing')).lower()})",
         f"peft=qlora (now {_choice(cfg, 'peft')})",
         f"dist=zero3 (now {_choice(cfg, 'dist')})",
     ]
-    already = {"model.gradient_checkpointing=true (now true)", "peft=qlora (now qlora)", "dist=zero3 (now zero3)"}
+    already = {
+        "model.gradient_checkpointing=true (now true)",
+        "peft=qlora (now qlora)",
+        "dist=zero3 (now zero3)",
+    }
     switch = [text for text in switch if text not in already]
     sentence = f"Lower {', '.join(lower[:-1])} or {lower[-1]}"
     return f"{sentence}; or set {', '.join(switch)}." if switch else f"{sentence}."

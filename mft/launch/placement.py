@@ -57,7 +57,8 @@ def detect_rank() -> RankInfo | None:
 
 
 def ranks(nproc: int | str, mode: str = "processes") -> int:
-    """Returns how many ranks this machine will run: the placed ones, else `launch.nproc`; auto = visible GPUs, or 1.
+    """Returns how many ranks this machine will run: the placed ones, else `launch.nproc`; auto = visible
+    GPUs, or 1.
 
     mode: `launch.mode`; inline has one rank. Raises UserError for a number that cannot be.
     """
@@ -66,13 +67,16 @@ def ranks(nproc: int | str, mode: str = "processes") -> int:
         return placed.world
     if str(getattr(mode, "value", mode)) == "inline":
         if str(nproc) not in ("auto", "1"):
-            raise UserError(f"launch.mode=inline runs one rank, but launch.nproc={nproc}; choose launch=processes")
+            raise UserError(
+                f"launch.mode=inline runs one rank, but launch.nproc={nproc}; choose launch=processes"
+            )
         return 1
     if str(nproc) == "auto":
         return max(1, visible_gpus())
     if not str(nproc).isdigit() or int(nproc) < 1:
         raise UserError(
-            f"launch.nproc={nproc}: must be a number of ranks, at least 1, or auto (all visible GPUs; 1 without)."
+            f"launch.nproc={nproc}: must be a number of ranks, at least 1, or auto (all visible GPUs; 1 "
+            f"without)."
         )
     gpus = visible_gpus()
     if gpus and int(nproc) > gpus:
@@ -86,7 +90,8 @@ def broadcasts() -> int:
 
 
 def broadcast_from_rank0(value: Any) -> Any:
-    """Returns rank 0's value on every placed rank, before any engine is up; without placed ranks, the value itself.
+    """Returns rank 0's value on every placed rank, before any engine is up; without placed ranks, the value
+    itself.
 
     All ranks call it equally often; the value is one that JSON takes.
     """
@@ -96,7 +101,8 @@ def broadcast_from_rank0(value: Any) -> Any:
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    # over the store itself: a process group here would leave its addresses behind for the engine's to stumble over
+    # over the store itself: a process group here would leave its addresses behind for the engine's to stumble
+    # over
     if not _stores:
         _stores.append(next(rendezvous("env://"))[0])
     store = PrefixStore(f"mft/broadcast/{len(_stores)}", _stores[0])

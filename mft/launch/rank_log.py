@@ -73,7 +73,8 @@ def _hiding(write: Callable[[str], Any]) -> Callable[[str], Any]:
 
 @contextmanager
 def written_to(path: Path, rank: int) -> Iterator[int]:
-    """Writes what this process prints to a log file; yields the file descriptor of the terminal's error stream.
+    """Writes what this process prints to a log file; yields the file descriptor of the terminal's error
+    stream.
 
     Of ranks above 0 all output goes there, also that of libraries in C, until the process ends. Rank 0 keeps
     the terminal; what Python writes is copied, and what libraries in C write is not.

@@ -1,4 +1,5 @@
-"""Which folder a run starts or resumes in: a fresh one, the newest unfinished one of its identity, or one named."""
+"""Which folder a run starts or resumes in: a fresh one, the newest unfinished one of its identity, or one
+named."""
 
 from __future__ import annotations
 
@@ -15,14 +16,16 @@ from mft.training.checkpoint import newest
 
 
 def is_finished(run_dir: Path, identity: Identity, resume: str = "auto") -> bool:
-    """Whether the folder holds the finished run of this length, and `resume` does not ask for an earlier step."""
+    """Whether the folder holds the finished run of this length, and `resume` does not ask for an earlier
+    step."""
     found = identity_of(run_dir)
     same = found is not None and found.extended == identity.extended
     return same and status(run_dir) == "finished" and step_of(resume)[1] is None
 
 
 def step_of(resume: str) -> tuple[Path, int | None]:
-    """Returns (RUN, N) of a train.resume that names RUN/checkpoints/step-N, (the folder it names, None) of another."""
+    """Returns (RUN, N) of a train.resume that names RUN/checkpoints/step-N, (the folder it names, None) of
+    another."""
     folder = Path(os.path.abspath(os.path.expanduser(resume)))
     number = folder.name.removeprefix("step-")
     if folder.parent.name == "checkpoints" and folder.name.startswith("step-") and number.isdigit():
@@ -36,9 +39,9 @@ def choose(
     """Returns (folder, whether its run is to be resumed).
 
     output_dir: where a fresh run would go; dated: whether that folder was made up from the date, so that with
-    resume=auto the newest unfinished run of this identity beside it is taken instead; config: of this run, nested, to
-    say in what another one differs.
-    Raises UserError when the folder holds another run, or when `resume` names a folder that cannot be continued.
+    resume=auto the newest unfinished run of this identity beside it is taken instead; config: of this run,
+    nested, to say in what another one differs. Raises UserError when the folder holds another run, or when
+    `resume` names a folder that cannot be continued.
     """
     if resume not in ("auto", "never"):
         return _named(resume, identity, config or {}), True
@@ -47,7 +50,12 @@ def choose(
     if resume == "auto":
         for folder in sorted(output_dir.parent.glob("*"), reverse=True):
             found = identity_of(folder)
-            if found and found.base == identity.base and status(folder) != "finished" and not is_locked(folder):
+            if (
+                found
+                and found.base == identity.base
+                and status(folder) != "finished"
+                and not is_locked(folder)
+            ):
                 return folder, True
     number, folder = 1, output_dir
     while folder.exists():  # two runs started within one second
@@ -63,12 +71,14 @@ def _named(resume: str, identity: Identity, config: Mapping[str, Any]) -> Path:
     if found is None:
         above = next((path for path in folder.parents if identity_of(path)), None)
         raise UserError(
-            f"train.resume={resume} is not a run folder: it holds no identity.json, or a damaged one. Allowed: auto, "
+            f"train.resume={resume} is not a run folder: it holds no identity.json, or a damaged one. "
+            f"Allowed: auto, "
             f"never, a run folder, or RUN/checkpoints/step-N{f'; did you mean {above}?' if above else '.'}"
         )
     if found.base != identity.base and step is not None and found.version == VERSION:
         raise UserError(
-            f"train.resume={resume}: the run in {folder} {_another(folder, found, identity, config)}. To start a new "
+            f"train.resume={resume}: the run in {folder} {_another(folder, found, identity, config)}. To "
+            f"start a new "
             f"run from its weights, leave train.resume out and set peft.path={resume} (an adapter) or "
             f"model.path={resume} (a full model)."
         )
@@ -87,7 +97,8 @@ def _in_place(folder: Path, resume: str, identity: Identity, config: Mapping[str
         raise UserError(f"output_dir={folder} {another}; choose another folder, or remove it.")
     if resume == "never":
         raise UserError(
-            f"output_dir={folder} already holds this run and train.resume=never; choose another folder, or remove it."
+            f"output_dir={folder} already holds this run and train.resume=never; choose another folder, or "
+            f"remove it."
         )
     return True
 
@@ -99,13 +110,16 @@ def _another(folder: Path, found: Identity, identity: Identity, config: Mapping[
         key = "peft.path" if trained and (trained / "adapter_config.json").exists() else "model.path"
         more = f"; {key}={trained} trains its model further, as a new run" if trained else ""
         return (
-            f"holds a run that another version of mft wrote {found.numbers()}, so it cannot be resumed; mft show, "
+            f"holds a run that another version of mft wrote {found.numbers()}, so it cannot be resumed; "
+            f"mft show, "
             f"compare, merge and generate still read it{more}"
         )
     contents, values = differences(found, identity, _config(folder), config)
     if contents and values:
         return f"holds a run on other inputs: {contents}; and of another config: {values}"
-    return f"holds a run on other inputs: {contents}" if contents else f"holds a run of another config: {values}"
+    return (
+        f"holds a run on other inputs: {contents}" if contents else f"holds a run of another config: {values}"
+    )
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -126,18 +140,30 @@ def _check_not_begun(folder: Path) -> None:
     entries = list(folder.iterdir()) if folder.is_dir() else []
     if any(path.name in ("checkpoints", "metrics.jsonl", "final") for path in entries) and _frozen(folder):
         raise UserError(
-            f"output_dir={folder} holds a run whose identity.json is missing or damaged, so it cannot be resumed. "
-            "Choose another folder, with peft.path or model.path set to one of its checkpoints to start from their "
+            f"output_dir={folder} holds a run whose identity.json is missing or damaged, so it cannot be "
+            f"resumed. "
+            "Choose another folder, with peft.path or model.path set to one of its checkpoints to start "
+            "from their "
             "weights; or remove it."
         )
-    left = {path.name for path in entries if path.suffix == ".tmp" and path.with_suffix(".json").name in BEFORE_A_RUN}
-    left |= {path.name for path in entries if path.name in (LOCK, "config.tmp", *BEFORE_A_RUN) or path.name == "log"}
+    left = {
+        path.name
+        for path in entries
+        if path.suffix == ".tmp" and path.with_suffix(".json").name in BEFORE_A_RUN
+    }
+    left |= {
+        path.name
+        for path in entries
+        if path.name in (LOCK, "config.tmp", *BEFORE_A_RUN) or path.name == "log"
+    }
     foreign = sorted({path.name for path in entries} - left)
     config = folder / "config.yaml"
     if not foreign and config.exists() and config.stat().st_size and not _frozen(folder):
         foreign = [config.name]
     if foreign:
-        raise UserError(f"output_dir={folder} is not empty and holds no run, but {foreign[0]}; choose another folder.")
+        raise UserError(
+            f"output_dir={folder} is not empty and holds no run, but {foreign[0]}; choose another folder."
+        )
 
 
 def _frozen(folder: Path) -> bool:

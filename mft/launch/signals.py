@@ -38,7 +38,8 @@ class Stop:
         return bool(self.signal)
 
     def request(self, signum: int, frame: FrameType | None = None) -> None:
-        """The signal handler. Later signals change nothing: Ctrl-C reaches a rank twice, by terminal and parent."""
+        """The signal handler. Later signals change nothing: Ctrl-C reaches a rank twice, by terminal and
+        parent."""
         self.signal = self.signal or signum
 
     def listen(self) -> None:
@@ -76,7 +77,9 @@ def handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     A signal that is ignored stays ignored: nohup ignores SIGHUP on purpose.
     """
     try:
-        before = {name: signal.signal(name, handler) for name in SIGNALS if signal.getsignal(name) != signal.SIG_IGN}
+        before = {
+            name: signal.signal(name, handler) for name in SIGNALS if signal.getsignal(name) != signal.SIG_IGN
+        }
     except ValueError:  # signal only works in main thread
         before = {}
     quit_before = signal.getsignal(signal.SIGQUIT)

@@ -1,4 +1,5 @@
-"""Starts the ranks of a run: forked from a server with the heavy imports done, watched by torch's elastic agent.
+"""Starts the ranks of a run: forked from a server with the heavy imports done, watched by torch's elastic
+agent.
 
 The server lives as long as this process, so the second and later jobs of a sweep start in well under a
 second.
@@ -49,7 +50,8 @@ SET_BY_ELASTIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 """Variables that every rank gets from elastic; a batch script may have exported its own."""
 
 EXIT_BARRIER_SECONDS = 1.0
-"""How long elastic's agent waits for other hosts once its ranks are done; `NodeGroup.close` knows who has left."""
+"""How long elastic's agent waits for other hosts once its ranks are done; `NodeGroup.close` knows who has
+left."""
 
 
 def spawn(
@@ -106,27 +108,32 @@ def spawn(
     first = info.rank * nproc
     ranks = range(first, first + nproc)
     failure = failure_of(log, ranks, codes, nodes)
-    died = [rank for rank in ranks if codes.get(rank, 0) < 0 and not (log / f"rank{rank}.error.json").exists()]
+    died = [
+        rank for rank in ranks if codes.get(rank, 0) < 0 and not (log / f"rank{rank}.error.json").exists()
+    ]
     if nodes is not None and died:  # the other hosts look for the cause, too
         write_report(log / f"rank{died[0]}.error.json", failure, died[0])
     raise failure
 
 
 def start_fork_server(preload: Sequence[str] = PRELOAD) -> None:
-    """Starts the fork server if there is none yet, without waiting for its imports. Its environment is today's."""
+    """Starts the fork server if there is none yet, without waiting for its imports. Its environment is
+    today's."""
     if start_method() == "fork":
         return
     gpu = any(path.exists() for path in DRIVERS)
     quiet_without_gpu()
     multiprocessing.set_forkserver_preload([name for name in preload if not (gpu and name in TOUCHES_CUDA)])
-    # torch then counts GPUs without initialising CUDA; and does not warn about every host name it cannot look up
+    # torch then counts GPUs without initialising CUDA; and does not warn about every host name it cannot look
+    # up
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     multiprocessing.forkserver.ensure_running()
 
 
 def start_method() -> str:
-    """Returns how this process starts ranks: from the fork server, or, where it came from that itself, by plain fork.
+    """Returns how this process starts ranks: from the fork server, or, where it came from that itself, by
+    plain fork.
 
     Such a process (the supervisor of a job) has the imports already; a fork server of its own would do them
     again.
@@ -151,7 +158,8 @@ def environment(nodes: NodeGroup | None = None) -> dict[str, str]:
 
 @contextmanager
 def signals_end_workers(exception: type[Exception]) -> Iterator[None]:
-    """The first SIGINT, SIGTERM or SIGHUP lets elastic pass it on to the workers and wait; a second one ends at once.
+    """The first SIGINT, SIGTERM or SIGHUP lets elastic pass it on to the workers and wait; a second one ends
+    at once.
 
     At once is safe: each worker's watchdog sees this process gone.
     """
@@ -170,12 +178,15 @@ def signals_end_workers(exception: type[Exception]) -> Iterator[None]:
 def silence_elastic() -> None:
     """Keeps elastic's own account of a failure off the terminal: the rank's report says it better."""
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")):
+        if name.startswith(
+            ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
+        ):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 def loopback() -> RendezvousInfo:
-    """Returns the rendezvous of one machine, whose store listens on 127.0.0.1 only, on a port that the kernel picks."""
+    """Returns the rendezvous of one machine, whose store listens on 127.0.0.1 only, on a port that the kernel
+    picks."""
     from torch.distributed import PrefixStore
     from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 

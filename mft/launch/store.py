@@ -25,7 +25,9 @@ def listening_store(address: str, port: int = 0) -> Any:
         raise
     port, minutes = listener.getsockname()[1], timedelta(minutes=15)
     descriptor = listener.detach()
-    return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=minutes, master_listen_fd=descriptor)
+    return TCPStore(
+        address, port, is_master=True, wait_for_workers=False, timeout=minutes, master_listen_fd=descriptor
+    )
 
 
 def connect(address: tuple[str, int]) -> Any:
@@ -39,7 +41,8 @@ def connect(address: tuple[str, int]) -> Any:
 def await_listener(address: str, port: int, seconds: float) -> OSError | None:
     """Waits until somebody listens there; returns what connecting failed of where nobody does in time.
 
-    torch's own wait for a store is not interrupted by Ctrl-C, and prints a page of C++ frames when it is over.
+    torch's own wait for a store is not interrupted by Ctrl-C, and prints a page of C++ frames when it is
+    over.
     """
     deadline = time.monotonic() + seconds
     while True:

@@ -1,4 +1,5 @@
-"""One rank of a run: `torchrun -m mft.launch.worker RUN_DIR` replays a run, `spawn` calls `rank_main` in each process.
+"""One rank of a run: `torchrun -m mft.launch.worker RUN_DIR` replays a run, `spawn` calls `rank_main` in each
+process.
 
 A rank never outlives the process that started it, reports what it failed of, and does not wait forever for a
 rank that failed.
@@ -30,7 +31,8 @@ from mft.launch.rank_log import written_to
 from mft.launch.signals import SAVED, SIGNALS, UNSAVED, Stop, exit_code
 
 FAILED_PEER_SECONDS = 5.0
-"""How long a rank lives after another one failed: it may be waiting for it in a collective that never ends."""
+"""How long a rank lives after another one failed: it may be waiting for it in a collective that never
+ends."""
 
 stop = Stop()
 """Whether this rank was asked to stop."""
@@ -62,14 +64,19 @@ def run_job(run_dir: str) -> None:
     try:
         run(cfg, folder, stop)
     except Exception as error:
-        explained = explain(error, cast("dict[str, Any]", OmegaConf.to_container(cfg))) or full_disk(error, folder)
+        explained = explain(error, cast("dict[str, Any]", OmegaConf.to_container(cfg))) or full_disk(
+            error, folder
+        )
         if explained is None:
             raise
         raise explained from error
 
 
 def rank_main(
-    log: str, function: Callable[..., Any], arguments: Sequence[Any] = (), variables: Mapping[str, str] | None = None
+    log: str,
+    function: Callable[..., Any],
+    arguments: Sequence[Any] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> Any:
     """Calls function(*arguments) as one rank of a group; returns its result.
 
@@ -110,7 +117,8 @@ def rank_main(
 
 
 def placed_rank_main(log: Path, function: Callable[..., Any], arguments: Sequence[Any] = ()) -> None:
-    """Calls function(*arguments) as the rank that this process was placed as (torchrun, accelerate launch, srun).
+    """Calls function(*arguments) as the rank that this process was placed as (torchrun, accelerate launch,
+    srun).
 
     Rank 0, which speaks to the person, raises what another rank failed of where it only lost its connection
     to it.
@@ -120,7 +128,9 @@ def placed_rank_main(log: Path, function: Callable[..., Any], arguments: Sequenc
         rank_main(str(log), function, arguments)
     except Exception:
         placed = detect_rank()
-        if (placed is None or placed.rank == 0) and (cause := cause_elsewhere(log / "rank0.error.json", since)):
+        if (placed is None or placed.rank == 0) and (
+            cause := cause_elsewhere(log / "rank0.error.json", since)
+        ):
             raise cause from None
         raise
 
@@ -144,13 +154,16 @@ def _require_untouched_gpu() -> None:
 
 
 def _watch(report: Path, started: float) -> None:
-    """Ends this rank when the launching process is gone (kill -9 leaves no other trace), or a peer has failed."""
+    """Ends this rank when the launching process is gone (kill -9 leaves no other trace), or a peer has
+    failed."""
     parent = multiprocessing.parent_process()
     started_by = os.getppid()
     failed_since: float | None = None
     while True:
         if parent is not None:
-            parent.join(0.5)  # waits for the process that asked the fork server for this one, not for the fork server
+            parent.join(
+                0.5
+            )  # waits for the process that asked the fork server for this one, not for the fork server
             gone = not parent.is_alive()
         else:
             time.sleep(0.5)
@@ -169,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folders = list(sys.argv[1:] if arguments is None else arguments)
     if len(folders) != 1:
         raise SystemExit(
-            "usage: python -m mft.launch.worker RUN_DIR   (or torchrun --nproc-per-node N -m mft.launch.worker RUN_DIR)"
+            "usage: python -m mft.launch.worker RUN_DIR   (or torchrun --nproc-per-node N -m "
+            "mft.launch.worker RUN_DIR)"
         )
     detect_rank()  # translates SLURM's variables
     try:

@@ -1,7 +1,7 @@
 """What the adaptive modes share: weights that move, a memory of probes, straight-line fits and a small Adam.
 
-All of it is float64 on the CPU and fed only with sums over all ranks, so every rank holds the same weights without
-exchanging them.
+All of it is float64 on the CPU and fed only with sums over all ranks, so every rank holds the same weights
+without exchanging them.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 def line_slope(x: np.ndarray, y: np.ndarray) -> float:
-    """Returns the least-squares slope of y over x; NaN with fewer than two points, 0 for a rise within rounding.
+    """Returns the least-squares slope of y over x; NaN with fewer than two points, 0 for a rise within
+    rounding.
 
-    Both are centred first: the normal equations of absolute step numbers lose half of the slope in float32 at step
-    100,000.
+    Both are centred first: the normal equations of absolute step numbers lose half of the slope in float32 at
+    step 100,000.
     """
     if len(x) < 2:
         return float("nan")
@@ -78,7 +79,8 @@ class History:
         return np.stack(self.row_n)
 
     def slopes(self) -> np.ndarray:
-        """Returns float64 [columns]: slope per optimizer step over the values measured, NaN with fewer than two."""
+        """Returns float64 [columns]: slope per optimizer step over the values measured, NaN with fewer than
+        two."""
         x, table = np.asarray(self.update_n, dtype=np.float64), self.array()
         there = np.isfinite(table)
         return np.array([line_slope(x[there[:, i]], table[there[:, i], i]) for i in range(table.shape[1])])
@@ -95,7 +97,8 @@ class History:
 
 
 class Adam:
-    """Adam on K numbers, weight decay added to the gradient as in `torch.optim.Adam`; absent tasks are left alone."""
+    """Adam on K numbers, weight decay added to the gradient as in `torch.optim.Adam`; absent tasks are left
+    alone."""
 
     def __init__(self, tasks: int, lr: float, weight_decay: float = 0.0):
         self.lr, self.weight_decay = lr, weight_decay
@@ -121,25 +124,30 @@ class Adam:
 
 
 def by_task(names: Sequence[str], **arrays_K: np.ndarray) -> dict[str, dict[str, float]]:
-    """Returns {entry: {task: value}}: the names say whose memory it is, so that the order of the tasks does not."""
+    """Returns {entry: {task: value}}: the names say whose memory it is, so that the order of the tasks does
+    not."""
     return {entry: dict(zip(names, array_K.tolist(), strict=True)) for entry, array_K in arrays_K.items()}
 
 
 def arrays(state: Mapping[str, Any], names: Sequence[str], *entries: str) -> list[np.ndarray]:
-    """Inverse of `by_task`: float64 [K] of each entry, in the order of `names`. Raises UserError, see `remembered`."""
-    return [np.array([remembered(state[entry], name) for name in names], dtype=np.float64) for entry in entries]
+    """Inverse of `by_task`: float64 [K] of each entry, in the order of `names`. Raises UserError, see
+    `remembered`."""
+    return [
+        np.array([remembered(state[entry], name) for name in names], dtype=np.float64) for entry in entries
+    ]
 
 
 def remembered(values: Mapping[str, Any], name: str) -> Any:
-    """Returns the value of a task; raises UserError where the checkpoint's loss knows no task of this name."""
+    """Returns the value of a task; raises UserError where the checkpoint's loss knows no task of this
+    name."""
     if name not in values:
         raise UserError(f"the checkpoint's loss remembers the tasks {', '.join(values)}, but not {name}")
     return values[name]
 
 
 def measured(loss_K: torch.Tensor, dropped_K: np.ndarray) -> np.ndarray:
-    """Returns the losses as float64 numpy, NaN where not finite; infinite ones (measured, not finite: see `task_means`)
-    are counted in `dropped_K`."""
+    """Returns the losses as float64 numpy, NaN where not finite; infinite ones (measured, not finite: see
+    `task_means`) are counted in `dropped_K`."""
     row_K = loss_K.detach().double().cpu().numpy().copy()
     dropped_K += np.isinf(row_K)
     row_K[~np.isfinite(row_K)] = np.nan
@@ -147,7 +155,8 @@ def measured(loss_K: torch.Tensor, dropped_K: np.ndarray) -> np.ndarray:
 
 
 def check_probing(mode: str, warmup_steps: int, history_length: int, update_interval: int) -> None:
-    """Raises UserError unless W % u == 0, W >= 3u and N >= W / u (W warm-up, u interval, N history length)."""
+    """Raises UserError unless W % u == 0, W >= 3u and N >= W / u (W warm-up, u interval, N history
+    length)."""
     w, n, u = warmup_steps, history_length, update_interval
     if w < 3 * u:
         raise UserError(
@@ -157,12 +166,14 @@ def check_probing(mode: str, warmup_steps: int, history_length: int, update_inte
     if w % u:
         raise UserError(
             f"loss.warmup_steps is {w}, not a multiple of loss.update_interval = {u}; "
-            f"set loss.warmup_steps to {w - w % u if w - w % u >= 3 * u else w + u - w % u} or {w + u - w % u}"
+            f"set loss.warmup_steps to {w - w % u if w - w % u >= 3 * u else w + u - w % u} or "
+            f"{w + u - w % u}"
         )
     if n < w // u:
         raise UserError(
             f"loss.history_length is {n} probes; {mode} needs at least "
-            f"loss.warmup_steps / loss.update_interval = {w // u}: raise loss.history_length or lower loss.warmup_steps"
+            f"loss.warmup_steps / loss.update_interval = {w // u}: raise loss.history_length or lower "
+            f"loss.warmup_steps"
         )
 
 
@@ -175,22 +186,27 @@ def check_probes(mode: str, names: Sequence[str], valid_samples: Sequence[int]) 
             "validation part, e.g. data.split=[95,5,0]"
         )
     if without:
-        warnings.warn(f"loss={mode} cannot judge tasks without validation samples: {', '.join(without)}", stacklevel=2)
+        warnings.warn(
+            f"loss={mode} cannot judge tasks without validation samples: {', '.join(without)}", stacklevel=2
+        )
 
 
 def warn_of_a_short_run(mode: str, steps: int, still: int, key: str, value: int, largest: int) -> None:
-    """Warns when the weights hold still in all of the run's steps; still: steps before the first with new weights."""
+    """Warns when the weights hold still in all of the run's steps; still: steps before the first with new
+    weights."""
     if steps <= still:
         advice = f"set {key} to {largest} or less" if largest >= 1 else "train longer"
         warnings.warn(
-            f"loss={mode} will not move its weights: {key} is {value} and the run has {steps} steps; {advice}",
+            f"loss={mode} will not move its weights: {key} is {value} and the run has {steps} steps; "
+            f"{advice}",
             stacklevel=2,
         )
 
 
 @dataclass
 class Adaptive(TaskTokenMean):
-    """task_token_mean with weights that move during training; the static weights hold until the mode has its own."""
+    """task_token_mean with weights that move during training; the static weights hold until the mode has its
+    own."""
 
     public_name: ClassVar[str] = ""
 
@@ -213,9 +229,9 @@ class Adaptive(TaskTokenMean):
         train_K: torch.Tensor | None = None,
         repeat_K: torch.Tensor | None = None,
     ) -> dict[str, float]:
-        """Hands the losses that came to `learn_valid`, `learn_train`, `learn_repeat`, in this order; a mode overrides
-        those it learns from. They get float64 numpy [K], NaN where a task is absent or its loss is not finite (which is
-        counted as dropped), and return values to log.
+        """Hands the losses that came to `learn_valid`, `learn_train`, `learn_repeat`, in this order; a mode
+        overrides those it learns from. They get float64 numpy [K], NaN where a task is absent or its loss is
+        not finite (which is counted as dropped), and return values to log.
         """
         values: dict[str, float] = {}
         hooks = ((self.learn_valid, valid_K), (self.learn_train, train_K), (self.learn_repeat, repeat_K))
@@ -237,7 +253,8 @@ class Adaptive(TaskTokenMean):
         return {}
 
     def logged(self, **series_K: np.ndarray) -> dict[str, float]:
-        """Returns `train/weight/<task>` and `<mode>/<name>/<task>` for each series given (NaN entries left out)."""
+        """Returns `train/weight/<task>` and `<mode>/<name>/<task>` for each series given (NaN entries left
+        out)."""
         pairs = zip(self.names, self.weight_K.tolist(), strict=True)
         values = {f"train/weight/{name}": weight for name, weight in pairs}
         if self.dropped_K.any():

@@ -1,8 +1,8 @@
 """The contract between a loss mode and the training loop: shares that add up.
 
-The loop computes per-token losses once; a mode turns them into this micro-batch's *share* of the step's objective.
-The shares of all ranks and all micro-batches of an optimizer step add up to the objective, so the objective does not
-depend on the number of ranks, on accumulation or on how samples are packed into rows.
+The loop computes per-token losses once; a mode turns them into this micro-batch's *share* of the step's
+objective. The shares of all ranks and all micro-batches of an optimizer step add up to the objective, so the
+objective does not depend on the number of ranks, on accumulation or on how samples are packed into rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def task_sums(nll_BT: torch.Tensor, batch: Batch, tasks: int) -> torch.Tensor:
-    """Returns float64 [2, K] on the device of `nll_BT`: per task the sum of token losses and the trained tokens."""
+    """Returns float64 [2, K] on the device of `nll_BT`: per task the sum of token losses and the trained
+    tokens."""
     import torch
 
     trained_BT = batch.target_BT != IGNORE
@@ -33,12 +34,14 @@ def task_sums(nll_BT: torch.Tensor, batch: Batch, tasks: int) -> torch.Tensor:
 class TaskLoss(ABC):
     """Turns per-token losses into this micro-batch's share of the step's objective.
 
-    Subclasses are dataclasses of plain values. Steps are numbered from 1: a probe before step s measures the model
-    after s - 1 updates, and the weights learned from it hold from step s on. Order of calls:
+    Subclasses are dataclasses of plain values. Steps are numbered from 1: a probe before step s measures the
+    model after s - 1 updates, and the weights learned from it hold from step s on. Order of calls:
 
-    1. `setup` and `check_schedule`, once; `set_initial_losses` if there is a validation before the first step.
+    1. `setup` and `check_schedule`, once; `set_initial_losses` if there is a validation before the first
+    step.
     2. In every optimizer step: `learn(valid_K=...)` if `wants_probe`; `statistics` for each micro-batch if
-       `needs_statistics`; `share` for each micro-batch; after the update `learn(train_K=...)` if `wants_train`, then
+       `needs_statistics`; `share` for each micro-batch; after the update `learn(train_K=...)` if
+       `wants_train`, then
        `learn(repeat_K=...)` if `wants_repeat`.
     3. `state_dict` for every checkpoint.
     """
@@ -48,7 +51,8 @@ class TaskLoss(ABC):
     names: Sequence[str] = ()
     """Of the K tasks, once `setup` was called."""
     weight_K: Any
-    """float64 [K], the weights of the tasks; Any, because OmegaConf reads annotations where torch is not imported."""
+    """float64 [K], the weights of the tasks; Any, because OmegaConf reads annotations where torch is not
+    imported."""
     needs_statistics: ClassVar[bool] = False
     """Whether the mode has `statistics`."""
     by_sample: ClassVar[bool] = False
@@ -57,7 +61,8 @@ class TaskLoss(ABC):
     """Samples of each task that one probe reads, all ranks together; 0: the mode makes no probes."""
 
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        """Receives the K task names and the user's static weights (`task.<name>.weight`). Called once, before training.
+        """Receives the K task names and the user's static weights (`task.<name>.weight`). Called once, before
+        training.
 
         Raises UserError for a weight that is negative or not finite.
         """
@@ -65,7 +70,9 @@ class TaskLoss(ABC):
 
         for name, weight in zip(names, weights, strict=True):
             if not (weight >= 0 and math.isfinite(weight)):
-                raise UserError(f"task.{name}.weight is {weight}; a weight in the loss is a finite number, 0 or larger")
+                raise UserError(
+                    f"task.{name}.weight is {weight}; a weight in the loss is a finite number, 0 or larger"
+                )
         self.names = tuple(names)
         self.weight_K = torch.tensor(list(weights), dtype=torch.float64)
 
@@ -77,11 +84,13 @@ class TaskLoss(ABC):
 
     @property
     def needs_validation(self) -> bool:
-        """Whether the mode cannot work without validation samples (then a run without any is refused early)."""
+        """Whether the mode cannot work without validation samples (then a run without any is refused
+        early)."""
         return False
 
     def set_initial_losses(self, valid_K: torch.Tensor) -> None:
-        """Takes the per-task losses of the validation before the first step, if there is one (train.eval_at_start)."""
+        """Takes the per-task losses of the validation before the first step, if there is one
+        (train.eval_at_start)."""
 
     @abstractmethod
     def share(
@@ -98,13 +107,14 @@ class TaskLoss(ABC):
     def statistics(self, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Returns a float64 [K, S] of sums that modes non-linear in a task's loss need of the whole step.
 
-        Only with `needs_statistics`: the loop runs the micro-batches once without gradient (same dropout masks), sums
-        over micro-batches and ranks, and hands the result to `share`.
+        Only with `needs_statistics`: the loop runs the micro-batches once without gradient (same dropout
+        masks), sums over micro-batches and ranks, and hands the result to `share`.
         """
         raise NotImplementedError
 
     def wants_probe(self, step: int) -> bool:
-        """Whether a small validation is to be made before step `step` (its per-task losses arrive in `learn`)."""
+        """Whether a small validation is to be made before step `step` (its per-task losses arrive in
+        `learn`)."""
         return False
 
     def wants_train(self, step: int) -> bool:
@@ -130,8 +140,8 @@ class TaskLoss(ABC):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs to continue bit-identically: tensors and plain values, those of a task under
-        its name, since the tasks of a resumed run may come in another order."""
+        """Returns what a resumed run needs to continue bit-identically: tensors and plain values, those of a
+        task under its name, since the tasks of a resumed run may come in another order."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,17 +1,18 @@
 """CoBa, convergence balance (MFTCoder's second adaptive mode): as in the paper, and as its code computes it.
 
-A probe gives the ratios L_i^val(t) / L_i^val(0). With alpha_i(t) the slope of task i's ratio over the last N probes,
-alpha_max(t) = max_i alpha_i(t), and n the number of slopes remembered (at most N), the paper (its equations from a
-secondary source) has
+A probe gives the ratios L_i^val(t) / L_i^val(0). With alpha_i(t) the slope of task i's ratio over the last N
+probes, alpha_max(t) = max_i alpha_i(t), and n the number of slopes remembered (at most N), the paper (its
+equations from a secondary source) has
 
     RCS_i = softmax_i( K alpha_i / sum_j |alpha_j| )                  large for tasks slower than the others
     ACS_i = softmax_i( -n alpha_i / sum_{window} |alpha_i(j)| )       large for tasks faster than their own past
     DF    = min( n softmax_j( -tau n alpha_max(j) / sum_{window} |alpha_max(j)| )[last], 1 )
     w     = DF RCS + (1 - DF) ACS,        w = 1/K before warm-up ends
 
-The variant `mftcoder` is the public code: DF without the cap (up to 25 seen), a further softmax(K w), then the floor
-w <- 0.9 w + 1/(10 K) when a weight falls below 1/(10 K), alpha_max = slope of the largest ratio, missing probes skipped
-on the x axis, windows that count steps as if they were columns. It remembers every probe, since those windows grow.
+The variant `mftcoder` is the public code: DF without the cap (up to 25 seen), a further softmax(K w), then
+the floor w <- 0.9 w + 1/(10 K) when a weight falls below 1/(10 K), alpha_max = slope of the largest ratio,
+missing probes skipped on the x axis, windows that count steps as if they were columns. It remembers every
+probe, since those windows grow.
 """
 
 from __future__ import annotations
@@ -68,10 +69,12 @@ def divergence_factor(largest_c: np.ndarray, tau: float) -> float:
 
 @dataclass
 class Coba(Adaptive):
-    """Weights from how fast each task's validation loss falls; the fields are explained in conf/loss/coba.yaml.
+    """Weights from how fast each task's validation loss falls; the fields are explained in
+    conf/loss/coba.yaml.
 
-    Safeguards of `paper`: a task without two probes keeps the weight 1/K and takes no part in the others' scores;
-    slopes within rounding are 0; equal slopes give equal weights; losses that are not finite are dropped and counted.
+    Safeguards of `paper`: a task without two probes keeps the weight 1/K and takes no part in the others'
+    scores; slopes within rounding are 0; equal slopes give equal weights; losses that are not finite are
+    dropped and counted.
     """
 
     public_name: ClassVar[str] = "coba"
@@ -81,9 +84,11 @@ class Coba(Adaptive):
     warmup_steps: int = ranged(100, min=1)
     """Optimizer steps W before the weights move; a multiple of update_interval and at least 3 of them."""
     history_length: int = ranged(40, min=1)
-    """Probes N that slopes look back on; at least W / update_interval. Long is steady, short reacts sooner."""
+    """Probes N that slopes look back on; at least W / update_interval. Long is steady, short reacts
+    sooner."""
     tau: float = ranged(5.0, above=0)
-    """Sharpness of the divergence factor DF, above 1 in the paper; larger holds diverging tasks back sooner."""
+    """Sharpness of the divergence factor DF, above 1 in the paper; larger holds diverging tasks back
+    sooner."""
     update_interval: int = ranged(5, min=1)
     """Optimizer steps u from one probe to the next; 1 in the original, larger costs less."""
     probe_samples: int = ranged(2, min=1)
@@ -101,7 +106,8 @@ class Coba(Adaptive):
         self.ratios, self.slopes, self.largest = History(length), History(length), History(length)
 
     def set_initial_losses(self, valid_K: torch.Tensor) -> None:
-        """Takes L_i^val(0), the unit of the ratios, as in the original; else the first probe of a task is it."""
+        """Takes L_i^val(0), the unit of the ratios, as in the original; else the first probe of a task is
+        it."""
         self.first_K = measured(valid_K, self.dropped_K)
 
     @property
@@ -151,7 +157,8 @@ class Coba(Adaptive):
         slope_K = np.array([self._packed_slope(column) for column in window_cK.T])
         self.slopes.append(update, slope_K)
         self.largest.append(update, np.array([self._packed_slope(window_cK.max(axis=1))]))
-        # Column 0 of the slopes is the end of warm-up, yet the original cuts it with `setup`, a number of probes.
+        # Column 0 of the slopes is the end of warm-up, yet the original cuts it with `setup`, a number of
+        # probes.
         rcs_K, acs_K = scores(slope_K, self.slopes.array()[min(start, len(self.slopes) - 1) :])
         df = divergence_factor(self.largest.array()[:, 0], self.tau)
         weight_K = softmax(len(slope_K) * (df * rcs_K + (1 - df) * acs_K))
@@ -167,7 +174,9 @@ class Coba(Adaptive):
         return float(np.nan_to_num(line_slope(np.arange(len(value_c), dtype=np.float64), value_c), nan=0.0))
 
     def state_dict(self) -> dict[str, Any]:
-        histories = {name: getattr(self, name).state_dict(columns) for name, columns in self._histories().items()}
+        histories = {
+            name: getattr(self, name).state_dict(columns) for name, columns in self._histories().items()
+        }
         return super().state_dict() | by_task(self.names, first=self.first_K) | histories
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

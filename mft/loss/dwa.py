@@ -1,8 +1,8 @@
 """Dynamic weight average (Liu et al. 2019): tasks whose training loss falls slowly get more weight.
 
-Training losses are averaged over windows of steps. With r_i = mean of the last window / mean of the window before,
-w_i = K softmax_i(r_i / T). The paper takes epochs as windows; windows of 25 steps are those of the FAMO
-authors' comparison.
+Training losses are averaged over windows of steps. With r_i = mean of the last window / mean of the window
+before, w_i = K softmax_i(r_i / T). The paper takes epochs as windows; windows of 25 steps are those of the
+FAMO authors' comparison.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from mft.loss.adaptive import Adaptive, arrays, by_task, softmax, warn_of_a_shor
 
 @dataclass
 class Dwa(Adaptive):
-    """Weights from the ratio of two windows' training losses; the static weights hold for the first two windows.
+    """Weights from the ratio of two windows' training losses; the static weights hold for the first two
+    windows.
 
     A task absent from one of the two windows counts as neither faster nor slower (r = 1).
     """
@@ -55,13 +56,18 @@ class Dwa(Adaptive):
             if self.windows > 1:
                 ratio_K = np.nan_to_num(mean_K / np.where(self.last_K > 0, self.last_K, np.nan), nan=1.0)
                 self.weigh(softmax(ratio_K / self.temperature))
-                values |= {f"dwa/ratio/{name}": ratio for name, ratio in zip(self.names, ratio_K.tolist(), strict=True)}
+                values |= {
+                    f"dwa/ratio/{name}": ratio
+                    for name, ratio in zip(self.names, ratio_K.tolist(), strict=True)
+                }
             self.last_K = mean_K
             self.sum_K, self.count_K = np.zeros(len(self.names)), np.zeros(len(self.names))
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        own = by_task(self.names, sum=self.sum_K, count=self.count_K, last=self.last_K) | {"windows": self.windows}
+        own = by_task(self.names, sum=self.sum_K, count=self.count_K, last=self.last_K) | {
+            "windows": self.windows
+        }
         return super().state_dict() | own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

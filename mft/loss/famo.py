@@ -1,14 +1,15 @@
 """FAMO, fast adaptive multitask optimization (Liu et al. 2023), as in the authors' code.
 
-With z = softmax(xi) over the tasks present, D_i = L_i - b_i + eps and c = sum_i z_i / D_i (taken as a constant),
+With z = softmax(xi) over the tasks present, D_i = L_i - b_i + eps and c = sum_i z_i / D_i (taken as a
+constant),
 
     objective = sum_i z_i log(D_i) / c,   so dL/dL_i = z_i / (c D_i), coefficients that sum to 1
     after the update, on the same batch: delta_i = log D_i(old) - log D_i(new),  gradient of xi = J_softmax(xi)^T delta
 
-and one step of Adam on xi (the paper writes a plain gradient step; the authors' code has Adam with coupled weight
-decay). `source=valid` takes delta from successive validation probes instead, our practical form of MFTCoder's Eq. 4
-(from memory of that paper, not in its public code): noisier, since two probes read different samples, and without the
-repeated forward pass.
+and one step of Adam on xi (the paper writes a plain gradient step; the authors' code has Adam with coupled
+weight decay). `source=valid` takes delta from successive validation probes instead, our practical form of
+MFTCoder's Eq. 4 (from memory of that paper, not in its public code): noisier, since two probes read different
+samples, and without the repeated forward pass.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Source(enum.Enum):
 class Famo(Adaptive):
     """Equal relative progress of all tasks.
 
-    The coefficients depend on the task losses of the whole step, hence `statistics`: one more forward pass without
-    gradient.
+    The coefficients depend on the task losses of the whole step, hence `statistics`: one more forward pass
+    without gradient.
     """
 
     public_name: ClassVar[str] = "famo"
@@ -71,9 +72,13 @@ class Famo(Adaptive):
 
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
         if len(set(weights)) > 1:
-            warnings.warn("loss=famo starts from equal task weights; task.<name>.weight does nothing", stacklevel=2)
+            warnings.warn(
+                "loss=famo starts from equal task weights; task.<name>.weight does nothing", stacklevel=2
+            )
         super().setup(names, [1.0] * len(names))
-        self.min_loss_K = values_of("loss.min_loss", self.names, self.min_loss, self.min_loss_by_task or {}).numpy()
+        self.min_loss_K = values_of(
+            "loss.min_loss", self.names, self.min_loss, self.min_loss_by_task or {}
+        ).numpy()
         self.xi_K = np.zeros(len(self.names))
         self.before_K = np.full(len(self.names), np.nan)
         self.adam = Adam(len(self.names), self.lr, self.weight_decay)
@@ -118,7 +123,8 @@ class Famo(Adaptive):
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The linearisation at the step's losses; each token carries its part of what makes the values add up."""
+        """The linearisation at the step's losses; each token carries its part of what makes the values add
+        up."""
         import torch
 
         assert statistics is not None, "famo needs the statistics of the step"
@@ -160,7 +166,9 @@ class Famo(Adaptive):
             self.before_K = np.where(np.isfinite(after_K), after_K, self.before_K)
 
     def state_dict(self) -> dict[str, Any]:
-        own = by_task(self.names, xi=self.xi_K, before=self.before_K) | {"adam": self.adam.state_dict(self.names)}
+        own = by_task(self.names, xi=self.xi_K, before=self.before_K) | {
+            "adam": self.adam.state_dict(self.names)
+        }
         return super().state_dict() | own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

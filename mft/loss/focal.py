@@ -1,17 +1,17 @@
 """Focal losses of the MFTCoder paper (section 3.5, Eq. 2 and 3).
 
-The equations are given from memory of the paper: no public revision of its code holds them. With P_ij the mean
-probability and Q_ij the mean log-probability of the trained tokens of sample j of task i, and M_i samples of task i in
-the step,
+The equations are given from memory of the paper: no public revision of its code holds them. With P_ij the
+mean probability and Q_ij the mean log-probability of the trained tokens of sample j of task i, and M_i
+samples of task i in the step,
 
     sample level (Eq. 2)   L = sum_ij -alpha_i (1 - P_ij)^gamma_i Q_ij / sum_i M_i
     task level   (Eq. 3)   P_i = sum_j P_ij / M_i,  Q_i = sum_j Q_ij / M_i,
                            L = sum_i v_i * -alpha_i (1 - P_i)^gamma_i Q_i
 
-where v_i = 1 / (tasks present) in the paper; here v are the static task weights, normalised over the tasks present,
-which is the same when they are equal. The factor (1 - P)^gamma is differentiated, as in Lin et al. 2017. P is a mean of
-token probabilities, not the exponential of the mean log-probability. gamma = 0 with alpha = 1 is sample_mean and
-task_sample_mean.
+where v_i = 1 / (tasks present) in the paper; here v are the static task weights, normalised over the tasks
+present, which is the same when they are equal. The factor (1 - P)^gamma is differentiated, as in Lin et al.
+2017. P is a mean of token probabilities, not the exponential of the mean log-probability. gamma = 0 with
+alpha = 1 is sample_mean and task_sample_mean.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def values_of(key: str, names: Sequence[str], default: float, values: Mapping[st
 
 
 def sample_means(nll_BT: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns P_n, Q_n (dtype of nll, differentiable) and the int64 task_n of each sample slot, n up to B * T + 1.
+    """Returns P_n, Q_n (dtype of nll, differentiable) and the int64 task_n of each sample slot, n up to B * T
+    + 1.
 
     Slots without a trained token have P = Q = 0 (and task 0), so that they add nothing to any sum.
     """
@@ -103,19 +104,20 @@ class SampleFocal(Unweighted):
 class TaskFocal(TaskLoss):
     """Tasks that the model already predicts well count less (Eq. 3, from memory of the paper).
 
-    P_i and Q_i are those of the whole step over all ranks. The objective is not linear in them, so they must be known
-    before the first backward pass: `statistics` costs one more forward pass without gradient. The statistics of the
-    last step would be free but belong to other samples, and the gradient would no longer be that of any objective.
+    P_i and Q_i are those of the whole step over all ranks. The objective is not linear in them, so they must
+    be known before the first backward pass: `statistics` costs one more forward pass without gradient. The
+    statistics of the last step would be free but belong to other samples, and the gradient would no longer be
+    that of any objective.
 
-    With p_i = sum_j P_ij and q_i = sum_j Q_ij of the step and p'_i, q'_i those of one micro-batch (they add up to
-    p, q), the share is the linearisation at the step's statistics
+    With p_i = sum_j P_ij and q_i = sum_j Q_ij of the step and p'_i, q'_i those of one micro-batch (they add
+    up to p, q), the share is the linearisation at the step's statistics
 
         share = sum_i dL/dq_i * q'_i + dL/dp_i * (p'_i - constant p'_i)
         dL/dq_i = -v_i alpha_i (1 - P_i)^gamma_i / M_i
         dL/dp_i = v_i alpha_i gamma_i (1 - P_i)^(gamma_i - 1) Q_i / M_i
 
-    whose gradient summed over micro-batches is that of L by the chain rule. Its value adds up to L as well, since L is
-    linear in q for fixed p and the second term has the value 0.
+    whose gradient summed over micro-batches is that of L by the chain rule. Its value adds up to L as well,
+    since L is linear in q for fixed p and the second term has the value 0.
     """
 
     public_name: ClassVar[str] = "task_focal"

@@ -1,7 +1,8 @@
 """Loss-balanced task weighting (Liu et al. 2019): tasks that are far from done get more weight.
 
-w_i = (L_i / L_i(0))^alpha, normalised. The authors take L_i(0) anew at the first batch of each epoch and L_i of the
-batch at hand; here L_i is the training loss of the last step that held the task, which spares a forward pass, and
+w_i = (L_i / L_i(0))^alpha, normalised. The authors take L_i(0) anew at the first batch of each epoch and L_i
+of the batch at hand; here L_i is the training loss of the last step that held the task, which spares a
+forward pass, and
 `reset_every` counts steps.
 """
 
@@ -19,7 +20,8 @@ from mft.loss.adaptive import Adaptive, arrays, by_task
 
 @dataclass
 class Lbtw(Adaptive):
-    """See the module for the formula, conf/loss/lbtw.yaml for the fields. A task not seen yet has the ratio 1."""
+    """See the module for the formula, conf/loss/lbtw.yaml for the fields. A task not seen yet has the ratio
+    1."""
 
     public_name: ClassVar[str] = "lbtw"
 
@@ -45,7 +47,8 @@ class Lbtw(Adaptive):
         self.first_K = np.where(np.isnan(self.first_K), loss_K, self.first_K)
         self.last_K = np.where(np.isnan(loss_K), self.last_K, loss_K)
         ratio_K = np.nan_to_num(self.last_K / np.where(self.first_K > 0, self.first_K, np.nan), nan=1.0)
-        # A floor, because a task whose loss reached exactly 0 must keep a place in a step that holds no other task.
+        # A floor, because a task whose loss reached exactly 0 must keep a place in a step that holds no other
+        # task.
         self.weigh(np.maximum(ratio_K, 1e-12) ** self.alpha)
         return values
 

@@ -4,9 +4,10 @@ A probe gives each task's validation loss. With alpha_i its slope over the last 
 
     a_i = K alpha_i / sum_j |alpha_j|,   q_i = -a_i softmax(a)_i,   w = softmax(s q)
 
-so a task whose loss rises (a > 0) gets a weight near 0, and among falling ones the score is highest at a = -1. There is
-no floor: weights below 1e-5 are usual. Unlike the original, fits use real step numbers and float64 (its float32 fit is
-50 % off at step 100,000), an absent task is not a zero, and the history is part of the checkpoint.
+so a task whose loss rises (a > 0) gets a weight near 0, and among falling ones the score is highest at a =
+-1. There is no floor: weights below 1e-5 are usual. Unlike the original, fits use real step numbers and
+float64 (its float32 fit is 50 % off at step 100,000), an absent task is not a zero, and the history is part
+of the checkpoint.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def self_paced_weights(slope_K: np.ndarray, scale: float) -> np.ndarray:
 
 @dataclass
 class SelfPaced(Adaptive):
-    """Weights from the slopes of the validation losses; the fields are explained in conf/loss/self_paced.yaml."""
+    """Weights from the slopes of the validation losses; the fields are explained in
+    conf/loss/self_paced.yaml."""
 
     public_name: ClassVar[str] = "self_paced"
 

@@ -1,9 +1,9 @@
 """Uncertainty weighting (Kendall et al. 2018) with one learned log-variance s_i per task.
 
-The objective is sum_i 0.5 (exp(-s_i) L_i + s_i). Its gradient for s_i, 0.5 (1 - exp(-s_i) L_i), needs only the task's
-loss, so s is stepped here with Adam after each update and the model sees weights exp(-s_i), normalised over the tasks
-present like those of every other mode: the learning rate keeps its meaning, and only the ratios of the weights are this
-method's.
+The objective is sum_i 0.5 (exp(-s_i) L_i + s_i). Its gradient for s_i, 0.5 (1 - exp(-s_i) L_i), needs only
+the task's loss, so s is stepped here with Adam after each update and the model sees weights exp(-s_i),
+normalised over the tasks present like those of every other mode: the learning rate keeps its meaning, and
+only the ratios of the weights are this method's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Uncertainty(Adaptive):
 
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
         if len(set(weights)) > 1:
-            warnings.warn("loss=uncertainty learns the weights; task.<name>.weight does nothing", stacklevel=2)
+            warnings.warn(
+                "loss=uncertainty learns the weights; task.<name>.weight does nothing", stacklevel=2
+            )
         super().setup(names, [1.0] * len(names))
         self.s_K = np.full(len(self.names), self.start_value)
         self.adam = Adam(len(self.names), self.lr)
@@ -52,7 +54,11 @@ class Uncertainty(Adaptive):
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | by_task(self.names, s=self.s_K) | {"adam": self.adam.state_dict(self.names)}
+        return (
+            super().state_dict()
+            | by_task(self.names, s=self.s_K)
+            | {"adam": self.adam.state_dict(self.names)}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

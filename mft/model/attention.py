@@ -66,7 +66,9 @@ def row_of_samples(position_n: torch.Tensor) -> dict[str, Any]:
     """
     n = len(position_n)
     starts = (position_n == 0).nonzero().squeeze(-1).cpu()
-    borders = torch.cat([starts, torch.tensor([n])]).to(torch.int32)  # on the CPU: read as numbers in every layer
+    borders = torch.cat([starts, torch.tensor([n])]).to(
+        torch.int32
+    )  # on the CPU: read as numbers in every layer
     longest = int(borders.diff().max())
     return {
         "attention_mask": position_n.new_zeros((1, 1, 1, 1), dtype=torch.bool),
@@ -126,7 +128,9 @@ def banded(n: int, window: int, device: torch.device) -> torch.Tensor:
 def additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Returns a mask as a float tensor to add to the scores; None is a causal one."""
     if mask is None:
-        mask = torch.ones((query.shape[2], key.shape[2]), dtype=torch.bool, device=query.device).tril()[None, None]
+        mask = torch.ones((query.shape[2], key.shape[2]), dtype=torch.bool, device=query.device).tril()[
+            None, None
+        ]
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(
@@ -134,7 +138,9 @@ def additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) 
     )
 
 
-def eager(module: Any, query: Any, key: Any, value: Any, mask: Any, **arguments: Any) -> tuple[torch.Tensor, Any]:
+def eager(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, **arguments: Any
+) -> tuple[torch.Tensor, Any]:
     """The model's own eager attention, with what sdpa cannot do: gemma 2's soft cap, the sinks of gpt-oss."""
     own = sys.modules[type(module).__module__].eager_attention_forward
     return own(module, query, key, value, additive(mask, query, key), **arguments)
@@ -161,7 +167,12 @@ def alibi(
     masked = (bias + additive(mask, query, key)).clamp_(min=torch.finfo(query.dtype).min)
     groups = query.shape[1] // key.shape[1]
     output = torch.nn.functional.scaled_dot_product_attention(
-        query, repeat_kv(key, groups), repeat_kv(value, groups), attn_mask=masked, dropout_p=dropout, scale=scaling
+        query,
+        repeat_kv(key, groups),
+        repeat_kv(value, groups),
+        attn_mask=masked,
+        dropout_p=dropout,
+        scale=scaling,
     )
     return output.transpose(1, 2).contiguous(), None
 

@@ -103,7 +103,9 @@ class CausalLM:
             model_folder.check_type(self.path, self.trust_remote_code)
         if Path(self.location()).is_dir():
             self.weight_format()
-            require_sound(Path(self.location()), small_only=True)  # the rest where the weights are read anyway
+            require_sound(
+                Path(self.location()), small_only=True
+            )  # the rest where the weights are read anyway
 
     def _warn_of_code(self) -> None:
         log.warning("model.trust_remote_code=true: Python code that comes with %s will be run", self.path)
@@ -243,13 +245,13 @@ class CausalLM:
 
         attention: str | None = self.attention_for(compute_dtype or dtype, AutoModelForCausalLM)
         if attention == "sdpa" and self.attention == "auto":
-            attention = (
-                None  # sdpa where the model can (gemma 2's soft cap and the sinks of gpt-oss cannot), else eager
-            )
+            attention = None  # sdpa where the model can (gemma 2's soft cap and the sinks of gpt-oss cannot), else eager
         weights = self.weight_format()
         config = self.config() if weights.method else None
         pretrained = self._pretrained(self.source())
-        model = load_model(pretrained, weights, config, dtype, quantization, attention, device_map, dequantise)
+        model = load_model(
+            pretrained, weights, config, dtype, quantization, attention, device_map, dequantise
+        )
         if self.new_tokens():
             widen_embeddings(model, self._add_tokens(self.read_tokenizer()), self.pad_to_multiple_of)
         model.train()
@@ -298,6 +300,8 @@ class CausalLM:
         """
         if not routed(base):
             if self.router_coef:
-                raise UserError(f"model.router_coef={self.router_coef}: {type(base).__name__} has no router; remove it")
+                raise UserError(
+                    f"model.router_coef={self.router_coef}: {type(base).__name__} has no router; remove it"
+                )
             return 0.0
         return coefficient(base) if self.router_coef is None else float(self.router_coef)

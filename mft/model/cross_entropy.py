@@ -43,7 +43,10 @@ def product_dtype(hidden_nH: torch.Tensor, weight_VH: torch.Tensor) -> torch.dty
 
 
 def module_nll(
-    logits: Callable[[torch.Tensor], torch.Tensor], hidden_nH: torch.Tensor, target_n: torch.Tensor, chunk_size: int
+    logits: Callable[[torch.Tensor], torch.Tensor],
+    hidden_nH: torch.Tensor,
+    target_n: torch.Tensor,
+    chunk_size: int,
 ) -> torch.Tensor:
     """Returns -log p(target) [n] for any head: `logits` maps [rows, H] to [rows, V] and runs again in
     backward; n may be 0."""

@@ -63,8 +63,12 @@ class Answerer:
         self.folder = model_folder(Path(folder))
         require_sound(self.folder)
         if trust_remote_code:
-            log.warning("trust_remote_code=true: Python code that comes with the model of %s will be run", self.folder)
-        self.tokenizer = tokenizer or CausalLM(str(self.folder), trust_remote_code=trust_remote_code).tokenizer()
+            log.warning(
+                "trust_remote_code=true: Python code that comes with the model of %s will be run", self.folder
+            )
+        self.tokenizer = (
+            tokenizer or CausalLM(str(self.folder), trust_remote_code=trust_remote_code).tokenizer()
+        )
         if self.tokenizer.chat_template is None:
             raise UserError(f"the tokenizer in {self.folder} has no chat template, so it cannot be asked")
         self.encoder = encoder(self.tokenizer)
@@ -180,7 +184,9 @@ def load(folder: Path, base: str | None, dtype: torch.dtype | None, trust_remote
 
         return PeftModel.from_pretrained(Origin.read(folder, base).load(trust_remote_code), str(folder))
     if base:
-        raise UserError(f"base={base}: {folder} holds a full model, not an adapter, and needs no base; leave it out")
+        raise UserError(
+            f"base={base}: {folder} holds a full model, not an adapter, and needs no base; leave it out"
+        )
     return CausalLM(str(folder), trust_remote_code=trust_remote_code).model(dtype or saved_dtype(folder))
 
 
@@ -191,7 +197,8 @@ def model_folder(folder: Path) -> Path:
         if any((candidate / name).exists() for name in ("adapter_config.json", "config.json")):
             return candidate
     raise UserError(
-        f"{folder} holds no model: no complete checkpoint, and neither it nor its final/ has a config.json or an "
+        f"{folder} holds no model: no complete checkpoint, and neither it nor its final/ has a config.json "
+        f"or an "
         "adapter_config.json"
     )
 

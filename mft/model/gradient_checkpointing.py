@@ -24,7 +24,8 @@ def resolve(setting: Any, parameters: int) -> bool:
     value = str(setting).lower()
     if value not in options:
         raise UserError(
-            f"model.gradient_checkpointing={setting!r} is not one of auto, true, false{nearest(value, options)}"
+            f"model.gradient_checkpointing={setting!r} is not one of auto, true, "
+            f"false{nearest(value, options)}"
         )
     return options[value]
 

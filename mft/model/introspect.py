@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-RECURRENT = {"falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "minimax", "nemotron_h", "recurrent_gemma"}
+RECURRENT = {
+    "falcon_h1",
+    "falcon_mamba",
+    "jamba",
+    "mamba",
+    "mamba2",
+    "minimax",
+    "nemotron_h",
+    "recurrent_gemma",
+}
 RECURRENT |= {"bamba", "rwkv", "xlstm", "zamba", "zamba2"}
 """Model types with recurrent layers whose config.json may not list its layers."""
 
@@ -27,7 +36,9 @@ def base_of(model: Any) -> Any:
 def decoder_of(base: Any) -> Any:
     """Returns what makes the hidden states of a transformers model: the model without its head."""
     decoder = base.get_decoder()
-    return base.model if decoder is base else decoder  # llama 4 keeps it under a name that get_decoder does not try
+    return (
+        base.model if decoder is base else decoder
+    )  # llama 4 keeps it under a name that get_decoder does not try
 
 
 def head_quirks(base: Any) -> dict[str, float]:
@@ -36,7 +47,11 @@ def head_quirks(base: Any) -> dict[str, float]:
     names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     config = base.config.get_text_config()  # a part of it in models that also see: gemma 4
     values = {name: getattr(config, name, None) for name in names}
-    return {n: float(v) for n, v in values.items() if isinstance(v, int | float) and not (v == 1 and n != names[2])}
+    return {
+        n: float(v)
+        for n, v in values.items()
+        if isinstance(v, int | float) and not (v == 1 and n != names[2])
+    }
 
 
 def head_logits(head: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
@@ -125,7 +140,9 @@ def recurrent(config: Mapping[str, Any]) -> str:
     samples."""
     config = config.get("text_config") or config  # of a model that also sees
     kinds = [kind for key in ("layer_types", "layers_block_type") for kind in config.get(key) or ()]
-    other = sorted({str(kind) for kind in kinds if not str(kind).endswith("attention") or kind == "linear_attention"})
+    other = sorted(
+        {str(kind) for kind in kinds if not str(kind).endswith("attention") or kind == "linear_attention"}
+    )
     if other:
         return f"layers of the kind {' and '.join(other)}"
     return f"the layers of {config['model_type']}" if config.get("model_type") in RECURRENT else ""

@@ -41,7 +41,9 @@ class Pretrained:
         """Returns factory.from_pretrained(…); UserError for what a person got wrong."""
         from huggingface_hub.errors import StrictDataclassError
 
-        if str(read_config(Path(self.source)).get("model_type")).startswith("mft_"):  # saved with a class of ours
+        if str(read_config(Path(self.source)).get("model_type")).startswith(
+            "mft_"
+        ):  # saved with a class of ours
             importlib.import_module("mft.model.legacy.native")
         try:
             return factory.from_pretrained(
@@ -55,7 +57,9 @@ class Pretrained:
                 reason = "there is no such folder, the hub cannot be reached, and its files were never fetched before"
             raise UserError(f"model.path={self.path} cannot be loaded: {reason}") from error
         except StrictDataclassError as error:  # a value of config.json
-            raise UserError(f"model.path={self.path}: config.json: {str(error).splitlines()[-1].strip()}") from error
+            raise UserError(
+                f"model.path={self.path}: config.json: {str(error).splitlines()[-1].strip()}"
+            ) from error
 
     def fetched(self) -> Path | None:
         """Returns where the files of a hub name lie once it was loaded, None for a folder."""

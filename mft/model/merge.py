@@ -48,7 +48,11 @@ TOLERANCE_8_BIT = 0.05
 the merged model does not: up to 0.021 of the largest logit on the tiny models here, where the adapter's
 effect is about 1."""
 
-PROBES = ("def add(a, b):\n    return a + b\n", "Explain what a hash table is.", "for i in range(10):\n    print(i)\n")
+PROBES = (
+    "def add(a, b):\n    return a + b\n",
+    "Explain what a hash table is.",
+    "for i in range(10):\n    print(i)\n",
+)
 
 
 def merge(
@@ -74,7 +78,9 @@ def merge(
     refuse_untrained(adapter)
     origin = Origin.read(adapter, base)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(adapter))
-    probes = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[:, :64] for text in PROBES]
+    probes = [
+        tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[:, :64] for text in PROBES
+    ]
 
     model = PeftModel.from_pretrained(origin.load(trust_remote_code), str(adapter)).eval()
     expected = _logits(model, probes)
@@ -99,7 +105,8 @@ def merge(
     bound = max(TOLERANCE[origin.dtype], rounding) * max(logits.abs().max().item() for logits in expected)
     if not difference <= bound:  # also for NaN
         raise UserError(
-            f"the merged model differs from base + adapter by {difference:.3g} in its logits, more than {bound:.3g} "
+            f"the merged model differs from base + adapter by {difference:.3g} in its logits, more than "
+            f"{bound:.3g} "
             f"(the adapter's full effect is {effect:.3g}); it was left in {part}"
         )
     put(part, out)
@@ -118,12 +125,14 @@ def refuse_untrained(adapter: Path) -> None:
         names = list(tensors.keys())
         if not names or any(0 in tensors.get_slice(name).get_shape() for name in names):
             raise UserError(
-                f"the adapter in {adapter} is empty: it was saved without gathering its weights from all ranks"
+                f"the adapter in {adapter} is empty: it was saved without gathering its weights from all "
+                f"ranks"
             )
         outputs = [name for name in names if "lora_B" in name or "lora_embedding_B" in name]
         if outputs and not any(tensors.get_tensor(name).any() for name in outputs):
             raise UserError(
-                f"the adapter in {adapter} is untrained: all its B matrices are zero, so merging changes nothing"
+                f"the adapter in {adapter} is untrained: all its B matrices are zero, so merging changes "
+                f"nothing"
             )
 
 

@@ -22,7 +22,9 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 """What config.json calls the number of routed experts."""
 
 
-def on_meta_device(family: CausalLM, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel | None:
+def on_meta_device(
+    family: CausalLM, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel | None:
     """Returns the model of a folder on the meta device, its linear layers replaced as quantising would; None
     where the config is not on this machine, or only code of the checkpoint's own could build the model."""
     if family.trust_remote_code or not Path(family.location()).is_dir():
@@ -47,7 +49,9 @@ def has_experts(family: CausalLM) -> bool:
     """Whether the config.json of a folder names routed experts; reads nothing else and imports nothing."""
 
     def named(values: dict[str, Any]) -> bool:
-        parts = [value for value in values.values() if isinstance(value, dict)]  # text_config of one that also sees
+        parts = [
+            value for value in values.values() if isinstance(value, dict)
+        ]  # text_config of one that also sees
         return any((values.get(key) or 0) > 1 for key in EXPERTS) or any(map(named, parts))
 
     return named(read_config(Path(family.location())))

@@ -25,26 +25,35 @@ def check_path(path: str, hint: str = "") -> None:
     elif looks_local(path):
         parent = folder.parent
         siblings = [str(parent / p.name) for p in parent.iterdir()] if parent.is_dir() else []
-        raise UserError(f"model.path={path} does not exist{f'; {hint}' if hint else nearest(folder, siblings)}")
+        raise UserError(
+            f"model.path={path} does not exist{f'; {hint}' if hint else nearest(folder, siblings)}"
+        )
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(f"model.path={shortened(path)} is neither a folder nor a hub name such as owner/name")
 
 
 def _check_folder(path: str, folder: Path) -> None:
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise UserError(f"model.path={path} holds an adapter; give its base model, and the adapter as peft.path")
+        raise UserError(
+            f"model.path={path} holds an adapter; give its base model, and the adapter as peft.path"
+        )
     if not (folder / "config.json").exists():
         raise UserError(f"model.path={path} has no config.json, so it is not a Hugging Face model folder")
     if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"model.path={path} holds an adapter_config.json beside its config.json, for which transformers would load "
+            f"model.path={path} holds an adapter_config.json beside its config.json, for which "
+            f"transformers would load "
             "another base; move the adapter's files elsewhere, and give that folder as peft.path"
         )
     read_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"model.path={path} has no *.safetensors file"
-            + (f"; pickled weights are not loaded: run mft convert {path}" if any(folder.glob("*.bin")) else "")
+            + (
+                f"; pickled weights are not loaded: run mft convert {path}"
+                if any(folder.glob("*.bin"))
+                else ""
+            )
         )
     check_files(folder)
 
@@ -71,7 +80,8 @@ def check_vocabulary(path: str, folder: Path) -> None:
     """Raises UserError for a model folder without any vocabulary."""
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
         raise UserError(
-            f"model.path={path} has no tokenizer, no file called {', '.join(VOCABULARIES[:-1])} or {VOCABULARIES[-1]}; "
+            f"model.path={path} has no tokenizer, no file called {', '.join(VOCABULARIES[:-1])} or "
+            f"{VOCABULARIES[-1]}; "
             "copy those of the model's release into it"
         )
 
@@ -95,7 +105,9 @@ def check_type(path: str, own_code: bool) -> None:
         return
     kind = values.get("model_type")
     if not isinstance(kind, str):
-        raise UserError(f"model.path={path}: its config.json has no model_type, which says what kind of model it is")
+        raise UserError(
+            f"model.path={path}: its config.json has no model_type, which says what kind of model it is"
+        )
     exists = kind in ORIGINAL_FORMATS or kind.startswith("mft_") or own_code or known_model_type(kind)
     if not exists and kind not in model_types():  # which has types without a folder of their name
         code = "; it comes with code of its own, which model.trust_remote_code=true would run"
@@ -105,7 +117,8 @@ def check_type(path: str, own_code: bool) -> None:
         )
     if kind in ORIGINAL_FORMATS:
         raise UserError(
-            f"model.path={path} is a {kind} checkpoint in its original format, which transformers cannot read; choose "
+            f"model.path={path} is a {kind} checkpoint in its original format, which transformers cannot "
+            f"read; choose "
             f"{ORIGINAL_FORMATS[kind]} with the same model.path"
         )
 
@@ -113,7 +126,8 @@ def check_type(path: str, own_code: bool) -> None:
 def no_packing(path: str, what: str) -> str:
     """Returns the sentence that refuses rows of several samples for such a model."""
     return (
-        f"model.path={path}: {what} carry a state from token to token, so samples of one row would see each other; "
+        f"model.path={path}: {what} carry a state from token to token, so samples of one row would see "
+        f"each other; "
         "choose data=pad, which gives every sample a row of its own"
     )
 

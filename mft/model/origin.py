@@ -80,12 +80,16 @@ class Origin:
             values = note["origin"]
             origin = cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
             if former := values.get("original"):
-                origin = replace(origin, converted_from=_former_conversion(values["path"], values["revision"], former))
+                origin = replace(
+                    origin, converted_from=_former_conversion(values["path"], values["revision"], former)
+                )
         elif config.exists():
             values = json.loads(config.read_text(encoding="utf-8"))
             origin = cls(values.get("base_model_name_or_path") or "", values.get("revision"))
         else:
-            raise UserError(f"{folder} holds neither {NOTE} nor adapter_config.json, so its base model is unknown")
+            raise UserError(
+                f"{folder} holds neither {NOTE} nor adapter_config.json, so its base model is unknown"
+            )
         return replace(origin, path=base) if base else origin
 
     def family(self, trust_remote_code: bool = False) -> CausalLM:
@@ -96,7 +100,8 @@ class Origin:
         folder = Path(family.location())
         if self.converted_from and read_config(folder).get("model_type") in (None, *ORIGINAL_FORMATS):
             raise UserError(
-                f"the base model of this adapter, {self.path}, is not a native folder, or is gone from the cache: "
+                f"the base model of this adapter, {self.path}, is not a native folder, or is gone from the "
+                f"cache: "
                 f"write one with `mft convert {self.converted_from} --out FOLDER`, and give --base FOLDER"
             )
         try:

@@ -80,13 +80,17 @@ def _named(who: str, config: Mapping[str, Any]) -> WeightFormat:
         named = BNB if of_bnb else settings.get("quant_method")
         if not named or (named == BNB and not of_bnb):
             raise UserError(
-                f"{who}: {where} in its config.json does not name the method by which the weights are quantised; "
+                f"{who}: {where} in its config.json does not name the method by which the weights are "
+                f"quantised; "
                 f"{WAY_OUT}"
             )
-        method = named if isinstance(named, str) and re.fullmatch(r"[\w.+-]{1,40}", named) else shortened(named)
+        method = (
+            named if isinstance(named, str) and re.fullmatch(r"[\w.+-]{1,40}", named) else shortened(named)
+        )
         if where not in ("quantization_config", "text_config.quantization_config"):
             raise UserError(
-                f"{who}: its weights are quantised by {method}, as {where} in its config.json says, where transformers "
+                f"{who}: its weights are quantised by {method}, as {where} in its config.json says, where "
+                f"transformers "
                 f"does not look for it; {WAY_OUT}"
             )
         return WeightFormat(method, settings)
@@ -132,15 +136,19 @@ def refuse_quantised(path: str, weights: WeightFormat, bits: int) -> None:
     quantised."""
     if not weights.method or (weights.bits and weights.bits == bits):
         return
-    way = f"write its real values once, `mft convert model.path={path} --out FOLDER`, and train on that folder"
+    way = (
+        f"write its real values once, `mft convert model.path={path} --out FOLDER`, and train on that folder"
+    )
     if weights.bits and bits:
         raise UserError(
-            f"peft.bits={bits}: bitsandbytes has quantised model.path={path} to {weights.bits} bits already; choose "
+            f"peft.bits={bits}: bitsandbytes has quantised model.path={path} to {weights.bits} bits "
+            f"already; choose "
             f"peft.bits={weights.bits}, or {way}"
         )
     if weights.bits:
         raise UserError(
-            f"model.path={path}: bitsandbytes has quantised its weights to {weights.bits} bits; choose peft=qlora with "
+            f"model.path={path}: bitsandbytes has quantised its weights to {weights.bits} bits; choose "
+            f"peft=qlora with "
             f"peft.bits={weights.bits}, or {way}"
         )
     raise UserError(f"model.path={path}: its weights are quantised by {weights.method}; {way}")

@@ -40,7 +40,8 @@ def check_tensors(who: str, method: str, settings: Mapping[str, Any], stored: Te
     """
     if adapter := [name for name in stored if ADAPTER.search(name)]:
         raise UserError(
-            f"{who} holds weights of an adapter among the model's own ({adapter[0]}{and_others(len(adapter))}); give "
+            f"{who} holds weights of an adapter among the model's own "
+            f"({adapter[0]}{and_others(len(adapter))}); give "
             "the plain base as model.path, and the adapter's own folder as peft.path"
         )
     odd = {name: tensor for name, tensor in stored.items() if _quantised(name, tensor)}
@@ -52,12 +53,14 @@ def check_tensors(who: str, method: str, settings: Mapping[str, Any], stored: Te
         old = next((file for file in OLD_CONFIGS if (folder / file).is_file()), "")
         old = f" ({old} belongs to a release of GPTQ or AWQ)" if old else ""
         raise UserError(
-            f"{who} {what}, but its config.json has no quantization_config that says how to read them{old}; {WAY_OUT}"
+            f"{who} {what}, but its config.json has no quantization_config that says how to read "
+            f"them{old}; {WAY_OUT}"
         )
     if method and stored and not odd:
         raise UserError(
             f"{who}: its config.json says that the weights are quantised by {method}, but all "
-            f"{len(stored)} are plain {next(iter(stored.values())).dtype}; take quantization_config out of config.json "
+            f"{len(stored)} are plain {next(iter(stored.values())).dtype}; take quantization_config out of "
+            f"config.json "
             "if they are real values"
         )
     for name, tensor in odd.items() if method else ():
@@ -87,12 +90,12 @@ def _fp8(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]
         return ""
     size = settings.get("weight_block_size", [128, 128])
     if len(tensor.shape) != 2 or len(scale.shape) != 2 or not isinstance(size, list) or len(size) != 2:
-        return f"of {list(tensor.shape)} has scales of {list(scale.shape)}, which are not its blocks of {size}"
+        return (
+            f"of {list(tensor.shape)} has scales of {list(scale.shape)}, which are not its blocks of {size}"
+        )
     for weights, scales, block in zip(tensor.shape, scale.shape, size, strict=True):
         if scales != 1 and scales * block != weights:
-            return (
-                f"of {list(tensor.shape)} is not divided evenly by its blocks of {size}, which transformers cannot read"
-            )
+            return f"of {list(tensor.shape)} is not divided evenly by its blocks of {size}, which transformers cannot read"
     return ""
 
 
@@ -117,7 +120,11 @@ def _compressed(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[st
     module, _, last = name.rpartition(".")
     if last not in ("weight", "weight_packed"):
         return ""
-    return "" if f"{module}.weight_scale" in stored else f"({tensor.dtype}) has no {module}.weight_scale beside it"
+    return (
+        ""
+        if f"{module}.weight_scale" in stored
+        else f"({tensor.dtype}) has no {module}.weight_scale beside it"
+    )
 
 
 UNREADABLE: dict[str, Callable[[str, Tensor, Tensors, Mapping[str, Any]], str]] = {

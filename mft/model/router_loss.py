@@ -46,7 +46,9 @@ def balance_loss(base: Any, logits: tuple[torch.Tensor, ...], mask_BT: torch.Ten
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     function: Callable[..., Any] = _own_loss(base) or load_balancing_loss_func
-    per_token = getattr(base, "num_experts_per_tok", None) or base.config.get_text_config().num_experts_per_tok
+    per_token = (
+        getattr(base, "num_experts_per_tok", None) or base.config.get_text_config().num_experts_per_tok
+    )
     loss: torch.Tensor = function(logits, logits[0].shape[-1], per_token, mask_BT)
     return loss
 

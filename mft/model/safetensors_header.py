@@ -45,12 +45,15 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise UserError(
-            f"{folder} has {files[0].name}, but neither model.safetensors nor {INDEX}, which says where weights lie"
+            f"{folder} has {files[0].name}, but neither model.safetensors nor {INDEX}, which says where "
+            f"weights lie"
         )
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read: expected a JSON object with a weight_map ({error})") from error
+        raise UserError(
+            f"{index} cannot be read: expected a JSON object with a weight_map ({error})"
+        ) from error
     there = {file.name for file in files}
     if absent := sorted(named - there):
         raise UserError(
@@ -73,7 +76,9 @@ def _header(file: Path, size: int, changed: int) -> dict[str, Tensor]:
         length = int.from_bytes(stream.read(8), "little")
         start = stream.read(64)
         if b"git-lfs" in start:
-            raise UserError(f"{file} is a pointer of git-lfs, not the file itself; fetch it with git lfs pull")
+            raise UserError(
+                f"{file} is a pointer of git-lfs, not the file itself; fetch it with git lfs pull"
+            )
         try:
             if length > size - 8:
                 raise ValueError(f"its header would take {length:,} bytes")

@@ -1,7 +1,8 @@
-"""Model folders as they are written: plain safetensors that transformers loads by itself, also its generation before.
+"""Model folders as they are written: plain safetensors that transformers loads by itself, also its generation
+before.
 
-Transformers 5 renamed keys without which transformers 4 computes something else and says nothing (positions of the
-rotary embedding) or refuses the folder (the class of a tokenizer); both names are written.
+Transformers 5 renamed keys without which transformers 4 computes something else and says nothing (positions
+of the rotary embedding) or refuses the folder (the class of a tokenizer); both names are written.
 """
 
 from __future__ import annotations
@@ -46,12 +47,15 @@ The weights are named as in a llama; adapters load onto it with peft.
 
 
 def write_model(
-    model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None
+    model: Any,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes config and weights of a transformers model, the rows of a NormHead at length 1.
 
-    state_dict: its weights, where they were gathered from elsewhere; dtype: of the weights on disk (default: as they
-    are).
+    state_dict: its weights, where they were gathered from elsewhere; dtype: of the weights on disk (default:
+    as they are).
     """
     from mft.model.legacy.native import plain_rows
 
@@ -63,8 +67,8 @@ def write_model(
 
 
 def finish_config(folder: Path, changes: Mapping[str, Any]) -> None:
-    """Puts changes into a config.json that transformers wrote, and the names of its generation before; of a class of
-    ours a README says what it needs."""
+    """Puts changes into a config.json that transformers wrote, and the names of its generation before; of a
+    class of ours a README says what it needs."""
     from mft.model.legacy.native import NORM_HEAD, AlibiConfig
 
     def finished(values: dict[str, Any]) -> dict[str, Any]:
@@ -72,20 +76,25 @@ def finish_config(folder: Path, changes: Mapping[str, Any]) -> None:
         return values | former_names(values)
 
     edit_json(folder / "config.json", finished)
-    if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == AlibiConfig.model_type:
+    if (
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        == AlibiConfig.model_type
+    ):
         (folder / "README.md").write_text(CARD, encoding="utf-8")
 
 
 def former_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns what transformers 4 calls values of a config.json: the dtype, the experts of qwen3_moe, and the rotary
-    embedding, where it is one and the same in all layers."""
+    """Returns what transformers 4 calls values of a config.json: the dtype, the experts of qwen3_moe, and the
+    rotary embedding, where it is one and the same in all layers."""
     former: dict[str, Any] = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
     if config["model_type"] == "qwen3_moe":
         former["num_experts"] = config["num_local_experts"]
     rope = config.get("rope_parameters") or {}
     if "rope_theta" not in rope:
         return former
-    base, part = ("rotary_emb_base", "rotary_pct") if config["model_type"] == "gpt_neox" else ("rope_theta", PART)
+    base, part = (
+        ("rotary_emb_base", "rotary_pct") if config["model_type"] == "gpt_neox" else ("rope_theta", PART)
+    )
     former[base] = rope["rope_theta"]
     if PART in rope:
         former[part] = rope[PART]
@@ -98,19 +107,20 @@ PART = "partial_rotary_factor"
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a tokenizer with its chat template, and its EOS into the configs of a model that is there already."""
+    """Writes a tokenizer with its chat template, and its EOS into the configs of a model that is there
+    already."""
     tokenizer.save_pretrained(str(folder))
     _write_ends(tokenizer, folder)
     edit_json(folder / "tokenizer_config.json", _former_tokenizer)
 
 
 def _write_ends(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Puts the tokenizer's EOS first among those by which the model saved in a folder stops, and its pad token there
-    where none is named; nothing in a folder without a model.
+    """Puts the tokenizer's EOS first among those by which the model saved in a folder stops, and its pad
+    token there where none is named; nothing in a folder without a model.
 
-    generate() of transformers, and vLLM, read generation_config.json, not the tokenizer: with the base's alone an
-    answer would run on over the end that was trained. The pad token stays out of config.json: there it is the row of
-    the embedding that is not trained.
+    generate() of transformers, and vLLM, read generation_config.json, not the tokenizer: with the base's
+    alone an answer would run on over the end that was trained. The pad token stays out of config.json: there
+    it is the row of the embedding that is not trained.
     """
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
 
@@ -123,7 +133,9 @@ def _write_ends(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if (folder / "generation_config.json").is_file():
         edit_json(
             folder / "generation_config.json",
-            lambda values: stopped(values) | ({"pad_token_id": pad} if values.get("pad_token_id") is None else {}),
+            lambda values: (
+                stopped(values) | ({"pad_token_id": pad} if values.get("pad_token_id") is None else {})
+            ),
         )
 
 
@@ -156,7 +168,8 @@ def new_folder(out: Path) -> Path:
 
 
 def check_out(out: Path) -> None:
-    """Raises UserError when there is something at `out` that would be overwritten, or nothing can be written there."""
+    """Raises UserError when there is something at `out` that would be overwritten, or nothing can be written
+    there."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={out} exists already; give a folder that does not")
     writable(out.parent, f"out={out}")

@@ -43,7 +43,8 @@ def set_special_tokens(
     end = eos or tokenizer.eos_token or _of_config(tokenizer, config_ids(), path)
     if end is None:
         raise UserError(
-            f"model.eos_token: neither the tokenizer nor config.json of {path} names a token that ends an answer; set "
+            f"model.eos_token: neither the tokenizer nor config.json of {path} names a token that ends an "
+            f"answer; set "
             "it here"
         )
     tokenizer.eos_token = require_token(tokenizer, str(end), "model.eos_token")
@@ -61,7 +62,8 @@ def _of_config(tokenizer: PreTrainedTokenizerBase, ids: Any, path: str) -> str |
     tokens = [token for token in map(tokenizer.convert_ids_to_tokens, given) if token is not None]
     if given and not tokens:
         raise UserError(
-            f"config.json of {path}: eos_token_id={ids} is outside the vocabulary of its tokenizer, which has "
+            f"config.json of {path}: eos_token_id={ids} is outside the vocabulary of its tokenizer, which "
+            f"has "
             f"{len(tokenizer)} tokens; name the token that ends an answer with model.eos_token"
         )
     return str(tokens[0]) if tokens else None
@@ -98,7 +100,9 @@ def check_new_tokens(plain: Sequence[str], special: Sequence[str]) -> None:
         raise UserError(f"model.add_tokens and model.add_special_tokens name {twice[0]!r} more than once")
 
 
-def add_new_tokens(tokenizer: PreTrainedTokenizerBase, plain: Sequence[str], special: Sequence[str]) -> list[int]:
+def add_new_tokens(
+    tokenizer: PreTrainedTokenizerBase, plain: Sequence[str], special: Sequence[str]
+) -> list[int]:
     """Adds tokens to a tokenizer and returns their ids; text is matched as it stands, before any
     normalisation.
 
@@ -159,8 +163,10 @@ def trained_rows(base: Any, saved: Sequence[str]) -> dict[str, list[int]] | None
     left = {path: layer for path, layer in embeddings.items() if path not in saved}
     if head in left.values() and (type(head) is not nn.Linear or head.bias is not None):
         raise UserError(
-            f"model.add_tokens: the output layer of {type(base).__name__} is more than a matrix, so single rows of it "
-            f"cannot be trained; train it in full with peft.modules_to_save=[{paths[id(head)]}], or use peft=full"
+            f"model.add_tokens: the output layer of {type(base).__name__} is more than a matrix, so single "
+            f"rows of it "
+            f"cannot be trained; train it in full with peft.modules_to_save=[{paths[id(head)]}], or use "
+            f"peft=full"
         )
     if is_tied(base):  # peft ties the other one by itself
         left = {path: layer for path, layer in left.items() if layer is not head}

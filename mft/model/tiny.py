@@ -17,11 +17,13 @@ from mft.model.save import write_tokenizer
 
 TEXT = (
     "def add(a, b):\n    return a + b\n",
-    "import os\nfrom pathlib import Path\n\nclass Point:\n    def __init__(self, x, y):\n        self.x = x\n",
+    "import os\nfrom pathlib import Path\n\nclass Point:\n    def __init__(self, x, y):\n        self.x = "
+    "x\n",
     "for i in range(10):\n    if i % 2 == 0:\n        print(i)\n    else:\n        continue\n",
     "<s>system\nYou are a helpful assistant.\n<s>human\nWrite a test for this function.<s>bot\n",
     "assert add(1, 2) == 3, 'the sum of one and two is three'\n",
-    "The quick brown fox jumps over the lazy dog. Explain what the following code does, and name the function.\n",
+    "The quick brown fox jumps over the lazy dog. Explain what the following code does, and name the "
+    "function.\n",
 )
 """What the tokenizer's merges are learnt from."""
 
@@ -74,7 +76,8 @@ class Tiny(CausalLM):
     def _check_path(self) -> None:
         if self.path:
             raise UserError(
-                f"model.path={self.path}: model=tiny makes its own weights; for weights of your own take model=auto"
+                f"model.path={self.path}: model=tiny makes its own weights; for weights of your own take "
+                f"model=auto"
             )
         if not self.cache_dir:
             raise UserError("model.cache_dir is empty; the tiny model needs a folder to be made in")
@@ -86,8 +89,19 @@ class Tiny(CausalLM):
 
     def folder(self) -> Path:
         """Returns the checkpoint folder, made under a lock if it is not there yet."""
-        names = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "vocab_size", "max_positions")
-        recipe = {name: getattr(self, name) for name in (*names, "tied", "seed")} | {"text": TEXT, "version": 2}
+        names = (
+            "hidden_size",
+            "intermediate_size",
+            "layers",
+            "heads",
+            "kv_heads",
+            "vocab_size",
+            "max_positions",
+        )
+        recipe = {name: getattr(self, name) for name in (*names, "tied", "seed")} | {
+            "text": TEXT,
+            "version": 2,
+        }
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
         return made_once(Path(self.cache_dir).expanduser().resolve() / "tiny" / digest, self._make)
 

@@ -49,7 +49,11 @@ class TokenLoss(nn.Module):
         self.apart: bool | None = True if self.one_row or self.recurrent else None  # None: not tried yet
 
     def forward(
-        self, ids_BT: torch.Tensor, target_BT: torch.Tensor, position_BT: torch.Tensor, sample_BT: torch.Tensor
+        self,
+        ids_BT: torch.Tensor,
+        target_BT: torch.Tensor,
+        position_BT: torch.Tensor,
+        sample_BT: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (nll_BT, router): float32 losses (float64 for a float64 model), 0 where target_BT is
         IGNORE; and the router's auxiliary loss, a scalar times its coefficient, 0 for models without one and
@@ -66,10 +70,14 @@ class TokenLoss(nn.Module):
         if self.router_coef:
             arguments["output_router_logits"] = True
         present_BT = sample_BT >= 0
-        if self.apart is None:  # by every rank, whatever its batch holds: under sharding each forward is one of all
+        if (
+            self.apart is None
+        ):  # by every rank, whatever its batch holds: under sharding each forward is one of all
             self.apart = self._keeps_apart(base)
         if (self.recurrent or not self.apart) and (((position_BT == 0) & present_BT).sum(1) > 1).any():
-            raise UserError(no_packing(self.family.path, self.recurrent) if self.recurrent else self._sees_others(base))
+            raise UserError(
+                no_packing(self.family.path, self.recurrent) if self.recurrent else self._sees_others(base)
+            )
         if self.one_row:  # the samples of all rows one after the other, without padding
             if not present_BT.any():
                 present_BT[0, 0] = True  # a batch of padding still takes part, with one token
@@ -108,7 +116,10 @@ class TokenLoss(nn.Module):
         ids_BT = torch.tensor([[0, 1, 2, 6, 7, 8], [3, 4, 5, 6, 7, 8]], device=embedding.weight.device)
         position_BT = torch.tensor([0, 1, 2, 0, 1, 2], device=ids_BT.device).expand(2, -1)
         outputs = decoder_of(base)(
-            input_ids=ids_BT % vocabulary(embedding), position_ids=position_BT, attention_mask=None, use_cache=False
+            input_ids=ids_BT % vocabulary(embedding),
+            position_ids=position_BT,
+            attention_mask=None,
+            use_cache=False,
         )
         for module, mode in modes:
             module.training = mode
@@ -133,7 +144,9 @@ class TokenLoss(nn.Module):
         )
 
     def _router(self, base: Any, outputs: Any, mask_BT: torch.Tensor | None, trained: bool) -> torch.Tensor:
-        if not self.router_coef or not outputs.router_logits:  # none: a class with experts, of a config without them
+        if (
+            not self.router_coef or not outputs.router_logits
+        ):  # none: a class with experts, of a config without them
             return outputs[0].new_zeros((), dtype=torch.float32)
         # The step divides router losses by the number of micro-batches that have a trained token: the others
         # add nothing. Their mask may be all padding, over which the balance is 0/0, so it is not taken at

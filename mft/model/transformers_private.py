@@ -29,7 +29,9 @@ def model_class(config: Any) -> Any:
 def flash_kernels(cls: Any) -> tuple[bool, Any]:
     """Returns whether a class supports flash attention, and the only implementations of it that it does, None
     = any."""
-    return getattr(cls, "_supports_flash_attn", False), getattr(cls, "_compatible_flash_implementations", None)
+    return getattr(cls, "_supports_flash_attn", False), getattr(
+        cls, "_compatible_flash_implementations", None
+    )
 
 
 def attention_name(base: Any) -> str:
@@ -106,7 +108,9 @@ def leftover_weights(model: Any, stored: Iterable[str]) -> set[str]:
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     native = {rename_source_key(n, renamings, converters, model.base_model_prefix, state)[0] for n in stored}
     ignored = model._keys_to_ignore_on_load_unexpected or ()
-    return {name for name in native - state.keys() if not any(re.search(pattern, name) for pattern in ignored)}
+    return {
+        name for name in native - state.keys() if not any(re.search(pattern, name) for pattern in ignored)
+    }
 
 
 def forget_dequantisation(model: Any) -> None:

@@ -17,7 +17,9 @@ from mft.model.transformers_private import leftover_weights, zero3_is_on
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Keys of config.json whose absence is mentioned beside a wrong shape, since a default was taken."""
 
-BUFFERS = re.compile(r"rotary_(pos_)?emb\.inv_freq$|(attn|attention)\.(bias|masked_bias|causal_mask)$|(position_ids)$")
+BUFFERS = re.compile(
+    r"rotary_(pos_)?emb\.inv_freq$|(attn|attention)\.(bias|masked_bias|causal_mask)$|(position_ids)$"
+)
 """Buffers that older releases carry and models make themselves: rotary frequencies, causal masks,
 positions."""
 
@@ -32,7 +34,9 @@ def check_loaded(source: Path, model: Any, info: Mapping[str, Any]) -> None:
     kind = type(model).__name__
     wrong = [(name, tuple(there), tuple(expected)) for name, there, expected in info["mismatched_keys"]]
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("bitsandbytes"):  # transformers quantises weights of whatever shape
+        if type(module).__module__.startswith(
+            "bitsandbytes"
+        ):  # transformers quantises weights of whatever shape
             expected = (module.out_features, module.in_features)
             if (there := full_shape(module.weight)) != expected:
                 wrong.append((f"{name}.weight", there, expected))
@@ -46,13 +50,16 @@ def check_loaded(source: Path, model: Any, info: Mapping[str, Any]) -> None:
     of_other = f"; {source} has {unknown[0]}{and_others(len(unknown))} instead" if unknown else ""
     if missing := sorted(info["missing_keys"]):
         raise UserError(
-            f"model.path={source} lacks the weight {missing[0]} of a {kind}{and_others(len(missing))}: it would be "
+            f"model.path={source} lacks the weight {missing[0]} of a {kind}{and_others(len(missing))}: it "
+            f"would be "
             f"trained from random values{of_other}{_defaults(source, model)}"
         )
     if unknown:
         raise UserError(
-            f"model.path={source} has the weight {unknown[0]}{_file_of(unknown[0], source)}, which a {kind} does not "
-            f"take{and_others(len(unknown))}: it would be left out; give a checkpoint of this very architecture"
+            f"model.path={source} has the weight {unknown[0]}{_file_of(unknown[0], source)}, which a "
+            f"{kind} does not "
+            f"take{and_others(len(unknown))}: it would be left out; give a checkpoint of this very "
+            f"architecture"
         )
 
 

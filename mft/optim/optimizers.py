@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 def groups(named_parameters: Named, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns the trained parameters as a group with and a group without weight decay; empty groups are left out.
+    """Returns the trained parameters as a group with and a group without weight decay; empty groups are left
+    out.
 
-    Decay is for matrices, LoRA's A and B among them; norms and biases (one dimension) have none, since pulling them
-    to 0 takes away what they are for. Raises UserError when nothing is trained.
+    Decay is for matrices, LoRA's A and B among them; norms and biases (one dimension) have none, since
+    pulling them to 0 takes away what they are for. Raises UserError when nothing is trained.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     if not trained:
@@ -47,19 +48,24 @@ class Optimizer(ABC):
 
     @abstractmethod
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
-        """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is null."""
+        """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is
+        null."""
 
 
 class Library(Optimizer):
-    """An optimizer of torch or bitsandbytes, named in a yaml by its own class, with that class's arguments."""
+    """An optimizer of torch or bitsandbytes, named in a yaml by its own class, with that class's
+    arguments."""
 
     def __init__(self, kind: type[torch.optim.Optimizer], values: dict[str, Any]):
         self.kind, self.values = kind, dict(values)
-        known = {name: p.default for name, p in inspect.signature(kind).parameters.items() if name != "params"}
+        known = {
+            name: p.default for name, p in inspect.signature(kind).parameters.items() if name != "params"
+        }
         for key in values:
             if key not in known:
                 raise UserError(
-                    f"optimizer.{key}: {kind.__name__} has no such argument{nearest(key, known) or '.'} Its arguments: "
+                    f"optimizer.{key}: {kind.__name__} has no such argument{nearest(key, known) or '.'} "
+                    f"Its arguments: "
                     f"{', '.join(known)}."
                 )
         self.lr = self.values.pop("lr", None)
@@ -111,7 +117,8 @@ class AdamW(Adam):
     """One kernel for all parameters; false for a device that lacks it."""
 
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
-        """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is null."""
+        """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is
+        null."""
         import torch
 
         parameters = groups(named_parameters, self.weight_decay)
@@ -120,7 +127,8 @@ class AdamW(Adam):
 
 @dataclass
 class AdamW8bit(Adam):
-    """bitsandbytes.optim.AdamW8bit: states in 8 bits, block by block (tensors below 4,096 values keep 32 bits)."""
+    """bitsandbytes.optim.AdamW8bit: states in 8 bits, block by block (tensors below 4,096 values keep 32
+    bits)."""
 
     public_name: ClassVar[str] = "adamw8bit"
     takes_dtensors: ClassVar[bool] = False
@@ -129,10 +137,13 @@ class AdamW8bit(Adam):
     def check(self) -> None:
         """Raises UserError where bitsandbytes is not installed."""
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError("optimizer=adamw8bit needs bitsandbytes, which is not installed; use optimizer=adamw")
+            raise UserError(
+                "optimizer=adamw8bit needs bitsandbytes, which is not installed; use optimizer=adamw"
+            )
 
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
-        """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is null.
+        """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is
+        null.
 
         Raises UserError when bitsandbytes cannot be loaded on this machine.
         """
@@ -140,6 +151,7 @@ class AdamW8bit(Adam):
             from bitsandbytes.optim import AdamW8bit as Optimizer
         except (ImportError, OSError, RuntimeError) as error:
             raise UserError(
-                f"optimizer=adamw8bit needs bitsandbytes, which cannot be loaded here ({error}); use optimizer=adamw"
+                f"optimizer=adamw8bit needs bitsandbytes, which cannot be loaded here ({error}); use "
+                f"optimizer=adamw"
             ) from error
         return Optimizer(groups(named_parameters, self.weight_decay), **self.arguments(default_lr))

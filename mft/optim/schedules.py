@@ -1,4 +1,5 @@
-"""Learning-rate schedules: plain functions of the step; nothing to save, nothing to multiply by the world size."""
+"""Learning-rate schedules: plain functions of the step; nothing to save, nothing to multiply by the world
+size."""
 
 from __future__ import annotations
 
@@ -26,12 +27,14 @@ def check(schedule: Constant | Decay) -> None:
     check_ranges(schedule, "scheduler")
     if schedule.warmup > 1 and schedule.warmup != int(schedule.warmup):
         raise UserError(
-            f"scheduler.warmup={schedule.warmup} must be a fraction of all steps below 1, or a whole number of steps."
+            f"scheduler.warmup={schedule.warmup} must be a fraction of all steps below 1, or a whole "
+            f"number of steps."
         )
 
 
 def warmup_steps(warmup: float, total: int) -> int:
-    """Returns the number of warm-up steps: a fraction of `total` (rounded) below 1, else the number itself."""
+    """Returns the number of warm-up steps: a fraction of `total` (rounded) below 1, else the number
+    itself."""
     return round(warmup * total) if warmup < 1 else int(warmup)
 
 
@@ -42,7 +45,8 @@ class Constant(Schedule):
     public_name: ClassVar[str] = "constant"
 
     warmup: float = ranged(0.0, min=0)
-    """Warm-up from 0 to the peak: below 1 a fraction of all steps, else a number of steps; 0 switches it off."""
+    """Warm-up from 0 to the peak: below 1 a fraction of all steps, else a number of steps; 0 switches it
+    off."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -57,7 +61,8 @@ class Decay(Schedule):
     """A linear warm-up to the peak, then a fall along the subclass's curve; the last step has `min_lr`."""
 
     warmup: float = ranged(0.03, min=0)
-    """Warm-up from 0 to the peak: below 1 a fraction of all steps, else a number of steps; 0 switches it off."""
+    """Warm-up from 0 to the peak: below 1 a fraction of all steps, else a number of steps; 0 switches it
+    off."""
     min_lr: float | None = ranged(None, min=0)
     """Learning rate at the last step; null: a tenth of optimizer.lr, so that it follows a sweep."""
 

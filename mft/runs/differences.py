@@ -36,10 +36,13 @@ def differing_contents(runs: Sequence[Run]) -> list[str]:
         if len(set(contents)) == 1:
             continue
         if name == "data":  # the order of the tasks counts as well
-            contents = [f"{content} {run.values.get('task')}" for content, run in zip(contents, runs, strict=True)]
+            contents = [
+                f"{content} {run.values.get('task')}" for content, run in zip(contents, runs, strict=True)
+            ]
         kinds = len(set(contents))
         values = {key: [run.values.get(key) for run in runs] for key in readable}
-        # A key follows the contents where each content has one value of it; exactly, where each value has one content.
+        # A key follows the contents where each content has one value of it; exactly, where each value has one
+        # content.
         following = [
             key
             for key, of_runs in values.items()
@@ -51,7 +54,9 @@ def differing_contents(runs: Sequence[Run]) -> list[str]:
             telling[fingerprint] = None
     tasks_by_values: dict[tuple[str | None, ...], set[str | None]] = {}
     for run in runs:
-        tasks_by_values.setdefault(tuple(run.values.get(key) for key in telling), set()).add(run.values.get("task"))
+        tasks_by_values.setdefault(tuple(run.values.get(key) for key in telling), set()).add(
+            run.values.get("task")
+        )
     if any(len(tasks) > 1 for tasks in tasks_by_values.values()):
         telling["task"] = None
     return list(telling)
@@ -63,12 +68,25 @@ def differing(runs: Sequence[Run]) -> list[str]:
     A key whose value follows from the option of its group is left out: `optimizer=adamw8bit` says it.
     """
     contents = differing_contents(runs)
-    apart = {"task", *(key for readable in READABLE.values() for key in readable if "." in key), "model.revision"}
+    apart = {
+        "task",
+        *(key for readable in READABLE.values() for key in readable if "." in key),
+        "model.revision",
+    }
     keys = dict.fromkeys(key for run in runs for key in run.values)
-    values = [key for key in keys if key not in apart and not key.endswith(FINGERPRINT) and _differs(key, runs)]
-    differ = [*(key for key in contents if key != "model"), *values]  # `model` is the option of a group, among values
+    values = [
+        key for key in keys if key not in apart and not key.endswith(FINGERPRINT) and _differs(key, runs)
+    ]
+    differ = [
+        *(key for key in contents if key != "model"),
+        *values,
+    ]  # `model` is the option of a group, among values
     of_model = [key for key in differ if key.split(".")[0] == "model"]
-    for name in ("base model", "tokenizer", "code"):  # of a model that is made of its settings they follow from those
+    for name in (
+        "base model",
+        "tokenizer",
+        "code",
+    ):  # of a model that is made of its settings they follow from those
         fingerprint = f"{name}{FINGERPRINT}"
         pairs = {(run.values.get(fingerprint), *(run.values.get(key) for key in of_model)) for run in runs}
         if len(pairs) == len({pair[1:] for pair in pairs}):

@@ -30,7 +30,9 @@ def higher_is_better(metric: str, tasks: Sequence[str], better: str = "") -> boo
     """
     if better:
         if better not in ("lower", "higher"):
-            raise UserError(f"--better {better}: must be lower or higher{nearest(better, ('lower', 'higher')) or '.'}")
+            raise UserError(
+                f"--better {better}: must be lower or higher{nearest(better, ('lower', 'higher')) or '.'}"
+            )
         return better == "higher"
     if metric in LOSSES or metric in tasks:
         return False
@@ -41,7 +43,8 @@ def higher_is_better(metric: str, tasks: Sequence[str], better: str = "") -> boo
     lower, higher = (any(re.fullmatch(pattern, word) for word in words) for pattern in (LOWER, HIGHER))
     if lower == higher:
         raise UserError(
-            f"--metric {metric}: its name does not tell whether a lower or a higher value is better; add --better "
+            f"--metric {metric}: its name does not tell whether a lower or a higher value is better; add "
+            f"--better "
             "lower or --better higher."
         )
     return higher

@@ -60,8 +60,12 @@ def grouped(runs: Sequence[Run], keys: Sequence[str], metric: str, higher: bool 
     members: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         members.setdefault(tuple(run.values.get(key, "-") for key in keys), []).append(run)
-    groups = [Group(dict(zip(keys, values, strict=True)), of, metric, higher) for values, of in members.items()]
-    return sorted(groups, key=lambda group: (math.isnan(group.mean()), -group.mean() if higher else group.mean()))
+    groups = [
+        Group(dict(zip(keys, values, strict=True)), of, metric, higher) for values, of in members.items()
+    ]
+    return sorted(
+        groups, key=lambda group: (math.isnan(group.mean()), -group.mean() if higher else group.mean())
+    )
 
 
 def pooled(groups: Sequence[Group]) -> float | None:
@@ -83,7 +87,9 @@ def verdicts(groups: Sequence[Group]) -> tuple[list[str], str]:
     """
     noise = pooled(groups)
     higher = any(group.higher for group in groups)
-    best, better, worse, sign = ("highest", "higher", "lower", -1) if higher else ("lowest", "lower", "higher", 1)
+    best, better, worse, sign = (
+        ("highest", "higher", "lower", -1) if higher else ("lowest", "lower", "higher", 1)
+    )
     counts = [len(group.numbers()) for group in groups]
     ranked = [i for i, count in enumerate(counts) if count]
     words = ["no value"] * len(groups)
@@ -109,8 +115,14 @@ def verdicts(groups: Sequence[Group]) -> tuple[list[str], str]:
         return words, f"{sentence} One setting only: nothing to compare it with."
     if near := sum(words[i] != worse for i in others):
         more = "one more is" if near == 1 else f"{near} more are"
-        return words, f"{sentence} No winner: {more} not told apart from the {best} (less than 2 standard errors)."
-    return words, f"{sentence} {groups[first].label} is {better} than all others by more than 2 standard errors."
+        return (
+            words,
+            f"{sentence} No winner: {more} not told apart from the {best} (less than 2 standard errors).",
+        )
+    return (
+        words,
+        f"{sentence} {groups[first].label} is {better} than all others by more than 2 standard errors.",
+    )
 
 
 def prepare(runs: Sequence[Run], metric: str, by: Sequence[str], better: str = "") -> list[Group]:
@@ -146,7 +158,10 @@ def columns(groups: Sequence[Group], metric: str) -> tuple[list[str], list[list[
         values = [*group.keys.values(), str(len(group.numbers())), _number(group.mean())]
         values.append("n = 1" if spread is None else f"± {spread:.4f}")
         values += [_number(group.mean(loss)) for loss in losses]
-        values += [_mean([run.seconds for run in group.runs], ".0f"), _mean([run.memory for run in group.runs], ".2f")]
+        values += [
+            _mean([run.seconds for run in group.runs], ".0f"),
+            _mean([run.memory for run in group.runs], ".2f"),
+        ]
         rows.append([str(rank), *values, word])
     return head, rows
 

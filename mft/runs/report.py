@@ -47,7 +47,8 @@ def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
     sentence = verdicts(groups)[1]
     parts = [
         HEAD.format(title=escape(f"mft compare: {title}")),
-        f"<h1>{escape(title)}</h1><p>{len(runs)} runs, {len(groups)} settings, ranked by <b>{escape(metric)}</b>: each "
+        f"<h1>{escape(title)}</h1><p>{len(runs)} runs, {len(groups)} settings, ranked by "
+        f"<b>{escape(metric)}</b>: each "
         f"run's {_compared(groups, metric)}, mean over n seeds. Losses are nats per token.</p>",
         f"<p class=say>{escape(sentence)}</p>",
         _table(head, rows),
@@ -64,7 +65,9 @@ def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
     keys = differing(runs)
     differences = [[run.name, run.state, *(run.values.get(key, "-") for key in keys)] for run in runs]
     parts.append("<h2>What differs between the runs</h2>" + _table(["run", "state", *keys], differences))
-    commands = "".join(f"<tr><td>{escape(r.name)}</td><td><code>{escape(r.command)}</code></td></tr>" for r in runs)
+    commands = "".join(
+        f"<tr><td>{escape(r.name)}</td><td><code>{escape(r.command)}</code></td></tr>" for r in runs
+    )
     parts.append(f"<h2>To reproduce a run</h2><table>{commands}</table></body></html>\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts), encoding="utf-8")
@@ -115,7 +118,9 @@ def _dots(groups: Sequence[Group], metric: str) -> Any:
         values = group.numbers()
         axis.plot(values, [place] * len(values), "o", color="#0072B2", alpha=0.5, markersize=6)
         if values:
-            axis.errorbar(group.mean(), place, xerr=group.spread() or 0.0, fmt="|", color="#000000", capsize=4)
+            axis.errorbar(
+                group.mean(), place, xerr=group.spread() or 0.0, fmt="|", color="#000000", capsize=4
+            )
     axis.set_yticks(
         range(len(groups)), [f"{group.label}  (n = {len(group.numbers())})" for group in groups], fontsize=8
     )
@@ -155,7 +160,11 @@ def _curves(groups: Sequence[Group], tasks: Sequence[str]) -> Any:
 
 
 def _weights(groups: Sequence[Group], tasks: Sequence[str]) -> Any | None:
-    shown = [g for g in groups if any(k.startswith("train/weight/") for run in g.runs for row in run.rows for k in row)]
+    shown = [
+        g
+        for g in groups
+        if any(k.startswith("train/weight/") for run in g.runs for row in run.rows for k in row)
+    ]
     if not shown:
         return None
     shown = shown[:MOST_CURVES]
@@ -192,7 +201,9 @@ def _heat(groups: Sequence[Group], metrics: Sequence[str]) -> Any | None:
         place = axis.get_subplotspec()
         axis.set_yticks(range(len(rows)), rows if place is None or place.is_first_col() else [], fontsize=8)
         numbers = [value for line in cells for value in line if not math.isnan(value)]
-        middle = (min(numbers) + max(numbers)) / 2 if numbers else 0.0  # darker cells than this get white text
+        middle = (
+            (min(numbers) + max(numbers)) / 2 if numbers else 0.0
+        )  # darker cells than this get white text
         for y, line in enumerate(cells):
             for x, value in enumerate(line):
                 if not math.isnan(value):
@@ -220,8 +231,12 @@ def _cost(groups: Sequence[Group]) -> Any:
     figure = Figure(figsize=(10, 1.2 + 0.3 * len(groups)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, name, attribute in ((axes[0], "seconds", "seconds"), (axes[1], "peak memory (GiB)", "memory")):
-        measured = [[v for run in group.runs if (v := getattr(run, attribute)) is not None] for group in groups]
-        axis.barh(range(len(groups)), [fmean(values) if values else 0.0 for values in measured], color="#56B4E9")
+        measured = [
+            [v for run in group.runs if (v := getattr(run, attribute)) is not None] for group in groups
+        ]
+        axis.barh(
+            range(len(groups)), [fmean(values) if values else 0.0 for values in measured], color="#56B4E9"
+        )
         axis.set_xlabel(name, fontsize=8)
     axes[0].set_yticks(range(len(groups)), [group.label for group in groups], fontsize=8)
     axes[0].invert_yaxis()

@@ -22,7 +22,11 @@ from mft.training.provenance import fingerprint_tag
 
 NOT_COMPARED = (
     *(key for key in CANNOT_CHANGE_THE_RESULT if "batch_size" not in key),
-    *("task.*.paths", "task.*.valid", "task.*.name"),  # the names of the tasks and the data's fingerprint tell more
+    *(
+        "task.*.paths",
+        "task.*.valid",
+        "task.*.name",
+    ),  # the names of the tasks and the data's fingerprint tell more
 )
 
 FINGERPRINT = " fingerprint"
@@ -64,7 +68,9 @@ class Run:
     def tasks(self) -> list[str]:
         """The validated tasks, in the order in which they appear."""
         prefix = "valid/loss/"
-        return list(dict.fromkeys(k.removeprefix(prefix) for row in self.rows for k in row if k.startswith(prefix)))
+        return list(
+            dict.fromkeys(k.removeprefix(prefix) for row in self.rows for k in row if k.startswith(prefix))
+        )
 
     def series(self, metric: str) -> list[tuple[int, float]]:
         """Returns (step, value) of a metric: mean, worst, a task, or a name in metrics.jsonl."""
@@ -141,7 +147,11 @@ def flat(config: Mapping[str, Any]) -> dict[str, str]:
                 values[path] = f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
 
     walk(config, "")
-    return {k: v for k, v in values.items() if k.split(".")[0] not in ("tracking", "launch", "debug", "experiment")}
+    return {
+        k: v
+        for k, v in values.items()
+        if k.split(".")[0] not in ("tracking", "launch", "debug", "experiment")
+    }
 
 
 def read_experiment(name: str, uri: str, extra: str = "mean") -> list[Run]:
@@ -198,6 +208,7 @@ def at(place: str, uri: str, metric: str = "mean") -> list[Run]:
         return [read_run(path) for path in run_folder.runs_under(Path(place))]
     if not uri and not Path("mlflow.db").exists():
         raise UserError(
-            f"{place} is not a folder, and there is no MLflow store here (mlflow.db) that could hold an experiment."
+            f"{place} is not a folder, and there is no MLflow store here (mlflow.db) that could hold an "
+            f"experiment."
         )
     return read_experiment(place, uri or f"sqlite:///{Path('mlflow.db').resolve()}", metric)

@@ -1,4 +1,5 @@
-"""What a person sees of a sweep: a line for each running job, a table at its end, and jobs.txt in its folder."""
+"""What a person sees of a sweep: a line for each running job, a table at its end, and jobs.txt in its
+folder."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def start(jobs: Sequence[SweepJob], folder: Path) -> None:
 
 
 def write_jobs(jobs: Sequence[SweepJob], folder: Path) -> None:
-    """Writes jobs.txt: folder, state, best objective and overrides of every job, those of earlier commands as well."""
+    """Writes jobs.txt: folder, state, best objective and overrides of every job, those of earlier commands as
+    well."""
     path = folder / "jobs.txt"
     kept = {}
     for line in path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else ():
@@ -79,12 +81,16 @@ def write_jobs(jobs: Sequence[SweepJob], folder: Path) -> None:
 def best_of(jobs: Sequence[SweepJob]) -> SweepJob | None:
     """Returns the job with the best objective so far."""
     return min(
-        (t for t in jobs if t.best is not None and t.state != RunStatus.same), key=lambda t: t.best or 0.0, default=None
+        (t for t in jobs if t.best is not None and t.state != RunStatus.same),
+        key=lambda t: t.best or 0.0,
+        default=None,
     )
 
 
 @contextmanager
-def live(jobs: Sequence[SweepJob], folder: Path, total: int | None = None) -> Iterator[Callable[[SweepJob], None]]:
+def live(
+    jobs: Sequence[SweepJob], folder: Path, total: int | None = None
+) -> Iterator[Callable[[SweepJob], None]]:
     """Yields a function to call with every job that starts, was validated or ends.
 
     On a terminal each running job has a line that is redrawn; elsewhere a line is printed at its start and
@@ -128,7 +134,8 @@ def live(jobs: Sequence[SweepJob], folder: Path, total: int | None = None) -> It
 
 
 def line(job: SweepJob, total: int) -> str:
-    """Returns a job's line: progress, newest and best objective, time, and last what is long: what it is, and why."""
+    """Returns a job's line: progress, newest and best objective, time, and last what is long: what it is, and
+    why."""
     width = len(str(total))
     if job.state == RunStatus.running and not job.total_steps:
         steps = "starting"

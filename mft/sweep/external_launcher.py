@@ -1,4 +1,5 @@
-"""Jobs of a sweep through the launcher of another package (submitit for SLURM, joblib): checked here, run there.
+"""Jobs of a sweep through the launcher of another package (submitit for SLURM, joblib): checked here, run
+there.
 
 Each job is composed again where it runs and has the same folder as with `hydra/launcher=mft`, so that the
 same command skips finished jobs and resumes the others.
@@ -34,7 +35,8 @@ from mft.sweep.pool import SweepJob
 
 
 class ExternalLauncher:
-    """Stands between Hydra's sweeper and a launcher: hands it the jobs that are left, and reads results in folders."""
+    """Stands between Hydra's sweeper and a launcher: hands it the jobs that are left, and reads results in
+    folders."""
 
     def __init__(self, launcher: Any, cfg: DictConfig, loader: Any, dry_run: bool):
         self.launcher, self.cfg, self.loader, self.dry_run = launcher, cfg, loader, dry_run
@@ -74,7 +76,8 @@ def collect_result(job: SweepJob) -> None:
 
 
 def one_job(cfg: DictConfig) -> float:
-    """Runs one job where a launcher has put it; returns its objective. A failure is left in its folder, then raised."""
+    """Runs one job where a launcher has put it; returns its objective. A failure is left in its folder, then
+    raised."""
     from hydra.core.hydra_config import HydraConfig
 
     register()
@@ -82,7 +85,9 @@ def one_job(cfg: DictConfig) -> float:
     folder = Path(hydra.sweep.dir).absolute()
     plugins.name(run_folder.plugins_of(folder, RECORD))
     fixed = {key_of(o) for o in read_json(folder / RECORD).texts("overrides") if not is_sweep(o)}
-    given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)  # variables stay as they are written
+    given: Any = OmegaConf.to_container(
+        hydra.overrides.task, resolve=False
+    )  # variables stay as they are written
     overrides = [o for o in given if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)
     composed = with_choices(cfg, hydra.runtime.choices)

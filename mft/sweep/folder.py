@@ -1,4 +1,5 @@
-"""A sweep's folder: which one a command has, what names its jobs' folders, its lock, and the command kept in it.
+"""A sweep's folder: which one a command has, what names its jobs' folders, its lock, and the command kept in
+it.
 
 `multirun/<name>/<sweep id>/` holds sweep.json, jobs.txt, a run folder for every job, and the report.
 """
@@ -25,7 +26,8 @@ from mft.files.json_file import write_json
 from mft.launch.job import Job
 
 IDENTITY_DIGITS = 10
-"""Digits of an identity that name a folder: in a million jobs two collide with a probability below one half."""
+"""Digits of an identity that name a folder: in a million jobs two collide with a probability below one
+half."""
 
 RECORD = "sweep.json"
 """In the sweep's folder: the command that made it, so that it can be resumed."""
@@ -49,7 +51,8 @@ def job_folder(job: Job, folder: Path) -> Path:
 
 
 def find_sweep(folder: Path) -> Path:
-    """Returns the sweep folder meant by `multirun/<name>/<id>` or, with one sweep in it, by `multirun/<name>`."""
+    """Returns the sweep folder meant by `multirun/<name>/<id>` or, with one sweep in it, by
+    `multirun/<name>`."""
     if (folder / RECORD).exists():
         return folder
     sweeps = sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
@@ -61,7 +64,8 @@ def find_sweep(folder: Path) -> Path:
 
 
 def sweep_id(overrides: Sequence[str]) -> str:
-    """Returns the hash of what is not swept, so that values can be added to an axis and all jobs keep their folders.
+    """Returns the hash of what is not swept, so that values can be added to an axis and all jobs keep their
+    folders.
 
     What only says how jobs run (launch, tracking, logging) has no part in it.
     """
@@ -95,21 +99,26 @@ def require_this_version(folder: Path) -> None:
         identity = identity_of(run)
         if identity is not None and identity.version != VERSION:
             raise UserError(
-                f"{os.path.relpath(folder)} holds jobs that another version of mft wrote {identity.numbers()}, so this "
-                "sweep cannot be resumed; mft runs, show, compare, merge and generate still read them. Add sweep=NAME "
+                f"{os.path.relpath(folder)} holds jobs that another version of mft wrote "
+                f"{identity.numbers()}, so this "
+                "sweep cannot be resumed; mft runs, show, compare, merge and generate still read them. Add "
+                "sweep=NAME "
                 "to its command to run it anew beside them."
             )
 
 
 @contextmanager
 def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
-    """Holds a sweep's folder for this process and keeps its command there: the newest one, when values were added."""
+    """Holds a sweep's folder for this process and keeps its command there: the newest one, when values were
+    added."""
     try:
         lock = run_folder.lock(folder)
     except UserError:
         raise UserError(f"{folder}: this sweep is already running, in another process.") from None
     try:
-        given: Any = OmegaConf.to_container(cfg.hydra.overrides, resolve=False)  # variables stay as they are written
+        given: Any = OmegaConf.to_container(
+            cfg.hydra.overrides, resolve=False
+        )  # variables stay as they are written
         hydra = [o for o in given["hydra"] if key_of(o) != "hydra.mode"]
         values = {"overrides": [*given["task"], *hydra], "folder": str(Path.cwd()), "sweep_dir": str(folder)}
         write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)

@@ -1,4 +1,5 @@
-"""`mft train -m` and what else needs Hydra's own application: run through it, resume a sweep, explain its errors."""
+"""`mft train -m` and what else needs Hydra's own application: run through it, resume a sweep, explain its
+errors."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from mft.sweep.folder import RECORD, DryRunDone, find_sweep, is_sweep, sweep_id
 def through_hydra(
     overrides: Sequence[str], config_dirs: Sequence[Path], flags: Sequence[str], dry_run: bool = False
 ) -> None:
-    """Serves what needs Hydra's own application: `-m` (plugins call `mft.sweep`), `--cfg`, `--info`, `--hydra-help`."""
+    """Serves what needs Hydra's own application: `-m` (plugins call `mft.sweep`), `--cfg`, `--info`,
+    `--hydra-help`."""
     import hydra
     from hydra.core.plugins import Plugins
 
@@ -48,7 +50,9 @@ def through_hydra(
     use_own_grid()
     search: list[str] = []
     kept_argv, kept_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting, so that we can say it better
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # Hydra raises instead of printing and exiting, so that we can say it better
+    )
     try:
         search = search_path(config_dirs, overrides)
         overrides = without_search_path(overrides)
@@ -59,7 +63,9 @@ def through_hydra(
                 say(f"mft: {note}", sys.stderr)
             own = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
         sys.argv = ["mft train", *flags, *search, *overrides, *own]
-        application = hydra.main(version_base="1.3", config_path=str(config_dir().resolve()), config_name="config")
+        application = hydra.main(
+            version_base="1.3", config_path=str(config_dir().resolve()), config_name="config"
+        )
         if "--resolve" in flags:  # what is printed then has the values of environment variables in it
             with redirect_stdout(io.StringIO()) as printed:
                 application(run_one)()
@@ -83,7 +89,8 @@ def through_hydra(
 
 
 def use_own_grid() -> None:
-    """Puts our grid in the place of Hydra's basic sweeper in this process; an experiment can still choose another."""
+    """Puts our grid in the place of Hydra's basic sweeper in this process; an experiment can still choose
+    another."""
     from hydra.core.config_store import ConfigStore
 
     node = {"_target_": "hydra_plugins.mft_sweepers.Grid", "max_batch_size": None, "params": None}
@@ -94,11 +101,18 @@ def require_launcher(launcher: str) -> None:
     """Raises UserError for a launcher that is known not to work, or whose package is missing."""
     if launcher.startswith("ray"):
         raise UserError(
-            f"hydra/launcher={launcher}: Ray puts jobs on machines where the run folder and the data need not be, and "
-            "hides GPUs from them; use launch.jobs on one machine, or hydra/launcher=submitit_slurm on a cluster."
+            f"hydra/launcher={launcher}: Ray puts jobs on machines where the run folder and the data need "
+            f"not be, and "
+            "hides GPUs from them; use launch.jobs on one machine, or hydra/launcher=submitit_slurm on a "
+            "cluster."
         )
-    if launcher.startswith("submitit") and importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
-        raise UserError(f'hydra/launcher={launcher} needs a package that is not installed: pip install "mft[slurm]"')
+    if (
+        launcher.startswith("submitit")
+        and importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None
+    ):
+        raise UserError(
+            f'hydra/launcher={launcher} needs a package that is not installed: pip install "mft[slurm]"'
+        )
 
 
 def resume(place: Path, overrides: Sequence[str], dry_run: bool = False) -> None:

@@ -1,4 +1,5 @@
-"""The jobs of a grid: checked before the first starts, run, and reported; a failure ends one job, not the sweep."""
+"""The jobs of a grid: checked before the first starts, run, and reported; a failure ends one job, not the
+sweep."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ from mft.sweep.median_rule import should_prune
 from mft.sweep.pool import SweepJob
 
 
-def run_grid(cfg: DictConfig, loader: Any, job_overrides: Sequence[Sequence[str]], dry_run: bool = False) -> list[Any]:
+def run_grid(
+    cfg: DictConfig, loader: Any, job_overrides: Sequence[Sequence[str]], dry_run: bool = False
+) -> list[Any]:
     """Runs the jobs of a sweep and returns Hydra's JobReturn of each.
 
     Finished jobs are skipped and unfinished ones resumed. A failed job leaves its traceback in its folder and
@@ -73,7 +76,8 @@ def plan_jobs(
 
 
 def sweep_job(checked: Job, folder: Path, number: int, earlier: Sequence[SweepJob]) -> SweepJob:
-    """Returns a job with its folder, how far it is, and its state: waiting, skipped, pruned, same (as an earlier)."""
+    """Returns a job with its folder, how far it is, and its state: waiting, skipped, pruned, same (as an
+    earlier)."""
     job = SweepJob(number, checked, job_folder(checked, folder))
     if any(other.folder == job.folder for other in earlier):
         job.state = RunStatus.same
@@ -101,7 +105,9 @@ def require_success(jobs: Sequence[SweepJob]) -> None:
     if not any(counts.values()):
         return
     missing = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    error = UserError(f"of {len(jobs)} jobs {missing}; the same command again runs them and skips the others.")
+    error = UserError(
+        f"of {len(jobs)} jobs {missing}; the same command again runs them and skips the others."
+    )
     error.exit_code = 1
     raise error
 
@@ -155,7 +161,8 @@ def trackers(cfg: DictConfig) -> list[Any]:
 
 
 def _run_here(jobs: Sequence[SweepJob], fail_fast: bool) -> None:
-    """Runs the jobs in this process, one after another, their output on the terminal (inline, or placed ranks)."""
+    """Runs the jobs in this process, one after another, their output on the terminal (inline, or placed
+    ranks)."""
     for job in (job for job in jobs if job.state == RunStatus.waiting):
         say(f"\njob {job.number}/{len(jobs)}  {job.checked.label}")
         try:
@@ -170,7 +177,8 @@ def _run_here(jobs: Sequence[SweepJob], fail_fast: bool) -> None:
 
 
 def leave_report(jobs: Sequence[SweepJob], folder: Path) -> None:
-    """Leaves the comparison of what is finished in the sweep's folder, and with every tracker that keeps such files."""
+    """Leaves the comparison of what is finished in the sweep's folder, and with every tracker that keeps such
+    files."""
     from mft.runs.report import leave_report
 
     try:
@@ -191,7 +199,11 @@ def _job_return(overrides: Sequence[str], job: SweepJob) -> Any:
     done = job.state in (RunStatus.finished, RunStatus.skipped, RunStatus.pruned, RunStatus.same)
     status = JobStatus.COMPLETED if done else JobStatus.FAILED
     result = JobReturn(
-        overrides=list(overrides), cfg=job.checked.cfg, working_dir=str(job.folder), task_name="mft", status=status
+        overrides=list(overrides),
+        cfg=job.checked.cfg,
+        working_dir=str(job.folder),
+        task_name="mft",
+        status=status,
     )
     if done:
         result.return_value = objective(read_json(job.folder / "summary.json"))

@@ -1,4 +1,5 @@
-"""The median rule (launch.prune): a job whose best objective is worse than the median of the others ends early."""
+"""The median rule (launch.prune): a job whose best objective is worse than the median of the others ends
+early."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def should_prune(job: SweepJob, jobs: Sequence[SweepJob], validations: int) -> s
     if len(steps) < validations:
         return ""
     step = max(steps)
-    rivals = [o for o in jobs if o is not job and o.state != RunStatus.same and max(o.values, default=0) >= step]
+    rivals = [
+        o for o in jobs if o is not job and o.state != RunStatus.same and max(o.values, default=0) >= step
+    ]
     bests = [best for rival in rivals if (best := rival.best_until(step)) is not None]
     own = job.best_until(step)
     if len(bests) < OTHERS or own is None or own <= median(bests):

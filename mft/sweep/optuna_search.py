@@ -30,13 +30,16 @@ from mft.sweep.pool import SweepJob
 JOURNAL = "search.journal"
 SAMPLERS = ("tpe", "random")
 DIGITS = 4
-"""Significant digits of a proposed value: what a person can read and repeat; the difference is far below the noise."""
+"""Significant digits of a proposed value: what a person can read and repeat; the difference is far below the
+noise."""
 
 RETRIES = "retries"
 """A trial's attribute: the number of the failed trial that it repeats."""
 
 
-def run(cfg: DictConfig, loader: Any, arguments: Sequence[str], settings: Mapping[str, Any], dry_run: bool) -> Any:
+def run(
+    cfg: DictConfig, loader: Any, arguments: Sequence[str], settings: Mapping[str, Any], dry_run: bool
+) -> Any:
     """Runs the trials that are left; returns (values, objective) of the best. UserError if any failed."""
     optuna = import_optuna()
     folder = folder_of(cfg)
@@ -111,7 +114,8 @@ class Search:
                 self.study.enqueue_trial(trial.params, user_attrs={RETRIES: root})
 
     def waiting(self) -> Iterator[SweepJob]:
-        """Yields jobs: those that were interrupted, those that failed before, then new ones until there are enough."""
+        """Yields jobs: those that were interrupted, those that failed before, then new ones until there are
+        enough."""
         for trial in self._newest():
             if trial.state.name == "RUNNING":
                 yield from self._next(trial.number, trial.params)
@@ -177,7 +181,9 @@ class Search:
         return any(trial.state.name == "WAITING" for trial in self.study.trials)
 
     def _require_same_space(self) -> None:
-        before = next((trial.distributions for trial in reversed(self.study.trials) if trial.distributions), self.space)
+        before = next(
+            (trial.distributions for trial in reversed(self.study.trials) if trial.distributions), self.space
+        )
         for name in sorted({*before, *self.space}):
             try:
                 self.optuna.distributions.check_distribution_compatibility(before[name], self.space[name])
@@ -201,7 +207,8 @@ def import_optuna() -> Any:
 
 
 def split(arguments: Sequence[str], params: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
-    """Returns (overrides of every job, {key: distribution}); what the command line sweeps stands above `params`."""
+    """Returns (overrides of every job, {key: distribution}); what the command line sweeps stands above
+    `params`."""
     given = {key_of(o): o for o in arguments}
     swept = {name: f"{name}={text}" for name, text in flat(params) if name not in given}
     swept |= {name: override for name, override in given.items() if is_sweep(override)}
@@ -220,7 +227,8 @@ def flat(params: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def distribution(override: str) -> Any:
-    """Returns the distribution of `key=interval(1,2)`, `range(1,9)`, `choice(a,b)` or `a,b`, with tag(log, …)."""
+    """Returns the distribution of `key=interval(1,2)`, `range(1,9)`, `choice(a,b)` or `a,b`, with tag(log,
+    …)."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution

@@ -100,7 +100,8 @@ def run(
     on_change: Callable[[SweepJob], None],
     should_prune: Callable[[SweepJob], str],
 ) -> int:
-    """Runs the jobs that `waiting` yields, at most so many at a time; returns the signal that ended it, 0: none.
+    """Runs the jobs that `waiting` yields, at most so many at a time; returns the signal that ended it, 0:
+    none.
 
     The next job is asked for when a place is free, so that a search can learn from those that have ended.
     on_change: called with every job that starts, was validated or ends; should_prune: returns why a job is to
@@ -122,7 +123,9 @@ def run(
                 on_change(job)
             if not running:
                 return signals[0] if signals else 0
-            multiprocessing.connection.wait([process.sentinel for process, _ in running.values()], LOOK_SECONDS)
+            multiprocessing.connection.wait(
+                [process.sentinel for process, _ in running.values()], LOOK_SECONDS
+            )
             for place, (process, job) in list(running.items()):
                 if job.update():
                     on_change(job)
@@ -146,7 +149,9 @@ def partition_devices(jobs: int) -> list[tuple[list[int], list[str]]]:
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     gpus = named or [str(number) for number in range(visible_gpus())]
     if gpus and len(gpus) < jobs:
-        raise UserError(f"launch.jobs={jobs}, but {len(gpus)} GPUs are visible; a job needs at least one of its own.")
+        raise UserError(
+            f"launch.jobs={jobs}, but {len(gpus)} GPUs are visible; a job needs at least one of its own."
+        )
 
     def part(devices: list[Any], number: int) -> list[Any]:
         size = len(devices) // jobs
@@ -157,7 +162,8 @@ def partition_devices(jobs: int) -> list[tuple[list[int], list[str]]]:
 
 @contextmanager
 def forwarded(running: dict[int, tuple[Supervisor, SweepJob]]) -> Iterator[list[int]]:
-    """Forwards signals to the supervisors, which have their own sessions; a second signal ends everything at once."""
+    """Forwards signals to the supervisors, which have their own sessions; a second signal ends everything at
+    once."""
     received: list[int] = []
 
     def forward(signum: int, frame: FrameType | None) -> None:
@@ -198,11 +204,14 @@ def _ended(job: SweepJob, code: int) -> None:
     else:
         job.state = RunStatus.failed
         sentence = read_json(job.folder / "log" / "failure.json").text("sentence")
-        job.error = sentence or f"the process exited unexpectedly (code {code}); its output is in {job.folder}/log"
+        job.error = (
+            sentence or f"the process exited unexpectedly (code {code}); its output is in {job.folder}/log"
+        )
 
 
 def supervise(job: Job, folder: Path, cores: list[int], gpus: list[str], environment: dict[str, str]) -> None:
-    """Runs one job in ranks of this process; leaves with 0, 1 (failed: log/failure.json) or a worker's code."""
+    """Runs one job in ranks of this process; leaves with 0, 1 (failed: log/failure.json) or a worker's
+    code."""
     os.setsid()  # a Ctrl-C of the terminal reaches the sweep alone, which hands it on once
     os.environ.update(environment)
     log = folder / "log"
@@ -226,7 +235,8 @@ def supervise(job: Job, folder: Path, cores: list[int], gpus: list[str], environ
 
 
 def leave_failure(folder: Path, error: Exception) -> None:
-    """Leaves what ended a job in its folder: log/failure.json (a sentence), log/traceback.txt, and status failed."""
+    """Leaves what ended a job in its folder: log/failure.json (a sentence), log/traceback.txt, and status
+    failed."""
     trace = getattr(error, "traceback", "") or "".join(traceback.format_exception(error))
     sentence = getattr(error, "sentence", "") or (
         str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

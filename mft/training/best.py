@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 class BestTracker:
     """Counts validations that improve and that stall. Plain values: it is saved with every checkpoint.
 
-    All losses are in nats per token; a *value* is what `mft.objective.criterion` makes of the losses of one validation
-    (train.best), smaller is better.
+    All losses are in nats per token; a *value* is what `mft.objective.criterion` makes of the losses of one
+    validation (train.best), smaller is better.
     """
 
     first: dict[str, float] = field(default_factory=dict)

@@ -24,8 +24,8 @@ from mft.training.state import State
 class Checkpoints:
     """The `checkpoints/step-N` folders of one run. All ranks call `save`; rank 0 alone renames and removes.
 
-    export: writes the model to a folder (all ranks call it); keep: newest ones that stay beside the best, None = all;
-    keep_task_best: whether the best one of each task stays, too.
+    export: writes the model to a folder (all ranks call it); keep: newest ones that stay beside the best,
+    None = all; keep_task_best: whether the best one of each task stays, too.
     """
 
     def __init__(
@@ -56,13 +56,19 @@ class Checkpoints:
             self.engine.save_state(temporary / "state")
             if self.engine.is_main:
                 torch.save(self.loss.state_dict(), temporary / "state" / "loss.pt")
-                (temporary / "state" / "loop.json").write_text(json.dumps(state.as_dict(), indent=2), encoding="utf-8")
+                (temporary / "state" / "loop.json").write_text(
+                    json.dumps(state.as_dict(), indent=2), encoding="utf-8"
+                )
             self.engine.barrier()
             # each rank flushes and sums up what it wrote: on several machines the others would fetch it first
-            mine = [path for path in temporary.rglob("*") if path.is_file() and _writer(path) == self.engine.rank]
+            mine = [
+                path for path in temporary.rglob("*") if path.is_file() and _writer(path) == self.engine.rank
+            ]
             parts = self.engine.gather(measure(temporary, sorted(mine)))
             if self.engine.is_main:
-                _flush(self.folder.parent / "metrics.jsonl")  # a resumed run counts on the rows up to this step
+                _flush(
+                    self.folder.parent / "metrics.jsonl"
+                )  # a resumed run counts on the rows up to this step
                 seal(temporary, COMPLETE, {name: entry for part in parts for name, entry in part.items()})
         if self.engine.is_main:
             publish(temporary, final)
@@ -101,10 +107,13 @@ def write_final(run_dir: Path, engine: Any, export: Callable[[Path], None]) -> N
 
 @contextmanager
 def full_disk_reported(folder: Path, run_dir: Path) -> Iterator[None]:
-    """Context in which a folder of a run is written: where the disk is full it is removed, and a UserError raised."""
+    """Context in which a folder of a run is written: where the disk is full it is removed, and a UserError
+    raised."""
     try:
         yield
-    except Exception as error:  # json, safetensors and torch each raise a kind of their own, torch's without the reason
+    except (
+        Exception
+    ) as error:  # json, safetensors and torch each raise a kind of their own, torch's without the reason
         free = shutil.disk_usage(run_dir).free
         if not is_full_disk(error) and free > 2**20:
             raise
@@ -112,7 +121,8 @@ def full_disk_reported(folder: Path, run_dir: Path) -> Iterator[None]:
         older = newest(run_dir)
         resumes = f"; the same command then resumes from {older.name}" if older else ""
         raise UserError(
-            f"The disk is full: {folder} could not be written ({free / 2**20:,.0f} MiB were free). Make room, or keep "
+            f"The disk is full: {folder} could not be written ({free / 2**20:,.0f} MiB were free). Make "
+            f"room, or keep "
             f"fewer checkpoints (train.keep){resumes}"
         ) from error
 
@@ -120,14 +130,16 @@ def full_disk_reported(folder: Path, run_dir: Path) -> Iterator[None]:
 def restore(folder: Path, state: State, engine: Any, loss: TaskLoss) -> bool:
     """Puts a checkpoint back into state, module, optimizer, the loss's memory and the random states.
 
-    All ranks call it, last before training continues. Returns whether the layout is the one that wrote it, so that
-    the run continues bit-identically. Raises UserError when the checkpoint does not fit.
+    All ranks call it, last before training continues. Returns whether the layout is the one that wrote it, so
+    that the run continues bit-identically. Raises UserError when the checkpoint does not fit.
     """
     import torch
 
     values = json.loads((folder / "state" / "loop.json").read_text(encoding="utf-8"))
     if unknown := set(values) - set(state.as_dict()):
-        raise UserError(f"{folder} was written by another version of mft: it holds {', '.join(sorted(unknown))}.")
+        raise UserError(
+            f"{folder} was written by another version of mft: it holds {', '.join(sorted(unknown))}."
+        )
     vars(state).update(vars(State.from_dict(values)))
     loss.load_state_dict(torch.load(folder / "state" / "loss.pt", weights_only=True))
     same_layout: bool = engine.load_state(folder / "state")
@@ -147,7 +159,8 @@ def _flush(path: Path) -> None:
 
 
 def marked_steps(folder: Path) -> list[int]:
-    """Returns the steps of the checkpoints in a `checkpoints` folder that were written to their end, ascending."""
+    """Returns the steps of the checkpoints in a `checkpoints` folder that were written to their end,
+    ascending."""
     if not folder.is_dir():
         return []
     names = (p.name.removeprefix("step-") for p in folder.glob("step-*") if (p / COMPLETE).is_file())
@@ -156,7 +169,9 @@ def marked_steps(folder: Path) -> list[int]:
 
 def complete_steps(folder: Path) -> list[int]:
     """Returns the steps of those whose files are all there in full length; their content is not read."""
-    return [step for step in marked_steps(folder) if not damage(folder / f"step-{step}", COMPLETE, hashed=False)]
+    return [
+        step for step in marked_steps(folder) if not damage(folder / f"step-{step}", COMPLETE, hashed=False)
+    ]
 
 
 def newest(run_dir: Path) -> Path | None:

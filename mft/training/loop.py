@@ -17,8 +17,9 @@ T = TypeVar("T")
 def fit(t: Trainer) -> RunStatus:
     """Trains the remaining steps; returns finished, or stopped after a stop request (checkpoint saved).
 
-    Order of a step: counts over all ranks, probe, statistics, forward and backward of each micro-batch, update, what
-    the loss learns, log, validate, save. Raises UserError, on all ranks, for a non-finite loss or gradient.
+    Order of a step: counts over all ranks, probe, statistics, forward and backward of each micro-batch,
+    update, what the loss learns, log, validate, save. Raises UserError, on all ranks, for a non-finite loss
+    or gradient.
     """
     state, settings = t.state, t.settings
     if validate_where_it_stands(t):

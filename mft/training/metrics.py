@@ -1,4 +1,5 @@
-"""Numbers of a training run: per-task sums kept on the device and reduced over ranks only when they are read."""
+"""Numbers of a training run: per-task sums kept on the device and reduced over ranks only when they are
+read."""
 
 from __future__ import annotations
 
@@ -16,12 +17,22 @@ if TYPE_CHECKING:
 
     from mft.batch import Batch, StepCounts
 
-PEAK_BF16_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "4090": 165, "V100": 125}
+PEAK_BF16_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+    "4090": 165,
+    "V100": 125,
+}
 """Dense tensor-core peak of known GPUs (vendors' data sheets), by a part of the device's name."""
 
 
 def task_means(sums_2K: torch.Tensor) -> torch.Tensor:
-    """Returns token means [K] of ([nll sums, token counts]): NaN where a task has no token, inf where not finite.
+    """Returns token means [K] of ([nll sums, token counts]): NaN where a task has no token, inf where not
+    finite.
 
     So NaN always means absent, and a loss that overflowed stays visible and is never the best.
     """
@@ -34,19 +45,28 @@ def task_means(sums_2K: torch.Tensor) -> torch.Tensor:
 class Meter:
     """Sums what happened since the last `read`. Adding to it costs no device synchronisation.
 
-    A step is collected by `add`, micro-batch by micro-batch, and counts once it is committed; one that was not applied
-    is skipped.
+    A step is collected by `add`, micro-batch by micro-batch, and counts once it is committed; one that was
+    not applied is skipped.
     """
 
     def __init__(
-        self, names: Sequence[str], device: Any, flops_per_token: float = 0.0, peak_tflops: float | None = None
+        self,
+        names: Sequence[str],
+        device: Any,
+        flops_per_token: float = 0.0,
+        peak_tflops: float | None = None,
     ):
         import torch
 
         self.names = list(names)
         self.sums_2K = torch.zeros(2, len(names), dtype=torch.float64, device=device)
-        self.losses_2 = torch.zeros(2, dtype=torch.float64, device=device)  # the objective and the router's loss
-        self.step_sums_2K, self.step_losses_2 = torch.zeros_like(self.sums_2K), torch.zeros_like(self.losses_2)
+        self.losses_2 = torch.zeros(
+            2, dtype=torch.float64, device=device
+        )  # the objective and the router's loss
+        self.step_sums_2K, self.step_losses_2 = (
+            torch.zeros_like(self.sums_2K),
+            torch.zeros_like(self.losses_2),
+        )
         self.flops_per_token = flops_per_token
         self.peak_flops = (peak_tflops or known_peak(device) or 0.0) * 1e12
         self.restart()
@@ -69,7 +89,9 @@ class Meter:
                 self.sums_2K += torch.tensor(part["sums"], dtype=torch.float64, device=self.sums_2K.device)
                 self.losses_2 += torch.tensor(part["losses"], dtype=torch.float64, device=self.sums_2K.device)
                 self.tokens, self.padding = self.tokens + part["tokens"], self.padding + part["padding"]
-            self.steps, self.skipped, self.grad_norm = (saved[0][name] for name in ("steps", "skipped", "grad_norm"))
+            self.steps, self.skipped, self.grad_norm = (
+                saved[0][name] for name in ("steps", "skipped", "grad_norm")
+            )
             self.samples_K = list(saved[0]["samples"])
         self.started = time.perf_counter()
 
@@ -103,7 +125,8 @@ class Meter:
     def add(self, batch: Batch, nll_BT: torch.Tensor, share: torch.Tensor, router: torch.Tensor) -> None:
         """Collects a micro-batch of the present step, on the device.
 
-        nll_BT: token losses, detached; share: the micro-batch's part of the objective; router: of the router's loss.
+        nll_BT: token losses, detached; share: the micro-batch's part of the objective; router: of the
+        router's loss.
         """
         import torch
 
@@ -111,7 +134,8 @@ class Meter:
         self.step_losses_2 += torch.stack([share.detach(), router.detach()])
 
     def commit(self, counts: StepCounts, grad_norm: float, batches: Sequence[Batch]) -> None:
-        """Counts the present step, which was applied. counts: of all ranks; batches: this rank's, on the CPU."""
+        """Counts the present step, which was applied. counts: of all ranks; batches: this rank's, on the
+        CPU."""
         self.steps += 1
         self.grad_norm = grad_norm
         self.samples_K = [a + b for a, b in zip(self.samples_K, counts.samples_K.tolist(), strict=True)]
@@ -136,7 +160,8 @@ class Meter:
             self.padding += batch.sample_BT.numel() - filled
 
     def read(self, engine: Any) -> dict[str, float]:
-        """Returns the metrics since the last read, summed over ranks, and starts again. All ranks must call it."""
+        """Returns the metrics since the last read, summed over ranks, and starts again. All ranks must call
+        it."""
         import torch
 
         done = self.steps + self.skipped
@@ -150,13 +175,18 @@ class Meter:
             summed[: 2 * tasks].reshape(2, tasks),
             summed[2 * tasks :].tolist(),
         )
-        values = {"train/loss": objective / self.steps if self.steps else math.nan, "grad_norm": self.grad_norm}
+        values = {
+            "train/loss": objective / self.steps if self.steps else math.nan,
+            "grad_norm": self.grad_norm,
+        }
         if router:
             values["train/router"] = router / self.steps
         if self.skipped:
             values["train/skipped_steps"] = float(self.skipped)
         means_K = task_means(sums_2K).tolist()
-        for name, mean, trained, samples in zip(self.names, means_K, sums_2K[1].tolist(), self.samples_K, strict=True):
+        for name, mean, trained, samples in zip(
+            self.names, means_K, sums_2K[1].tolist(), self.samples_K, strict=True
+        ):
             if trained:
                 values[f"train/loss/{name}"] = mean
             values[f"train/tokens/{name}"] = trained
@@ -184,8 +214,8 @@ def known_peak(device: Any) -> float | None:
 def flops_per_token(model: torch.nn.Module) -> float:
     """Returns the matrix work of one token in one training step.
 
-    2 N forward, 2 N back through the activations, and 2 more for every trained weight. N leaves out the embedding
-    table, attention's quadratic part and recomputation.
+    2 N forward, 2 N back through the activations, and 2 more for every trained weight. N leaves out the
+    embedding table, attention's quadratic part and recomputation.
     """
     embeddings = {
         id(p) for m in model.modules() if type(m).__name__ == "Embedding" for p in m.parameters(recurse=False)

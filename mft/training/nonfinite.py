@@ -1,4 +1,5 @@
-"""Steps with a non-finite loss or gradient: never applied, skipped or fatal, and which samples are to blame."""
+"""Steps with a non-finite loss or gradient: never applied, skipped or fatal, and which samples are to
+blame."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ SAMPLES_NAMED = 5
 def propagate_nonfinite(objective: torch.Tensor) -> torch.Tensor:
     """Returns the objective, with a gradient that is not finite where the objective is not.
 
-    The gradient of a loss of inf may be finite. This way the exchange of gradients tells every rank, without another
-    exchange and without waiting for the device; a finite objective and its gradient are multiplied by exactly 1.
+    The gradient of a loss of inf may be finite. This way the exchange of gradients tells every rank, without
+    another exchange and without waiting for the device; a finite objective and its gradient are multiplied by
+    exactly 1.
     """
     return objective * (1 + 0 * objective.detach())
 
@@ -33,9 +35,9 @@ def update_applied(
 ) -> bool:
     """Returns whether the step's update happened; all ranks agree.
 
-    nll: [B, T] of each micro-batch. A non-finite step is not applied. At most train.skip_nonfinite_steps of them are
-    skipped with a warning; the next one raises UserError on all ranks. An overflow that the fp16 loss scaler answers is
-    not applied either, but no reason for a warning.
+    nll: [B, T] of each micro-batch. A non-finite step is not applied. At most train.skip_nonfinite_steps of
+    them are skipped with a warning; the next one raises UserError on all ranks. An overflow that the fp16
+    loss scaler answers is not applied either, but no reason for a warning.
     """
     if math.isfinite(grad_norm):
         return True
@@ -47,19 +49,25 @@ def update_applied(
         raise UserError(message)
     t.state.skipped += 1
     if t.engine.is_main:
-        warnings.warn(f"{message} Skipped, {t.state.skipped} of {t.settings.skip_nonfinite_steps}.", stacklevel=2)
+        warnings.warn(
+            f"{message} Skipped, {t.state.skipped} of {t.settings.skip_nonfinite_steps}.", stacklevel=2
+        )
     return False
 
 
-def _nonfinite_samples(t: Trainer, batches: Sequence[Batch], nll: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Returns (task, index) of samples whose loss is not finite, of all ranks; all ranks call it and get the same."""
+def _nonfinite_samples(
+    t: Trainer, batches: Sequence[Batch], nll: Sequence[torch.Tensor]
+) -> list[tuple[int, int]]:
+    """Returns (task, index) of samples whose loss is not finite, of all ranks; all ranks call it and get the
+    same."""
     import torch
 
     samples: dict[tuple[int, int], None] = {}  # an ordered set
     for batch, nll_BT in zip(batches, nll, strict=True):
         for number in torch.unique(batch.sample_BT[~torch.isfinite(nll_BT)]).tolist():
             samples[batch.samples[number]] = None
-    # A sum over ranks stands for a gather: each rank fills its own rows, counting tasks from 1 so that 0 is empty.
+    # A sum over ranks stands for a gather: each rank fills its own rows, counting tasks from 1 so that 0 is
+    # empty.
     table = torch.zeros(t.engine.world, SAMPLES_NAMED, 2, dtype=torch.float64)
     for row, (task, index) in enumerate(list(samples)[:SAMPLES_NAMED]):
         table[t.engine.rank, row] = torch.tensor([task + 1, index])
@@ -69,10 +77,13 @@ def _nonfinite_samples(t: Trainer, batches: Sequence[Batch], nll: Sequence[torch
 def _message(t: Trainer, step: int, culprits: Sequence[tuple[int, int]]) -> str:
     named = "; ".join(f"task {t.names[task]}, {t.origin((task, index))}" for task, index in culprits)
     reason = (
-        f"the loss is not finite for: {named}" if named else "every loss is finite, the gradient is not (an overflow)"
+        f"the loss is not finite for: {named}"
+        if named
+        else "every loss is finite, the gradient is not (an overflow)"
     )
     return (
         f"Step {step} has a non-finite loss or gradient and was not applied: {reason}. "
-        "A lower optimizer.lr, longer scheduler.warmup or train.precision=fp32 often helps; the last checkpoint is "
+        "A lower optimizer.lr, longer scheduler.warmup or train.precision=fp32 often helps; the last "
+        "checkpoint is "
         "intact."
     )

@@ -15,11 +15,13 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 
 MOST = 24
-"""Panels of a figure, and lines of one panel that have a name: what one can look through, drawn within seconds."""
+"""Panels of a figure, and lines of one panel that have a name: what one can look through, drawn within
+seconds."""
 
 
 def most(names: Sequence[str], rank: Mapping[str, float], room: int = MOST) -> list[str]:
-    """Returns the names with the highest rank, at most `room`, in their own order; those without a rank come last."""
+    """Returns the names with the highest rank, at most `room`, in their own order; those without a rank come
+    last."""
     if len(names) <= room:
         return list(names)
     chosen = set(sorted(names, key=lambda name: rank.get(name, -math.inf), reverse=True)[:room])

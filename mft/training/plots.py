@@ -21,11 +21,12 @@ MANY = 60  # from this many points on, train losses are drawn pale with their mo
 
 
 def loss_curves(metrics: Sequence[Row] | Path, folder: Path, title: str = "") -> Path | None:
-    """Draws `losses.png` into folder: validation losses of all tasks together, then train and valid in a panel a task.
+    """Draws `losses.png` into folder: validation losses of all tasks together, then train and valid in a
+    panel a task.
 
-    Of many tasks the ones with the highest last loss have a panel and a name; the others are thin grey lines in the
-    first one. metrics: rows of metrics.jsonl (`{"step": 10, "train/loss/<task>": 1.2, ...}`), or that file. Losses in
-    nats/token. Returns the file, or None where no loss was logged.
+    Of many tasks the ones with the highest last loss have a panel and a name; the others are thin grey lines
+    in the first one. metrics: rows of metrics.jsonl (`{"step": 10, "train/loss/<task>": 1.2, ...}`), or that
+    file. Losses in nats/token. Returns the file, or None where no loss was logged.
     """
     rows = _rows(metrics)
     every = _names(rows, ("train/loss/", "valid/loss/"))
@@ -37,7 +38,11 @@ def loss_curves(metrics: Sequence[Row] | Path, folder: Path, title: str = "") ->
         return None
     together = [task for task in tasks if _series(rows, f"valid/loss/{task}")[0]]
     first = 1 if len(together) > 1 else 0
-    some = f"; the {len(tasks)} tasks with the highest last loss of {len(every)}" if len(tasks) < len(every) else ""
+    some = (
+        f"; the {len(tasks)} tasks with the highest last loss of {len(every)}"
+        if len(tasks) < len(every)
+        else ""
+    )
     figure, axes = panel_grid(first + len(panels), (title or "Losses") + some)
     if first:
         axes[0].set_title("validation, every task", fontsize=10)
@@ -54,7 +59,8 @@ def loss_curves(metrics: Sequence[Row] | Path, folder: Path, title: str = "") ->
 
 
 def task_weights(metrics: Sequence[Row] | Path, folder: Path, title: str = "") -> Path | None:
-    """Draws `task_weights.png` into folder: the weights an adaptive loss mode gave the tasks (`train/weight/<task>`).
+    """Draws `task_weights.png` into folder: the weights an adaptive loss mode gave the tasks
+    (`train/weight/<task>`).
 
     Returns the file, or None where no weights were logged.
     """
@@ -64,7 +70,11 @@ def task_weights(metrics: Sequence[Row] | Path, folder: Path, title: str = "") -
         return None
     every = _names(rows, ("train/loss/", "valid/loss/")) or weighted
     losses = _last(rows, "train/loss/") | _last(rows, "valid/loss/")
-    tasks = most(every, losses, MOST - 2) if len(every) <= MOST - 2 else most(weighted, _last(rows, "train/weight/"))
+    tasks = (
+        most(every, losses, MOST - 2)
+        if len(every) <= MOST - 2
+        else most(weighted, _last(rows, "train/weight/"))
+    )
     named = [task for task in weighted if task in set(tasks)]  # few tasks have the colours of losses.png
     some = f"; the {len(named)} largest of {len(weighted)}" if len(named) < len(weighted) else ""
     figure, axes = panel_grid(1, (title or "Weights of the tasks in the loss") + some, size=(7.2, 4.0))
@@ -90,7 +100,9 @@ def length_histogram(lengths: Mapping[str, Any], seq_length: int, folder: Path) 
     shown = most(list(lengths), {task: len(length_N) for task, length_N in lengths.items()}, MOST - 1)
     others = [length_N for task, length_N in lengths.items() if task not in set(shown)]
     if others:
-        lengths = {task: lengths[task] for task in shown} | {f"{len(others)} other tasks": np.concatenate(others)}
+        lengths = {task: lengths[task] for task in shown} | {
+            f"{len(others)} other tasks": np.concatenate(others)
+        }
     figure, axes = panel_grid(len(lengths), "Tokens of a sample", size=(4.2, 2.4))
     longest = max((int(length_N.max()) for length_N in lengths.values() if len(length_N)), default=1)
     edges = np.linspace(0, max(longest, 1), 41)
@@ -100,7 +112,9 @@ def length_histogram(lengths: Mapping[str, Any], seq_length: int, folder: Path) 
         if len(length_N):
             p50, p95 = (float(p) for p in np.percentile(length_N, [50, 95]))
             for value, name, style in ((p50, "p50", "--"), (p95, "p95", ":")):
-                axis.axvline(value, color="#444444", linestyle=style, linewidth=1.2, label=f"{name} {value:,.0f}")
+                axis.axvline(
+                    value, color="#444444", linestyle=style, linewidth=1.2, label=f"{name} {value:,.0f}"
+                )
         if seq_length <= longest * 1.05:
             axis.axvline(seq_length, color="#000000", linewidth=1, label=f"data.seq_length {seq_length:,}")
         _legend(axis, 3)
@@ -154,7 +168,9 @@ def _others(axis: Axes, rows: Sequence[Row], prefix: str, every: Sequence[str], 
             if key.startswith(prefix) and key.removeprefix(prefix) in rest and value is not None:
                 points.setdefault(key, []).append((int(row["step"]), float(value)))
     if points:
-        lines = LineCollection(list(points.values()), colors="#999999", linewidths=0.5, alpha=0.4, label="other tasks")
+        lines = LineCollection(
+            list(points.values()), colors="#999999", linewidths=0.5, alpha=0.4, label="other tasks"
+        )
         axis.add_collection(lines)
         axis.autoscale_view()
 
@@ -168,7 +184,9 @@ def _panel(axis: Axes, train: Series, valid: Series, color: Any) -> None:
         label = None if many else "train"
         axis.plot(steps, values, color=color, alpha=0.25 if many else 0.45, linewidth=1, label=label, **style)
         if many:
-            axis.plot(steps, _smooth(values), color=color, alpha=0.6, linewidth=1.4, label="train, moving mean")
+            axis.plot(
+                steps, _smooth(values), color=color, alpha=0.6, linewidth=1.4, label="train, moving mean"
+            )
     steps, values = valid
     if steps:
         axis.plot(steps, values, color=color, marker="o", markersize=4, linewidth=1.8, label="valid")
@@ -186,7 +204,8 @@ def _panel(axis: Axes, train: Series, valid: Series, color: Any) -> None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Returns the exponential moving mean over about a twentieth of the points, exact from the first one on."""
+    """Returns the exponential moving mean over about a twentieth of the points, exact from the first one
+    on."""
     keep = 1 - 1 / max(5, len(values) / 20)
     total = weight = 0.0
     smooth = []
@@ -199,7 +218,12 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 def _legend(axis: Axes, entries: int) -> None:
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8 if entries <= 8 else 6, frameon=False, loc="upper right", ncols=1 if entries <= 8 else 2)
+        axis.legend(
+            fontsize=8 if entries <= 8 else 6,
+            frameon=False,
+            loc="upper right",
+            ncols=1 if entries <= 8 else 2,
+        )
 
 
 def _save(figure: Figure, path: Path) -> Path:

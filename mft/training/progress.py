@@ -37,7 +37,8 @@ class Silent:
 
 
 class Terminal(Silent):
-    """Step, loss, loss of every task, tokens/s and time left; a live bar only where the output is a terminal."""
+    """Step, loss, loss of every task, tokens/s and time left; a live bar only where the output is a
+    terminal."""
 
     def __init__(self, names: Sequence[str]):
         from rich.progress import (
@@ -89,11 +90,17 @@ class Terminal(Silent):
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
         self._line(step, f"valid {sum(losses.values()) / len(losses):.3f}", losses, "", "bold")
 
-    def _line(self, step: int, numbers: str, losses: Mapping[str, float], prefix: str, style: str = "") -> None:
+    def _line(
+        self, step: int, numbers: str, losses: Mapping[str, float], prefix: str, style: str = ""
+    ) -> None:
         from rich.text import Text
 
         known = {name: losses[prefix + name] for name in self.names if prefix + name in losses}
-        shown = sorted(known, key=lambda name: known[name], reverse=True)[:NAMED] if len(known) > NAMED + 1 else known
+        shown = (
+            sorted(known, key=lambda name: known[name], reverse=True)[:NAMED]
+            if len(known) > NAMED + 1
+            else known
+        )
         by_task = " · ".join(f"{name} {known[name]:.3f}" for name in shown)
         if len(shown) < len(known):
             by_task = f"highest: {by_task} · {len(known) - len(shown)} more tasks"
@@ -107,7 +114,8 @@ class Terminal(Silent):
 def losses_table(
     first: Mapping[str, float], last: Mapping[str, float], best: Mapping[str, float], best_step: int
 ) -> Any:
-    """Returns the table at the end of a run: per task the first, last and best validation loss (nats per token)."""
+    """Returns the table at the end of a run: per task the first, last and best validation loss (nats per
+    token)."""
 
     def row(name: str, a: float, b: float, c: float) -> list[str]:
         return [name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{c:.3f}"]

@@ -8,11 +8,21 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "hydra-core", "mlflow")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "deepspeed",
+    "hydra-core",
+    "mlflow",
+)
 
 
 def tags() -> dict[str, str]:
-    """Returns git commit and dirty flag of the working directory, package versions, python and host. Never raises."""
+    """Returns git commit and dirty flag of the working directory, package versions, python and host. Never
+    raises."""
     found = {"host": socket.gethostname(), "python": platform.python_version(), "mft": _version("mft")}
     found |= {f"version.{name}": _version(name) for name in PACKAGES}
     commit = _git("rev-parse", "HEAD")

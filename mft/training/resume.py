@@ -1,4 +1,5 @@
-"""Which checkpoint a run is resumed from: the newest whose files are as they were written, or the one asked for."""
+"""Which checkpoint a run is resumed from: the newest whose files are as they were written, or the one asked
+for."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from mft.training.state import State
 
 
 def newest_sound(run_dir: Path, engine: Any = None) -> tuple[Path | None, dict[str, str]]:
-    """Returns the newest checkpoint of a run of which every file is as it was written, None where there is none; and
-    the newer ones by name, with what is wrong with each.
+    """Returns the newest checkpoint of a run of which every file is as it was written, None where there is
+    none; and the newer ones by name, with what is wrong with each.
 
     engine: its ranks share the reading and agree; all of them call it. None: this process is alone.
     """
@@ -34,7 +35,8 @@ def newest_sound(run_dir: Path, engine: Any = None) -> tuple[Path | None, dict[s
 
 
 def trouble(folder: Path, part: tuple[int, int] = (0, 1)) -> str:
-    """Returns what is wrong with a checkpoint, "" when a run can be resumed from it. part: see `checksums.damage`."""
+    """Returns what is wrong with a checkpoint, "" when a run can be resumed from it. part: see
+    `checksums.damage`."""
     if problem := damage(folder, COMPLETE, part):
         return problem
     try:  # nothing but this tells of a damaged one that was written without checksums
@@ -50,7 +52,8 @@ def trouble(folder: Path, part: tuple[int, int] = (0, 1)) -> str:
 
 
 def set_aside(folder: Path, why: str) -> Path:
-    """Renames a checkpoint, so that it no longer counts as one; returns the folder. why: the first part of its name."""
+    """Renames a checkpoint, so that it no longer counts as one; returns the folder. why: the first part of
+    its name."""
     new, number = folder.with_name(f"{why}-{folder.name}"), 1
     while new.exists():
         number += 1
@@ -63,7 +66,8 @@ def all_damaged(run_dir: Path, passed: Mapping[str, str]) -> UserError:
     """Returns the sentence for a run without a sound checkpoint."""
     named = "; ".join(f"{name}: {problem}" for name, problem in passed.items())
     return UserError(
-        f"No checkpoint in {run_dir / 'checkpoints'} is sound, so there is nothing to resume from. {named}. Copy them "
+        f"No checkpoint in {run_dir / 'checkpoints'} is sound, so there is nothing to resume from. "
+        f"{named}. Copy them "
         "again, or start anew: with another output_dir, or after removing the damaged checkpoints."
     )
 
@@ -76,10 +80,20 @@ def rewind(run_dir: Path, step: int) -> str:
     steps, folder = marked_steps(run_dir / "checkpoints"), run_dir / "checkpoints" / f"step-{step}"
     if step not in steps:
         there = ", ".join(f"step-{other}" for other in steps) or "none"
-        raise UserError(f"train.resume={folder} does not exist or was not written to its end. Allowed: {there}.")
+        raise UserError(
+            f"train.resume={folder} does not exist or was not written to its end. Allowed: {there}."
+        )
     if problem := trouble(folder):
-        raise UserError(f"train.resume={folder} is damaged: {problem}. Choose another step, or train.resume={run_dir}.")
-    aside = [set_aside(run_dir / "checkpoints" / f"step-{newer}", "newer").name for newer in steps if newer > step]
+        raise UserError(
+            f"train.resume={folder} is damaged: {problem}. Choose another step, or train.resume={run_dir}."
+        )
+    aside = [
+        set_aside(run_dir / "checkpoints" / f"step-{newer}", "newer").name for newer in steps if newer > step
+    ]
     (run_dir / "summary.json").unlink(missing_ok=True)  # the run is not finished any more
-    moved = f"; set aside, and yours to remove: {', '.join(f'checkpoints/{name}' for name in aside)}" if aside else ""
+    moved = (
+        f"; set aside, and yours to remove: {', '.join(f'checkpoints/{name}' for name in aside)}"
+        if aside
+        else ""
+    )
     return f"resuming from step-{step}: metrics.jsonl is cut back to it, final/ is written anew{moved}"

@@ -27,7 +27,10 @@ class Answers:
         """Returns a rich table, a row per prompt: the question's end, the answers, the expected one."""
         rows = []
         for number, prompt in enumerate(self.prompts):
-            cells = [prompt.messages[-1]["content"][-240:], *(answers[number] for answers in self.answers.values())]
+            cells = [
+                prompt.messages[-1]["content"][-240:],
+                *(answers[number] for answers in self.answers.values()),
+            ]
             rows.append([prompt.task, *map(_first_lines, [*cells, prompt.expected])])
         columns = ["task", "asked (its end)", *self.answers, "expected"]
         return table("One answer per task", columns, rows, lines=True)
@@ -38,7 +41,9 @@ class Answers:
         for number, prompt in enumerate(self.prompts):
             parts.append(f"## {prompt.task}\n")
             parts += [f"**{m['role']}**\n\n```\n{m['content']}\n```\n" for m in prompt.messages]
-            parts += [f"**{when}**\n\n```\n{answers[number]}\n```\n" for when, answers in self.answers.items()]
+            parts += [
+                f"**{when}**\n\n```\n{answers[number]}\n```\n" for when, answers in self.answers.items()
+            ]
             parts.append(f"**expected**\n\n```\n{prompt.expected}\n```\n")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(parts), encoding="utf-8")

@@ -71,7 +71,9 @@ def show(summary: dict[str, Any], t: Trainer, run_dir: Path) -> None:
     rows = [("run folder", folder)]
     if summary["final"]:
         rows.append(("model", f"{folder}/final"))
-        rows.append(("ask it", f'mft generate {shlex.quote(folder)} "Write a function that reverses a list."'))
+        rows.append(
+            ("ask it", f'mft generate {shlex.quote(folder)} "Write a function that reverses a list."')
+        )
         if (run_dir / "final" / "adapter_config.json").exists():
             rows.append(("merge it", f"mft merge {shlex.quote(folder)}"))
     if summary["best_checkpoint"]:
@@ -88,7 +90,9 @@ def _losses(by_task: dict[str, float]) -> dict[str, float | None]:
     """Returns the losses by the names they have in metrics.jsonl; null where one is not finite, as there."""
     if not by_task:
         return {}
-    named = {"valid/loss": mean_of_tasks(by_task)} | {f"valid/loss/{name}": value for name, value in by_task.items()}
+    named = {"valid/loss": mean_of_tasks(by_task)} | {
+        f"valid/loss/{name}": value for name, value in by_task.items()
+    }
     return {name: value if math.isfinite(value) else None for name, value in named.items()}
 
 

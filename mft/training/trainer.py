@@ -84,10 +84,13 @@ class Trainer:
         return lr
 
     def loss_statistics(self, batches: Sequence[Batch]) -> torch.Tensor | None:
-        """Returns sums [K, S] over the whole step, for losses that are non-linear in a task's loss; else None."""
+        """Returns sums [K, S] over the whole step, for losses that are non-linear in a task's loss; else
+        None."""
         if not self.loss.needs_statistics:
             return None
-        return self._without_gradient(lambda batch: self.loss.statistics(self.forward(batch)[0], batch), batches)
+        return self._without_gradient(
+            lambda batch: self.loss.statistics(self.forward(batch)[0], batch), batches
+        )
 
     def learn_before(self, step: int) -> None:
         """Lets an adaptive loss learn from a small validation before a step, where it wants one."""
@@ -95,7 +98,8 @@ class Trainer:
             self.state.learned |= self.loss.learn(step, valid_K=self.probe(step))
 
     def learn_after(self, step: int, batches: Sequence[Batch]) -> None:
-        """Lets an adaptive loss learn from a step that was applied: from its losses before and after the update."""
+        """Lets an adaptive loss learn from a step that was applied: from its losses before and after the
+        update."""
         if self.loss.wants_train(step):
             losses_K = task_means(self.engine.sum(self.meter.step_sums_2K)).cpu()
             self.state.learned |= self.loss.learn(step, train_K=losses_K)
@@ -105,7 +109,9 @@ class Trainer:
             )
             self.state.learned |= self.loss.learn(step, repeat_K=task_means(sums_2K).cpu())
 
-    def _without_gradient(self, sums_of: Callable[[Batch], torch.Tensor], batches: Sequence[Batch]) -> torch.Tensor:
+    def _without_gradient(
+        self, sums_of: Callable[[Batch], torch.Tensor], batches: Sequence[Batch]
+    ) -> torch.Tensor:
         """Returns sums over the micro-batches of all ranks; the random numbers of training stay as they were.
 
         So a second pass sees the dropout masks of the first one, and training none of its own.
@@ -145,14 +151,18 @@ class Trainer:
         self.progress.validated(step, losses)
         if not any(math.isfinite(loss) for loss in losses.values()):
             raise UserError(
-                f"The validation after step {step} has no finite loss for any task: training diverged; these weights "
-                "were not saved. A lower optimizer.lr, longer scheduler.warmup or train.precision=fp32 often helps."
+                f"The validation after step {step} has no finite loss for any task: training diverged; "
+                f"these weights "
+                "were not saved. A lower optimizer.lr, longer scheduler.warmup or train.precision=fp32 "
+                "often helps."
             )
         return self.state.best.update(step, losses, value)
 
     def patience_exhausted(self) -> bool:
         """Whether early stopping ends the run."""
-        return self.settings.early_stopping and self.state.best.stalled >= self.settings.early_stopping_stall_num
+        return (
+            self.settings.early_stopping and self.state.best.stalled >= self.settings.early_stopping_stall_num
+        )
 
     def save_checkpoint(self) -> None:
         """Saves a checkpoint of the current step; its time does not count as training."""

@@ -9,7 +9,16 @@ import pytest
 
 from mft.cli import COMMANDS, HELP
 from mft.commands import generate, sweep, train
-from mft.commands.arguments import BOOLEAN, COUNT, FOLDER, HelpPrinted, Parser, action_of, one_of, overrides_in
+from mft.commands.arguments import (
+    BOOLEAN,
+    COUNT,
+    FOLDER,
+    HelpPrinted,
+    Parser,
+    action_of,
+    one_of,
+    overrides_in,
+)
 from mft.commands.completion import parsers
 from mft.errors import UserError
 
@@ -32,8 +41,15 @@ def refusal(line: Parser, *words: str) -> str:
 
 
 def test_flags_and_words_in_any_order(line: Parser) -> None:
-    parsed = line.parse(["north", "--coats=3", "-d", "south", "--tool", "a", "--colour", "green", "--tool", "b"])
-    assert (parsed.words, parsed.coats, parsed.dry_run, parsed.colour) == (["north", "south"], 3, True, "green")
+    parsed = line.parse(
+        ["north", "--coats=3", "-d", "south", "--tool", "a", "--colour", "green", "--tool", "b"]
+    )
+    assert (parsed.words, parsed.coats, parsed.dry_run, parsed.colour) == (
+        ["north", "south"],
+        3,
+        True,
+        "green",
+    )
     assert parsed.tool == [Path("a"), Path("b")] and parsed.top_coat is False
     assert line.parse([]).words == [] and line.parse([]).coats == 2
     assert line.parse(["-1", "-", "- a list"]).words == ["-1", "-", "- a list"]
@@ -49,7 +65,11 @@ def test_the_former_spelling_is_understood_with_a_note(line: Parser, capsys) -> 
     parsed = line.parse(["a", "coats=4", "top_coat=true"])
     assert (parsed.words, parsed.coats, parsed.top_coat) == (["a"], 4, True)
     note = capsys.readouterr().err
-    assert "coats=4 top_coat=true" in note and "write --coats=4 --top-coat=true" in note and note.count("\n") == 1
+    assert (
+        "coats=4 top_coat=true" in note
+        and "write --coats=4 --top-coat=true" in note
+        and note.count("\n") == 1
+    )
     assert refusal(line, "coat=4").startswith("'coat=4': unknown option; did you mean --coats?")
     assert "--coats needs a whole number from 1, got 'no'" in refusal(line, "coats=no")
     assert line.parse(["colour=red"]).words == ["colour=red"], "was never spelled so"
@@ -96,9 +116,13 @@ def test_subcommands(line: Parser) -> None:
 def test_the_table_of_verbs_is_what_the_folder_holds() -> None:
     verbs = parsers()
     assert set(COMMANDS) == set(verbs)
-    assert all(callable(importlib.import_module(target.partition(":")[0]).command) for target in COMMANDS.values())
+    assert all(
+        callable(importlib.import_module(target.partition(":")[0]).command) for target in COMMANDS.values()
+    )
     assert all(f"mft {verb}" in HELP for verb in COMMANDS)
-    assert all(action.help for line in verbs.values() for action in line.flags.values()), "a flag is not explained"
+    assert all(action.help for line in verbs.values() for action in line.flags.values()), (
+        "a flag is not explained"
+    )
     assert all(line.prog == f"mft {verb}" for verb, line in verbs.items())
 
 

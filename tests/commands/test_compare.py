@@ -33,10 +33,15 @@ def test_flags(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     said = compare(capsys, "multirun/small", *out)
     assert "4 runs, 2 settings" in said and "Noise between seeds" in said
     table = rows(tmp_path / "t.csv")
-    assert [row["n"] for row in table] == ["2", "2"] and {row["loss"] for row in table} == {"task_token_mean", "coba"}
+    assert [row["n"] for row in table] == ["2", "2"] and {row["loss"] for row in table} == {
+        "task_token_mean",
+        "coba",
+    }
     assert float(table[0]["mean"]) <= float(table[1]["mean"]) and table[0]["verdict"] == "lowest"
     worst = [max(float(row["docs"]), float(row["code"])) for row in table]
-    assert [float(row["worst"]) for row in table] == pytest.approx(worst, abs=0.02)  # mean of worsts, worst of means
+    assert [float(row["worst"]) for row in table] == pytest.approx(
+        worst, abs=0.02
+    )  # mean of worsts, worst of means
     compare(capsys, "multirun/small", *out, "--metric", "docs", "--group-by", "train.seed")
     table = rows(tmp_path / "t.csv")
     assert {row["train.seed"] for row in table} == {"1", "2"} and all(row["n"] == "2" for row in table)
@@ -74,7 +79,12 @@ def test_a_mistake_gets_a_sentence(here: Path, args: list[str], parts: list[str]
 def test_the_sweep_leaves_its_report(here: Path) -> None:
     (report,) = here.glob("multirun/small/*/report.html")
     text = report.read_text()
-    assert "<script" not in text and "http://" not in text and "https://" not in text and "data:image/png" in text
+    assert (
+        "<script" not in text
+        and "http://" not in text
+        and "https://" not in text
+        and "data:image/png" in text
+    )
     assert text.count("mft train debug=fast") == 4, "a command for every run"
     assert os.path.getsize(report) < 3e6
 
@@ -94,6 +104,14 @@ def test_a_metric_of_an_experiment_is_compared_by_its_own_name(here: Path, tmp_p
     (experiment,) = client.search_experiments(filter_string="name = 'small'")
     for number, run in enumerate(client.search_runs([experiment.experiment_id])):
         client.log_metric(run.info.run_id, "pass_at_1", number / 10, step=6)
-    compare(capsys, "small", "--metric", "pass@1", "--out", str(tmp_path / "r.html"), f"--csv={tmp_path / 't.csv'}")
+    compare(
+        capsys,
+        "small",
+        "--metric",
+        "pass@1",
+        "--out",
+        str(tmp_path / "r.html"),
+        f"--csv={tmp_path / 't.csv'}",
+    )
     table = rows(tmp_path / "t.csv")
     assert float(table[0]["pass@1"]) > float(table[1]["pass@1"]) and len(table) == 2

@@ -29,7 +29,11 @@ def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_report(overrides: list[str], tmp_path: Path, capsys) -> None:
     text = said(capsys, "report", *overrides, f"output_dir={tmp_path / 'out'}")
     folder = tmp_path / "out" / "report"
-    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in text.splitlines() if line.startswith("│")}
+    rows = {
+        line.split("│")[1].strip(): line.split("│")[2:-1]
+        for line in text.splitlines()
+        if line.startswith("│")
+    }
     assert set(rows) == {"adding", "naming", "all"} and "mixture: natural" in text
     numbers = json.loads((folder / "data.json").read_text())
     assert numbers["naming"]["rows"] == 21 and numbers["naming"]["dropped"]["bad row"] == 1
@@ -54,7 +58,9 @@ def test_show_marks_what_is_trained(overrides: list[str], tmp_path: Path, capsys
     assert said(capsys, "show", *overrides, "--n=1").count(" trained\n") == 2
 
 
-def test_prepare_leaves_nothing_for_the_run_to_tokenise(overrides: list[str], tmp_path: Path, capsys, monkeypatch):
+def test_prepare_leaves_nothing_for_the_run_to_tokenise(
+    overrides: list[str], tmp_path: Path, capsys, monkeypatch
+):
     fresh = f"cache_dir={tmp_path / 'cache'}"
     text = said(capsys, "prepare", *overrides, fresh)
     folders = [Path(line.split(" samples in ")[1]) for line in text.splitlines() if " samples in " in line]
@@ -76,12 +82,21 @@ def test_data_sets_come_beside_files(overrides: list[str], tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["rport"], "mft data: unknown subcommand 'rport'; did you mean report? Subcommands: report, show, prepare."),
+        (
+            ["rport"],
+            "mft data: unknown subcommand 'rport'; did you mean report? Subcommands: report, show, prepare.",
+        ),
         (["show", "--n", "0"], "--n needs a whole number from 1, got '0'"),
-        (["show", "task=namin"], "task=namin: there is no such task; did you mean naming? Tasks: adding, naming."),
+        (
+            ["show", "task=namin"],
+            "task=namin: there is no such task; did you mean naming? Tasks: adding, naming.",
+        ),
         (["report", "data.seq_lenth=3"], "data has no key 'seq_lenth'; did you mean seq_length?"),
         (["report", "-m"], "mft data has no flag -m"),
-        (["prepare", "data.paths=[/gone]"], "data.paths: /gone does not exist|task.gone.paths: /gone does not exist"),
+        (
+            ["prepare", "data.paths=[/gone]"],
+            "data.paths: /gone does not exist|task.gone.paths: /gone does not exist",
+        ),
     ],
 )
 def test_mistakes_are_sentences(overrides: list[str], args: list[str], says: str, capsys) -> None:

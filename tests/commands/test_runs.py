@@ -40,15 +40,24 @@ def test_a_sweep_is_one_line_and_its_jobs_are_listed_by_its_folder(here: Path, c
 
 
 def test_show_says_what_was_changed_how_it_went_and_where_its_files_are(here: Path, capsys) -> None:
-    run = next(r for r in run_folder.runs_under(here / "multirun") if "coba" in (r / "overrides.json").read_text())
+    run = next(
+        r for r in run_folder.runs_under(here / "multirun") if "coba" in (r / "overrides.json").read_text()
+    )
     text = said(capsys, "show", str(run.relative_to(here)))
     assert "finished, 6/6 steps" in text
-    for part in ("model tiny auto", "loss coba task_token_mean", "optimizer.lr 0.002 null", "train.max_steps 6 null"):
+    for part in (
+        "model tiny auto",
+        "loss coba task_token_mean",
+        "optimizer.lr 0.002 null",
+        "train.max_steps 6 null",
+    ):
         assert part in text, text
     assert "model.hidden_size" not in text, "what follows from an option is no change"
     assert f"model {run.relative_to(here)}/final" in text and "again mft train debug=fast" in text
     losses = read_json(run / "summary.json")
-    assert f"docs │ {losses['first']['valid/loss/docs']:.3f} │ {losses['last']['valid/loss/docs']:.3f}" in text
+    assert (
+        f"docs │ {losses['first']['valid/loss/docs']:.3f} │ {losses['last']['valid/loss/docs']:.3f}" in text
+    )
     with pytest.raises(SystemExit):
         cli.main(["show", "multirun"])
     assert "is not a run folder" in capsys.readouterr().err
@@ -65,7 +74,18 @@ def test_what_mlflow_has_of_the_sweep(here: Path) -> None:
     assert {(run.data.params["loss"], run.data.params["train.seed"]) for run in jobs} == {
         (loss, seed) for loss in ("task_token_mean", "coba") for seed in ("1", "2")
     }
-    tags = ("sweep", "job", "overrides", "git_commit", "data_fingerprint", "model", "loss", "peft", "dist", "host")
+    tags = (
+        "sweep",
+        "job",
+        "overrides",
+        "git_commit",
+        "data_fingerprint",
+        "model",
+        "loss",
+        "peft",
+        "dist",
+        "host",
+    )
     for run in jobs:
         assert not [tag for tag in tags if not run.data.tags.get(tag)], run.data.tags
         assert not any("parent" in tag for tag in run.data.tags), "nested runs leave the page's charts empty"
@@ -78,7 +98,10 @@ def test_what_mlflow_has_of_the_sweep(here: Path) -> None:
 
 
 def test_sync_says_what_is_wrong(tmp_path: Path, capsys) -> None:
-    for args, part in ((["sink"], "unknown subcommand"), (["sync", str(tmp_path)], "no run tracked by MLflow here")):
+    for args, part in (
+        (["sink"], "unknown subcommand"),
+        (["sync", str(tmp_path)], "no run tracked by MLflow here"),
+    ):
         with pytest.raises(SystemExit):
             cli.main(["tracking", *args])
         assert part in capsys.readouterr().err

@@ -35,7 +35,9 @@ def checked(rows: Path, *overrides: str) -> None:
 def test_what_needs_validation_is_refused_where_there_is_none(rows: Path) -> None:
     without = (f"data.paths=[{rows / 'naming'}]", "data.split=[100,0,0]")
     for mode in ("coba", "self_paced", "famo_valid"):
-        with pytest.raises(UserError, match=r"loss=\w+ learns its weights from validation samples.*data\.split"):
+        with pytest.raises(
+            UserError, match=r"loss=\w+ learns its weights from validation samples.*data\.split"
+        ):
             checked(rows, *without, f"loss={mode}")
     with pytest.raises(UserError, match=r"train\.early_stopping=true needs validation samples"):
         checked(rows, *without, "train.early_stopping=true")
@@ -91,9 +93,18 @@ def test_modes_that_need_validation_are_those_that_probe(mode: str) -> None:
             ["optimizer=adamw8bit", "dist=fsdp"],
             r"optimizer=adamw8bit: .*dist=fsdp.*; choose optimizer=adamw, or",
         ),
-        (["peft=qlora", "dist=fsdp", "peft.storage_dtype=fp32"], r"peft\.storage_dtype=fp32: .*=bf16 or uint8"),
-        (["peft=qlora", "dist=zero2", "peft.storage_dtype=fp16"], r"peft\.storage_dtype=fp16: .*=bf16 or uint8"),
-        (["peft=qlora", "dist=zero3", "peft.storage_dtype=fp16"], r"peft\.storage_dtype=fp16: .*=bf16 or uint8"),
+        (
+            ["peft=qlora", "dist=fsdp", "peft.storage_dtype=fp32"],
+            r"peft\.storage_dtype=fp32: .*=bf16 or uint8",
+        ),
+        (
+            ["peft=qlora", "dist=zero2", "peft.storage_dtype=fp16"],
+            r"peft\.storage_dtype=fp16: .*=bf16 or uint8",
+        ),
+        (
+            ["peft=qlora", "dist=zero3", "peft.storage_dtype=fp16"],
+            r"peft\.storage_dtype=fp16: .*=bf16 or uint8",
+        ),
         (["peft.targets=5"], r"peft\.targets=5 must be a list of module names, one regular expression"),
         (["peft.targets=[5]"], r"peft\.targets=\[5\] must be a list"),
         (["peft.targets={q_proj:1}"], r"peft\.targets=\{'q_proj': 1\} must be a list"),
@@ -102,13 +113,21 @@ def test_modes_that_need_validation_are_those_that_probe(mode: str) -> None:
         (["peft.targets=[qproj]"], r"'qproj' matches no module; .*; did you mean q_proj"),
         (["peft.targets='.*layers\\.99.*'"], r"the regular expression .* matches no module"),
         (["peft.modules_to_save=[lmhead]"], r"peft\.modules_to_save: the name 'lmhead' matches no module"),
-        (["peft.rank=100000"], r"peft\.rank=100000: the matrices of this model have no rank above 64, its hidden size"),
+        (
+            ["peft.rank=100000"],
+            r"peft\.rank=100000: the matrices of this model have no rank above 64, its hidden size",
+        ),
         (["peft=qlora", "peft.rank=65"], r"peft\.rank=65: "),
         (["model.router_coef=0.1"], r"model\.router_coef=0\.1: LlamaForCausalLM has no router; remove it"),
-        (["peft=full", "model.router_coef=0.1"], r"model\.router_coef=0\.1: LlamaForCausalLM has no router; remove it"),
+        (
+            ["peft=full", "model.router_coef=0.1"],
+            r"model\.router_coef=0\.1: LlamaForCausalLM has no router; remove it",
+        ),
     ],
 )
-def test_what_a_rank_would_refuse_is_refused_before_any_starts(rows: Path, settings: list[str], message: str) -> None:
+def test_what_a_rank_would_refuse_is_refused_before_any_starts(
+    rows: Path, settings: list[str], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         checked(rows, f"data.paths=[{rows / 'naming'}]", "train.precision=bf16", *settings)
 
@@ -127,10 +146,17 @@ def test_what_goes_together(rows: Path, settings: list[str]) -> None:
     checked(rows, f"data.paths=[{rows / 'naming'}]", "train.precision=bf16", *settings)
 
 
-def test_a_quantised_base_is_refused_before_any_rank_starts(rows: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_quantised_base_is_refused_before_any_rank_starts(
+    rows: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
     quantised.fp8(tiny_folder, tmp_path / "fp8")
     for mode in ("full", "lora", "qlora"):
-        given = [f"data.paths=[{rows / 'naming'}]", "model=auto", f"model.path={tmp_path / 'fp8'}", f"peft={mode}"]
+        given = [
+            f"data.paths=[{rows / 'naming'}]",
+            "model=auto",
+            f"model.path={tmp_path / 'fp8'}",
+            f"peft={mode}",
+        ]
         with pytest.raises(UserError, match="quantised by fp8; write its real values once, `mft convert"):
             check(compose_resolved(given), world=1)
 
@@ -149,10 +175,20 @@ def composed(rows: Path, *overrides: str) -> Any:
 
 def test_every_field_of_a_task_can_be_set_where_its_yaml_leaves_it_out(rows: Path) -> None:
     choice = own_task(rows, "z", "format: chat\n")
-    given = ("task.z.weight=2", "task.z.share=1", "task.z.hint=none", "task.z.name=zed", f"task.z.valid=[{rows}]")
+    given = (
+        "task.z.weight=2",
+        "task.z.share=1",
+        "task.z.hint=none",
+        "task.z.name=zed",
+        f"task.z.valid=[{rows}]",
+    )
     cfg = composed(rows, choice, *given, "data.mixture=shares", f"task.z.valid=[{rows / 'checking'}]")
     check(cfg, world=1)
-    assert (cfg.task.z.weight, cfg.task.z.name, list(cfg.task.z.valid)) == (2, "zed", [str(rows / "checking")])
+    assert (cfg.task.z.weight, cfg.task.z.name, list(cfg.task.z.valid)) == (
+        2,
+        "zed",
+        [str(rows / "checking")],
+    )
 
 
 @pytest.mark.parametrize(

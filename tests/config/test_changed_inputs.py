@@ -1,4 +1,5 @@
-"""Files that change between the check of a run, or of a sweep's later job, and their reading end it in a sentence."""
+"""Files that change between the check of a run, or of a sweep's later job, and their reading end it in a
+sentence."""
 
 from __future__ import annotations
 
@@ -41,9 +42,13 @@ class Meddling(Chat):
 def test_a_token_cache_is_never_named_after_other_rows(tmp_path: Path, tokenizer) -> None:
     file = write_task(tmp_path / "x", 6) / "rows.jsonl"
     encoder, settings = Encoder(tokenizer, Template()), DataSettings(seq_length=512)
-    with pytest.raises(UserError, match=r"task\.x: its files have changed while they were read .*start again"):
+    with pytest.raises(
+        UserError, match=r"task\.x: its files have changed while they were read .*start again"
+    ):
         prepare(Task("x", [str(file)], format=Meddling(str(file))), encoder, settings, tmp_path / "cache")
-    assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()], "nothing is left of it"
+    assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()], (
+        "nothing is left of it"
+    )
     task = Task("x", [str(file)], format=Meddling())
     store = prepare(task, encoder, settings, tmp_path / "cache")
     assert len(store) == 6 and store.contents == task.fingerprint(tmp_path / "cache")
@@ -53,9 +58,15 @@ def test_a_token_cache_is_never_named_after_other_rows(tmp_path: Path, tokenizer
 @pytest.mark.parametrize(
     ("file", "sentence"),
     [
-        ("tasks/adding/rows.jsonl", r"the data of task adding has changed \(.*adding\) since this run was checked"),
+        (
+            "tasks/adding/rows.jsonl",
+            r"the data of task adding has changed \(.*adding\) since this run was checked",
+        ),
         ("t.jinja", r"the template file has changed \(.*t.jinja\) since this run was checked"),
-        ("first/final/adapter_model.safetensors", r"the adapter has changed \(.*final\) since this run was checked"),
+        (
+            "first/final/adapter_model.safetensors",
+            r"the adapter has changed \(.*final\) since this run was checked",
+        ),
     ],
 )
 def test_a_run_trains_on_what_was_checked_or_not_at_all(

@@ -1,4 +1,5 @@
-"""What a person reads when a command line is wrong: the key, the value, what is allowed, the nearest match."""
+"""What a person reads when a command line is wrong: the key, the value, what is allowed, the nearest
+match."""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ def test_a_machine_that_cannot_do_what_is_asked_is_told_before_anything_starts(
 def test_a_task_yaml_of_ones_own_config_dir_is_found(tmp_path: Path) -> None:
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "sql.yaml").write_text(
-        "# @package task.sql\ndefaults:\n  - /format@format: chat\n_target_: mft.data.task.Task\npaths: [/data/sql]\n"
+        "# @package task.sql\ndefaults:\n  - /format@format: chat\n_target_: mft.data.task.Task\npaths: "
+        "[/data/sql]\n"
     )
     cfg = compose_resolved(["task=[sql,docstring]"], [tmp_path])
     assert cfg.task.sql.paths == ["/data/sql"] and "docstring" in cfg.task

@@ -1,4 +1,5 @@
-"""Every yaml of conf/ composes, with exactly the fields of its class, each explained where it is introduced."""
+"""Every yaml of conf/ composes, with exactly the fields of its class, each explained where it is
+introduced."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from mft.config.validate import check
 from mft.errors import UserError
 from mft.training.settings import TrainSettings
 
-GROUPS = [p.name for p in sorted(config_dir().iterdir()) if p.is_dir() and p.name not in ("local", "format", "task")]
+GROUPS = [
+    p.name for p in sorted(config_dir().iterdir()) if p.is_dir() and p.name not in ("local", "format", "task")
+]
 OPTIONS = [(group, option) for group in GROUPS for option in group_options(group)]
 
 
@@ -34,7 +37,11 @@ def rows(folder: Path) -> Path:
 @pytest.mark.parametrize("group, option", OPTIONS, ids="/".join)
 def test_every_option_composes_and_passes_the_check(group: str, option: str, tmp_path: Path) -> None:
     overrides = [f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]"]
-    needs_input = {("experiment", "demo"), ("experiment", "loss_study"), ("model", "demo")}  # made by `mft demo`
+    needs_input = {
+        ("experiment", "demo"),
+        ("experiment", "loss_study"),
+        ("model", "demo"),
+    }  # made by `mft demo`
     cfg = compose_resolved([*([] if group == "model" else ["model=tiny"]), *overrides, f"{group}={option}"])
     if (group, option) in needs_input:
         return
@@ -89,7 +96,11 @@ def test_component_yaml_explains_every_field_that_it_introduces(path: Path) -> N
     bases = [path.with_name(f"{name}.yaml") for name in values.get("defaults", ()) if isinstance(name, str)]
     shared = {key for base in bases if base.exists() for key in fields_of(base)}
     for key in values.keys() - shared:
-        if key not in ("defaults", "_target_", "rows"):  # the head of data/pad and data/pack explains their rows
+        if key not in (
+            "defaults",
+            "_target_",
+            "rows",
+        ):  # the head of data/pad and data/pack explains their rows
             assert explained(text, key), f"{path}: {key} has no comment"
 
 

@@ -15,7 +15,9 @@ from mft.config.schema import register
 
 def test_hydra_has_what_composing_uses_of_it() -> None:
     arguments = inspect.signature(Hydra.compose_config).parameters
-    assert {"config_name", "overrides", "run_mode", "from_shell", "validate_sweep_overrides"} <= set(arguments)
+    assert {"config_name", "overrides", "run_mode", "from_shell", "validate_sweep_overrides"} <= set(
+        arguments
+    )
     assert hasattr(GlobalHydra.instance(), "hydra")
     assert all(hasattr(BasicSweeper, name) for name in ("setup", "sweep", "validate_batch_is_legal"))
     assert OverridesParser.create().parse_override("a=[b,c]").value() == ["b", "c"]

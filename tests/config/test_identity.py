@@ -1,6 +1,8 @@
-"""What makes two runs the same experiment: every input is walked, and a run that differs is told apart in words.
+"""What makes two runs the same experiment: every input is walked, and a run that differs is told apart in
+words.
 
-`python -m tests.config.test_identity` writes the defaults anew, after VERSION was raised or new fields were added.
+`python -m tests.config.test_identity` writes the defaults anew, after VERSION was raised or new fields were
+added.
 """
 
 from __future__ import annotations
@@ -40,7 +42,12 @@ def nodes() -> list[tuple[str, DictConfig]]:
         group = path.relative_to(config_dir()).parts[0]
         node = OmegaConf.load(path)
         assert isinstance(node, DictConfig)
-        place = {"data": "data.rows", "format": "task.x.format", "task": "task.x", "tracking": "tracking.x"}.get(group)
+        place = {
+            "data": "data.rows",
+            "format": "task.x.format",
+            "task": "task.x",
+            "tracking": "tracking.x",
+        }.get(group)
         node = node.get("rows") if group == "data" else node
         if node is not None and "_target_" in node:
             node.pop("defaults", None)
@@ -60,7 +67,8 @@ def class_of(node: DictConfig) -> type:
 
 
 def placed(place: str, node: DictConfig) -> DictConfig:
-    """Returns a config that has the node at its place, resolved and without types, so that anything can be set."""
+    """Returns a config that has the node at its place, resolved and without types, so that anything can be
+    set."""
     cfg = OmegaConf.create(OmegaConf.to_container(BASE(), enum_to_str=True))
     if place == "task.x.format":
         node = OmegaConf.create({"_target_": "mft.data.task.Task", "format": node})
@@ -101,22 +109,30 @@ def another(value: Any) -> Any:
 # ── what enters ──
 
 
-@pytest.mark.parametrize(("place", "node"), NODES, ids=[f"{p}-{n._target_.rpartition('.')[2]}" for p, n in NODES])
+@pytest.mark.parametrize(
+    ("place", "node"), NODES, ids=[f"{p}-{n._target_.rpartition('.')[2]}" for p, n in NODES]
+)
 def test_every_value_enters_or_is_listed_with_a_reason(place: str, node: DictConfig) -> None:
     cfg = placed(place, node)
     before = inputs.config_parts(cfg)
-    walked = [(path, value) for path, value in leaves(cfg) if place.startswith("data") or under(path, [place])]
+    walked = [
+        (path, value) for path, value in leaves(cfg) if place.startswith("data") or under(path, [place])
+    ]
     for path, value in walked:
         OmegaConf.update(cfg, path, another(value), merge=False)
         enters = inputs.config_parts(cfg) != before
         listed = under(path, [*CANNOT_CHANGE_THE_RESULT, *FINGERPRINTED])
-        assert enters != listed, f"{path} {'is listed and enters' if enters else 'neither enters nor is listed'}"
+        assert enters != listed, (
+            f"{path} {'is listed and enters' if enters else 'neither enters nor is listed'}"
+        )
         OmegaConf.update(cfg, path, value, merge=False)
     assert walked or not [key for key in node if key != "_target_"]
 
 
 def test_nothing_is_listed_that_is_no_input() -> None:
-    cfgs = [placed(place, node) for place, node in NODES if place in ("model", "peft", "task.x", "tracking.x")]
+    cfgs = [
+        placed(place, node) for place, node in NODES if place in ("model", "peft", "task.x", "tracking.x")
+    ]
     paths = {path for cfg in cfgs for path, _ in leaves(cfg)} | {"task.x.valid"}
     for listed, reason in {**CANNOT_CHANGE_THE_RESULT, **FINGERPRINTED}.items():
         assert reason and any(under(path, [listed]) for path in paths), listed
@@ -128,7 +144,9 @@ def test_every_component_has_a_public_name_of_its_own_in_its_group() -> None:
         cls = class_of(node)
         name = vars(cls).get("public_name")
         assert isinstance(name, str) and name, f"{cls.__name__} has no public_name of its own"
-        assert names.setdefault(place, {}).setdefault(name, cls) is cls, f"{place}: two classes are called {name}"
+        assert names.setdefault(place, {}).setdefault(name, cls) is cls, (
+            f"{place}: two classes are called {name}"
+        )
 
 
 def test_a_moved_class_keeps_the_identity_and_a_foreign_one_enters_by_its_target(monkeypatch) -> None:
@@ -154,8 +172,11 @@ class Ours(TokenMean):
 
 
 def defaults() -> dict[str, Any]:
-    """Returns the defaults of all that can enter: of the settings, of every class of conf/, and those in code."""
-    found: dict[str, Any] = {f"settings/{name}": inputs.defaults(cls) for name, cls in inputs.SETTINGS.items()}
+    """Returns the defaults of all that can enter: of the settings, of every class of conf/, and those in
+    code."""
+    found: dict[str, Any] = {
+        f"settings/{name}": inputs.defaults(cls) for name, cls in inputs.SETTINGS.items()
+    }
     for place, node in NODES:
         found[f"{place}/{class_of(node).public_name}"] = inputs.defaults(class_of(node))
     found["peft default_lr"] = {"full": Full().default_lr, "lora": Lora().default_lr}
@@ -170,15 +191,26 @@ def test_defaults_are_those_of_this_version() -> None:
         changed = [key for key, value in fields.items() if now.get(name, {}).get(key, "gone") != value]
         assert not changed, f"{name}: {changed} have other defaults: raise mft.config.identity.VERSION"
     new = {name for name, fields in now.items() if fields.keys() != written.get(name, {}).keys()}
-    assert not new, f"{new}: new fields; if their defaults change no result, run python -m tests.config.test_identity"
+    assert not new, (
+        f"{new}: new fields; if their defaults change no result, run python -m tests.config.test_identity"
+    )
 
 
 def test_the_hash_is_that_of_this_version() -> None:
-    overrides = ["model=tiny", "output_dir=/o", "cache_dir=/c", "data.paths=[/d/x]", "loss=coba", "optimizer.lr=1e-3"]
+    overrides = [
+        "model=tiny",
+        "output_dir=/o",
+        "cache_dir=/c",
+        "data.paths=[/d/x]",
+        "loss=coba",
+        "optimizer.lr=1e-3",
+    ]
     cfg = compose_resolved([*overrides, "train.precision=fp32"])
     found = inputs.identity(cfg, 2, ["x"], {"task.x": "1", "base model": "2"})
     assert found.choices["loss"] == "coba" and found.choices["global batch"] == "8"
-    assert "optimizer.lr" in found.values and "loss.tau" not in found.values and "train.seed" not in found.values
+    assert (
+        "optimizer.lr" in found.values and "loss.tau" not in found.values and "train.seed" not in found.values
+    )
     assert found.extended == GOLDEN, "another hash: raise mft.config.identity.VERSION"
 
 
@@ -192,7 +224,9 @@ def test_equal_values_written_otherwise_are_equal() -> None:
     assert parts("loss=case3") == parts("loss=task_token_mean")
     assert parts("model.cache_dir=/elsewhere") == parts()
     assert parts("data.role_markers={user: U}") != parts("data.role_markers={user: V}") != parts()
-    assert parts("loss=famo", "loss.min_loss_by_task={a: 1}") != parts("loss=famo", "loss.min_loss_by_task={a: 2}")
+    assert parts("loss=famo", "loss.min_loss_by_task={a: 1}") != parts(
+        "loss=famo", "loss.min_loss_by_task={a: 2}"
+    )
 
 
 # ── what is read ──
@@ -226,7 +260,9 @@ def checkpoint(tiny_folder: Path, tmp_path: Path) -> Path:
         ("README.md", None),
     ],
 )
-def test_each_file_of_the_base_is_part_of_a_fingerprint(checkpoint: Path, file: str, changed: str | None) -> None:
+def test_each_file_of_the_base_is_part_of_a_fingerprint(
+    checkpoint: Path, file: str, changed: str | None
+) -> None:
     family = CausalLM(str(checkpoint), trust_remote_code=True)
     before = family.fingerprints()
     with (checkpoint / file).open("a") as stream:
@@ -250,7 +286,12 @@ def test_each_byte_of_the_weights_of_a_small_base_counts(checkpoint: Path, file:
 
 def test_moved_contents_are_the_same_run(tmp_path: Path, checkpoint: Path) -> None:
     def identity(root: Path) -> Identity:
-        overrides = ["model=auto", f"model.path={root}/base", f"cache_dir={tmp_path}/cache", f"data.paths=[{root}/x]"]
+        overrides = [
+            "model=auto",
+            f"model.path={root}/base",
+            f"cache_dir={tmp_path}/cache",
+            f"data.paths=[{root}/x]",
+        ]
         cfg = compose_resolved([*overrides, f"data.template={root}/t.jinja", "launch=inline", "dist=single"])
         return job.checked(cfg, []).identity
 
@@ -279,8 +320,19 @@ class Stage:
         adapter.mkdir()
         (adapter / "adapter_config.json").write_text("{}")
         (adapter / "adapter_model.safetensors").write_text("weights")
-        self.given = ["model=auto", f"model.path={root}/base", f"cache_dir={cache}", "tracking=none", "launch=inline"]
-        self.given += [f"output_dir={root}/o", f"data.template={root}/t.jinja", f"peft.path={adapter}", self.paths]
+        self.given = [
+            "model=auto",
+            f"model.path={root}/base",
+            f"cache_dir={cache}",
+            "tracking=none",
+            "launch=inline",
+        ]
+        self.given += [
+            f"output_dir={root}/o",
+            f"data.template={root}/t.jinja",
+            f"peft.path={adapter}",
+            self.paths,
+        ]
 
     def checked(self, *overrides: str) -> job.Job:
         return job.checked(compose_resolved([*self.given, *overrides]), [])
@@ -311,7 +363,9 @@ def stage(tmp_path: Path, cache_dir: Path, tiny_folder: Path) -> Stage:
         ("adapter/adapter_model.safetensors", "the adapter has changed (/adapter)"),
     ],
 )
-def test_changed_contents_are_named_and_the_config_is_not_blamed(stage: Stage, file: str, sentence: str) -> None:
+def test_changed_contents_are_named_and_the_config_is_not_blamed(
+    stage: Stage, file: str, sentence: str
+) -> None:
     stage.leave()
     assert stage.checked().choose(dated=False)[1]
     with (stage.root / file).open("a") as stream:

@@ -126,18 +126,30 @@ def test_what_hydra_answers_with_a_traceback_or_in_its_own_words(override: str, 
         ("model.layers=0", ["model.layers=0 must be at least 1"]),
         ("peft.alpha=nan", ["peft.alpha"]),
         ("optimizer.lr=1e400", ["optimizer.lr=inf must be greater than 0 and finite"]),
-        ("loss=task_focal loss.gamma_by_task={nope: 1}", ["loss.gamma_by_task.nope: unknown task", "Allowed: task"]),
-        ("loss=task_focal loss.gamma_by_task={task: nan}", ["loss.gamma_by_task.task=nan must be at least 0"]),
+        (
+            "loss=task_focal loss.gamma_by_task={nope: 1}",
+            ["loss.gamma_by_task.nope: unknown task", "Allowed: task"],
+        ),
+        (
+            "loss=task_focal loss.gamma_by_task={task: nan}",
+            ["loss.gamma_by_task.task=nan must be at least 0"],
+        ),
         ("loss=dwa loss.window=0", ["loss.window=0 must be at least 1"]),
         ("loss=coba loss.tau=nan", ["loss.tau=nan must be greater than 0 and finite"]),
         ("data.seq_length=999999999999", ["data.seq_length=999999999999 must be at least 2 and at most"]),
         ("+peft.rank=4 peft=full", ["peft.rank", "Fields: none"]),
-        ("dist=zero2 dist.config={zero_optimization: {stag: 2}}", ["zero_optimization.stag", "did you mean stage?"]),
+        (
+            "dist=zero2 dist.config={zero_optimization: {stag: 2}}",
+            ["zero_optimization.stag", "did you mean stage?"],
+        ),
     ],
 )
 def test_ranges_of_components(override: str, parts: list[str], tmp_path: Path) -> None:
     text = message(
-        "model=tiny", f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]", *override.split(" ", 1)
+        "model=tiny",
+        f"cache_dir={tmp_path}",
+        f"data.paths=[{rows(tmp_path / 'task')}]",
+        *override.split(" ", 1),
     )
     assert all(part in text for part in parts), text
 
@@ -176,7 +188,9 @@ def test_a_yaml_that_is_not_utf_8_is_named(text: bytes, tmp_path: Path) -> None:
         compose_resolved(["experiment=mine"], [tmp_path])
 
 
-@pytest.mark.parametrize("defaults", ["lora", "\n  - mine", "\n  - 5", "\n  - override /peft: [a, b]", "{a: b}"])
+@pytest.mark.parametrize(
+    "defaults", ["lora", "\n  - mine", "\n  - 5", "\n  - override /peft: [a, b]", "{a: b}"]
+)
 def test_a_defaults_list_that_cannot_be_read_is_one_sentence(defaults: str, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\ndefaults: {defaults}\n")
@@ -190,7 +204,9 @@ def test_a_name_of_digits_reaches_its_component_as_text(tmp_path: Path) -> None:
     from mft.config.validate import check
 
     paths = [f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]"]
-    cfg = compose_resolved(["model=tiny", *paths, "tracking.mlflow.experiment=2026", "tracking.mlflow.run_name=7"])
+    cfg = compose_resolved(
+        ["model=tiny", *paths, "tracking.mlflow.experiment=2026", "tracking.mlflow.run_name=7"]
+    )
     check(cfg, world=1)
     tracker = component(cfg, "tracking.mlflow")
     assert tracker.experiment == "2026" and tracker.run_name == "7"
@@ -207,7 +223,15 @@ def test_names_for_folders() -> None:
 def test_what_other_trainers_call_a_setting_is_known() -> None:
     table = (config_dir().parent / "docs" / "migrating.md").read_text().partition("## Other scripts")[0]
     theirs = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
-    same = {"output_dir", "gradient_accumulation_steps", "weight_decay", "min_lr", "seq_length", "seed", "role_markers"}
+    same = {
+        "output_dir",
+        "gradient_accumulation_steps",
+        "weight_decay",
+        "min_lr",
+        "seq_length",
+        "seed",
+        "role_markers",
+    }
     same |= {
         "early_stopping",
         "early_stopping_stall_num",
@@ -272,12 +296,14 @@ def test_a_setting_with_an_effect_is_not_reported() -> None:
     assert not inert("launch.prune=true", "launch.prune_after=3", "launch.jobs=2", sweep=True)
     assert not inert("data=pad", "data.length_group=8", "data.pad_to=longest")
     assert not inert("dist=ddp", "dist.find_unused_parameters=true", world=2)
-    assert not inert("launch.main_port=29500", "train.early_stopping_stall_num=3", "peft=qlora", "peft.bits=8"), (
-        "defaults"
-    )
+    assert not inert(
+        "launch.main_port=29500", "train.early_stopping_stall_num=3", "peft=qlora", "peft.bits=8"
+    ), "defaults"
     (peak,) = inert("scheduler.warmup=100", "train.max_steps=20")
     assert "does not reach its peak" in peak
-    assert [note.partition(" has")[0] for note in inert("output_dir=x", "train.resume=never", sweep=True)] == [
+    assert [
+        note.partition(" has")[0] for note in inert("output_dir=x", "train.resume=never", sweep=True)
+    ] == [
         "train.resume=never",
         f"output_dir={Path('x').absolute()}",
     ]
@@ -287,7 +313,9 @@ def test_a_setting_with_an_effect_is_not_reported() -> None:
 def test_no_preset_of_ours_sets_what_has_no_effect(group: str) -> None:
     for option in group_options(group):
         cfg = compose_resolved([f"{group}={option}"] if option != "search" else ["experiment=demo"])
-        everything = [key.replace("*", str(name)) for key, _ in RULES for name in cfg.task if key != "choices"]
+        everything = [
+            key.replace("*", str(name)) for key, _ in RULES for name in cfg.task if key != "choices"
+        ]
         notes = without_effect(cfg, 2, everything, sweep=option in ("loss_study", "search"))
         kept = [n for n in notes if not n.startswith(("output_dir", "sweep"))]
         assert not kept, (option, kept)
@@ -322,7 +350,9 @@ def test_settings_of_hydra_are_honoured_or_reported() -> None:
 
 def test_a_yaml_may_name_the_run_folder_as_hydra_does(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nhydra:\n  run:\n    dir: /runs/mine\n")
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nhydra:\n  run:\n    dir: /runs/mine\n"
+    )
     assert compose_resolved(["experiment=mine"], [tmp_path]).output_dir == "/runs/mine"
     assert compose_resolved(["experiment=mine", "output_dir=/other"], [tmp_path]).output_dir == "/other"
 
@@ -330,7 +360,9 @@ def test_a_yaml_may_name_the_run_folder_as_hydra_does(tmp_path: Path) -> None:
 def test_a_folder_that_was_deleted_is_told(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     done = mft("runs", prefix=f"mkdir {gone}; cd {gone}; rmdir {gone};")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no longer exists" in done.stderr, done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no longer exists" in done.stderr, (
+        done.stderr
+    )
 
 
 # --- a terminal that takes little, or is gone ---
@@ -353,7 +385,9 @@ def mft(*args: str, shell: str = "", prefix: str = "", **variables: str) -> subp
         ("| true", {}),
     ],
 )
-def test_output_that_is_ascii_or_closed_is_no_traceback(shell: str, variables: dict[str, str], tmp_path: Path) -> None:
+def test_output_that_is_ascii_or_closed_is_no_traceback(
+    shell: str, variables: dict[str, str], tmp_path: Path
+) -> None:
     done = mft("runs", str(tmp_path), shell=shell, **variables)
     assert "Traceback" not in done.stderr and "Error" not in done.stderr
     assert done.returncode in (0, 141)
@@ -381,7 +415,9 @@ LONG = "x" * 5000
         [LONG],
     ],
 )
-def test_names_of_5000_characters_are_one_short_sentence(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_5000_characters_are_one_short_sentence(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(line)
     said = capsys.readouterr().err

@@ -123,8 +123,12 @@ def test_every_group_has_a_contract(path: str, target: str, part: str, work: Pat
 def test_nodes_inside_a_component_and_hydras_other_keys_fall_under_the_rule(work: Path) -> None:
     task = f"task: {{x: {{_target_: mft.data.task.Task, paths: [{work}/faq], format: %s}}}}"
     assert "mft.data.formats.Format" in refusal(work, yaml=task % "{_target_: mft.data.cache.store.Store}")
-    assert "is a function" in refusal(work, yaml=task % "{_target_: mft.run_folder.write_json, path: a, values: {}}")
-    assert "loss.weights: " in refusal(work, yaml="loss: {weights: [{_target_: mft.files.atomic.remove, folder: x}]}")
+    assert "is a function" in refusal(
+        work, yaml=task % "{_target_: mft.run_folder.write_json, path: a, values: {}}"
+    )
+    assert "loss.weights: " in refusal(
+        work, yaml="loss: {weights: [{_target_: mft.files.atomic.remove, folder: x}]}"
+    )
     remove = "{_target_: mft.files.atomic.remove, folder: x}"
     nested = f"dist: {{_target_: mft.distributed.deepspeed.Zero2, config: {{a: [{remove}]}}}}"
     assert "dist.config.a[0]._target_=mft.files.atomic.remove: is a function" in refusal(work, yaml=nested)
@@ -143,7 +147,12 @@ def test_a_yaml_cannot_name_a_package_and_nothing_of_it_is_imported(
     monkeypatch.syspath_prepend(str(work))
     monkeypatch.chdir(work)
     assert "--plugin sneaky" in refusal(work, yaml="loss: {_target_: sneaky.Clipped}")
-    for key in ("plugin: [sneaky]", "plugins: [sneaky]", "train: {plugins: [sneaky]}", "train: {plugin: sneaky}"):
+    for key in (
+        "plugin: [sneaky]",
+        "plugins: [sneaky]",
+        "train: {plugins: [sneaky]}",
+        "train: {plugin: sneaky}",
+    ):
         assert "plugin" in refusal(work, yaml=f"{key}\nloss: {{_target_: sneaky.Clipped}}")
     assert "--plugin sneaky" in refusal(work, "hydra.searchpath=[pkg://sneaky]")
     assert not (work / "imported").exists()
@@ -159,7 +168,13 @@ def test_the_key_of_earlier_versions_names_what_stands_in_its_place(given: str, 
 
 @pytest.mark.parametrize(
     "package, part",
-    [("os", "part of Python"), ("mft", "part of mft"), ("nowhere_at_all", "no package"), ("a b", "expected"), ("", "")],
+    [
+        ("os", "part of Python"),
+        ("mft", "part of mft"),
+        ("nowhere_at_all", "no package"),
+        ("a b", "expected"),
+        ("", ""),
+    ],
 )
 def test_what_cannot_be_a_plugin_is_refused(package: str, part: str) -> None:
     with pytest.raises(UserError, match=part):
@@ -214,7 +229,10 @@ def test_an_optimizer_of_torch_can_be_named_by_its_own_class(work: Path) -> None
     ]
     (work / "faq" / "chat.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     (work / "faq" / "rows.jsonl").unlink()
-    for change, part in (("+optimizer.momentun=1", "did you mean momentum?"), ("optimizer.momentum=-1", "refuses")):
+    for change, part in (
+        ("+optimizer.momentun=1", "did you mean momentum?"),
+        ("optimizer.momentum=-1", "refuses"),
+    ):
         with pytest.raises(UserError, match="optimizer") as caught:
             check(compose_resolved([*given, f"data.paths=[{work}/faq]", change], [work / "yaml"]), world=1)
         assert part in str(caught.value).replace("Invalid", "refuses")
@@ -244,7 +262,10 @@ CALLBACK = "hydra: {callbacks: {x: {_target_: %s}}}"
         ("hydra: {job_logging: {handlers: {x: {(): os.system}}}}", "job_logging.handlers.x.()"),
         ("hydra: {hydra_logging: {formatters: {x: {(): os.system}}}}", "hydra_logging.formatters.x.()"),
         ("hydra: {hydra_logging: {filters: {x: {(): 'ext://os.system'}}}}", "hydra_logging.filters.x.()"),
-        ("hydra: {hydra_logging: {formatters: {x: {format: 'ext://antigravity.a'}}}}", "expected one of ext://sys"),
+        (
+            "hydra: {hydra_logging: {formatters: {x: {format: 'ext://antigravity.a'}}}}",
+            "expected one of ext://sys",
+        ),
         (
             "hydra: {job_logging: {handlers: {x: {class: logging.FileHandler, filename: /tmp/x, mode: w}}}}",
             "job_logging.handlers.x.filename='/tmp/x'",
@@ -254,7 +275,8 @@ CALLBACK = "hydra: {callbacks: {x: {_target_: %s}}}"
         ("hydra: {output_subdir: /tmp}", "hydra.output_subdir=/tmp"),
         ("hydra: {searchpath: ['pkg://sneaky']}", "searchpath"),
         (
-            "defaults: [{override /hydra/launcher: submitit_slurm}]\nhydra: {launcher: {setup: ['touch PWNED']}}",
+            "defaults: [{override /hydra/launcher: submitit_slurm}]\nhydra: {launcher: {setup: ['touch "
+            "PWNED']}}",
             "hydra.launcher.setup: shell commands",
         ),
         (
@@ -267,7 +289,9 @@ def test_hydras_own_nodes_fall_under_the_rule(yaml: str, part: str, work: Path) 
     assert part in refusal(work, yaml=yaml)
 
 
-@pytest.mark.parametrize("flags", [["-m", "train.seed=1,2"], ["--cfg", "job"], ["--dry-run"], ["-m", "--dry-run"]])
+@pytest.mark.parametrize(
+    "flags", [["-m", "train.seed=1,2"], ["--cfg", "job"], ["--dry-run"], ["-m", "--dry-run"]]
+)
 def test_no_way_in_runs_what_a_yaml_brings(flags: list[str], work: Path) -> None:
     (work / "yaml" / "experiment").mkdir(parents=True)
     for name, text in (
@@ -278,7 +302,14 @@ def test_no_way_in_runs_what_a_yaml_brings(flags: list[str], work: Path) -> None
         if name == "loss" and flags == ["--cfg", "job"]:
             continue  # prints it, builds nothing
         (work / "yaml" / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
-        given = ["model=tiny", "data.paths=[faq]", "tracking=none", f"experiment={name}", "--config-dir", "yaml"]
+        given = [
+            "model=tiny",
+            "data.paths=[faq]",
+            "tracking=none",
+            f"experiment={name}",
+            "--config-dir",
+            "yaml",
+        ]
         code, said = sweeping.mft(work, "train", *given, *flags)
         assert code == 2 and "os.system" in said and "Traceback" not in said, said
     assert not (work / "PWNED").exists()
@@ -286,7 +317,14 @@ def test_no_way_in_runs_what_a_yaml_brings(flags: list[str], work: Path) -> None
 
 # ---- the example package ----
 
-RUN = ["model=tiny", "data.paths=[faq]", "loss=clipped", "tracking=table", "data.seq_length=128", "train.epochs=99"]
+RUN = [
+    "model=tiny",
+    "data.paths=[faq]",
+    "loss=clipped",
+    "tracking=table",
+    "data.seq_length=128",
+    "train.epochs=99",
+]
 RUN += ["train.precision=fp32", "train.per_device_batch_size=2", "train.log_every=1", "train.eval_every=null"]
 RUN += ["loss.limit=50", "train.save_every=2", "train.eval_at_start=false", "dist=ddp", "launch.nproc=2"]
 TASK = """\
@@ -300,7 +338,9 @@ paths: [faq]
 def mft(work: Path, path: Path | None, *args: str) -> str:
     """Runs a command with `path` on PYTHONPATH; returns what it said."""
     env = os.environ | {"MFT_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([*([str(path)] if path else []), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    env["PYTHONPATH"] = os.pathsep.join([*([str(path)] if path else []), env.get("PYTHONPATH", "")]).rstrip(
+        os.pathsep
+    )
     command = [sys.executable, "-m", "mft.cli", *args]
     done = subprocess.run(command, cwd=work, env=env, text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -342,7 +382,9 @@ def test_an_installed_plugin_needs_no_flag_and_a_sweep_remembers_a_named_one(wor
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mft-example\nVersion: 0.1\n")
     points = (EXAMPLE / "pyproject.toml").read_text().split('[project.entry-points."mft.components"]\n')[1]
-    (info / "entry_points.txt").write_text(f"[mft.components]\n{points.splitlines()[0].replace(chr(34), '')}\n")
+    (info / "entry_points.txt").write_text(
+        f"[mft.components]\n{points.splitlines()[0].replace(chr(34), '')}\n"
+    )
     given = [*with_task(work), "train.max_steps=2"]
     assert "would run" in mft(work, site, "train", *given, "output_dir=run", "--dry-run")
     mft(work, site, "train", *given, "launch.nproc=1", "output_dir=run")

@@ -16,7 +16,9 @@ from mft.runs.results import read_run
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
 )
-MERGES = "m0: &m0 {a: 1}\n" + "".join(f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
+MERGES = "m0: &m0 {a: 1}\n" + "".join(
+    f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 9)}]}}\n" for i in range(1, 12)
+)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +90,19 @@ TASK = "+task.x={_target_: mft.data.task.Task, %s}"
         (["name=${sweep}", "sweep=${name}"], "leads back to itself (name → sweep → name)"),
         (["name=${name}"], "leads back to itself"),
         (["+task.x.a=${task}"], "leads back to itself"),
-        ([f"+task.x.a{i}=${{task.x.a{i + 1}}}${{task.x.a{i + 1}}}" for i in range(40)] + ["+task.x.a40=x"], "million"),
-        ([f"+task.x.a{i}=[${{..a{i + 1}}},${{..a{i + 1}}}]" for i in range(40)] + ["+task.x.a40=x"], "million"),
         (
-            [f"+task.x.a{i}='${{oc.select:task.x.a{i + 1}}}${{oc.select:task.x.a{i + 1}}}'" for i in range(40)]
+            [f"+task.x.a{i}=${{task.x.a{i + 1}}}${{task.x.a{i + 1}}}" for i in range(40)] + ["+task.x.a40=x"],
+            "million",
+        ),
+        (
+            [f"+task.x.a{i}=[${{..a{i + 1}}},${{..a{i + 1}}}]" for i in range(40)] + ["+task.x.a40=x"],
+            "million",
+        ),
+        (
+            [
+                f"+task.x.a{i}='${{oc.select:task.x.a{i + 1}}}${{oc.select:task.x.a{i + 1}}}'"
+                for i in range(40)
+            ]
             + ["+task.x.a40=x"],
             "million",
         ),
@@ -110,4 +121,6 @@ def test_interpolations_and_brackets_are_bounded(overrides: list[str], part: str
 def test_control_characters_of_an_error_are_shown_not_obeyed(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.fail("task \x1b]52;c;ZXZpbA==\x07 and \x9b2J, \u202eabc, tab\tand\nline")
-    assert capsys.readouterr().err == ("mft: task \\x1b]52;c;ZXZpbA==\\x07 and \\x9b2J, \\u202eabc, tab\tand\nline\n")
+    assert capsys.readouterr().err == (
+        "mft: task \\x1b]52;c;ZXZpbA==\\x07 and \\x9b2J, \\u202eabc, tab\tand\nline\n"
+    )

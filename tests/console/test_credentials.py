@@ -145,7 +145,9 @@ def test_values_of_the_environment_are_kept_as_written_and_read_again(
     monkeypatch.setenv("MFT_T_STEPS", "7")
     monkeypatch.setenv("MFT_T_DIR", str(tmp_path))
     more = ["train.max_steps=${oc.env:MFT_T_STEPS}", "name='of ${oc.env:MFT_T_USER} ${train.seed}'"]
-    cfg = config(tmp_path, *ENV, *more, "tracking.mlflow.experiment=${name}", "output_dir='${oc.env:MFT_T_DIR}/o'")
+    cfg = config(
+        tmp_path, *ENV, *more, "tracking.mlflow.experiment=${name}", "output_dir='${oc.env:MFT_T_DIR}/o'"
+    )
     check(cfg, world=1)
     freeze(cfg, tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
@@ -165,15 +167,24 @@ def test_values_of_the_environment_are_kept_as_written_and_read_again(
     monkeypatch.delenv("MFT_T_PW")
     with pytest.raises(UserError, match=r"MFT_T_PW is not set, and \$\{oc\.env:MFT_T_PW\} reads it"):
         check_variables(OmegaConf.load(tmp_path / "config.yaml"))
-    with pytest.raises(UserError, match=r"tracking\.mlflow\.uri: the environment variable MFT_T_PW is not set"):
+    with pytest.raises(
+        UserError, match=r"tracking\.mlflow\.uri: the environment variable MFT_T_PW is not set"
+    ):
         config(tmp_path, *ENV)
 
 
-def test_a_refusal_shows_such_a_value_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_refusal_shows_such_a_value_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     from mft.cli import main
 
     monkeypatch.setenv("MFT_T_PW", S)
-    given = ["model=tiny", f"cache_dir={tmp_path}", "model.attention=${oc.env:MFT_T_PW}", f"data.paths=[{tmp_path}]"]
+    given = [
+        "model=tiny",
+        f"cache_dir={tmp_path}",
+        "model.attention=${oc.env:MFT_T_PW}",
+        f"data.paths=[{tmp_path}]",
+    ]
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     with pytest.raises(SystemExit):
         main(["train", *given, "--dry-run"])
@@ -182,7 +193,9 @@ def test_a_refusal_shows_such_a_value_as_written(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_no_file_and_no_line_of_a_run_has_the_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_and_no_line_of_a_run_has_the_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MFT_T_USER", "someone")
     monkeypatch.setenv("MFT_T_PW", S)
     work = sweeping.two_tasks(tmp_path / "work")

@@ -21,7 +21,10 @@ def test_own_templates_learn_answers_and_their_end_only(kinds):
     adopt(tokenizer, template)
     assert tokenizer.eos_token == "<|im_end|>"
     trained = [segment for segment in template.segments(TALK) if segment.trained]
-    assert [(segment.text, segment.eos) for segment in trained] == [("    return w * h\n", True), ("<im", True)]
+    assert [(segment.text, segment.eos) for segment in trained] == [
+        ("    return w * h\n", True),
+        ("<im", True),
+    ]
 
 
 def test_templates_that_cannot_teach_are_refused(kinds, tmp_path):
@@ -30,10 +33,14 @@ def test_templates_that_cannot_teach_are_refused(kinds, tmp_path):
     with pytest.raises(UserError, match="has no chat template"):
         named(OWN, None, tokenizer)
     file = tmp_path / "endless.jinja"
-    file.write_text(CHATML.replace("<|im_end|>", "").replace("<|im_start|>", "#").replace("{{ bos_token }}", ""))
+    file.write_text(
+        CHATML.replace("<|im_end|>", "").replace("<|im_start|>", "#").replace("{{ bos_token }}", "")
+    )
     with pytest.raises(UserError, match="writes no end-of-turn token"):
         named(str(file), None, tokenizer)
-    file.write_text(CHATML.replace("assistant\n{% endif", "assistant\nThink: {% endif").replace("{{ bos_token }}", ""))
+    file.write_text(
+        CHATML.replace("assistant\n{% endif", "assistant\nThink: {% endif").replace("{{ bos_token }}", "")
+    )
     with pytest.raises(UserError, match=r"generation prompt .* is not how"):
         named(str(file), None, tokenizer)
     with pytest.raises(UserError, match="no such file"):
@@ -43,10 +50,13 @@ def test_templates_that_cannot_teach_are_refused(kinds, tmp_path):
 
 
 def thinking(before: str, prompt: str = "") -> str:
-    """A template that writes `before` in front of the last answer; `prompt` is the part that its prompt opens."""
+    """A template that writes `before` in front of the last answer; `prompt` is the part that its prompt
+    opens."""
     return (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-        "{% if m['role'] == 'assistant' and loop.last %}" + before + "{% endif %}{{ m['content'] }}<|im_end|>\n"
+        "{% if m['role'] == 'assistant' and loop.last %}"
+        + before
+        + "{% endif %}{{ m['content'] }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n" + prompt + "{% endif %}"
     )
 
@@ -90,7 +100,9 @@ def test_an_empty_thought_of_the_template_carries_no_loss(kinds, before, prompt)
         ]
 
 
-@pytest.mark.parametrize("content", ["<think>\n\n</think>\n\ntwo", "<think></think>two", "<think>\nso\n</think>\ntwo"])
+@pytest.mark.parametrize(
+    "content", ["<think>\n\n</think>\n\ntwo", "<think></think>two", "<think>\nso\n</think>\ntwo"]
+)
 def test_a_thought_of_the_row_is_trained(kinds, content):
     tokenizer = copy.deepcopy(kinds["bytes"])
     tokenizer.chat_template = thinking("")
@@ -112,4 +124,6 @@ def test_empty_thoughts_are_counted_and_reported(kinds, tmp_path):
     encoder = Encoder(tokenizer, named(OWN, None, tokenizer))
     file = write(tmp_path / "x.jsonl", [{"prompt": f"q{i}", "answer": "a"} for i in range(3)])
     store = prepare(Task("t", [str(file)]), encoder, DataSettings(), tmp_path / "cache")
-    assert "t: the template puts an empty thought before 3 answers; it carries no loss" in notes([store], ["t"])
+    assert "t: the template puts an empty thought before 3 answers; it carries no loss" in notes(
+        [store], ["t"]
+    )

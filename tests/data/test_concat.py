@@ -1,4 +1,5 @@
-"""Rows that cut samples: no token is lost, as input or as target, and each keeps its task and its isolation."""
+"""Rows that cut samples: no token is lost, as input or as target, and each keeps its task and its
+isolation."""
 
 from collections import Counter
 from itertools import islice
@@ -36,7 +37,9 @@ def test_rows_are_the_samples_end_to_end_cut(lengths, seq_length):
     flat = [(span.sample, at) for row in rows for span in row for at in range(span.start, span.stop)]
     assert flat == [(i, at) for i, length in enumerate(lengths) for at in range(length)]
     widths = [sum(span.stop - span.start for span in row) for row in rows]
-    assert all(width == seq_length for width in widths[:-1]) and all(0 < width <= seq_length for width in widths[-1:])
+    assert all(width == seq_length for width in widths[:-1]) and all(
+        0 < width <= seq_length for width in widths[-1:]
+    )
 
 
 def test_long_samples_are_kept_whole(samples):
@@ -76,7 +79,9 @@ def test_samples_that_fit_are_packed_samples(samples):
     short = [60, 61, 62]
     length = int(samples.lengths_N[short].sum())
     whole = samples.load([[Span(i, 0, int(samples.lengths_N[i])) for i in short]])
-    one, other = (b.collate(rows, 0, length) for b, rows in ((Concat(), whole), (Pack(), samples.load([short]))))
+    one, other = (
+        b.collate(rows, 0, length) for b, rows in ((Concat(), whole), (Pack(), samples.load([short])))
+    )
     for name in ("ids_BT", "target_BT", "task_BT", "sample_BT", "position_BT"):
         assert getattr(one, name).tolist() == getattr(other, name).tolist()
 

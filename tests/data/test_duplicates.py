@@ -16,7 +16,8 @@ from tests.data.conftest import chat, write
 
 @pytest.fixture
 def stores(tmp_path, encoder):
-    """`own`: rows 0 to 19, then 3 and 5 again, validated by files that repeat rows 7 and 8 and hold `new` twice.
+    """`own`: rows 0 to 19, then 3 and 5 again, validated by files that repeat rows 7 and 8 and hold `new`
+    twice.
 
     `other`: trains on what `own` validates as well, and on rows that `own` trains on, too.
     """
@@ -45,7 +46,8 @@ def test_duplicates_are_counted_and_kept(stores):
     assert rows_of(own) == {"rows": 27, "kept": 27, "samples": 27} and len(own) == 27
     said = notes([own, other], ["own", "other"])
     assert said[0] == (
-        "own: 4 rows repeat an earlier row of the task, 2 rows train and are held out, too (data.duplicates=drop "
+        "own: 4 rows repeat an earlier row of the task, 2 rows train and are held out, too "
+        "(data.duplicates=drop "
         "leaves them out)"
     )
     assert said[1].startswith("other: 1 rows train and are held out, too")
@@ -78,7 +80,9 @@ def test_duplicates_are_left_out_and_accounted_for(stores, tmp_path, encoder):
 
 def test_the_parts_of_a_row_are_no_duplicates_of_each_other(make_store):
     long = chat(*(f"turn {i} {'x ' * 8}" for i in range(12)))
-    store = make_store([long, long, chat("q", "a")], seq_length=64, long_samples="split_turns", split=[1, 0, 0])
+    store = make_store(
+        [long, long, chat("q", "a")], seq_length=64, long_samples="split_turns", split=[1, 0, 0]
+    )
     parts = store.report["samples"]
     mark_duplicates([store], Duplicates.drop)
     assert store.report["duplicates"]["repeated"] == 1 and store.report["kept"] == 2
@@ -108,5 +112,7 @@ def test_which_rows_are_found_is_what_a_dictionary_finds(make_store):
     ids = [store.sample(i)[0].tolist() for i in range(1000)]
     mark_duplicates([store], Duplicates.drop)
     first = {json.dumps(row): i for i, row in reversed(list(enumerate(rows)))}
-    assert [store.sample(i)[0].tolist() for i in range(len(store))] == [ids[i] for i in sorted(first.values())]
+    assert [store.sample(i)[0].tolist() for i in range(len(store))] == [
+        ids[i] for i in sorted(first.values())
+    ]
     assert store.report["duplicates"] == {"repeated": 1000 - len(first), "held out": 0}

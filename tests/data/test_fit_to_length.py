@@ -14,7 +14,9 @@ def test_long_samples(tmp_path, encoder, choice):
         chat(*[text for i in range(9) for text in (f"question {i} " * 3, "answer")], system="S"),
         chat("q" * 300, "a"),
     ]
-    task = Task("t", [str(write(tmp_path / "x.jsonl", rows)), str(write(tmp_path / "y.jsonl", [chat("q", "a")]))])
+    task = Task(
+        "t", [str(write(tmp_path / "x.jsonl", rows)), str(write(tmp_path / "y.jsonl", [chat("q", "a")]))]
+    )
     settings = DataSettings(seq_length=120, long_samples=LongSamples(choice))
     if choice == "error":
         with pytest.raises(UserError, match=r"x\.jsonl:1: \d+ tokens, data\.seq_length is 120"):
@@ -27,7 +29,9 @@ def test_long_samples(tmp_path, encoder, choice):
     texts = [encoder.tokenizer.decode(store.sample(i)[0]) for i in range(len(store))]
     if choice == "truncate_left":
         assert (
-            report["kept"] == 3 and texts[0].endswith("answer<|endoftext|>\n") and texts[1].endswith("a<|endoftext|>\n")
+            report["kept"] == 3
+            and texts[0].endswith("answer<|endoftext|>\n")
+            and texts[1].endswith("a<|endoftext|>\n")
         )
     elif choice == "split_turns":
         assert report["kept"] == 2 and len(store) > 3 and len(set(store.split_N[:-1].tolist())) == 1

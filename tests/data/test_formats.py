@@ -11,7 +11,10 @@ from tests.data.conftest import chat
 
 def test_both_sets_of_roles_and_other_fields():
     rounds = [("system", "s"), ("human", "q"), ("bot", "a"), ("user", "r"), ("assistant", "b")]
-    row = {"id": math.nan, "chat_rounds": [{"role": role, "content": text, "time": 1} for role, text in rounds]}
+    row = {
+        "id": math.nan,
+        "chat_rounds": [{"role": role, "content": text, "time": 1} for role, text in rounds],
+    }
     assert Chat().messages(row) == [
         Message("system", "s"),
         Message("user", "q"),
@@ -52,12 +55,20 @@ def rounds(*turns):
         (rounds(("human", "q"), ("bto", "a")), "chat_rounds[1].role", "did you mean bot?"),
         (rounds(("human", "q"), ("user", "a")), "chat_rounds[1].role", "human and bot turns alternate"),
         (rounds(("bot", "a")), "chat_rounds[0].role", "allowed: system, human, user"),
-        (rounds(("human", "q"), ("bot", "a"), ("system", "s")), "chat_rounds[2].role", "allowed: human, user"),
+        (
+            rounds(("human", "q"), ("bot", "a"), ("system", "s")),
+            "chat_rounds[2].role",
+            "allowed: human, user",
+        ),
         (rounds(("system", "s"), ("system", "s")), "chat_rounds[1].role", "allowed: human, user"),
         (rounds(("system", "s")), "chat_rounds", "holds only a system turn"),
         (rounds(("human", "q"), ("bot", "")), "chat_rounds[1].content", "is empty"),
         (rounds(("human", "a\ud800")), "chat_rounds[0].content", "half of a surrogate pair at character 1"),
-        ({"chat_rounds": [{"role": "human", "content": "q", "train": 0}]}, "chat_rounds[0].train", "the number 0"),
+        (
+            {"chat_rounds": [{"role": "human", "content": "q", "train": 0}]},
+            "chat_rounds[0].train",
+            "the number 0",
+        ),
     ],
 )
 def test_wrong_rows_name_the_field(row, field, says):
@@ -75,10 +86,16 @@ def test_long_values_are_shortened():
 
 
 LEAF = (
-    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from(["human", "bot", "system", "user"])
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["human", "bot", "system", "user"])
 )
 KEYS = st.sampled_from(["chat_rounds", "role", "content", "train", "id"])
-JSON = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4))
+JSON = st.recursive(
+    LEAF, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4)
+)
 TURN = st.dictionaries(st.sampled_from(["role", "content"]), LEAF) | JSON
 
 
@@ -113,7 +130,9 @@ def test_weights_parts_and_names_of_the_other_turns():
     }
     assert KNOWN["messages"].messages(openai) == [Message("user", "ab"), Message("assistant", "c", False)]
     openai["messages"][1]["weight"] = 0.5
-    with pytest.raises(RowError, match=r"messages\[1\]\.weight: is the number 0.5; allowed: 0 \(no loss\) and 1"):
+    with pytest.raises(
+        RowError, match=r"messages\[1\]\.weight: is the number 0.5; allowed: 0 \(no loss\) and 1"
+    ):
         KNOWN["messages"].messages(openai)
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     shared = KNOWN["sharegpt"].messages({"system": "s", "conversations": turns})

@@ -1,4 +1,5 @@
-"""Whatever a file holds: every row becomes a sample or is reported, or a sentence says why. MFT_FUZZ_CASES of them."""
+"""Whatever a file holds: every row becomes a sample or is reported, or a sentence says why. MFT_FUZZ_CASES of
+them."""
 
 import gzip
 import io
@@ -31,7 +32,9 @@ words = st.text(max_size=12) | st.sampled_from(
 roles = st.sampled_from(["system", "human", "user", "bot", "assistant", "gpt", "boot", "", None, 3])
 scalars = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | words
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=6,
 )
 turns = st.fixed_dictionaries(
     {},
@@ -45,7 +48,8 @@ turns = st.fixed_dictionaries(
     },
 )
 fields = sorted(
-    {name for f in KNOWN.values() for name in vars(f).values() if name} | {"chat_rounds", "messages", "conversations"}
+    {name for f in KNOWN.values() for name in vars(f).values() if name}
+    | {"chat_rounds", "messages", "conversations"}
 )
 rows = st.one_of(
     st.builds(chat, words.filter(bool), words.filter(bool)),
@@ -70,7 +74,9 @@ lines = st.one_of(
     rows.map(lambda row: b'{"prompt": 1, "prompt": ' + spelt(row) + b"}"),
     rows.map(lambda row: spelt(row) + spelt(row)),
     st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"")),
-    st.sampled_from([b"", b"  ", b"\r", BOM, b"NaN", b"[" * 100_000, b"{}", b'"text"', b"\xff\xfe{\x00}\x00"]),
+    st.sampled_from(
+        [b"", b"  ", b"\r", BOM, b"NaN", b"[" * 100_000, b"{}", b'"text"', b"\xff\xfe{\x00}\x00"]
+    ),
 )
 contents = st.builds(
     lambda mark, parts, ends, last: (
@@ -85,11 +91,16 @@ contents = st.builds(
 
 def numbers_of_rows(content: bytes) -> set[int]:
     """The lines that are not blank, counted apart from the code that is tested."""
-    return {number for number, line in enumerate(content.removeprefix(BOM).split(b"\n"), start=1) if line.strip()}
+    return {
+        number for number, line in enumerate(content.removeprefix(BOM).split(b"\n"), start=1) if line.strip()
+    }
 
 
-def accounted(encoder, name: str, stored: bytes, whole: bool, numbers: set[int], format, bad_rows, long_samples):
-    """Tokenises a file of these bytes, and checks the account of its rows, or that a sentence says why there is none.
+def accounted(
+    encoder, name: str, stored: bytes, whole: bool, numbers: set[int], format, bad_rows, long_samples
+):
+    """Tokenises a file of these bytes, and checks the account of its rows, or that a sentence says why there
+    is none.
 
     whole: nothing was cut off the file; numbers: of all its rows.
     """
@@ -113,10 +124,14 @@ def accounted(encoder, name: str, stored: bytes, whole: bool, numbers: set[int],
         assert report["rows"] == report["kept"] + sum(report["dropped"].values()) == len(kept) + len(dropped)
         assert bad_rows == BadRows.skip or not report["dropped"]["bad row"]
         limit = math.inf if long_samples == LongSamples.keep else 48
-        assert all(len(store.sample(i)[0]) <= limit and store.sample(i)[1][1:].any() for i in range(len(store)))
+        assert all(
+            len(store.sample(i)[0]) <= limit and store.sample(i)[1][1:].any() for i in range(len(store))
+        )
 
 
-choices = st.tuples(st.sampled_from([None, *KNOWN]), st.sampled_from(list(BadRows)), st.sampled_from(list(LongSamples)))
+choices = st.tuples(
+    st.sampled_from([None, *KNOWN]), st.sampled_from(list(BadRows)), st.sampled_from(list(LongSamples))
+)
 fuzz = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 parts = st.just(1.0) | st.floats(0, 1)
 """How much of a file is left when it was cut."""
@@ -125,7 +140,9 @@ parts = st.just(1.0) | st.floats(0, 1)
 @given(contents, st.sampled_from(["plain", "gz", "zst"]), parts, choices)
 @fuzz
 def test_rows_in_are_rows_kept_and_rows_reported(encoder, content, packing, part, chosen):
-    stored = {"plain": bytes, "gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}[packing](content)
+    stored = {"plain": bytes, "gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}[packing](
+        content
+    )
     left = len(stored) if packing == "plain" else int(part * len(stored))
     name = "rows.jsonl" + {"plain": ""}.get(packing, f".{packing}")
     accounted(encoder, name, stored[:left], left == len(stored), numbers_of_rows(content), *chosen)
@@ -133,11 +150,15 @@ def test_rows_in_are_rows_kept_and_rows_reported(encoder, content, packing, part
 
 def columns(number: int):
     """Draws columns of so many values, each of some type of Parquet, with nulls."""
-    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("from", pa.string()), ("value", pa.string())])
+    turn = pa.struct(
+        [("role", pa.string()), ("content", pa.string()), ("from", pa.string()), ("value", pa.string())]
+    )
     text = words.filter(lambda word: "\ud800" not in word)
     part = st.fixed_dictionaries({k: st.none() | roles.filter(lambda r: r != 3) for k in ("role", "from")})
     part = st.builds(lambda who, what: who | {"content": what, "value": what}, part, st.none() | text)
-    talk = st.builds(lambda q, a: [{"role": r, "content": c} for r, c in (("user", q), ("assistant", a))], text, text)
+    talk = st.builds(
+        lambda q, a: [{"role": r, "content": c} for r, c in (("user", q), ("assistant", a))], text, text
+    )
     kinds = [
         (pa.string(), text),
         (pa.large_string(), text),
@@ -160,7 +181,9 @@ def columns(number: int):
         return values.map(lambda drawn: pa.array(drawn, kind[0]))
 
     broken = st.lists(st.binary(max_size=4), min_size=number, max_size=number)  # text that is not UTF-8
-    return st.sampled_from(kinds).flatmap(column) | broken.map(lambda raw: pa.array(raw, pa.binary()).view(pa.string()))
+    return st.sampled_from(kinds).flatmap(column) | broken.map(
+        lambda raw: pa.array(raw, pa.binary()).view(pa.string())
+    )
 
 
 tables = st.integers(0, 6).flatmap(
@@ -178,7 +201,9 @@ def test_rows_of_parquet_are_kept_or_reported(encoder, table, part, chosen):
     names, arrays = zip(*named, strict=True)
     pyarrow.parquet.write_table(pa.Table.from_arrays(list(arrays), list(names)), out, row_group_size=2)
     left = int(part * out.tell())
-    accounted(encoder, "rows.parquet", out.getvalue()[:left], left == out.tell(), set(range(1, number + 1)), *chosen)
+    accounted(
+        encoder, "rows.parquet", out.getvalue()[:left], left == out.tell(), set(range(1, number + 1)), *chosen
+    )
 
 
 def test_a_value_of_parquet_that_is_none_names_row_and_column(tmp_path, encoder):

@@ -31,7 +31,9 @@ def folder(tmp_path, monkeypatch):
     place = tmp_path / "chatter"
     pairs = [{"prompt": f"q{i}", "answer": "a", "score": i / 7} for i in range(40)]
     write(place / "train.jsonl", pairs)
-    write(place / "talks.jsonl", [chat("q", "a", "r", "b"), {"chat_rounds": []}, chat("only a question", "a")])
+    write(
+        place / "talks.jsonl", [chat("q", "a", "r", "b"), {"chat_rounds": []}, chat("only a question", "a")]
+    )
     write(place / "test.jsonl", pairs[:5])
     (place / "README.md").write_text(CARD)
     return place
@@ -52,7 +54,12 @@ def test_splits_and_configs_become_samples(folder, tmp_path, encoder):
     assert len(store(f"hf:{folder}:train[10:17]:pairs")) == 7
     talks = store(f"hf:{folder}:train:talks", bad_rows=BadRows.skip)
     (bad,) = talks.dropped()
-    assert (len(talks), bad["line"], bad["field"], bad["file"]) == (2, 2, "chat_rounds", f"hf:{folder}:train:talks")
+    assert (len(talks), bad["line"], bad["field"], bad["file"]) == (
+        2,
+        2,
+        "chat_rounds",
+        f"hf:{folder}:train:talks",
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,9 @@ def test_mistakes_are_sentences(folder, tmp_path, encoder, name, says):
 
 def test_columns_that_fit_no_format_are_told(folder, tmp_path, encoder):
     write(folder / "talks.jsonl", [{"ask": "q", "tell": "a"}] * 3)
-    with pytest.raises(UserError, match=r"task\.t: no format fits its rows; fields of the first one: 'ask, tell'"):
+    with pytest.raises(
+        UserError, match=r"task\.t: no format fits its rows; fields of the first one: 'ask, tell'"
+    ):
         prepare(Task("t", [f"hf:{folder}:train:talks"]), encoder, DataSettings(), tmp_path / "cache")
 
 

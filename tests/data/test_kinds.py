@@ -75,7 +75,9 @@ def test_a_broken_array_is_refused(tmp_path, text, says):
     ],
 )
 @pytest.mark.parametrize("stops", [True, False])
-def test_other_kinds_are_refused_before_a_run_whatever_becomes_of_bad_rows(tmp_path, name, content, says, stops):
+def test_other_kinds_are_refused_before_a_run_whatever_becomes_of_bad_rows(
+    tmp_path, name, content, says, stops
+):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=says) as raised:
         Task("t", [str(tmp_path / name)]).check_rows(stops)

@@ -19,7 +19,9 @@ def store(make_store):
 
 def loader(store, per_step=4, rank=0, world=1, **train):
     sizes = BatchSizes(per_step // world, 1, world)
-    return BatchLoader([store], Pad(), sizes, rank, 0, TrainSettings(**train), DataSettings(seq_length=64), [None])
+    return BatchLoader(
+        [store], Pad(), sizes, rank, 0, TrainSettings(**train), DataSettings(seq_length=64), [None]
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,10 @@ def test_an_incomplete_last_step_counts(store):
 
 def test_ranks_see_the_rows_of_one_process_and_none_twice(store):
     def seen(found, steps=3):
-        return [[sample for b in step.batches for sample in b.samples] for step in islice(found.steps(0, 0), steps)]
+        return [
+            [sample for b in step.batches for sample in b.samples]
+            for step in islice(found.steps(0, 0), steps)
+        ]
 
     whole = seen(loader(store, epochs=1))
     parts = [seen(loader(store, rank=rank, world=2, epochs=1)) for rank in (0, 1)]

@@ -1,4 +1,5 @@
-"""How often tasks come: exactly once, by shares, by temperature; evenly, and the same on any number of ranks."""
+"""How often tasks come: exactly once, by shares, by temperature; evenly, and the same on any number of
+ranks."""
 
 from itertools import islice
 
@@ -141,14 +142,18 @@ def test_temperature_goes_from_natural_to_equal_shares(samples):
     assert mixed(samples, mixture="temperature", mixture_temperature=1.0) == pytest.approx(SIZES, abs=1e-9)
     assert mixed(samples, mixture="temperature", mixture_temperature=1e9) == pytest.approx([500 / 3] * 3)
     part_K = np.sqrt(SIZES)
-    assert mixed(samples, mixture="temperature", mixture_temperature=2) == pytest.approx(500 * part_K / part_K.sum())
+    assert mixed(samples, mixture="temperature", mixture_temperature=2) == pytest.approx(
+        500 * part_K / part_K.sum()
+    )
     natural = Streams(SIZES, mixed(samples, mixture="temperature", mixture_temperature=1.0), 3).epoch(2)
     assert sorted(natural.tolist()) == list(range(500)), "a share's rounding takes or gives no sample"
 
 
 @pytest.mark.parametrize("builder", [Pack(), Pad()])
 @pytest.mark.parametrize("shares", [(None, None, None), (1.0, 2.0, 1.0)])
-def test_a_run_goes_on_in_any_epoch_and_on_any_number_of_ranks_with_the_same_samples(samples, builder, shares):
+def test_a_run_goes_on_in_any_epoch_and_on_any_number_of_ranks_with_the_same_samples(
+    samples, builder, shares
+):
     count_K = mixed(samples, shares, mixture="shares" if any(shares) else "natural")
 
     def sampler():
@@ -160,7 +165,12 @@ def test_a_run_goes_on_in_any_epoch_and_on_any_number_of_ranks_with_the_same_sam
         return sorted(i for hand in hands for micro in hand for row in micro for i in row)
 
     whole = list(islice(sampler().steps(), 2 * sampler().steps_in_epoch(0) + 20))
-    for done in (3, sampler().steps_in_epoch(0) - 1, sampler().steps_in_epoch(0), sampler().steps_in_epoch(0) + 7):
+    for done in (
+        3,
+        sampler().steps_in_epoch(0) - 1,
+        sampler().steps_in_epoch(0),
+        sampler().steps_in_epoch(0) + 7,
+    ):
         state = whole[done - 1][1]
         for world in (1, 2, 4):
             rest = [of_a_step(rows, world) for rows, _ in islice(sampler().steps(*state), 4)]

@@ -13,7 +13,9 @@ from mft.errors import UserError
 
 
 def row(*turns: str) -> dict:
-    return {"chat_rounds": [{"role": ("human", "bot")[i % 2], "content": text} for i, text in enumerate(turns)]}
+    return {
+        "chat_rounds": [{"role": ("human", "bot")[i % 2], "content": text} for i, text in enumerate(turns)]
+    }
 
 
 def test_marks_line_ends_and_separators_of_unicode_are_no_rows(tmp_path: Path) -> None:
@@ -28,7 +30,10 @@ def test_marks_line_ends_and_separators_of_unicode_are_no_rows(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b'{"chat_rounds": [{"role": "human", "content": "\xe4"}]}', "is not UTF-8: byte b'\\xe4' at byte 47"),
+        (
+            b'{"chat_rounds": [{"role": "human", "content": "\xe4"}]}',
+            "is not UTF-8: byte b'\\xe4' at byte 47",
+        ),
         (b"\xff\xfe{\x00", "is not UTF-8: byte b'\\xff' at byte 0"),
         (b"[1]", "an object with the list chat_rounds is expected"),
         (b"null", "an object with the list"),
@@ -50,7 +55,12 @@ def test_wrong_rows_are_one_sentence_with_file_and_line(tmp_path: Path, line: by
     with pytest.raises(UserError) as raised:
         read_prompts(file)
     text = str(raised.value)
-    assert text.startswith(f"train.prompts: {file}:2: ") and says in text and "\n" not in text and len(text) < 600
+    assert (
+        text.startswith(f"train.prompts: {file}:2: ")
+        and says in text
+        and "\n" not in text
+        and len(text) < 600
+    )
 
 
 def test_a_file_without_prompts_is_refused(tmp_path):

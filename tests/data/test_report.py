@@ -16,17 +16,24 @@ def printed(stores, names, width: int) -> list[list[list[str]]]:
         console.print(table)
         lines = console.export_text().splitlines()
         assert max(map(len, lines)) <= width
-        found.append([[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")])
+        found.append(
+            [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+        )
     return found
 
 
 def test_the_tables_account_for_every_row(make_store):
-    a = make_store([*(chat(f"q{i}", "a") for i in range(30)), chat("q"), chat("q" * 999, "a")], "a", seq_length=64)
+    a = make_store(
+        [*(chat(f"q{i}", "a") for i in range(30)), chat("q"), chat("q" * 999, "a")], "a", seq_length=64
+    )
     b = make_store([chat("q", "a " * 99)], "b", seq_length=64, long_samples="truncate_right", split=[0, 0, 1])
     rows, tokens = ({line[0]: line[1:] for line in lines} for lines in printed([a, b], ["a", "b"], 160))
     assert rows["a"][:3] == ["chat", "32", "30"] and rows["a"][-1] == "1 too long, 1 no trained token"
     assert rows["b"] == ["chat", "1", "1", "0", "0", "1", "1 truncated"]
-    assert rows["all"][:3] == ["", "33", "31"] and rows["all"][-1] == "1 too long, 1 no trained token, 1 truncated"
+    assert (
+        rows["all"][:3] == ["", "33", "31"]
+        and rows["all"][-1] == "1 too long, 1 no trained token, 1 truncated"
+    )
     total = a.report["tokens"] + 64
     assert tokens["all"][0] == str(total) and tokens["all"][3:] == [f"{total / 31:.0f}", "", "", ""]
     assert tokens["b"] == ["64", str(b.report["trained_tokens"]), tokens["b"][2], "64", "64", "64", "64"]
@@ -37,8 +44,13 @@ def test_the_tables_account_for_every_row(make_store):
 @pytest.mark.parametrize("width", [80, 120])
 def test_names_and_numbers_are_whole_in_a_narrow_terminal(make_store, width):
     name = "unit_tests_of_the_standard_library"
-    rows = [*({"instruction": f"q{i}", "response": "a"} for i in range(1200)), {"instruction": "q", "response": 3}]
-    store = make_store([*rows, *([rows[0] | {"response": "a " * 99}] * 3)], name, bad_rows="skip", seq_length=64)
+    rows = [
+        *({"instruction": f"q{i}", "response": "a"} for i in range(1200)),
+        {"instruction": "q", "response": 3},
+    ]
+    store = make_store(
+        [*rows, *([rows[0] | {"response": "a " * 99}] * 3)], name, bad_rows="skip", seq_length=64
+    )
     for number, lines in enumerate(printed([store, store], [name, "b"], width)):
         assert all("…" not in cell for line in lines for cell in line)
         upto = [line[0] for line in lines].index("b")
@@ -48,7 +60,14 @@ def test_names_and_numbers_are_whole_in_a_narrow_terminal(make_store, width):
             assert lines[0][2:4] == ["1,204", "1,200"] and "".join(line[1] for line in lines[:upto]) == (
                 "instruction_response"
             )
-            assert " ".join(line[-1] for line in lines[:upto]).split() == ["1", "bad", "row,", "3", "too", "long"]
+            assert " ".join(line[-1] for line in lines[:upto]).split() == [
+                "1",
+                "bad",
+                "row,",
+                "3",
+                "too",
+                "long",
+            ]
 
 
 def test_the_files_of_the_report_lose_nothing(make_store, tmp_path):

@@ -57,7 +57,9 @@ def test_order_follows_seed_and_epoch_only(samples):
 
 @pytest.mark.parametrize("builder", [Pack(), Pad()])
 def test_resuming_anywhere_continues_exactly(samples, builder):
-    whole = list(islice(sampler(samples, builder).steps(), 2 * sampler(samples, builder).steps_in_epoch(0) + 2))
+    whole = list(
+        islice(sampler(samples, builder).steps(), 2 * sampler(samples, builder).steps_in_epoch(0) + 2)
+    )
     for done, (_, state) in enumerate(whole[:-1], start=1):
         rest = list(islice(sampler(samples, builder).steps(*state), 3))
         assert rest == whole[done : done + 3] or len(whole) - done < 3
@@ -109,7 +111,9 @@ def test_rows_dealt_by_length_meet_their_like(samples, world):
     for rows, _ in islice(sampler(samples, Pad(), rows_per_step=32).steps(), 11):
         dealt = [deal(rows, rank, world, 8 // world, samples.row_length) for rank in range(world)]
         assert sorted(row for hand in dealt for micro in hand for row in micro) == sorted(rows)
-        lengths = [samples.row_length(row) for turn in zip(*dealt, strict=True) for micro in turn for row in micro]
+        lengths = [
+            samples.row_length(row) for turn in zip(*dealt, strict=True) for micro in turn for row in micro
+        ]
         assert lengths == sorted(lengths, reverse=True), "the longest first, and side by side on the ranks"
 
 
@@ -156,5 +160,9 @@ def test_a_draw_follows_seed_and_step_and_takes_some_of_each_task(samples):
     assert len(set(numbers.tolist())) == 110
     assert np.bincount(samples.task_N[numbers]).tolist() == [60, 50]
     assert numbers.tolist() == draw(samples, 60, seed=1, step=5).tolist()
-    assert numbers.tolist() != draw(samples, 60, seed=1, step=6).tolist() != draw(samples, 60, seed=2, step=6).tolist()
+    assert (
+        numbers.tolist()
+        != draw(samples, 60, seed=1, step=6).tolist()
+        != draw(samples, 60, seed=2, step=6).tolist()
+    )
     assert draw(Samples(samples.stores, "valid"), 60, seed=1, step=5).tolist() == []

@@ -1,4 +1,5 @@
-"""Chat templates from outside end in bounded time and memory, and render as they do in transformers' own sandbox."""
+"""Chat templates from outside end in bounded time and memory, and render as they do in transformers' own
+sandbox."""
 
 import copy
 import resource
@@ -15,7 +16,9 @@ from mft.data.template_choice import named
 from mft.errors import UserError
 from tests.data.conftest import CHATML
 
-DOUBLED = "{% set ns = namespace(x=START) %}{% for i in range(60) %}{% set ns.x = NEXT %}{% endfor %}{{ ns.x }}"
+DOUBLED = (
+    "{% set ns = namespace(x=START) %}{% for i in range(60) %}{% set ns.x = NEXT %}{% endfor %}{{ ns.x }}"
+)
 BOMBS = {
     "range": "{% for i in range(10**9) %}x{% endfor %}",
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -82,27 +85,35 @@ TEMPLATES = {
         "{%- set index = (messages|length - 1) - loop.index0 %}"
         "{%- if ns.multi and message.role == 'user' and not(message.content.startswith('<t>')) %}"
         "{%- set ns.multi = false %}{%- set ns.last = index %}{%- endif %}{%- endfor %}"
-        "{%- for message in messages %}{%- set content = message.content if message.content is string else '' %}"
+        "{%- for message in messages %}{%- set content = message.content if message.content is string else "
+        "'' %}"
         "{%- if message.role == 'assistant' %}{%- if '</think>' in content %}"
         "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
-        "{{- '<|im_start|>' + message.role + '\\n<think>\\n' + ''|trim + '\\n</think>\\n\\n' + content~'<|im_end|>' }}"
-        "{%- else %}{{- '<|im_start|>' ~ message.role ~ loop.index ~ loop.last ~ '\\n' ~ content + '<|im_end|>\\n' }}"
-        "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+        "{{- '<|im_start|>' + message.role + '\\n<think>\\n' + ''|trim + '\\n</think>\\n\\n' + "
+        "content~'<|im_end|>' }}"
+        "{%- else %}{{- '<|im_start|>' ~ message.role ~ loop.index ~ loop.last ~ '\\n' ~ content + "
+        "'<|im_end|>\\n' }}"
+        "{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- "
+        "endif %}"
     ),
     "many words": (
-        "{% macro turn(role, text='x') -%}[{{ role | upper }}: {{ caller() if caller else text }}]{%- endmacro %}"
+        "{% macro turn(role, text='x') -%}[{{ role | upper }}: {{ caller() if caller else text }}]{%- "
+        "endmacro %}"
         "{% for m in messages if m.role != 'system' recursive %}{{ turn(m['role'], m.content | trim) }}"
         "{{ m.content | replace('a', 'b') }}"
         "{{ loop.length }}{{ loop.previtem.role if loop.previtem is defined }}{{ loop.cycle('odd', 'even') }}"
         "{% if loop.index > 3 %}{% break %}{% endif %}{% else %}none{% endfor %}"
         "{% call turn('system') %}{{ messages | map(attribute='role') | unique | join(', ') }}{% endcall %}"
-        "{% filter upper %}{{ messages[0] | tojson(indent=2) }}{% endfilter %}{{ '%s-%05.1f' % ('a', 2 / 3) }}"
+        "{% filter upper %}{{ messages[0] | tojson(indent=2) }}{% endfilter %}{{ '%s-%05.1f' % ('a', 2 / "
+        "3) }}"
         "{{ '{:>4}'.format(7) }}{{ missing }}{{ missing | default('none') }}{{ none }}{{ 7 // 2 * 3 }}"
         "{{ [1, 'a'] + [none] }}{% set x %}{{ 2 ** 5 }}{% endset %}{{ x ~ 1.50 ~ true }}"
         "{{ dict(a=1) | items | list }}{{ bos_token }}"
         "{{ range(3) | sum }}"
-        "{% generation %}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{% endgeneration %}"
-        "{% for k, v in {'a': {'b': [1]}}.items() %}{{ k }}{{ v }}{{ v.b | first }}{% endfor %}{{ 'x' if x else 'y' }}"
+        "{% generation %}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{% "
+        "endgeneration %}"
+        "{% for k, v in {'a': {'b': [1]}}.items() %}{{ k }}{{ v }}{{ v.b | first }}{% endfor %}{{ 'x' if x "
+        "else 'y' }}"
     ),
 }
 

@@ -31,7 +31,8 @@ def test_missing_paths_name_the_nearest_and_the_advice(tmp_path):
     with pytest.raises(UserError) as raised:
         task.files()
     assert str(raised.value) == (
-        f"task.docs.paths: {tmp_path}/docstrings does not exist; did you mean docstring?; run `mft demo` first"
+        f"task.docs.paths: {tmp_path}/docstrings does not exist; did you mean docstring?; run `mft demo` "
+        f"first"
     )
     with pytest.raises(UserError, match=r"nor does .*gone"):
         Task("docs", [str(tmp_path / "gone" / "x")]).files()
@@ -86,7 +87,9 @@ def test_fingerprint_is_of_contents_only_and_remembered(tmp_path, monkeypatch):
     moved = write(tmp_path / "other" / "y.jsonl", [chat("q", "a")])
     assert Task("other", [str(moved)]).fingerprint(cache) == first
     with monkeypatch.context() as patch:
-        patch.setattr("mft.data.cache.fingerprint._digest", lambda file: pytest.fail("the file was read again"))
+        patch.setattr(
+            "mft.data.cache.fingerprint._digest", lambda file: pytest.fail("the file was read again")
+        )
         assert task.fingerprint(cache) == first
     write(file, [chat("q", "b")])
     assert task.fingerprint(cache) != first
@@ -179,9 +182,15 @@ def test_a_format_may_be_given_by_its_name(tmp_path, name):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"format": "mesages"}, r"task\.t\.format='mesages': unknown format; did you mean messages\? Allowed: auto"),
+        (
+            {"format": "mesages"},
+            r"task\.t\.format='mesages': unknown format; did you mean messages\? Allowed: auto",
+        ),
         ({"format": ["messages"]}, r"task\.t\.format=\['messages'\]: unknown format"),
-        ({"format": {"prompt": "q", "answer": "a"}}, r"_target_: mft\.data\.formats\.Pair, prompt: my_question"),
+        (
+            {"format": {"prompt": "q", "answer": "a"}},
+            r"_target_: mft\.data\.formats\.Pair, prompt: my_question",
+        ),
         ({"format": None}, r"task\.t\.format=None: unknown format"),
         ({"weight": math.nan}, r"task\.t\.weight=nan must be at least 0 and finite"),
         ({"weight": math.inf}, r"task\.t\.weight=inf"),

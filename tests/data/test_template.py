@@ -68,13 +68,17 @@ def test_markers_reach_the_ids(tokenizer):
 
 
 def test_wrong_markers_and_names_are_refused():
-    with pytest.raises(UserError, match=r"data\.role_markers: unknown role 'asistant'.*did you mean assistant"):
+    with pytest.raises(
+        UserError, match=r"data\.role_markers: unknown role 'asistant'.*did you mean assistant"
+    ):
         Template({"asistant": "x"})
     with pytest.raises(UserError, match="human and user are the same role"):
         Template({"human": "x", "user": "y"})
     with pytest.raises(UserError, match=r"data\.role_markers\.bot: 3 is not text"):
         Template({"bot": 3})
-    with pytest.raises(UserError, match=r"unknown template 'mtf'; allowed: mft, mftcoder, .*did you mean mft"):
+    with pytest.raises(
+        UserError, match=r"unknown template 'mtf'; allowed: mft, mftcoder, .*did you mean mft"
+    ):
         named("mtf")
     assert named("mft", {"bot": "B"}).markers["assistant"] == "B"
 
@@ -110,7 +114,9 @@ def test_the_contract_of_templates(kind, name):
         asked = tokenizer.apply_chat_template(plain[:turns], tokenize=False, add_generation_prompt=True)
         assert asked == template.prompt(TALK[:turns], tokenizer.eos_token)
         assert Encoder(tokenizer, of_tokenizer(tokenizer)).encode_prompt(TALK[:turns]) == prompt
-    assert (ids_S[trained_S] == tokenizer.eos_token_id).sum() == 2, "every answer ends with a trained end of turn"
+    assert (ids_S[trained_S] == tokenizer.eos_token_id).sum() == 2, (
+        "every answer ends with a trained end of turn"
+    )
     if tokenizer.bos_token_id is not None and name == OWN:
         assert (ids_S == tokenizer.bos_token_id).sum() == 1
 
@@ -119,7 +125,9 @@ def test_the_contract_of_templates(kind, name):
 def test_a_tokenizer_without_an_end_is_refused_with_a_hint(kind, name):
     kind.chat_template = CHATML
     kind.eos_token = None
-    with pytest.raises(UserError, match=r"model\.eos_token: the tokenizer has no end-of-sequence token.*e\.g\. model"):
+    with pytest.raises(
+        UserError, match=r"model\.eos_token: the tokenizer has no end-of-sequence token.*e\.g\. model"
+    ):
         Encoder(kind, named(name, None, kind))
 
 
@@ -143,7 +151,9 @@ def test_the_end_is_learned_where_it_is_the_padding_too(kind, name):
     encoder = Encoder(kind, template)
     rows = [[Sample(*encoder.encode(TALK[:n]), task=0)] for n in (5, 3)]
     batch = Pack().collate(rows, kind.pad_token_id, 512)
-    assert (batch.target_BT == kind.eos_token_id).sum(1).tolist() == [2, 1], "every end of a bot turn is a target"
+    assert (batch.target_BT == kind.eos_token_id).sum(1).tolist() == [2, 1], (
+        "every end of a bot turn is a target"
+    )
     padding_BT = batch.sample_BT == -1
     assert padding_BT[1].any() and (batch.target_BT[padding_BT] == IGNORE).all()
     assert (batch.ids_BT[padding_BT] == kind.eos_token_id).all()

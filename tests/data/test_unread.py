@@ -1,4 +1,5 @@
-"""What a format does not read is counted and named; what would be trained against the row's own word is refused."""
+"""What a format does not read is counted and named; what would be trained against the row's own word is
+refused."""
 
 import datetime
 
@@ -31,16 +32,28 @@ CALL = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}
     [
         ("messages", {"messages": talk()}, set()),
         ("messages", {"messages": talk(reasoning_content="thought")}, {"messages[].reasoning_content"}),
-        ("messages", {"messages": talk(thinking="thought", name="x")}, {"messages[].thinking", "messages[].name"}),
+        (
+            "messages",
+            {"messages": talk(thinking="thought", name="x")},
+            {"messages[].thinking", "messages[].name"},
+        ),
         ("messages", {"messages": talk(tool_calls=CALL), "tools": CALL}, {"messages[].tool_calls", "tools"}),
         ("messages", {"messages": talk(function_call={"name": "f"}), "images": [b"\x89PNG"]}, None),
         ("messages", {"messages": talk(train=False, weight=0, loss_mask=0, tool_calls=None, name="")}, set()),
         ("messages", {"messages": talk(tool_calls=[], function_call={"name": None})}, set()),
-        ("messages", {"messages": talk(content=[{"type": "text", "text": "a", "cache_control": {"type": "x"}}])}, None),
+        (
+            "messages",
+            {"messages": talk(content=[{"type": "text", "text": "a", "cache_control": {"type": "x"}}])},
+            None,
+        ),
         ("messages", {"messages": talk(), "text": "rendered", "prompt": "q"}, {"text", "prompt"}),
         ("messages", {"messages": talk(), "loss_mask": [0, 1], "weight": 0.5}, {"loss_mask", "weight"}),
         ("chat", chat("q", "a") | {"data_name": "x", "score": 0.5, "id": 7, "ok": True}, {"data_name"}),
-        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}], "system": "s", "mask": "User"}, {"mask"}),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "q"}], "system": "s", "mask": "User"},
+            {"mask"},
+        ),
         ("question_answer", pair("question", "answer", context="lost", system="s"), {"context"}),
         ("instruction_response", pair("instruction", "response", context="lost", input="i"), {"context"}),
         ("instruction_output", pair("instruction", "output", history=[["q", "a"]]), {"history"}),

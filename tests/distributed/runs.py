@@ -44,7 +44,10 @@ class Tree:
 
     def __init__(self, root: Path):
         self.root = root
-        self.data = [f"cache_dir={root / 'cache'}", f"data.paths=[{','.join(map(str, write_tasks(root / 'tasks')))}]"]
+        self.data = [
+            f"cache_dir={root / 'cache'}",
+            f"data.paths=[{','.join(map(str, write_tasks(root / 'tasks')))}]",
+        ]
 
     def folder(self, backend: str, case: str) -> Path:
         """Returns the folder of a run."""
@@ -58,7 +61,13 @@ class Tree:
         self, backend: str, case: str, overrides: Sequence[str], ranks: int = 2, start: Path | None = None
     ) -> Path:
         """Freezes a run and returns its folder; start: a checkpoint that it is to go on from."""
-        settings = [*self.data, f"dist={backend}", f"launch.nproc={ranks}", *FORCED.get(backend, []), *overrides]
+        settings = [
+            *self.data,
+            f"dist={backend}",
+            f"launch.nproc={ranks}",
+            *FORCED.get(backend, []),
+            *overrides,
+        ]
         folder = frozen(self.folder(backend, case), settings)
         if start:
             shutil.copytree(start, folder / "checkpoints" / start.name)
@@ -67,7 +76,21 @@ class Tree:
 
 def write_tasks(folder: Path) -> list[Path]:
     """Writes two tasks of short conversations of very different lengths; returns their folders."""
-    words = ["def", "add", "return", "value", "list", "of", "names", "for", "in", "range", "import", "test", "the"]
+    words = [
+        "def",
+        "add",
+        "return",
+        "value",
+        "list",
+        "of",
+        "names",
+        "for",
+        "in",
+        "range",
+        "import",
+        "test",
+        "the",
+    ]
     paths = []
     for task in ("left", "right"):
         path = folder / task
@@ -76,7 +99,8 @@ def write_tasks(folder: Path) -> list[Path]:
         for i in range(48):
             ask = " ".join(words[(i * 7 + k) % len(words)] for k in range(2 + i % 5))
             say = " ".join(
-                words[(i * 3 + k * (2 if task == "left" else 5)) % len(words)] for k in range(1 + (i * i) % 13)
+                words[(i * 3 + k * (2 if task == "left" else 5)) % len(words)]
+                for k in range(1 + (i * i) % 13)
             )
             turns = [{"role": "human", "content": ask}, {"role": "bot", "content": say}]
             lines.append(json.dumps({"chat_rounds": turns}))
@@ -99,8 +123,8 @@ def frozen(run_dir: Path, overrides: Sequence[str]) -> Path:
 
 
 def play(run_dirs: Sequence[Path]) -> None:
-    """Runs each frozen run in this rank, silently and without the pictures of its losses, which take longer than its
-    steps."""
+    """Runs each frozen run in this rank, silently and without the pictures of its losses, which take longer
+    than its steps."""
     from omegaconf import OmegaConf
 
     from mft.run import run
@@ -125,7 +149,11 @@ def weights(folder: Path) -> dict[str, Any]:
     """Returns the tensors of a folder's safetensors files."""
     from safetensors.torch import load_file
 
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
 
 
 def largest(one: Sequence[float], two: Sequence[float]) -> float:

@@ -1,4 +1,5 @@
-"""Adapters that are more than matrices beside linear layers, on two ranks of each backend against one process."""
+"""Adapters that are more than matrices beside linear layers, on two ranks of each backend against one
+process."""
 
 from __future__ import annotations
 
@@ -18,7 +19,12 @@ CASES = {
     "dora_4_bit": ("model=tiny", "peft=qlora", "peft.use_dora=true"),
     "pissa": ("model=tiny", "peft=lora", "peft.init=pissa"),
     "tokens": ("model=tiny", "peft=lora", f'model.add_tokens=["return value",{TOKENS}]'),
-    "tokens_full": ("model=tiny", "model.tied=false", "peft=full", f'model.add_tokens=["return value",{TOKENS}]'),
+    "tokens_full": (
+        "model=tiny",
+        "model.tied=false",
+        "peft=full",
+        f'model.add_tokens=["return value",{TOKENS}]',
+    ),
 }
 BACKENDS = {
     "ddp": ("experts", "pissa", "tokens", "tokens_full"),
@@ -32,7 +38,9 @@ PAIRS = [(backend, case) for backend, cases in BACKENDS.items() for case in case
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     tree = Tree(tmp_path_factory.mktemp("adapters"))
-    base = mixture_folder("qwen3_moe", tree.root / "base", Tiny(cache_dir=str(tree.root / "cache")).tokenizer())
+    base = mixture_folder(
+        "qwen3_moe", tree.root / "base", Tiny(cache_dir=str(tree.root / "cache")).tokenizer()
+    )
     # the router's loss is a mean over micro-batches, the one thing that depends on how a step is divided
     mixture = ("model=qwen3_moe", f"model.path={base}", "model.eos_token=null", "model.router_coef=0")
     steps = ("train.max_steps=3", "train.eval_every=3", *LAYOUTS["pad"])

@@ -19,7 +19,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     asked = ["return value", "names for import in range and some more words to be padded to"]
     rows = [{"data_name": "left", "chat_rounds": [{"role": "human", "content": words}]} for words in asked]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asking = (f"train.prompts={prompts}", "train.prompts_max_new_tokens=5", "train.max_steps=3", *LAYOUTS["pack"])
+    asking = (
+        f"train.prompts={prompts}",
+        "train.prompts_max_new_tokens=5",
+        "train.max_steps=3",
+        *LAYOUTS["pack"],
+    )
     cases = {peft: (*asking, f"peft={peft}", "train.eval_every=3") for peft in CASES}
     play_beside_single(tree, cases, dict.fromkeys(CASES, ("zero3", "fsdp")))
     return tree

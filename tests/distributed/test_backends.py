@@ -15,7 +15,12 @@ from tests.selection import long, selected
 OTHER = {
     "adaptive": ("peft=full", "loss=famo", *LAYOUTS["pack"]),
     "checkpointing": ("peft=qlora", "model.gradient_checkpointing=true", *LAYOUTS["pad"]),
-    "checkpointing_full": ("peft=full", "model.tied=false", "model.gradient_checkpointing=true", *LAYOUTS["pack"]),
+    "checkpointing_full": (
+        "peft=full",
+        "model.tied=false",
+        "model.gradient_checkpointing=true",
+        *LAYOUTS["pack"],
+    ),
     "checkpointing_lora": ("peft=lora", "model.gradient_checkpointing=true", *LAYOUTS["pack"]),
 }
 """Further runs of each backend: a loss mode that runs the micro-batches without gradient too, and so on."""
@@ -31,7 +36,9 @@ LONG = ("full-pad", "lora-pack", "qlora-pad", "checkpointing_full", "checkpointi
 def tree(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tree:
     tree = Tree(tmp_path_factory.mktemp("backends"))
     cases = selected(request, "case")
-    play_beside_single(tree, {case: overrides for case, overrides in (MATRIX | OTHER).items() if case in cases})
+    play_beside_single(
+        tree, {case: overrides for case, overrides in (MATRIX | OTHER).items() if case in cases}
+    )
     return tree
 
 
@@ -57,7 +64,9 @@ def test_raw_config_is_merged_over_ours_and_may_not_say_what_a_setting_says() ->
     other = compose_resolved(["dist=zero3", "+dist.config.zero_optimization.zero_hpz_partition_size=8"])
     assert component(one, "dist").config == {"zero_optimization": {"round_robin_gradients": True}}
     assert component(other, "dist").config == {"zero_optimization": {"zero_hpz_partition_size": 8}}
-    with pytest.raises(UserError, match=r"dist\.config\.gradient_clipping is decided by train\.max_grad_norm"):
+    with pytest.raises(
+        UserError, match=r"dist\.config\.gradient_clipping is decided by train\.max_grad_norm"
+    ):
         Zero2(config={"gradient_clipping": 1.0}).check()
     with pytest.raises(UserError, match=r"zero_optimization\.stage is decided by dist"):
         Zero3(config={"zero_optimization": {"stage": 1}}).check()

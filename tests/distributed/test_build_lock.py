@@ -1,4 +1,5 @@
-"""DeepSpeed's op for CPUs is built after a killed process, too: what guarded its build is removed, if nobody has it."""
+"""DeepSpeed's op for CPUs is built after a killed process, too: what guarded its build is removed, if nobody
+has it."""
 
 from __future__ import annotations
 

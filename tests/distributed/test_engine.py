@@ -1,4 +1,5 @@
-"""Engines: shares add up over any layout, state round trips bit for bit, and an engine is what it was asked to be."""
+"""Engines: shares add up over any layout, state round trips bit for bit, and an engine is what it was asked
+to be."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def prepared(engine: Engine, dropout: float = 0.0, kind: type[Model] = Model) ->
     return engine.prepare(model, torch.optim.AdamW(trained, lr=0.1))
 
 
-def train(engine: Engine, module: torch.nn.Module, optimizer: Any, steps: range, clip: float | None) -> list[float]:
+def train(
+    engine: Engine, module: torch.nn.Module, optimizer: Any, steps: range, clip: float | None
+) -> list[float]:
     """Deals each step's micro-batches to the ranks and returns the gradient norms."""
     norms = []
     for step in steps:
@@ -157,7 +160,11 @@ def short(backend: Single | Ddp, precision: str) -> dict[str, Any]:
     engine = backend.start(precision, cpu=True)
     module, optimizer = prepared(engine)
     out = module(micro_batches(0)[0])
-    return {"dtype": str(out.dtype), "norm": train(engine, module, optimizer, range(1), 1.0), "close": engine.close()}
+    return {
+        "dtype": str(out.dtype),
+        "norm": train(engine, module, optimizer, range(1), 1.0),
+        "close": engine.close(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +222,9 @@ def test_ranks_know_themselves_and_add_up(two: list[dict[str, Any]]) -> None:
 def test_a_nan_on_one_rank_stops_both(two: list[dict[str, Any]]) -> None:
     for result in two:
         found = result["poisoned"]
-        assert found["norm"] != found["norm"] and found["unchanged"] and found["zeroed"] and not found["skipped"]
+        assert (
+            found["norm"] != found["norm"] and found["unchanged"] and found["zeroed"] and not found["skipped"]
+        )
     assert two[0]["poisoned"]["clean"] == two[1]["poisoned"]["clean"] > 0
 
 
@@ -282,7 +291,8 @@ def test_bf16_computes_under_autocast_and_returns_fp32(backend: Single | Ddp) ->
 
 def test_an_overflow_that_the_loss_scaler_answers_is_skipped_and_no_error() -> None:
     engine = Single().start("fp32", cpu=True)
-    # accelerate makes a scaler on GPUs only; torch's works on a CPU, so the path is walked here by giving it one
+    # accelerate makes a scaler on GPUs only; torch's works on a CPU, so the path is walked here by giving it
+    # one
     engine.accelerator.state._mixed_precision, engine.accelerator.native_amp = "fp16", True
     engine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     module = torch.nn.Linear(3, 1, bias=False)
@@ -324,7 +334,9 @@ class Impostor(DdpEngine):
 
 def test_an_engine_proves_what_it_is() -> None:
     engine = Single().start("fp32", cpu=True)
-    with pytest.raises(UserError, match="dist=ddp did not start as configured: accelerate reports NO with 1 processes"):
+    with pytest.raises(
+        UserError, match="dist=ddp did not start as configured: accelerate reports NO with 1 processes"
+    ):
         Impostor(engine.accelerator, owns_group=False)
     engine.wrapper = "DistributedDataParallel"
     with pytest.raises(UserError, match="the model is a Model, not a DistributedDataParallel"):

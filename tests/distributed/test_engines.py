@@ -1,4 +1,5 @@
-"""What conf/dist says is what the live engine does: its settings, its exchanges of gradients, a NaN on one rank."""
+"""What conf/dist says is what the live engine does: its settings, its exchanges of gradients, a NaN on one
+rank."""
 
 from __future__ import annotations
 
@@ -26,7 +27,12 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "zero3": ("zero3", {"persistence_threshold": 0, "gather_on_save": False}),
     "zero3 sizes": (
         "zero3",
-        {"reduce_bucket_size": 1234, "prefetch_bucket_size": 77, "persistence_threshold": 7, "max_live_parameters": 99},
+        {
+            "reduce_bucket_size": 1234,
+            "prefetch_bucket_size": 77,
+            "persistence_threshold": 7,
+            "max_live_parameters": 99,
+        },
     ),
     "fsdp": ("fsdp", {}),
     "fsdp kept": ("fsdp", {"reshard": False, "gather_on_save": False}),
@@ -85,7 +91,9 @@ def facts(name: str) -> dict[str, Any]:
         from torch.distributed.fsdp import FSDPModule
         from torch.distributed.tensor import DTensor
 
-        found["units"] = sorted(type(part).__name__ for part in module.modules() if isinstance(part, FSDPModule))
+        found["units"] = sorted(
+            type(part).__name__ for part in module.modules() if isinstance(part, FSDPModule)
+        )
         module(micro_batches(0)[0])
         found["kept"] = not isinstance(module.hidden.weight, DTensor)
     if name.startswith("zero"):
@@ -93,16 +101,23 @@ def facts(name: str) -> dict[str, Any]:
         found |= {"sends": str(module.communication_data_type)}
         found["reduce"] = optimizer.reduce_bucket_size
     if name in ("zero1", "zero2"):
-        found |= {"allgather": optimizer.allgather_bucket_size, "round_robin": optimizer.round_robin_gradients}
+        found |= {
+            "allgather": optimizer.allgather_bucket_size,
+            "round_robin": optimizer.round_robin_gradients,
+        }
     if name.startswith("zero3"):
-        found["prefetch"], found["live"] = module.zero_prefetch_bucket_size(), module.zero_max_live_parameters()
+        found["prefetch"], found["live"] = (
+            module.zero_prefetch_bucket_size(),
+            module.zero_max_live_parameters(),
+        )
         found["whole"] = sorted(n for n, p in engine.unwrap(module).named_parameters() if p.ds_persist)
     engine.close()
     return found
 
 
 def halves(name: str) -> dict[str, Any]:
-    """Returns the types of parameters, of what is updated and of the gradients that are exchanged under bf16."""
+    """Returns the types of parameters, of what is updated and of the gradients that are exchanged under
+    bf16."""
     engine = backend(name).start("bf16", cpu=True)
     module, _ = prepared(engine, kind=Layered)
     updated = engine._pieces()[0].owner
@@ -151,7 +166,9 @@ def two() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_gradients_are_exchanged_once_a_step_or_in_every_micro_batch(two: list[dict[str, Any]], name: str) -> None:
+def test_gradients_are_exchanged_once_a_step_or_in_every_micro_batch(
+    two: list[dict[str, Any]], name: str
+) -> None:
     for rank in two:
         one, three = rank["facts"][name]["exchanges"]
         if name in ("ddp", "zero1", "fsdp", "fsdp kept"):
@@ -166,7 +183,9 @@ def test_settings_reach_ddp_and_fsdp(two: list[dict[str, Any]]) -> None:
     assert found["fsdp"]["units"] == ["FSDPLayered", "FSDPLinear", "FSDPLinear", "FSDPLinear"]
     assert (found["fsdp"]["kept"], found["fsdp kept"]["kept"]) == (False, True)
     assert (found["fsdp"]["gathers"], found["fsdp kept"]["gathers"]) == (True, False)
-    assert "model.shard_layers=['Linaer']" in two[0]["misnamed"] and "did you mean Linear?" in two[0]["misnamed"]
+    assert (
+        "model.shard_layers=['Linaer']" in two[0]["misnamed"] and "did you mean Linear?" in two[0]["misnamed"]
+    )
 
 
 def test_settings_reach_deepspeed(two: list[dict[str, Any]]) -> None:
@@ -208,5 +227,7 @@ def test_what_is_trained_is_updated_in_fp32(two: list[dict[str, Any]]) -> None:
 def test_a_nan_on_one_rank_updates_nothing_on_both(two: list[dict[str, Any]], name: str) -> None:
     for rank in two:
         found = rank["poisoned"][name]
-        assert found["norm"] != found["norm"] and found["unchanged"] and found["zeroed"] and not found["skipped"]
+        assert (
+            found["norm"] != found["norm"] and found["unchanged"] and found["zeroed"] and not found["skipped"]
+        )
     assert two[0]["poisoned"][name]["clean"] == two[1]["poisoned"][name]["clean"] > 0

@@ -26,7 +26,9 @@ def matrix(tree: Tree, backend: str) -> list[Path]:
         # the balance loss is a mean over micro-batches, so it is another one on two ranks
         asked += ["train.max_steps=4", "train.eval_every=4", "model.router_coef=0" * (name == "qwen3_moe")]
         asked += LAYOUTS["pack"]
-        runs.append(tree.frozen(backend, f"{name}-{peft}", [a for a in asked if a], 1 if backend == "single" else 2))
+        runs.append(
+            tree.frozen(backend, f"{name}-{peft}", [a for a in asked if a], 1 if backend == "single" else 2)
+        )
     return runs
 
 

@@ -35,7 +35,9 @@ Found = list[dict[str, dict[str, float]]]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Found:
-    return run_ranks(2, loadings, CASES, str(tiny_folder), str(big_folder(tmp_path_factory.mktemp("loading"))))
+    return run_ranks(
+        2, loadings, CASES, str(tiny_folder), str(big_folder(tmp_path_factory.mktemp("loading")))
+    )
 
 
 def test_a_rank_takes_its_part_and_a_layer_or_two_while_it_loads(found: Found) -> None:

@@ -1,4 +1,5 @@
-"""A sample without a finite loss that one of two ranks holds: both pass over the step, or both end with its name."""
+"""A sample without a finite loss that one of two ranks holds: both pass over the step, or both end with its
+name."""
 
 from __future__ import annotations
 
@@ -30,7 +31,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, task = poisoned_model(root / "model"), odd_task(root / "odd")
     for backend in ("single", *BACKENDS):
         ranks = 1 if backend == "single" else 2
-        given = [f"cache_dir={root / 'cache'}", *settings(model, task), f"dist={backend}", f"launch.nproc={ranks}"]
+        given = [
+            f"cache_dir={root / 'cache'}",
+            *settings(model, task),
+            f"dist={backend}",
+            f"launch.nproc={ranks}",
+        ]
         given += ["train.per_device_batch_size=1", "train.global_batch_size=2", *FORCED.get(backend, [])]
         given += ["train.eval_every=null", "train.eval_at_start=false", "peft=lora"]
         for allowed in (1, 3):
@@ -46,7 +52,9 @@ def test_the_step_is_passed_over_on_both_ranks(root: Path, backend: str) -> None
     assert read_json(two / "summary.json")["skipped_steps"] == 3
     losses = logged(two, "train/loss")
     assert losses.count(None) == 3  # type: ignore[arg-type]
-    assert losses == [loss if loss is None else pytest.approx(loss, abs=1e-5) for loss in logged(one, "train/loss")]
+    assert losses == [
+        loss if loss is None else pytest.approx(loss, abs=1e-5) for loss in logged(one, "train/loss")
+    ]
     assert differences(one, two, series=())["weights"] < 1e-5
 
 

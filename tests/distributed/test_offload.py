@@ -24,12 +24,19 @@ CASES = {
 }
 PEFTS = ("full", "lora", "qlora")
 RESUMED = ("optimizer-full", "both-full", "fsdp-full")
-SETTINGS = ("train.max_steps=4", "train.eval_every=4", "train.save_every=2", "scheduler=constant", *LAYOUTS["pad"])
+SETTINGS = (
+    "train.max_steps=4",
+    "train.eval_every=4",
+    "train.save_every=2",
+    "scheduler=constant",
+    *LAYOUTS["pad"],
+)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """Four steps of two micro-batches on one process, and on two ranks with each offload; some also from step 2 on."""
+    """Four steps of two micro-batches on one process, and on two ranks with each offload; some also from step
+    2 on."""
     tree = Tree(tmp_path_factory.mktemp("offload"))
     run_ranks(1, play, [tree.frozen("single", peft, (f"peft={peft}", *SETTINGS), 1) for peft in PEFTS])
 
@@ -38,7 +45,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
         return tree.frozen(backend, name, (*given, *SETTINGS), start=start)
 
     run_ranks(2, play, [frozen(case, case) for case in CASES])
-    run_ranks(2, play, [frozen(case, f"{case}-again", tree.step(CASES[case][0], case, 2)) for case in RESUMED])
+    run_ranks(
+        2, play, [frozen(case, f"{case}-again", tree.step(CASES[case][0], case, 2)) for case in RESUMED]
+    )
     return tree
 
 

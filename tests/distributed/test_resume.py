@@ -37,10 +37,13 @@ HALF = [("zero2", "lora"), ("zero3", "full"), ("fsdp", "full")]
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """Nine steps on two ranks, saved every third; gone on with from step 3 on two ranks and on one, and from there."""
+    """Nine steps on two ranks, saved every third; gone on with from step 3 on two ranks and on one, and from
+    there."""
     tree = Tree(tmp_path_factory.mktemp("resume"))
 
-    def frozen(backend: str, peft: str, case: str, ranks: int, steps: int = 9, start: Path | None = None) -> Path:
+    def frozen(
+        backend: str, peft: str, case: str, ranks: int, steps: int = 9, start: Path | None = None
+    ) -> Path:
         settings = (f"peft={peft}", *SETTINGS, f"train.max_steps={steps}", *DROPOUT.get(peft, ()))
         return tree.frozen(backend, f"{peft}-{case}", settings, ranks, start)
 
@@ -105,8 +108,8 @@ def updated(state: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tenso
 
 
 def compare(run_dir: Path, last: str, full: bool) -> None:
-    """Loads final/ with transformers and peft alone: nothing missing, nothing unexpected, the weights as updated, which
-    the checkpoint `last` holds, too."""
+    """Loads final/ with transformers and peft alone: nothing missing, nothing unexpected, the weights as
+    updated, which the checkpoint `last` holds, too."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -139,7 +142,9 @@ def test_what_is_saved_is_what_was_trained_and_loads_without_mft(tree: Tree, bac
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("backend, case", HALF)
-def test_what_was_computed_in_half_precision_is_saved_as_it_was_updated(tree: Tree, backend: str, case: str) -> None:
+def test_what_was_computed_in_half_precision_is_saved_as_it_was_updated(
+    tree: Tree, backend: str, case: str
+) -> None:
     compare(tree.folder(backend, f"{case}-half"), "step-9", full=case == "full")
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints of the divided state alone, and of modules trained whole, on two ranks: gone on with, and loaded."""
+"""Checkpoints of the divided state alone, and of modules trained whole, on two ranks: gone on with, and
+loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +24,12 @@ CASES = {
     "untied": ("peft=full", "model.tied=false", "dist.gather_on_save=false"),
     "adapter": ("peft=qlora", "dist.gather_on_save=false"),
     "head": ("peft=lora", "peft.modules_to_save=[lm_head]"),
-    "head_sharded": ("peft=lora", "model.tied=false", "peft.modules_to_save=[lm_head]", "dist.gather_on_save=false"),
+    "head_sharded": (
+        "peft=lora",
+        "model.tied=false",
+        "peft.modules_to_save=[lm_head]",
+        "dist.gather_on_save=false",
+    ),
 }
 SHARDED = [case for case in CASES if case != "head"]
 PAIRS = [(backend, case) for backend in ("zero3", "fsdp") for case in SHARDED] + [("zero2", "head")]
@@ -35,7 +41,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     tree = Tree(tmp_path_factory.mktemp("saving"))
 
     def frozen(backend: str, case: str, name: str, ranks: int = 2, start: Path | None = None) -> Path:
-        given = CASES[case] if backend != "single" else [word for word in CASES[case] if not word.startswith("dist.")]
+        given = (
+            CASES[case]
+            if backend != "single"
+            else [word for word in CASES[case] if not word.startswith("dist.")]
+        )
         return tree.frozen(backend, name, (*given, *SETTINGS), ranks, start)
 
     run_ranks(1, play, [frozen("single", case, case, 1) for case in CASES])

@@ -1,9 +1,10 @@
-"""A stand-in for srun of SLURM, which is not here: starts the tasks of a step with the environment that srun gives.
+"""A stand-in for srun of SLURM, which is not here: starts the tasks of a step with the environment that srun
+gives.
 
     python -m tests.launch.srun [options, which are ignored] COMMAND …
 
-Two tasks on this machine. SIGTERM goes on to all of them, as it does before a job's time is over; the exit code is the
-largest of the tasks, as srun's is.
+Two tasks on this machine. SIGTERM goes on to all of them, as it does before a job's time is over; the exit
+code is the largest of the tasks, as srun's is.
 """
 
 from __future__ import annotations

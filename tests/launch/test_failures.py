@@ -72,9 +72,18 @@ def test_reports_are_ordered_by_their_distance_and_then_by_time(tmp_path: Path) 
 
 
 def test_a_host_that_was_cut_off_does_not_take_itself_for_gone(tmp_path: Path) -> None:
-    report = {"rank": -1, "time": 1.0, "type": "HostGone", "message": "host 1 is gone", "user": True, "gone": [1]}
+    report = {
+        "rank": -1,
+        "time": 1.0,
+        "type": "HostGone",
+        "message": "host 1 is gone",
+        "user": True,
+        "gone": [1],
+    }
     write_json(tmp_path / "host0.error.json", report)
-    assert len(reports_in(tmp_path, host=0)) == len(reports_in(tmp_path)) == 1 and not reports_in(tmp_path, host=1)
+    assert len(reports_in(tmp_path, host=0)) == len(reports_in(tmp_path)) == 1 and not reports_in(
+        tmp_path, host=1
+    )
 
 
 def test_the_rank_that_failed_first_is_the_failure_of_all(tmp_path: Path) -> None:
@@ -90,7 +99,11 @@ def test_the_rank_that_failed_first_is_the_failure_of_all(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("code", "kind", "sentence"),
     [
-        (-signal.SIGKILL, UserError, "Rank 1 was killed from outside, probably because the machine's memory ran out"),
+        (
+            -signal.SIGKILL,
+            UserError,
+            "Rank 1 was killed from outside, probably because the machine's memory ran out",
+        ),
         (-signal.SIGSEGV, WorkerError, "rank 1 died of SIGSEGV without a report"),
         (3, WorkerError, "rank 1 exited with code 3 without a report"),
     ],
@@ -111,7 +124,10 @@ def test_a_full_disk_is_recognised_where_not_even_a_report_could_be_written(
 
 
 def test_a_root_cause_is_the_only_report_since_the_start(tmp_path: Path) -> None:
-    old, own = write(tmp_path, 0, ValueError("of an earlier attempt")), write(tmp_path, 1, ValueError("the cause"))
+    old, own = (
+        write(tmp_path, 0, ValueError("of an earlier attempt")),
+        write(tmp_path, 1, ValueError("the cause")),
+    )
     os.utime(old, (1, 1))
     assert is_root_cause(own, since=2)
     write(tmp_path, 0, ValueError("of this one"))
@@ -136,7 +152,9 @@ def test_a_rank_that_lost_its_connection_reports_the_cause_elsewhere(
 
 def test_what_a_person_reads_and_what_an_earlier_attempt_left(tmp_path: Path) -> None:
     assert render_failure(UserError("name=…: wrong"), 1) == "mft: name=…: wrong"
-    assert render_failure(ValueError("wrong"), 1).endswith("ValueError: wrong\n\nrank 1 failed: ValueError: wrong")
+    assert render_failure(ValueError("wrong"), 1).endswith(
+        "ValueError: wrong\n\nrank 1 failed: ValueError: wrong"
+    )
     write(tmp_path / "log", 1, ValueError("of an earlier attempt"))
     forget_failures(tmp_path / "log")
     assert not list((tmp_path / "log").iterdir())

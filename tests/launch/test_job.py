@@ -29,8 +29,18 @@ print(sorted(heavy & set(sys.modules)))
 with multiprocessing.get_context("forkserver").Pool(1) as pool:
     print(pool.apply(eval, ("sorted({{'torch', 'peft', 'deepspeed'}} & set(__import__('sys').modules))",)))
 """
-    environment = {"OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=180
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.stdout.splitlines() == ["[]", "['deepspeed', 'peft', 'torch']"], done.stderr

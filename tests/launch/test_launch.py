@@ -20,7 +20,9 @@ from tests.tiny_runs import train
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_inline_runs_in_this_process(tmp_path: Path, cache_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_inline_runs_in_this_process(
+    tmp_path: Path, cache_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(signal.SIGINT)
     summary, folder = train(tmp_path, cache_dir)
     printed = capfd.readouterr().out
@@ -37,7 +39,12 @@ def test_memory_that_runs_out_names_what_to_lower(
     monkeypatch.setattr(plugins, "_named", {"tests": None})
     with pytest.raises(UserError) as caught:
         train(tmp_path, cache_dir, "loss._target_=tests.launch.exhausting.Exhausting", "data.seq_length=64")
-    for part in ("Memory ran out", "train.per_device_batch_size (now ", "data.seq_length (now 64)", "dist=zero3"):
+    for part in (
+        "Memory ran out",
+        "train.per_device_batch_size (now ",
+        "data.seq_length (now 64)",
+        "dist=zero3",
+    ):
         assert part in str(caught.value)
     assert run_folder.status(tmp_path / "run") == "failed"
 

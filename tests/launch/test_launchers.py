@@ -1,4 +1,5 @@
-"""Failures and signals under torchrun, accelerate launch and (a stand-in of) srun; the runs are stand-ins, too.
+"""Failures and signals under torchrun, accelerate launch and (a stand-in of) srun; the runs are stand-ins,
+too.
 
 The same for the processes of `mft train` itself is in tests/launch/test_spawn.py.
 """
@@ -30,11 +31,14 @@ def started(launcher: str, run_dir: Path, entry: str) -> subprocess.Popen[str]:
     (run_dir / "config.yaml").write_text("{}")
     (run_dir / "accelerate.yaml").write_text(FSDP_CONFIG)
     words = [word.format(run_dir=run_dir) for word in LAUNCHERS[launcher]]
-    unplaced = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
+    unplaced = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))
+    }
     return subprocess.Popen(
         [sys.executable, "-m", *words, "tests.launch.placed", str(run_dir), entry],
         cwd=REPOSITORY,
-        env=unplaced | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "ERROR"},
+        env=unplaced
+        | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_LOG_LEVEL": "ERROR"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -53,7 +57,9 @@ def ready(process: subprocess.Popen[str], run_dir: Path) -> list[int]:
 
 def all_gone(pids: list[int], seconds: float) -> bool:
     end = time.monotonic() + seconds
-    while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+    while alive := [
+        pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"
+    ]:
         if time.monotonic() > end:
             return False
         time.sleep(0.1)
@@ -75,7 +81,9 @@ def test_the_rank_that_failed_first_is_reported(tmp_path: Path, launcher: str) -
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(("launcher", "signum"), [("torchrun", signal.SIGINT), ("accelerate", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("launcher", "signum"), [("torchrun", signal.SIGINT), ("accelerate", signal.SIGTERM)]
+)
 def test_a_signal_to_the_launcher_lets_the_ranks_save(tmp_path: Path, launcher: str, signum: int) -> None:
     process = started(launcher, tmp_path, "until_stopped")
     pids = ready(process, tmp_path)

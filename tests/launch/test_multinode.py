@@ -1,4 +1,5 @@
-"""Machines that meet, agree and notice that one is gone: here two of them in threads and processes of this machine."""
+"""Machines that meet, agree and notice that one is gone: here two of them in threads and processes of this
+machine."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ FACTS = {"launch.nnodes": 2, "data": "a"}
 
 
 def static(port: int, rank: int, **other: Any) -> Launch:
-    return Launch(nnodes=2, node_rank=rank, main_address="127.0.0.1", main_port=port, join_seconds=60, **other)
+    return Launch(
+        nnodes=2, node_rank=rank, main_address="127.0.0.1", main_port=port, join_seconds=60, **other
+    )
 
 
 def both(*calls: Callable[[], Any]) -> list[Any]:
@@ -87,7 +90,9 @@ def test_a_number_given_twice_is_refused() -> None:
     assert sum("launch.node_rank=1 was given on two hosts" in str(result) for result in both(*calls)) == 1
 
 
-def test_a_folder_that_only_host_0_sees_is_refused_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_only_host_0_sees_is_refused_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(multinode, "VISIBLE_SECONDS", 1.0)
     zero, one = two()
     there, here = tmp_path / "there", tmp_path / "here"
@@ -135,24 +140,38 @@ def test_a_host_that_ends_or_falls_silent_is_noticed(tmp_path: Path, monkeypatch
     "settings, message",
     [
         (Launch(nnodes=2, node_rank=0, main_address="192.0.2.1"), "must be an address of host 0"),
-        (Launch(nnodes=2, node_rank=1, main_address="nowhere.invalid"), "this machine knows no host nowhere.invalid"),
+        (
+            Launch(nnodes=2, node_rank=1, main_address="nowhere.invalid"),
+            "this machine knows no host nowhere.invalid",
+        ),
         (
             Launch(nnodes=2, node_rank=1, main_address="127.0.0.1", main_port=1),
-            r"only 1 of 2 hosts joined at 127\.0\.0\.1:1 within 1 seconds \(launch\.join_seconds\): Connection refused",
+            r"only 1 of 2 hosts joined at 127\.0\.0\.1:1 within 1 seconds \(launch\.join_seconds\): "
+            r"Connection refused",
         ),
         (
             Launch(nnodes=2, node_rank=0, main_address="127.0.0.1", main_port=free_port(), join_seconds=1),
             r"only 1 of 2 hosts joined at 127\.0\.0\.1:\d+ within 1 seconds \(launch\.join_seconds\)\.",
         ),
-        (Launch(nnodes=2, rdzv_endpoint=f"127.0.0.1:{free_port()}"), r"only 1 of 2 hosts joined at 127\.0\.0\.1:"),
-        (Launch(nnodes=2, rdzv_endpoint="192.0.2.1:29400"), r"only 1 of 2 hosts joined at 192\.0\.2\.1:29400"),
         (
-            Launch(nnodes=2, node_rank=0, main_address="127.0.0.1", main_port=free_port(), local_addr="192.0.2.1"),
+            Launch(nnodes=2, rdzv_endpoint=f"127.0.0.1:{free_port()}"),
+            r"only 1 of 2 hosts joined at 127\.0\.0\.1:",
+        ),
+        (
+            Launch(nnodes=2, rdzv_endpoint="192.0.2.1:29400"),
+            r"only 1 of 2 hosts joined at 192\.0\.2\.1:29400",
+        ),
+        (
+            Launch(
+                nnodes=2, node_rank=0, main_address="127.0.0.1", main_port=free_port(), local_addr="192.0.2.1"
+            ),
             "launch.local_addr=192.0.2.1: must be an address of this machine",
         ),
     ],
 )
-def test_hosts_that_do_not_come_together_are_a_sentence_in_bounded_time(settings: Launch, message: str) -> None:
+def test_hosts_that_do_not_come_together_are_a_sentence_in_bounded_time(
+    settings: Launch, message: str
+) -> None:
     settings.join_seconds = min(settings.join_seconds, 1)
     with pytest.raises(UserError, match=message):
         join(settings, FACTS)
@@ -188,7 +207,8 @@ def test_a_failure_on_one_host_is_reported_on_each(tmp_path: Path, entry: str) -
         "from mft.config.schema import Launch\nfrom mft.launch.multinode import join\n"
         "from mft.launch.spawn import spawn, start_fork_server\nfrom tests.launch import entries\n"
         "start_fork_server(('mft.launch.worker', 'torch'))\n"
-        f"nodes = join(Launch(nnodes=2, node_rank=1, main_address='127.0.0.1', main_port={port}), {FACTS!r})\n"
+        f"nodes = join(Launch(nnodes=2, node_rank=1, main_address='127.0.0.1', main_port={port}), "
+        f"{FACTS!r})\n"
         "folder = nodes.share_folder()\n"
         f"try:\n    spawn(entries.{entry}, (str(folder),), 1, folder / 'log', nodes=nodes)\n"
         "finally:\n    nodes.close()\n"
@@ -202,7 +222,9 @@ def test_a_failure_on_one_host_is_reported_on_each(tmp_path: Path, entry: str) -
     there = other.communicate(timeout=30)[1]
     for text in (str(caught.value), there):
         if entry == "fail":
-            assert "rank 1 failed: ValueError: this is the cause" in text and "tests/launch/entries.py" in text
+            assert (
+                "rank 1 failed: ValueError: this is the cause" in text and "tests/launch/entries.py" in text
+            )
         else:
             assert "Rank 1 was killed from outside" in text
     assert other.returncode == 1 and signal.getsignal(signal.SIGINT) is before

@@ -26,7 +26,11 @@ def from_the_allocator() -> RuntimeError:
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), from_the_allocator()],
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        from_the_allocator(),
+    ],
 )
 def test_every_kind_is_recognised_also_as_a_cause(error: Exception) -> None:
     outer = ValueError("while saving")
@@ -37,7 +41,8 @@ def test_every_kind_is_recognised_also_as_a_cause(error: Exception) -> None:
 def test_settings_are_named_with_their_values_and_what_is_chosen_already_is_not() -> None:
     sentence = str(explain(MemoryError("no room"), CFG))
     assert sentence == (
-        "Memory ran out (no room). Lower train.per_device_batch_size (now 8), train.per_device_eval_batch_size "
+        "Memory ran out (no room). Lower train.per_device_batch_size (now 8), "
+        "train.per_device_eval_batch_size "
         "(now 16) or data.seq_length (now 4096); or set dist=zero3 (now single)."
     )
 

@@ -1,4 +1,5 @@
-"""`mft train` in ranks that torchrun, accelerate launch or srun started: one folder, one config, written by rank 0."""
+"""`mft train` in ranks that torchrun, accelerate launch or srun started: one folder, one config, written by
+rank 0."""
 
 from __future__ import annotations
 
@@ -87,11 +88,15 @@ def test_placed_ranks_share_one_run_and_conf_dist_decides(tmp_path: Path, how: s
     done = launched(launcher, [*overrides, f"output_dir={tmp_path / 'run'}", f"dist={backend}", "peft=lora"])
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "run"
-    assert len(logged(folder, "train/loss")) == 3 and (folder / "final" / "adapter_model.safetensors").exists()
+    assert (
+        len(logged(folder, "train/loss")) == 3 and (folder / "final" / "adapter_model.safetensors").exists()
+    )
     assert (folder / "log" / "rank1.log").exists()
     if how == "torchrun":
         refused = launched(launcher, ["-m", *overrides])
-        assert refused.returncode != 0 and "A sweep (-m) starts the ranks of its jobs itself" in refused.stderr
+        assert (
+            refused.returncode != 0 and "A sweep (-m) starts the ranks of its jobs itself" in refused.stderr
+        )
         # rank 0 alone composes and checks: it says once what is wrong, and the others do not wait for it
         refused = launched(launcher, [*overrides, "optimizer.lr=-1"])
         assert refused.returncode != 0 and refused.stderr.count("optimizer.lr=-1 must be greater than 0") == 1
@@ -115,7 +120,14 @@ def test_the_slurm_script_trains_saves_in_time_and_is_put_back_into_the_queue(tm
     data = f"data.paths=[{','.join(map(str, write_tasks(tmp_path / 'tasks')))}]"
     overrides = [*SETTINGS, *LAYOUTS["pad"], data, f"cache_dir={tmp_path / 'cache'}", f"output_dir={folder}"]
     script = subprocess.Popen(
-        ["bash", "docs/slurm.sbatch", *overrides, "dist=zero2", "train.max_steps=100000", "train.epochs=100000"],
+        [
+            "bash",
+            "docs/slurm.sbatch",
+            *overrides,
+            "dist=zero2",
+            "train.max_steps=100000",
+            "train.epochs=100000",
+        ],
         cwd=REPOSITORY,
         env=os.environ
         | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
@@ -134,4 +146,6 @@ def test_the_slurm_script_trains_saves_in_time_and_is_put_back_into_the_queue(tm
     assert script.returncode == 75, output
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
     assert run_folder.status(folder) == "stopped" and newest(folder) is not None
-    assert "2/100000" in (folder / "log" / "rank0.log").read_text() and (folder / "log" / "rank1.log").exists()
+    assert (
+        "2/100000" in (folder / "log" / "rank0.log").read_text() and (folder / "log" / "rank1.log").exists()
+    )

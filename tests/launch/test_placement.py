@@ -14,14 +14,22 @@ from mft.launch.placement import RankInfo, detect_rank, ranks
 
 @pytest.fixture(autouse=True)
 def not_placed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))]:
+    for name in [
+        name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    ]:
         monkeypatch.delenv(name)
 
 
 def test_a_process_knows_where_it_was_placed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert detect_rank() is None and ranks("auto") >= 1
     before = dict(os.environ)
-    slurm = {"PROCID": "5", "LOCALID": "1", "STEP_NUM_TASKS": "8", "STEP_NODELIST": "gpu[03-04]", "JOB_ID": "12345"}
+    slurm = {
+        "PROCID": "5",
+        "LOCALID": "1",
+        "STEP_NUM_TASKS": "8",
+        "STEP_NODELIST": "gpu[03-04]",
+        "JOB_ID": "12345",
+    }
     for name, value in (slurm | {"STEP_TASKS_PER_NODE": "4(x2)"}).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     try:
@@ -29,7 +37,9 @@ def test_a_process_knows_where_it_was_placed(monkeypatch: pytest.MonkeyPatch) ->
         assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu03", "22345")
         assert os.environ["LOCAL_WORLD_SIZE"] == "4"
     finally:
-        for name in set(os.environ) - set(before) - {f"SLURM_{key}" for key in (*slurm, "STEP_TASKS_PER_NODE")}:
+        for name in (
+            set(os.environ) - set(before) - {f"SLURM_{key}" for key in (*slurm, "STEP_TASKS_PER_NODE")}
+        ):
             del os.environ[name]
 
 
@@ -47,7 +57,9 @@ def test_a_wrong_number_of_ranks_is_refused(nproc: object) -> None:
         ranks(nproc)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("variable", "found"), [("", 0), ("-1", 0), ("0,1", 2), ("3", 1), ("GPU-a,GPU-b,GPU-c", 3)])
+@pytest.mark.parametrize(
+    ("variable", "found"), [("", 0), ("-1", 0), ("0,1", 2), ("3", 1), ("GPU-a,GPU-b,GPU-c", 3)]
+)
 def test_auto_takes_the_gpus_that_cuda_is_to_see(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, found: int
 ) -> None:

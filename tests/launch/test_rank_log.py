@@ -33,7 +33,12 @@ def test_a_log_keeps_what_a_progress_bar_does_not_draw_over(tmp_path: Path) -> N
                 console.print(f"[bold]step {step}[/]")
     log.close()
     lines = (tmp_path / "log").read_text().splitlines()
-    assert [line for line in lines if line.startswith("step")] == ["step 0", "step 50", "step 100", "step 150"]
+    assert [line for line in lines if line.startswith("step")] == [
+        "step 0",
+        "step 50",
+        "step 100",
+        "step 150",
+    ]
     assert len([line for line in lines if line.startswith("training")]) == 1 and "100%" in lines[-1]
     assert "\x1b" in screen.getvalue() and "\x1b" not in "".join(lines)
 
@@ -48,7 +53,9 @@ def test_long_output_and_lines_started_again(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().splitlines() == [*map(str, range(1000)), "30 %", "end"]
 
 
-def test_rank_0_writes_to_both_and_a_traceback_to_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rank_0_writes_to_both_and_a_traceback_to_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ValueError), written_to(tmp_path / "rank0.log", 0):
         print("printed")
         raise ValueError("the cause")

@@ -13,7 +13,8 @@ from mft.files.json_file import write_json
 from mft.launch.resume_choice import choose, is_finished, step_of
 
 SAME, LONGER, OTHER = (
-    Identity.of(["a"], {}, {"train.seed": seed, "train.max_steps": n}, {}) for seed, n in ((1, 5), (1, 9), (2, 5))
+    Identity.of(["a"], {}, {"train.seed": seed, "train.max_steps": n}, {})
+    for seed, n in ((1, 5), (1, 9), (2, 5))
 )
 
 

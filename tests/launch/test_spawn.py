@@ -24,7 +24,9 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def not_placed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))]:
+    for name in [
+        name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    ]:
         monkeypatch.delenv(name)
 
 
@@ -75,7 +77,9 @@ def test_a_mistake_found_in_a_worker_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_killed_rank_is_distinguished_from_the_ranks_that_lost_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Rank 1 was killed from outside, probably because .* memory ran out"):
+    with pytest.raises(
+        UserError, match=r"Rank 1 was killed from outside, probably because .* memory ran out"
+    ):
         run(tmp_path, entries.be_killed)
 
 
@@ -90,7 +94,11 @@ def in_a_process(tmp_path: Path, entry: str, nproc: int = 2, options: str = "") 
         "except Stopped as stopped:\n    sys.exit(exit_code(folder, stopped.signum))\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     end = time.monotonic() + 60
     while sum(1 for _ in tmp_path.glob("ready*")) < nproc:

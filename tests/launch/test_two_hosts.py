@@ -1,4 +1,5 @@
-"""Two hosts made of network namespaces: a run on both equals the run of two processes on one, and survives a host."""
+"""Two hosts made of network namespaces: a run on both equals the run of two processes on one, and survives a
+host."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def ip(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[list[str]]:
-    """The names of two network namespaces that see each other through a pair of virtual cables, and nothing else."""
+    """The names of two network namespaces that see each other through a pair of virtual cables, and nothing
+    else."""
     if shutil.which("ip") is None:
         pytest.skip("needs iproute2 (the command ip)")
     names = [f"mft{os.getpid()}{end}" for end in "ab"]
@@ -48,7 +50,20 @@ def hosts() -> Iterator[list[str]]:
     try:
         for name in names:
             ip("netns", "add", name)
-        ip("link", "add", cables[0], "netns", names[0], "type", "veth", "peer", "name", cables[1], "netns", names[1])
+        ip(
+            "link",
+            "add",
+            cables[0],
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            cables[1],
+            "netns",
+            names[1],
+        )
         for name, cable, address in zip(names, cables, ADDRESSES, strict=True):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", cable)
             for device in (cable, "lo"):
@@ -109,8 +124,8 @@ def test_two_hosts_train_like_one_and_survive_the_loss_of_one(hosts: list[str], 
         assert time.monotonic() - begin < 400
         time.sleep(0.1)
     ip("-n", hosts[0], "link", "set", f"m{os.getpid()}a", "down")
-    # 10 s until a host counts as gone, 5 until a rank in a collective is ended, and what a busy machine adds; gloo by
-    # itself would wait for half an hour
+    # 10 s until a host counts as gone, 5 until a rank in a collective is ended, and what a busy machine adds;
+    # gloo by itself would wait for half an hour
     said = results(processes, timeout=300)
     assert [process.returncode for process in processes] == [1, 1]
     names = json.loads((tmp_path / "run" / "log" / "hosts.json").read_text())["hosts"]
@@ -135,7 +150,8 @@ def test_two_hosts_train_like_one_and_survive_the_loss_of_one(hosts: list[str], 
     assert f"resuming from step-{newest}" in said[0] and "step-" not in said[1]
 
     one = frozen(
-        tmp_path / "one", [*RUN, tasks, f"cache_dir={tmp_path / 'cache'}", "launch.nproc=2", f"train.max_steps={steps}"]
+        tmp_path / "one",
+        [*RUN, tasks, f"cache_dir={tmp_path / 'cache'}", "launch.nproc=2", f"train.max_steps={steps}"],
     )
     run_ranks(2, play, [one])
     assert len(logged(one, "train/loss")) == steps

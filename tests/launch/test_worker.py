@@ -12,7 +12,9 @@ from mft.launch.worker import main, run_job
 
 
 def test_the_private_part_of_torch_that_a_rank_asks_is_there() -> None:
-    assert torch.cuda._is_in_bad_fork() is False, "mft.launch.worker: torch has moved it; see its release notes"
+    assert torch.cuda._is_in_bad_fork() is False, (
+        "mft.launch.worker: torch has moved it; see its release notes"
+    )
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

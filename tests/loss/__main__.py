@@ -24,12 +24,16 @@ def of_files(paths: list[Path]) -> bool:
     for path in paths:
         for quantity, (error, tolerance) in errors(path).largest.items():
             good &= (fine := error <= tolerance)
-            print(f"{path.stem:<34} {quantity:<20} {error:9.1e}  (at most {tolerance:.0e}){'' if fine else '  BEYOND'}")
+            print(
+                f"{path.stem:<34} {quantity:<20} {error:9.1e}  (at most "
+                f"{tolerance:.0e}){'' if fine else '  BEYOND'}"
+            )
     return good
 
 
 def of_kinds() -> bool:
-    """Prints the largest error of each kind over its fixtures; returns whether all are within their tolerance."""
+    """Prints the largest error of each kind over its fixtures; returns whether all are within their
+    tolerance."""
     largest: dict[tuple[str, str], tuple[float, float, int]] = {}
     for path in sorted(FIXTURES.glob("*.json")):
         for quantity, (error, tolerance) in errors(path).largest.items():
@@ -43,7 +47,8 @@ def of_kinds() -> bool:
 
 
 def of_layouts() -> bool:
-    """Prints the largest relative difference from one padded micro-batch on one rank, for each mode and layout."""
+    """Prints the largest relative difference from one padded micro-batch on one rank, for each mode and
+    layout."""
     from tests.loss.modes import MODES
     from tests.loss.test_loop_layouts import LAYOUTS, SHARDED, differences, everything
 

@@ -1,8 +1,8 @@
 """Reference cases (tests/fixtures/losses, and any other file of the same kind) played against the modes.
 
-`errors(path)` plays one file, whatever its kind (the part of its name before the first `_`), and returns the largest
-error of each quantity with its tolerance. `python -m tests.loss FILE ...` prints them. The kinds and the meaning of
-their fields are in tests/fixtures/losses/README.md.
+`errors(path)` plays one file, whatever its kind (the part of its name before the first `_`), and returns the
+largest error of each quantity with its tolerance. `python -m tests.loss FILE ...` prints them. The kinds and
+the meaning of their fields are in tests/fixtures/losses/README.md.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Errors:
         """Compares numbers or arrays; relative: to the largest expected value. A NaN is an infinite error."""
         found, expected = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
         assert found.shape == expected.shape, (quantity, found.shape, expected.shape)
-        error = float(np.abs(found - expected).max()) / (float(np.abs(expected).max()) or 1.0 if relative else 1.0)
+        error = float(np.abs(found - expected).max()) / (
+            float(np.abs(expected).max()) or 1.0 if relative else 1.0
+        )
         error = math.inf if math.isnan(error) else error
         self.largest[quantity] = (max(error, self.largest.get(quantity, (0.0, 0.0))[0]), tolerance)
 
@@ -62,7 +64,9 @@ def started(loss: TaskLoss, tasks: int, weights: Iterable[float] | None = None) 
 
 def losses(values: Iterable[float | None]) -> torch.Tensor:
     """Returns per-task losses as `learn` takes them; None = absent."""
-    return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float64)
+    return torch.tensor(
+        [math.nan if value is None else float(value) for value in values], dtype=torch.float64
+    )
 
 
 def original_probe(row: Iterable[float]) -> torch.Tensor:
@@ -87,7 +91,8 @@ def static_case(path: Path, dtype: torch.dtype) -> tuple[dict, Any, torch.Tensor
 
 
 def static(path: Path) -> Errors:
-    """Losses and gradients of case1 to case4: rows at once, one by one, as the fixture splits them; padded, packed."""
+    """Losses and gradients of case1 to case4: rows at once, one by one, as the fixture splits them; padded,
+    packed."""
     errors = Errors()
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         record, arrays, logits_BTV, nll_all, samples = static_case(path, dtype)
@@ -101,7 +106,9 @@ def static(path: Path) -> Errors:
             gradient = arrays[f"grad_dropped_{case}" if without else f"grad_{case}"]
             for partition in partitions:
                 for arrange in (padded, packed):
-                    ranks = [[arrange([samples[i] for i in micro]) for micro in micros] for micros in partition]
+                    ranks = [
+                        [arrange([samples[i] for i in micro]) for micro in micros] for micros in partition
+                    ]
                     value = step(loss, nll_all, ranks)
                     (grad,) = torch.autograd.grad(value, logits_BTV, retain_graph=True)
                     errors.add(f"loss {kind}", value.item(), expected[case]["loss"], tolerance, relative=True)
@@ -109,7 +116,9 @@ def static(path: Path) -> Errors:
         if dtype == torch.float64:
             batch, where_BT = packed(samples)
             sum_K, count_K = task_sums(token_losses(nll_all, batch, where_BT), batch, record["K"])
-            theirs = record["original_head"]["case1"]["task_loss"]  # float32 in the original, 0 or NaN where absent
+            theirs = record["original_head"]["case1"][
+                "task_loss"
+            ]  # float32 in the original, 0 or NaN where absent
             for total, count, value in zip(sum_K.tolist(), count_K.tolist(), theirs, strict=True):
                 if count:
                     errors.add("task_loss", total / count, value, 1e-6, relative=True)
@@ -136,7 +145,9 @@ def coba(path: Path) -> Errors:
             # the original computes its weights one interval later, from the same probes
             if (entry := expected.pop(update + interval, None)) is not None:
                 errors.add("weights", loss.weight_K, entry["weights"], 1e-6)
-                errors.add("slopes", [logged[f"coba/slope/t{i}"] for i in range(tasks)], entry["slopes"], 1e-12)
+                errors.add(
+                    "slopes", [logged[f"coba/slope/t{i}"] for i in range(tasks)], entry["slopes"], 1e-12
+                )
                 replica = entry.get("replica", {})
                 for name in ("rcs", "acs"):
                     if name in replica:
@@ -163,7 +174,9 @@ def selfpaced(path: Path) -> Errors:
                 errors.add("weights float32", loss.weight_K, entry["weights"], 1e-4)
                 if "replica64" in entry:
                     replica = entry["replica64"]
-                    slopes = [logged[f"self_paced/slope/t{i}"] * interval for i in range(tasks)]  # theirs: per probe
+                    slopes = [
+                        logged[f"self_paced/slope/t{i}"] * interval for i in range(tasks)
+                    ]  # theirs: per probe
                     errors.add("weights float64", loss.weight_K, replica["weights"], 1e-8)
                     errors.add("slopes", slopes, replica["slopes"], 1e-8)
     assert not expected, f"{path}: steps {list(expected)} were not reached"
@@ -195,7 +208,8 @@ def famo(path: Path) -> Errors:
 
 
 class Recorded(torch.nn.Module):
-    """Stands for a model: hands out the token losses of recorded logits; ids_BT holds the number of the batch."""
+    """Stands for a model: hands out the token losses of recorded logits; ids_BT holds the number of the
+    batch."""
 
     def __init__(self, nll_NBT: torch.Tensor):
         super().__init__()
@@ -208,7 +222,10 @@ class Recorded(torch.nn.Module):
 def recorded(path: Path, rank: int) -> tuple[dict, Recorded, list[Batch]]:
     """Returns the record, the model and the batches of one rank."""
     record, arrays = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
-    logits, labels = torch.tensor(arrays["logits"][rank]).double(), torch.tensor(arrays["labels"][rank]).long()
+    logits, labels = (
+        torch.tensor(arrays["logits"][rank]).double(),
+        torch.tensor(arrays["labels"][rank]).long(),
+    )
     trained = torch.tensor(arrays["loss_mask"][rank]) > 0
     nll = -logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * trained
     batches = []
@@ -252,7 +269,9 @@ def evaluate(path: Path) -> Errors:
         results = run_ranks(ranks, evaluated_in_group, path)
     first = record["valid_task_loss_begining"]
     for found in results:
-        expected = zip(record["token_weighted_global_mean"], record["token_weighted_global_ratio"], strict=True)
+        expected = zip(
+            record["token_weighted_global_mean"], record["token_weighted_global_ratio"], strict=True
+        )
         for row, (means, ratios) in zip(found, expected, strict=True):
             for value, mean, ratio, start in zip(row, means, ratios, first, strict=True):
                 if mean is None:
@@ -273,7 +292,8 @@ KINDS: dict[str, Callable[[Path], Errors]] = {
 
 
 def errors(path: Path) -> Errors:
-    """Plays one fixture file (its .json; arrays lie beside it as .npz); the kind is the first word of its name."""
+    """Plays one fixture file (its .json; arrays lie beside it as .npz); the kind is the first word of its
+    name."""
     kind = path.name.split("_")[0]
     if kind not in KINDS:
         raise SystemExit(f"{path}: unknown kind {kind!r}; known are {', '.join(KINDS)}")

@@ -1,4 +1,5 @@
-"""A global batch laid out in different ways: samples with given token losses, in micro-batches, padded or packed."""
+"""A global batch laid out in different ways: samples with given token losses, in micro-batches, padded or
+packed."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from mft.loss.base import TaskLoss
 
 @dataclass(frozen=True)
 class Piece:
-    """A sample as a loss sees it: its task, which positions are trained, where its losses begin in `nll_all`."""
+    """A sample as a loss sees it: its task, which positions are trained, where its losses begin in
+    `nll_all`."""
 
     task: int
     trained: tuple[bool, ...]
@@ -29,7 +31,8 @@ def pieces(tasks: Sequence[int], trained: Sequence[Sequence[bool]]) -> list[Piec
 
 
 def micro_batch(rows: Sequence[Sequence[Piece]], length: int) -> tuple[Batch, torch.Tensor]:
-    """Returns a Batch of the rows (each a list of samples) and where each position's token loss lies (-1 = padding)."""
+    """Returns a Batch of the rows (each a list of samples) and where each position's token loss lies (-1 =
+    padding)."""
     shape = (len(rows), length)
     target_BT, task_BT, sample_BT = (torch.full(shape, value) for value in (IGNORE, -1, -1))
     position_BT, where_BT = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
@@ -57,14 +60,18 @@ def packed(samples: Sequence[Piece]) -> tuple[Batch, torch.Tensor]:
     return micro_batch([row, []], sum(len(piece.trained) for piece in row) + 2)
 
 
-def step(loss: TaskLoss, nll_all: torch.Tensor, ranks: Sequence[Sequence[tuple[Batch, torch.Tensor]]]) -> torch.Tensor:
+def step(
+    loss: TaskLoss, nll_all: torch.Tensor, ranks: Sequence[Sequence[tuple[Batch, torch.Tensor]]]
+) -> torch.Tensor:
     """Returns the sum of all shares of one optimizer step: `ranks[r][g]` is micro-batch g of rank r."""
     tasks = len(loss.names)
     vectors = [StepCounts.of([batch for batch, _ in micro], tasks).tensor() for micro in ranks]
     counts = StepCounts.from_tensor(torch.stack(vectors).sum(0))
     both = [(batch, token_losses(nll_all, batch, where_BT)) for micro in ranks for batch, where_BT in micro]
     statistics = (
-        sum(loss.statistics(nll_BT.detach(), batch) for batch, nll_BT in both) if loss.needs_statistics else None
+        sum(loss.statistics(nll_BT.detach(), batch) for batch, nll_BT in both)
+        if loss.needs_statistics
+        else None
     )
     return sum(loss.share(nll_BT, batch, counts, statistics) for batch, nll_BT in both)
 

@@ -1,7 +1,8 @@
-"""The real loop and engine with a tiny model: the same global batch in any layout, every mode one after another.
+"""The real loop and engine with a tiny model: the same global batch in any layout, every mode one after
+another.
 
-A step's samples are given, not the sampler's, so that padded and packed rows hold the same ones; everything after that
-is what `mft train` runs: rows, deal, collate, model, loss mode, engine, probes, metrics.
+A step's samples are given, not the sampler's, so that padded and packed rows hold the same ones; everything
+after that is what `mft train` runs: rows, deal, collate, model, loss mode, engine, probes, metrics.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class Recorder(Tracker):
 
 @dataclass
 class Layout:
-    """Micro-batches of a rank in one step, and whether rows are packed; the number of ranks is that of the group."""
+    """Micro-batches of a rank in one step, and whether rows are packed; the number of ranks is that of the
+    group."""
 
     accumulation: int
     packed: bool
@@ -154,7 +156,12 @@ class Stage:
         self.family = family
 
     def training(
-        self, loss: TaskLoss, recorder: Recorder, steps: int = STEPS, peft: Any = None, run_dir: Path | None = None
+        self,
+        loss: TaskLoss,
+        recorder: Recorder,
+        steps: int = STEPS,
+        peft: Any = None,
+        run_dir: Path | None = None,
     ) -> Trainer:
         """Returns a run with fresh weights. peft: None trains all of them; run_dir: where checkpoints go."""
         engine, names = self.engine, list(TASKS)
@@ -163,7 +170,8 @@ class Stage:
         torch.manual_seed(0)
         module = TokenLoss(peft.attach(model, self.family) if peft else model, self.family)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        # Adam divides a gradient by its size; where that is near 0, eps keeps a rounding error from becoming a step.
+        # Adam divides a gradient by its size; where that is near 0, eps keeps a rounding error from becoming
+        # a step.
         module, optimizer = engine.prepare(module, torch.optim.AdamW(trained, lr=LR, eps=1e-4))
         loss.setup(names, [1.0] * len(names))
         loss.check_schedule(steps, self.feed.valid_counts(len(names)))
@@ -177,9 +185,9 @@ class Stage:
             loader=self.feed,
             learning_rate=lambda step: LR,
             evaluator=Evaluator(engine, names, self.feed.validation),
-            probe=lambda step: Evaluator(engine, names, lambda: self.feed.probe(step, loss.probe_samples)).losses(
-                module
-            ),
+            probe=lambda step: Evaluator(
+                engine, names, lambda: self.feed.probe(step, loss.probe_samples)
+            ).losses(module),
             save=Checkpoints(run_dir or self.root / "run", engine, loss, lambda folder: None, keep=None).save,
             meter=Meter(names, engine.device),
             tracker=recorder,
@@ -195,7 +203,8 @@ class Stage:
         """Returns all trained parameters as one vector (on rank 0; whatever the others have elsewhere)."""
         state = self.engine.full_state(t.module, trainable=True)
         return torch.cat(
-            [value.detach().double().flatten().cpu() for _, value in sorted(state.items())] or [torch.zeros(0)]
+            [value.detach().double().flatten().cpu() for _, value in sorted(state.items())]
+            or [torch.zeros(0)]
         )
 
     def play(self, mode: str) -> Played:

@@ -1,4 +1,5 @@
-"""Every mode of conf/loss as its yaml has it, with windows so short that its weights move within a few steps."""
+"""Every mode of conf/loss as its yaml has it, with windows so short that its weights move within a few
+steps."""
 
 from __future__ import annotations
 

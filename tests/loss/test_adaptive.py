@@ -25,7 +25,8 @@ def fixtures(pattern: str):
 
 
 def paper_coba(table, warmup, length, tau):
-    """CoBa's equations written down anew, for complete probes at interval 1: the weights after the last row."""
+    """CoBa's equations written down anew, for complete probes at interval 1: the weights after the last
+    row."""
     slopes = []
     for t in range(warmup - 1, len(table)):
         window = np.arange(max(1, t - length + 1), t + 1)
@@ -125,8 +126,14 @@ def test_line_slope_by_hand():
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"warmup_steps": 10, "update_interval": 3}, r"loss\.warmup_steps is 10.*set loss\.warmup_steps to 9 or 12"),
-        ({"warmup_steps": 4, "update_interval": 2}, r"loss\.warmup_steps is 4.*at least 3 x loss\.update_interval = 6"),
+        (
+            {"warmup_steps": 10, "update_interval": 3},
+            r"loss\.warmup_steps is 10.*set loss\.warmup_steps to 9 or 12",
+        ),
+        (
+            {"warmup_steps": 4, "update_interval": 2},
+            r"loss\.warmup_steps is 4.*at least 3 x loss\.update_interval = 6",
+        ),
         (
             {"warmup_steps": 100, "history_length": 50, "update_interval": 1},
             r"loss\.history_length is 50.*update_interval = 100",
@@ -195,7 +202,8 @@ def test_uncertainty_follows_the_gradient_of_its_objective():
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if isinstance(made(mode), Adaptive)])
 def test_memory_belongs_to_a_tasks_name_whatever_its_place(mode):
-    """A checkpoint of the tasks a, b, c is loaded where they come as c, a, b; both then learn the same losses."""
+    """A checkpoint of the tasks a, b, c is loaded where they come as c, a, b; both then learn the same
+    losses."""
     names, others = ["a", "b", "c"], ["c", "a", "b"]
     draw = np.random.default_rng(1)
 

@@ -17,7 +17,12 @@ def test_the_example_runs() -> None:
 
 
 def test_every_mode_and_its_arguments_are_on_the_page() -> None:
-    rows = {name: row for row in PAGE.splitlines() if row.startswith("| `mft.loss") for name in re.findall(r"\w+", row)}
+    rows = {
+        name: row
+        for row in PAGE.splitlines()
+        if row.startswith("| `mft.loss")
+        for name in re.findall(r"\w+", row)
+    }
     for mode in MODES:
         assert f"`{mode}`" in PAGE, mode
         kind = component_class(config(mode), "loss")

@@ -1,4 +1,5 @@
-"""The modes against reference numbers: see tests/loss/fixtures.py, which plays any other file of the same kinds too."""
+"""The modes against reference numbers: see tests/loss/fixtures.py, which plays any other file of the same
+kinds too."""
 
 from __future__ import annotations
 
@@ -36,7 +37,13 @@ def test_a_wrong_number_is_told_by_the_command(tmp_path: Path) -> None:
     record = json.loads((FIXTURES / "coba_k3_mixed.json").read_text())
     record["steps"][5]["weights"][0] += 1e-4
     (tmp_path / "coba_wrong.json").write_text(json.dumps(record))
-    command = [sys.executable, "-m", "tests.loss", str(FIXTURES / "famo_k3.json"), str(tmp_path / "coba_wrong.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.loss",
+        str(FIXTURES / "famo_k3.json"),
+        str(tmp_path / "coba_wrong.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     wrong = [line.split()[:2] for line in done.stdout.splitlines() if line.endswith("BEYOND")]
     assert done.returncode == 1 and wrong == [["coba_wrong", "weights"]], done.stderr

@@ -44,7 +44,9 @@ def test_sample_focal_equals_the_equation_with_its_gradient():
 @pytest.mark.parametrize("split", [[[[0, 1, 2]]], [[[0], [1], [2]]], [[[0, 2]], [[1]]]])
 def test_task_focal_equals_the_equation_with_its_gradient_however_split(split):
     samples, nll_all = example()
-    loss = started(TaskFocal(gamma=1.5, alpha=1.0, gamma_by_task={"b": 3.0}, alpha_by_task={"b": 0.25}), (1.0, 2.0))
+    loss = started(
+        TaskFocal(gamma=1.5, alpha=1.0, gamma_by_task={"b": 3.0}, alpha_by_task={"b": 0.25}), (1.0, 2.0)
+    )
     P, Q = dense(nll_all)
     P, Q = torch.stack([P[:2].mean(), P[2]]), torch.stack([Q[:2].mean(), Q[2]])
     scale = torch.tensor([1 / 3, 2 / 3 * 0.25], dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""Every mode of conf/loss gives the same loss, gradient and weights however the global batch is split and arranged."""
+"""Every mode of conf/loss gives the same loss, gradient and weights however the global batch is split and
+arranged."""
 
 import dataclasses
 import functools
@@ -32,7 +33,8 @@ def started(name: str) -> TaskLoss:
 
 
 def run(loss: TaskLoss, partition, arrange, steps=range(1, 9), dtype=torch.float64):
-    """Returns (value, gradient, weights) of each step, played in the order in which the training loop calls a mode."""
+    """Returns (value, gradient, weights) of each step, played in the order in which the training loop calls a
+    mode."""
     masks = [[j % 4 != 1 or length == 1 for j in range(length)] for length in LENGTHS]
     samples = pieces(TASKS, masks)
     ranks = [[arrange([samples[i] for i in micro]) for micro in micros] for micros in partition]
@@ -41,7 +43,9 @@ def run(loss: TaskLoss, partition, arrange, steps=range(1, 9), dtype=torch.float
         random = np.random.default_rng(number)
         nll_all = torch.tensor(random.gamma(2.0, 1.0, sum(LENGTHS)), dtype=dtype, requires_grad=True)
         if loss.wants_probe(number):
-            loss.learn(number, valid_K=torch.tensor(random.gamma(2.0, 1.0, 3) * [0.9**number, 1.0, 1.02**number]))
+            loss.learn(
+                number, valid_K=torch.tensor(random.gamma(2.0, 1.0, 3) * [0.9**number, 1.0, 1.02**number])
+            )
         value = step(loss, nll_all, ranks)
         (grad,) = torch.autograd.grad(value, nll_all)
         if loss.wants_train(number):
@@ -59,7 +63,11 @@ def whole(mode: str):
 
 
 def means(nll_all, ranks):
-    sums = [task_sums(token_losses(nll_all, batch, where_BT), batch, 3) for micro in ranks for batch, where_BT in micro]
+    sums = [
+        task_sums(token_losses(nll_all, batch, where_BT), batch, 3)
+        for micro in ranks
+        for batch, where_BT in micro
+    ]
     sum_K, count_K = torch.stack(sums).sum(0)
     return sum_K / count_K
 

@@ -1,5 +1,5 @@
-"""Through the real loop and engine: every mode does the same however a global batch is split over ranks, micro-batches
-and rows, and on every backend."""
+"""Through the real loop and engine: every mode does the same however a global batch is split over ranks,
+micro-batches and rows, and on every backend."""
 
 from __future__ import annotations
 
@@ -23,24 +23,32 @@ ONE = {
 }
 TWO = {"2x2 pad": Layout(2, packed=False), "2x2 pack": Layout(2, packed=True)}
 FOUR = {"4x1 pad": Layout(1, packed=False), "4x1 pack": Layout(1, packed=True)}
-SHARDED = {f"{backend} 2x2": Layout(2, packed=False, backend=backend) for backend in ("zero2", "zero3", "fsdp")}
+SHARDED = {
+    f"{backend} 2x2": Layout(2, packed=False, backend=backend) for backend in ("zero2", "zero3", "fsdp")
+}
 LAYOUTS = [*ONE, *TWO, *FOUR][1:]
 BY_SOURCE = {"probes": "coba", "training losses": "lbtw", "statistics and repeats": "famo"}
 """One adaptive mode of each way of learning, played on the backends that shard."""
 
 
 PAIRS = [
-    (mode, layout) if mode in ("task_token_mean", *BY_SOURCE.values()) or layout == "2x2 pack" else long(mode, layout)
+    (mode, layout)
+    if mode in ("task_token_mean", *BY_SOURCE.values()) or layout == "2x2 pack"
+    else long(mode, layout)
     for mode in MODES
     for layout in LAYOUTS
 ]
-"""A mode of each way of learning in every layout, and every mode in the one that splits a batch in all ways at once."""
+"""A mode of each way of learning in every layout, and every mode in the one that splits a batch in all ways
+at once."""
 
 
 def everything(
-    root: Path, pairs: Collection[tuple[str, str]] | None = None, sharded: Collection[str] = tuple(BY_SOURCE.values())
+    root: Path,
+    pairs: Collection[tuple[str, str]] | None = None,
+    sharded: Collection[str] = tuple(BY_SOURCE.values()),
 ) -> dict[str, dict[str, Played]]:
-    """Plays pairs of mode and layout (None: all of them), and every mode whole; returns what each did, by layout.
+    """Plays pairs of mode and layout (None: all of them), and every mode whole; returns what each did, by
+    layout.
 
     sharded: the modes that are played on the backends of SHARDED.
     """
@@ -50,21 +58,30 @@ def everything(
         plan = []
         for name, layout in layouts.items():
             modes = sharded if name in SHARDED else MODES
-            plan.append((layout, [m for m in modes if pairs is None or name == "1x1 pad" or (m, name) in pairs]))
+            plan.append(
+                (layout, [m for m in modes if pairs is None or name == "1x1 pad" or (m, name) in pairs])
+            )
         results = played(str(root), plan) if world == 1 else run_ranks(world, played, str(root), plan)[0]
         found |= dict(zip(layouts, results, strict=True))
     return found
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, dict[str, Played]]:
+def results(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, dict[str, Played]]:
     return everything(tmp_path_factory.mktemp("layouts"), selected(request, "mode", "layout"))
 
 
 def differences(found: Played, whole: Played) -> dict[str, float]:
-    """Returns the largest relative difference of the losses, of the weights, and of the update (as one vector)."""
+    """Returns the largest relative difference of the losses, of the weights, and of the update (as one
+    vector)."""
     assert [set(row) for row in found.weights] == [set(row) for row in whole.weights]
-    pairs = [(row[name], other[name]) for row, other in zip(found.weights, whole.weights, strict=True) for name in row]
+    pairs = [
+        (row[name], other[name])
+        for row, other in zip(found.weights, whole.weights, strict=True)
+        for name in row
+    ]
     return {
         "loss": max(abs(a - b) / abs(b) for a, b in zip(found.losses, whole.losses, strict=True)),
         "weights": max((abs(a - b) / max(abs(b), 1e-3) for a, b in pairs), default=0.0),

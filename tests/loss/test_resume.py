@@ -32,7 +32,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 
 def run(stage: Stage, mode: str, folder: Path, stop_after: int = STEPS) -> tuple[dict, torch.Tensor]:
-    """Trains adapters with dropout, from the newest checkpoint in `folder` where there is one, and saves at the end."""
+    """Trains adapters with dropout, from the newest checkpoint in `folder` where there is one, and saves at
+    the end."""
     recorder = Recorder()
     t = stage.training(made(mode), recorder, STEPS, Lora(dropout=0.1), folder)
     t.stop_requested = lambda: t.state.step + 1 >= stop_after

@@ -30,7 +30,13 @@ def test_it_has_every_mode_two_learning_rates_and_two_seeds() -> None:
 def test_it_runs_and_its_picture_is_drawn(tmp_path: Path) -> None:
     for number, name in enumerate(STUDY["task"]):
         write_task(tmp_path / "cache" / "demo" / "tasks" / name, 80, longest=3 + 3 * number)
-    short = ("optimizer.lr=4e-3", "train.seed=1", "train.max_steps=3", "train.eval_every=3", "train.log_every=1")
+    short = (
+        "optimizer.lr=4e-3",
+        "train.seed=1",
+        "train.max_steps=3",
+        "train.eval_every=3",
+        "train.log_every=1",
+    )
     code, said = mft(tmp_path, "train", "-m", "experiment=loss_study", "loss=coba,uncertainty", *short)
     assert code == 0, said
     (sweep,) = (path.parent for path in (tmp_path / "multirun" / "loss_study").glob("*/sweep.json"))

@@ -36,9 +36,20 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-DEEPSEEK = LATENT | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1}
+DEEPSEEK = LATENT | {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_group": 1,
+}
 DEEPSEEK |= {"topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 16}
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", {}),
@@ -51,7 +62,10 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "gpt_neox": ("GPTNeoX", {}),
     "phi": ("Phi", {"num_key_value_heads": 4}),
     "phi3": ("Phi3", {"sliding_window": 6}),
-    "starcoder": ("GPTBigCode", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_inner": 128, "n_positions": 256}),
+    "starcoder": (
+        "GPTBigCode",
+        {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_inner": 128, "n_positions": 256},
+    ),
     "starcoder2": ("Starcoder2", {"sliding_window": 6}),
     "qwen2": ("Qwen2", {}),
     "qwen2_moe": ("Qwen2Moe", EXPERTS | {"shared_expert_intermediate_size": 64}),
@@ -67,7 +81,10 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "granite": ("Granite", {}),
     "smollm": ("Llama", {}),
     "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
-    "llama4": ("Llama4Text", {"num_local_experts": 2, "attention_chunk_size": 8, "intermediate_size_mlp": 128}),
+    "llama4": (
+        "Llama4Text",
+        {"num_local_experts": 2, "attention_chunk_size": 8, "intermediate_size_mlp": 128},
+    ),
 }
 OTHERS: dict[str, tuple[str, dict[str, object]]] = {
     "opt": ("OPT", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
@@ -82,9 +99,18 @@ OWN_NAMES = ("codegen", "starcoder")  # their configs call sizes otherwise
 def tiny_model(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     kind, values = (FAMILIES | OTHERS)[name]
-    sizes = {k: v for k, v in SIZES.items() if name not in OWN_NAMES or k.endswith("_id") or k == "vocab_size"}
+    sizes = {
+        k: v for k, v in SIZES.items() if name not in OWN_NAMES or k.endswith("_id") or k == "vocab_size"
+    }
     config = getattr(transformers, f"{kind}Config")(**(sizes | values))
-    for key in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout", "embedding_dropout"):
+    for key in (
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "attention_dropout",
+        "hidden_dropout",
+        "embedding_dropout",
+    ):
         if hasattr(config, key):
             setattr(config, key, 0.0)
     for key in ("resid_dropout", "residual_dropout", "dropout"):
@@ -94,21 +120,25 @@ def tiny_model(name: str) -> torch.nn.Module:
 
 
 def measure(name: str, folder: Path) -> dict[str, float]:
-    """Returns the largest difference of every check of a family, in float32; `folder` holds what it saves on the way.
+    """Returns the largest difference of every check of a family, in float32; `folder` holds what it saves on
+    the way.
 
-    packed, padded: nll of samples in one row and in rows of their own, to each sample alone; mixed: how far it is off
-    where samples see each other; loss: ours to the model's
-    own; checkpointing: of a step's loss; 4 bits: nll of QLoRA's base to the same weights taken out of 4 bits; saved: of
-    the logits of what save_final wrote, read by AutoModelForCausalLM or by peft. full, lora, qlora: what two steps take
-    off the loss, as a share of it.
-    Raises AssertionError where a gradient is missing or a name of the yaml is wrong.
+    packed, padded: nll of samples in one row and in rows of their own, to each sample alone; mixed: how far
+    it is off where samples see each other; loss: ours to the model's own; checkpointing: of a step's loss; 4
+    bits: nll of QLoRA's base to the same weights taken out of 4 bits; saved: of the logits of what save_final
+    wrote, read by AutoModelForCausalLM or by peft. full, lora, qlora: what two steps take off the loss, as a
+    share of it. Raises AssertionError where a gradient is missing or a name of the yaml is wrong.
     """
     source = folder / "source"
     model = tiny_model(name)
     model.save_pretrained(source)
     tokenizer = byte_tokenizer(V)
     tokenizer.save_pretrained(source)
-    overrides = [f"model={name if name in FAMILIES else 'auto'}", f"model.path={source}", "model.router_coef=null"]
+    overrides = [
+        f"model={name if name in FAMILIES else 'auto'}",
+        f"model.path={source}",
+        "model.router_coef=null",
+    ]
     family = build(compose_resolved(overrides).model, "model")
     family.check()
     assert set(family.shard_layers) <= set(model._no_split_modules)
@@ -125,14 +155,17 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     # The same tokens as one sample a row: what the first check would see if samples saw each other.
     joined = batch([[22], [20]], 24, V)
     found["mixed"] = largest(
-        module(packed.ids_BT, packed.target_BT, joined.position_BT, joined.sample_BT)[0], module(*inputs(packed))[0]
+        module(packed.ids_BT, packed.target_BT, joined.position_BT, joined.sample_BT)[0],
+        module(*inputs(packed))[0],
     )
 
     nll_BT, router = module(*inputs(padded))
     loss = nll_BT.sum() / (padded.target_BT != IGNORE).sum() + router
     labels = torch.full_like(padded.ids_BT, IGNORE)
     labels[:, 1:] = padded.target_BT[:, :-1]
-    adds_it = hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")  # for others see test_router
+    adds_it = hasattr(
+        sys.modules[type(model).__module__], "load_balancing_loss_func"
+    )  # for others see test_router
     extra = {"output_router_logits": True} if module.router_coef and adds_it else {}
     mask = (padded.sample_BT >= 0).long()
     theirs = model(input_ids=padded.ids_BT, attention_mask=mask, labels=labels, use_cache=False, **extra).loss
@@ -163,7 +196,9 @@ def measure(name: str, folder: Path) -> dict[str, float]:
 def steps(model: Any, module: TokenLoss, rows: Any, family: Any) -> list[float]:
     """Returns the loss without and with gradient checkpointing, and after each of two optimizer steps."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2 if len(parameters) < len(list(model.parameters())) else 1e-3)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-2 if len(parameters) < len(list(model.parameters())) else 1e-3
+    )
     losses = [module(*inputs(rows))[0].mean().item()]
     assert family.checkpoint(model)
     for _ in range(2):
@@ -177,7 +212,8 @@ def steps(model: Any, module: TokenLoss, rows: Any, family: Any) -> list[float]:
 
 
 def reloaded(module: TokenLoss, folder: Path, tokenizer: Any, rows: Any) -> float:
-    """Saves a trained model and returns the largest difference of its logits when they are loaded by others."""
+    """Saves a trained model and returns the largest difference of its logits when they are loaded by
+    others."""
     from peft import PeftModel
 
     save_final(module, tokenizer, folder)

@@ -19,8 +19,8 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "legacy_models"
 
 
 def write(folder: Path, name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **values: Any) -> Path:
-    """Writes a random checkpoint in the format of the fixture of that name, with other values in its config.json; None
-    takes one out."""
+    """Writes a random checkpoint in the format of the fixture of that name, with other values in its
+    config.json; None takes one out."""
     config = json.loads((FIXTURES / name / "config.json").read_text()) | values
     config = {key: value for key, value in config.items() if not (key in values and value is None)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,9 @@ def sharded(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     where = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(weights)}
     for file in set(where.values()):
-        save_file({k: t for k, t in weights.items() if where[k] == file}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {k: t for k, t in weights.items() if where[k] == file}, folder / file, metadata={"format": "pt"}
+        )
     index = {"metadata": {"total_size": 0}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -66,7 +68,10 @@ def shapes(c: Values) -> dict[str, tuple[int, ...]]:
         found["transformer.embedding.word_embeddings.weight"] = (vocab, width)
         for i in range(layers):
             at = f"transformer.encoder.layers.{i}."
-            found |= {at + "input_layernorm.weight": (width,), at + "post_attention_layernorm.weight": (width,)}
+            found |= {
+                at + "input_layernorm.weight": (width,),
+                at + "post_attention_layernorm.weight": (width,),
+            }
             found[at + "self_attention.query_key_value.weight"] = (rows, width)
             if c["add_qkv_bias"]:
                 found[at + "self_attention.query_key_value.bias"] = (rows,)
@@ -82,7 +87,10 @@ def shapes(c: Values) -> dict[str, tuple[int, ...]]:
             at = f"transformer.h.{i}."
             found |= {at + "ln_1.weight": (width,), at + "ln_2.weight": (width,)}
             found |= {at + "attn.c_attn.weight": (rows, width), at + "attn.c_attn.bias": (rows,)}
-            found |= {at + "attn.c_proj.weight": (width, width), at + "mlp.c_proj.weight": (width, inner // 2)}
+            found |= {
+                at + "attn.c_proj.weight": (width, width),
+                at + "mlp.c_proj.weight": (width, inner // 2),
+            }
             found |= {at + "mlp.w1.weight": (inner // 2, width), at + "mlp.w2.weight": (inner // 2, width)}
         return found | {"transformer.ln_f.weight": (width,), "lm_head.weight": (vocab, width)}
     found["model.embed_tokens.weight"] = (vocab, width)
@@ -94,12 +102,17 @@ def shapes(c: Values) -> dict[str, tuple[int, ...]]:
         else:
             for part, n in (("q", heads), ("k", groups), ("v", groups)):
                 found[at + f"self_attn.{part}_proj.weight"] = (n * hd, width)
-        found |= {at + "self_attn.o_proj.weight": (width, heads * hd), at + "mlp.down_proj.weight": (width, inner)}
+        found |= {
+            at + "self_attn.o_proj.weight": (width, heads * hd),
+            at + "mlp.down_proj.weight": (width, inner),
+        }
         found |= {at + "mlp.gate_proj.weight": (inner, width), at + "mlp.up_proj.weight": (inner, width)}
     return found | {"model.norm.weight": (width,), "lm_head.weight": (vocab, width)}
 
 
-def logits(c: Values, w: Weights, ids_T: list[int], rope_ratio: str = "base", norm_head: bool = False) -> torch.Tensor:
+def logits(
+    c: Values, w: Weights, ids_T: list[int], rope_ratio: str = "base", norm_head: bool = False
+) -> torch.Tensor:
     """Returns the logits [T, V] that the original code has for one sample."""
     kind = c["model_type"]
     layers, _, heads, groups, hd, _ = sizes(c)
@@ -145,8 +158,14 @@ def _qkv(c: Values, w: Weights, at: str, h: torch.Tensor) -> list[torch.Tensor]:
     _, _, heads, groups, hd, _ = sizes(c)
     if c["model_type"] == "aquila":
         return [h @ w[at + f"self_attn.{part}_proj.weight"].T for part in "qkv"]
-    name = {"chatglm": "self_attention.query_key_value", "qwen": "attn.c_attn", "baichuan": "self_attn.W_pack"}
-    joint = F.linear(h, w[at + name[c["model_type"]] + ".weight"], w.get(at + name[c["model_type"]] + ".bias"))
+    name = {
+        "chatglm": "self_attention.query_key_value",
+        "qwen": "attn.c_attn",
+        "baichuan": "self_attn.W_pack",
+    }
+    joint = F.linear(
+        h, w[at + name[c["model_type"]] + ".weight"], w.get(at + name[c["model_type"]] + ".bias")
+    )
     if c["model_type"] == "chatglm" and not c["multi_query_attention"]:
         return [part.reshape(len(h), -1) for part in joint.view(len(h), heads, 3, hd).unbind(2)]
     return list(joint.split([heads * hd, groups * hd, groups * hd], -1))
@@ -174,8 +193,8 @@ def _turned(c: Values, x: torch.Tensor, rope_ratio: str) -> torch.Tensor:
 
 
 def slopes(heads: int) -> list[float]:
-    """Returns ALiBi's slopes: a geometric row for a power of two; else that of the power below, and every other one of
-    the power above."""
+    """Returns ALiBi's slopes: a geometric row for a power of two; else that of the power below, and every
+    other one of the power above."""
     if heads & (heads - 1) == 0:
         return [2 ** (-8 * (i + 1) / heads) for i in range(heads)]
     below = 2 ** (heads.bit_length() - 1)

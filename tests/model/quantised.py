@@ -21,13 +21,15 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -
 
 
 def write(plain: Path, out: Path, weights: Weights, settings: dict[str, Any] | None, **values: Any) -> None:
-    """Writes a copy of the folder `plain` with other weights; settings: its quantization_config; values: others of
-    config.json."""
+    """Writes a copy of the folder `plain` with other weights; settings: its quantization_config; values:
+    others of config.json."""
     shutil.copytree(plain, out)
     whole = {name: tensor.clone().contiguous() for name, tensor in weights.items()}
     save_file(whole, out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((out / "config.json").read_text()) | values
-    (out / "config.json").write_text(json.dumps(config | ({"quantization_config": settings} if settings else {})))
+    (out / "config.json").write_text(
+        json.dumps(config | ({"quantization_config": settings} if settings else {}))
+    )
 
 
 def rewritten(plain: Path, change: Callable[[str, torch.Tensor], Weights]) -> Weights:
@@ -80,7 +82,10 @@ def mxfp8(plain: Path, out: Path) -> Weights:
         power = (groups.abs().amax(2, keepdim=True) / 448).log2().ceil()
         packed = (groups / 2**power).to(torch.float8_e4m3fn)
         true[name] = (packed.float() * 2**power).reshape(tensor.shape)
-        return {name: packed.reshape(tensor.shape), f"{name}_scale_inv": (power.squeeze(2) + 127).to(torch.uint8)}
+        return {
+            name: packed.reshape(tensor.shape),
+            f"{name}_scale_inv": (power.squeeze(2) + 127).to(torch.uint8),
+        }
 
     settings = {"quant_method": "mxfp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}
     write(plain, out, rewritten(plain, change), settings)

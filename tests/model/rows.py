@@ -10,7 +10,8 @@ from mft.batch import IGNORE, Batch
 def batch(
     rows: list[list[int]], length: int, vocabulary: int, pad: int = 1, trained: float = 0.6, seed: int = 0
 ) -> Batch:
-    """A batch whose rows hold samples of the given lengths, padded to `length`; `trained`: share with loss."""
+    """A batch whose rows hold samples of the given lengths, padded to `length`; `trained`: share with
+    loss."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(rows), length)
     ids_BT = torch.full(shape, pad)

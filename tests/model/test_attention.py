@@ -21,7 +21,10 @@ from tests.model.test_token_loss import assert_same, gradients, small
 V = 512
 
 FURTHER = {
-    "window_by_layer": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "window_by_layer": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
     "soft_cap_that_bites": ("Gemma2Config", {"sliding_window": 5, "attn_logit_softcapping": 1.0}),
     "chunks": (
         "Llama4TextConfig",
@@ -51,13 +54,16 @@ def model_of(name: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", [*FAMILIES, *FURTHER, "alibi"])
 def test_packed_equals_the_masked_forms_of_transformers(name: str) -> None:
-    """Losses and gradients of rows of several samples, to each sample in a row of its own with transformers' mask, and
-    to its block mask of the packed rows. (That of gpt-oss drops the positions, so its samples would see each other.)
-    Original formats become glm, qwen2, llama and the decoder with ALiBi."""
+    """Losses and gradients of rows of several samples, to each sample in a row of its own with transformers'
+    mask, and to its block mask of the packed rows. (That of gpt-oss drops the positions, so its samples would
+    see each other.) Original formats become glm, qwen2, llama and the decoder with ALiBi."""
     model = model_of(name)
     module = TokenLoss(model, CausalLM("unused"))
     assert module.per_sample == (name not in ("codegen", "llama4"))
-    packed, padded = batch([[9, 1, 14], [5, 20, 3]], 32, 320), batch([[9], [1], [14], [5], [20], [3]], 20, 320)
+    packed, padded = (
+        batch([[9, 1, 14], [5, 20, 3]], 32, 320),
+        batch([[9], [1], [14], [5], [20], [3]], 20, 320),
+    )
     forms = [(module.per_sample, packed), (False, padded), *([] if name == "gpt_oss" else [(False, packed)])]
     found = []
     for per_sample, data in forms:
@@ -118,8 +124,8 @@ def test_dropout_of_attention_is_kept(name: str) -> None:
 
 @pytest.mark.parametrize("name", [SDPA, ALIBI])
 def test_dropout_keeps_the_mean(name: str) -> None:
-    """What attention mixes is linear in its weights, so dropout leaves its mean as it is: 1,000 draws, 6 standard
-    errors of the mean."""
+    """What attention mixes is linear in its weights, so dropout leaves its mean as it is: 1,000 draws, 6
+    standard errors of the mean."""
     attend = transformers.AttentionInterface()[name]
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 7, 8) for _ in range(3))
@@ -138,8 +144,12 @@ def test_answering_is_ordinary_attention(tiny: Tiny) -> None:
     ids = torch.randint(2, V, (2, 9))
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
     for arguments in ({}, {"attention_mask": mask}, {"attention_mask": mask, "use_cache": False}):
-        assert torch.equal(trained(input_ids=ids, **arguments).logits, ordinary(input_ids=ids, **arguments).logits)
-    answers = [m.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False) for m in (ordinary, trained)]
+        assert torch.equal(
+            trained(input_ids=ids, **arguments).logits, ordinary(input_ids=ids, **arguments).logits
+        )
+    answers = [
+        m.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False) for m in (ordinary, trained)
+    ]
     assert torch.equal(*answers)
 
 

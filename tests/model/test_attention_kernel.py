@@ -1,5 +1,5 @@
-"""Which attention is taken. There is no GPU and no flash-attn where this was written: the machine is a stand-in, its
-facts are given; everything that is decided from them is the real thing."""
+"""Which attention is taken. There is no GPU and no flash-attn where this was written: the machine is a
+stand-in, its facts are given; everything that is decided from them is the real thing."""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ def test_folders_that_are_no_model(tmp_path: Path, tiny_folder: Path) -> None:
 
 
 def test_impossible_asks_are_refused_before_loading(tiny_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"flash_attention_2 cannot run here: .*; use model.attention=auto or sdpa"):
+    with pytest.raises(
+        UserError, match=r"flash_attention_2 cannot run here: .*; use model.attention=auto or sdpa"
+    ):
         CausalLM(str(tiny_folder), attention="flash_attention_2").check()
     with pytest.raises(UserError, match=r"model.attention='spda' is not one of .*; did you mean sdpa"):
         CausalLM(str(tiny_folder), attention="spda").check()
@@ -90,7 +92,9 @@ def test_a_damaged_base_is_refused_before_it_is_loaded(tiny_folder: Path, tmp_pa
     seal(folder)
     CausalLM(str(folder)).check()
     (folder / "chat_template.jinja").write_text("{{ bos_token }}")
-    with pytest.raises(UserError, match=r"base is damaged: chat_template\.jinja has the checksum .* on purpose"):
+    with pytest.raises(
+        UserError, match=r"base is damaged: chat_template\.jinja has the checksum .* on purpose"
+    ):
         CausalLM(str(folder)).check()
 
 
@@ -99,19 +103,25 @@ def test_fingerprint_tells_weights_apart(tiny_folder: Path, tmp_path: Path) -> N
     (folder / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
     assert CausalLM(str(folder)).fingerprint() == CausalLM(str(tiny_folder)).fingerprint()
     weights = load_file(folder / "model.safetensors")
-    save_file({k: v + 0.01 for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v + 0.01 for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
     assert CausalLM(str(folder)).fingerprint() != CausalLM(str(tiny_folder)).fingerprint()
     assert CausalLM("owner/name").fingerprint() == "owner/name@main"
 
 
 def test_a_hub_name_that_cannot_be_loaded_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"model.path=nobody/nothing cannot be loaded: there is no such folder"):
+    with pytest.raises(
+        UserError, match=r"model.path=nobody/nothing cannot be loaded: there is no such folder"
+    ):
         CausalLM("nobody/nothing").tokenizer()
 
 
 def test_tiny_takes_no_path(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model.path=weights: model=tiny makes its own weights; .* model=auto"):
+    with pytest.raises(
+        UserError, match=r"model.path=weights: model=tiny makes its own weights; .* model=auto"
+    ):
         Tiny(path="weights", cache_dir=str(tmp_path)).check()
 
 
@@ -164,11 +174,15 @@ def test_tiny_refuses_impossible_sizes(tmp_path: Path) -> None:
 
 def test_components_import_nothing_heavy() -> None:
     code = (
-        "import sys, mft.model.causal_lm, mft.model.tiny, mft.model.peft.qlora, mft.model.export, mft.model.generate\n"
+        "import sys, mft.model.causal_lm, mft.model.tiny, mft.model.peft.qlora, mft.model.export, "
+        "mft.model.generate\n"
         "mft.model.causal_lm.CausalLM('HuggingFaceTB/SmolLM2-135M-Instruct').check()\n"
         "mft.model.peft.qlora.QLora().check()\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'bitsandbytes') if m in sys.modules])"
     )
     assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
     )

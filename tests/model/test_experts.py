@@ -1,4 +1,5 @@
-"""Adapters of mixtures of experts: the fused weights of the experts and the router, reached only when asked."""
+"""Adapters of mixtures of experts: the fused weights of the experts and the router, reached only when
+asked."""
 
 from __future__ import annotations
 
@@ -54,7 +55,11 @@ def test_gradients_reach_the_experts_and_the_folder_loads_with_peft(name: str, t
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     assert torch.equal(logits(PeftModel.from_pretrained(mixture(name), tmp_path), IDS), expected)
     merged = PeftModel.from_pretrained(mixture(name), tmp_path).merge_and_unload()
-    assert (logits(merged, IDS) - expected).abs().max() < 1e-5 < (logits(mixture(name), IDS) - expected).abs().max()
+    assert (
+        (logits(merged, IDS) - expected).abs().max()
+        < 1e-5
+        < (logits(mixture(name), IDS) - expected).abs().max()
+    )
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -65,7 +70,9 @@ def test_all_linear_leaves_experts_and_router_and_asking_takes_them(name: str) -
     assert any("shared_expert" in kind for kind in every) == (
         name in ("qwen2_moe", "deepseek_v2", "deepseek_v3", "llama4")
     )
-    more = adapted(Lora(rank=2, targets="all-linear", experts=True, router=True).attach(mixture(name), family))
+    more = adapted(
+        Lora(rank=2, targets="all-linear", experts=True, router=True).attach(mixture(name), family)
+    )
     routers = {kind for kind in more - every if ".experts." not in kind}
     block = "feed_forward" if name == "llama4" else "mlp"
     named = {"gpt_oss": ["router"], "llama4": ["router"], "qwen2_moe": ["gate", "shared_expert_gate"]}
@@ -80,14 +87,19 @@ def test_experts_and_router_can_be_named() -> None:
     model = Lora(targets=r".*\.1\.mlp\.experts\..*").attach(mixture("qwen3_moe"), family)
     by_kind = {row.kind: row for row in audit(model)}
     assert by_kind["model.layers.*.mlp.experts.gate_up_proj"].adapted == 1
-    with pytest.raises(UserError, match=r"'w1' matches no module; this model has embed_tokens, .*gate_up_proj"):
+    with pytest.raises(
+        UserError, match=r"'w1' matches no module; this model has embed_tokens, .*gate_up_proj"
+    ):
         Lora(targets=["w1"]).attach(mixture("mixtral"), family_of("mixtral"))
 
 
 @pytest.mark.parametrize(
     ("peft", "message"),
     [
-        (Lora(experts=True, dropout=0.1), r"peft\.dropout=0\.1 cannot be combined with peft\.experts=true.*dropout=0"),
+        (
+            Lora(experts=True, dropout=0.1),
+            r"peft\.dropout=0\.1 cannot be combined with peft\.experts=true.*dropout=0",
+        ),
         (Lora(router=True, use_dora=True), r"peft\.use_dora=true cannot be combined with peft\.router=true"),
         (Lora(experts=True, init="pissa"), r"peft\.init=pissa cannot be combined .* choose peft\.init=true"),
         (QLora(experts=True, dropout=0.1), r"peft\.dropout=0\.1 cannot be combined with peft\.experts=true"),
@@ -147,7 +159,9 @@ def test_experts_beside_4_bits(name: str, tokenizer, tmp_path: Path) -> None:
     assert merge(tmp_path / "adapter", tmp_path / "merged").difference < 1e-5
 
 
-def test_shared_experts_of_deepseek_in_4_bits(tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_shared_experts_of_deepseek_in_4_bits(
+    tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """peft takes gate_proj for the routed experts there, and cannot adapt a packed weight by its name."""
     family = family_of("deepseek_v3")
     family.path = str(mixture_folder("deepseek_v3", tmp_path / "base", tokenizer))
@@ -157,7 +171,9 @@ def test_shared_experts_of_deepseek_in_4_bits(tokenizer, tmp_path: Path, caplog:
     assert "down_proj, gate_proj, up_proj stay frozen" in caplog.text
     assert not any("shared" in kind for kind in adapted(model))
     peft = QLora(targets=["gate_proj"])
-    with pytest.raises(UserError, match=r"gate_proj is quantised, .*keep it unquantised with peft\.skip_modules"):
+    with pytest.raises(
+        UserError, match=r"gate_proj is quantised, .*keep it unquantised with peft\.skip_modules"
+    ):
         peft.attach(family.model(torch.float32, peft.quantization(torch.float32)), family)
     peft = QLora(targets=["shared_experts.gate_proj"], skip_modules=["shared_experts"])
     model = peft.attach(family.model(torch.float32, peft.quantization(torch.float32)), family)
@@ -170,7 +186,13 @@ def test_a_run_with_experts_resumes_to_the_bit_and_merges(
     name: str, peft: str, tokenizer, tmp_path: Path, cache_dir: Path
 ) -> None:
     base = mixture_folder(name, tmp_path / "base", tokenizer)
-    settings = [f"model={name}", f"model.path={base}", "model.eos_token=null", f"peft={peft}", "peft.experts=true"]
+    settings = [
+        f"model={name}",
+        f"model.path={base}",
+        "model.eos_token=null",
+        f"peft={peft}",
+        "peft.experts=true",
+    ]
     settings += ["train.max_steps=4", "train.save_every=2", "optimizer.lr=1e-3", "peft.rank=4"]
     _, run_dir = train(tmp_path, cache_dir, *settings)
     whole = load_file(run_dir / "final" / "adapter_model.safetensors")

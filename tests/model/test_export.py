@@ -132,7 +132,9 @@ def test_another_base_is_refused(tiny: Tiny, cache_dir: Path, tokenizer, tmp_pat
         merge(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "gone/away"))
 
 
-def test_a_wrong_merge_is_caught(tiny: Tiny, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_merge_is_caught(
+    tiny: Tiny, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_final(trained(tiny, Lora()), tokenizer, tmp_path / "adapter")
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
     with pytest.raises(UserError, match="differs from base \\+ adapter"):

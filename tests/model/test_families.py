@@ -1,6 +1,6 @@
-"""Every native family of conf/model, on a tiny random model of its architecture: names are right, it trains with every
-weight, with LoRA and on 4 bits, packing and padding agree with each sample alone, the loss is transformers' own, and
-what is saved is what was trained."""
+"""Every native family of conf/model, on a tiny random model of its architecture: names are right, it trains
+with every weight, with LoRA and on 4 bits, packing and padding agree with each sample alone, the loss is
+transformers' own, and what is saved is what was trained."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ from mft.model.token_loss import TokenLoss
 TEMPLATE = (
     "{% for m in messages %}<s>{{ {'user': 'human', 'assistant': 'bot'}.get(m['role'], m['role']) }}\n"
     "{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token + '\n' }}{% elif m['role'] == 'system' %}{{ '\n' }}{% endif %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token + '\n' }}{% elif m['role'] == 'system' %}{{ '\n' }}{% "
+    "endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<s>bot\n' }}{% endif %}"
 )
 QUESTIONS = ["hi", "Write a test for this function: def add(a, b): return a + b", "x" * 40]
@@ -72,13 +73,19 @@ def test_prompt_is_the_template(run: Path) -> None:
 
     assert asked("hi") == "<s>human\nhi<s>bot\n"
     assert asked("hi", system="Be short.") == "<s>system\nBe short.\n<s>human\nhi<s>bot\n"
-    turns = [{"role": "human", "content": "a"}, {"role": "bot", "content": "b"}, {"role": "user", "content": "c"}]
+    turns = [
+        {"role": "human", "content": "a"},
+        {"role": "bot", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     expected = "<s>human\na<s>bot\nb<|endoftext|>\n<s>human\nc<s>bot\n"
     assert asked(turns) == expected
     assert asked([Message("user", "a"), Message("assistant", "b"), Message("user", "c")]) == expected
     own = [{"role": "system", "content": "S"}, *turns]
     assert asked(own, system="other") == asked(own), "a conversation's own system text stays"
-    with pytest.raises(UserError, match=r"has the role 'tool'\. Allowed: system, user, human, assistant, bot"):
+    with pytest.raises(
+        UserError, match=r"has the role 'tool'\. Allowed: system, user, human, assistant, bot"
+    ):
         messages([{"role": "tool", "content": "x"}])
     with pytest.raises(UserError, match="needs the text content: "):
         messages([{"role": "user"}])
@@ -105,7 +112,9 @@ def smollm2() -> list[str]:
 
 @pytest.mark.parametrize("name", ["mft", "mftcoder", OWN])
 @pytest.mark.parametrize("where", ["tiny", *smollm2()], ids=lambda where: Path(where).parent.name)
-def test_a_saved_model_is_asked_in_the_ids_it_was_trained_on(tiny: Tiny, tmp_path: Path, name: str, where: str) -> None:
+def test_a_saved_model_is_asked_in_the_ids_it_was_trained_on(
+    tiny: Tiny, tmp_path: Path, name: str, where: str
+) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = tiny.tokenizer() if where == "tiny" else AutoTokenizer.from_pretrained(where)
@@ -151,7 +160,9 @@ def test_sampling_options_reach_the_model(run: Path) -> None:
     cold = answerer.answer(["hi"] * 4, temperature=1e-4, max_new_tokens=8)
     assert set(cold) == set(answerer.answer(["hi"], do_sample=False, max_new_tokens=8))
     state = torch.random.get_rng_state()
-    seeded = [answerer.answer(["hi"], temperature=5.0, top_p=1.0, max_new_tokens=8, seed=s) for s in (1, 2, 1)]
+    seeded = [
+        answerer.answer(["hi"], temperature=5.0, top_p=1.0, max_new_tokens=8, seed=s) for s in (1, 2, 1)
+    ]
     assert seeded[0] == seeded[2] != seeded[1] and torch.equal(state, torch.random.get_rng_state())
     beams = answerer.answer(["hi"], do_sample=False, num_beams=3, repetition_penalty=1.3, max_new_tokens=8)
     assert len(beams) == 1

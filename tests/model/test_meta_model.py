@@ -1,4 +1,5 @@
-"""What a model's config.json contradicts is told before anything is loaded: these folders have no weights at all."""
+"""What a model's config.json contradicts is told before anything is loaded: these folders have no weights at
+all."""
 
 from __future__ import annotations
 
@@ -44,12 +45,32 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("dense", Lora(targets=r".*\.attn\..*"), r"the regular expression .* matches no module"),
         ("dense", Lora(targets=["lm_head"]), r"lm_head shares its weight with the embedding"),
         ("dense", Lora(modules_to_save=["lmhead"]), r"'lmhead' matches no module; .*; did you mean lm_head"),
-        ("dense", QLora(skip_modules=["oproj"]), r"skip_modules: 'oproj' matches no module; .*; did you mean o_proj"),
+        (
+            "dense",
+            QLora(skip_modules=["oproj"]),
+            r"skip_modules: 'oproj' matches no module; .*; did you mean o_proj",
+        ),
         ("dense", QLora(targets=["q_proj"], modules_to_save=["up_proj"]), r"up_proj is quantised and cannot"),
-        ("dense", QLora(bits=8, targets=["q_proj"], modules_to_save=["up_proj"]), r"up_proj is quantised and cannot"),
-        ("mixture", Lora(targets=["experts.down_proj"], dropout=0.1), r"dropout=0\.1 cannot be combined with an ada"),
-        ("mixture", Lora(targets=["gate"], use_dora=True), r"use_dora=true cannot be combined with an adapter"),
-        ("mixture", QLora(targets=["experts.down_proj"], dropout=0.1), r"dropout=0\.1 cannot be combined with an ada"),
+        (
+            "dense",
+            QLora(bits=8, targets=["q_proj"], modules_to_save=["up_proj"]),
+            r"up_proj is quantised and cannot",
+        ),
+        (
+            "mixture",
+            Lora(targets=["experts.down_proj"], dropout=0.1),
+            r"dropout=0\.1 cannot be combined with an ada",
+        ),
+        (
+            "mixture",
+            Lora(targets=["gate"], use_dora=True),
+            r"use_dora=true cannot be combined with an adapter",
+        ),
+        (
+            "mixture",
+            QLora(targets=["experts.down_proj"], dropout=0.1),
+            r"dropout=0\.1 cannot be combined with an ada",
+        ),
         ("shared", QLora(targets=["gate_proj"]), r"gate_proj is quantised, .*keep it unquantised with"),
     ],
 )
@@ -61,9 +82,15 @@ def test_told_by_the_config_alone(name: str, peft: Lora, message: str, folders: 
 def test_what_the_model_can_do_passes(folders: dict[str, Path]) -> None:
     dense, mixture = (CausalLM(str(folders[name])) for name in ("dense", "mixture"))
     Full().check_against(dense, "bf16")
-    Lora(targets=["q_proj"], modules_to_save=["norm"], use_dora=True, init="pissa").check_against(dense, "bf16")
-    QLora(targets=["q_proj"], modules_to_save=["lm_head"], skip_modules=["o_proj"]).check_against(dense, "bf16")
-    QLora(skip_modules=["up_proj"], modules_to_save=["up_proj"], targets=["q_proj"]).check_against(dense, "bf16")
+    Lora(targets=["q_proj"], modules_to_save=["norm"], use_dora=True, init="pissa").check_against(
+        dense, "bf16"
+    )
+    QLora(targets=["q_proj"], modules_to_save=["lm_head"], skip_modules=["o_proj"]).check_against(
+        dense, "bf16"
+    )
+    QLora(skip_modules=["up_proj"], modules_to_save=["up_proj"], targets=["q_proj"]).check_against(
+        dense, "bf16"
+    )
     Lora(experts=True, router=True).check_against(mixture, "bf16")
     for name in ("nobody/nothing", "/nowhere"):  # nothing is known about it yet
         Lora(experts=True).check_against(CausalLM(name), "bf16")
@@ -76,13 +103,18 @@ def test_what_experts_take_beside_4_bits_is_told_before_loading(
         QLora().check_against(CausalLM(str(folders["dense"])), "bf16")
         assert not caplog.text
         QLora().check_against(CausalLM(str(folders["mixture"])), "bf16")
-    assert f"the routed experts, 96% of all weights, stay in bfloat16 and take {EXPERTS_GIB:.3g} GiB" in caplog.text
+    assert (
+        f"the routed experts, 96% of all weights, stay in bfloat16 and take {EXPERTS_GIB:.3g} GiB"
+        in caplog.text
+    )
     assert f"{EXPERTS_GIB:.3g}" == "54"
 
 
 def test_experts_are_found_also_inside_a_model_that_sees(folders: dict[str, Path], tmp_path: Path) -> None:
     assert [has_experts(CausalLM(str(folders[name]))) for name in CONFIGS] == [False, True, True]
-    (tmp_path / "config.json").write_text('{"text_config": {"num_local_experts": 16}, "vision_config": {"depth": 2}}')
+    (tmp_path / "config.json").write_text(
+        '{"text_config": {"num_local_experts": 16}, "vision_config": {"depth": 2}}'
+    )
     assert has_experts(CausalLM(str(tmp_path))) and not has_experts(CausalLM("nobody/nothing"))
 
 

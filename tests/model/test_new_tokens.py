@@ -46,7 +46,9 @@ def family(cache_dir: Path, tied: bool = True, **values: object) -> Tiny:
 
 
 def batch(tokenizer) -> Batch:
-    ids = torch.tensor([tokenizer("a <sql> SELECT b<|call|> def SELECT <sql>", add_special_tokens=False).input_ids])
+    ids = torch.tensor(
+        [tokenizer("a <sql> SELECT b<|call|> def SELECT <sql>", add_special_tokens=False).input_ids]
+    )
     target = torch.cat([ids[:, 1:], torch.tensor([[-100]])], 1)
     zeros = torch.zeros_like(ids)
     return Batch(ids, target, zeros, zeros, torch.arange(ids.shape[1])[None])
@@ -68,7 +70,9 @@ def test_tokenizer_and_rows(cache_dir: Path, tmp_path: Path) -> None:
         assert torch.allclose(rows[row], mean, atol=1e-7)
     assert torch.equal(rows[: ids[0]], base.get_input_embeddings().weight[: ids[0]])
     tokenizer.save_pretrained(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(["<sql>", "SELECT", "<|call|>"]) == ids
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(["<sql>", "SELECT", "<|call|>"]) == ids
+    )
     # one of them may end the answers
     assert family(cache_dir, eos_token="<|call|>").tokenizer().eos_token_id == ids[2]
 
@@ -81,7 +85,9 @@ def test_rows_grow_to_a_multiple(tied: bool, cache_dir: Path) -> None:
     last = tiny.tokenizer().convert_tokens_to_ids("<t59>")
     size = -(-(last + 1) // 64) * 64
     assert size > 512 and model.config.vocab_size == size
-    assert model.get_input_embeddings().weight.shape[0] == model.get_output_embeddings().weight.shape[0] == size
+    assert (
+        model.get_input_embeddings().weight.shape[0] == model.get_output_embeddings().weight.shape[0] == size
+    )
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     again = tiny.model(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -106,7 +112,9 @@ def test_trained_saved_loaded_merged(kind: str, tied: bool, cache_dir: Path, tmp
         return
     base = Origin.read(tmp_path / "final").load()
     loaded = PeftModel.from_pretrained(base, tmp_path / "final")
-    assert (logits(loaded, batch(tokenizer).ids_BT) - expected).abs().max() < (1e-5 if kind == "pissa" else 1e-30)
+    assert (logits(loaded, batch(tokenizer).ids_BT) - expected).abs().max() < (
+        1e-5 if kind == "pissa" else 1e-30
+    )
     saved = load_file(tmp_path / "final" / "adapter_model.safetensors")
     deltas = {n: t for n, t in saved.items() if "trainable_tokens_delta" in n}
     assert len(deltas) == {"whole": 0, "embedding": 0 if tied else 1}.get(kind, 1 if tied else 2)
@@ -124,14 +132,17 @@ def test_trained_saved_loaded_merged(kind: str, tied: bool, cache_dir: Path, tmp
 
 
 def test_plain_peft_loads_it_onto_a_base_of_the_same_size(cache_dir: Path, tmp_path: Path) -> None:
-    """The rows that fill up are trained and saved as well, so whatever another library puts there is replaced."""
+    """The rows that fill up are trained and saved as well, so whatever another library puts there is
+    replaced."""
     tiny = family(cache_dir, add_tokens=[f"<t{i}>" for i in range(60)], add_special_tokens=[])
     module = trained(Lora(rank=4), tiny, batch(tiny.tokenizer()))
     save_final(module, tiny.tokenizer(), tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tiny.folder())
     base.resize_token_embeddings(len(AutoTokenizer.from_pretrained(tmp_path)), pad_to_multiple_of=16)
     text = torch.arange(2, 42)[None]
-    theirs, ours = (m.eval()(input_ids=text).logits for m in (PeftModel.from_pretrained(base, tmp_path), module.model))
+    theirs, ours = (
+        m.eval()(input_ids=text).logits for m in (PeftModel.from_pretrained(base, tmp_path), module.model)
+    )
     assert torch.equal(theirs, ours)
 
 
@@ -150,7 +161,9 @@ def test_loss_and_gradients_are_those_of_peft(tied: bool, cache_dir: Path) -> No
     assert abs(nll.item() - theirs.item()) < 1e-4
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert torch.allclose(ours[name], parameter.grad, atol=1e-5 * parameter.grad.abs().max().item()), name
+            assert torch.allclose(
+                ours[name], parameter.grad, atol=1e-5 * parameter.grad.abs().max().item()
+            ), name
     tokens = [n for n in ours if "trainable_tokens_delta" in n]
     assert len(tokens) == (1 if tied else 2) and all(ours[n].abs().sum() > 0 for n in tokens)
 
@@ -174,7 +187,9 @@ def test_goes_on_from_an_adapter_with_the_same_tokens_only(cache_dir: Path, tmp_
     assert torch.equal(logits(again, ids_BT), logits(first.model, ids_BT))
     assert any("trainable_tokens_delta" in n and p.requires_grad for n, p in again.named_parameters())
     plain = Tiny(cache_dir=str(cache_dir))
-    with pytest.raises(UserError, match=r"was trained with 3 new rows of the embedding, not with none: give the same"):
+    with pytest.raises(
+        UserError, match=r"was trained with 3 new rows of the embedding, not with none: give the same"
+    ):
         peft.attach(plain.model(torch.float32), plain)
 
 
@@ -203,7 +218,9 @@ def test_a_head_with_a_bias_is_trained_whole() -> None:
 
     from mft.model.special_tokens import NEW_ROWS, widen_embeddings
 
-    config = PhiConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=60)
+    config = PhiConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=60
+    )
     model = AutoModelForCausalLM.from_config(config)
     widen_embeddings(model, [60, 61], 8)
     assert getattr(model, NEW_ROWS) == [60, 61, 62, 63]

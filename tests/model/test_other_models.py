@@ -43,7 +43,9 @@ def test_samples_that_would_see_each_other_are_refused_in_one_row(name: str) -> 
     assert model.training and not module.apart
     model.eval()
     for n, one in enumerate(alone(padded)):
-        assert torch.allclose(module(*inputs(padded))[0][padded.sample_BT == n], module(*inputs(one))[0][0], atol=1e-5)
+        assert torch.allclose(
+            module(*inputs(padded))[0][padded.sample_BT == n], module(*inputs(one))[0][0], atol=1e-5
+        )
     assert whole.requires_grad
     with pytest.raises(UserError, match=r"model\.path=mine: \w+ lets the samples of one row see"):
         module(*inputs(batch([[9, 14]], 24, V)))
@@ -56,7 +58,9 @@ def test_all_linear_leaves_out_what_mambas_kernels_read() -> None:
     rows = audit(Lora(rank=2, targets="all-linear").attach(model(), AUTO))
     adapted = {row.kind.rpartition(".")[2] for row in rows if row.adapted}
     assert "in_proj" in adapted and "out_proj" not in adapted
-    with pytest.raises(UserError, match=r"mixer\.out_proj cannot have an adapter, since the kernels of mamba read its"):
+    with pytest.raises(
+        UserError, match=r"mixer\.out_proj cannot have an adapter, since the kernels of mamba read its"
+    ):
         Lora(targets=["out_proj"]).attach(model(), AUTO)
 
 
@@ -64,7 +68,9 @@ def test_gradient_checkpointing_that_a_class_cannot_is_told(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small("JetMoeConfig", num_local_experts=4, num_experts_per_tok=2, kv_channels=16)
-    with pytest.raises(UserError, match=r"gradient_checkpointing=true: JetMoeForCausalLM does not support it"):
+    with pytest.raises(
+        UserError, match=r"gradient_checkpointing=true: JetMoeForCausalLM does not support it"
+    ):
         CausalLM("mine", gradient_checkpointing=True).checkpoint(model)
     monkeypatch.setattr("mft.model.gradient_checkpointing.AUTO_ABOVE", 1000)
     with caplog.at_level(logging.WARNING):
@@ -81,7 +87,13 @@ def test_a_class_with_experts_whose_config_has_none_has_no_router_loss() -> None
 def test_settings_of_a_model_that_also_sees_are_those_of_its_text_part() -> None:
     """Gemma 4 caps its logits by a value of text_config; without it the loss would be another one."""
     text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16, "vocab_size": V, "pad_token_id": 0}
+    text |= {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "vocab_size": V,
+        "pad_token_id": 0,
+    }
     text |= {"vocab_size_per_layer_input": V, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0}
     text |= {"layer_types": ["sliding_attention", "full_attention"], "final_logit_softcapping": 2.0}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -97,4 +109,7 @@ def test_settings_of_a_model_that_also_sees_are_those_of_its_text_part() -> None
     mask, pictures = (data.sample_BT >= 0).long(), torch.zeros_like(data.ids_BT)
     theirs = model(input_ids=data.ids_BT, attention_mask=mask, labels=labels, mm_token_type_ids=pictures).loss
     assert abs(ours.item() - theirs.item()) < 2e-6
-    assert recurrent({"text_config": {"layer_types": ["linear_attention"]}}) == "layers of the kind linear_attention"
+    assert (
+        recurrent({"text_config": {"layer_types": ["linear_attention"]}})
+        == "layers of the kind linear_attention"
+    )

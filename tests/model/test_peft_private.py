@@ -17,7 +17,9 @@ GONE = f"in peft {peft.__version__}: see mft/model/peft_private.py, read in {pri
 
 def test_names_that_peft_takes_for_experts() -> None:
     base = mixture("deepseek_v3")
-    assert private.turns_into_experts(base, "up_proj") and not private.turns_into_experts(base, "o_proj"), GONE
+    assert private.turns_into_experts(base, "up_proj") and not private.turns_into_experts(base, "o_proj"), (
+        GONE
+    )
 
 
 def test_new_rows_of_an_output_layer(cache_dir: Path) -> None:

@@ -1,5 +1,5 @@
-"""A base that is quantised on disk is refused before anything loads, with the way out; mft convert writes the values
-that its numbers stand for; and peft=qlora trains beside one of bitsandbytes."""
+"""A base that is quantised on disk is refused before anything loads, with the way out; mft convert writes the
+values that its numbers stand for; and peft=qlora trains beside one of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def llama(tmp_path: Path, tiny_folder: Path) -> Path:
 
 
 def same(model: Any, true: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(tensor, true[name].float()) for name, tensor in model.state_dict().items() if name in true)
+    return all(
+        torch.equal(tensor, true[name].float()) for name, tensor in model.state_dict().items() if name in true
+    )
 
 
 def convert(folder: Path, out: Path) -> CausalLM:
@@ -82,7 +84,9 @@ def test_convert_writes_the_true_values(kind: str, dtype: str, llama: Path, tmp_
     assert same(model, rounded) and not hasattr(model.config, "quantization_config")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         names = list(file.keys())
-        assert {file.get_slice(n).get_dtype() for n in names} == {{"float32": "F32", "bfloat16": "BF16"}[dtype]}
+        assert {file.get_slice(n).get_dtype() for n in names} == {
+            {"float32": "F32", "bfloat16": "BF16"}[dtype]
+        }
     name = "model.layers.0.mlp.down_proj.weight"
     stored, whole = load_file(tmp_path / kind / "model.safetensors"), load_file(llama / "model.safetensors")
     assert stored[name].float().abs().max() > largest / 2  # what training would have begun from
@@ -106,7 +110,9 @@ MODES = {"full": Full(), "lora": Lora(), "qlora4": QLora(), "qlora8": QLora(bits
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", LLAMA)
-def test_refused_in_each_mode_before_anything_loads(kind: str, mode: str, llama: Path, tmp_path: Path) -> None:
+def test_refused_in_each_mode_before_anything_loads(
+    kind: str, mode: str, llama: Path, tmp_path: Path
+) -> None:
     LLAMA[kind][0](llama, tmp_path / kind)
     family, peft = CausalLM(str(tmp_path / kind)), MODES[mode]
     family.check()
@@ -118,7 +124,9 @@ def test_refused_in_each_mode_before_anything_loads(kind: str, mode: str, llama:
     with pytest.raises(UserError, match=message) as refusal:
         peft.check_against(family, "fp32")
     assert time.perf_counter() - begun < 1
-    assert {"fp8_whole": "fp8", "bnb4": "bitsandbytes", "bnb8": "bitsandbytes"}.get(kind, kind) in str(refusal.value)
+    assert {"fp8_whole": "fp8", "bnb4": "bitsandbytes", "bnb8": "bitsandbytes"}.get(kind, kind) in str(
+        refusal.value
+    )
     with pytest.raises(UserError, match=message):  # also where only a rank sees the files
         family.model(torch.float32, peft.quantization(torch.float32))
 
@@ -161,18 +169,26 @@ def test_merge_and_generate_name_the_way_as_well(
 ) -> None:
     """An adapter that other software trained on a base in fp8."""
     quantised.fp8(llama, tmp_path / "fp8")
-    save_final(trained(Lora(), CausalLM(str(llama)), batch([[20, 9]], 32, 512)), tokenizer, tmp_path / "adapter")
+    save_final(
+        trained(Lora(), CausalLM(str(llama)), batch([[20, 9]], 32, 512)), tokenizer, tmp_path / "adapter"
+    )
     (tmp_path / "adapter" / "mft.json").unlink()
     file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "fp8")}))
-    with pytest.raises(UserError, match=r"the base model .*quantised by fp8; write its real values once, `mft convert"):
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "fp8")})
+    )
+    with pytest.raises(
+        UserError, match=r"the base model .*quantised by fp8; write its real values once, `mft convert"
+    ):
         merge(tmp_path / "adapter", tmp_path / "merged")
     convert(tmp_path / "fp8", tmp_path / "real")
     merge(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "real"))
     assert "written to" in capsys.readouterr().out
 
 
-def test_a_plain_folder_has_nothing_to_convert(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plain_folder_has_nothing_to_convert(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main(["convert", f"model.path={llama}", "--out", str(tmp_path / "other")])
     assert "is neither quantised nor in an original format" in capsys.readouterr().err
@@ -184,8 +200,9 @@ def test_settings_that_a_quantised_base_does_not_take_are_reported(
     quantised.bnb(llama, tmp_path / "fp4", 4)
     family = CausalLM(str(tmp_path / "fp4"))
     QLora(skip_modules=["o_proj"]).check_against(family, "fp32")
-    assert "keeps its own skip_modules=[] (asked: ['o_proj']), quant_type=fp4 (asked: nf4), double_quant=False" in (
-        caplog.text
+    assert (
+        "keeps its own skip_modules=[] (asked: ['o_proj']), quant_type=fp4 (asked: nf4), double_quant=False"
+        in (caplog.text)
     )
     peft = QLora(compute_dtype="bf16")
     model = family.model(torch.float32, peft.quantization(torch.float32))
@@ -195,7 +212,19 @@ def test_settings_that_a_quantised_base_does_not_take_are_reported(
 # ── refused by config.json and headers alone ──
 
 UNREAD = [
-    *("gptq", "awq", "aqlm", "autoround", "auto-round", "bitnet", "eetq", "fbgemm_fp8", "fp_quant", "higgs", "hqq"),
+    *(
+        "gptq",
+        "awq",
+        "aqlm",
+        "autoround",
+        "auto-round",
+        "bitnet",
+        "eetq",
+        "fbgemm_fp8",
+        "fp_quant",
+        "higgs",
+        "hqq",
+    ),
     *(
         "modelopt",
         "nvfp4",
@@ -223,7 +252,10 @@ def refused(folder: Path, message: str) -> None:
 @pytest.mark.parametrize("method", UNREAD)
 def test_a_method_that_is_not_read(method: str, llama: Path) -> None:
     config(llama, quantization_config={"quant_method": method, "bits": 4})
-    refused(llama, rf"quantised by .*{method}.*, as config\.json says, .*; give the release of this model that is not")
+    refused(
+        llama,
+        rf"quantised by .*{method}.*, as config\.json says, .*; give the release of this model that is not",
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,16 +266,25 @@ def test_a_method_that_is_not_read(method: str, llama: Path) -> None:
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "does not name the method"),
         ({"quantization_config": "gptq"}, r"quantization_config in its config\.json must be an object"),
         ({"quantization_config": {"quant_method": ["\x1b[2J"]}}, r"quantised by \['\\x1b\[2J'\]"),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, r"as compression_config in its config\.json"),
+        (
+            {"compression_config": {"quant_method": "compressed-tensors"}},
+            r"as compression_config in its config\.json",
+        ),
         ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "quantised by awq"),
-        ({"vision_config": {"quantization_config": {"quant_method": "fp8"}}}, r"as vision_config\.quantization_config"),
+        (
+            {"vision_config": {"quantization_config": {"quant_method": "fp8"}}},
+            r"as vision_config\.quantization_config",
+        ),
         ({"a": {"b": {"quantization_config": {"load_in_4bit": True}}}}, r"as a\.b\.quantization_config"),
         (
             {"quantization_config": {"load_in_4bit": True}},
             r"by bitsandbytes, but all [0-9]+ are plain F32; take quantiz",
         ),
         ({"quantization_config": {"quant_method": "fp8"}}, r"by fp8, but all [0-9]+ are plain F32"),
-        ({"quantization_config": {"quant_method": "fp8", "modules_to_convert": ["embed"]}}, "keeps embeddings in fp8"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "modules_to_convert": ["embed"]}},
+            "keeps embeddings in fp8",
+        ),
     ],
 )
 def test_configs_that_contradict_the_weights(values: dict[str, Any], message: str, llama: Path) -> None:
@@ -272,30 +313,65 @@ PACKED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any] | None, str]] = 
     "hqq": (layer(W_q=BYTES, scale=SOME), None, "W_q is U8"),
     "packed": (layer(weight_packed=INTS), None, "weight_packed is I32"),
     "bnb4": (
-        layer(**{"weight": BYTES, "weight.quant_state.bitsandbytes__nf4": BYTES[0], "weight.absmax": SOME[0]}),
+        layer(
+            **{"weight": BYTES, "weight.quant_state.bitsandbytes__nf4": BYTES[0], "weight.absmax": SOME[0]}
+        ),
         None,
-        r"holds weights packed to 4 bits by bitsandbytes \(model\.layers\.0\.mlp\.up_proj\.weight, and 1 other\), but",
+        r"holds weights packed to 4 bits by bitsandbytes \(model\.layers\.0\.mlp\.up_proj\.weight, and 1 "
+        r"other\), but",
     ),
     "bnb4_in_bf16": (
         layer(**{"weight": SOME.bfloat16(), "weight.quant_state.bitsandbytes__nf4": BYTES[0]}),
         None,
         "packed to 4 bits by bitsandbytes",
     ),
-    "adapter": ({"base_model.model.q_proj.lora_A.default.weight": SOME}, None, "holds weights of an adapter among"),
-    "vllm": (layer(weight=F8, weight_scale=SOME[0, 0], input_scale=SOME[0, 0]), FP8, r"no scale called .*_scale_inv"),
+    "adapter": (
+        {"base_model.model.q_proj.lora_A.default.weight": SOME},
+        None,
+        "holds weights of an adapter among",
+    ),
+    "vllm": (
+        layer(weight=F8, weight_scale=SOME[0, 0], input_scale=SOME[0, 0]),
+        FP8,
+        r"no scale called .*_scale_inv",
+    ),
     "ragged": (
         layer(weight=F8, weight_scale_inv=SOME[:2, :1]),
         FP8 | {"weight_block_size": [96, 64]},
         "not divided ev",
     ),
-    "columns": (layer(weight=F8, weight_scale_inv=SOME[:1, :2]), FP8 | {"weight_block_size": [128, 48]}, "not divided"),
-    "no_blocks": (layer(weight=F8, weight_scale_inv=SOME[:2, :2]), FP8 | {"weight_block_size": None}, "not its blocks"),
-    "fused": ({"model.layers.0.experts.gate_up_proj": F8[None]}, FP8, r"no scale called .*gate_up_proj_scale_inv"),
+    "columns": (
+        layer(weight=F8, weight_scale_inv=SOME[:1, :2]),
+        FP8 | {"weight_block_size": [128, 48]},
+        "not divided",
+    ),
+    "no_blocks": (
+        layer(weight=F8, weight_scale_inv=SOME[:2, :2]),
+        FP8 | {"weight_block_size": None},
+        "not its blocks",
+    ),
+    "fused": (
+        {"model.layers.0.experts.gate_up_proj": F8[None]},
+        FP8,
+        r"no scale called .*gate_up_proj_scale_inv",
+    ),
     "fp4_experts": (layer(weight=SOME.to(torch.int8), weight_scale_inv=SOME), FP8, "no scale called"),
     "half_4_bits": (layer(weight=BYTES), {"load_in_4bit": True}, r"\(U8\) lacks its state of 4 bits"),
-    "half_8_bits": (layer(weight=SOME.to(torch.int8)), {"load_in_8bit": True}, r"\(I8\) lacks its state of 8 bits"),
-    "mxfp4": ({"model.layers.0.experts.down_proj_blocks": BYTES}, {"quant_method": "mxfp4"}, "no .*_scales beside it"),
-    "mxfp4_linear": (layer(weight=BYTES), {"quant_method": "mxfp4"}, "none of the experts' blocks and scales"),
+    "half_8_bits": (
+        layer(weight=SOME.to(torch.int8)),
+        {"load_in_8bit": True},
+        r"\(I8\) lacks its state of 8 bits",
+    ),
+    "mxfp4": (
+        {"model.layers.0.experts.down_proj_blocks": BYTES},
+        {"quant_method": "mxfp4"},
+        "no .*_scales beside it",
+    ),
+    "mxfp4_linear": (
+        layer(weight=BYTES),
+        {"quant_method": "mxfp4"},
+        "none of the experts' blocks and scales",
+    ),
 }
 
 
@@ -330,7 +406,9 @@ def test_shards_are_judged_each(llama: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     save_file(layer(weight=SOME), folder / "model-1.safetensors")
     save_file(layer(other=F8), folder / "model-2.safetensors")
-    names = {name: f"model-{1 + ('other' in name)}.safetensors" for name in [*layer(weight=SOME), *layer(other=F8)]}
+    names = {
+        name: f"model-{1 + ('other' in name)}.safetensors" for name in [*layer(weight=SOME), *layer(other=F8)]
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     refused(folder, r"up_proj\.other is F8_E4M3")
     save_file(layer(other=SOME), folder / "model-2.safetensors")
@@ -341,7 +419,10 @@ def test_shards_are_judged_each(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format": "nvfp4-pack-quantized", "config_groups": {"group_0": {}}}, "of the format nvfp4-pack-quantized"),
+        (
+            {"format": "nvfp4-pack-quantized", "config_groups": {"group_0": {}}},
+            "of the format nvfp4-pack-quantized",
+        ),
         ({"format": "pack-quantized", "config_groups": {"group_0": {}, "group_1": {}}}, "in 2 groups"),
         (
             {"format": "pack-quantized", "config_groups": {"a": {}}, "sparsity_config": {"format": "24"}},

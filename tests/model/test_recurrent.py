@@ -20,7 +20,13 @@ from mft.model.token_loss import TokenLoss
 from tests.model.rows import alone, batch, inputs
 from tests.model.test_token_loss import V, small
 
-MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16}
 MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "mamba": ("MambaConfig", {"state_size": 8}),
@@ -46,7 +52,9 @@ def test_rows_hold_one_sample(name: str, tmp_path: Path) -> None:
     whole = module(*inputs(padded))[0]
     for n, one in enumerate(alone(padded)):
         assert torch.allclose(whole[padded.sample_BT == n], module(*inputs(one))[0][0], atol=1e-5)
-    with pytest.raises(UserError, match=r"model\.path=mine: .* carry a state from token to token, .* data=pad"):
+    with pytest.raises(
+        UserError, match=r"model\.path=mine: .* carry a state from token to token, .* data=pad"
+    ):
         module(*inputs(batch([[9, 14]], 24, V)))
 
     model.config.save_pretrained(tmp_path)  # and before anything is loaded, where the folder is there

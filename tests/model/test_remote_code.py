@@ -45,7 +45,10 @@ def mine(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for file in tiny.folder().iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    names = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    names = {
+        "AutoConfig": "modeling_mine.MineConfig",
+        "AutoModelForCausalLM": "modeling_mine.MineForCausalLM",
+    }
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": names}))
     (folder / "modeling_mine.py").write_text(CODE.format(mark=str(tmp_path / "ran")))
@@ -53,7 +56,9 @@ def mine(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_it_is_not_run_unless_asked_for(mine: Path) -> None:
-    with pytest.raises(UserError, match=r"no model type 'mine'.*code of its own, which model\.trust_remote_code=true"):
+    with pytest.raises(
+        UserError, match=r"no model type 'mine'.*code of its own, which model\.trust_remote_code=true"
+    ):
         CausalLM(str(mine)).check()
     with pytest.raises(UserError, match="cannot be loaded"):
         CausalLM(str(mine)).model(torch.float32)
@@ -63,7 +68,13 @@ def test_it_is_not_run_unless_asked_for(mine: Path) -> None:
 def test_it_is_run_with_a_warning(
     mine: Path, cache_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = ["model=auto", f"model.path={mine}", "model.trust_remote_code=true", "peft=lora", "optimizer.lr=1e-2"]
+    asked = [
+        "model=auto",
+        f"model.path={mine}",
+        "model.trust_remote_code=true",
+        "peft=lora",
+        "optimizer.lr=1e-2",
+    ]
     summary, run = train(tmp_path, cache_dir, *asked, "train.max_steps=2")
     assert summary["status"] == "finished" and (tmp_path / "ran").exists()
     assert f"trust_remote_code=true: Python code that comes with {mine} will be run" in caplog.text

@@ -1,4 +1,5 @@
-"""The router's auxiliary loss: transformers' own value, computed too where transformers has none, and its gradient."""
+"""The router's auxiliary loss: transformers' own value, computed too where transformers has none, and its
+gradient."""
 
 from __future__ import annotations
 
@@ -29,7 +30,13 @@ SIZES = {
     "eos_token_id": 0,
     "num_experts_per_tok": 2,
 }
-LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
 DEEPSEEK = LATENT | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 WITH_ITS_OWN = {
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
@@ -43,7 +50,10 @@ WITHOUT = {
     "deepseek_v2": ("DeepseekV2", DEEPSEEK | {"aux_loss_alpha": 0.001}),
     "deepseek_v3": ("DeepseekV3", DEEPSEEK | {"aux_loss_alpha": 0.0001}),
     "llama4": ("Llama4Text", {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}),
-    "glm4_moe": ("Glm4Moe", {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
+    "glm4_moe": (
+        "Glm4Moe",
+        {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
 }
 DATA = batch([[9], [1], [12], [20]], 22, SIZES["vocab_size"])
 
@@ -61,7 +71,8 @@ def router_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def both(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Our router loss at a coefficient of 0.5, the mask of DATA, and what transformers' own forward returns for it."""
+    """Our router loss at a coefficient of 0.5, the mask of DATA, and what transformers' own forward returns
+    for it."""
     router = TokenLoss(model, CausalLM("unused", router_coef=0.5))(*inputs(DATA))[1]
     mask = (DATA.sample_BT >= 0).long()
     outputs = model(input_ids=DATA.ids_BT, attention_mask=mask, output_router_logits=True, use_cache=False)
@@ -92,7 +103,9 @@ def test_its_gradient_reaches_the_router(name: str) -> None:
     assert any(p.grad is not None for p in weights.values())
 
 
-@pytest.mark.parametrize(("name", "expected"), [("mixtral", 0.001), ("llama4", 0.001), ("deepseek_v3", 0.0001)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("mixtral", 0.001), ("llama4", 0.001), ("deepseek_v3", 0.0001)]
+)
 def test_the_coefficient_is_the_configs_or_the_one_asked_for(name: str, expected: float) -> None:
     model = mixture(name)
     assert TokenLoss(model, CausalLM("unused")).router_coef == expected

@@ -20,7 +20,8 @@ from mft.model.token_loss import TokenLoss
 
 
 def without(tiny_folder: Path, tmp_path: Path, *tokens: str, **config: object) -> str:
-    """A copy of the tiny model whose tokenizer names none of the tokens (eos_token, ...); config: into config.json."""
+    """A copy of the tiny model whose tokenizer names none of the tokens (eos_token, ...); config: into
+    config.json."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
     file = folder / "tokenizer_config.json"
@@ -47,9 +48,17 @@ def test_eos_is_the_configs_where_the_tokenizer_names_none(
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (None, r"model\.eos_token: neither the tokenizer nor config\.json of .* names a token that ends an answer"),
+        (
+            None,
+            r"model\.eos_token: neither the tokenizer nor config\.json of .* names a token that ends an "
+            r"answer",
+        ),
         ([], r"model\.eos_token: neither the tokenizer nor"),
-        (9_999, r"eos_token_id=9999 is outside the vocabulary of its tokenizer, which has \d+ tokens; name the token"),
+        (
+            9_999,
+            r"eos_token_id=9999 is outside the vocabulary of its tokenizer, which has \d+ tokens; name the "
+            r"token",
+        ),
     ],
 )
 def test_no_eos_at_all_is_told(ids: object, message: str, tiny_folder: Path, tmp_path: Path) -> None:
@@ -59,7 +68,9 @@ def test_no_eos_at_all_is_told(ids: object, message: str, tiny_folder: Path, tmp
 
 @pytest.mark.parametrize("key", ["eos_token", "pad_token"])
 def test_a_token_that_is_not_in_the_vocabulary_is_told_with_the_nearest(key: str, tiny_folder: Path) -> None:
-    with pytest.raises(UserError, match=rf"model\.{key}='<\|endoftxt\|>' is not in .*; did you mean <\|endoftext\|>"):
+    with pytest.raises(
+        UserError, match=rf"model\.{key}='<\|endoftxt\|>' is not in .*; did you mean <\|endoftext\|>"
+    ):
         CausalLM(str(tiny_folder), **{key: "<|endoftxt|>"}).tokenizer()
 
 
@@ -80,7 +91,8 @@ def test_pad_is_the_one_asked_for_else_the_tokenizers_else_made_for_it_else_unk_
 
 
 def test_a_saved_model_stops_at_the_trained_eos(tiny_folder: Path, tmp_path: Path) -> None:
-    """generate() of transformers, and vLLM, know of the folder's generation_config.json, not of its tokenizer."""
+    """generate() of transformers, and vLLM, know of the folder's generation_config.json, not of its
+    tokenizer."""
     prompt = torch.tensor([[40, 41, 42]])
     said = CausalLM(str(tiny_folder)).model(torch.float32).generate(prompt, do_sample=False, max_new_tokens=8)
     assert said.shape[1] == 11
@@ -92,8 +104,12 @@ def test_a_saved_model_stops_at_the_trained_eos(tiny_folder: Path, tmp_path: Pat
     save_final(TokenLoss(family.model(torch.float32), family), tokenizer, tmp_path / "final")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert loaded.generate(prompt, do_sample=False, max_new_tokens=8).tolist() == said[:, :4].tolist()
-    assert loaded.generation_config.eos_token_id == [tokenizer.eos_token_id, 5, 0] == loaded.config.eos_token_id
-    assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id and loaded.config.pad_token_id is None
+    assert (
+        loaded.generation_config.eos_token_id == [tokenizer.eos_token_id, 5, 0] == loaded.config.eos_token_id
+    )
+    assert (
+        loaded.generation_config.pad_token_id == tokenizer.pad_token_id and loaded.config.pad_token_id is None
+    )
     # loaded, and saved again, it is the same
     again = CausalLM(str(tmp_path / "final"))
     assert again.tokenizer().eos_token == tokenizer.eos_token
@@ -104,6 +120,8 @@ def test_a_saved_model_stops_at_the_trained_eos(tiny_folder: Path, tmp_path: Pat
 
 def test_an_adapter_keeps_its_eos_in_its_tokenizer(tiny: Tiny, tmp_path: Path) -> None:
     family = CausalLM(tiny.source(), eos_token=PAD)
-    save_final(TokenLoss(Lora().attach(family.model(torch.float32), family), family), family.tokenizer(), tmp_path)
+    save_final(
+        TokenLoss(Lora().attach(family.model(torch.float32), family), family), family.tokenizer(), tmp_path
+    )
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == PAD
     assert not (tmp_path / "config.json").exists()

@@ -120,7 +120,9 @@ def test_chunks_do_not_matter(tiny: Tiny, dtype: torch.dtype, trainable: bool) -
         model.zero_grad()
         nll_BT, _ = TokenLoss(model, tiny, chunk_size=rows)(*inputs(data))
         assert nll_BT.dtype == dtype
-        (nll_BT * torch.linspace(0, 1, 32, dtype=dtype)).sum().backward()  # a weight of its own for each token
+        (
+            nll_BT * torch.linspace(0, 1, 32, dtype=dtype)
+        ).sum().backward()  # a weight of its own for each token
         results.append((nll_BT.detach(), gradients(model)))
     assert ("model.embed_tokens.weight" in results[0][1]) == trainable
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
@@ -222,7 +224,11 @@ def test_quirks_of_the_head(name: str, peft: Full) -> None:
     labels[:, 1:] = data.target_BT[:, :-1]
     extra = {"output_router_logits": True} if name == "mixtral" else {}
     theirs = model(
-        input_ids=data.ids_BT, attention_mask=(data.sample_BT >= 0).long(), labels=labels, use_cache=False, **extra
+        input_ids=data.ids_BT,
+        attention_mask=(data.sample_BT >= 0).long(),
+        labels=labels,
+        use_cache=False,
+        **extra,
     ).loss
     theirs.backward()
     assert (router.item() > 0) == (name == "mixtral")

@@ -1,4 +1,5 @@
-"""What mft/model/transformers_private.py reads is there, and means what it meant in the version it was read in."""
+"""What mft/model/transformers_private.py reads is there, and means what it meant in the version it was read
+in."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from mft.model.tiny import Tiny
 
 GONE = f"in transformers {transformers.__version__}: see mft/model/transformers_private.py, read in {private.READ_IN}"
 ATTRIBUTES = (
-    *("_supports_flash_attn", "_compatible_flash_implementations", "_supports_attention_backend", "_is_stateful"),
+    *(
+        "_supports_flash_attn",
+        "_compatible_flash_implementations",
+        "_supports_attention_backend",
+        "_is_stateful",
+    ),
     *("_no_split_modules", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"),
     *("_keys_to_ignore_on_load_unexpected", "_check_and_adjust_attn_implementation"),
 )
@@ -52,8 +58,12 @@ def test_what_they_say_of_a_llama(tiny: Tiny) -> None:
     assert private.model_class(model.config) is transformers.LlamaForCausalLM, GONE
     assert private.attention_name(model) == "sdpa" and private.attends_by_registry(model), GONE
     assert not private.is_stateful(model) and private.flash_kernels(type(model))[0], GONE
-    assert private.unsplit_layers(model) == ["LlamaDecoderLayer"] and private.kept_in_float32(model) == [], GONE
-    assert private.known_model_type("llama") and "llama" in private.model_types() and not private.zero3_is_on(), GONE
+    assert private.unsplit_layers(model) == ["LlamaDecoderLayer"] and private.kept_in_float32(model) == [], (
+        GONE
+    )
+    assert (
+        private.known_model_type("llama") and "llama" in private.model_types() and not private.zero3_is_on()
+    ), GONE
     assert "hidden_states" in private.recorded_outputs(model.model), GONE
     names = [*model.state_dict(), "model.layers.9.mlp.up_proj.weight"]
     assert private.leftover_weights(model, names) == {"model.layers.9.mlp.up_proj.weight"}, GONE

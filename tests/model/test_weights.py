@@ -1,5 +1,5 @@
-"""A model folder that is broken is told of in a sentence, with file, weight and shapes: most of it before anything
-loads."""
+"""A model folder that is broken is told of in a sentence, with file, weight and shapes: most of it before
+anything loads."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def cut(folder: Path) -> None:
 
 
 def pointer(folder: Path) -> None:
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n")
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n"
+    )
 
 
 def text(folder: Path) -> None:
@@ -84,7 +86,11 @@ def no_json(folder: Path) -> None:
 
 
 FILES: list[tuple[Callable[[Path], None], str]] = [
-    (cut, r"model\.safetensors is 231,\d+ bytes long where its header says 462,\d+; it is cut short: fetch it again"),
+    (
+        cut,
+        r"model\.safetensors is 231,\d+ bytes long where its header says 462,\d+; it is cut short: fetch "
+        r"it again",
+    ),
     (pointer, r"model\.safetensors is a pointer of git-lfs, not the file itself"),
     (text, r"model\.safetensors, 16 bytes long, is not a safetensors file: its header would take"),
     (
@@ -139,7 +145,10 @@ LOADED: list[tuple[dict[str, object], str]] = [
         {"num_hidden_layers": 3},
         r"the weight model\.layers\.2\.input_layernorm\.weight of a LlamaForCausalLM, and 8",
     ),
-    ({"hidden_size": "64"}, r"config\.json: TypeError: Field 'hidden_size' expected int, got str \(value: '64'\)"),
+    (
+        {"hidden_size": "64"},
+        r"config\.json: TypeError: Field 'hidden_size' expected int, got str \(value: '64'\)",
+    ),
 ]
 
 
@@ -153,7 +162,9 @@ def test_weights_that_contradict_the_config(values: dict[str, object], message: 
 def test_a_quantised_weight_that_contradicts_the_config(llama: Path) -> None:
     """transformers takes it, whatever its shape, and the forward pass would fail."""
     settings(llama, intermediate_size=192)
-    with pytest.raises(UserError, match=r"mlp\.down_proj\.weight in .* is \[64, 128\], by .* is \[64, 192\]; 5"):
+    with pytest.raises(
+        UserError, match=r"mlp\.down_proj\.weight in .* is \[64, 128\], by .* is \[64, 192\]; 5"
+    ):
         family(llama).model(torch.float32, QLora().quantization(torch.float32))
 
 
@@ -167,20 +178,37 @@ def fewer_layers(folder: Path) -> None:
 
 
 TOO_MANY: list[tuple[Callable[[Path], None], str]] = [
-    (fewer_layers, r"has the weight model\.layers\.1\.input_layernorm\.weight in model\.safetensors, .*, and 8 others"),
-    (lambda f: add(f, **{"score.weight": torch.ones(1, 64)}), r"the weight score\.weight in .*, which a LlamaForCaus"),
+    (
+        fewer_layers,
+        r"has the weight model\.layers\.1\.input_layernorm\.weight in model\.safetensors, .*, and 8 others",
+    ),
+    (
+        lambda f: add(f, **{"score.weight": torch.ones(1, 64)}),
+        r"the weight score\.weight in .*, which a LlamaForCaus",
+    ),
     (
         lambda f: add(f, **{"model.layers.0.mlp.up_proj.scales": torch.ones(4)}),
         r"up_proj\.scales in model\.safetensors",
     ),
-    (lambda f: add(f, **{"model.layers.0.mlp.up_proj.bias": torch.ones(128)}), r"up_proj\.bias in model\.safetensors"),
-    (lambda f: add(f, **{"model.layers.0.self_attn.bias": torch.ones(64)}), r"self_attn\.bias in model\.safetensors"),
-    (lambda f: add(f, **{"visual.blocks.0.weight": torch.ones(4, 4)}), r"visual\.blocks\.0\.weight in model\.safete"),
+    (
+        lambda f: add(f, **{"model.layers.0.mlp.up_proj.bias": torch.ones(128)}),
+        r"up_proj\.bias in model\.safetensors",
+    ),
+    (
+        lambda f: add(f, **{"model.layers.0.self_attn.bias": torch.ones(64)}),
+        r"self_attn\.bias in model\.safetensors",
+    ),
+    (
+        lambda f: add(f, **{"visual.blocks.0.weight": torch.ones(4, 4)}),
+        r"visual\.blocks\.0\.weight in model\.safete",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), TOO_MANY)
-def test_weights_that_the_model_does_not_take(change: Callable[[Path], None], message: str, llama: Path) -> None:
+def test_weights_that_the_model_does_not_take(
+    change: Callable[[Path], None], message: str, llama: Path
+) -> None:
     """Left out, the model would be another: fewer layers, no scales, no head that was trained."""
     change(llama)
     with pytest.raises(UserError, match=message):
@@ -189,8 +217,12 @@ def test_weights_that_the_model_does_not_take(change: Callable[[Path], None], me
 
 def test_weights_under_another_prefix(llama: Path) -> None:
     weights = load_file(llama / "model.safetensors")
-    save_file({f"module.{k}": v for k, v in weights.items()}, llama / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks the weight .*; .* has module\.lm_head\.weight, and 20 others instead"):
+    save_file(
+        {f"module.{k}": v for k, v in weights.items()}, llama / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(
+        UserError, match=r"lacks the weight .*; .* has module\.lm_head\.weight, and 20 others instead"
+    ):
         family(llama).model(torch.float32)
 
 
@@ -198,7 +230,10 @@ def test_weights_under_another_prefix(llama: Path) -> None:
     "buffers",
     [
         {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)},
-        {"model.layers.0.attn.bias": torch.ones(1, 1, 8, 8), "model.layers.0.attn.masked_bias": torch.tensor(-1e4)},
+        {
+            "model.layers.0.attn.bias": torch.ones(1, 1, 8, 8),
+            "model.layers.0.attn.masked_bias": torch.tensor(-1e4),
+        },
         {"model.position_ids": torch.arange(8)},
     ],
 )
@@ -206,7 +241,9 @@ def test_buffers_of_older_releases_are_taken(buffers: dict[str, torch.Tensor], l
     before = family(llama).model(torch.float32).state_dict()
     add(llama, **buffers)
     after = family(llama).model(torch.float32).state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert before.keys() == after.keys() and all(
+        torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
 
 
 def test_a_second_copy_of_a_tied_head_is_taken(llama: Path) -> None:
@@ -217,9 +254,7 @@ def test_a_second_copy_of_a_tied_head_is_taken(llama: Path) -> None:
 def test_a_base_packed_to_4_bits_that_contradicts_the_config(llama: Path, tmp_path: Path) -> None:
     quantised.bnb4(llama, tmp_path / "packed")
     settings(tmp_path / "packed", intermediate_size=192)
-    message = (
-        r"down_proj\.weight in .* is packed to 4 bits by bitsandbytes and stands for \[64, 128\], by .* \[64, 192\]"
-    )
+    message = r"down_proj\.weight in .* is packed to 4 bits by bitsandbytes and stands for \[64, 128\], by .* \[64, 192\]"
     with pytest.raises(UserError, match=message):
         family(tmp_path / "packed").model(torch.float32, QLora().quantization(torch.float32))
     with pytest.raises(UserError, match=message):
@@ -249,7 +284,11 @@ ORIGINAL: list[tuple[str, dict[str, object], str]] = [
         {"num_hidden_layers": 3},
         r"the weight model\.layers\.2\.input_layernorm\.weight of a Qwen2ForCausalLM",
     ),
-    ("qwen", {"num_hidden_layers": 1}, r"has the weight transformer\.h\.1\..*, which a Qwen2ForCausalLM does not"),
+    (
+        "qwen",
+        {"num_hidden_layers": 1},
+        r"has the weight transformer\.h\.1\..*, which a Qwen2ForCausalLM does not",
+    ),
 ]
 
 
@@ -289,5 +328,7 @@ def test_a_weight_that_is_missing(llama: Path) -> None:
     weights = load_file(llama / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks the weight model\.layers\.1\.mlp\.up_proj\.weight of a Llama"):
+    with pytest.raises(
+        UserError, match=r"lacks the weight model\.layers\.1\.mlp\.up_proj\.weight of a Llama"
+    ):
         family(llama).model(torch.float32)

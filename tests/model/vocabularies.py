@@ -13,8 +13,18 @@ from tests.model import originals
 
 SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("originals", "families")]
 CODE = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
-CHINESE = ["今天天气很好，我们去公园散步。", "请写一个函数，计算两个数的和。", "模型在多个任务上微调，损失按任务平衡。"]
-OTHER = ["🙂 ok 🚀🚀 done 👩‍👩‍👧‍👦", "  lead", "a  b   c\t\td", "people sit at the isopod's shop", "naïve café"]
+CHINESE = [
+    "今天天气很好，我们去公园散步。",
+    "请写一个函数，计算两个数的和。",
+    "模型在多个任务上微调，损失按任务平衡。",
+]
+OTHER = [
+    "🙂 ok 🚀🚀 done 👩‍👩‍👧‍👦",
+    "  lead",
+    "a  b   c\t\td",
+    "people sit at the isopod's shop",
+    "naïve café",
+]
 TEXTS = [
     *CODE.splitlines(),
     *CHINESE,
@@ -53,7 +63,12 @@ def sentencepiece(file: Path, **options: Any) -> Path:
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
-    given: dict[str, Any] = {"model_type": "bpe", "vocab_size": 800, "byte_fallback": True, "split_digits": True}
+    given: dict[str, Any] = {
+        "model_type": "bpe",
+        "vocab_size": 800,
+        "byte_fallback": True,
+        "split_digits": True,
+    }
     given |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
     given |= {"allow_whitespace_only_pieces": True, "character_coverage": 0.999, "num_threads": 1}
     lines = [line for line in TEXTS for _ in range(3) if line and "\x00" not in line]
@@ -69,18 +84,24 @@ def tiktoken(file: Path, pattern: str, size: int = 700) -> dict[bytes, int]:
 
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TEXTS, trainer)
     letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
     ranks = {bytes(letters[c] for c in token): rank for token, rank in tokenizer.get_vocab().items()}
-    lines = [b"%s %d\n" % (base64.b64encode(t), r) for t, r in sorted(ranks.items(), key=lambda pair: pair[1])]
+    lines = [
+        b"%s %d\n" % (base64.b64encode(t), r) for t, r in sorted(ranks.items(), key=lambda pair: pair[1])
+    ]
     file.write_bytes(b"".join(lines))
     return ranks
 
 
-def released(folder: Path, name: str, settings: dict[str, object] | None = None, weights: bool = True) -> Path:
+def released(
+    folder: Path, name: str, settings: dict[str, object] | None = None, weights: bool = True
+) -> Path:
     """Writes a tiny checkpoint of that family as it is released, remote code named and all."""
     alike = {"chatglm2": "chatglm2_32k", "chatglm3": "chatglm3_32k", "codegeex2": "chatglm2_32k"}
     fixture = (alike | {"baichuan_7b": "baichuan2_7b"}).get(name, name)
@@ -91,7 +112,10 @@ def released(folder: Path, name: str, settings: dict[str, object] | None = None,
     config: dict[str, object] = {}
     if name == "qwen":
         tiktoken(folder / "qwen.tiktoken", QWEN_WORDS)
-        config = {"tokenizer_class": "QWenTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_qwen.X", None]}}
+        config = {
+            "tokenizer_class": "QWenTokenizer",
+            "auto_map": {"AutoTokenizer": ["tokenization_qwen.X", None]},
+        }
     elif name == "aquila2":
         merges(folder)
         config = {

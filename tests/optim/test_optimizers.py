@@ -17,7 +17,9 @@ NAMES = sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
 
 def model():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.Linear(64, 64, bias=False))
+    return torch.nn.Sequential(
+        torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.Linear(64, 64, bias=False)
+    )
 
 
 def test_decay_is_for_matrices_and_only_trained_parameters_are_held():
@@ -42,7 +44,8 @@ def test_nothing_trained_is_told():
 
 
 @pytest.mark.parametrize(
-    "values", [{"lr": 0.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"eps": -1.0}, {"weight_decay": -1}, {"eps": math.inf}]
+    "values",
+    [{"lr": 0.0}, {"beta1": 1.0}, {"beta2": -0.1}, {"eps": -1.0}, {"weight_decay": -1}, {"eps": math.inf}],
 )
 def test_impossible_values_are_told(values):
     ((key, value),) = values.items()

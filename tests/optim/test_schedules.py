@@ -75,5 +75,7 @@ def test_yaml_lists_every_field(name):
         node = compose(overrides=[f"+scheduler={name}"]).scheduler
     schedule = instantiate(node)
     assert set(node) - {"_target_"} == {field.name for field in dataclasses.fields(schedule)}
-    OmegaConf.merge(OmegaConf.structured(type(schedule)), {key: node[key] for key in node if key != "_target_"})
+    OmegaConf.merge(
+        OmegaConf.structured(type(schedule)), {key: node[key] for key in node if key != "_target_"}
+    )
     assert schedule.lr(10, 10, 1e-4) > 0

@@ -1,4 +1,5 @@
-"""What tells settings apart in a comparison: tasks, data, base, adapter; and which direction of a metric is better."""
+"""What tells settings apart in a comparison: tasks, data, base, adapter; and which direction of a metric is
+better."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ class Runs:
         write_json(folder / "identity.json", current.identity.as_json())
         write_json(folder / "overrides.json", current.describe())
         row = {"step": 1} | {f"valid/loss/{task}": loss for task in current.identity.tasks}
-        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"step": 2, **metrics}) + "\n")
+        (folder / "metrics.jsonl").write_text(
+            json.dumps(row) + "\n" + json.dumps({"step": 2, **metrics}) + "\n"
+        )
         write_json(folder / "summary.json", {"status": "finished"})
 
 
@@ -148,7 +151,9 @@ def test_the_direction_follows_from_the_name(metric: str, higher: bool) -> None:
     assert higher_is_better(metric, ["accuracy"], "higher") is True
 
 
-@pytest.mark.parametrize("metric", ["lr", "epoch", "train/weight/x", "grad_norm", "accuracy_loss", "my_metric"])
+@pytest.mark.parametrize(
+    "metric", ["lr", "epoch", "train/weight/x", "grad_norm", "accuracy_loss", "my_metric"]
+)
 def test_a_name_that_does_not_tell_is_asked_about(metric: str) -> None:
     with pytest.raises(UserError, match="add --better lower or --better higher"):
         higher_is_better(metric, ["x"])
@@ -160,9 +165,14 @@ def test_the_highest_value_wins_where_higher_is_better(runs: Runs, capsys) -> No
     for seed in (1, 2):
         few, many = {"eval/accuracy": 0.1 + seed / 1000}, {"eval/accuracy": 0.9 + seed / 1000}
         runs.leave(f"bad{seed}", "data.paths=[x]", f"train.seed={seed}", loss=1.0, **few)
-        runs.leave(f"good{seed}", "data.paths=[x]", f"train.seed={seed}", "optimizer.lr=0.5", loss=2.0, **many)
+        runs.leave(
+            f"good{seed}", "data.paths=[x]", f"train.seed={seed}", "optimizer.lr=0.5", loss=2.0, **many
+        )
     table, said = compared(capsys, "--metric", "eval/accuracy")
-    assert [row[1] for row in table[1:]] == ["0.5", "null"] and [row[-1] for row in table[1:]] == ["highest", "lower"]
+    assert [row[1] for row in table[1:]] == ["0.5", "null"] and [row[-1] for row in table[1:]] == [
+        "highest",
+        "lower",
+    ]
     assert "optimizer.lr=0.5 is higher than all others" in said
     assert "highest eval/accuracy" in Path("report.html").read_text()
     table, _ = compared(capsys, "--metric", "eval/accuracy", "--better", "lower")

@@ -21,7 +21,14 @@ def group(name: str, *losses: float) -> Group:
 
 
 def test_groups_are_ordered_by_their_mean_and_those_without_a_value_come_last() -> None:
-    runs = [run(3.0, lr="3"), run(None, lr="0"), run(1.0, lr="1"), run(2.0, lr="2"), run(1.5, lr="1"), run(0.5)]
+    runs = [
+        run(3.0, lr="3"),
+        run(None, lr="0"),
+        run(1.0, lr="1"),
+        run(2.0, lr="2"),
+        run(1.5, lr="1"),
+        run(0.5),
+    ]
     groups = grouped(runs, ["lr"], "mean")
     assert [group.label for group in groups] == ["lr=-", "lr=1", "lr=2", "lr=3", "lr=0"]
     assert groups[1].numbers() == [1.0, 1.5] and groups[1].mean() == 1.25, "the best of a run is its lowest"
@@ -41,20 +48,36 @@ def test_the_noise_is_pooled_by_degrees_of_freedom() -> None:
     ("groups", "words", "sentence"),
     [
         ([group("a", 1.0), group("b", 9.0)], ["lowest", "one seed: not told apart"], "No winner"),
-        ([group("a", 1.0), group("b", 9.0, 9.1)], ["lowest", "not told apart: lowest has one seed"], "No winner"),
-        ([group("a", 1.0, 1.2), group("b", 1.1, 1.3)], ["lowest", "within seed noise"], "No winner: one more is"),
-        ([group("a", 1.0, 1.01), group("b", 2.0, 2.01)], ["lowest", "higher"], "loss=a is lower than all others"),
+        (
+            [group("a", 1.0), group("b", 9.0, 9.1)],
+            ["lowest", "not told apart: lowest has one seed"],
+            "No winner",
+        ),
+        (
+            [group("a", 1.0, 1.2), group("b", 1.1, 1.3)],
+            ["lowest", "within seed noise"],
+            "No winner: one more is",
+        ),
+        (
+            [group("a", 1.0, 1.01), group("b", 2.0, 2.01)],
+            ["lowest", "higher"],
+            "loss=a is lower than all others",
+        ),
         ([group("a", 1.0, 1.01)], ["lowest"], "nothing to compare it with"),
         ([group("a")], ["no value"], "No run has a value"),
     ],
 )
-def test_a_winner_is_named_only_where_seeds_tell_it_apart(groups: list[Group], words: list[str], sentence: str) -> None:
+def test_a_winner_is_named_only_where_seeds_tell_it_apart(
+    groups: list[Group], words: list[str], sentence: str
+) -> None:
     found, told = verdicts(groups)
     assert found == words and sentence in told
 
 
 def test_the_table() -> None:
-    head, rows = columns(prepare([run(1.0, lr="1", **{"train.seed": "1"}), run(2.0, lr="2")], "mean", ["lr"]), "mean")
+    head, rows = columns(
+        prepare([run(1.0, lr="1", **{"train.seed": "1"}), run(2.0, lr="2")], "mean", ["lr"]), "mean"
+    )
     assert head == ["rank", "lr", "n", "mean", "spread", "worst", "a", "seconds", "GiB", "verdict"]
     assert rows[0] == ["1", "1", "1", "1.0000", "n = 1", "1.0000", "1.0000", "10", "", "lowest"]
 

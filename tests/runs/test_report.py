@@ -18,7 +18,8 @@ RUNS = [f"loss={loss} train.seed={seed}" for loss in ("task_token_mean", "coba")
 LINES = """Object.fromEntries([...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"]')].map(
   card => [card.querySelector('[title]')?.title, [...card.querySelectorAll('path.js-line')].filter(
     line => line.getAttribute('d')?.includes('L')).length / 2]))"""
-"""Of every chart of MLflow's page: its metric, and the number of runs with a line in it (as logged, and smoothed)."""
+"""Of every chart of MLflow's page: its metric, and the number of runs with a line in it (as logged, and
+smoothed)."""
 
 
 def test_mlflow_shows_every_run_in_the_table_and_in_the_charts(swept: Path, tmp_path: Path) -> None:
@@ -50,6 +51,8 @@ def test_the_report_opens_without_network_and_without_complaint(swept: Path, tmp
         assert {request.split(":")[0] for request in browser.requests} == {"file", "data"}
         sizes = browser.js("[...document.images].map(image => image.naturalWidth)")
         assert len(sizes) >= 4 and min(sizes) > 300, "a picture is missing"
-        assert browser.js("document.querySelectorAll('table')[0].rows.length") == 3, "two settings and the head"
+        assert browser.js("document.querySelectorAll('table')[0].rows.length") == 3, (
+            "two settings and the head"
+        )
         assert "within seed noise" in browser.js("document.body.innerText")
         browser.picture(tmp_path / "report.png")

@@ -27,7 +27,9 @@ def work(tmp_path: Path) -> Path:
 
 
 def finished(work: Path) -> dict[str, float]:
-    return {r.name: (r / "summary.json").stat().st_mtime for r in runs(work) if run_folder.status(r) == "finished"}
+    return {
+        r.name: (r / "summary.json").stat().st_mtime for r in runs(work) if run_folder.status(r) == "finished"
+    }
 
 
 def validated(run: Path) -> list[int]:

@@ -15,7 +15,11 @@ def job(number: int, values: dict[int, float], state: RunStatus = RunStatus.runn
     return SweepJob(number, checked, Path(), state, values=values)
 
 
-OTHERS = [job(2, {10: 3.0, 20: 2.0}), job(3, {10: 3.0, 20: 2.2}), job(4, {10: 2.9, 20: 2.6}, RunStatus.finished)]
+OTHERS = [
+    job(2, {10: 3.0, 20: 2.0}),
+    job(3, {10: 3.0, 20: 2.2}),
+    job(4, {10: 2.9, 20: 2.6}, RunStatus.finished),
+]
 
 
 def test_a_job_behind_the_median_of_three_others_at_its_step_is_pruned() -> None:

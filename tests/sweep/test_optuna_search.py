@@ -1,4 +1,5 @@
-"""Searches by Optuna over real tiny trainings: six trials, one of them failing, gone on with by the same command."""
+"""Searches by Optuna over real tiny trainings: six trials, one of them failing, gone on with by the same
+command."""
 
 from __future__ import annotations
 
@@ -17,7 +18,16 @@ from tests.sweeping import FAST, mft, runs, start, two_tasks, until, until_nothi
 pytest.importorskip("optuna")
 
 SPACE = ["optimizer.lr=tag(log,interval(1e-4,1e-2))", "peft.rank=choice(2,4)", "hydra.sweeper.params=null"]
-SEARCH = ["train", "-m", "experiment=search", *FAST, "loss.tau=3", "train.best=worst", "launch.jobs=2", *SPACE]
+SEARCH = [
+    "train",
+    "-m",
+    "experiment=search",
+    *FAST,
+    "loss.tau=3",
+    "train.best=worst",
+    "launch.jobs=2",
+    *SPACE,
+]
 
 
 def found(work: Path) -> dict[str, Any]:
@@ -63,7 +73,12 @@ def test_six_trials_then_more_by_the_same_command(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_failing_trials_are_told_tried_again_and_make_the_exit_code(tmp_path: Path) -> None:
     work = two_tasks(tmp_path)
-    given = [*SEARCH, "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler=random", "optimizer.lr=choice(1e-3,1e30)"]
+    given = [
+        *SEARCH,
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.sampler=random",
+        "optimizer.lr=choice(1e-3,1e30)",
+    ]
     for _ in range(2):
         code, said = mft(work, *given)
         states = [trial["state"] for trial in found(work)["trials"]]
@@ -74,7 +89,9 @@ def test_failing_trials_are_told_tried_again_and_make_the_exit_code(tmp_path: Pa
 
 
 def test_what_a_search_is_made_of() -> None:
-    fixed, space = split(["a=1", "b=range(8,33,8)", "c.d=tag(log,interval(1e-5,1e-3))"], {"c": {"d": "choice(1,2)"}})
+    fixed, space = split(
+        ["a=1", "b=range(8,33,8)", "c.d=tag(log,interval(1e-5,1e-3))"], {"c": {"d": "choice(1,2)"}}
+    )
     assert fixed == ["a=1"] and list(space) == ["b", "c.d"]
     assert (space["b"].low, space["b"].high, space["b"].step) == (8, 32, 8)
     assert (space["c.d"].low, space["c.d"].high, space["c.d"].log) == (1e-5, 1e-3, True)

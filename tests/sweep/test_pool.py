@@ -39,7 +39,11 @@ def test_a_job_reads_what_was_logged_since_the_last_time(tmp_path: Path) -> None
     job, metrics = SweepJob(1, checked, tmp_path), tmp_path / "metrics.jsonl"
     assert not job.update() and job.total_steps == 0
     (tmp_path / "plan.json").write_text('{"total_steps": 30}')
-    rows: list[dict[str, Any]] = [{"step": 0, "valid/loss": 3.0}, {"step": 5}, {"step": 10, "valid/loss": 2.0}]
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "valid/loss": 3.0},
+        {"step": 5},
+        {"step": 10, "valid/loss": 2.0},
+    ]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert job.update() and (job.step, job.total_steps, job.value, job.best) == (10, 30, 2.0, 2.0)
     assert not job.update()

@@ -20,11 +20,29 @@ def free_port() -> int:
 
 def start_server(store: Path, port: int) -> subprocess.Popen[bytes]:
     """Starts a server over the database in a folder and waits until it answers."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{store}/mlflow.db", "--artifacts-destination", f"{store}/served"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{store}/mlflow.db",
+        "--artifacts-destination",
+        f"{store}/served",
+    ]
     quiet = subprocess.DEVNULL
     env = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    process = subprocess.Popen(command, cwd=store, start_new_session=True, stdout=quiet, stderr=quiet, env=env)
+    process = subprocess.Popen(
+        command, cwd=store, start_new_session=True, stdout=quiet, stderr=quiet, env=env
+    )
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as probe:

@@ -72,7 +72,9 @@ def test_lines_that_are_no_rows_are_left_out_on_resume(tmp_path):
 def test_rows_that_find_a_full_disk_are_written_when_there_is_room(tmp_path, caplog):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "none", disk], capture_output=True
+    ).returncode:
         pytest.skip("a disk may be mounted by root only")
     try:
         tracker = FanOut([Jsonl()])
@@ -103,7 +105,10 @@ def test_a_tracker_that_cannot_be_opened_stops_nobody_unless_it_is_a_mistake(tmp
     tracker = FanOut([Breaks(), Jsonl()])
     tracker.open(tmp_path, {}, {})
     tracker.log(1, {"a": 1.0})
-    assert lines(tmp_path) == [{"step": 1, "a": 1.0}] and "its file is damaged. Training continues" in caplog.text
+    assert (
+        lines(tmp_path) == [{"step": 1, "a": 1.0}]
+        and "its file is damaged. Training continues" in caplog.text
+    )
     Breaks.error = UserError("the package is not installed")
     with pytest.raises(UserError, match="not installed"):
         FanOut([Jsonl(), Breaks()]).open(tmp_path, {}, {})

@@ -31,7 +31,9 @@ def tracking(tmp_path):
 def test_default_several_and_none(tracking):
     assert list(tracking()) == ["mlflow"]
     assert tracking()["mlflow"]["experiment"] == "demo"
-    both = tracking("tracking=[mlflow,tensorboard]", "tracking.tensorboard.dir=x", "tracking.mlflow.uri=http://h:1")
+    both = tracking(
+        "tracking=[mlflow,tensorboard]", "tracking.tensorboard.dir=x", "tracking.mlflow.uri=http://h:1"
+    )
     assert (both["tensorboard"]["dir"], both["mlflow"]["uri"]) == ("x", "http://h:1")
     assert tracking("tracking=none") == {}
 

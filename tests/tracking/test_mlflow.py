@@ -23,7 +23,8 @@ from mft.tracking.store import client_for
 from tests.tracking.server import free_port, kill_server, start_server
 
 FEW_SECONDS = 3 * PATIENCE
-"""What a store that is down may cost: the code waits PATIENCE at most, the rest is for a machine that is busy."""
+"""What a store that is down may cost: the code waits PATIENCE at most, the rest is for a machine that is
+busy."""
 
 CONFIG = {"optimizer": {"lr": 1e-5}, "task": {"docs": {"weight": 2.0}}}
 
@@ -110,10 +111,14 @@ def test_a_run_is_there_with_all_it_was_given(tracker, run_dir, store):
     assert run.data.tags["git_commit"] == run.data.tags["mlflow.source.git.commit"] == "abc"
     assert history(run_dir, "train/loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert [point.timestamp >= run.info.start_time for point in points(run_dir, "train/loss")] == [True] * 3
-    assert artifacts(run_dir) == {"config.yaml", "report"} and artifacts(run_dir, "report") == {"report/losses.png"}
+    assert artifacts(run_dir) == {"config.yaml", "report"} and artifacts(run_dir, "report") == {
+        "report/losses.png"
+    }
     assert run.info.artifact_uri.startswith((store / "mlartifacts").as_uri())
     command, page = tracks.where().split("  then open ")
-    assert command == f"mlflow ui --backend-store-uri sqlite:///{store}/mlflow.db --host 127.0.0.1 --port 5000"
+    assert (
+        command == f"mlflow ui --backend-store-uri sqlite:///{store}/mlflow.db --host 127.0.0.1 --port 5000"
+    )
     assert page.startswith(f"http://127.0.0.1:5000/#/experiments/{run.info.experiment_id}/runs?")
 
 
@@ -126,7 +131,9 @@ def test_how_it_ended(tracker, run_dir, status, shown):
 
 
 def test_many_and_long_and_refused(tracker, run_dir):
-    config = {f"group{i}": {f"key@{j}": "v" * 20_000 if i == j == 0 else j for j in range(50)} for i in range(50)}
+    config = {
+        f"group{i}": {f"key@{j}": "v" * 20_000 if i == j == 0 else j for j in range(50)} for i in range(50)
+    }
     write_config(run_dir, config | {"k" * 400: 1})
     tracks = tracker()
     tracks.open(run_dir, {}, {"long": "t" * 20_000, "a[b]": "x"})
@@ -135,7 +142,9 @@ def test_many_and_long_and_refused(tracker, run_dir):
     run, _ = recorded(run_dir)
     assert len(run.data.params) == 2501 and run.data.params["group3.key_at_7"] == "7"
     assert run.data.metrics["valid/pass_at_1"] == 0.5 and len(run.data.metrics) == 5
-    assert math.isnan(history(run_dir, "inf")[0][1]) and run.data.tags["infinite.inf"] == "inf, last at step 1"
+    assert (
+        math.isnan(history(run_dir, "inf")[0][1]) and run.data.tags["infinite.inf"] == "inf, last at step 1"
+    )
 
 
 def test_a_resumed_run_goes_on_without_doubled_points(tracker, run_dir):
@@ -158,7 +167,10 @@ def test_a_resumed_run_goes_on_without_doubled_points(tracker, run_dir):
     assert history(run_dir, "train/loss") == [(step, float(step)) for step in (1, 2, 3, 4, 5)]
     assert history(run_dir, "valid/loss/docs") == [(3, 1.0), (4, 1.0), (5, 1.0)]
     assert run.data.params["optimizer.lr"] == "1e-05" and run.data.params["new"] == "1"
-    assert run.data.tags["changed.optimizer.lr"] == "1e-05 -> 2e-05" and run.data.tags["resumed_from_step"] == "2"
+    assert (
+        run.data.tags["changed.optimizer.lr"] == "1e-05 -> 2e-05"
+        and run.data.tags["resumed_from_step"] == "2"
+    )
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
@@ -171,7 +183,10 @@ def test_what_was_sent_without_being_noted_is_not_doubled(tracker, run_dir):
     record = json.loads((run_dir / "mlflow.json").read_text())
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "valid/loss": 9.0}\n{"step": 4, "train/loss": 4.0}\n')
-    for lost in ({"places": {}}, {"places": {}, "run_id": ""}):  # killed before noting points, or that the run is made
+    for lost in (
+        {"places": {}},
+        {"places": {}, "run_id": ""},
+    ):  # killed before noting points, or that the run is made
         (run_dir / "mlflow.json").write_text(json.dumps(record | lost))
         sync(run_dir)
         assert recorded(run_dir)[0].info.run_id == record["run_id"]
@@ -206,17 +221,22 @@ def test_the_run_can_be_sent_to_another_store_and_again_to_one_that_lost_it(trac
     assert history(run_dir, "train/loss", other) == [(1, 1.0)] and run.data.params["optimizer.lr"] == "1e-05"
     client.delete_run(run.info.run_id)
     assert sync(run_dir) == (2, False)
-    assert recorded(run_dir)[0].info.lifecycle_stage == "active" and history(run_dir, "train/loss") == [(1, 1.0)]
+    assert recorded(run_dir)[0].info.lifecycle_stage == "active" and history(run_dir, "train/loss") == [
+        (1, 1.0)
+    ]
 
 
 def test_a_run_of_an_earlier_version_that_was_never_sent_is_sent_from_its_folder(run_dir, store):
-    """Its record lacks what is written today; the outcome is the summary's, as of a run killed while it closed."""
+    """Its record lacks what is written today; the outcome is the summary's, as of a run killed while it
+    closed."""
     uri = f"sqlite:///{store}/mlflow.db"
     earlier = {"uri": uri, "run_id": None, "experiment_id": None, "sent": 0, "left": []}
     (run_dir / "mlflow.json").write_text(json.dumps(earlier))
     write_config(run_dir, CONFIG | {"name": "earlier"})
     (run_dir / "summary.json").write_text('{"status": "stopped"}')
-    (run_dir / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": null}\n')
+    (run_dir / "metrics.jsonl").write_text(
+        '{"step": 1, "train/loss": 1.0}\n{"step": 2, "train/loss": null}\n'
+    )
     assert sync(run_dir) == (4, False) and sync(run_dir) == (0, False)
     run, client = recorded(run_dir)
     assert client.get_experiment(run.info.experiment_id).name == "earlier" and run.info.run_name == "run"
@@ -261,7 +281,9 @@ def test_the_report_of_a_sweep_is_a_run_without_points_and_is_renewed(tracker, t
         sent(run_dir)
     run, client = recorded(run_dir)
     assert (
-        run.info.run_name == "report of sweep abc" and run.info.status == "FINISHED" and run.data.tags["sweep"] == "abc"
+        run.info.run_name == "report of sweep abc"
+        and run.info.status == "FINISHED"
+        and run.data.tags["sweep"] == "abc"
     )
     assert not run.data.metrics and not run.data.params
     assert Path(client.download_artifacts(run.info.run_id, "report.html")).read_text() == "second"

@@ -1,5 +1,5 @@
-"""Runs that are killed for real while they write or remove a folder: what is left counts as whole or as absent, and the
-run goes on to the bit."""
+"""Runs that are killed for real while they write or remove a folder: what is left counts as whole or as
+absent, and the run goes on to the bit."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def train_and_be_killed(moment: str, tmp_path: Path, cache_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_while_it_saves_is_the_uninterrupted_one(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_run_killed_three_times_while_it_saves_is_the_uninterrupted_one(
+    tmp_path: Path, cache_dir: Path
+) -> None:
     _, whole = train(tmp_path, cache_dir, *SETTINGS, out="whole")
     run = tmp_path / "run"
     moments = {

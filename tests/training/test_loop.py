@@ -82,7 +82,9 @@ def test_weights_that_the_last_step_spoilt_are_not_saved(tmp_path: Path, cache_d
 
 
 @pytest.mark.filterwarnings("ignore:Step")
-def test_non_finite_steps_are_passed_over_and_counted(poisoned: Path, tmp_path: Path, cache_dir: Path) -> None:
+def test_non_finite_steps_are_passed_over_and_counted(
+    poisoned: Path, tmp_path: Path, cache_dir: Path
+) -> None:
     given = settings(poisoned, odd_task(tmp_path / "odd"))
     with pytest.warns(UserWarning, match=r"task odd, \S*rows\.jsonl:(5|12|17)\. .*Skipped, 1 of 5"):
         summary, run_dir = train(tmp_path, cache_dir, *given, "train.skip_nonfinite_steps=5")
@@ -90,7 +92,9 @@ def test_non_finite_steps_are_passed_over_and_counted(poisoned: Path, tmp_path: 
     skipped = [row for row in rows if row.get("train/skipped_steps")]
     assert summary["status"] == "finished" and len(rows) == 10
     assert summary["skipped_steps"] == len(skipped) == 3
-    assert all(row["train/skipped_steps"] == 1 and math.isnan(row["train/loss"] or math.nan) for row in skipped)
+    assert all(
+        row["train/skipped_steps"] == 1 and math.isnan(row["train/loss"] or math.nan) for row in skipped
+    )
     assert all(math.isfinite(row["train/loss"]) for row in rows if row not in skipped)
     final = load_file(run_dir / "final" / "adapter_model.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in final.values())
@@ -103,7 +107,9 @@ def test_one_more_than_allowed_ends_the_run_with_step_task_and_samples(
     given = settings(poisoned, odd_task(tmp_path / "odd"))
     steps = []
     for allowed in (0, 2):
-        with pytest.raises(UserError, match=r"Step \d+ .*not applied.*task odd, \S*rows\.jsonl:(5|12|17)\.") as told:
+        with pytest.raises(
+            UserError, match=r"Step \d+ .*not applied.*task odd, \S*rows\.jsonl:(5|12|17)\."
+        ) as told:
             train(tmp_path, cache_dir, *given, f"train.skip_nonfinite_steps={allowed}", out=f"skip{allowed}")
         steps.append(int(str(told.value).split()[1]))
         summary = json.loads((tmp_path / f"skip{allowed}" / "summary.json").read_text())
@@ -112,7 +118,8 @@ def test_one_more_than_allowed_ends_the_run_with_step_task_and_samples(
 
 
 def decided(rows: list[dict[str, Any]], judged: list[float], patience: int) -> tuple[int, float, int]:
-    """Returns the best step, its value and the last step: `patience` validations without a new best end the run."""
+    """Returns the best step, its value and the last step: `patience` validations without a new best end the
+    run."""
     best, at, stalled = math.inf, 0, 0
     for row, value in zip(rows, judged, strict=True):
         best, at, stalled = (value, row["step"], 0) if value < best else (best, at, stalled + 1)
@@ -173,7 +180,9 @@ def test_best_and_early_stopping_follow_what_was_asked(best: str, tmp_path: Path
     assert set(kept) <= {step, last, *(summary["best_by_task"][name]["step"] for name in TASKS)}
 
 
-def test_the_routers_loss_is_logged_by_itself_as_a_mean_over_micro_batches(tmp_path: Path, cache_dir: Path) -> None:
+def test_the_routers_loss_is_logged_by_itself_as_a_mean_over_micro_batches(
+    tmp_path: Path, cache_dir: Path
+) -> None:
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
         hidden_size=64,
@@ -190,7 +199,13 @@ def test_the_routers_loss_is_logged_by_itself_as_a_mean_over_micro_batches(tmp_p
     folder = tmp_path / "mixtral"
     transformers.MixtralForCausalLM(config).save_pretrained(folder)
     Tiny(cache_dir=str(cache_dir)).tokenizer().save_pretrained(folder)
-    given = ["model=auto", f"model.path={folder}", "peft=full", "train.max_steps=1", "train.per_device_batch_size=2"]
+    given = [
+        "model=auto",
+        f"model.path={folder}",
+        "peft=full",
+        "train.max_steps=1",
+        "train.per_device_batch_size=2",
+    ]
     rows = {}
     for coefficient, accumulation in ((0.0, 1), (0.5, 1), (0.5, 4)):
         _, run_dir = train(
@@ -210,13 +225,15 @@ def test_the_routers_loss_is_logged_by_itself_as_a_mean_over_micro_batches(tmp_p
 
 
 class Overflowing:
-    """A stage of tests.loss in fp16, on the CPU, whose loss scaler starts so high that gradients overflow once."""
+    """A stage of tests.loss in fp16, on the CPU, whose loss scaler starts so high that gradients overflow
+    once."""
 
     def __init__(self, root: Path):
         write_tasks(root / "tasks")
         self.stage = Stage(root, Layout(2, packed=False, backend="single"))
         accelerator = self.stage.engine.accelerator
-        # accelerate makes a scaler on GPUs only; torch's works on a CPU, so the path is walked here by giving it one
+        # accelerate makes a scaler on GPUs only; torch's works on a CPU, so the path is walked here by giving
+        # it one
         accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-54)
 
@@ -242,7 +259,9 @@ def test_an_overflow_that_the_loss_scaler_answers_is_no_error_and_no_update(over
     t, recorder = overflowing.fit()
     skipped = [bool(row.get("train/skipped_steps")) for _, row in sorted(recorder.rows.items())]
     assert skipped == [True, False, False, False] and t.state.skipped == 0
-    assert "train/weight/a" not in recorder.rows[1]  # the mode learnt nothing from a step that was not applied
+    assert (
+        "train/weight/a" not in recorder.rows[1]
+    )  # the mode learnt nothing from a step that was not applied
     assert not torch.equal(overflowing.before, overflowing.stage.parameters(t))
 
 

@@ -12,7 +12,9 @@ import torch
 from mft.batch import IGNORE, Batch, StepCounts
 from mft.training.metrics import Meter
 
-ALONE: Any = SimpleNamespace(sum=lambda tensor: tensor, gather=lambda value: [value], world=1, rank=0, is_main=True)
+ALONE: Any = SimpleNamespace(
+    sum=lambda tensor: tensor, gather=lambda value: [value], world=1, rank=0, is_main=True
+)
 
 
 def batch(tasks: list[list[int]]) -> Batch:

@@ -36,7 +36,13 @@ LOSSES = {
     "famo": (),
     "dwa": ("loss.window=3",),
 }
-MOMENTS = ("before the first checkpoint", "while validating", "between two rows", "after a row", "asked to stop")
+MOMENTS = (
+    "before the first checkpoint",
+    "while validating",
+    "between two rows",
+    "after a row",
+    "asked to stop",
+)
 """When the run is ended, one after another: step 1, the validation of step 4, steps 5, 9 and 10."""
 
 
@@ -97,7 +103,8 @@ def test_a_run_that_is_ended_at_any_moment_leaves_the_rows_of_the_undisturbed_on
 
 
 def stopping(of: Any, at: int) -> Any:
-    """Returns `StepCounts.of` that signals this process in the `at`-th step of the run that resumes from step 8."""
+    """Returns `StepCounts.of` that signals this process in the `at`-th step of the run that resumes from step
+    8."""
     seen = []
 
     def counted(batches: Any, tasks: int, stop: bool) -> Any:
@@ -130,7 +137,8 @@ def test_so_does_one_that_is_killed_for_real(tmp_path: Path, cache_dir: Path) ->
 
 @pytest.mark.dist
 def test_the_sums_of_every_rank_are_taken_up(tmp_path: Path) -> None:
-    """Saved after step 2, in the middle of the three steps that a row tells of; resumed on two ranks and on one."""
+    """Saved after step 2, in the middle of the three steps that a row tells of; resumed on two ranks and on
+    one."""
     tree = Tree(tmp_path)
     settings = ("train.max_steps=6", "train.log_every=3", "train.save_every=2", *LAYOUTS["pad"])
     settings = ("loss=dwa", "loss.window=2", "train.keep=null", *settings)

@@ -1,4 +1,5 @@
-"""What a run is resumed from: the newest checkpoint that is sound, the step that was asked for, or nothing at all."""
+"""What a run is resumed from: the newest checkpoint that is sound, the step that was asked for, or nothing at
+all."""
 
 from __future__ import annotations
 
@@ -80,7 +81,9 @@ def test_a_checkpoint_with_any_file_damaged_is_passed_over_by_its_name(run: Path
         damage(step / name)
         found, passed = newest_sound(run)
         assert found == run / "checkpoints" / "step-4", name
-        if damage is not Path.unlink or name != COMPLETE:  # without a marker it is one that was never finished
+        if (
+            damage is not Path.unlink or name != COMPLETE
+        ):  # without a marker it is one that was never finished
             assert name in passed["step-6"], passed
         assert damage is flip or complete_steps(run / "checkpoints") == [2, 4], name
         (step / name).write_bytes(kept)
@@ -88,7 +91,14 @@ def test_a_checkpoint_with_any_file_damaged_is_passed_over_by_its_name(run: Path
 
 
 OLD = {
-    "state/loop.json": [writing("[]"), writing("{}"), writing("null"), writing('{"step": 6}'), halve, Path.unlink],
+    "state/loop.json": [
+        writing("[]"),
+        writing("{}"),
+        writing("null"),
+        writing('{"step": 6}'),
+        halve,
+        Path.unlink,
+    ],
     "state/engine.json": [writing("[]"), writing("{}"), writing('{"shards": null, "world": 1}'), Path.unlink],
     "state/loss.pt": [halve, writing(""), Path.unlink],
     "state/rng-0.pt": [halve, Path.unlink],
@@ -135,7 +145,11 @@ def test_a_run_goes_on_from_the_newest_sound_checkpoint_and_says_what_it_passed_
     assert summary["status"] == "finished" and logged(run) == logged(finished)
     assert same(weights(run / "final"), weights(finished / "final"))
     # the damaged ones did not count as two of the two that are kept
-    assert complete_steps(run / "checkpoints") == [4, 6] == [int(p.name[5:]) for p in sorted(run.glob("*/step-*"))]
+    assert (
+        complete_steps(run / "checkpoints")
+        == [4, 6]
+        == [int(p.name[5:]) for p in sorted(run.glob("*/step-*"))]
+    )
     assert (run / "checkpoints" / "damaged-step-6").is_dir()
 
 
@@ -143,7 +157,9 @@ def test_a_run_without_a_sound_checkpoint_says_so_and_leaves_them(run: Path, cac
     for step in (2, 4, 6):
         writing("")(run / "checkpoints" / f"step-{step}" / "state" / "loop.json")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"No checkpoint .*step-6: state/loop\.json .*step-2: .*another output_dir"):
+        with pytest.raises(
+            UserError, match=r"No checkpoint .*step-6: state/loop\.json .*step-2: .*another output_dir"
+        ):
             train(run.parent, cache_dir, *SETTINGS)
     with pytest.raises(UserError, match="No checkpoint"):
         final_folder(str(run))
@@ -206,7 +222,9 @@ def test_a_damaged_model_is_refused_wherever_it_is_used(finished: Path, run: Pat
         train(run.parent, cache_dir, *SETTINGS, f"peft.path={final}", out="further")
     with pytest.raises(UserError, match=r"tokenizer\.json has"):
         merge(final, run / "merged")
-    with pytest.raises(UserError, match=rf"{run}/checkpoints/step-6 is sound; train\.resume=.*step-6 writes final/"):
+    with pytest.raises(
+        UserError, match=rf"{run}/checkpoints/step-6 is sound; train\.resume=.*step-6 writes final/"
+    ):
         final_folder(str(run))
     (final / MODEL).unlink()
     require_sound(final)
@@ -268,7 +286,10 @@ def test_what_a_run_leaves_that_had_not_begun_is_no_obstacle(
         ({"config.yaml": "name: mine\n"}, r"holds no run, but config\.yaml"),
         ({"config.yaml": None, "thesis.tex": "x"}, r"holds no run, but thesis\.tex"),
         ({"notes.tmp": "x"}, r"holds no run, but notes\.tmp"),
-        ({"config.yaml": None, "metrics.jsonl": "{}", "identity.json": "{}"}, r"identity\.json is missing or damaged"),
+        (
+            {"config.yaml": None, "metrics.jsonl": "{}", "identity.json": "{}"},
+            r"identity\.json is missing or damaged",
+        ),
     ],
 )
 def test_a_folder_with_anything_else_is_refused(
@@ -294,7 +315,9 @@ WRONG = {
 def test_our_own_files_of_another_shape_are_as_if_absent(
     finished: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = shutil.copytree(finished, tmp_path / "runs" / "one", ignore=shutil.ignore_patterns("checkpoints", "final"))
+    folder = shutil.copytree(
+        finished, tmp_path / "runs" / "one", ignore=shutil.ignore_patterns("checkpoints", "final")
+    )
     for text in (*SHAPES, WRONG[name]):
         (folder / name).write_bytes(text.encode(errors="surrogateescape"))
         runs.command([str(tmp_path / "runs")])

@@ -20,6 +20,8 @@ class Faq(Format):
 
     def messages(self, row: Any) -> list[Message]:
         pair = row.get(self.field) if isinstance(row, dict) else None
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) and part for part in pair)):
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) and part for part in pair)
+        ):
             raise RowError(self.field, "expected a list of a question and its answer")
         return [Message("user", pair[0]), Message("assistant", pair[1])]

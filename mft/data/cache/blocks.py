@@ -1,4 +1,5 @@
-"""The files of a token cache by their blocks: summed up when they are written, held to it when they are first read."""
+"""The files of a token cache by their blocks: summed up when they are written, held to it when they are first
+read."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def sums(path: Path) -> list[str]:
 
 
 class Blocks:
-    """A flat array in a file, memory-mapped, whose blocks are held to their checksums as they are first read."""
+    """A flat array in a file, memory-mapped, whose blocks are held to their checksums as they are first
+    read."""
 
     def __init__(self, path: Path, dtype: str, expected: list[str]):
         self.path, self.expected = path, expected
@@ -42,8 +44,10 @@ class Blocks:
             meta = self.path.with_name("meta.json")
             meta.unlink(missing_ok=True)  # without it the store is not one, and the next start makes it anew
             raise UserError(
-                f"The token cache is damaged: {self.path} has the checksum {found} from byte {block * BLOCK:,} on, "
-                f"expected {self.expected[block]}. The same command tokenises the task anew and resumes; if the cache "
+                f"The token cache is damaged: {self.path} has the checksum {found} from byte "
+                f"{block * BLOCK:,} on, "
+                f"expected {self.expected[block]}. The same command tokenises the task anew and resumes; "
+                f"if the cache "
                 f"cannot be written to, remove {self.path.parent}."
             )
         self._seen[block] = 1

@@ -1,4 +1,5 @@
-"""Rows of a task → its token cache: read and understood here, tokenised by all cores beside it, written in order."""
+"""Rows of a task → its token cache: read and understood here, tokenised by all cores beside it, written in
+order."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Read(NamedTuple):
 def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) -> None:
     """Tokenises all rows of a task into `folder`; memory does not grow with their number.
 
-    Raises RowError at the first bad row under bad_rows=error, UserError at the first long one under long_samples=error.
+    Raises RowError at the first bad row under bad_rows=error, UserError at the first long one under
+    long_samples=error.
     """
     files = task.files()
     format_name, _ = found = task.find_format()
@@ -55,8 +57,10 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
             length = len(sample[0])
             if length > settings.seq_length and settings.long_samples == LongSamples.error:
                 raise UserError(
-                    f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is {settings.seq_length}; "
-                    "allowed: a larger one, or data.long_samples = drop, truncate_left, truncate_right, split_turns"
+                    f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is "
+                    f"{settings.seq_length}; "
+                    "allowed: a larger one, or data.long_samples = drop, truncate_left, truncate_right, "
+                    "split_turns"
                 )
             digest = digest_of(messages)
             of_file = splits[place[0]]
@@ -73,8 +77,12 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
         frozen = gc.get_freeze_count() > 0  # in a worker
         gc.freeze()  # or the collector walks over everything imported again and again, for the objects of the rows
         try:
-            for batch in _batches(rows, found[1], encoder, settings, writer, {f: i for i, f in enumerate(files)}):
-                waiting.append((batch, pool.submit(encoder.encode_segments, [read.segments for read in batch])))
+            for batch in _batches(
+                rows, found[1], encoder, settings, writer, {f: i for i, f in enumerate(files)}
+            ):
+                waiting.append(
+                    (batch, pool.submit(encoder.encode_segments, [read.segments for read in batch]))
+                )
                 if len(waiting) > AHEAD:
                     done, future = waiting.popleft()
                     keep(done, future.result())

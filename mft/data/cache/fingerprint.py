@@ -14,17 +14,17 @@ from filelock import FileLock
 from mft.errors import UserError
 from mft.files.atomic import write_text
 
-# A file changed twice within one tick of the file system's clock keeps its time stamp; hashes of files this young are
-# therefore not remembered (the rule git uses for its index).
+# A file changed twice within one tick of the file system's clock keeps its time stamp; hashes of files this
+# young are therefore not remembered (the rule git uses for its index).
 YOUNG_SECONDS = 2.0
 
 
 def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
     """Returns the xxh3-128 of each file's content, in order.
 
-    `<cache_dir>/fingerprints.json` remembers them by absolute path, size, times of change and inode (a copy that keeps
-    size and mtime has another ctime); it is replaced atomically under a lock, so several processes may share it.
-    Raises UserError for a file that cannot be read.
+    `<cache_dir>/fingerprints.json` remembers them by absolute path, size, times of change and inode (a copy
+    that keeps size and mtime has another ctime); it is replaced atomically under a lock, so several processes
+    may share it. Raises UserError for a file that cannot be read.
     """
     memo_path = cache_dir / "fingerprints.json"
     memo = _read(memo_path)
@@ -45,7 +45,8 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
         if time.time() - max(stat.st_mtime, stat.st_ctime) > YOUNG_SECONDS:
             fresh[key] = [*stamp, digests[-1]]
     if fresh:
-        # A cache that can only be read still serves the stores in it; these files are then hashed at every start.
+        # A cache that can only be read still serves the stores in it; these files are then hashed at every
+        # start.
         with suppress(OSError):
             _remember(memo_path, fresh)
     return digests

@@ -27,7 +27,9 @@ from mft.errors import UserError
 if TYPE_CHECKING:
     from mft.data.tokenize import Encoder
 
-WAIT_SECONDS = 24 * 3600.0  # the last resort: when the building rank fails, the waiting ones are ended with it
+WAIT_SECONDS = (
+    24 * 3600.0
+)  # the last resort: when the building rank fails, the waiting ones are ended with it
 
 
 PER_SAMPLE = ("_start_N", "_stop_N", "_file_N", "_line_N", "split_N", "trained_N", "digest_N", "lengths_N")
@@ -37,17 +39,18 @@ PER_SAMPLE = ("_start_N", "_stop_N", "_file_N", "_line_N", "split_N", "trained_N
 class Store:
     """The samples of one task, in all splits. N is the number of samples.
 
-    lengths_N: tokens of each; trained_N: tokens that carry loss; split_N: index in SPLITS.
-    report: rows, kept, splits, tokens, trained_tokens, truncated, dropped {reason: count}, first_dropped, unread
-    (understood rows with a field that the format does not read, by field; None: it does not say), answers_without_loss,
-    empty_thoughts (that the template puts before answers), duplicates (see `mark_duplicates`).
-    contents: the fingerprint of the rows it was made of (`Task.fingerprint`), "" until `prepare` sets it.
-    fingerprint: hash of contents, tokenizer, template and options. digest_N: equal where the conversations of two
-    samples' rows are.
+    lengths_N: tokens of each; trained_N: tokens that carry loss; split_N: index in SPLITS. report: rows,
+    kept, splits, tokens, trained_tokens, truncated, dropped {reason: count}, first_dropped, unread
+    (understood rows with a field that the format does not read, by field; None: it does not say),
+    answers_without_loss, empty_thoughts (that the template puts before answers), duplicates (see
+    `mark_duplicates`). contents: the fingerprint of the rows it was made of (`Task.fingerprint`), "" until
+    `prepare` sets it. fingerprint: hash of contents, tokenizer, template and options. digest_N: equal where
+    the conversations of two samples' rows are.
     """
 
     def __init__(self, folder: Path, files: Sequence[Path], named: Sequence[str]):
-        """files: `Task.files()`, by which samples are traced to file and line; named: `Task.named_splits()`."""
+        """files: `Task.files()`, by which samples are traced to file and line; named:
+        `Task.named_splits()`."""
         meta = writer.read_meta(folder)
         self.contents = ""
         self.fingerprint = folder.name
@@ -59,7 +62,11 @@ class Store:
         )
         self._start_N, self._stop_N = column["offsets"][:-1], column["offsets"][1:]
         self._file_N, self._line_N = column["file"], column["line"]
-        self.split_N, self.trained_N, self.digest_N = column["split"], column["trained_counts"], column["digest"]
+        self.split_N, self.trained_N, self.digest_N = (
+            column["split"],
+            column["trained_counts"],
+            column["digest"],
+        )
         self._cuts_N = {name: column[name] for name in writer.CUTS}
         self.lengths_N = (self._stop_N - self._start_N).astype(np.int32)
         self.report: dict[str, Any] = meta["report"]
@@ -82,19 +89,29 @@ class Store:
         return self._where(self._file_N[i], self._line_N[i])
 
     def dropped(self) -> Iterator[dict[str, Any]]:
-        """Yields every row that is no sample: file, line, reason, field, problem, row (its text, shortened)."""
+        """Yields every row that is no sample: file, line, reason, field, problem, row (its text,
+        shortened)."""
         with self._dropped.open(encoding="utf-8") as lines:
             for line in lines:
                 dropped = json.loads(line)
                 yield dropped | {"file": str(self.files[dropped["file"]])}
         for reason, rows in self._left_out:
             for file, line, same_file, same_line in zip(*(column.tolist() for column in rows), strict=True):
-                about = {"file": str(self.files[file]), "line": line, "reason": reason, "field": "", "row": ""}
-                same = self._where(same_file, same_line) if same_line else "a row of a validation or test part"
+                about = {
+                    "file": str(self.files[file]),
+                    "line": line,
+                    "reason": reason,
+                    "field": "",
+                    "row": "",
+                }
+                same = (
+                    self._where(same_file, same_line) if same_line else "a row of a validation or test part"
+                )
                 yield about | {"problem": f"says the same as {same}"}
 
     def held_out_files(self) -> list[dict[str, Any]]:
-        """Returns the files held out by their names: file, split (valid or test), rows of it that are kept."""
+        """Returns the files held out by their names: file, split (valid or test), rows of it that are
+        kept."""
         rows_F = np.bincount(self._file_N[self.begins_N()], minlength=len(self.files))
         return [
             {"file": str(file), "split": split, "rows": int(rows)}
@@ -103,15 +120,22 @@ class Store:
         ]
 
     def leave_out(self, out_N: np.ndarray, reason: str, same_N: np.ndarray | None = None) -> None:
-        """Takes rows out of the store, as if they had been dropped while it was made; samples get other numbers.
+        """Takes rows out of the store, as if they had been dropped while it was made; samples get other
+        numbers.
 
-        out_N: bool, equal for all samples of a row; same_N: a sample of the row in this store that says the same.
+        out_N: bool, equal for all samples of a row; same_N: a sample of the row in this store that says the
+        same.
         """
         report, first_N = self.report, np.flatnonzero(out_N & self.begins_N())
         nowhere = np.zeros(len(first_N), np.int64)
         same = nowhere if same_N is None else same_N[first_N]
         same_line = nowhere if same_N is None else self._line_N[same]
-        rows = (self._file_N[first_N], self._line_N[first_N], self._file_N[same] if len(same) else nowhere, same_line)
+        rows = (
+            self._file_N[first_N],
+            self._line_N[first_N],
+            self._file_N[same] if len(same) else nowhere,
+            same_line,
+        )
         self._left_out.append((reason, rows))
         report["dropped"][reason] = len(first_N)
         report["kept"] -= len(first_N)
@@ -188,12 +212,17 @@ class Samples:
 
 
 def prepare(
-    task: Task, encoder: Encoder, settings: DataSettings, cache_dir: str | os.PathLike[str], first: bool = True
+    task: Task,
+    encoder: Encoder,
+    settings: DataSettings,
+    cache_dir: str | os.PathLike[str],
+    first: bool = True,
 ) -> Store:
     """Returns the store of a task, tokenising it where the cache does not have it.
 
-    first: this process builds a missing store (only one does, when several try); otherwise it waits until another one
-    has. Raises UserError for missing files, a bad row under bad_rows=error, a task of which no row is left.
+    first: this process builds a missing store (only one does, when several try); otherwise it waits until
+    another one has. Raises UserError for missing files, a bad row under bad_rows=error, a task of which no
+    row is left.
     """
     settings.check()
     files = task.files()
@@ -232,7 +261,11 @@ def store_fingerprint(task: Task, contents: str, encoder: Encoder, settings: Dat
 
     contents: `task.fingerprint()`.
     """
-    options = [settings.seq_length, LongSamples(settings.long_samples).value, [float(part) for part in settings.split]]
+    options = [
+        settings.seq_length,
+        LongSamples(settings.long_samples).value,
+        [float(part) for part in settings.split],
+    ]
     parts = [writer.VERSION, contents, repr(task.format), encoder.fingerprint(), options]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
@@ -256,9 +289,12 @@ def _build(
             try:
                 temporary.mkdir()
                 build.write(temporary, task, encoder, settings)
-                if task.fingerprint(cache_dir) != contents:  # else the store would bear the name of other rows
+                if (
+                    task.fingerprint(cache_dir) != contents
+                ):  # else the store would bear the name of other rows
                     raise UserError(
-                        f"task.{task.name}: its files have changed while they were read ({', '.join(task.paths)}); "
+                        f"task.{task.name}: its files have changed while they were read "
+                        f"({', '.join(task.paths)}); "
                         "start again once they are written"
                     )
                 temporary.rename(folder)
@@ -276,7 +312,10 @@ def _locked(folder: Path, task: Task) -> Iterator[None]:
     try:
         lock.acquire(timeout=2)
     except Timeout:
-        print(f"another process tokenises the task {task.name}; waiting for it ({lock.lock_file})", file=sys.stderr)
+        print(
+            f"another process tokenises the task {task.name}; waiting for it ({lock.lock_file})",
+            file=sys.stderr,
+        )
         lock.acquire()
     try:
         yield
@@ -289,15 +328,17 @@ def _wait(folder: Path, task: Task) -> None:
     while _problem(folder) is not None:
         if time.monotonic() - start > WAIT_SECONDS:
             hours = WAIT_SECONDS / 3600
-            raise UserError(f"task.{task.name}: waited {hours:.0f} hours for the first rank to write {folder}")
+            raise UserError(
+                f"task.{task.name}: waited {hours:.0f} hours for the first rank to write {folder}"
+            )
         time.sleep(0.1)
 
 
 def _problem(folder: Path) -> str | None:
     """Returns what is wrong with a store: "" when there is none, None when nothing is.
 
-    The files that are read as a whole at every start are held to their checksums here (45 bytes a sample); tokens are
-    when they are first read.
+    The files that are read as a whole at every start are held to their checksums here (45 bytes a sample);
+    tokens are when they are first read.
     """
     if not (folder / writer.META).exists():
         return ""

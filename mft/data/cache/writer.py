@@ -24,8 +24,8 @@ VERSION = 6
 """Part of the fingerprint of every store: a change of layout, splitting or encoding raises it."""
 
 CUTS = ("truncated", "rounds_left_out", "parts_left_out")
-"""What a row that is kept may have lost: it was truncated (0 or 1), rounds too long for any sample, and parts in which
-nothing carries loss."""
+"""What a row that is kept may have lost: it was truncated (0 or 1), rounds too long for any sample, and parts
+in which nothing carries loss."""
 NOTHING = dict.fromkeys(CUTS, 0)
 
 COLUMNS = {
@@ -37,15 +37,16 @@ COLUMNS = {
     "digest": "uint64",
     **dict.fromkeys(CUTS, "int32"),
 }
-"""Per-sample columns, one raw file each (`offsets.bin`, ...), beside `ids.bin` and `trained.bin`, which hold tokens.
-offsets has one entry more than there are samples: sample i is tokens offsets[i] to offsets[i + 1]. digest: of its row's
-conversation; what the row lost stands with its first sample, 0 with the others."""
+"""Per-sample columns, one raw file each (`offsets.bin`, ...), beside `ids.bin` and `trained.bin`, which hold
+tokens. offsets has one entry more than there are samples: sample i is tokens offsets[i] to offsets[i + 1].
+digest: of its row's conversation; what the row lost stands with its first sample, 0 with the others."""
 
 BAD_ROW, TOO_LONG, UNTRAINED = "bad row", "too long", "no trained token"
 REASONS = (BAD_ROW, TOO_LONG, UNTRAINED)
 
 DROPPED = "dropped.jsonl"
-"""The rows that did not become samples, one object each: file (its number), line, reason, field, problem, row."""
+"""The rows that did not become samples, one object each: file (its number), line, reason, field, problem,
+row."""
 
 META = "meta.json"
 """The account of a store, with its own checksum and those of the files."""
@@ -59,7 +60,8 @@ Place = tuple[int, int]
 
 
 class Writer:
-    """Files of a store in the making. `add` and `drop` account for every row; `finish` writes meta.json, last."""
+    """Files of a store in the making. `add` and `drop` account for every row; `finish` writes meta.json,
+    last."""
 
     def __init__(self, folder: Path, vocab_size: int, settings: DataSettings):
         self.folder, self.settings = folder, settings
@@ -131,7 +133,9 @@ class Writer:
             self._sample(ids_S, trained_S, trained, split, about | lost)
             lost = NOTHING
 
-    def _sample(self, ids_S: np.ndarray, trained_S: np.ndarray, trained: int, split: int, row: dict[str, int]) -> None:
+    def _sample(
+        self, ids_S: np.ndarray, trained_S: np.ndarray, trained: int, split: int, row: dict[str, int]
+    ) -> None:
         self.samples += 1
         self.splits[split] += 1
         self.tokens += len(ids_S)
@@ -145,15 +149,19 @@ class Writer:
         """Writes what is pending."""
         for name, parts in self.pending.items():
             if parts:
-                array = np.concatenate(parts) if name in ("ids", "trained") else np.array(parts, self.dtypes[name])
+                array = (
+                    np.concatenate(parts)
+                    if name in ("ids", "trained")
+                    else np.array(parts, self.dtypes[name])
+                )
                 self.files[name].write(array.astype(self.dtypes[name]).tobytes())
                 parts.clear()
 
     def report(self) -> dict[str, Any]:
         """Returns the account: rows = kept + the sum of dropped.
 
-        split_turns makes several samples of a row; of a row that is kept it may leave out rounds that are too long, and
-        parts in which nothing carries loss.
+        split_turns makes several samples of a row; of a row that is kept it may leave out rounds that are too
+        long, and parts in which nothing carries loss.
         """
         return {
             "rows": self.rows,
@@ -183,7 +191,8 @@ class Writer:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Returns what `Writer.finish` wrote; raises ValueError when it is damaged, FileNotFoundError without it."""
+    """Returns what `Writer.finish` wrote; raises ValueError when it is damaged, FileNotFoundError without
+    it."""
     found = json.loads((folder / META).read_text(encoding="utf-8"))
     if not isinstance(found, dict) or found.pop("sum", None) != _sum_of(found):
         raise ValueError(f"{META} is damaged")

@@ -38,10 +38,15 @@ class Baichuan(Original):
     vocabulary = "tokenizer.model"
 
     def check(self) -> None:
-        for name, allowed in (("positions", ("auto", "rope", "alibi")), ("norm_head", ("auto", "true", "false"))):
+        for name, allowed in (
+            ("positions", ("auto", "rope", "alibi")),
+            ("norm_head", ("auto", "true", "false")),
+        ):
             value = str(getattr(self, name)).lower()
             if value not in allowed:
-                raise UserError(f"model.{name}={value!r} is not one of {', '.join(allowed)}{nearest(value, allowed)}")
+                raise UserError(
+                    f"model.{name}={value!r} is not one of {', '.join(allowed)}{nearest(value, allowed)}"
+                )
         super().check()
 
     def alibi(self, values: Values) -> bool:
@@ -49,7 +54,8 @@ class Baichuan(Original):
         guess = "rope" if "max_position_embeddings" in values else "alibi"
         if self.positions not in ("auto", guess):
             log.warning(
-                "model.positions=%s, though config.json of %s looks like %s: the other reading loads without an error "
+                "model.positions=%s, though config.json of %s looks like %s: the other reading loads "
+                "without an error "
                 "and computes nonsense",
                 *(self.positions, self.path, guess),
             )
@@ -65,7 +71,8 @@ class Baichuan(Original):
         by_vocabulary = {125_696: True, 64_000: False}
         if values.get("vocab_size") not in by_vocabulary:
             raise UserError(
-                f"model.path={self.path}: a vocabulary of {values.get('vocab_size')} does not tell Baichuan from "
+                f"model.path={self.path}: a vocabulary of {values.get('vocab_size')} does not tell "
+                f"Baichuan from "
                 "Baichuan 2; say model.norm_head=true for Baichuan 2, false for Baichuan"
             )
         return by_vocabulary[values["vocab_size"]]
@@ -81,7 +88,9 @@ class Baichuan(Original):
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
             "hidden_act": values.get("hidden_act", "silu"),
-            "max_position_embeddings": values.get("max_position_embeddings", values.get("model_max_length", 4096)),
+            "max_position_embeddings": values.get(
+                "max_position_embeddings", values.get("model_max_length", 4096)
+            ),
             "attention_bias": False,
             "mlp_bias": False,
         }
@@ -96,7 +105,9 @@ class Baichuan(Original):
         if not self.alibi(self.original_config()):
             return super().attention_for(dtype, factory)
         if self.attention not in ("auto", "sdpa"):
-            raise UserError(f"model.attention={self.attention} cannot compute ALiBi; use model.attention=auto")
+            raise UserError(
+                f"model.attention={self.attention} cannot compute ALiBi; use model.attention=auto"
+            )
         from mft.model.attention import ALIBI
 
         return ALIBI
@@ -114,7 +125,8 @@ class Baichuan(Original):
             names[name] = given["content"] if isinstance(given, dict) else given
             if names[name] is not None and backend.token_to_id(names[name]) is None:
                 raise UserError(
-                    f"model.path={self.path}: {name}={names[name]!r} of its tokenizer_config.json is not in {file.name}"
+                    f"model.path={self.path}: {name}={names[name]!r} of its tokenizer_config.json is not "
+                    f"in {file.name}"
                 )
         bos = [names["bos_token"]] if settings.get("add_bos_token", True) else []
         eos = [names["eos_token"]] if settings.get("add_eos_token", False) else []

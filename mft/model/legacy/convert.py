@@ -48,8 +48,10 @@ def _check_space(who: str, files: list[Path], folder: Path) -> None:
     needed, free = sum(file.stat().st_size for file in files) + MARGIN, shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{who} is in an original format: its native folder takes {needed / 2**30:.2f} GiB in {folder.parent}, "
-            f"where {free / 2**30:.2f} GiB are free. Make room, or choose another place: cache_dir=…, or out=… of "
+            f"{who} is in an original format: its native folder takes {needed / 2**30:.2f} GiB in "
+            f"{folder.parent}, "
+            f"where {free / 2**30:.2f} GiB are free. Make room, or choose another place: cache_dir=…, or "
+            f"out=… of "
             "mft convert"
         )
 
@@ -87,11 +89,15 @@ def write_native(checkpoint: OriginalWeights, folder: Path, plain_head: bool) ->
                 weight, native = weights.get_tensor(name), layout.native_names(name)
                 if checkpoint.norm_head and plain_head and native == ["lm_head.weight"]:
                     weight = torch.nn.functional.normalize(weight)
-                written |= zip(native, layout.split(weight, config) if len(native) > 1 else [weight], strict=True)
+                written |= zip(
+                    native, layout.split(weight, config) if len(native) > 1 else [weight], strict=True
+                )
         save_file(written, folder / file.name, metadata={"format": "pt"})
         where |= dict.fromkeys(written, file.name)
         size += sum(weight.nbytes for weight in written.values())
-        dtype = dtype or next((weight.dtype for weight in written.values() if weight.is_floating_point()), None)
+        dtype = dtype or next(
+            (weight.dtype for weight in written.values() if weight.is_floating_point()), None
+        )
     if set(where.values()) != {"model.safetensors"}:
         index = {"metadata": {"total_size": size}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-QWEN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """How Qwen cuts a text into words before it merges."""
 
 QWEN_EARLY = {
@@ -109,7 +107,9 @@ class ChatGLM(Original):
         # sop and eop are ids that no text becomes: as added tokens they would be cut out of "isopod" and
         # "people".
         backend.add_special_tokens([*names[:3], *names[5:]])
-        backend.decoder = decoders.Sequence([decoders.Replace(Regex(rf"\A(?:{sop}|{eop})\z"), ""), backend.decoder])
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace(Regex(rf"\A(?:{sop}|{eop})\z"), ""), backend.decoder]
+        )
         backend.post_processor = processors.TemplateProcessing(
             single=[*start, "$A"],
             pair=[*start, "$A", "$B", "</s>"],
@@ -140,7 +140,8 @@ class Qwen(Original):
         values = read_config(Path(self.path).expanduser())
         if longer := [name for name in ("use_dynamic_ntk", "use_logn_attn") if values.get(name)]:
             log.warning(
-                "%s of %s is left out: past %s tokens (seq_length) the original scales positions and attention when it "
+                "%s of %s is left out: past %s tokens (seq_length) the original scales positions and "
+                "attention when it "
                 "answers and evaluates, not when it trains",
                 *(" and ".join(longer), self.path, values.get("seq_length")),
             )
@@ -166,8 +167,13 @@ class Qwen(Original):
                 "intermediate_size": self._get(values, "intermediate_size") // 2,
                 "rms_norm_eps": self._get(values, "layer_norm_epsilon"),
                 "attention_dropout": values.get("attn_dropout_prob", 0.0),
-                "max_position_embeddings": values.get("max_position_embeddings", self._get(values, "seq_length")),
-                "rope_parameters": {"rope_type": "default", "rope_theta": float(values.get("rotary_emb_base", 10000))},
+                "max_position_embeddings": values.get(
+                    "max_position_embeddings", self._get(values, "seq_length")
+                ),
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": float(values.get("rotary_emb_base", 10000)),
+                },
                 "use_sliding_window": False,
             },
         )
@@ -211,7 +217,8 @@ class Aquila(Original):
         kind = scaling.pop("type", scaling.pop("rope_type", "default"))
         if kind not in ("default", "linear"):
             raise UserError(
-                f"model.path={self.path}: rope_scaling of type {kind!r} in its config.json has no native counterpart "
+                f"model.path={self.path}: rope_scaling of type {kind!r} in its config.json has no native "
+                f"counterpart "
                 "that is known to be equal, only 'linear' has"
             )
         theta = float(values.get("rope_theta", 10000.0))

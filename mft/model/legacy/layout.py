@@ -44,7 +44,9 @@ class Layout:
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         if not self.per_head:
-            return [part.contiguous() for part in weight.split([heads * width, groups * width, groups * width])]
+            return [
+                part.contiguous() for part in weight.split([heads * width, groups * width, groups * width])
+            ]
         rows = weight.reshape(heads, 3, width, *weight.shape[1:])
         return [rows[:, i].reshape(heads * width, *weight.shape[1:]).contiguous() for i in range(3)]
 
@@ -104,7 +106,9 @@ def check_weights(who: str, layout: Layout, stored: Mapping[str, tuple[str, Tens
         if not parts:
             unknown += [name] * (not is_former_buffer(name, tensor.shape))
         elif tensor.shape != (shape := (sum(expected[p][0] for p in parts), *expected[parts[0]][1:])):
-            wrong.append((parts[0], f"{name} in {file} is {list(tensor.shape)}, by config.json it is {list(shape)}"))
+            wrong.append(
+                (parts[0], f"{name} in {file} is {list(tensor.shape)}, by config.json it is {list(shape)}")
+            )
     if wrong:
         others = f"; {len(wrong) - 1} more do not fit" if len(wrong) > 1 else ""
         raise UserError(f"{who}: {min(wrong)[1]}{others}")
@@ -112,7 +116,8 @@ def check_weights(who: str, layout: Layout, stored: Mapping[str, tuple[str, Tens
     instead = f"; it has {unknown[0]}{and_others(len(unknown))} instead" if unknown else ""
     if missing := sorted(expected.keys() - made - tied):
         raise UserError(
-            f"{who} lacks the weight {missing[0]} of a {kind}{and_others(len(missing))}: it would be trained from "
+            f"{who} lacks the weight {missing[0]} of a {kind}{and_others(len(missing))}: it would be "
+            f"trained from "
             f"random values{instead}"
         )
     if unknown:

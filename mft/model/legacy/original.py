@@ -52,7 +52,10 @@ class Original(CausalLM):
     model_type = ""  # of the original config.json; not a field
 
     def _warn_of_code(self) -> None:
-        log.warning("model.trust_remote_code=true does nothing here: the code that comes with %s is not run", self.path)
+        log.warning(
+            "model.trust_remote_code=true does nothing here: the code that comes with %s is not run",
+            self.path,
+        )
 
     def original_config(self) -> Values:
         """Returns the checkpoint's config.json.
@@ -82,12 +85,14 @@ class Original(CausalLM):
     def _check_config(self, values: Values) -> None:
         if values.get("model_type") != self.model_type:
             raise UserError(
-                f"model.path={self.path} is of model type {values.get('model_type')!r}, not {self.model_type!r}; "
+                f"model.path={self.path} is of model type {values.get('model_type')!r}, not "
+                f"{self.model_type!r}; "
                 "use model=auto for a checkpoint that is already native"
             )
         if values.get("quantization_config") or values.get("quantization_bit"):
             raise UserError(
-                f"model.path={self.path} holds weights that are quantised already; give the unquantised checkpoint, "
+                f"model.path={self.path} holds weights that are quantised already; give the unquantised "
+                f"checkpoint, "
                 "and peft=qlora to train beside 4 bits"
             )
         self.native(values)
@@ -98,13 +103,16 @@ class Original(CausalLM):
             given = values.get(name, value)
             if given != value:
                 raise UserError(
-                    f"model.path={self.path}: {name}={given!r} in its config.json has no native counterpart, only "
+                    f"model.path={self.path}: {name}={given!r} in its config.json has no native "
+                    f"counterpart, only "
                     f"{value!r} has"
                 )
 
     def _get(self, values: Values, name: str) -> Any:
         if name not in values:
-            raise UserError(f"model.path={self.path}: its config.json has no {name}, which {self.model_type} has")
+            raise UserError(
+                f"model.path={self.path}: its config.json has no {name}, which {self.model_type} has"
+            )
         value = values[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise UserError(
@@ -162,7 +170,8 @@ class Original(CausalLM):
         for token, number in added.items():
             if tokenizer.get_vocab().get(token) != number:
                 raise UserError(
-                    f"model.path={self.path} adds the token {token!r} as {number} to its vocabulary, which the code it "
+                    f"model.path={self.path} adds the token {token!r} as {number} to its vocabulary, which "
+                    f"the code it "
                     "came with does not; put a tokenizer.json into the folder"
                 )
         return tokenizer
@@ -202,7 +211,11 @@ class Original(CausalLM):
     def _checkpoint(self) -> OriginalWeights:
         values = self.original_config()
         return OriginalWeights(
-            f"model.path={self.path}", self._fetched(), self.config(), self.native(values)[0], self.normalises(values)
+            f"model.path={self.path}",
+            self._fetched(),
+            self.config(),
+            self.native(values)[0],
+            self.normalises(values),
         )
 
     def _write_to_cache(self, folder: Path) -> None:
@@ -221,7 +234,9 @@ class Original(CausalLM):
         files = [self._file(name) for name in sorted(names or {"model.safetensors"})]
         self._file("generation_config.json")
         if None in files:
-            raise UserError(f"model.path={self.path} has no *.safetensors files; pickled weights are not loaded")
+            raise UserError(
+                f"model.path={self.path} has no *.safetensors files; pickled weights are not loaded"
+            )
         folder = self._file("config.json")
         assert folder is not None
         return folder.parent

@@ -107,7 +107,9 @@ def _refuse(file: Path, proto: object) -> None:
     }
     for reason, holds in reasons.items():
         if holds:
-            raise UserError(f"{file} cannot be matched exactly: {reason}; put a tokenizer.json into the folder")
+            raise UserError(
+                f"{file} cannot be matched exactly: {reason}; put a tokenizer.json into the folder"
+            )
 
 
 def _spaces(prefix: bool, trimmed: bool, own: Sequence[str]):  # type: ignore[no-untyped-def]
@@ -179,13 +181,16 @@ def from_tiktoken(file: Path, pattern: str) -> Tokenizer:
     return tokenizer
 
 
-def _compare(file: Path, ours: Tokenizer, pieces: list[str], library: Callable[[list[str]], list[list[int]]]) -> None:
+def _compare(
+    file: Path, ours: Tokenizer, pieces: list[str], library: Callable[[list[str]], list[list[int]]]
+) -> None:
     """Raises UserError unless every piece, and pairs of them from all over the vocabulary, have the library's
     ids."""
     texts = pieces + [a + b for a, b in itertools.pairwise(pieces)][:: 1 + len(pieces) // PAIRS]
     for text, encoding, ids in zip(texts, ours.encode_batch_fast(texts), library(texts), strict=True):
         if encoding.ids != ids:
             raise UserError(
-                f"{file} cannot be matched exactly: {shortened(text)} is {ids} there and would be {encoding.ids} here; "
+                f"{file} cannot be matched exactly: {shortened(text)} is {ids} there and would be "
+                f"{encoding.ids} here; "
                 "put a tokenizer.json into the folder"
             )

@@ -34,7 +34,9 @@ def remember_init(model: Any) -> None:
     setattr(model, INITIAL, weights)
 
 
-def relative_to_base(model: Any, state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def relative_to_base(
+    model: Any, state_dict: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Returns the state dict of a peft model with adapters that work on the base as released, and the values
     of adapter_config.json that then differ; both are unchanged where nothing was taken out of the base."""
     import torch

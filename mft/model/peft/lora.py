@@ -98,7 +98,9 @@ class Lora(Full):
     def full_weights_reason(self) -> str:
         if self.path:
             return ""
-        return f"peft.init={self.init}" if self.changes_base else "peft.use_dora=true" if self.use_dora else ""
+        return (
+            f"peft.init={self.init}" if self.changes_base else "peft.use_dora=true" if self.use_dora else ""
+        )
 
     def files(self) -> list[Path]:
         if not self.path:
@@ -140,7 +142,8 @@ class Lora(Full):
         matrix."""
         if isinstance(width, int) and self.rank > width:
             raise UserError(
-                f"peft.rank={self.rank}: the matrices of this model have no rank above {width}, its hidden size; "
+                f"peft.rank={self.rank}: the matrices of this model have no rank above {width}, its hidden "
+                f"size; "
                 f"choose a smaller one, e.g. {max(1, min(16, width // 4))}, or peft=full"
             )
 
@@ -155,8 +158,10 @@ class Lora(Full):
         ):
             if wrong:
                 raise UserError(
-                    f"{setting} cannot be combined with {what}: the weights of experts and routers are no layers of "
-                    f"their own, and their adapters are added to the weight itself; choose {remedy}, or leave them out"
+                    f"{setting} cannot be combined with {what}: the weights of experts and routers are no "
+                    f"layers of "
+                    f"their own, and their adapters are added to the weight itself; choose {remedy}, or "
+                    f"leave them out"
                 )
 
     def _check_sites(self, sites: list[Site], tied: bool) -> None:
@@ -165,15 +170,20 @@ class Lora(Full):
         for site in sites:
             if site.parameter:
                 self._check_parameter_adapter(f"an adapter of {site.path}")
-            if site.kind == "embedding" and (self.use_dora or str(self.init).lower() not in ("true", "gaussian")):
+            if site.kind == "embedding" and (
+                self.use_dora or str(self.init).lower() not in ("true", "gaussian")
+            ):
                 raise UserError(
-                    f"peft.targets: an adapter of the embedding {site.path} goes with peft.use_dora=false and "
+                    f"peft.targets: an adapter of the embedding {site.path} goes with peft.use_dora=false "
+                    f"and "
                     "peft.init=true or gaussian only; leave one of them out"
                 )
             if site.kind in ("embedding", "head") and tied:
                 raise UserError(
-                    f"peft.targets: {site.path} shares its weight with {TIED[site.kind]}, so an adapter of one would "
-                    f"change the other when merged; train it in full with peft.modules_to_save=[{site.name}] instead"
+                    f"peft.targets: {site.path} shares its weight with {TIED[site.kind]}, so an adapter of "
+                    f"one would "
+                    f"change the other when merged; train it in full with "
+                    f"peft.modules_to_save=[{site.name}] instead"
                 )
 
     # ── attaching ──
@@ -257,7 +267,8 @@ def _check_targets(targets: Any) -> None:
             raise UserError(f"peft.targets={targets!r} is not a regular expression: {error}") from error
     elif not isinstance(targets, list) or not targets or not all(isinstance(n, str) and n for n in targets):
         raise UserError(
-            f"peft.targets={shortened(targets)} must be a list of module names, one regular expression, all-linear, or "
+            f"peft.targets={shortened(targets)} must be a list of module names, one regular expression, "
+            f"all-linear, or "
             "null for the model's own list"
         )
 
@@ -266,7 +277,8 @@ def _check_init(init: Any, rank: int) -> None:
     value = str(init).lower()
     if value in NEED_DATA:
         raise UserError(
-            f"peft.init={init} needs {NEED_DATA[value]}, which mft does not support. Allowed: {', '.join(INITS)}"
+            f"peft.init={init} needs {NEED_DATA[value]}, which mft does not support. Allowed: "
+            f"{', '.join(INITS)}"
         )
     if value not in INITS and not re.fullmatch(r"pissa_niter_\d+", value):
         raise UserError(f"peft.init={init!r} is not one of {', '.join(INITS)}{nearest(value, INITS)}")

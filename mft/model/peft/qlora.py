@@ -66,15 +66,19 @@ class QLora(Lora):
             value = getattr(self, name)
             if value not in values:
                 listed = ", ".join("null" if v is None else str(v) for v in values)
-                raise UserError(f"peft.{name}={value!r} is not one of {listed}{nearest(str(value), map(str, values))}")
+                raise UserError(
+                    f"peft.{name}={value!r} is not one of {listed}{nearest(str(value), map(str, values))}"
+                )
         if self.bits == 8 and self.use_dora:
             raise UserError(
-                "peft.use_dora=true needs dequantised weights when it is attached, which 8-bit layers cannot provide; "
+                "peft.use_dora=true needs dequantised weights when it is attached, which 8-bit layers "
+                "cannot provide; "
                 "choose peft.bits=4 or peft.use_dora=false"
             )
         if self.changes_base:
             raise UserError(
-                f"peft.init={self.init} takes the largest part out of the base's weights, which quantised weights "
+                f"peft.init={self.init} takes the largest part out of the base's weights, which quantised "
+                f"weights "
                 "cannot hold; choose peft.init=true, or peft=lora"
             )
 
@@ -107,7 +111,9 @@ class QLora(Lora):
             }
         asked = {name: getattr(self, name) for name in own}
         asked["storage_dtype"] = PRECISIONS.get(self.storage_dtype, self.storage_dtype)
-        differing = [name for name in own if asked[name] != own[name] and (name != "skip_modules" or asked[name])]
+        differing = [
+            name for name in own if asked[name] != own[name] and (name != "skip_modules" or asked[name])
+        ]
         return ", ".join(f"{name}={own[name]} (asked: {asked[name]})" for name in differing)
 
     def quantization(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -166,6 +172,8 @@ def _unquantised_experts(model: nn.Module, dtype: torch.dtype) -> str:
         return ""
     total = sum(parameter.numel() for _, parameter, _ in every)
     return (
-        f"peft=qlora: bitsandbytes quantises linear layers only, so the routed experts, {experts / total:.0%} of all "
-        f"weights, stay in {str(dtype).removeprefix('torch.')} and take {experts * dtype.itemsize / 2**30:.3g} GiB"
+        f"peft=qlora: bitsandbytes quantises linear layers only, so the routed experts, "
+        f"{experts / total:.0%} of all "
+        f"weights, stay in {str(dtype).removeprefix('torch.')} and take "
+        f"{experts * dtype.itemsize / 2**30:.3g} GiB"
     )

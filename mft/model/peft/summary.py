@@ -63,7 +63,9 @@ def audit(model: nn.Module) -> list[AuditRow]:
         for i, more in enumerate((count * parameter.requires_grad, count, _bytes(parameter))):
             row["values"][i] += more
         row["role"] = row.get("role") or kinds.get(path, "")
-        row["packed"] = row.get("packed", False) or hasattr(parameter, "quant_state") or hasattr(parameter, "SCB")
+        row["packed"] = (
+            row.get("packed", False) or hasattr(parameter, "quant_state") or hasattr(parameter, "SCB")
+        )
         if kinds.get(path) == "experts" and shape:
             row["experts"] = shape[0]
     return [
@@ -86,7 +88,9 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
     """Yields each weight with the path that it, or what it is an adapter of, has in the plain model, and its
     shape, () for an adapter's."""
     wrapped = {  # adapters of bare weights: one module in another, each of which knows its weight
-        name: module.parameter_name for name, module in model.named_modules() if hasattr(module, "parameter_name")
+        name: module.parameter_name
+        for name, module in model.named_modules()
+        if hasattr(module, "parameter_name")
     }
     for name, parameter, shape in weights(model):
         adapter = re.search(r"\.lora_\w+\b.*", name)
@@ -106,7 +110,9 @@ def _bytes(parameter: Any) -> int:
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         size += sum(
-            t.numel() * t.element_size() for t in (state.absmax, getattr(state.state2, "absmax", None)) if t is not None
+            t.numel() * t.element_size()
+            for t in (state.absmax, getattr(state.state2, "absmax", None))
+            if t is not None
         )
     return int(size)
 
@@ -126,7 +132,9 @@ def notes(rows: Sequence[AuditRow]) -> list[str]:
         each = max(row.experts for row in experts)
         adapted = max((row.experts * row.adapted // row.total for row in experts), default=0)
         how = "" if adapted else "; peft.experts=true adapts them"
-        remarks.append(f"experts: {adapted} of {each} {word} (in each of {max(r.total for r in experts)} layers){how}")
+        remarks.append(
+            f"experts: {adapted} of {each} {word} (in each of {max(r.total for r in experts)} layers){how}"
+        )
     routers = [row for row in rows if row.role == "router"]
     if routers:
         adapted, total = sum(row.adapted for row in routers), sum(row.total for row in routers)

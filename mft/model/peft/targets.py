@@ -70,7 +70,9 @@ def adapter_sites(model: nn.Module) -> list[Site]:
             # llama 4's is a linear layer that returns two tensors: its weight can be adapted, it cannot be
             # wrapped
             library = type(module).__module__.partition(".")[0]
-            wrapped = isinstance(module, nn.Linear) and library in ("torch", "bitsandbytes") and leaf not in taken
+            wrapped = (
+                isinstance(module, nn.Linear) and library in ("torch", "bitsandbytes") and leaf not in taken
+            )
             sites.append(Site(name, "router", "" if wrapped else weight))
         elif isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             kind = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "linear"
@@ -129,10 +131,13 @@ def select(model: nn.Module, targets: str | list[str], experts: bool, router: bo
     kind: str = base_of(model).config.model_type
     refused = [site for site in sites if site.name == "out_proj" and kind in MAMBA]
     if targets == "all-linear":
-        left_out = sorted({site.name for site in sites if site.kind == "linear" and site.parameter and site.packed})
+        left_out = sorted(
+            {site.name for site in sites if site.kind == "linear" and site.parameter and site.packed}
+        )
         if left_out:
             log.warning(
-                "%s stay frozen: peft takes these names for the routed experts and can adapt them beside full weights "
+                "%s stay frozen: peft takes these names for the routed experts and can adapt them beside "
+                "full weights "
                 "only, not quantised ones",
                 ", ".join(left_out),
             )
@@ -148,12 +153,14 @@ def select(model: nn.Module, targets: str | list[str], experts: bool, router: bo
     for site in wanted:
         if site in refused:
             raise UserError(
-                f"peft.targets: {site.path} cannot have an adapter, since the kernels of {kind} read its weight "
+                f"peft.targets: {site.path} cannot have an adapter, since the kernels of {kind} read its "
+                f"weight "
                 "themselves; leave out_proj out"
             )
         if site.parameter and site.packed:
             raise UserError(
-                f"peft.targets: {site.path} is quantised, and peft takes the name {site.name} for the routed experts; "
+                f"peft.targets: {site.path} is quantised, and peft takes the name {site.name} for the "
+                f"routed experts; "
                 "leave it out, choose peft=lora, or keep it unquantised with peft.skip_modules"
             )
     paths = {site.path for site in wanted}
@@ -212,24 +219,30 @@ def full_modules(model: nn.Module, names: list[str], sites: list[Site]) -> tuple
     """
     base: Any = base_of(model)
     paths = [path for path, module in base.named_modules() if path and any(True for _ in module.parameters())]
-    leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()))
+    leaves = list(
+        dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit())
+    )
     selected: list[str] = []
     for name in names:
         of_name = [path for path in paths if path == name or path.endswith(f".{name}")]
         if not of_name:
             raise UserError(
-                f"peft.modules_to_save: the name {name!r} matches no module; this model has {', '.join(leaves)}"
+                f"peft.modules_to_save: the name {name!r} matches no module; this model has "
+                f"{', '.join(leaves)}"
                 f"{nearest(name, leaves)}"
             )
         selected += [path for path in of_name if path not in selected]
     for path in selected:
         if any(map(packed, base.get_submodule(path).parameters())):
             raise UserError(
-                f"peft.modules_to_save: {path} is quantised and cannot be trained in full; leave it out, or keep it "
+                f"peft.modules_to_save: {path} is quantised and cannot be trained in full; leave it out, "
+                f"or keep it "
                 "unquantised with peft.skip_modules"
             )
         if inside := [site.path for site in sites if f"{site.path}.".startswith(f"{path}.")]:
-            raise UserError(f"peft.modules_to_save: {path} is trained in full, but {inside[0]} is one of peft.targets")
+            raise UserError(
+                f"peft.modules_to_save: {path} is trained in full, but {inside[0]} is one of peft.targets"
+            )
     embeddings = [
         path
         for path, module in base.named_modules()

@@ -58,7 +58,9 @@ def test_the_cache_is_reused_and_follows_what_matters(tmp_path, encoder, monkeyp
     write_store = build.write
     monkeypatch.setattr(build, "write", lambda *args: (built.append(args), write_store(*args)))
     again = prepare(task, encoder, DataSettings(window=7, bad_rows=BadRows.skip), cache)
-    moved = prepare(Task("other", [str(write(tmp_path / "y.jsonl", ROWS[:5]))]), encoder, DataSettings(), cache)
+    moved = prepare(
+        Task("other", [str(write(tmp_path / "y.jsonl", ROWS[:5]))]), encoder, DataSettings(), cache
+    )
     assert not built and again.fingerprint == moved.fingerprint == first.fingerprint
     assert moved.origin(4) == f"{tmp_path}/y.jsonl:5"
     for settings in (DataSettings(seq_length=50), DataSettings(split=[1, 1, 1])):
@@ -147,13 +149,17 @@ def test_the_first_bad_row_stops_by_default(tmp_path, encoder):
 
 def test_only_the_first_dropped_are_named(tmp_path, encoder):
     rows = [*([chat("q")] * 50), chat("q", "a")]
-    store = prepare(Task("t", [str(write(tmp_path / "x.jsonl", rows))]), encoder, DataSettings(), tmp_path / "cache")
+    store = prepare(
+        Task("t", [str(write(tmp_path / "x.jsonl", rows))]), encoder, DataSettings(), tmp_path / "cache"
+    )
     assert store.report["dropped"]["no trained token"] == 50 and len(store.report["first_dropped"]) == 20
 
 
 def test_a_task_of_which_nothing_is_left_is_refused(tmp_path, encoder):
     task = Task("docs", [str(write(tmp_path / "x.jsonl", [chat("q" * 900, "a"), chat("q")]))])
-    with pytest.raises(UserError, match=r"task\.docs: all 2 rows were dropped \(1 too long, 1 no trained token\)"):
+    with pytest.raises(
+        UserError, match=r"task\.docs: all 2 rows were dropped \(1 too long, 1 no trained token\)"
+    ):
         prepare(task, encoder, DataSettings(seq_length=64), tmp_path / "cache")
     empty = Task("docs", [str(write(tmp_path / "empty.jsonl", []))])
     with pytest.raises(UserError, match=r"its files are empty"):
@@ -161,7 +167,8 @@ def test_a_task_of_which_nothing_is_left_is_refused(tmp_path, encoder):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"split": [95, 5]}, {"split": [0, 0, 0]}, {"split": [95, -5, 0]}, {"seq_length": 1}, {"limit": 0}]
+    "settings",
+    [{"split": [95, 5]}, {"split": [0, 0, 0]}, {"split": [95, -5, 0]}, {"seq_length": 1}, {"limit": 0}],
 )
 def test_impossible_settings_are_refused(tmp_path, encoder, settings):
     with pytest.raises(UserError, match=rf"data\.{next(iter(settings))}=.* must be "):
@@ -252,16 +259,23 @@ def test_a_limit_takes_the_first_samples_of_each_task(make_store):
 
 
 def test_the_same_rows_stay_in_their_split_when_rows_are_added(make_store):
-    few, many = make_store(ROWS[50:100], "few", split=[70, 20, 10]), make_store(ROWS, "many", split=[70, 20, 10])
+    few, many = (
+        make_store(ROWS[50:100], "few", split=[70, 20, 10]),
+        make_store(ROWS, "many", split=[70, 20, 10]),
+    )
     assert few.split_N.tolist() == many.split_N[50:100].tolist()
 
 
 def big(tmp_path):
     """A task whose ids take several blocks."""
-    return Task("docs", [str(write(tmp_path / "x.jsonl", [chat(f"q {i}", f"{i} word " * 60) for i in range(900)]))])
+    return Task(
+        "docs", [str(write(tmp_path / "x.jsonl", [chat(f"q {i}", f"{i} word " * 60) for i in range(900)]))]
+    )
 
 
-def test_a_damaged_block_is_found_when_it_is_first_read_and_the_next_start_makes_it_anew(tmp_path, encoder, capsys):
+def test_a_damaged_block_is_found_when_it_is_first_read_and_the_next_start_makes_it_anew(
+    tmp_path, encoder, capsys
+):
     task, cache = big(tmp_path), tmp_path / "cache"
     store = prepare(task, encoder, DataSettings(), cache)
     ids = [store.sample(i)[0].tolist() for i in range(len(store))]
@@ -283,12 +297,22 @@ def test_a_damaged_block_is_found_when_it_is_first_read_and_the_next_start_makes
         assert "damaged" not in capsys.readouterr().err
 
 
-def test_any_other_damage_is_found_at_the_start_and_the_store_made_anew_with_a_line(tmp_path, encoder, capsys):
+def test_any_other_damage_is_found_at_the_start_and_the_store_made_anew_with_a_line(
+    tmp_path, encoder, capsys
+):
     task, cache = Task("docs", [str(write(tmp_path / "x.jsonl", ROWS[:5]))]), tmp_path / "cache"
     store = prepare(task, encoder, DataSettings(), cache)
     ids, folder = [store.sample(i)[0].tolist() for i in range(5)], cache / "tokens" / store.fingerprint
     meta = json.loads((folder / "meta.json").read_text())
-    shapes = ["", "[]", "null", "{}", "7", json.dumps(meta | {"report": {}}), json.dumps(meta | {"sizes": None})]
+    shapes = [
+        "",
+        "[]",
+        "null",
+        "{}",
+        "7",
+        json.dumps(meta | {"report": {}}),
+        json.dumps(meta | {"sizes": None}),
+    ]
     damages = [("meta.json", text.encode()) for text in shapes]
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
@@ -304,5 +328,9 @@ def test_any_other_damage_is_found_at_the_start_and_the_store_made_anew_with_a_l
         store = prepare(task, encoder, DataSettings(), cache)
         said = capsys.readouterr().err
         silent = name == "meta.json" and content is None  # as a process leaves it that was killed
-        assert silent or (f"task.docs: the token cache {folder} is damaged: {name}" in said), (name, content, said)
+        assert silent or (f"task.docs: the token cache {folder} is damaged: {name}" in said), (
+            name,
+            content,
+            said,
+        )
         assert [store.sample(i)[0].tolist() for i in range(5)] == ids and len(list(store.dropped())) == 0

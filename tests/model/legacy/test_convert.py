@@ -1,4 +1,5 @@
-"""An original checkpoint is converted once, into the cache: when, where, by whom, and what is said when it is gone."""
+"""An original checkpoint is converted once, into the cache: when, where, by whom, and what is said when it is
+gone."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ def test_checking_converts_nothing_and_loading_does_so_once(tmp_path: Path) -> N
     # whoever loads the folder by its own path gets the same model, its head still trainable as what it is
     plain = CausalLM(str(made)).model(torch.float32)
     assert isinstance(plain.get_output_embeddings(), NormHead)
-    assert torch.equal(plain.get_output_embeddings().weight, load_file(folder / "model.safetensors")["lm_head.weight"])
+    assert torch.equal(
+        plain.get_output_embeddings().weight, load_file(folder / "model.safetensors")["lm_head.weight"]
+    )
     assert family.fingerprints() == before and family.fingerprint() == folder_fingerprint(folder)
 
 
@@ -122,7 +125,9 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
     folder, cache = originals.write(tmp_path / "source", "qwen"), tmp_path / "cache"
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-    with pytest.raises(UserError, match=r"native folder takes 0\.06 GiB in .*, where 0\.00 GiB are free\. Make room"):
+    with pytest.raises(
+        UserError, match=r"native folder takes 0\.06 GiB in .*, where 0\.00 GiB are free\. Make room"
+    ):
         family_of("qwen", folder, cache).source()
     assert not folders(cache)
 
@@ -132,7 +137,9 @@ def test_a_cache_that_is_gone_is_told_at_merge_with_the_command(adapter: Path, t
     shutil.rmtree(tmp_path / "cache")
     source = tmp_path / "source"
     words = rf"mft convert model=baichuan model\.path={source} model\.positions=rope model\.norm_head=\w+ --out FOLDER`"
-    with pytest.raises(UserError, match=rf"gone from the cache: write one with `{words}, and give --base FOLDER"):
+    with pytest.raises(
+        UserError, match=rf"gone from the cache: write one with `{words}, and give --base FOLDER"
+    ):
         merge(adapter, tmp_path / "second")
     with pytest.raises(UserError, match="is not a native folder"):
         merge(adapter, tmp_path / "second", base=str(source))
@@ -151,7 +158,9 @@ def test_an_adapter_of_an_earlier_version_is_told_the_same(adapter: Path, tmp_pa
     }
     del note["origin"]["converted_from"]
     (adapter / NOTE).write_text(json.dumps(note))
-    with pytest.raises(UserError, match=r"`mft convert model=baichuan model\.path=\S+ .*model\.norm_head=True --out"):
+    with pytest.raises(
+        UserError, match=r"`mft convert model=baichuan model\.path=\S+ .*model\.norm_head=True --out"
+    ):
         Origin.read(adapter).family()
     save_native(family_of("baichuan2_7b", tmp_path / "source", tmp_path / "cache"), tmp_path / "native")
     merge(adapter, tmp_path / "merged", base=str(tmp_path / "native"))

@@ -1,4 +1,5 @@
-"""Checkpoints in their original format compute what the original code computed, and leave as native folders."""
+"""Checkpoints in their original format compute what the original code computed, and leave as native
+folders."""
 
 from __future__ import annotations
 
@@ -96,7 +97,9 @@ def test_packed_equals_alone_and_leaves_native(name: str, tokenizer, tmp_path: P
     assert torch.allclose(native(input_ids=ids).logits, model(input_ids=ids).logits, atol=2e-5)
     native.eval()
     answers = [
-        native.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, use_cache=cache)
+        native.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, use_cache=cache
+        )
         for cache in (True, False)
     ]
     assert torch.equal(*answers)
@@ -132,7 +135,11 @@ def changed(name: str, tmp_path: Path, **values: object) -> Path:
     [
         ("chatglm2_32k", {"quantization_bit": 4}, "quantised already; give the unquantised checkpoint"),
         ("qwen", {"quantization_config": {"bits": 4}}, "does not name the method"),
-        ("chatglm2_32k", {"pre_seq_len": 128}, "pre_seq_len=128 in its config.json has no native counterpart"),
+        (
+            "chatglm2_32k",
+            {"pre_seq_len": 128},
+            "pre_seq_len=128 in its config.json has no native counterpart",
+        ),
         ("chatglm2_32k", {"rmsnorm": False}, "rmsnorm=False"),
         ("chatglm2_32k", {"post_layer_norm": False}, "post_layer_norm=False"),
         ("chatglm2_32k", {"add_bias_linear": True}, "add_bias_linear=True"),
@@ -165,7 +172,8 @@ def test_auto_says_which_choice_reads_it() -> None:
 
 
 def test_rows_per_head(tmp_path: Path) -> None:
-    """Without multi-query attention the joint projection is stored per head; regrouped, the model is the same."""
+    """Without multi-query attention the joint projection is stored per head; regrouped, the model is the
+    same."""
     folder = changed("chatglm2_32k", tmp_path, multi_query_attention=True, multi_query_group_num=3)
     weights = load_file(folder / "model.safetensors")
     torch.manual_seed(0)
@@ -187,7 +195,8 @@ def test_rows_per_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["qwen", "aquila2"])
 def test_quantised_while_it_is_read(name: str, tmp_path: Path) -> None:
-    """4 bits of an original checkpoint are those of the native folder made of it, and adapters train on them."""
+    """4 bits of an original checkpoint are those of the native folder made of it, and adapters train on
+    them."""
     family = family_of(name, originals.write(tmp_path / "source", name, intermediate_size=256))
     byte_tokenizer(260).save_pretrained(tmp_path / "source")
     save_native(family, tmp_path / "native")
@@ -198,4 +207,6 @@ def test_quantised_while_it_is_read(name: str, tmp_path: Path) -> None:
         assert torch.equal(*(model(input_ids=ids, use_cache=False).logits for model in found))
     adapted = mode.attach(found[0], family)
     adapted(input_ids=ids, labels=ids).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapted.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for p in adapted.parameters() if p.requires_grad
+    )

@@ -1,5 +1,5 @@
-"""An original checkpoint written as a native folder, by the command: adapters of the one work on the other, and
-whoever has transformers and peft, but not mft, computes the same."""
+"""An original checkpoint written as a native folder, by the command: adapters of the one work on the other,
+and whoever has transformers and peft, but not mft, computes the same."""
 
 from __future__ import annotations
 
@@ -72,11 +72,18 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
-    """For each family a released checkpoint, an adapter trained on it, the logits of both, and the native folder."""
+    """For each family a released checkpoint, an adapter trained on it, the logits of both, and the native
+    folder."""
     root = tmp_path_factory.mktemp("native")
     for name in KINDS:
         folder = released(root / name / "source", name)
-        asked = ["peft=lora", f"model={name}", f"model.path={folder}", "train.max_steps=2", "optimizer.lr=1e-2"]
+        asked = [
+            "peft=lora",
+            f"model={name}",
+            f"model.path={folder}",
+            "train.max_steps=2",
+            "optimizer.lr=1e-2",
+        ]
         train(root, cache_dir, *asked, out=f"{name}/run")
         model = load(root / name / "run" / "final", None, None).eval()
         with torch.no_grad():
@@ -90,7 +97,9 @@ def written(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
 def test_adapters_work_on_the_native_folder_without_mft(written: Path) -> None:
     plain = [name for name in KINDS if name not in ALIBI]
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(written), json.dumps([plain, ALIBI])], capture_output=True, text=True
+        [sys.executable, "-c", ELSEWHERE, str(written), json.dumps([plain, ALIBI])],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -126,9 +135,11 @@ def test_an_adapter_is_merged_into_either(written: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["chatglm3_32k", "chatglm2_32k", "aquila2"])
-def test_positions_are_also_written_as_transformers_4_reads_them(name: str, tokenizer, tmp_path: Path) -> None:
-    """It would take the base's default of 10,000, compute other logits, and say nothing: a chatglm3-32k written without
-    these names differed by 0.19 from itself in transformers 4.57, and by 0 with them."""
+def test_positions_are_also_written_as_transformers_4_reads_them(
+    name: str, tokenizer, tmp_path: Path
+) -> None:
+    """It would take the base's default of 10,000, compute other logits, and say nothing: a chatglm3-32k
+    written without these names differed by 0.19 from itself in transformers 4.57, and by 0 with them."""
     scaled = {"rope_scaling": {"type": "linear", "factor": 2.0}} if name == "aquila2" else {}
     folder = originals.write(tmp_path / "source", name, **scaled)
     tokenizer.save_pretrained(folder)
@@ -138,7 +149,10 @@ def test_positions_are_also_written_as_transformers_4_reads_them(name: str, toke
     assert values.get("partial_rotary_factor") == (None if name == "aquila2" else 0.5)
     linear = {"chatglm2_32k": 16, "aquila2": 2}
     if name in linear:
-        assert (values["rope_scaling"]["rope_type"], values["rope_scaling"]["factor"]) == ("linear", linear[name])
+        assert (values["rope_scaling"]["rope_type"], values["rope_scaling"]["factor"]) == (
+            "linear",
+            linear[name],
+        )
     both = AutoConfig.from_pretrained(tmp_path / "native").to_dict()
     former = {"rope_theta", "partial_rotary_factor", "rope_scaling", "torch_dtype"}
     alone = {key: value for key, value in values.items() if key not in former}
@@ -172,7 +186,8 @@ def test_what_convert_refuses(words: list[str], message: str, capsys: pytest.Cap
 
 
 def test_convert_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In a process of its own: pickled weights become safetensors. Then its help, and what a second call says."""
+    """In a process of its own: pickled weights become safetensors. Then its help, and what a second call
+    says."""
     folder = originals.write(tmp_path / "aquila", "aquila2")
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -181,7 +196,9 @@ def test_convert_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout == f"{folder / 'model.safetensors'}\n"
     written = load_file(folder / "model.safetensors")
-    assert written.keys() == weights.keys() and all(torch.equal(written[key], weights[key]) for key in weights)
+    assert written.keys() == weights.keys() and all(
+        torch.equal(written[key], weights[key]) for key in weights
+    )
     main(["convert", "--help"])
     assert "--out NATIVE" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -38,11 +38,15 @@ def reference(folder: Path, ids_T: list[int], **options: object) -> torch.Tensor
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reference_is_right(name: str) -> None:
     expected = dict(np.load(originals.FIXTURES / name / "expected.npz"))
-    options = {"norm_head": name.startswith("baichuan2")} | ({"rope_ratio": "positions"} if "32k" in name else {})
+    options = {"norm_head": name.startswith("baichuan2")} | (
+        {"rope_ratio": "positions"} if "32k" in name else {}
+    )
     if name == "chatglm3_32k":
         del options["rope_ratio"]
     ids = expected["b1_s16.input_ids"][0].tolist()
-    difference = reference(originals.FIXTURES / name, ids, **options) - torch.from_numpy(expected["b1_s16.logits"][0])
+    difference = reference(originals.FIXTURES / name, ids, **options) - torch.from_numpy(
+        expected["b1_s16.logits"][0]
+    )
     assert difference.abs().max() < 5e-5
 
 
@@ -50,26 +54,54 @@ GLM = {"num_layers": 3, "kv_channels": 8, "num_attention_heads": 4, "hidden_size
 """Heads that are together half as wide as the model."""
 CASES: list[tuple[str, str, dict[str, object]]] = [
     ("chatglm2", "chatglm2_32k", GLM | {"multi_query_group_num": 1, "rope_ratio": None}),
-    ("chatglm3", "chatglm3_32k", GLM | {"multi_query_group_num": 2, "rope_ratio": None, "padded_vocab_size": 131}),
-    ("codegeex2", "chatglm2_32k", GLM | {"multi_query_group_num": 4, "rope_ratio": None, "pad_token_id": None}),
+    (
+        "chatglm3",
+        "chatglm3_32k",
+        GLM | {"multi_query_group_num": 2, "rope_ratio": None, "padded_vocab_size": 131},
+    ),
+    (
+        "codegeex2",
+        "chatglm2_32k",
+        GLM | {"multi_query_group_num": 4, "rope_ratio": None, "pad_token_id": None},
+    ),
     ("chatglm2", "chatglm2_32k", {"multi_query_attention": False, "rope_ratio": None, "ffn_hidden_size": 52}),
     ("chatglm2", "chatglm2_32k", {"add_qkv_bias": False, "rope_ratio": 1}),
     ("chatglm2_32k", "chatglm2_32k", {"rope_ratio": 32, "multi_query_attention": False}),
     ("chatglm3_32k", "chatglm3_32k", {"rope_ratio": 500, "layernorm_epsilon": 1e-3}),
-    ("qwen", "qwen", {"num_attention_heads": 2, "kv_channels": 32, "vocab_size": 301, "rotary_emb_base": 1000000}),
+    (
+        "qwen",
+        "qwen",
+        {"num_attention_heads": 2, "kv_channels": 32, "vocab_size": 301, "rotary_emb_base": 1000000},
+    ),
     ("qwen", "qwen", {"num_hidden_layers": 1, "intermediate_size": 46, "layer_norm_epsilon": 1e-3}),
     ("baichuan_7b", "baichuan2_7b", {"vocab_size": 133, "num_attention_heads": 8}),
-    ("baichuan2_7b", "baichuan2_7b", {"num_hidden_layers": 3, "rms_norm_eps": 1e-3, "max_position_embeddings": 64}),
+    (
+        "baichuan2_7b",
+        "baichuan2_7b",
+        {"num_hidden_layers": 3, "rms_norm_eps": 1e-3, "max_position_embeddings": 64},
+    ),
     ("baichuan_13b", "baichuan_13b", {"num_attention_heads": 12, "vocab_size": 133}),
     ("baichuan2_13b", "baichuan2_13b", {"num_attention_heads": 10, "hidden_size": 80}),
     ("baichuan_13b", "baichuan_13b", {"num_attention_heads": 4, "hidden_size": 64}),
     ("aquila2", "aquila2", {"num_key_value_heads": 1, "num_attention_heads": 8, "vocab_size": 133}),
     ("aquila2", "aquila2", {"num_key_value_heads": None, "rope_theta": 1000000.0}),
     ("aquila2", "aquila2", {"rope_scaling": {"type": "linear", "factor": 8.0}, "rms_norm_eps": 1e-3}),
-    ("chatglm2", "chatglm2_32k", {"kv_channels": 12, "rope_ratio": None, "seq_length": 32, "original_rope": False}),
-    ("chatglm3", "chatglm3_32k", {"num_attention_heads": 6, "multi_query_group_num": 3, "quantization_bit": 0}),
+    (
+        "chatglm2",
+        "chatglm2_32k",
+        {"kv_channels": 12, "rope_ratio": None, "seq_length": 32, "original_rope": False},
+    ),
+    (
+        "chatglm3",
+        "chatglm3_32k",
+        {"num_attention_heads": 6, "multi_query_group_num": 3, "quantization_bit": 0},
+    ),
     ("chatglm3_32k", "chatglm3_32k", {"rope_ratio": 2.5, "multi_query_group_num": 3, "num_layers": 1}),
-    ("chatglm2_32k", "chatglm2_32k", {"apply_query_key_layer_scaling": False, "attention_softmax_in_fp32": False}),
+    (
+        "chatglm2_32k",
+        "chatglm2_32k",
+        {"apply_query_key_layer_scaling": False, "attention_softmax_in_fp32": False},
+    ),
     ("codegeex2", "chatglm2_32k", {"rope_ratio": None, "multi_query_group_num": 1, "add_qkv_bias": False}),
     (
         "qwen",
@@ -100,7 +132,10 @@ def test_other_sizes(name: str, fixture: str, values: dict[str, object], tmp_pat
     model = family_of(name, folder).model(torch.float32).eval()
     ids = torch.randint(2, 120, (1, 40), generator=torch.Generator().manual_seed(0))
     rope = "positions" if name == "chatglm2_32k" else "base"
-    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config, weights = (
+        json.loads((folder / "config.json").read_text()),
+        load_file(folder / "model.safetensors"),
+    )
     every = [tensor.requires_grad_() for tensor in weights.values()]
     norm = name.startswith("baichuan2")
     expected = originals.logits(config, weights, ids[0].tolist(), rope_ratio=rope, norm_head=norm)
@@ -115,10 +150,12 @@ def test_other_sizes(name: str, fixture: str, values: dict[str, object], tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "head"), [("qwen", "lm_head"), ("aquila2", "lm_head"), ("baichuan_13b", "lm_head"), ("chatglm2_32k", "")]
+    ("name", "head"),
+    [("qwen", "lm_head"), ("aquila2", "lm_head"), ("baichuan_13b", "lm_head"), ("chatglm2_32k", "")],
 )
 def test_tied_heads(name: str, head: str, tmp_path: Path) -> None:
-    """transformers ties the head of those whose code names it as one; chatglm's does not, whatever its config says."""
+    """transformers ties the head of those whose code names it as one; chatglm's does not, whatever its config
+    says."""
     folder = originals.write(tmp_path, name, tie_word_embeddings=True)
     weights = load_file(folder / "model.safetensors")
     if head:
@@ -131,7 +168,9 @@ def test_tied_heads(name: str, head: str, tmp_path: Path) -> None:
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == bool(head)
 
 
-@pytest.mark.parametrize(("name", "fixture"), [("chatglm2", "chatglm2_32k"), ("qwen", "qwen"), ("aquila2", "aquila2")])
+@pytest.mark.parametrize(
+    ("name", "fixture"), [("chatglm2", "chatglm2_32k"), ("qwen", "qwen"), ("aquila2", "aquila2")]
+)
 def test_shards_and_half_precision(name: str, fixture: str, tmp_path: Path) -> None:
     """Released files are in several shards and of bfloat16."""
     values = {"rope_ratio": None} if fixture == "chatglm2_32k" else {}
@@ -158,7 +197,9 @@ def test_one_pickle_in_float16_with_buffers(name: str, fixture: str, buffer: str
     """As the first releases came: one file, and in it buffers that the model makes itself."""
     values = {"rope_ratio": None} if fixture == "chatglm2_32k" else {}
     folder = originals.write(tmp_path, fixture, dtype=torch.float16, **values)
-    torch.save(load_file(folder / "model.safetensors") | {buffer: torch.ones(8)}, folder / "pytorch_model.bin")
+    torch.save(
+        load_file(folder / "model.safetensors") | {buffer: torch.ones(8)}, folder / "pytorch_model.bin"
+    )
     (folder / "model.safetensors").unlink()
     convert(folder)
     ids = torch.arange(2, 12)[None]
@@ -170,11 +211,14 @@ def test_one_pickle_in_float16_with_buffers(name: str, fixture: str, buffer: str
 
 @pytest.mark.parametrize("name", ["chatglm2_32k", "qwen", "baichuan2_7b", "aquila2"])
 def test_a_weight_that_is_missing_or_too_much_is_refused(name: str, tmp_path: Path) -> None:
-    """Otherwise a layer would keep random weights, or a part of the checkpoint be left out, with a warning at best."""
+    """Otherwise a layer would keep random weights, or a part of the checkpoint be left out, with a warning at
+    best."""
     folder = originals.write(tmp_path, name)
     whole = load_file(folder / "model.safetensors")
     gone = next(key for key in whole if "proj" in key or "query_key_value" in key or "W_pack" in key)
-    save_file({k: t for k, t in whole.items() if k != gone}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: t for k, t in whole.items() if k != gone}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
     with pytest.raises(UserError, match="lacks the weight"):
         family_of(name, folder).model(torch.float32)
     extra = {"model.layers.0.extra.weight": torch.ones(4)}
@@ -216,10 +260,18 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("chatglm2_32k", {"interleaved_qkv": True}, "interleaved_qkv=True"),
     ("chatglm2_32k", {"rotary_percent": 1.0}, r"rotary_percent=1\.0"),
     ("chatglm3_32k", {"hidden_dropout": 0.1}, r"hidden_dropout=0\.1"),
-    ("chatglm3_32k", {"multi_query_group_num": 2}, "multi_query_group_num=2 .* does not divide num_attention_heads=3"),
+    (
+        "chatglm3_32k",
+        {"multi_query_group_num": 2},
+        "multi_query_group_num=2 .* does not divide num_attention_heads=3",
+    ),
     ("qwen", {"scale_attn_weights": False}, "scale_attn_weights=False"),
     ("qwen", {"embd_pdrop": 0.1}, r"embd_pdrop=0\.1"),
-    ("qwen", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm=True"),
+    (
+        "qwen",
+        {"apply_residual_connection_post_layernorm": True},
+        "apply_residual_connection_post_layernorm=True",
+    ),
     ("baichuan_13b", {"num_attention_heads": 7}, "num_attention_heads=7 .* does not divide hidden_size=60"),
     ("aquila2", {"num_key_value_heads": 3}, "num_key_value_heads=3 .* does not divide num_attention_heads=4"),
 ]
@@ -240,12 +292,16 @@ def test_pickled_weights_are_refused_until_they_are_converted(tmp_path: Path) ->
         torch.save(load_file(file), folder / f"pytorch_model-0000{number}-of-00002.bin")
         file.unlink()
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(UserError, match=r"no \*\.safetensors file; pickled weights are not loaded: run mft convert /"):
+    with pytest.raises(
+        UserError, match=r"no \*\.safetensors file; pickled weights are not loaded: run mft convert /"
+    ):
         family_of("qwen", folder)
     names = [file.name for file in convert(folder)]
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert names == [*shards, "model.safetensors.index.json"]
-    assert (family_of("qwen", folder).model(torch.float32).eval()(ids).logits[0] - expected).abs().max() < 5e-5
+    assert (
+        family_of("qwen", folder).model(torch.float32).eval()(ids).logits[0] - expected
+    ).abs().max() < 5e-5
     with pytest.raises(UserError, match=r"has model-00001-of-00002\.safetensors already"):
         convert(folder)
 

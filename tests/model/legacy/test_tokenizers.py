@@ -1,5 +1,5 @@
-"""A released folder in its original format, with its own vocabulary and no tokenizer.json: what it encodes, and that it
-trains and leaves as a native folder."""
+"""A released folder in its original format, with its own vocabulary and no tokenizer.json: what it encodes,
+and that it trains and leaves as a native folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ from tests.model import originals, vocabularies
 from tests.model.vocabularies import released
 from tests.tiny_runs import train
 
-CHATGLM = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+CHATGLM = [
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "sop",
+    "eop",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+]
 
 
 def family_of(name: str, folder: Path) -> Original:
@@ -35,9 +45,15 @@ def test_chatglm(name: str, tmp_path: Path) -> None:
     library = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     extra = CHATGLM if name == "chatglm3" else CHATGLM[:5]
     n = library.vocab_size()
-    assert tokenizer.convert_tokens_to_ids(extra) == list(range(n, n + len(extra))) and len(tokenizer) == n + len(extra)
+    assert tokenizer.convert_tokens_to_ids(extra) == list(range(n, n + len(extra))) and len(
+        tokenizer
+    ) == n + len(extra)
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("</s>", library.eos_id())
-    assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.padding_side) == ("<unk>", library.unk_id(), "left")
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.padding_side) == (
+        "<unk>",
+        library.unk_id(),
+        "left",
+    )
     for text in vocabularies.TEXTS:
         ids = library.encode(text)
         assert tokenizer(text, add_special_tokens=False).input_ids == ids
@@ -69,7 +85,10 @@ def test_qwen(tmp_path: Path) -> None:
     tokenizer = family_of("qwen", folder).tokenizer()
     assert len(tokenizer) == library.n_vocab
     assert (tokenizer.eos_token_id, tokenizer.pad_token) == (library.eot_token, "<|extra_1|>")
-    for text in [*vocabularies.TEXTS, "<|im_start|>user\n你好<|im_end|>\n<|im_start|> <|extra_204|><|extra_205|>"]:
+    for text in [
+        *vocabularies.TEXTS,
+        "<|im_start|>user\n你好<|im_end|>\n<|im_start|> <|extra_204|><|extra_205|>",
+    ]:
         ids = library.encode(unicodedata.normalize("NFC", text), allowed_special="all")
         assert tokenizer(text).input_ids == ids
         assert tokenizer.decode(ids) == library.decode(ids)
@@ -86,7 +105,9 @@ def test_baichuan(name: str, tmp_path: Path) -> None:
         if "<s>" not in text:
             assert tokenizer(text).input_ids == start + library.encode(text)
             assert tokenizer.decode(library.encode(text)) == library.decode(library.encode(text))
-    around = tokenizer("a<s> b</s>", add_special_tokens=False).input_ids  # its special tokens are found in a text
+    around = tokenizer(
+        "a<s> b</s>", add_special_tokens=False
+    ).input_ids  # its special tokens are found in a text
     assert around == [*library.encode("a"), 1, *library.encode(" b"), 2]
 
 
@@ -95,7 +116,9 @@ def test_aquila(tmp_path: Path) -> None:
 
     folder = released(tmp_path / "aquila2", "aquila2", weights=False)
     (folder / "config.json").write_text((originals.FIXTURES / "aquila2" / "config.json").read_text())
-    library = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), add_prefix_space=False)
+    library = ByteLevelBPETokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), add_prefix_space=False
+    )
     tokenizer = family_of("aquila2", folder).tokenizer()
     assert tokenizer.eos_token_id == library.token_to_id("</s>")
     for text in vocabularies.TEXTS:
@@ -107,7 +130,11 @@ def test_aquila(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("baichuan_7b", {"eos_token": "<end>"}, r"eos_token='<end>' of its tokenizer_config\.json is not in tokenizer"),
+        (
+            "baichuan_7b",
+            {"eos_token": "<end>"},
+            r"eos_token='<end>' of its tokenizer_config\.json is not in tokenizer",
+        ),
         ("qwen", {"added_tokens_decoder": {"908": {"content": "<mine>"}}}, "adds the token '<mine>' as 908"),
         (
             "chatglm2",

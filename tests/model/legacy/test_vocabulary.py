@@ -21,7 +21,10 @@ OPTIONS = {
     "none": {"add_dummy_prefix": False},
     "trimmed": {"remove_extra_whitespaces": True},
     "trimmed, no prefix": {"remove_extra_whitespaces": True, "add_dummy_prefix": False},
-    "own symbols": {"user_defined_symbols": ["<n>", "|tab|", "<n>a", "def", "▁▁▁"], "control_symbols": ["<r>"]},
+    "own symbols": {
+        "user_defined_symbols": ["<n>", "|tab|", "<n>a", "def", "▁▁▁"],
+        "control_symbols": ["<r>"],
+    },
     "own symbols, no prefix": {"user_defined_symbols": ["<n>", "ab"], "add_dummy_prefix": False},
 }
 NEAR = st.text(st.sampled_from("ab 的今天🙂\n\t<n>▁_.(1"), max_size=60)
@@ -31,7 +34,9 @@ ANY = st.text(max_size=60)
 
 @pytest.fixture(scope="module", params=OPTIONS)
 def sentencepieces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    file = vocabularies.sentencepiece(tmp_path_factory.mktemp("sp") / "tokenizer.model", **OPTIONS[request.param])
+    file = vocabularies.sentencepiece(
+        tmp_path_factory.mktemp("sp") / "tokenizer.model", **OPTIONS[request.param]
+    )
     return SentencePieceProcessor(model_file=str(file)), from_sentencepiece(file)
 
 

@@ -20,7 +20,11 @@ def test_precision_decides_the_dtype_of_the_base() -> None:
     assert {p: Full().dtype(p) for p in ("bf16", "fp16", "fp32")} == dict.fromkeys(
         ("bf16", "fp16", "fp32"), torch.float32
     )
-    assert [Lora().dtype(p) for p in ("bf16", "fp16", "fp32")] == [torch.bfloat16, torch.float16, torch.float32]
+    assert [Lora().dtype(p) for p in ("bf16", "fp16", "fp32")] == [
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+    ]
     assert (Full().default_lr, Lora().default_lr, QLora().default_lr) == (1e-5, 1e-4, 1e-4)
     assert (
         Full().default_checkpoint_limit
@@ -58,7 +62,8 @@ def test_trains(tiny: Tiny, peft: Full, precision: str) -> None:
 
 
 def test_evaluating_first_leaves_4_bit_gradients_alone(tiny: Tiny) -> None:
-    """bitsandbytes repacks weights at an evaluation on some CPUs, after which gradients were wrong by 0.73."""
+    """bitsandbytes repacks weights at an evaluation on some CPUs, after which gradients were wrong by
+    0.73."""
     data = batch([[20, 9], [30]], 32, 512)
     found = []
     for evaluate in (False, True):

@@ -1,4 +1,5 @@
-"""The kinds of adapters, and modules trained whole beside them: what is trained is what is saved, loaded and merged."""
+"""The kinds of adapters, and modules trained whole beside them: what is trained is what is saved, loaded and
+merged."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ CASES = [(kind, True) for kind in KINDS] + [(kind, False) for kind in UNTIED_TOO
 
 
 @pytest.mark.parametrize(("kind", "tied"), CASES)
-def test_trained_saved_loaded_merged(kind: str, tied: bool, cache_dir: Path, tokenizer, tmp_path: Path) -> None:
+def test_trained_saved_loaded_merged(
+    kind: str, tied: bool, cache_dir: Path, tokenizer, tmp_path: Path
+) -> None:
     family, peft = Tiny(cache_dir=str(cache_dir), tied=tied), KINDS[kind]
     peft.rank = 4
     peft.check()
@@ -64,7 +67,9 @@ def test_trained_saved_loaded_merged(kind: str, tied: bool, cache_dir: Path, tok
     loaded = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"), IDS)
     assert (loaded - expected).abs().max() < (1e-5 if peft.changes_base else 1e-30)
     result = merge(tmp_path / "adapter", tmp_path / "merged")
-    assert result.difference < (1e-5 if kind != "8_bit" else result.bound) and result.bound < result.effect / 10
+    assert (
+        result.difference < (1e-5 if kind != "8_bit" else result.bound) and result.bound < result.effect / 10
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (logits(merged, IDS) - expected).abs().max() < (1e-5 if kind != "8_bit" else result.bound)
     assert merged.config.tie_word_embeddings == tied
@@ -77,7 +82,9 @@ def test_what_began_as_a_part_of_the_base_is_saved_as_an_ordinary_adapter(
     save_final(trained(Lora(rank=4, init="pissa"), tiny, DATA), tokenizer, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 64.0, True)
-    shapes = {tuple(t.shape) for n, t in load_file(tmp_path / "adapter_model.safetensors").items() if "q_proj" in n}
+    shapes = {
+        tuple(t.shape) for n, t in load_file(tmp_path / "adapter_model.safetensors").items() if "q_proj" in n
+    }
     assert shapes == {(8, 64), (64, 8)}
 
 
@@ -92,7 +99,10 @@ def test_settings_reach_peft(tiny: Tiny) -> None:
     weight = tiny.model(torch.float32).model.layers[0].self_attn.q_proj.weight
     rest = Lora(rank=4, init="pissa").attach(tiny.model(torch.float32), tiny).base_model.model.model.layers[0]
     left = torch.linalg.svdvals(rest.self_attn.q_proj.base_layer.weight.detach())
-    assert torch.allclose(left[:-4], torch.linalg.svdvals(weight.detach())[4:], atol=1e-5) and left[-4:].max() < 1e-5
+    assert (
+        torch.allclose(left[:-4], torch.linalg.svdvals(weight.detach())[4:], atol=1e-5)
+        and left[-4:].max() < 1e-5
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -121,9 +131,15 @@ def test_goes_on_from_an_adapter_with_whole_modules(tiny: Tiny, tokenizer, tmp_p
     ("peft", "message"),
     [
         (Lora(init="pisa"), r"peft\.init='pisa' is not one of true, gaussian, .*; did you mean pissa"),
-        (Lora(init="eva"), r"peft\.init=eva needs activations on calibration data, which mft does not support"),
+        (
+            Lora(init="eva"),
+            r"peft\.init=eva needs activations on calibration data, which mft does not support",
+        ),
         (Lora(init="orthogonal", rank=3), r"peft\.init=orthogonal needs an even rank, not peft\.rank=3"),
-        (QLora(init="pissa"), r"peft\.init=pissa takes the largest part .* choose peft\.init=true, or peft=lora"),
+        (
+            QLora(init="pissa"),
+            r"peft\.init=pissa takes the largest part .* choose peft\.init=true, or peft=lora",
+        ),
         (QLora(init="olora"), r"peft\.init=olora takes the largest part"),
         (QLora(bits=8, use_dora=True), r"choose peft\.bits=4 or peft\.use_dora=false"),
     ],
@@ -146,7 +162,10 @@ def test_refused_before_loading(peft: Lora, message: str) -> None:
             r"lm_head shares its weight with the embedding.*modules_to_save=\[lm_head\]",
         ),
         (Lora(targets=["embed_tokens"]), r"embed_tokens shares its weight with the output layer"),
-        (QLora(targets=["q_proj"], modules_to_save=["up_proj"]), r"up_proj is quantised and cannot be trained in full"),
+        (
+            QLora(targets=["q_proj"], modules_to_save=["up_proj"]),
+            r"up_proj is quantised and cannot be trained in full",
+        ),
     ],
 )
 def test_refused_when_the_model_is_known(peft: Lora, message: str, tiny: Tiny) -> None:
@@ -154,9 +173,13 @@ def test_refused_when_the_model_is_known(peft: Lora, message: str, tiny: Tiny) -
         peft.attach(tiny.model(torch.float32, peft.quantization(torch.float32)), tiny)
 
 
-def test_an_untied_embedding_takes_an_adapter_of_the_plain_kind(cache_dir: Path, tokenizer, tmp_path: Path) -> None:
+def test_an_untied_embedding_takes_an_adapter_of_the_plain_kind(
+    cache_dir: Path, tokenizer, tmp_path: Path
+) -> None:
     family = Tiny(cache_dir=str(cache_dir), tied=False)
-    with pytest.raises(UserError, match=r"goes with peft\.use_dora=false and peft\.init=true or gaussian only"):
+    with pytest.raises(
+        UserError, match=r"goes with peft\.use_dora=false and peft\.init=true or gaussian only"
+    ):
         Lora(targets=["embed_tokens"], init="pissa").attach(family.model(torch.float32), family)
     module = trained(Lora(rank=4, targets=["embed_tokens", "lm_head"]), family, DATA)
     save_final(module, tokenizer, tmp_path / "adapter")

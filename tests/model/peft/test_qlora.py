@@ -106,8 +106,14 @@ def test_memory_in_the_audit(tiny: Tiny) -> None:
     [
         (QLora(bits=2), r"peft\.bits=2 is not one of 4, 8"),
         (QLora(quant_type="nf5"), r"peft\.quant_type='nf5' is not one of nf4, fp4; did you mean nf4"),
-        (QLora(compute_dtype="bfloat16"), r"peft\.compute_dtype='bfloat16' is not one of null, bf16, fp16, fp32"),
-        (QLora(storage_dtype="int8"), r"peft\.storage_dtype='int8' is not one of uint8, .*; did you mean uint8"),
+        (
+            QLora(compute_dtype="bfloat16"),
+            r"peft\.compute_dtype='bfloat16' is not one of null, bf16, fp16, fp32",
+        ),
+        (
+            QLora(storage_dtype="int8"),
+            r"peft\.storage_dtype='int8' is not one of uint8, .*; did you mean uint8",
+        ),
     ],
 )
 def test_refused_before_loading(peft: QLora, message: str) -> None:
@@ -117,5 +123,7 @@ def test_refused_before_loading(peft: QLora, message: str) -> None:
 
 def test_a_skip_that_matches_nothing_is_refused(tiny: Tiny) -> None:
     peft = QLora(skip_modules=["oproj"])
-    with pytest.raises(UserError, match=r"peft\.skip_modules: 'oproj' matches no module; .*; did you mean o_proj"):
+    with pytest.raises(
+        UserError, match=r"peft\.skip_modules: 'oproj' matches no module; .*; did you mean o_proj"
+    ):
         peft.attach(load(peft, tiny), tiny)

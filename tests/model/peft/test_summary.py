@@ -32,16 +32,22 @@ def test_audit_counts(tiny: Tiny) -> None:
     console.print(table(rows))
     text = console.file.getvalue()
     assert "trained: 2,560 of" in text and "layers.*.self_attn.q_proj" in text
-    assert as_json(rows)["modules"]["lm_head" if "lm_head" in by_kind else "model.embed_tokens"]["adapted"] == 0
+    assert (
+        as_json(rows)["modules"]["lm_head" if "lm_head" in by_kind else "model.embed_tokens"]["adapted"] == 0
+    )
 
 
 def test_audit_counts_4_bit_weights_in_full(tiny: Tiny) -> None:
     plain = Lora().audit(Lora().attach(tiny.model(torch.float32), tiny))
-    quantised = QLora().audit(QLora().attach(tiny.model(torch.float32, QLora().quantization(torch.float32)), tiny))
-    assert [replace(row, bytes=0, packed=False) for row in quantised] == [replace(row, bytes=0) for row in plain]
+    quantised = QLora().audit(
+        QLora().attach(tiny.model(torch.float32, QLora().quantization(torch.float32)), tiny)
+    )
+    assert [replace(row, bytes=0, packed=False) for row in quantised] == [
+        replace(row, bytes=0) for row in plain
+    ]
     q_proj = next(row for row in quantised if row.kind.endswith("q_proj"))
-    # two layers of 64 x 64 weights in half a byte each, a scale byte for 64 of them with a float32 for 256 scales, and
-    # the float32 adapters
+    # two layers of 64 x 64 weights in half a byte each, a scale byte for 64 of them with a float32 for 256
+    # scales, and the float32 adapters
     assert q_proj.packed and q_proj.bytes == 2 * (64 * 64 // 2 + 64 + 4) + 4 * q_proj.trainable
     full = Full().audit(Full().attach(tiny.model(torch.float32), tiny))
     assert trainable_share(full) == 1 and all(row.adapted == row.total for row in full)
@@ -59,7 +65,18 @@ def test_names_are_whole_in_80_columns() -> None:
     assert max(map(len, lines)) <= 80 and {row.kind.removeprefix("model.") for row in rows} <= {
         p[0] for p in printed if p
     }
-    assert ["layers.*.mlp.experts.gate_up_proj", "0", "of", "48", "x", "128", "0", "19.3B", "0%", "36.00"] in printed
+    assert [
+        "layers.*.mlp.experts.gate_up_proj",
+        "0",
+        "of",
+        "48",
+        "x",
+        "128",
+        "0",
+        "19.3B",
+        "0%",
+        "36.00",
+    ] in printed
 
 
 def test_experts_and_router_are_named_in_sentences() -> None:

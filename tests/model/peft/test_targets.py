@@ -1,4 +1,5 @@
-"""Adapters sit where the settings say: the family's names, a list, a regular expression, all linear layers."""
+"""Adapters sit where the settings say: the family's names, a list, a regular expression, all linear
+layers."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def test_targets(tiny: Tiny, tiny_folder: Path) -> None:
     [
         (
             ["q_proj", "qproj"],
-            "the name 'qproj' matches no module; this model has embed_tokens, q_proj, .*; did you mean q_proj",
+            "the name 'qproj' matches no module; this model has embed_tokens, q_proj, .*; did you mean "
+            "q_proj",
         ),
         (["c_attn"], r"the name 'c_attn' matches no module; this model has embed_tokens.*lm_head$"),
         (r".*\.attn\..*", "the regular expression .* matches no module"),
