@@ -241,7 +241,8 @@ class Parser(argparse.ArgumentParser):
             from mft.config.overrides import unknown_flag
 
             return unknown_flag(flag, names, self.prog)
-        return f"{self.prog} has no flag {shortened(flag)[1:-1]}{nearest(flag, names) or '.'} Flags: {', '.join(names)}."
+        hint = nearest(flag, names) or "."
+        return f"{self.prog} has no flag {shortened(flag)[1:-1]}{hint} Flags: {', '.join(names)}."
 
     def error(self, message: str) -> Any:
         """Raises what argparse would print."""

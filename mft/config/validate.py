@@ -165,7 +165,10 @@ def check_validation(train: Any, loss: Any, counts: Mapping[str, int]) -> None:
 
     counts: validation samples of each task, by name.
     """
-    without = "; give data.split a validation part, e.g. data.split=[95,5,0], or a task its own rows with task.NAME.valid"
+    without = (
+        "; give data.split a validation part, e.g. data.split=[95,5,0], or a task its own rows with "
+        "task.NAME.valid"
+    )
     if not any(counts.values()):
         if loss.needs_validation:
             name = loss.public_name or type(loss).__name__

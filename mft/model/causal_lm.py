@@ -245,7 +245,8 @@ class CausalLM:
 
         attention: str | None = self.attention_for(compute_dtype or dtype, AutoModelForCausalLM)
         if attention == "sdpa" and self.attention == "auto":
-            attention = None  # sdpa where the model can (gemma 2's soft cap and the sinks of gpt-oss cannot), else eager
+            # sdpa where the model can (gemma 2's soft cap and the sinks of gpt-oss cannot), else eager
+            attention = None
         weights = self.weight_format()
         config = self.config() if weights.method else None
         pretrained = self._pretrained(self.source())

@@ -95,7 +95,8 @@ def _fp8(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]
         )
     for weights, scales, block in zip(tensor.shape, scale.shape, size, strict=True):
         if scales != 1 and scales * block != weights:
-            return f"of {list(tensor.shape)} is not divided evenly by its blocks of {size}, which transformers cannot read"
+            shape = list(tensor.shape)
+            return f"of {shape} is not divided evenly by its blocks of {size}, which transformers cannot read"
     return ""
 
 
