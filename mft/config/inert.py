@@ -4,6 +4,7 @@ reason."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -130,6 +131,10 @@ def local_folder(run: Run) -> str:
     )
 
 
+def tracking_uri_in_environment(run: Run) -> str:
+    return "MLFLOW_TRACKING_URI names the store" if os.environ.get("MLFLOW_TRACKING_URI") else ""
+
+
 def no_new_tokens(run: Run) -> str:
     new = run.value("model.add_tokens") or run.value("model.add_special_tokens")
     return "" if new else "model.add_tokens is empty"
@@ -189,7 +194,7 @@ RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
     ("dist.allgather_bucket_size", (one_rank,)),
     ("dist.prefetch_bucket_size", (one_rank,)),
     ("dist.persistence_threshold", (one_rank,)),
-    ("tracking.mlflow.store", (where_given("tracking.mlflow.uri"),)),
+    ("tracking.mlflow.store", (where_given("tracking.mlflow.uri"), tracking_uri_in_environment)),
     ("output_dir", (in_a_sweep,)),
     ("sweep", (outside_a_sweep,)),
     ("choices", (lambda run: "it is filled in by mft",)),
