@@ -18,6 +18,10 @@ IGNORE = -100
 """Value of `target_BT` where no loss is taken (the ignore index of torch's cross entropy)."""
 
 
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "bot": "assistant"}
+"""What a turn may be called → its role."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation, or a whole text.

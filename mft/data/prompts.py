@@ -7,10 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mft.batch import Prompt
+from mft.batch import ROLES, Prompt
 from mft.errors import UserError, shortened
-
-ROLES = {"human": "user", "bot": "assistant"}
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -53,9 +51,9 @@ def _turns(row: Any) -> list[dict[str, str]]:
         role, content = (turn.get(key) if isinstance(turn, dict) else None for key in ("role", "content"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f"chat_rounds[{i}]: an object with the texts role and content is expected")
-        if (role := ROLES.get(role, role)) not in ("system", "user", "assistant"):
+        if role not in ROLES:
             raise ValueError(f"chat_rounds[{i}].role: system, human (user) or bot (assistant) is expected")
-        turns.append({"role": role, "content": content})
+        turns.append({"role": ROLES[role], "content": content})
     if "user" not in [turn["role"] for turn in turns]:
         raise ValueError("chat_rounds: a human turn to be answered is expected")
     return turns

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from mft.batch import Message
+from mft.batch import ROLES, Message
 from mft.errors import UserError, nearest, shortened
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ OWN = "tokenizer"
 
 NOTE = "{#- made by mft from "
 """How a chat template begins that this module wrote; what it was made from follows as JSON."""
-
-KEYS = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "bot": "assistant"}
-"""Keys of role_markers → roles."""
 
 
 class Segment(NamedTuple):
@@ -55,16 +52,16 @@ class Template:
         self.markers = dict(self.MARKERS)
         given: dict[str, str] = {}
         for key, marker in (role_markers or {}).items():
-            if key not in KEYS:
-                allowed = ", ".join(KEYS)
+            if key not in ROLES:
+                allowed = ", ".join(ROLES)
                 raise UserError(
-                    f"data.role_markers: unknown role {key!r}; allowed: {allowed}{nearest(key, KEYS)}"
+                    f"data.role_markers: unknown role {key!r}; allowed: {allowed}{nearest(key, ROLES)}"
                 )
             if not isinstance(marker, str):
                 raise UserError(
                     f"data.role_markers.{key}: {shortened(marker)} is not text; allowed: the marker's text"
                 )
-            role = KEYS[key]
+            role = ROLES[key]
             if role in given:
                 raise UserError(
                     f"data.role_markers: {given[role]} and {key} are the same role; give one of them"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mft.batch import Message
+from mft.batch import ROLES, Message
 from mft.errors import UserError, shortened
 from mft.files.checksums import require_sound
 from mft.model.causal_lm import CausalLM
@@ -24,8 +24,6 @@ Conversation = str | Sequence[Message | Mapping[str, str]]
 `content`."""
 
 log = logging.getLogger(__name__)
-
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "bot": "assistant"}
 
 
 class PromptEncoder(Protocol):
