@@ -238,7 +238,7 @@ def test_empty_files_and_folders_are_told(tmp_path, encoder, content):
     (tmp_path / "docs").mkdir()
     if content is not None:
         (tmp_path / "docs" / "x.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=r"task\.docs.*(it is empty|the files are empty)"):
+    with pytest.raises(UserError, match=r"task\.docs.*(it is empty|its files are empty)"):
         prepare(Task("docs", [str(tmp_path / "docs")]), encoder, DataSettings(), tmp_path / "cache")
 
 

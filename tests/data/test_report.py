@@ -79,5 +79,4 @@ def test_the_files_of_the_report_lose_nothing(make_store, tmp_path):
     assert rows[0]["file"].endswith("a/rows.jsonl") and rows[0]["line"] == 2
     assert rows[0]["reason"] == "no trained token" and json.loads(rows[0]["row"]) == chat("q")
     assert all("data.seq_length is 64" in row["problem"] for row in rows[1:])
-    (said,) = notes([a, b], ["a", "b"])
-    assert said.startswith("a: apply_chat_template(tokenize=True)") and "for 1 of 2 rows" in said
+    assert notes([a, b], ["a", "b"]) == []

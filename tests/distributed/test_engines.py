@@ -120,7 +120,7 @@ def halves(name: str) -> dict[str, Any]:
     bf16."""
     engine = backend(name).start("bf16", cpu=True)
     module, _ = prepared(engine, kind=Layered)
-    updated = engine._pieces()[0].owner
+    updated = engine._shards()[0].owner
     found = {"held": str(next(module.parameters()).dtype), "updated": str(updated.dtype)}
     if name.startswith("fsdp"):
         policy = module._get_fsdp_state()._mp_policy

@@ -210,7 +210,7 @@ def test_state_in_blocks_goes_on_only_with_the_division_that_wrote_it(tmp_path: 
 
     other = torch.nn.Parameter(torch.zeros(8, 4))
     optimizer = torch.optim.Adafactor([other], lr=0.1)
-    with pytest.raises(UserError, match="Adafactor keeps its state in blocks that cannot be divided anew"):
+    with pytest.raises(UserError, match="Adafactor keeps its state in blocks that cannot be resharded"):
         sharded_state.load(dealt(other, [0, 16, 32])[0], optimizer, tmp_path, {"weight"})
     sharded_state.load(dealt(other, [0, 32])[0], optimizer, tmp_path, {"weight"})
     assert torch.equal(stepped(optimizer, other, 2), expected)
