@@ -59,7 +59,7 @@ def refusal(work: Path, *overrides: str, yaml: str = "") -> str:
     "target, part",
     [
         ("mft.cli.main", "is a function"),
-        ("mft.run_folder.write_json", "is a function"),
+        ("mft.files.json_file.write_json", "is a function"),
         ("mft.files.atomic.remove", "is a function"),
         ("mft.run_folder", "is a module"),
         ("mft.loss.means", "mft.loss"),
@@ -112,7 +112,7 @@ def test_a_target_must_be_a_component_of_its_group(target: str, part: str, work:
         ("data.rows", "mft.data.task.Task", "expected a subclass of mft.data.packing.RowBuilder"),
         ("+tracking.x", "mft.tracking.base.Jsonl", "not a dataclass"),
         ("+tracking.x", "mft.optim.optimizers.AdamW", "expected a subclass of mft.tracking.base.Tracker"),
-        ("+task.x", "mft.run_folder.write_json", "is a function"),
+        ("+task.x", "mft.files.json_file.write_json", "is a function"),
         ("+task.x", "mft.data.formats.Chat", "expected a subclass of mft.data.task.Task"),
     ],
 )
@@ -124,7 +124,7 @@ def test_nodes_inside_a_component_and_hydras_other_keys_fall_under_the_rule(work
     task = f"task: {{x: {{_target_: mft.data.task.Task, paths: [{work}/faq], format: %s}}}}"
     assert "mft.data.formats.Format" in refusal(work, yaml=task % "{_target_: mft.data.cache.store.Store}")
     assert "is a function" in refusal(
-        work, yaml=task % "{_target_: mft.run_folder.write_json, path: a, values: {}}"
+        work, yaml=task % "{_target_: mft.files.json_file.write_json, path: a, values: {}}"
     )
     assert "loss.weights: " in refusal(
         work, yaml="loss: {weights: [{_target_: mft.files.atomic.remove, folder: x}]}"
@@ -245,7 +245,7 @@ CALLBACK = "hydra: {callbacks: {x: {_target_: %s}}}"
     "yaml, part",
     [
         (CALLBACK % "os.system, command: touch PWNED", "hydra.callbacks.x._target_=os.system"),
-        (CALLBACK % "mft.run_folder.write_json", "expected a subclass of hydra"),
+        (CALLBACK % "mft.files.json_file.write_json", "expected a subclass of hydra"),
         (CALLBACK % "hydra.utils.instantiate", "hydra is not a package"),
         (CALLBACK % "hydra.experimental.callbacks.Path", "expected a subclass of hydra"),
         (CALLBACK % "mft.run_folder.Path, _args_: [a]", "_args_: unexpected"),
