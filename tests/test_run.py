@@ -158,6 +158,17 @@ def test_folder_of_another_config_is_refused(tmp_path: Path, cache_dir: Path) ->
         train(tmp_path, cache_dir, out="other")
 
 
+def test_a_run_that_stalled_and_is_extended_trains_to_its_next_validation(
+    tmp_path: Path, cache_dir: Path
+) -> None:
+    given = ("optimizer.lr=30.0", "scheduler=constant", "train.eval_every=2", "train.save_every=2")
+    given += ("train.early_stopping=true", "train.early_stopping_stall_num=2")
+    first, _ = train(tmp_path, cache_dir, *given, "train.max_steps=12")
+    assert first["status"] == "finished" and first["steps"] < 12
+    further, _ = train(tmp_path, cache_dir, *given, "train.max_steps=14")
+    assert further["steps"] >= first["steps"] + 2
+
+
 def test_what_cannot_change_the_result_keeps_the_identity(tmp_path: Path, cache_dir: Path) -> None:
     first, _ = train(tmp_path, cache_dir, "train.per_device_batch_size=4")
     again, _ = train(

@@ -55,8 +55,9 @@ def fit(t: Trainer) -> RunStatus:
         if complete or every(step, settings.log_every):  # a stopped run logs what it has when it is resumed
             t.log(lr)
         # A stopped run saves at once; the validation it leaves out is made when it is resumed.
-        improved = not stopping and (complete or every(step, settings.eval_every)) and t.validate()
-        ending = complete or stopping or (not stopping and t.patience_exhausted())
+        validated = not stopping and (complete or every(step, settings.eval_every))
+        improved = validated and t.validate()
+        ending = complete or stopping or (validated and t.patience_exhausted())
         if ending or every(step, settings.save_every) or worth_keeping(t, improved):
             t.save_checkpoint()
         if ending:

@@ -157,7 +157,9 @@ def test_a_yaml_cannot_name_a_package_and_nothing_of_it_is_imported(
     assert "--plugin sneaky" in refusal(work, "hydra.searchpath=[pkg://sneaky]")
     assert not (work / "imported").exists()
     plugins.name(["sneaky"])
-    assert "sneaky needs the module package_that_is_not_there" in refusal(work, yaml="loss: {_target_: sneaky.Clipped}")
+    assert "sneaky needs the module package_that_is_not_there" in refusal(
+        work, yaml="loss: {_target_: sneaky.Clipped}"
+    )
 
 
 @pytest.mark.parametrize("given", ["train.allow_targets=[joblib.]", "+train.allow_targets=[]"])
