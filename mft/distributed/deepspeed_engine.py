@@ -1,8 +1,9 @@
-"""The engine of DeepSpeed's ZeRO: the optimizer, the gradients and, in stage 3, the parameters divided over
-the ranks.
+"""The engine of DeepSpeed's ZeRO: optimizer, gradients and, in stage 3, parameters sharded over the ranks.
 
 The DeepSpeed engine is made and driven here: inside accelerate it would update the weights within `backward`,
 before the ranks could agree that the step is finite, and clip at 1.0 where no clipping was asked for.
+
+All that is private of DeepSpeed is here (read in 0.19); tests/distributed/test_private_apis.py holds it.
 """
 
 from __future__ import annotations

@@ -340,6 +340,7 @@ class Engine:
         if self._owns_group and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         # accelerate keeps its state in process-wide singletons and offers no public way to end them
+        # private of accelerate (read in 1.15); tests/distributed/test_private_apis.py holds it
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
