@@ -1,4 +1,4 @@
-"""What is used of DeepSpeed, accelerate and torch without being public is there; it fails by its name where it is gone."""
+"""What is used of DeepSpeed and accelerate without being public is there; it fails by its name where it is gone."""
 
 from __future__ import annotations
 
