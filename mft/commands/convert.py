@@ -67,8 +67,7 @@ def write_native(overrides: Sequence[str], out: Path) -> None:
     if not isinstance(family, Original) and not family.weight_format().method:
         raise UserError(
             f"{' '.join(overrides)} is neither quantised nor in an original format, so there is nothing to "
-            f"convert: "
-            "its checkpoints are native already."
+            "convert: its checkpoints are native already."
         )
     save_native(family, out.expanduser())
     say(f"written to {out}")

@@ -97,8 +97,7 @@ def hydra_flags(parsed: argparse.Namespace) -> list[str]:
         if detect_rank() is not None:
             raise UserError(
                 "A sweep (-m) starts the ranks of its jobs itself: run `mft train -m …` without torchrun, "
-                "accelerate "
-                "launch or srun, or one job at a time with them."
+                "accelerate launch or srun, or one job at a time with them."
             )
     return [*(["-m"] if parsed.multirun else []), *serving, *changing]
 

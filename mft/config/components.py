@@ -109,8 +109,7 @@ def unknown_package(given: str, target: str, allowed: list[str]) -> UserError:
     return UserError(
         f"{given}: {top} is not a package that a config may name{nearest(top, allowed) or '.'} Allowed: "
         f"{', '.join(allowed)}. One of your own is named with --plugin {top} on the command line, or by "
-        f"its installed "
-        f"entry point of the group {plugins.GROUP} (docs/plugins.md)."
+        f"its installed entry point of the group {plugins.GROUP} (docs/plugins.md)."
     )
 
 

@@ -114,8 +114,7 @@ class Identity:
             what = " and ".join(changed_content(name, config, config) for name in changed)
             raise UserError(
                 f"{what} since this run was checked: it would not be the experiment that its identity.json "
-                f"records. "
-                "Start the same command again; it is a new run then."
+                "records. Start the same command again; it is a new run then."
             )
 
     def numbers(self) -> str:

@@ -261,8 +261,7 @@ def _parsed(override: str) -> Any:
         reason = str(error).splitlines()[0].strip()
         raise UserError(
             f"{shortened(override, 300)[1:-1]}: cannot be read ({shortened(reason, 120)[1:-1]}). Close "
-            f"brackets and "
-            "quotes, and put text that holds brackets, commas, ~ or = in quotes of its own: "
+            "brackets and quotes, and put text that holds brackets, commas, ~ or = in quotes of its own: "
             '\'data.paths=["~/a,b","c=d"]\'.'
         ) from error
 
@@ -273,8 +272,7 @@ def _check_hydra(override: str) -> None:
     if node or under(key, ("hydra.runtime", "hydra.overrides")):
         raise UserError(
             f"{override}: {key} belongs to Hydra and cannot be replaced; the folder of a run is "
-            f"output_dir=…, that of "
-            "a sweep hydra.sweep.dir=…"
+            "output_dir=…, that of a sweep hydra.sweep.dir=…"
         )
 
 

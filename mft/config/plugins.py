@@ -70,8 +70,7 @@ def _check(package: object) -> None:
     if _spec(top) is None:
         raise UserError(
             f"{given}: there is no package {top!r} in this environment; install it, or put the folder that "
-            f"holds it "
-            "into PYTHONPATH."
+            "holds it into PYTHONPATH."
         )
 
 

@@ -77,8 +77,7 @@ class Launch:
         if self.node_rank is not None and not 0 <= self.node_rank < self.nnodes:
             raise UserError(
                 f"launch.node_rank={self.node_rank}: with launch.nnodes={self.nnodes} machines are "
-                f"numbered 0 to "
-                f"{self.nnodes - 1}."
+                f"numbered 0 to {self.nnodes - 1}."
             )
         if self.rdzv_endpoint is not None:
             host, _, port = self.rdzv_endpoint.rpartition(":")
@@ -100,14 +99,12 @@ class Launch:
         if self.main_address is not None and self.node_rank is None:
             raise UserError(
                 f"launch.node_rank is missing: number the {self.nnodes} machines from 0; number 0 is the "
-                f"one with "
-                f"launch.main_address={self.main_address}."
+                f"one with launch.main_address={self.main_address}."
             )
         if self.rdzv_endpoint is not None and self.node_rank is not None:
             raise UserError(
                 f"launch.node_rank={self.node_rank}: with launch.rdzv_endpoint machines are numbered as "
-                f"they come; "
-                "leave it out, or give launch.main_address instead."
+                "they come; leave it out, or give launch.main_address instead."
             )
 
 
@@ -220,8 +217,7 @@ def batch_sizes(train: Any, world: int) -> BatchSizes:
     if accumulation is not None:
         raise UserError(
             f"train.global_batch_size={total} and train.gradient_accumulation_steps={accumulation} exclude "
-            f"each other; "
-            "set one of them, the other is derived."
+            "each other; set one of them, the other is derived."
         )
     unit = per_device * world
     if total % unit:
@@ -229,7 +225,6 @@ def batch_sizes(train: Any, world: int) -> BatchSizes:
         values = f"{below} or {above}" if below else f"{above}"
         raise UserError(
             f"train.global_batch_size={total} must be a multiple of "
-            f"train.per_device_batch_size={per_device} x {world} "
-            f"ranks. Nearest values: {values}."
+            f"train.per_device_batch_size={per_device} x {world} ranks. Nearest values: {values}."
         )
     return BatchSizes(per_device, total // unit, world)

@@ -54,8 +54,7 @@ def check(cfg: DictConfig, world: int) -> Components:
     if not cfg.task and not cfg.data.paths:
         raise UserError(
             "No task is chosen. Choose from conf/task with task=[completion,docstring] (`mft demo` makes "
-            "the demo's "
-            "five), or name folders of JSONL files: data.paths=[dir1,dir2]."
+            "the demo's five), or name folders of JSONL files: data.paths=[dir1,dir2]."
         )
     for settings in (cfg.train, cfg.data):
         OmegaConf.to_object(settings).check()  # type: ignore[union-attr]
@@ -190,8 +189,7 @@ def _check_together(cfg: DictConfig, c: Components) -> None:
     if whole and c.dist.divides_on_load:
         raise UserError(
             f"{whole} reads whole weights of the base, of which every rank has a part only under "
-            f"dist=zero3; choose "
-            "dist=fsdp, zero2 or ddp."
+            "dist=zero3; choose dist=fsdp, zero2 or ddp."
         )
     precision = resolve_precision(cfg.train.precision).value
     _check_dist(c.dist, c.optimizer, c.peft, precision)
@@ -214,8 +212,7 @@ def _check_dist(dist: Any, optimizer: Any, peft: Any, precision: str) -> None:
     if getattr(dist, "casts_weights", False) and precision != "fp32" and stored not in ("uint8", precision):
         raise UserError(
             f"peft.storage_dtype={stored}: this dist casts weights to {precision}, packed ones by value, "
-            f"which would "
-            f"destroy them; choose peft.storage_dtype={precision} or uint8"
+            f"which would destroy them; choose peft.storage_dtype={precision} or uint8"
         )
 
 
@@ -223,8 +220,7 @@ def _check_rows(rows: Any, loss: Any, long_samples: LongSamples) -> None:
     if rows.splits_samples and loss.by_sample:
         raise UserError(
             f"loss: {type(loss).__name__} counts whole samples, but the rows of data=concat cut them; "
-            f"choose a mode "
-            "that counts tokens, e.g. loss=token_mean or loss=task_token_mean, or data=pack."
+            "choose a mode that counts tokens, e.g. loss=token_mean or loss=task_token_mean, or data=pack."
         )
     if long_samples is LongSamples.keep and not rows.splits_samples:
         raise UserError(

@@ -333,23 +333,20 @@ def misread(name: str, row: Mapping[str, Any]) -> str:
     """
     if carries(row.get("chosen")) and carries(row.get("rejected")):
         return (
-            "its rows are preferences (chosen, rejected), which mft does not train; to train on the chosen "
-            "answers "
-            f"alone, name the fields in the task's yaml, e.g. {OWN_NAMES}"
+            "its rows are preferences (chosen, rejected), which mft does not train; to train on the "
+            f"chosen answers alone, name the fields in the task's yaml, e.g. {OWN_NAMES}"
         )
     if name == "prompt_completion" and isinstance(row.get("label"), bool):
         return (
             "its rows are judged completions (prompt, completion, label), and those with label: false "
-            "would be "
-            "trained, too; take them out of the files, and write format: prompt_completion into the task's "
-            "yaml"
+            "would be trained, too; take them out of the files, and write format: prompt_completion into "
+            "the task's yaml"
         )
     sides = [next((f for f in fields if carries(row.get(f))), None) for fields in (QUESTIONS, ANSWERS)]
     if name == "text" and all(sides):
         return (
             f"its rows have a text beside {sides[0]} and {sides[1]}: as plain text the questions would be "
-            f"trained, "
-            f"too; name the format in the task's yaml, {OWN_NAMES} or format: text"
+            f"trained, too; name the format in the task's yaml, {OWN_NAMES} or format: text"
         )
     return ""
 
@@ -359,8 +356,7 @@ def no_format(fields: Sequence[str]) -> str:
     marks = [known.FIELD if isinstance(known, Turns) else known.describe() for known in KNOWN.values()]
     return (
         f"no format fits its rows; fields of the first one: {shortened(', '.join(fields[:12]) or 'none')}. "
-        f"Known: "
-        f"{', '.join(marks)}. For other names choose one in the task's yaml, e.g. {OWN_NAMES}"
+        f"Known: {', '.join(marks)}. For other names choose one in the task's yaml, e.g. {OWN_NAMES}"
     )
 
 

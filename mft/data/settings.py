@@ -112,6 +112,5 @@ class DataSettings:
         if len(parts) != 3 or any(not math.isfinite(p) or p < 0 for p in parts) or sum(parts) <= 0:
             raise UserError(
                 f"data.split={shortened(parts)} must be three proportions for train, valid and test, none "
-                f"negative and "
-                "not all zero, e.g. [95,5,0]"
+                "negative and not all zero, e.g. [95,5,0]"
             )

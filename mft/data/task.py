@@ -62,8 +62,7 @@ class Task:
         if not name.isprintable() or len(name) > NAME_CHARACTERS:
             raise UserError(
                 f"task.{name[:40]!r}.name: must be at most {NAME_CHARACTERS} printable characters; metrics "
-                f"are named "
-                "after it."
+                "are named after it."
             )
         for key in ("paths", "valid"):
             if not all(path and isinstance(path, str) for path in getattr(self, key)):
@@ -103,8 +102,7 @@ class Task:
             names = ", ".join(file.name for file, _ in files[:3])
             raise UserError(
                 f"{self._at('paths')}: no file to train on: by their names all are for validation or test "
-                f"({names}); "
-                "to train on such files give the files themselves, not their folder."
+                f"({names}); to train on such files give the files themselves, not their folder."
             )
         return [split for _, split in files]
 
@@ -282,8 +280,7 @@ def all_tasks(chosen: Mapping[str, Task], paths: Sequence[str]) -> list[Task]:
     if not tasks:
         raise UserError(
             "task: no task is chosen; choose some of conf/task, e.g. 'task=[docstring,completion]', or "
-            "give folders "
-            "of JSONL files with 'data.paths=[folder1,folder2]'"
+            "give folders of JSONL files with 'data.paths=[folder1,folder2]'"
         )
     return list(tasks.values())
 
@@ -302,8 +299,7 @@ def tasks_from_paths(paths: Sequence[str], taken: Sequence[Task], format: Format
         if name in origins:
             raise UserError(
                 f"data.paths: {path} would be a second task named {name!r}, beside {origins[name]}; rename "
-                f"the folder, "
-                "or choose one of them"
+                "the folder, or choose one of them"
             )
         origins[name] = f"data.paths ({path})"
         tasks.append(FolderTask(name=name, paths=[str(path)], format=format or Auto()))

@@ -77,8 +77,7 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
     if not source:
         raise UserError(
             "data.template=tokenizer: the tokenizer has no chat template; allowed: mft, mftcoder, or a "
-            "file of yours, "
-            "e.g. data.template=my.jinja"
+            "file of yours, e.g. data.template=my.jinja"
         )
     if source.startswith(NOTE):
         about = json.loads(source[len(NOTE) : source.index(" -#}")])

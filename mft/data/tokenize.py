@@ -36,8 +36,7 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "model.eos_token: the tokenizer has no end-of-sequence token, so answers would never end; "
-                "name one of "
-                "its tokens, e.g. model.eos_token='<|endoftext|>'"
+                "name one of its tokens, e.g. model.eos_token='<|endoftext|>'"
             )
         self.tokenizer = tokenizer
         self.template = template

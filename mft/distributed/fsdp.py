@@ -85,8 +85,7 @@ class FsdpEngine(Engine):
             hint = nearest(asked[0], {type(part).__name__ for part in module.modules()}) if asked else ""
             raise UserError(
                 f"dist=fsdp finds no decoder layer to divide the model by: model.shard_layers={asked}, and "
-                f"none of its "
-                f"modules is of such a class{hint}"
+                f"none of its modules is of such a class{hint}"
             )
         return units
 

@@ -163,8 +163,7 @@ def _fill(target: torch.Tensor, shard: Shard, found: Sequence[_Saved], key: str,
     if done != target.numel():
         raise UserError(
             f"{folder} does not fit the model: {done} of the {target.numel()} elements of {shard.name} "
-            f"from number "
-            f"{shard.start} on are in its files"
+            f"from number {shard.start} on are in its files"
         )
 
 

@@ -102,8 +102,7 @@ def require_sound(folder: Path, small_only: bool = False) -> None:
     if problem:
         raise UserError(
             f"{folder} is damaged: {problem}. Copy it again, or use another checkpoint of its run; if the "
-            f"change was "
-            f"made on purpose, remove {folder / marker}."
+            f"change was made on purpose, remove {folder / marker}."
         )
 
 

@@ -149,8 +149,7 @@ def _silent_death(log: Path, rank: int, code: int | None, ranks: int) -> Excepti
     if code > 0 and (left := shutil.disk_usage(log).free) < FULL:
         return UserError(
             f"The disk is full: rank {rank} could not even write what it failed of into {log} ({left:,} "
-            f"bytes were "
-            "free). Make room; the same command then resumes."
+            "bytes were free). Make room; the same command then resumes."
         )
     how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     return WorkerError(f"rank {rank} {how} without a report; its output is in {log}.")

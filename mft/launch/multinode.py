@@ -158,8 +158,7 @@ class NodeGroup:
         except Exception as error:  # whatever a connection can die of
             raise UserError(
                 f"lost the connection to {_endpoint(self._settings)} ({str(error).splitlines()[0]}); see "
-                f"the terminal "
-                "of the host that serves there for the cause."
+                "the terminal of the host that serves there for the cause."
             ) from error
 
     def rendezvous(self) -> RendezvousInfo:
@@ -187,8 +186,7 @@ class NodeGroup:
         named = " and ".join(f"host {n} ({self.names[n]})" for n in gone)
         return (
             f"{named} {'is' if len(gone) == 1 else 'are'} gone: no sign of life any more. What was saved "
-            f"is intact; "
-            "run the same command on every host to resume from the newest checkpoint."
+            "is intact; run the same command on every host to resume from the newest checkpoint."
         )
 
     def close(self) -> None:
@@ -319,8 +317,7 @@ def _number(address: tuple[str, int], local: str, settings: Launch) -> int:
 def _too_few(joined: int, settings: Launch, reason: str = "") -> str:
     return (
         f"only {joined} of {settings.nnodes} hosts joined at {_endpoint(settings)} within "
-        f"{settings.join_seconds} "
-        f"seconds (launch.join_seconds){reason}."
+        f"{settings.join_seconds} seconds (launch.join_seconds){reason}."
     )
 
 

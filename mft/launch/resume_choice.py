@@ -78,9 +78,8 @@ def _named(resume: str, identity: Identity, config: Mapping[str, Any]) -> Path:
     if found.base != identity.base and step is not None and found.version == VERSION:
         raise UserError(
             f"train.resume={resume}: the run in {folder} {_another(folder, found, identity, config)}. To "
-            f"start a new "
-            f"run from its weights, leave train.resume out and set peft.path={resume} (an adapter) or "
-            f"model.path={resume} (a full model)."
+            f"start a new run from its weights, leave train.resume out and set peft.path={resume} (an "
+            f"adapter) or model.path={resume} (a full model)."
         )
     if found.base != identity.base:
         raise UserError(f"train.resume={folder} {_another(folder, found, identity, config)}.")
@@ -111,8 +110,7 @@ def _another(folder: Path, found: Identity, identity: Identity, config: Mapping[
         more = f"; {key}={trained} trains its model further, as a new run" if trained else ""
         return (
             f"holds a run that another version of mft wrote {found.numbers()}, so it cannot be resumed; "
-            f"mft show, "
-            f"compare, merge and generate still read it{more}"
+            f"mft show, compare, merge and generate still read it{more}"
         )
     contents, values = differences(found, identity, _config(folder), config)
     if contents and values:
@@ -141,10 +139,8 @@ def _check_not_begun(folder: Path) -> None:
     if any(path.name in ("checkpoints", "metrics.jsonl", "final") for path in entries) and _frozen(folder):
         raise UserError(
             f"output_dir={folder} holds a run whose identity.json is missing or damaged, so it cannot be "
-            f"resumed. "
-            "Choose another folder, with peft.path or model.path set to one of its checkpoints to start "
-            "from their "
-            "weights; or remove it."
+            "resumed. Choose another folder, with peft.path or model.path set to one of its checkpoints "
+            "to start from their weights; or remove it."
         )
     left = {
         path.name

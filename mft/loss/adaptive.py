@@ -165,15 +165,13 @@ def check_probing(mode: str, warmup_steps: int, history_length: int, update_inte
         )
     if w % u:
         raise UserError(
-            f"loss.warmup_steps is {w}, not a multiple of loss.update_interval = {u}; "
-            f"set loss.warmup_steps to {w - w % u if w - w % u >= 3 * u else w + u - w % u} or "
-            f"{w + u - w % u}"
+            f"loss.warmup_steps is {w}, not a multiple of loss.update_interval = {u}; set "
+            f"loss.warmup_steps to {w - w % u if w - w % u >= 3 * u else w + u - w % u} or {w + u - w % u}"
         )
     if n < w // u:
         raise UserError(
-            f"loss.history_length is {n} probes; {mode} needs at least "
-            f"loss.warmup_steps / loss.update_interval = {w // u}: raise loss.history_length or lower "
-            f"loss.warmup_steps"
+            f"loss.history_length is {n} probes; {mode} needs at least loss.warmup_steps / "
+            f"loss.update_interval = {w // u}: raise loss.history_length or lower loss.warmup_steps"
         )
 
 

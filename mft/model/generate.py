@@ -196,8 +196,7 @@ def model_folder(folder: Path) -> Path:
             return candidate
     raise UserError(
         f"{folder} holds no model: no complete checkpoint, and neither it nor its final/ has a config.json "
-        f"or an "
-        "adapter_config.json"
+        "or an adapter_config.json"
     )
 
 

@@ -106,8 +106,7 @@ def merge(
     if not difference <= bound:  # also for NaN
         raise UserError(
             f"the merged model differs from base + adapter by {difference:.3g} in its logits, more than "
-            f"{bound:.3g} "
-            f"(the adapter's full effect is {effect:.3g}); it was left in {part}"
+            f"{bound:.3g} (the adapter's full effect is {effect:.3g}); it was left in {part}"
         )
     put(part, out)
     return Merged(out, difference, bound, effect)

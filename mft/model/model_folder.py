@@ -81,8 +81,7 @@ def check_vocabulary(path: str, folder: Path) -> None:
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
         raise UserError(
             f"model.path={path} has no tokenizer, no file called {', '.join(VOCABULARIES[:-1])} or "
-            f"{VOCABULARIES[-1]}; "
-            "copy those of the model's release into it"
+            f"{VOCABULARIES[-1]}; copy those of the model's release into it"
         )
 
 
@@ -118,8 +117,7 @@ def check_type(path: str, own_code: bool) -> None:
     if kind in ORIGINAL_FORMATS:
         raise UserError(
             f"model.path={path} is a {kind} checkpoint in its original format, which transformers cannot "
-            f"read; choose "
-            f"{ORIGINAL_FORMATS[kind]} with the same model.path"
+            f"read; choose {ORIGINAL_FORMATS[kind]} with the same model.path"
         )
 
 
@@ -127,8 +125,7 @@ def no_packing(path: str, what: str) -> str:
     """Returns the sentence that refuses rows of several samples for such a model."""
     return (
         f"model.path={path}: {what} carry a state from token to token, so samples of one row would see "
-        f"each other; "
-        "choose data=pad, which gives every sample a row of its own"
+        "each other; choose data=pad, which gives every sample a row of its own"
     )
 
 

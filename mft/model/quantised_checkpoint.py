@@ -81,8 +81,7 @@ def _named(who: str, config: Mapping[str, Any]) -> WeightFormat:
         if not named or (named == BNB and not of_bnb):
             raise UserError(
                 f"{who}: {where} in its config.json does not name the method by which the weights are "
-                f"quantised; "
-                f"{WAY_OUT}"
+                f"quantised; {WAY_OUT}"
             )
         method = (
             named if isinstance(named, str) and re.fullmatch(r"[\w.+-]{1,40}", named) else shortened(named)
@@ -90,8 +89,7 @@ def _named(who: str, config: Mapping[str, Any]) -> WeightFormat:
         if where not in ("quantization_config", "text_config.quantization_config"):
             raise UserError(
                 f"{who}: its weights are quantised by {method}, as {where} in its config.json says, where "
-                f"transformers "
-                f"does not look for it; {WAY_OUT}"
+                f"transformers does not look for it; {WAY_OUT}"
             )
         return WeightFormat(method, settings)
     return WeightFormat()
@@ -142,14 +140,12 @@ def refuse_quantised(path: str, weights: WeightFormat, bits: int) -> None:
     if weights.bits and bits:
         raise UserError(
             f"peft.bits={bits}: bitsandbytes has quantised model.path={path} to {weights.bits} bits "
-            f"already; choose "
-            f"peft.bits={weights.bits}, or {way}"
+            f"already; choose peft.bits={weights.bits}, or {way}"
         )
     if weights.bits:
         raise UserError(
             f"model.path={path}: bitsandbytes has quantised its weights to {weights.bits} bits; choose "
-            f"peft=qlora with "
-            f"peft.bits={weights.bits}, or {way}"
+            f"peft=qlora with peft.bits={weights.bits}, or {way}"
         )
     raise UserError(f"model.path={path}: its weights are quantised by {weights.method}; {way}")
 

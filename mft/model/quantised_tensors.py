@@ -60,8 +60,7 @@ def check_tensors(who: str, method: str, settings: Mapping[str, Any], stored: Te
         raise UserError(
             f"{who}: its config.json says that the weights are quantised by {method}, but all "
             f"{len(stored)} are plain {next(iter(stored.values())).dtype}; take quantization_config out of "
-            f"config.json "
-            "if they are real values"
+            "config.json if they are real values"
         )
     for name, tensor in odd.items() if method else ():
         if why := UNREADABLE[method](name, tensor, stored, settings):

@@ -44,8 +44,7 @@ def set_special_tokens(
     if end is None:
         raise UserError(
             f"model.eos_token: neither the tokenizer nor config.json of {path} names a token that ends an "
-            f"answer; set "
-            "it here"
+            "answer; set it here"
         )
     tokenizer.eos_token = require_token(tokenizer, str(end), "model.eos_token")
     # Padding is tracked by sample_BT, never by id: a pad token that equals EOS hides no trained EOS here. It
@@ -63,8 +62,7 @@ def _of_config(tokenizer: PreTrainedTokenizerBase, ids: Any, path: str) -> str |
     if given and not tokens:
         raise UserError(
             f"config.json of {path}: eos_token_id={ids} is outside the vocabulary of its tokenizer, which "
-            f"has "
-            f"{len(tokenizer)} tokens; name the token that ends an answer with model.eos_token"
+            f"has {len(tokenizer)} tokens; name the token that ends an answer with model.eos_token"
         )
     return str(tokens[0]) if tokens else None
 
@@ -164,9 +162,8 @@ def trained_rows(base: Any, saved: Sequence[str]) -> dict[str, list[int]] | None
     if head in left.values() and (type(head) is not nn.Linear or head.bias is not None):
         raise UserError(
             f"model.add_tokens: the output layer of {type(base).__name__} is more than a matrix, so single "
-            f"rows of it "
-            f"cannot be trained; train it in full with peft.modules_to_save=[{paths[id(head)]}], or use "
-            f"peft=full"
+            "rows of it cannot be trained; train it in full with "
+            f"peft.modules_to_save=[{paths[id(head)]}], or use peft=full"
         )
     if is_tied(base):  # peft ties the other one by itself
         left = {path: layer for path, layer in left.items() if layer is not head}

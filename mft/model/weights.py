@@ -51,15 +51,13 @@ def check_loaded(source: Path, model: Any, info: Mapping[str, Any]) -> None:
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"model.path={source} lacks the weight {missing[0]} of a {kind}{and_others(len(missing))}: it "
-            f"would be "
-            f"trained from random values{of_other}{_defaults(source, model)}"
+            f"would be trained from random values{of_other}{_defaults(source, model)}"
         )
     if unknown:
         raise UserError(
             f"model.path={source} has the weight {unknown[0]}{_file_of(unknown[0], source)}, which a "
-            f"{kind} does not "
-            f"take{and_others(len(unknown))}: it would be left out; give a checkpoint of this very "
-            f"architecture"
+            f"{kind} does not take{and_others(len(unknown))}: it would be left out; give a checkpoint of "
+            "this very architecture"
         )
 
 

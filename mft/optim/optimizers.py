@@ -65,8 +65,7 @@ class Library(Optimizer):
             if key not in known:
                 raise UserError(
                     f"optimizer.{key}: {kind.__name__} has no such argument{nearest(key, known) or '.'} "
-                    f"Its arguments: "
-                    f"{', '.join(known)}."
+                    f"Its arguments: {', '.join(known)}."
                 )
         self.lr = self.values.pop("lr", None)
         self.decay = self.values.pop("weight_decay", known.get("weight_decay", 0.0))

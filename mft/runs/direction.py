@@ -44,7 +44,6 @@ def higher_is_better(metric: str, tasks: Sequence[str], better: str = "") -> boo
     if lower == higher:
         raise UserError(
             f"--metric {metric}: its name does not tell whether a lower or a higher value is better; add "
-            f"--better "
-            "lower or --better higher."
+            "--better lower or --better higher."
         )
     return higher

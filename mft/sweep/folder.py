@@ -100,10 +100,8 @@ def require_this_version(folder: Path) -> None:
         if identity is not None and identity.version != VERSION:
             raise UserError(
                 f"{os.path.relpath(folder)} holds jobs that another version of mft wrote "
-                f"{identity.numbers()}, so this "
-                "sweep cannot be resumed; mft runs, show, compare, merge and generate still read them. Add "
-                "sweep=NAME "
-                "to its command to run it anew beside them."
+                f"{identity.numbers()}, so this sweep cannot be resumed; mft runs, show, compare, merge "
+                "and generate still read them. Add sweep=NAME to its command to run it anew beside them."
             )
 
 

@@ -102,9 +102,8 @@ def require_launcher(launcher: str) -> None:
     if launcher.startswith("ray"):
         raise UserError(
             f"hydra/launcher={launcher}: Ray puts jobs on machines where the run folder and the data need "
-            f"not be, and "
-            "hides GPUs from them; use launch.jobs on one machine, or hydra/launcher=submitit_slurm on a "
-            "cluster."
+            "not be, and hides GPUs from them; use launch.jobs on one machine, or "
+            "hydra/launcher=submitit_slurm on a cluster."
         )
     if (
         launcher.startswith("submitit")

@@ -122,8 +122,7 @@ def full_disk_reported(folder: Path, run_dir: Path) -> Iterator[None]:
         resumes = f"; the same command then resumes from {older.name}" if older else ""
         raise UserError(
             f"The disk is full: {folder} could not be written ({free / 2**20:,.0f} MiB were free). Make "
-            f"room, or keep "
-            f"fewer checkpoints (train.keep){resumes}"
+            f"room, or keep fewer checkpoints (train.keep){resumes}"
         ) from error
 
 

@@ -82,8 +82,7 @@ def _message(t: Trainer, step: int, culprits: Sequence[tuple[int, int]]) -> str:
         else "every loss is finite, the gradient is not (an overflow)"
     )
     return (
-        f"Step {step} has a non-finite loss or gradient and was not applied: {reason}. "
-        "A lower optimizer.lr, longer scheduler.warmup or train.precision=fp32 often helps; the last "
-        "checkpoint is "
-        "intact."
+        f"Step {step} has a non-finite loss or gradient and was not applied: {reason}. A lower "
+        "optimizer.lr, longer scheduler.warmup or train.precision=fp32 often helps; the last checkpoint "
+        "is intact."
     )

@@ -152,9 +152,8 @@ class Trainer:
         if not any(math.isfinite(loss) for loss in losses.values()):
             raise UserError(
                 f"The validation after step {step} has no finite loss for any task: training diverged; "
-                f"these weights "
-                "were not saved. A lower optimizer.lr, longer scheduler.warmup or train.precision=fp32 "
-                "often helps."
+                "these weights were not saved. A lower optimizer.lr, longer scheduler.warmup or "
+                "train.precision=fp32 often helps."
             )
         return self.state.best.update(step, losses, value)
 

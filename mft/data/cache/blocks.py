@@ -45,10 +45,8 @@ class Blocks:
             meta.unlink(missing_ok=True)  # without it the store is not one, and the next start makes it anew
             raise UserError(
                 f"The token cache is damaged: {self.path} has the checksum {found} from byte "
-                f"{block * BLOCK:,} on, "
-                f"expected {self.expected[block]}. The same command tokenises the task anew and resumes; "
-                f"if the cache "
-                f"cannot be written to, remove {self.path.parent}."
+                f"{block * BLOCK:,} on, expected {self.expected[block]}. The same command tokenises the "
+                f"task anew and resumes; if the cache cannot be written to, remove {self.path.parent}."
             )
         self._seen[block] = 1
 

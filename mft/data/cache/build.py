@@ -58,9 +58,8 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
             if length > settings.seq_length and settings.long_samples == LongSamples.error:
                 raise UserError(
                     f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is "
-                    f"{settings.seq_length}; "
-                    "allowed: a larger one, or data.long_samples = drop, truncate_left, truncate_right, "
-                    "split_turns"
+                    f"{settings.seq_length}; allowed: a larger one, or data.long_samples = drop, "
+                    "truncate_left, truncate_right, split_turns"
                 )
             digest = digest_of(messages)
             of_file = splits[place[0]]

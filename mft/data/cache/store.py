@@ -294,8 +294,7 @@ def _build(
                 ):  # else the store would bear the name of other rows
                     raise UserError(
                         f"task.{task.name}: its files have changed while they were read "
-                        f"({', '.join(task.paths)}); "
-                        "start again once they are written"
+                        f"({', '.join(task.paths)}); start again once they are written"
                     )
                 temporary.rename(folder)
             finally:

@@ -55,8 +55,7 @@ class Baichuan(Original):
         if self.positions not in ("auto", guess):
             log.warning(
                 "model.positions=%s, though config.json of %s looks like %s: the other reading loads "
-                "without an error "
-                "and computes nonsense",
+                "without an error and computes nonsense",
                 *(self.positions, self.path, guess),
             )
         return (guess if self.positions == "auto" else self.positions) == "alibi"
@@ -72,8 +71,7 @@ class Baichuan(Original):
         if values.get("vocab_size") not in by_vocabulary:
             raise UserError(
                 f"model.path={self.path}: a vocabulary of {values.get('vocab_size')} does not tell "
-                f"Baichuan from "
-                "Baichuan 2; say model.norm_head=true for Baichuan 2, false for Baichuan"
+                "Baichuan from Baichuan 2; say model.norm_head=true for Baichuan 2, false for Baichuan"
             )
         return by_vocabulary[values["vocab_size"]]
 

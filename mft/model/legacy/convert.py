@@ -49,10 +49,8 @@ def _check_space(who: str, files: list[Path], folder: Path) -> None:
     if free < needed:
         raise UserError(
             f"{who} is in an original format: its native folder takes {needed / 2**30:.2f} GiB in "
-            f"{folder.parent}, "
-            f"where {free / 2**30:.2f} GiB are free. Make room, or choose another place: cache_dir=…, or "
-            f"out=… of "
-            "mft convert"
+            f"{folder.parent}, where {free / 2**30:.2f} GiB are free. Make room, or choose another place: "
+            "cache_dir=…, or out=… of mft convert"
         )
 
 

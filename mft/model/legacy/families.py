@@ -144,8 +144,7 @@ class Qwen(Original):
         if longer := [name for name in ("use_dynamic_ntk", "use_logn_attn") if values.get(name)]:
             log.warning(
                 "%s of %s is left out: past %s tokens (seq_length) the original scales positions and "
-                "attention when it "
-                "answers and evaluates, not when it trains",
+                "attention when it answers and evaluates, not when it trains",
                 *(" and ".join(longer), self.path, values.get("seq_length")),
             )
 
@@ -221,8 +220,7 @@ class Aquila(Original):
         if kind not in ("default", "linear"):
             raise UserError(
                 f"model.path={self.path}: rope_scaling of type {kind!r} in its config.json has no native "
-                f"counterpart "
-                "that is known to be equal, only 'linear' has"
+                "counterpart that is known to be equal, only 'linear' has"
             )
         theta = float(values.get("rope_theta", 10000.0))
         native["rope_parameters"] = {"rope_type": kind, "rope_theta": theta, **scaling}

@@ -117,8 +117,7 @@ def check_weights(who: str, layout: Layout, stored: Mapping[str, tuple[str, Tens
     if missing := sorted(expected.keys() - made - tied):
         raise UserError(
             f"{who} lacks the weight {missing[0]} of a {kind}{and_others(len(missing))}: it would be "
-            f"trained from "
-            f"random values{instead}"
+            f"trained from random values{instead}"
         )
     if unknown:
         raise UserError(

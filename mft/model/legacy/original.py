@@ -86,14 +86,12 @@ class Original(CausalLM):
         if values.get("model_type") != self.model_type:
             raise UserError(
                 f"model.path={self.path} is of model type {values.get('model_type')!r}, not "
-                f"{self.model_type!r}; "
-                "use model=auto for a checkpoint that is already native"
+                f"{self.model_type!r}; use model=auto for a checkpoint that is already native"
             )
         if values.get("quantization_config") or values.get("quantization_bit"):
             raise UserError(
                 f"model.path={self.path} holds weights that are quantised already; give the unquantised "
-                f"checkpoint, "
-                "and peft=qlora to train beside 4 bits"
+                "checkpoint, and peft=qlora to train beside 4 bits"
             )
         self.native(values)
 
@@ -104,8 +102,7 @@ class Original(CausalLM):
             if given != value:
                 raise UserError(
                     f"model.path={self.path}: {name}={given!r} in its config.json has no native "
-                    f"counterpart, only "
-                    f"{value!r} has"
+                    f"counterpart, only {value!r} has"
                 )
 
     def _get(self, values: Values, name: str) -> Any:
@@ -171,8 +168,7 @@ class Original(CausalLM):
             if tokenizer.get_vocab().get(token) != number:
                 raise UserError(
                     f"model.path={self.path} adds the token {token!r} as {number} to its vocabulary, which "
-                    f"the code it "
-                    "came with does not; put a tokenizer.json into the folder"
+                    "the code it came with does not; put a tokenizer.json into the folder"
                 )
         return tokenizer
 

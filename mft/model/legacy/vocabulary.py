@@ -191,6 +191,5 @@ def _compare(
         if encoding.ids != ids:
             raise UserError(
                 f"{file} cannot be matched exactly: {shortened(text)} is {ids} there and would be "
-                f"{encoding.ids} here; "
-                "put a tokenizer.json into the folder"
+                f"{encoding.ids} here; put a tokenizer.json into the folder"
             )

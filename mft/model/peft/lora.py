@@ -143,8 +143,7 @@ class Lora(Full):
         if isinstance(width, int) and self.rank > width:
             raise UserError(
                 f"peft.rank={self.rank}: the matrices of this model have no rank above {width}, its hidden "
-                f"size; "
-                f"choose a smaller one, e.g. {max(1, min(16, width // 4))}, or peft=full"
+                f"size; choose a smaller one, e.g. {max(1, min(16, width // 4))}, or peft=full"
             )
 
     def _check_parameter_adapter(self, what: str) -> None:
@@ -159,9 +158,8 @@ class Lora(Full):
             if wrong:
                 raise UserError(
                     f"{setting} cannot be combined with {what}: the weights of experts and routers are no "
-                    f"layers of "
-                    f"their own, and their adapters are added to the weight itself; choose {remedy}, or "
-                    f"leave them out"
+                    "layers of their own, and their adapters are added to the weight itself; choose "
+                    f"{remedy}, or leave them out"
                 )
 
     def _check_sites(self, sites: list[Site], tied: bool) -> None:
@@ -175,14 +173,12 @@ class Lora(Full):
             ):
                 raise UserError(
                     f"peft.targets: an adapter of the embedding {site.path} goes with peft.use_dora=false "
-                    f"and "
-                    "peft.init=true or gaussian only; leave one of them out"
+                    "and peft.init=true or gaussian only; leave one of them out"
                 )
             if site.kind in ("embedding", "head") and tied:
                 raise UserError(
                     f"peft.targets: {site.path} shares its weight with {TIED[site.kind]}, so an adapter of "
-                    f"one would "
-                    f"change the other when merged; train it in full with "
+                    "one would change the other when merged; train it in full with "
                     f"peft.modules_to_save=[{site.name}] instead"
                 )
 
@@ -268,8 +264,7 @@ def _check_targets(targets: Any) -> None:
     elif not isinstance(targets, list) or not targets or not all(isinstance(n, str) and n for n in targets):
         raise UserError(
             f"peft.targets={shortened(targets)} must be a list of module names, one regular expression, "
-            f"all-linear, or "
-            "null for the model's own list"
+            "all-linear, or null for the model's own list"
         )
 
 

@@ -72,14 +72,12 @@ class QLora(Lora):
         if self.bits == 8 and self.use_dora:
             raise UserError(
                 "peft.use_dora=true needs dequantised weights when it is attached, which 8-bit layers "
-                "cannot provide; "
-                "choose peft.bits=4 or peft.use_dora=false"
+                "cannot provide; choose peft.bits=4 or peft.use_dora=false"
             )
         if self.changes_base:
             raise UserError(
                 f"peft.init={self.init} takes the largest part out of the base's weights, which quantised "
-                f"weights "
-                "cannot hold; choose peft.init=true, or peft=lora"
+                "weights cannot hold; choose peft.init=true, or peft=lora"
             )
 
     def check_against(self, family: CausalLM, precision: str) -> None:
@@ -172,8 +170,7 @@ def _unquantised_experts(model: nn.Module, dtype: torch.dtype) -> str:
         return ""
     total = sum(parameter.numel() for _, parameter, _ in every)
     return (
-        f"peft=qlora: bitsandbytes quantises linear layers only, so the routed experts, "
-        f"{experts / total:.0%} of all "
-        f"weights, stay in {str(dtype).removeprefix('torch.')} and take "
+        "peft=qlora: bitsandbytes quantises linear layers only, so the routed experts, "
+        f"{experts / total:.0%} of all weights, stay in {str(dtype).removeprefix('torch.')} and take "
         f"{experts * dtype.itemsize / 2**30:.3g} GiB"
     )

@@ -137,8 +137,7 @@ def select(model: nn.Module, targets: str | list[str], experts: bool, router: bo
         if left_out:
             log.warning(
                 "%s stay frozen: peft takes these names for the routed experts and can adapt them beside "
-                "full weights "
-                "only, not quantised ones",
+                "full weights only, not quantised ones",
                 ", ".join(left_out),
             )
         wanted = [site for site in sites if site.kind == "linear" and not (site.parameter and site.packed)]
@@ -154,8 +153,7 @@ def select(model: nn.Module, targets: str | list[str], experts: bool, router: bo
         if site in refused:
             raise UserError(
                 f"peft.targets: {site.path} cannot have an adapter, since the kernels of {kind} read its "
-                f"weight "
-                "themselves; leave out_proj out"
+                "weight themselves; leave out_proj out"
             )
         if site.parameter and site.packed:
             raise UserError(
@@ -228,16 +226,14 @@ def full_modules(model: nn.Module, names: list[str], sites: list[Site]) -> tuple
         if not of_name:
             raise UserError(
                 f"peft.modules_to_save: the name {name!r} matches no module; this model has "
-                f"{', '.join(leaves)}"
-                f"{nearest(name, leaves)}"
+                f"{', '.join(leaves)}{nearest(name, leaves)}"
             )
         selected += [path for path in of_name if path not in selected]
     for path in selected:
         if any(map(packed, base.get_submodule(path).parameters())):
             raise UserError(
                 f"peft.modules_to_save: {path} is quantised and cannot be trained in full; leave it out, "
-                f"or keep it "
-                "unquantised with peft.skip_modules"
+                "or keep it unquantised with peft.skip_modules"
             )
         if inside := [site.path for site in sites if f"{site.path}.".startswith(f"{path}.")]:
             raise UserError(
