@@ -1,6 +1,5 @@
-"""The name under which the READMEs of saved ALiBi models import the native classes; they live in
-`mft.model.legacy`."""
+"""The name by which READMEs of saved ALiBi models import the native classes of `mft.model.legacy.native`."""
 
-from mft.model.legacy import native
+from mft.model.legacy.native import AlibiConfig, AlibiForCausalLM
 
-__doc__ = native.__doc__ or __doc__
+__all__ = ["AlibiConfig", "AlibiForCausalLM"]
