@@ -41,5 +41,5 @@ def remove_abandoned(file: Path) -> None:
                 return
         except psutil.Error:
             continue  # gone by now, or another user's
-    log.warning("removed %s, which a process left behind that was killed while it built", file)
+    log.warning("removed stale build lock %s", file)
     file.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from mft.model.transformers_private import flash_kernels
 
 FLASH = "flash_attention_2"
 OLDEST = (2, 6)
-"""Version of flash-attn that came with soft caps: transformers leaves them out, without a word, under an
+"""Version of flash-attn that came with soft caps: transformers silently leaves them out under an
 older one."""
 
 AMPERE = (8, 0)

@@ -32,7 +32,7 @@ def test_a_guard_stays_while_its_process_lives(tmp_path: Path, caplog: pytest.Lo
         assert guard.exists()
     remove_abandoned(guard)
     assert not guard.exists()
-    assert f"removed {guard}" in caplog.text
+    assert f"removed stale build lock {guard}" in caplog.text
     remove_abandoned(guard)  # none there
 
 

@@ -28,7 +28,7 @@ class AlibiForCausalLM(SmolLM3ForCausalLM):
     """Baichuan-13B's architecture; transformers has none with ALiBi, RMSNorm and SwiGLU.
 
     Its own model type makes a library that lacks this class refuse a saved folder, instead of leaving the
-    positions out without a word.
+    positions out silently.
     """
 
     config_class = AlibiConfig
