@@ -121,7 +121,7 @@ def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) ->
         plugins.name(recorded_plugins(overrides))
         cfg = compose_resolved(overrides, config_dirs)
         checked = job.checked(cfg, overrides, starts=not dry_run)
-        inert = without_effect(cfg, checked.world, given_keys(overrides, config_dirs))
+        inert = without_effect(checked.cfg, checked.world, given_keys(overrides, config_dirs))
         for note in [*replaced(overrides), *of_hydra(overrides, sweep=False), *inert]:
             say(f"mft: {note}", sys.stderr)
         dated = not any(key_of(override) == "output_dir" for override in overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     label: what distinguishes the job from the others of its sweep; starts: whether this process is about to
     run it. Reads the task files once to fingerprint them; loads no model and starts no rank.
     """
+    cfg = copy.deepcopy(cfg)  # the caller keeps what it composed
     cfg.train.precision = resolve_precision(cfg.train.precision)
     launch_settings: Any = OmegaConf.to_object(cfg.launch)
     launch_settings.check()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -94,8 +95,9 @@ def launch(
         resumed, step = step_of(job.cfg.train.resume)
         if resumed == folder and step is not None:
             say(rewind(folder, step))
-        job.cfg.output_dir = str(folder)
-        freeze(job.cfg, folder / "config.yaml")
+        cfg = copy.deepcopy(job.cfg)
+        cfg.output_dir = str(folder)
+        freeze(cfg, folder / "config.yaml")
         write_json(folder / "identity.json", job.identity.as_json(), durable=True)
         write_json(folder / "overrides.json", job.describe())
         broadcast_from_rank0(str(folder))
