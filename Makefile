@@ -24,11 +24,11 @@ train: $(READY)
 	$(BIN)/mft train experiment=demo $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Everything, also what is long and rare: about three times as long as `make test`.
 check-all: $(READY) lint
-	OMP_NUM_THREADS=1 MFT_FUZZ_CASES=500 $(BIN)/python -m pytest -n 3 --dist loadfile -m "long or not long" $(ARGS)
+	OMP_NUM_THREADS=1 MFT_FUZZ_CASES=500 $(BIN)/python -m pytest -n 2 --dist loadfile -m "long or not long" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
