@@ -101,9 +101,8 @@ def dispatch(args: list[str]) -> None:
             raise
         fail(str(error))
     except KeyboardInterrupt as stopped:
-        sys.exit(
-            getattr(stopped, "code", 130)
-        )  # signals.Stopped knows whether there is a checkpoint to resume from
+        # signals.Stopped knows whether there is a checkpoint to resume from
+        sys.exit(getattr(stopped, "code", 130))
 
 
 def fail(message: str, code: int = 1) -> None:

@@ -20,9 +20,8 @@ AVX2."""
 
 def quiet_without_gpu() -> None:
     """Keeps libraries, while they are imported, from warning of what they could use on another machine."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
-        logging.ERROR
-    )  # of a package with CPU kernels
+    # of a package with CPU kernels
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not any(path.exists() for path in DRIVERS):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed says that it found nothing better
 

@@ -67,9 +67,8 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
         value = node[key]
         if not OmegaConf.is_interpolation(node, key):
             return absolute(value)
-        written = os.path.expanduser(
-            node._get_node(key)._value()
-        )  # of a variable, which stays as it is written
+        # of a variable, which stays as it is written
+        written = os.path.expanduser(node._get_node(key)._value())
         return written if absolute(value) == os.path.expanduser(value) else os.path.join(os.getcwd(), written)
 
     def all_absolute(paths: Any, key: str) -> list[str]:

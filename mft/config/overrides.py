@@ -226,9 +226,8 @@ def _check_characters(override: str) -> None:
     for place, text in (("key", key), ("value", value)):
         for letter in text:
             category = unicodedata.category(letter)
-            hidden = (
-                category in ("Cf", "Cc") and letter not in "\t\n\u200c\u200d"
-            )  # the two join letters and emoji
+            # the two join letters and emoji
+            hidden = category in ("Cf", "Cc") and letter not in "\t\n\u200c\u200d"
             if hidden or (place == "key" and (letter.isspace() or category[0] == "Z")):
                 name = unicodedata.name(letter, "control character").lower()
                 raise UserError(

@@ -36,9 +36,8 @@ def split_of(digest: int, proportions: Sequence[float]) -> int:
         border += proportion
         if point < border:
             return index
-    return max(
-        index for index, proportion in enumerate(proportions) if proportion > 0
-    )  # the sum's last rounding
+    # the sum's last rounding
+    return max(index for index, proportion in enumerate(proportions) if proportion > 0)
 
 
 KEYWORDS = {

@@ -67,9 +67,8 @@ class Template:
                     f"data.role_markers: {given[role]} and {key} are the same role; give one of them"
                 )
             given[role] = key
-            self.markers[role] = marker.replace(
-                "\\n", "\n"
-            )  # Hydra's command line has no escape for a line break
+            # Hydra's command line has no escape for a line break
+            self.markers[role] = marker.replace("\\n", "\n")
 
     def segments(self, messages: Sequence[Message], generation: bool = False) -> list[Segment]:
         """Returns the text in segments, with a border at the start of each bot target and after it.

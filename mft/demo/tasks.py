@@ -240,9 +240,8 @@ def held_out(rows: list[Row]) -> Row:
     """Returns the row to show before and after training: short, from a module people know."""
 
     def order(row: Row) -> tuple[bool, bool, bool, float]:
-        least = (
-            6 if row["data_name"] == "function_name" else 40
-        )  # characters of an answer that shows something
+        # characters of an answer that shows something
+        least = 6 if row["data_name"] == "function_name" else 40
         short = characters(row) <= 900 and least <= len(row["chat_rounds"][-1]["content"]) <= 400
         public = "._" not in "." + row["source"] and not row["id"].endswith(":doctest")
         return not short, not public, row["source"].split(".")[0] not in FAMILIAR, draw("shown", row["id"])

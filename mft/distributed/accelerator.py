@@ -30,9 +30,8 @@ def accelerator(precision: str, cpu: bool | None, *handlers: Any, **options: Any
             f"{', '.join(PRECISIONS)}{nearest(precision, PRECISIONS)}"
         )
     if cpu is None:
-        cpu = (
-            not torch.cuda.is_available()
-        )  # cpu=False on a machine without GPU would be no distribution at all
+        # cpu=False on a machine without GPU would be no distribution at all
+        cpu = not torch.cuda.is_available()
     refuse_fp16(precision, cpu)
     if not cpu and precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("train.precision=bf16 is not supported by this GPU; choose fp16 or fp32")

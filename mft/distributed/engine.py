@@ -235,9 +235,8 @@ class Engine:
     def unwrap(self, module: torch.nn.Module) -> torch.nn.Module:
         """Returns the module that was given to `prepare`."""
         wrapped = type(module).__name__ == self.wrapper
-        return (
-            cast("torch.nn.Module", module.module) if wrapped else module
-        )  # accelerate's own imports deepspeed
+        # accelerate's own imports deepspeed
+        return cast("torch.nn.Module", module.module) if wrapped else module
 
     def full_state(
         self, module: torch.nn.Module, trainable: bool = False, prefix: str = ""

@@ -108,10 +108,11 @@ def require_sound(folder: Path, small_only: bool = False) -> None:
 
 def digest(path: Path) -> str:
     """Returns the xxh3-128 of a file's content."""
+    # fits into the processor's cache: 7 GB/s, as mapped pages
     found, buffer = (
         xxhash.xxh3_128(),
         bytearray(1 << 18),
-    )  # fits into the processor's cache: 7 GB/s, as mapped pages
+    )
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

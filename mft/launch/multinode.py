@@ -272,9 +272,8 @@ def join(settings: Launch, facts: Mapping[str, Any]) -> NodeGroup:
         raise UserError(
             f"launch.local_addr={local}: must be an address of this machine: {', '.join(interfaces)}."
         )
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # torch warns about every host name it cannot look up
+    # torch warns about every host name it cannot look up
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     server = None
     if serves:
         try:

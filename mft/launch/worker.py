@@ -161,9 +161,8 @@ def _watch(report: Path, started: float) -> None:
     failed_since: float | None = None
     while True:
         if parent is not None:
-            parent.join(
-                0.5
-            )  # waits for the process that asked the fork server for this one, not for the fork server
+            # waits for the process that asked the fork server for this one, not for the fork server
+            parent.join(0.5)
             gone = not parent.is_alive()
         else:
             time.sleep(0.5)

@@ -66,9 +66,8 @@ def row_of_samples(position_n: torch.Tensor) -> dict[str, Any]:
     """
     n = len(position_n)
     starts = (position_n == 0).nonzero().squeeze(-1).cpu()
-    borders = torch.cat([starts, torch.tensor([n])]).to(
-        torch.int32
-    )  # on the CPU: read as numbers in every layer
+    # on the CPU: read as numbers in every layer
+    borders = torch.cat([starts, torch.tensor([n])]).to(torch.int32)
     longest = int(borders.diff().max())
     return {
         "attention_mask": position_n.new_zeros((1, 1, 1, 1), dtype=torch.bool),

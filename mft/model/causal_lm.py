@@ -103,9 +103,8 @@ class CausalLM:
             model_folder.check_type(self.path, self.trust_remote_code)
         if Path(self.location()).is_dir():
             self.weight_format()
-            require_sound(
-                Path(self.location()), small_only=True
-            )  # the rest where the weights are read anyway
+            # the rest where the weights are read anyway
+            require_sound(Path(self.location()), small_only=True)
 
     def _warn_of_code(self) -> None:
         log.warning("model.trust_remote_code=true: Python code that comes with %s will be run", self.path)

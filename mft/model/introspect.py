@@ -36,9 +36,8 @@ def base_of(model: Any) -> Any:
 def decoder_of(base: Any) -> Any:
     """Returns what makes the hidden states of a transformers model: the model without its head."""
     decoder = base.get_decoder()
-    return (
-        base.model if decoder is base else decoder
-    )  # llama 4 keeps it under a name that get_decoder does not try
+    # llama 4 keeps it under a name that get_decoder does not try
+    return base.model if decoder is base else decoder
 
 
 def head_quirks(base: Any) -> dict[str, float]:

@@ -49,9 +49,8 @@ def has_experts(family: CausalLM) -> bool:
     """Whether the config.json of a folder names routed experts; reads nothing else and imports nothing."""
 
     def named(values: dict[str, Any]) -> bool:
-        parts = [
-            value for value in values.values() if isinstance(value, dict)
-        ]  # text_config of one that also sees
+        # text_config of one that also sees
+        parts = [value for value in values.values() if isinstance(value, dict)]
         return any((values.get(key) or 0) > 1 for key in EXPERTS) or any(map(named, parts))
 
     return named(read_config(Path(family.location())))

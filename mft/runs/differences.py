@@ -77,10 +77,11 @@ def differing(runs: Sequence[Run]) -> list[str]:
     values = [
         key for key in keys if key not in apart and not key.endswith(FINGERPRINT) and _differs(key, runs)
     ]
+    # `model` is the option of a group, among values
     differ = [
         *(key for key in contents if key != "model"),
         *values,
-    ]  # `model` is the option of a group, among values
+    ]
     of_model = [key for key in differ if key.split(".")[0] == "model"]
     for name in (
         "base model",

@@ -201,9 +201,8 @@ def _heat(groups: Sequence[Group], metrics: Sequence[str]) -> Any | None:
         place = axis.get_subplotspec()
         axis.set_yticks(range(len(rows)), rows if place is None or place.is_first_col() else [], fontsize=8)
         numbers = [value for line in cells for value in line if not math.isnan(value)]
-        middle = (
-            (min(numbers) + max(numbers)) / 2 if numbers else 0.0
-        )  # darker cells than this get white text
+        # darker cells than this get white text
+        middle = (min(numbers) + max(numbers)) / 2 if numbers else 0.0
         for y, line in enumerate(cells):
             for x, value in enumerate(line):
                 if not math.isnan(value):

@@ -40,9 +40,8 @@ class Composer:
         """cfg: the sweep's own config with Hydra's node; loader: Hydra's config loader; starts: see
         `job.checked`."""
         self.cfg, self.loader, self.starts = cfg, loader, starts
-        self.fixed = {
-            key_of(o) for o in cfg.hydra.overrides.task if not is_sweep(o)
-        }  # keys: Hydra writes true as True
+        # keys: Hydra writes true as True
+        self.fixed = {key_of(o) for o in cfg.hydra.overrides.task if not is_sweep(o)}
         self.bases: dict[tuple[str, ...], DictConfig] = {}
         folders = [Path(str(folder).removeprefix("file://")) for folder in cfg.hydra.searchpath]
         self.given = given_keys(cfg.hydra.overrides.task, folders)

@@ -85,9 +85,8 @@ def one_job(cfg: DictConfig) -> float:
     folder = Path(hydra.sweep.dir).absolute()
     plugins.name(run_folder.plugins_of(folder, RECORD))
     fixed = {key_of(o) for o in read_json(folder / RECORD).texts("overrides") if not is_sweep(o)}
-    given: Any = OmegaConf.to_container(
-        hydra.overrides.task, resolve=False
-    )  # variables stay as they are written
+    # variables stay as they are written
+    given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     overrides = [o for o in given if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)
     composed = with_choices(cfg, hydra.runtime.choices)

@@ -114,9 +114,8 @@ def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
     except UserError:
         raise UserError(f"{folder}: this sweep is already running, in another process.") from None
     try:
-        given: Any = OmegaConf.to_container(
-            cfg.hydra.overrides, resolve=False
-        )  # variables stay as they are written
+        # variables stay as they are written
+        given: Any = OmegaConf.to_container(cfg.hydra.overrides, resolve=False)
         hydra = [o for o in given["hydra"] if key_of(o) != "hydra.mode"]
         values = {"overrides": [*given["task"], *hydra], "folder": str(Path.cwd()), "sweep_dir": str(folder)}
         write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)

@@ -66,9 +66,8 @@ class Checkpoints:
             ]
             parts = self.engine.gather(measure(temporary, sorted(mine)))
             if self.engine.is_main:
-                _flush(
-                    self.folder.parent / "metrics.jsonl"
-                )  # a resumed run counts on the rows up to this step
+                # a resumed run counts on the rows up to this step
+                _flush(self.folder.parent / "metrics.jsonl")
                 seal(temporary, COMPLETE, {name: entry for part in parts for name, entry in part.items()})
         if self.engine.is_main:
             publish(temporary, final)

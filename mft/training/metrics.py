@@ -60,9 +60,8 @@ class Meter:
 
         self.names = list(names)
         self.sums_2K = torch.zeros(2, len(names), dtype=torch.float64, device=device)
-        self.losses_2 = torch.zeros(
-            2, dtype=torch.float64, device=device
-        )  # the objective and the router's loss
+        # the objective and the router's loss
+        self.losses_2 = torch.zeros(2, dtype=torch.float64, device=device)
         self.step_sums_2K, self.step_losses_2 = (
             torch.zeros_like(self.sums_2K),
             torch.zeros_like(self.losses_2),

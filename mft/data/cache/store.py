@@ -27,9 +27,8 @@ from mft.errors import UserError
 if TYPE_CHECKING:
     from mft.data.tokenize import Encoder
 
-WAIT_SECONDS = (
-    24 * 3600.0
-)  # the last resort: when the building rank fails, the waiting ones are ended with it
+# the last resort: when the building rank fails, the waiting ones are ended with it
+WAIT_SECONDS = 24 * 3600.0
 
 
 PER_SAMPLE = ("_start_N", "_stop_N", "_file_N", "_line_N", "split_N", "trained_N", "digest_N", "lengths_N")
