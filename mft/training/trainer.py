@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +19,7 @@ from mft.training.metrics import Meter, task_means
 from mft.training.progress import Silent
 from mft.training.settings import TrainSettings
 from mft.training.state import State
-from mft.training.validate import Evaluator
+from mft.training.validate import Evaluator, forward
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +66,7 @@ class Trainer:
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (nll_BT, router loss) of the model on one micro-batch."""
-        nll_BT, router = self.module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
-        return nll_BT, router
+        return forward(self.module, batch)
 
     def count(self, data: StepBatches) -> StepCounts:
         """Returns the denominators of a step's losses over all ranks, and how many ranks were asked to stop.
@@ -120,7 +120,7 @@ class Trainer:
 
         devices = [self.engine.device] if self.engine.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
-            local = torch.stack([sums_of(batch) for batch in batches]).sum(0)
+            local = reduce(torch.add, map(sums_of, batches))  # in the order of the micro-batches, to the bit
         return self.engine.sum(local)
 
     def log(self, lr: float) -> None:

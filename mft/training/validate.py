@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from mft.batch import Batch
 
 
+def forward(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (nll_BT, router loss) of a prepared `TokenLoss` on one micro-batch."""
+    nll_BT, router = module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
+    return nll_BT, router
+
+
 class Evaluator:
     """Validates on the same micro-batches every time.
 
@@ -38,7 +44,7 @@ class Evaluator:
         with torch.no_grad():
             for batch in self.batches():
                 batch = batch.to(self.engine.device)
-                nll_BT, _ = module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
+                nll_BT, _ = forward(module, batch)
                 sums_2K += task_sums(nll_BT, batch, len(self.names))
         module.train(training)
         return task_means(self.engine.sum(sums_2K)).cpu()
