@@ -99,16 +99,16 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 def full_disk(error: BaseException, folder: Path | None = None) -> UserError | None:
-    """Returns the sentence for a disk that is full, None for any other error and where it was said
+    """Returns the sentence for a disk that is full, None for any other error and where it was reported
     already."""
     if isinstance(error, UserError) or not is_full_disk(error):
         return None
     what = getattr(error, "filename", None) or (f"a file in {folder}" if folder else "a file")
-    told = UserError(
+    refusal = UserError(
         f"The disk is full: {what} could not be written. Make room; the same command then resumes."
     )
-    told.exit_code = 1
-    return told
+    refusal.exit_code = 1
+    return refusal
 
 
 UNREACHABLE = (errno.ENAMETOOLONG, errno.ELOOP)

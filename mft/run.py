@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from mft.batch import BatchSizes
 from mft.config import inputs
 from mft.config.build import Components, build_components
 from mft.config.identity import CONTENTS, identity_of
@@ -207,11 +208,11 @@ def make_trainer(
         stop_requested=stop,
         origin=lambda sample: data.stores[sample[0]].origin(sample[1]),
     )
-    show_model(r, trainer, model, checkpointing)
+    show_model(r, trainer, model, loader.sizes, checkpointing)
     return trainer, export
 
 
-def show_model(r: Run, t: Trainer, model: Any, checkpointing: bool) -> None:
+def show_model(r: Run, t: Trainer, model: Any, sizes: BatchSizes, checkpointing: bool) -> None:
     """Shows which weights are trained, and how."""
     from mft.model.attention import described
     from mft.model.introspect import base_of
@@ -221,7 +222,6 @@ def show_model(r: Run, t: Trainer, model: Any, checkpointing: bool) -> None:
     if t.engine.is_main:
         write_json(r.folder / "report" / "trained.json", trained_weights.as_json(trained))
     t.progress.show(trained_weights.table(trained))
-    sizes = batch_sizes(r.train, t.engine.world)
     facts = {
         "steps": f"{t.total_steps:,}",
         "a step": f"{sizes.total} rows = {sizes.per_device} x {sizes.accumulation} micro-batches x {sizes.world} ranks",

@@ -264,6 +264,15 @@ def action_of(parser: Parser, words: Sequence[str]) -> tuple[str, list[str]]:
     return words[0], list(words[1:])
 
 
+def existing_folder(text: str) -> Path:
+    """Returns a folder that was named; UserError with the nearest one beside it where there is none."""
+    folder = Path(text)
+    if not folder.is_dir():
+        siblings = [path.name for path in folder.parent.glob("*")]
+        raise UserError(f"{text} is not a folder{nearest(folder.name, siblings) or '.'}")
+    return folder
+
+
 def overrides_in(words: Sequence[str]) -> list[str]:
     """Returns words that are overrides; UserError for one that is not, with what was probably meant."""
     from mft.config.overrides import not_an_override

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mft import run_folder
-from mft.commands.arguments import Parser
+from mft.commands.arguments import Parser, existing_folder
 from mft.console.screen import console
 from mft.console.tables import table
-from mft.errors import UserError, nearest
 from mft.files.json_file import read_json
 from mft.runs.results import Run, read_run
 from mft.sweep.folder import RECORD
@@ -43,11 +42,8 @@ def parser() -> Parser:
 
 def run_folders(places: Sequence[str]) -> list[Path]:
     """Returns the run folders in the named folders, else in ROOTS; UserError for what is not a folder."""
-    for place in places:
-        if not Path(place).is_dir():
-            siblings = [path.name for path in Path(place).parent.glob("*")]
-            raise UserError(f"{place} is not a folder{nearest(Path(place).name, siblings) or '.'}")
-    folders = [Path(place) for place in places] or [Path(root) for root in ROOTS if Path(root).is_dir()]
+    named = [existing_folder(place) for place in places]
+    folders = named or [Path(root) for root in ROOTS if Path(root).is_dir()]
     return [run for folder in folders for run in run_folder.runs_under(folder)]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from mft.commands.arguments import existing_folder
 from mft.config import plugins
 from mft.console.screen import say
-from mft.errors import UserError, nearest
+from mft.errors import UserError
 
 
 def final_folder(run: str) -> Path:
@@ -18,10 +19,7 @@ def final_folder(run: str) -> Path:
     from mft.files.checksums import require_sound
     from mft.model.generate import model_folder
 
-    folder = Path(run)
-    if not folder.is_dir():
-        siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UserError(f"{run} is not a folder{nearest(folder.name, siblings) or '.'}")
+    folder = existing_folder(run)
     from mft.training.resume import all_damaged, newest_sound
 
     if (folder / "final").is_dir():

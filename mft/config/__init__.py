@@ -2,7 +2,7 @@
 
 1. `overrides` reads the words of the command line, `compose` hands them to Hydra, which merges the yaml files
 of conf/.
-   What Hydra refuses is said again as a sentence (`compose.explain`, `places`, `other_trainers`,
+   What Hydra refuses is reported as a sentence (`messages`, `places`, `other_trainers`,
    `interpolations`).
 2. `schema` types the settings; `components` says which class a `_target_` may name, `plugins` which packages
 of others.

@@ -38,11 +38,11 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
     except refusals() as error:
         raise UserError(explain(error, search, overrides)) from error
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        if (told := no_path(error)) is not None:
-            raise told from error
-        if (said := of_defaults(error)) is None:
+        if (refusal := no_path(error)) is not None:
+            raise refusal from error
+        if (sentence := of_defaults(error)) is None:
             raise
-        raise UserError(said) from error
+        raise UserError(sentence) from error
 
 
 def compose_resolved(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:

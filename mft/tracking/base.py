@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError
+from mft.files.atomic import write_text
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,7 @@ class Jsonl(Tracker):
                     kept.append(line)
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # half a line, as a kill leaves it; its step is trained and logged again
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
