@@ -13,6 +13,16 @@ from mft.config.compose import compose_resolved
 from mft.launch import job
 from mft.launch.launch import launch
 
+SAVING = (
+    "peft=lora",
+    "peft.dropout=0.1",
+    "optimizer.lr=1e-2",
+    "train.max_steps=6",
+    "train.save_every=2",
+    "train.eval_every=2",
+)
+"""Six steps with dropout, each second one validated and saved."""
+
 
 def write_task(folder: Path, rows: int, seed: int = 0, longest: int = 20) -> Path:
     """Writes a task of chatML rows with answers of 1 to `longest` words; a function of the arguments."""

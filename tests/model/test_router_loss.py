@@ -13,6 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
 from mft.model.token_loss import TokenLoss
+from tests.model.families import LATENT
 from tests.model.rows import batch, inputs
 
 SIZES = {
@@ -29,13 +30,6 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": 0,
     "num_experts_per_tok": 2,
-}
-LATENT = {
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
 }
 DEEPSEEK = LATENT | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 WITH_ITS_OWN = {

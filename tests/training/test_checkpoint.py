@@ -15,17 +15,9 @@ import pytest
 
 from mft.training import checkpoint
 from tests.test_run import same, weights
-from tests.tiny_runs import logged, train
+from tests.tiny_runs import SAVING, logged, train
 
-SETTINGS = (
-    "peft=lora",
-    "peft.dropout=0.1",
-    "optimizer.lr=1e-2",
-    "train.max_steps=6",
-    "train.save_every=2",
-    "train.eval_every=2",
-    "train.keep=1",
-)
+SETTINGS = (*SAVING, "train.keep=1")
 
 
 def train_and_be_killed(moment: str, tmp_path: Path, cache_dir: Path) -> None:

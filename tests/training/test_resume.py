@@ -22,24 +22,15 @@ from mft.model.merge import merge
 from mft.training.checkpoint import complete_steps
 from mft.training.resume import newest_sound
 from tests.test_run import same, weights
-from tests.tiny_runs import logged, train
+from tests.tiny_runs import SAVING, logged, train
 
 pytestmark = pytest.mark.slow
-
-SETTINGS = (
-    "peft=lora",
-    "peft.dropout=0.1",
-    "optimizer.lr=1e-2",
-    "train.max_steps=6",
-    "train.save_every=2",
-    "train.eval_every=2",
-)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     """A finished run with checkpoints of steps 2, 4 and 6."""
-    return train(tmp_path_factory.mktemp("finished"), cache_dir, *SETTINGS)[1]
+    return train(tmp_path_factory.mktemp("finished"), cache_dir, *SAVING)[1]
 
 
 @pytest.fixture
@@ -138,7 +129,7 @@ def test_a_run_goes_on_from_the_newest_sound_checkpoint_and_says_what_it_passed_
 ) -> None:
     flip(run / "checkpoints" / "step-6" / "state" / "shard-0.safetensors")
     halve(run / "checkpoints" / "step-4" / "state" / "rng-0.pt")
-    summary, _ = train(run.parent, cache_dir, *SETTINGS, "train.keep=2")
+    summary, _ = train(run.parent, cache_dir, *SAVING, "train.keep=2")
     said = " ".join(capsys.readouterr().out.split())
     assert "step-6 is damaged and passed over: state/shard-0.safetensors has the checksum" in said
     assert "step-4 is damaged and passed over: state/rng-0.pt has" in said and "resuming from step-2" in said
@@ -160,7 +151,7 @@ def test_a_run_without_a_sound_checkpoint_says_so_and_leaves_them(run: Path, cac
         with pytest.raises(
             UserError, match=r"No checkpoint .*step-6: state/loop\.json .*step-2: .*another output_dir"
         ):
-            train(run.parent, cache_dir, *SETTINGS)
+            train(run.parent, cache_dir, *SAVING)
     with pytest.raises(UserError, match="No checkpoint"):
         final_folder(str(run))
 
@@ -175,7 +166,7 @@ def test_a_checkpoint_written_without_checksums_is_resumed_to_the_bit(
     for new in ("learned", "meter"):
         del values[new]
     (step / "state" / "loop.json").write_text(json.dumps(values))
-    train(run.parent, cache_dir, *SETTINGS)
+    train(run.parent, cache_dir, *SAVING)
     assert same(weights(run / "final"), weights(finished / "final")) and logged(run) == logged(finished)
 
 
@@ -189,21 +180,21 @@ def test_the_step_that_is_asked_for_is_resumed_also_of_a_finished_run(
         ["newer-step-4", "newer-step-6"],
         ["newer-step-4", "newer-step-4-2", "newer-step-6", "newer-step-6-2"],
     ):
-        summary, folder = train(tmp_path, cache_dir, *SETTINGS, asked, out="elsewhere")
+        summary, folder = train(tmp_path, cache_dir, *SAVING, asked, out="elsewhere")
         assert folder == run and summary["status"] == "finished" and not (tmp_path / "elsewhere").exists()
         assert logged(run) == logged(finished) and same(weights(run / "final"), weights(finished / "final"))
         assert sorted(p.name for p in (run / "checkpoints").glob("newer-*")) == left
         assert complete_steps(run / "checkpoints") == [2, 4, 6]
 
     with pytest.raises(UserError, match=r"step-3 does not exist .* Allowed: step-2, step-4, step-6"):
-        train(tmp_path, cache_dir, *SETTINGS, f"train.resume={run}/checkpoints/step-3")
+        train(tmp_path, cache_dir, *SAVING, f"train.resume={run}/checkpoints/step-3")
     with pytest.raises(UserError, match=r"another config: .* there, .*peft\.path=.*step-2.*model\.path="):
-        train(tmp_path, cache_dir, *SETTINGS, asked, "optimizer.lr=3e-3")
+        train(tmp_path, cache_dir, *SAVING, asked, "optimizer.lr=3e-3")
     with pytest.raises(UserError, match=rf"final is not a run folder.*did you mean {run}\?"):
-        train(tmp_path, cache_dir, *SETTINGS, f"train.resume={run}/final")
+        train(tmp_path, cache_dir, *SAVING, f"train.resume={run}/final")
     halve(run / "checkpoints" / "step-2" / "state" / "loss.pt")
     with pytest.raises(UserError, match=r"step-2 is damaged: state/loss\.pt has .* expected"):
-        train(tmp_path, cache_dir, *SETTINGS, asked)
+        train(tmp_path, cache_dir, *SAVING, asked)
     assert complete_steps(run / "checkpoints") == [4, 6], "nothing was set aside"
 
 
@@ -219,7 +210,7 @@ def test_a_damaged_model_is_refused_wherever_it_is_used(finished: Path, run: Pat
     require_sound(final)
     halve(final / "tokenizer.json")
     with pytest.raises(UserError, match=r"final is damaged: tokenizer\.json has [\d,]+ bytes, expected"):
-        train(run.parent, cache_dir, *SETTINGS, f"peft.path={final}", out="further")
+        train(run.parent, cache_dir, *SAVING, f"peft.path={final}", out="further")
     with pytest.raises(UserError, match=r"tokenizer\.json has"):
         merge(final, run / "merged")
     with pytest.raises(
@@ -241,7 +232,7 @@ def test_what_is_written_has_the_mode_of_any_new_file(
 ) -> None:
     old = os.umask(umask)
     try:
-        train(run.parent, cache_dir, *SETTINGS, f"train.resume={run}/checkpoints/step-4")
+        train(run.parent, cache_dir, *SAVING, f"train.resume={run}/checkpoints/step-4")
         merge(run / "final", tmp_path / "merged")
     finally:
         os.umask(old)

@@ -17,15 +17,15 @@ from mft.config.build import build
 from mft.config.compose import compose_resolved
 from mft.errors import UserError
 from mft.model.causal_lm import CausalLM
-from mft.model.export import save_final, save_native
+from mft.model.export import save_native
 from mft.model.legacy.native import NormHead
 from mft.model.legacy.original import Original
 from mft.model.merge import merge
 from mft.model.model_folder import folder_fingerprint
 from mft.model.origin import NOTE, Origin
 from mft.model.peft.lora import Lora
-from mft.model.token_loss import TokenLoss
 from tests.model import originals
+from tests.model.legacy.adapters import saved_adapter
 from tests.model.vocabularies import released
 
 
@@ -45,12 +45,7 @@ def adapter(tokenizer, tmp_path: Path) -> Path:
     """An adapter trained on a Baichuan 2 in its original format, in `source`."""
     folder = released(tmp_path / "source", "baichuan2_7b")
     family = family_of("baichuan2_7b", folder, tmp_path / "cache")
-    model = Lora(rank=4).attach(family.model(torch.float32), family)
-    torch.manual_seed(0)
-    for key, parameter in model.named_parameters():
-        if "lora_B" in key:
-            torch.nn.init.normal_(parameter, std=0.05)
-    save_final(TokenLoss(model, family), tokenizer, tmp_path / "adapter")
+    saved_adapter(family, tokenizer, tmp_path / "adapter")
     return tmp_path / "adapter"
 
 

@@ -20,11 +20,11 @@ from mft.model.export import save_final, save_native
 from mft.model.legacy.families import ChatGLM, Original
 from mft.model.legacy.native import NormHead
 from mft.model.origin import Origin
-from mft.model.peft.lora import Lora
 from mft.model.peft.qlora import QLora
 from mft.model.tiny import byte_tokenizer
 from mft.model.token_loss import TokenLoss
 from tests.model import originals
+from tests.model.legacy.adapters import saved_adapter
 from tests.model.rows import alone, batch, inputs
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "legacy_models"
@@ -110,12 +110,7 @@ def test_an_adapter_finds_its_original_base(name: str, tokenizer, tmp_path: Path
     from peft import PeftModel
 
     family = family_of(name)
-    model = Lora(rank=4).attach(family.model(torch.float32), family)
-    torch.manual_seed(0)
-    for key, parameter in model.named_parameters():
-        if "lora_B" in key:
-            torch.nn.init.normal_(parameter, std=0.05)
-    save_final(TokenLoss(model, family), tokenizer, tmp_path / "adapter")
+    model = saved_adapter(family, tokenizer, tmp_path / "adapter")
     origin = Origin.read(tmp_path / "adapter")
     again = PeftModel.from_pretrained(origin.load(), str(tmp_path / "adapter")).eval()
     ids = torch.randint(2, 100, (1, 12))
