@@ -8,10 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -19,12 +16,12 @@ from mft import run_folder
 from mft.config.schema import Launch, LaunchMode, freeze
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
-from mft.files.json_file import read_json, write_json
+from mft.files.json_file import Values, read_json, write_json
 from mft.launch import multinode, worker
 from mft.launch.failures import forget_failures
 from mft.launch.job import Job
-from mft.launch.multinode import NodeGroup
-from mft.launch.placement import broadcast_from_rank0, broadcasts, detect_rank
+from mft.launch.node_group import NodeGroup
+from mft.launch.placement import broadcast_from_rank0, detect_rank
 from mft.launch.rank_log import written_to
 from mft.launch.resume_choice import is_finished, step_of
 from mft.launch.signals import SAVED, Stopped, exit_code, handlers
@@ -33,19 +30,31 @@ from mft.run_folder import RunStatus
 from mft.training.resume import rewind
 
 
-def launch_command(job: Job, dated: bool, say: Callable[[str], None] = say) -> None:
+def launch_command(job: Job, dated: bool) -> None:
     """Launches the job of one `mft train`: in the folder it chooses, on this machine or on several.
 
-    dated: whether output_dir was made up from the date, see `Job.choose`.
+    dated: whether output_dir is the default, named by the date, see `Job.choose`.
     """
-    with joined(job) as nodes:
-        if nodes is None or nodes.rank == 0:
-            launch(job, job.choose(dated)[0], say, nodes)
+    settings = OmegaConf.to_object(job.cfg.launch)
+    assert isinstance(settings, Launch)
+    if settings.nnodes == 1:
+        launch(job, job.choose(dated)[0])
+        return
+    facts = {"launch.nnodes": settings.nnodes, "ranks": job.world // settings.nnodes, "data": job.data}
+    fingerprints = job.identity.fingerprints.items()
+    facts |= {name: value[:10] for name, value in fingerprints if not name.startswith("task.")}
+    # last: what differs in the others makes the config differ, and says it better
+    nodes = multinode.join(settings, facts | {"config": job.identity.extended[:10]})
+    try:
+        if nodes.rank == 0:
+            launch(job, job.choose(dated)[0], nodes)
         elif (folder := nodes.share_folder()) is None:
             say("this run is already finished.")
         else:
             say(f"run folder {folder}, host {nodes.rank} of {len(nodes.names)}")
             _run_ranks(job, folder, nodes)
+    finally:
+        nodes.close()
 
 
 def follow_rank0() -> None:
@@ -56,26 +65,11 @@ def follow_rank0() -> None:
     folder = broadcast_from_rank0(None)
     if folder is None:
         raise SystemExit(2)
-    if folder:  # else the run is finished already
+    if folder:  # "" where the run is already finished
         worker.placed_rank_main(Path(folder) / "log", worker.run_job, (folder,))
 
 
-@contextmanager
-def refusing_for_all() -> Iterator[None]:
-    """Context of rank 0: what fails before it has named the folder is announced to the ranks that wait for
-    it."""
-    before = broadcasts()
-    try:
-        yield
-    except Exception:
-        if broadcasts() == before:
-            broadcast_from_rank0(None)
-        raise
-
-
-def launch(
-    job: Job, folder: Path, say: Callable[[str], None] = say, nodes: NodeGroup | None = None
-) -> dict[str, Any]:
+def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
     """Runs the job in `folder`, resumes it or skips it when it is finished; returns its summary.
 
     nodes: the machines of the run, of which this is number 0. Raises UserError for a mistake found in a rank
@@ -98,8 +92,10 @@ def launch(
         cfg = copy.deepcopy(job.cfg)
         cfg.output_dir = str(folder)
         freeze(cfg, folder / "config.yaml")
+        # after the config: a folder with an identity holds a run, whose config differences are shown
         write_json(folder / "identity.json", job.identity.as_json(), durable=True)
         write_json(folder / "overrides.json", job.describe())
+        # last: from here on the other ranks and hosts read the folder
         broadcast_from_rank0(str(folder))
         if nodes:
             forget_failures(folder / "log")
@@ -112,7 +108,7 @@ def launch(
     return read_json(folder / "summary.json")
 
 
-def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None = None) -> None:
+def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None) -> None:
     """Runs this machine's ranks of the run in `folder`. Raises what ended it, also a signal to another
     machine."""
     settings, log, arguments = job.cfg.launch, folder / "log", (str(folder),)
@@ -120,7 +116,11 @@ def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None = None) -> None:
         if detect_rank() is not None:
             worker.placed_rank_main(log, worker.run_job, arguments)
         elif settings.mode is LaunchMode.inline:
-            _run_inline(folder)
+            log.mkdir(parents=True, exist_ok=True)
+            with handlers(worker.stop.request), written_to(log / "rank0.log", 0):
+                worker.run_job(*arguments)
+            if worker.stop():
+                raise Stopped(worker.stop.signal, exit_code(folder, worker.stop.signal))
         else:
             nproc = job.world // settings.nnodes
             try:
@@ -132,31 +132,3 @@ def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None = None) -> None:
         raise
     if nodes and run_folder.status(folder) == RunStatus.stopped:  # by a signal to another machine
         raise Stopped(signal.SIGTERM, SAVED)
-
-
-def _run_inline(folder: Path) -> None:
-    log = folder / "log"
-    log.mkdir(parents=True, exist_ok=True)
-    with handlers(worker.stop.request), written_to(log / "rank0.log", 0):
-        worker.run_job(str(folder))
-    if worker.stop():
-        raise Stopped(worker.stop.signal, exit_code(folder, worker.stop.signal))
-
-
-@contextmanager
-def joined(job: Job) -> Iterator[NodeGroup | None]:
-    """The machines of the job, which have met and agree on what they run; None: it has one machine."""
-    if job.cfg.launch.nnodes == 1:
-        yield None
-        return
-    settings = OmegaConf.to_object(job.cfg.launch)
-    assert isinstance(settings, Launch)
-    facts = {"launch.nnodes": settings.nnodes, "ranks": job.world // settings.nnodes, "data": job.data}
-    facts |= {
-        name: value[:10] for name, value in job.identity.fingerprints.items() if not name.startswith("task.")
-    }
-    nodes = multinode.join(settings, facts | {"config": job.identity.extended[:10]})
-    try:
-        yield nodes
-    finally:
-        nodes.close()

@@ -7,10 +7,10 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from mft.console.credentials import hidden
 from mft.console.streams import steady
@@ -20,16 +20,16 @@ CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
 
 class LineLog:
-    """A text file of whole lines: without colours, and without what a progress bar draws over.
+    """A text file of complete lines: without colours, and without what a progress bar draws over.
 
-    A bar is a line that is not ended but started again, by a carriage return; the file gets what is drawn
-    last.
+    A bar restarts its line with a carriage return instead of ending it; the file gets the last drawing.
     """
 
     def __init__(self, path: Path):
         self._file = path.open("a", encoding="utf-8")
         self._lock = threading.Lock()  # a progress bar is drawn by a thread of its own
-        self._line = ""  # not ended yet
+        self._line = ""
+        """The last line, not ended yet."""
 
     def write(self, text: str) -> None:
         """Appends text as a terminal would."""
@@ -45,30 +45,27 @@ class LineLog:
 
     def close(self) -> None:
         """Ends the file; what is written afterwards goes to the terminal only."""
-        with suppress(OSError):  # what is still to be written, on a full disk
+        with suppress(OSError):  # the disk may be full
             self._file.write(self._line)
             self._file.close()
 
 
-def tee(stream: Any, log: LineLog) -> None:
-    """Writes what goes to a stream to a log, too, both without credentials.
+def tee(stream: TextIO, log: LineLog | None = None) -> None:
+    """Hides credentials in what is written to a stream, and copies it to a log.
 
     The stream stays the same object, for everybody who holds it. A log that cannot be written (a full disk)
     does not end a run.
     """
     write = stream.write
 
-    def both(text: str) -> Any:
+    def write_hidden(text: str) -> int:
         text = hidden(text)
-        with suppress(OSError, ValueError):
-            log.write(text)
+        if log is not None:
+            with suppress(OSError, ValueError):
+                log.write(text)
         return write(text)
 
-    stream.write = both
-
-
-def _hiding(write: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: write(hidden(text))
+    stream.write = write_hidden  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -87,12 +84,12 @@ def written_to(path: Path, rank: int) -> Iterator[int]:
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(file)
-        for stream in (sys.stdout, sys.stderr):
-            stream.write = _hiding(stream.write)  # type: ignore[method-assign]
+        tee(sys.stdout)
+        tee(sys.stderr)
         yield terminal
         return
     steady(lasting=True)
-    log, streams = LineLog(path), (sys.stdout, sys.stderr)
+    log, streams = LineLog(path), (sys.stdout, sys.stderr)  # after `steady`, which may replace them
     for stream in streams:
         tee(stream, log)
     try:

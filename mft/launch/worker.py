@@ -1,8 +1,8 @@
 """One rank of a run: `torchrun -m mft.launch.worker RUN_DIR` replays a run, `spawn` calls `rank_main` in each
 process.
 
-A rank never outlives the process that started it, reports what it failed of, and does not wait forever for a
-rank that failed.
+A rank never outlives the process that started it, reports its failure, and does not wait forever for a rank
+that failed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mft import run_folder
 from mft.config import plugins
@@ -29,10 +29,11 @@ from mft.launch.failures import cause_elsewhere, is_root_cause, render_failure, 
 from mft.launch.placement import detect_rank
 from mft.launch.rank_log import written_to
 from mft.launch.signals import SAVED, SIGNALS, UNSAVED, Stop, exit_code
+from mft.launch.torch_private import forked_after_cuda
 
 FAILED_PEER_SECONDS = 5.0
-"""How long a rank lives after another one failed: it may be waiting for it in a collective that never
-ends."""
+"""How long a rank lives after another one failed: it may wait for that one in a collective that never ends,
+but should first get the chance to report an error of its own."""
 
 stop = Stop()
 """Whether this rank was asked to stop."""
@@ -46,8 +47,6 @@ def run_job(run_dir: str) -> None:
     Raises UserError for mistakes and for memory that ran out. A signal lets it stop in good order; the caller
     looks at `stop` afterwards.
     """
-    from omegaconf import OmegaConf
-
     from mft.config.interpolations import check_variables
     from mft.config.schema import read
     from mft.launch.out_of_memory import explain
@@ -64,12 +63,9 @@ def run_job(run_dir: str) -> None:
     try:
         run(cfg, folder, stop)
     except Exception as error:
-        explained = explain(error, cast("dict[str, Any]", OmegaConf.to_container(cfg))) or full_disk(
-            error, folder
-        )
-        if explained is None:
-            raise
-        raise explained from error
+        if explained := explain(error, cfg) or full_disk(error, folder):
+            raise explained from error
+        raise
 
 
 def rank_main(
@@ -95,21 +91,22 @@ def rank_main(
     guard_logs()
     with written_to(report.with_name(f"rank{rank}.log"), rank) as terminal:
         _limit_threads()
-        gc.freeze()  # else an engine that ends makes the collector walk over all that was imported: 0.3 to 0.5 s
+        gc.freeze()  # else closing an engine makes the collector walk over all imports: 0.3 to 0.5 s
         threading.Thread(target=_watch, args=(report, started), daemon=True, name="watchdog").start()
         try:
-            _require_untouched_gpu()
+            assert not forked_after_cuda(), "a preloaded module initialised CUDA: no rank could use a GPU"
             result = function(*arguments)
         except Exception as error:
-            with suppress(OSError):  # of a full disk the parent learns by the room that is left
+            # a full disk takes neither report nor traceback; the launching process looks at the free space
+            with suppress(OSError):
                 write_report(report, error, rank)
             if rank > 0:
                 with suppress(OSError):
                     traceback.print_exc()
-                if variables is None and is_root_cause(report, started):  # nobody else would show it
+                if variables is None and is_root_cause(report, started):  # no other process would show it
                     os.write(terminal, f"{render_failure(error, rank)}\n".encode())
             raise
-    for name in SIGNALS:  # what is left is to wait for the others; nobody would look at `stop` any more
+    for name in SIGNALS:  # only waiting for the other ranks is left, and nothing looks at `stop` any more
         signal.signal(name, lambda signum, frame: os._exit(SAVED))
     if stop():
         raise SystemExit(exit_code(Path(log).parent, stop.signal))
@@ -120,8 +117,8 @@ def placed_rank_main(log: Path, function: Callable[..., Any], arguments: Sequenc
     """Calls function(*arguments) as the rank that this process was placed as (torchrun, accelerate launch,
     srun).
 
-    Rank 0, which speaks to the person, raises what another rank failed of where it only lost its connection
-    to it.
+    Only rank 0 is sure to be seen by a person: where it lost its connection to a rank that failed, it raises
+    the error of that rank.
     """
     since = time.time()
     try:
@@ -136,38 +133,27 @@ def placed_rank_main(log: Path, function: Callable[..., Any], arguments: Sequenc
 
 
 def _limit_threads() -> None:
-    """Divides the cores among the ranks of this machine, unless OMP_NUM_THREADS says otherwise.
-
-    A forked rank has OpenMP loaded already, which reads the variable only once: so torch is told, too.
-    """
+    """Divides the cores among the ranks of this machine, unless OMP_NUM_THREADS says otherwise."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # a forked rank has OpenMP loaded already, which reads the variable only once
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
-
-
-def _require_untouched_gpu() -> None:
-    import torch
-
-    assert not torch.cuda._is_in_bad_fork(), "a preloaded module initialised CUDA: no worker could use a GPU"
 
 
 def _watch(report: Path, started: float) -> None:
     """Ends this rank when the launching process is gone (kill -9 leaves no other trace), or a peer has
     failed."""
-    parent = multiprocessing.parent_process()
+    parent = multiprocessing.parent_process()  # the process that asked the fork server, not the server
     started_by = os.getppid()
     failed_since: float | None = None
     while True:
         if parent is not None:
-            # waits for the process that asked the fork server for this one, not for the fork server
             parent.join(0.5)
-            gone = not parent.is_alive()
         else:
             time.sleep(0.5)
-            gone = os.getppid() != started_by
-        if gone:
+        if os.getppid() != started_by if parent is None else not parent.is_alive():
             os._exit(UNSAVED)
         others = (path for path in report.parent.glob("*.error.json") if path != report)
         if any(path.stat().st_mtime >= started for path in others):  # an older one is of an earlier attempt
@@ -176,21 +162,18 @@ def _watch(report: Path, started: float) -> None:
                 os._exit(1)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """`python -m mft.launch.worker RUN_DIR`, alone, under torchrun or under srun."""
-    folders = list(sys.argv[1:] if arguments is None else arguments)
-    if len(folders) != 1:
-        raise SystemExit(
-            "usage: python -m mft.launch.worker RUN_DIR   (or torchrun --nproc-per-node N -m "
-            "mft.launch.worker RUN_DIR)"
-        )
+    if len(arguments) != 1:
+        command = "-m mft.launch.worker RUN_DIR"
+        raise SystemExit(f"usage: python {command}   (or torchrun --nproc-per-node N {command})")
     detect_rank()  # translates SLURM's variables
     try:
-        placed_rank_main(Path(folders[0]) / "log", run_job, (folders[0],))
+        placed_rank_main(Path(arguments[0]) / "log", run_job, arguments)
     except UserError as error:
         say(error, sys.stderr)
         raise SystemExit(1) from None
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -33,16 +33,22 @@ from mft.sweep.folder import RECORD, folder_of, is_sweep, job_folder, taken
 from mft.sweep.jobs import finish, plan_jobs, require_success
 from mft.sweep.pool import SweepJob
 
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
+    from hydra.core.utils import JobReturn
+    from hydra.plugins.launcher import Launcher
+
 
 class ExternalLauncher:
-    """Stands between Hydra's sweeper and a launcher: hands it the jobs that are left, and reads results in
-    folders."""
+    """Stands between Hydra's sweeper and a launcher: passes on the unfinished jobs, and reads their results
+    from their folders."""
 
-    def __init__(self, launcher: Any, cfg: DictConfig, loader: Any, dry_run: bool):
+    def __init__(self, launcher: Launcher, cfg: DictConfig, loader: ConfigLoader, dry_run: bool):
         self.launcher, self.cfg, self.loader, self.dry_run = launcher, cfg, loader, dry_run
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
-        """Returns nothing for Hydra to look at; UserError if any job failed, Stopped after Ctrl-C."""
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Returns nothing, so Hydra has nothing to check; UserError if any job failed, Stopped after
+        Ctrl-C."""
         jobs = plan_jobs(self.cfg, self.loader, job_overrides, self.dry_run, starts=False)
         waiting = [job for job in jobs if job.state == RunStatus.waiting]
         folder = folder_of(self.cfg)
@@ -76,8 +82,8 @@ def collect_result(job: SweepJob) -> None:
 
 
 def one_job(cfg: DictConfig) -> float:
-    """Runs one job where a launcher has put it; returns its objective. A failure is left in its folder, then
-    raised."""
+    """Runs one job where a launcher has put it; returns its objective. A failure is written to its folder,
+    then raised."""
     from hydra.core.hydra_config import HydraConfig
 
     register()
@@ -85,9 +91,9 @@ def one_job(cfg: DictConfig) -> float:
     folder = Path(hydra.sweep.dir).absolute()
     plugins.name(run_folder.plugins_of(folder, RECORD))
     fixed = {key_of(o) for o in read_json(folder / RECORD).texts("overrides") if not is_sweep(o)}
-    # variables stay as they are written
-    given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
-    overrides = [o for o in given if key_of(o) != "sweep"]
+    # unresolved, as in `taken`: they are written to the run folder
+    of_job: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    overrides = [o for o in of_job if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)
     composed = with_choices(cfg, hydra.runtime.choices)
     job = checked(absolute_paths(typed(replaced(composed))), overrides, label)

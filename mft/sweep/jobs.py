@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -29,27 +29,44 @@ from mft.sweep.folder import DryRunDone, folder_of, job_folder, remove_if_unused
 from mft.sweep.median_rule import should_prune
 from mft.sweep.pool import SweepJob
 
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
+    from hydra.core.utils import JobReturn
+
+    from mft.tracking.base import Tracker
+
 
 def run_grid(
-    cfg: DictConfig, loader: Any, job_overrides: Sequence[Sequence[str]], dry_run: bool = False
-) -> list[Any]:
+    cfg: DictConfig, loader: ConfigLoader, job_overrides: Sequence[Sequence[str]], dry_run: bool
+) -> list[JobReturn]:
     """Runs the jobs of a sweep and returns Hydra's JobReturn of each.
 
     Finished jobs are skipped and unfinished ones resumed. A failed job leaves its traceback in its folder and
     the others run; at the end a table shows how each ended. Raises UserError if any failed, Stopped after a
     signal.
     """
+    from hydra.core.utils import JobReturn, JobStatus
+
     jobs = plan_jobs(cfg, loader, job_overrides, dry_run)
     folder = folder_of(cfg)
     with taken(cfg, folder):
         display.start(jobs, folder)
         finish(jobs, folder, _run_waiting(jobs, folder))
     require_success(jobs)
-    return [_job_return(overrides, job) for overrides, job in zip(job_overrides, jobs, strict=True)]
+    results = []  # our own grid ignores them, sweepers of other packages learn from them
+    for overrides, job in zip(job_overrides, jobs, strict=True):
+        value = objective(read_json(job.folder / "summary.json"))
+        done = JobReturn(overrides, job.checked.cfg, None, str(job.folder), "mft", JobStatus.COMPLETED, value)
+        results.append(done)
+    return results
 
 
 def plan_jobs(
-    cfg: DictConfig, loader: Any, job_overrides: Sequence[Sequence[str]], dry_run: bool, starts: bool = True
+    cfg: DictConfig,
+    loader: ConfigLoader,
+    job_overrides: Sequence[Sequence[str]],
+    dry_run: bool,
+    starts: bool = True,
 ) -> list[SweepJob]:
     """Returns the checked jobs with their folders and states; a dry run prints them and raises DryRunDone.
 
@@ -76,52 +93,59 @@ def plan_jobs(
 
 
 def sweep_job(checked: Job, folder: Path, number: int, earlier: Sequence[SweepJob]) -> SweepJob:
-    """Returns a job with its folder, how far it is, and its state: waiting, skipped, pruned, same (as an
-    earlier)."""
+    """Returns a job with its folder, its progress, and its state: waiting, skipped, pruned, or same (as an
+    earlier one)."""
     job = SweepJob(number, checked, job_folder(checked, folder))
     if any(other.folder == job.folder for other in earlier):
         job.state = RunStatus.same
     elif is_finished(job.folder, checked.identity):
         job.state = RunStatus.skipped
-    elif run_folder.state(job.folder) is RunStatus.pruned and checked.cfg.launch.prune:
+    elif checked.cfg.launch.prune and run_folder.state(job.folder) is RunStatus.pruned:
         job.state = RunStatus.pruned
     job.update()
     return job
 
 
 def finish(jobs: Sequence[SweepJob], folder: Path, signum: int) -> None:
-    """Prints how every job ended and leaves the report; raises Stopped if a signal ended the sweep."""
+    """Prints how every job ended and writes the report; raises Stopped if a signal ended the sweep."""
     display.table(jobs, folder)
     if signum:
         say(f"stopped; resume with: mft sweep resume {os.path.relpath(folder)}")
         raise Stopped(signum, INTERRUPTED if signum == signal.SIGINT else SAVED)
-    leave_report(jobs, folder)
+    try:
+        from mft.runs.report import leave_report
+
+        if report := leave_report(folder):
+            say(f"report: {os.path.relpath(report)}")
+            cfg = jobs[0].checked.cfg
+            for tracker in _trackers(cfg):
+                tracker.report(folder, report, {"sweep": str(cfg.sweep or folder.name), "name": cfg.name})
+    except Exception as error:  # the results exist; a missing picture must not look like a failed sweep
+        say(f"the report could not be written: {type(error).__name__}: {error}")
 
 
 def require_success(jobs: Sequence[SweepJob]) -> None:
     """Raises UserError unless all jobs are done."""
     words = {RunStatus.failed: "failed", RunStatus.stopped: "stopped", RunStatus.waiting: "not started"}
     counts = {word: sum(job.state == state for job in jobs) for state, word in words.items()}
-    if not any(counts.values()):
-        return
     missing = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    error = UserError(
-        f"of {len(jobs)} jobs {missing}; the same command again runs them and skips the others."
-    )
-    error.exit_code = 1
-    raise error
+    if missing:
+        sentence = f"of {len(jobs)} jobs {missing}; the same command again runs them and skips the others."
+        error = UserError(sentence)
+        error.exit_code = 1
+        raise error
 
 
-def _run_waiting(jobs: list[SweepJob], folder: Path) -> int:
-    """Runs what waits; returns the signal that ended it, 0: none."""
+def _run_waiting(jobs: Sequence[SweepJob], folder: Path) -> int:
+    """Runs the waiting jobs; returns the signal that ended it, 0: none."""
     waiting = [job for job in jobs if job.state == RunStatus.waiting]
     if not waiting:
         return 0
     cfg = waiting[0].checked.cfg
     if cfg.launch.mode is LaunchMode.inline or detect_rank() is not None:
-        _run_here(jobs, cfg.launch.fail_fast)
+        _run_here(waiting, len(jobs), cfg.launch.fail_fast)
         return 0
-    return run_side_by_side(iter(waiting), jobs, folder, cfg, min(cfg.launch.jobs, len(waiting)))
+    return run_side_by_side(iter(waiting), jobs, folder, cfg, min(cfg.launch.jobs, len(waiting)), len(jobs))
 
 
 def run_side_by_side(
@@ -130,7 +154,7 @@ def run_side_by_side(
     folder: Path,
     cfg: DictConfig,
     at_once: int,
-    total: int | None = None,
+    total: int,
     on_end: Callable[[SweepJob], None] = lambda job: None,
 ) -> int:
     """Runs what an iterator yields, so many jobs at once; returns the signal that ended it, 0: none.
@@ -138,8 +162,8 @@ def run_side_by_side(
     jobs: all of the sweep, for the median rule and the display, may grow; cfg: of one job; total: how many
     jobs there will be; on_end: called with every job that has ended.
     """
-    if at_once > 1:  # a new database takes seconds, and jobs would wait for the one that makes it
-        for tracker in trackers(cfg):
+    if at_once > 1:  # a new database takes seconds to create, and the jobs would wait for the one that does
+        for tracker in _trackers(cfg):
             tracker.prepare()
     settings = cfg.launch
     with display.live(jobs, folder, total) as show:
@@ -155,16 +179,15 @@ def run_side_by_side(
         return pool.run(waiting, at_once, settings.fail_fast, on_change, prune)
 
 
-def trackers(cfg: DictConfig) -> list[Any]:
-    """Returns the trackers of a job."""
+def _trackers(cfg: DictConfig) -> list[Tracker]:
     return [component(cfg, f"tracking.{name}") for name in cfg.tracking]
 
 
-def _run_here(jobs: Sequence[SweepJob], fail_fast: bool) -> None:
-    """Runs the jobs in this process, one after another, their output on the terminal (inline, or placed
+def _run_here(waiting: Sequence[SweepJob], total: int, fail_fast: bool) -> None:
+    """Runs the jobs in this process, one after another, with their output on the terminal (inline, or placed
     ranks)."""
-    for job in (job for job in jobs if job.state == RunStatus.waiting):
-        say(f"\njob {job.number}/{len(jobs)}  {job.checked.label}")
+    for job in waiting:
+        say(f"\njob {job.number}/{total}  {job.checked.label}")
         try:
             launch(job.checked, job.folder)
             job.state = run_folder.status(job.folder)
@@ -174,39 +197,3 @@ def _run_here(jobs: Sequence[SweepJob], fail_fast: bool) -> None:
         job.update()
         if job.state == RunStatus.failed and fail_fast:
             break
-
-
-def leave_report(jobs: Sequence[SweepJob], folder: Path) -> None:
-    """Leaves the comparison of what is finished in the sweep's folder, and with every tracker that keeps such
-    files."""
-    from mft.runs.report import leave_report
-
-    try:
-        report = leave_report(folder)
-        if report is None:
-            return
-        say(f"report: {os.path.relpath(report)}")
-        cfg = jobs[0].checked.cfg
-        for tracker in trackers(cfg):
-            tracker.report(folder, report, {"sweep": str(cfg.sweep or folder.name), "name": cfg.name})
-    except Exception as error:  # the results are there; a missing picture must not look like a failed sweep
-        say(f"the report could not be written: {type(error).__name__}: {error}")
-
-
-def _job_return(overrides: Sequence[str], job: SweepJob) -> Any:
-    from hydra.core.utils import JobReturn, JobStatus
-
-    done = job.state in (RunStatus.finished, RunStatus.skipped, RunStatus.pruned, RunStatus.same)
-    status = JobStatus.COMPLETED if done else JobStatus.FAILED
-    result = JobReturn(
-        overrides=list(overrides),
-        cfg=job.checked.cfg,
-        working_dir=str(job.folder),
-        task_name="mft",
-        status=status,
-    )
-    if done:
-        result.return_value = objective(read_json(job.folder / "summary.json"))
-    else:
-        result.return_value = UserError(job.error or f"job {job.checked.label}: {job.state}")
-    return result

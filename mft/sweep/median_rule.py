@@ -23,12 +23,12 @@ def should_prune(job: SweepJob, jobs: Sequence[SweepJob], validations: int) -> s
     steps = [step for step in job.values if step > 0]
     if len(steps) < validations:
         return ""
-    step = max(steps)
-    rivals = [
-        o for o in jobs if o is not job and o.state != RunStatus.same and max(o.values, default=0) >= step
-    ]
-    bests = [best for rival in rivals if (best := rival.best_until(step)) is not None]
-    own = job.best_until(step)
-    if len(bests) < OTHERS or own is None or own <= median(bests):
+    step, own = max(steps), min(job.values.values())
+    bests = []
+    for other in jobs:
+        until = [value for at, value in other.values.items() if at <= step]
+        if other is not job and other.state != RunStatus.same and until and max(other.values) >= step:
+            bests.append(min(until))
+    if len(bests) < OTHERS or own <= median(bests):
         return ""
     return f"at step {step} its best is {own:.4f}, the median of {len(bests)} others {median(bests):.4f}"
