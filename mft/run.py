@@ -13,11 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft.config import inputs
-from mft.config.build import Components, build_components
-from mft.config.identity import CONTENTS, identity_of
-from mft.config.schema import batch_sizes, plain, typed
-from mft.config.validate import check_validation
+from mft.config import build, identity, inputs, schema, validate
 from mft.console.tables import settings_table
 from mft.data import mixture, report
 from mft.data.datasets import Dataset, dataset
@@ -31,12 +27,10 @@ from mft.files.json_file import read_json, write_json
 from mft.hardware import quiet_libraries
 from mft.run_folder import RunStatus
 from mft.tracking.base import FanOut, Jsonl, Tracker
-from mft.training import provenance, summary
+from mft.training import metrics, provenance, resume, summary
 from mft.training.checkpoint import Checkpoints, restore, write_final
 from mft.training.loop import fit
-from mft.training.metrics import Meter, flops_per_token
 from mft.training.progress import Silent, Terminal
-from mft.training.resume import all_damaged, newest_sound, set_aside
 from mft.training.sample_answers import Answers
 from mft.training.settings import TrainSettings
 from mft.training.trainer import Trainer
@@ -59,7 +53,7 @@ class Run:
 
     cfg: DictConfig
     folder: Path
-    parts: Components
+    parts: build.Components
     settings: TrainSettings
     data_settings: DataSettings
     data: Dataset
@@ -74,7 +68,7 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool]) -> RunStatus:
     """
     started = time.perf_counter()
     quiet_libraries()
-    r = start(typed(cfg), run_dir)
+    r = start(schema.typed(cfg), run_dir)
     loader = make_loader(r)
     model = load_model(r)
     trainer, export = make_trainer(r, loader, model, stop)
@@ -88,7 +82,7 @@ def start(cfg: DictConfig, folder: Path) -> Run:
 
     In this order: the ranks that wait for the tokens would wait in a collective otherwise, and time out.
     """
-    parts = build_components(cfg)
+    parts = build.build_components(cfg)
     settings, data_settings = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)
     assert isinstance(settings, TrainSettings) and isinstance(data_settings, DataSettings)
     first = first_on_machine()  # tokenises, and the others read its cache
@@ -110,28 +104,21 @@ def make_loader(r: Run) -> BatchLoader:
     data, tasks, names, loss = r.data, r.data.tasks, r.data.names, r.parts.loss
     for renderable in (*report.tables(data.stores, names), *report.notes(data.stores, names)):
         r.progress.show(renderable)
+    pad_id: Any = data.tokenizer.pad_token_id
+    sizes, shares = schema.batch_sizes(r.settings, r.engine.world), [task.share for task in tasks]
     loader = BatchLoader(
-        data.stores,
-        r.parts.rows,
-        batch_sizes(r.settings, r.engine.world),
-        r.engine.rank,
-        data.tokenizer.pad_token_id,  # type: ignore[arg-type]
-        r.settings,
-        r.data_settings,
-        [task.share for task in tasks],
+        data.stores, r.parts.rows, sizes, r.engine.rank, pad_id, r.settings, r.data_settings, shares
     )
     total, mixed = loader.total_steps(), loader.mixture(names)
     r.progress.show(mixture.table(mixed, r.data_settings))
     if (warmup := getattr(r.parts.scheduler, "warmup", 0)) >= 1 and warmup > total:
-        r.progress.show(
-            f"scheduler.warmup={warmup:g}: the learning rate does not reach its peak in {total:,} steps"
-        )
+        r.progress.show(f"scheduler.warmup={warmup:g}: lr does not reach its peak in {total:,} steps")
     if r.engine.is_main:
         data.write_report(r.folder / "report")
         write_json(r.folder / "report" / "mixture.json", mixed)
         write_json(r.folder / "plan.json", {"total_steps": total, "tasks": names})
     valid_counts = loader.valid_counts(len(tasks))
-    check_validation(r.settings, loss, dict(zip(names, valid_counts, strict=True)))
+    validate.check_validation(r.settings, loss, dict(zip(names, valid_counts, strict=True)))
     loss.setup(names, [task.weight for task in tasks])
     loss.check_schedule(total, valid_counts)
     return loader
@@ -178,6 +165,7 @@ def make_trainer(
         return Evaluator(engine, names, lambda: loader.probe(step, loss.probe_samples)).losses(module)
 
     total, base_lr, scheduler = loader.total_steps(), r.parts.base_lr, r.parts.scheduler
+    flops = metrics.flops_per_token(engine.unwrap(module))
     keep = settings.keep if settings.keep is not None else r.parts.peft.default_checkpoint_limit
     # without gathering a checkpoint holds the sharded state alone
     write_model: Export = export if engine.gather_on_save else lambda folder: None
@@ -193,7 +181,7 @@ def make_trainer(
         evaluator=Evaluator(engine, names, loader.validation),
         probe=probe,
         save=Checkpoints(r.folder, engine, loss, write_model, keep, settings.keep_task_best).save,
-        meter=Meter(names, engine.device, flops_per_token(engine.unwrap(module)), settings.peak_tflops),
+        meter=metrics.Meter(names, engine.device, flops, settings.peak_tflops),
         tracker=FanOut([Jsonl(), *r.parts.trackers]) if engine.is_main else Tracker(),
         progress=r.progress,
         settings=settings,
@@ -237,10 +225,9 @@ def make_answers(r: Run, model: Model) -> Answers:
     def answer(conversations: list[list[dict[str, str]]]) -> list[str]:
         options: dict[str, Any] = {"do_sample": False, "max_new_tokens": new_tokens}
         options["together"] = engine.sharded
+        encoder = r.data.encoder
         model.eval()
-        texts = engine.run_as_forward(
-            lambda: generate.answer(model, r.data.encoder, conversations, **options)
-        )
+        texts = engine.run_as_forward(lambda: generate.answer(model, encoder, conversations, **options))
         model.train()
         return texts
 
@@ -248,22 +235,20 @@ def make_answers(r: Run, model: Model) -> Answers:
     return Answers(read_prompts(Path(wanted)) if wanted else [], answer)
 
 
-def resume(r: Run, t: Trainer) -> None:
+def restore_newest(r: Run, t: Trainer) -> None:
     """Restores the newest sound checkpoint; renames the damaged ones that are newer."""
-    checkpoint, damaged = newest_sound(r.folder, t.engine)
+    checkpoint, damaged = resume.newest_sound(r.folder, t.engine)
     if checkpoint is None and damaged:
-        raise all_damaged(r.folder, damaged)
+        raise resume.all_damaged(r.folder, damaged)
     for name, problem in damaged.items() if t.engine.is_main else ():
-        moved = set_aside(r.folder / "checkpoints" / name, "damaged")
+        moved = resume.set_aside(r.folder / "checkpoints" / name, "damaged")
         t.progress.show(f"{name} is damaged and passed over: {problem}; it is now checkpoints/{moved.name}")
     if checkpoint is None:
         seed_everything(r.settings.seed + 1 + t.engine.rank)  # dropout differs from rank to rank
         return
     exact = restore(checkpoint, t.state, t.engine, t.loss)
-    ranks = (
-        "" if exact else ", written on another number of ranks: the same samples, losses equal to rounding"
-    )
-    t.progress.show(f"resuming from {checkpoint.name}{ranks}")
+    note = "" if exact else ", saved by another number of ranks: same samples, losses equal to rounding"
+    t.progress.show(f"resuming from {checkpoint.name}{note}")
 
 
 def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, started: float) -> RunStatus:
@@ -273,9 +258,9 @@ def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, start
     """
     engine, folder = t.engine, r.folder
     answers.ask("before")
-    resume(r, t)
+    restore_newest(r, t)
     status = RunStatus.failed
-    t.tracker.open(folder, plain(r.cfg), run_tags(r.cfg, folder), t.state.step)
+    t.tracker.open(folder, schema.plain(r.cfg), run_tags(r.cfg, folder), t.state.step)
     try:
         t.progress.start(t.state.step, t.total_steps)
         status = fit(t)
@@ -309,32 +294,32 @@ def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, start
 
 
 def require_unchanged(
-    cfg: DictConfig, folder: Path, parts: Components, of_tasks: Mapping[str, str] | None = None
+    cfg: DictConfig, folder: Path, parts: build.Components, of_tasks: Mapping[str, str] | None = None
 ) -> None:
     """Raises UserError where what was read is not what the folder's identity records.
 
     of_tasks: fingerprints of the tasks as they were read; the other files are hashed here. It is called after
     each reading, since files may change between the check of a run, or of a sweep, and its start.
     """
-    if (recorded := identity_of(folder)) is not None:
+    if recorded := identity.identity_of(folder):
         of_files = inputs.files(cfg, parts.model, parts.peft)
-        recorded.require({**(of_tasks or {}), **of_files}, plain(cfg))
+        recorded.require({**(of_tasks or {}), **of_files}, schema.plain(cfg))
 
 
 def run_tags(cfg: DictConfig, run_dir: Path) -> dict[str, str]:
     """Returns what a tracker keeps beside the config: command, sweep, data, versions, host."""
-    record, identity = read_json(run_dir / "overrides.json"), identity_of(run_dir)
+    record, recorded = read_json(run_dir / "overrides.json"), identity.identity_of(run_dir)
     overrides = " ".join(record.texts("overrides"))
     tags = provenance.tags() | {
         "overrides": overrides,
-        "identity": identity.extended if identity else "",
+        "identity": recorded.extended if recorded else "",
         "data_fingerprint": record.text("data"),
         "run_folder": str(run_dir),
     }
-    if identity:
-        tags["tasks"] = json.dumps(identity.tasks)
-        for name in identity.fingerprints.keys() & set(CONTENTS):
-            tags[provenance.fingerprint_tag(name)] = identity.fingerprints[name]
+    if recorded:
+        tags["tasks"] = json.dumps(recorded.tasks)
+        for name in recorded.fingerprints.keys() & set(identity.CONTENTS):
+            tags[provenance.fingerprint_tag(name)] = recorded.fingerprints[name]
     tags |= {group: cfg.choices[group] for group in ("model", "peft", "dist", "loss") if group in cfg.choices}
     if record.text("sweep"):
         tags |= {"sweep": record.text("sweep"), "job": record.text("label") or overrides}

@@ -41,6 +41,10 @@ class HostGone(UserError):
     """Other hosts of the run have stopped sending heartbeats."""
 
 
+LostHosts = Callable[[float], HostGone | None]
+"""Seconds → the error about the hosts that were silent for so long."""
+
+
 class WorkerError(Exception):
     """A defect, or a failure of the machine, in a rank: `sentence` says which; `traceback` is that rank's."""
 
@@ -101,21 +105,17 @@ def cause_elsewhere(report: Path, since: float) -> Exception | None:
 
 
 def failure_of(
-    log: Path,
-    ranks: range,
-    codes: dict[int, int],
-    host: int | None = None,
-    lost: Callable[[float], Exception | None] = lambda seconds: None,
+    log: Path, ranks: range, codes: dict[int, int], host: int | None = None, lost: LostHosts | None = None
 ) -> Exception:
     """Returns the error of the rank that failed first, from its report, or from its exit code when it left
     none.
 
-    ranks: those of this machine; codes: exit codes of those that failed. With several hosts, `host` is the
-    number of this one, and lost(seconds) the error about hosts that were silent for so long.
+    ranks: those of this machine; codes: exit codes of those that failed; host, lost: with several hosts, the
+    number of this one and what is known of the others.
     """
     reports = reports_in(log, host)
     silent = sorted(set(ranks) - {report["rank"] for report in reports})
-    if host is not None and not any(codes.get(rank, 0) < 0 for rank in silent):
+    if lost is not None and not any(codes.get(rank, 0) < 0 for rank in silent):
         # no rank was killed here, so the cause is in a report, possibly still on its way from another host,
         # or that host is gone
         deadline = time.monotonic() + CAUSE_SECONDS

@@ -17,9 +17,7 @@ from mft.config.schema import Launch, LaunchMode, resolve_precision
 from mft.config.validate import check
 from mft.errors import UserError
 from mft.files.json_file import Values
-from mft.launch import resume_choice
-from mft.launch.placement import detect_rank, ranks
-from mft.launch.spawn import PRELOAD, start_fork_server
+from mft.launch import placement, resume_choice, spawn
 from mft.objective import criterion, losses_by_task
 
 
@@ -82,19 +80,18 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     settings = OmegaConf.to_object(cfg.launch)
     assert isinstance(settings, Launch)
     settings.check()
-    world = ranks(settings.nproc, settings.mode, settings.jobs)
-    if settings.nnodes > 1 and detect_rank() is not None:
+    world = placement.ranks(settings.nproc, settings.mode, settings.jobs)
+    if settings.nnodes > 1 and placement.detect_rank() is not None:
         raise UserError(
-            f"launch.nnodes={settings.nnodes}: torchrun, accelerate launch or srun has already placed this "
-            f"process as one of {world} ranks; leave launch.nnodes out, or start `mft train` once on each "
-            "machine."
+            f"launch.nnodes={settings.nnodes}: this process is already one of {world} ranks of torchrun, "
+            "accelerate launch or srun; leave launch.nnodes out, or start `mft train` once on each machine."
         )
     world *= settings.nnodes
     components = check(cfg, world)
     if settings.mode is LaunchMode.processes and starts:
         deepspeed = str(cfg.dist._target_).startswith("mft.distributed.deepspeed.")
         # the fork server imports while the data is read here
-        start_fork_server((*PRELOAD, "deepspeed") if deepspeed else PRELOAD)
+        spawn.start_fork_server((*spawn.PRELOAD, "deepspeed") if deepspeed else spawn.PRELOAD)
     fingerprints = inputs.fingerprints(cfg, components.tasks, components.model, components.peft)
     of_tasks = sorted((name, value) for name, value in fingerprints.items() if name.startswith("task."))
     data = hashlib.sha1(repr(of_tasks).encode()).hexdigest()[:12]

@@ -17,14 +17,9 @@ from mft.config.schema import Launch, LaunchMode, freeze
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
 from mft.files.json_file import Values, read_json, write_json
-from mft.launch import multinode, worker
-from mft.launch.failures import forget_failures
+from mft.launch import failures, multinode, placement, rank_log, resume_choice, signals, worker
 from mft.launch.job import Job
 from mft.launch.node_group import NodeGroup
-from mft.launch.placement import broadcast_from_rank0, detect_rank
-from mft.launch.rank_log import written_to
-from mft.launch.resume_choice import is_finished, step_of
-from mft.launch.signals import SAVED, Stopped, exit_code, handlers
 from mft.launch.spawn import spawn
 from mft.run_folder import RunStatus
 from mft.training.resume import rewind
@@ -62,11 +57,11 @@ def follow_rank0() -> None:
 
     Exits with 2 where rank 0 refused the command line: it prints its sentence, once for all.
     """
-    folder = broadcast_from_rank0(None)
+    folder = placement.broadcast_from_rank0(None)
     if folder is None:
         raise SystemExit(2)
     if folder:  # "" where the run is already finished
-        worker.placed_rank_main(Path(folder) / "log", worker.run_job, (folder,))
+        worker.placed_rank_main(Path(folder))
 
 
 def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
@@ -77,8 +72,8 @@ def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
     ended the run.
     """
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-    if is_finished(folder, job.identity, job.cfg.train.resume):
-        broadcast_from_rank0("")
+    if resume_choice.is_finished(folder, job.identity, job.cfg.train.resume):
+        placement.broadcast_from_rank0("")
         if nodes:
             nodes.share_folder(None)
         say(f"{shown}: this run is already finished; see summary.json.")
@@ -86,7 +81,7 @@ def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
     lock = run_folder.lock(folder)
     try:
         say(f"run folder {shown}")
-        resumed, step = step_of(job.cfg.train.resume)
+        resumed, step = resume_choice.step_of(job.cfg.train.resume)
         if resumed == folder and step is not None:
             say(rewind(folder, step))
         cfg = copy.deepcopy(job.cfg)
@@ -96,9 +91,9 @@ def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
         write_json(folder / "identity.json", job.identity.as_json(), durable=True)
         write_json(folder / "overrides.json", job.describe())
         # last: from here on the other ranks and hosts read the folder
-        broadcast_from_rank0(str(folder))
+        placement.broadcast_from_rank0(str(folder))
         if nodes:
-            forget_failures(folder / "log")
+            failures.forget_failures(folder / "log")
             nodes.share_folder(folder)
         _run_ranks(job, folder, nodes)
     except OSError as error:
@@ -111,24 +106,24 @@ def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
 def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None) -> None:
     """Runs this machine's ranks of the run in `folder`. Raises what ended it, also a signal to another
     machine."""
-    settings, log, arguments = job.cfg.launch, folder / "log", (str(folder),)
+    settings, log = job.cfg.launch, folder / "log"
     try:
-        if detect_rank() is not None:
-            worker.placed_rank_main(log, worker.run_job, arguments)
+        if placement.detect_rank() is not None:
+            worker.placed_rank_main(folder)
         elif settings.mode is LaunchMode.inline:
             log.mkdir(parents=True, exist_ok=True)
-            with handlers(worker.stop.request), written_to(log / "rank0.log", 0):
-                worker.run_job(*arguments)
+            with signals.handlers(worker.stop.request), rank_log.written_to(log / "rank0.log", 0):
+                worker.run_job(str(folder))
             if worker.stop():
-                raise Stopped(worker.stop.signal, exit_code(folder, worker.stop.signal))
+                raise signals.Stopped(worker.stop.signal, signals.exit_code(folder, worker.stop.signal))
         else:
-            nproc = job.world // settings.nnodes
+            nproc, seconds = job.world // settings.nnodes, settings.shutdown_seconds
             try:
-                spawn(worker.run_job, arguments, nproc, log, settings.shutdown_seconds, nodes)
-            except Stopped as stopped:
-                raise Stopped(stopped.signum, exit_code(folder, stopped.signum)) from None
+                spawn(worker.run_job, (str(folder),), nproc, log, seconds, nodes)
+            except signals.Stopped as stopped:
+                raise signals.Stopped(stopped.signum, signals.exit_code(folder, stopped.signum)) from None
     except UserError as error:
         error.exit_code = 1  # the run had started
         raise
     if nodes and run_folder.status(folder) == RunStatus.stopped:  # by a signal to another machine
-        raise Stopped(signal.SIGTERM, SAVED)
+        raise signals.Stopped(signal.SIGTERM, signals.SAVED)

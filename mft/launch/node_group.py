@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,16 +69,15 @@ class NodeGroup:
         self._left = [False] * settings.nnodes
         self._unreachable = False
         self._closed = threading.Event()
-        self._log: Path | None = None
+        self.log: Path | None = None
+        """Folder in which hosts that are gone are reported: the ranks of this host see it and end."""
 
     def require_agreement(self, facts: Mapping[str, Any]) -> None:
         """Raises UserError, on every host, unless all of them are about to run the same."""
         with self._connection():
             twice = self.store.add(f"hosts numbered {self.rank}", 1) > 1
         if twice:
-            raise UserError(
-                f"launch.node_rank={self.rank} was given on two hosts; each needs its own number."
-            )
+            raise UserError(f"launch.node_rank={self.rank} is set on two hosts; each needs its own number.")
         own = {"name": self._own_name, "facts": dict(facts), "serves": self._server is not None}
         hosts = self.all_gather("facts", own, self._settings.join_seconds)
         self._serving = [host["serves"] for host in hosts].index(True)
@@ -149,10 +148,8 @@ class NodeGroup:
         try:
             yield
         except Exception as error:  # torch has no common class for broken connections
-            raise UserError(
-                f"lost the connection to {endpoint(self._settings)} ({str(error).splitlines()[0]}); see "
-                "the terminal of the host that serves there for the cause."
-            ) from error
+            what = f"{endpoint(self._settings)} ({str(error).splitlines()[0]})"
+            raise UserError(f"lost the connection to {what}; see the terminal of that host.") from error
 
     def rendezvous(self) -> RendezvousInfo:
         """Returns what elastic's agent needs to start this host's ranks of the group."""
@@ -160,11 +157,6 @@ class NodeGroup:
 
         bootstrap = RendezvousStoreInfo(*self.address)
         return RendezvousInfo(self.store, self.rank, self._settings.nnodes, bootstrap)
-
-    def watch(self, log: Path) -> None:
-        """From now on reports hosts that are gone to the log folder, where the ranks of this host see it and
-        end."""
-        self._log = log
 
     def gone(self, seconds: float) -> list[int]:
         """Returns the hosts that were silent for so long without having left, and the one whose store is
@@ -176,11 +168,10 @@ class NodeGroup:
     def lost(self, seconds: float) -> HostGone | None:
         """Returns the error about the hosts that are `gone`, None while there are none."""
         gone = self.gone(seconds)
-        return HostGone(self._described(gone)) if gone else None
-
-    def _described(self, gone: Sequence[int]) -> str:
+        if not gone:
+            return None
         named = " and ".join(f"host {n} ({self.names[n]})" for n in gone)
-        return (
+        return HostGone(
             f"{named} {'is' if len(gone) == 1 else 'are'} gone: no heartbeat any more. What was saved is "
             "intact; run the same command on every host to resume from the newest checkpoint."
         )
@@ -227,11 +218,10 @@ class NodeGroup:
         than itself."""
         since = 0.0
         while not self._closed.wait(BEAT_SECONDS):
-            gone = self.gone(self._settings.lost_seconds)
-            if gone and self._log is not None:
+            error, gone = self.lost(self._settings.lost_seconds), self.gone(self._settings.lost_seconds)
+            if error and self.log is not None:
                 since = since or time.time()
-                report = self._log / f"host{self.rank}.error.json"
-                write_report(report, HostGone(self._described(gone)), rank=-1, time=since, gone=gone)
+                write_report(self.log / f"host{self.rank}.error.json", error, -1, time=since, gone=gone)
 
 
 def too_few(joined: int, settings: Launch, reason: str = "") -> UserError:

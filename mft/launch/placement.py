@@ -74,9 +74,7 @@ def ranks(nproc: int | str, mode: str = "processes", jobs: int = 1) -> int:
         return placed.world
     if mode == "inline":
         if str(nproc) not in ("auto", "1"):
-            raise UserError(
-                f"launch.mode=inline runs one rank, but launch.nproc={nproc}; choose launch=processes"
-            )
+            raise UserError(f"launch.nproc={nproc}: launch=inline runs one rank; choose launch=processes.")
         return 1
     gpus = visible_gpus()
     if str(nproc) == "auto":
@@ -85,9 +83,7 @@ def ranks(nproc: int | str, mode: str = "processes", jobs: int = 1) -> int:
         raise UserError(f"launch.nproc={nproc} must be at least 1, or auto: all visible GPUs, 1 without any.")
     if gpus and jobs * int(nproc) > gpus:
         each = f" in each of launch.jobs={jobs} jobs" if jobs > 1 else ""
-        raise UserError(
-            f"launch.nproc={nproc}{each}: only {gpus} GPUs are visible, and every rank needs its own."
-        )
+        raise UserError(f"launch.nproc={nproc}{each}: every rank needs a GPU, and {gpus} are visible.")
     return int(nproc)
 
 
@@ -102,7 +98,7 @@ def broadcast_from_rank0(value: Any) -> Any:
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    # over the store itself: a process group here would leave addresses in it that break the engine's own group
+    # over the store itself: a process group would leave addresses there that break the engine's own group
     if not _stores:
         _stores.append(next(rendezvous("env://"))[0])
     store = PrefixStore(f"mft/broadcast/{len(_stores)}", _stores[0])

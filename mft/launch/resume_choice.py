@@ -72,9 +72,10 @@ def _named(resume: str, identity: Identity, config: Mapping[str, Any]) -> Path:
     recorded = identity_of(folder)
     if recorded is None:
         above = next((path for path in folder.parents if identity_of(path)), None)
+        close = f"; did you mean {above}?" if above else "."
         raise UserError(
             f"train.resume={resume} is not a run folder: its identity.json is missing or damaged. Allowed: "
-            f"auto, never, a run folder, or RUN/checkpoints/step-N{f'; did you mean {above}?' if above else '.'}"
+            f"auto, never, a run folder, or RUN/checkpoints/step-N{close}"
         )
     if recorded.base == identity.base:
         return folder
@@ -97,10 +98,8 @@ def _resumes_in(folder: Path, resume: str, identity: Identity, config: Mapping[s
         another = _another(folder, recorded, identity, config)
         raise UserError(f"output_dir={folder} {another}; choose another folder, or remove it.")
     if resume == "never":
-        raise UserError(
-            f"output_dir={folder} already holds this run and train.resume=never; choose another folder, or "
-            "remove it."
-        )
+        mend = "choose another folder, or remove it"
+        raise UserError(f"output_dir={folder} already holds this run and train.resume=never; {mend}.")
     return True
 
 
@@ -141,15 +140,12 @@ def _require_not_begun(folder: Path) -> None:
     frozen = all(f"\n{key}:" in text for key in ("output_dir", "train", "launch"))  # as a run writes it
     if frozen and {"checkpoints", "metrics.jsonl", "final"} & set(names):
         raise UserError(
-            f"output_dir={folder} holds a run whose identity.json is missing or damaged, so it cannot be "
-            "resumed. Choose another folder, with peft.path or model.path set to one of its checkpoints "
-            "to start from their weights; or remove it."
+            f"output_dir={folder} holds a run whose identity.json is missing or damaged. Remove it, or start "
+            "from one of its checkpoints in another folder, with peft.path or model.path."
         )
     foreign = [name for name in names if name not in PARTIAL]
     # a person's own config.yaml is not to be overwritten
     if not foreign and not frozen and config.exists() and config.stat().st_size:
         foreign = [config.name]
     if foreign:
-        raise UserError(
-            f"output_dir={folder} is not empty and holds no run, but {foreign[0]}; choose another folder."
-        )
+        raise UserError(f"output_dir={folder} is not empty and holds no run, but {foreign[0]}.")

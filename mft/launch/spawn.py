@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.hardware import DRIVERS, quiet_without_gpu
-from mft.launch import torch_private, worker
-from mft.launch.failures import failure_of, forget_failures, write_report
-from mft.launch.network import INTERFACE_VARIABLES, serve_store
+from mft.launch import failures, network, torch_private, worker
 from mft.launch.node_group import NodeGroup
 from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, first_signal
 
@@ -66,9 +64,9 @@ def spawn(
     as `launch`.
     """
     if nodes is None:
-        forget_failures(log)
+        failures.forget_failures(log)
     else:  # host 0 removes them, once for all
-        nodes.watch(log)
+        nodes.log = log
     start_fork_server()  # first, so that its imports run beside our own
     from torch.distributed.elastic.agent.server import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -104,12 +102,12 @@ def spawn(
         raise Stopped(signal.SIGINT if INTERRUPTED in stopped else signal.SIGTERM, max(stopped))
     ranks = range(info.rank * nproc, (info.rank + 1) * nproc)
     if nodes is None:
-        raise failure_of(log, ranks, codes)
-    failure = failure_of(log, ranks, codes, nodes.rank, nodes.lost)
+        raise failures.failure_of(log, ranks, codes)
+    failure = failures.failure_of(log, ranks, codes, nodes.rank, nodes.lost)
     for rank in ranks:
         report = log / f"rank{rank}.error.json"
         if codes.get(rank, 0) < 0 and not report.exists():  # the other hosts look for the cause, too
-            write_report(report, failure, rank)
+            failures.write_report(report, failure, rank)
             break
     raise failure
 
@@ -153,7 +151,7 @@ def environment(nodes: NodeGroup | None = None) -> dict[str, str]:
         interface = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     else:
         interface = nodes.interface
-    return (dict.fromkeys(INTERFACE_VARIABLES, interface) if interface else {}) | inherited
+    return (dict.fromkeys(network.INTERFACE_VARIABLES, interface) if interface else {}) | inherited
 
 
 def loopback() -> RendezvousInfo:
@@ -162,5 +160,5 @@ def loopback() -> RendezvousInfo:
     from torch.distributed import PrefixStore
     from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
-    store = serve_store("127.0.0.1")
+    store = network.serve_store("127.0.0.1")
     return RendezvousInfo(PrefixStore("mft", store), 0, 1, RendezvousStoreInfo("127.0.0.1", store.port))

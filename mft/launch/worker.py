@@ -25,11 +25,8 @@ from mft.config import plugins
 from mft.console.screen import guard_logs, say
 from mft.errors import UserError, full_disk
 from mft.hardware import quiet_without_gpu
-from mft.launch.failures import cause_elsewhere, is_root_cause, render_failure, write_report
-from mft.launch.placement import detect_rank
-from mft.launch.rank_log import written_to
+from mft.launch import failures, placement, rank_log, torch_private
 from mft.launch.signals import SAVED, SIGNALS, UNSAVED, Stop, exit_code
-from mft.launch.torch_private import forked_after_cuda
 
 FAILED_PEER_SECONDS = 5.0
 """How long a rank lives after another one failed: it may wait for that one in a collective that never ends,
@@ -69,10 +66,7 @@ def run_job(run_dir: str) -> None:
 
 
 def rank_main(
-    log: str,
-    function: Callable[..., Any],
-    arguments: Sequence[Any] = (),
-    variables: Mapping[str, str] | None = None,
+    log: str, function: Callable[..., Any], arguments: Sequence[Any], variables: Mapping[str, str] | None
 ) -> Any:
     """Calls function(*arguments) as one rank of a group; returns its result.
 
@@ -89,22 +83,24 @@ def rank_main(
     report.unlink(missing_ok=True)
     started = time.time()
     guard_logs()
-    with written_to(report.with_name(f"rank{rank}.log"), rank) as terminal:
+    with rank_log.written_to(report.with_name(f"rank{rank}.log"), rank) as terminal:
         _limit_threads()
         gc.freeze()  # else closing an engine makes the collector walk over all imports: 0.3 to 0.5 s
         threading.Thread(target=_watch, args=(report, started), daemon=True, name="watchdog").start()
         try:
-            assert not forked_after_cuda(), "a preloaded module initialised CUDA: no rank could use a GPU"
+            # else no rank could use a GPU
+            assert not torch_private.forked_after_cuda(), "a preloaded module initialised CUDA"
             result = function(*arguments)
         except Exception as error:
             # a full disk takes neither report nor traceback; the launching process looks at the free space
             with suppress(OSError):
-                write_report(report, error, rank)
+                failures.write_report(report, error, rank)
             if rank > 0:
                 with suppress(OSError):
                     traceback.print_exc()
-                if variables is None and is_root_cause(report, started):  # no other process would show it
-                    os.write(terminal, f"{render_failure(error, rank)}\n".encode())
+                # a placed rank has no launching process of ours to show it
+                if variables is None and failures.is_root_cause(report, started):
+                    os.write(terminal, f"{failures.render_failure(error, rank)}\n".encode())
             raise
     for name in SIGNALS:  # only waiting for the other ranks is left, and nothing looks at `stop` any more
         signal.signal(name, lambda signum, frame: os._exit(SAVED))
@@ -113,21 +109,20 @@ def rank_main(
     return result
 
 
-def placed_rank_main(log: Path, function: Callable[..., Any], arguments: Sequence[Any] = ()) -> None:
-    """Calls function(*arguments) as the rank that this process was placed as (torchrun, accelerate launch,
+def placed_rank_main(run_dir: Path) -> None:
+    """Runs the run of a folder as the rank that this process was placed as (torchrun, accelerate launch,
     srun).
 
     Only rank 0 is sure to be seen by a person: where it lost its connection to a rank that failed, it raises
     the error of that rank.
     """
-    since = time.time()
+    since, log = time.time(), run_dir / "log"
     try:
-        rank_main(str(log), function, arguments)
+        rank_main(str(log), run_job, (str(run_dir),), None)
     except Exception:
-        placed = detect_rank()
-        if (placed is None or placed.rank == 0) and (
-            cause := cause_elsewhere(log / "rank0.error.json", since)
-        ):
+        placed = placement.detect_rank()
+        first = placed is None or placed.rank == 0
+        if first and (cause := failures.cause_elsewhere(log / "rank0.error.json", since)):
             raise cause from None
         raise
 
@@ -167,9 +162,9 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 1:
         command = "-m mft.launch.worker RUN_DIR"
         raise SystemExit(f"usage: python {command}   (or torchrun --nproc-per-node N {command})")
-    detect_rank()  # translates SLURM's variables
+    placement.detect_rank()  # translates SLURM's variables
     try:
-        placed_rank_main(Path(arguments[0]) / "log", run_job, arguments)
+        placed_rank_main(Path(arguments[0]))
     except UserError as error:
         say(error, sys.stderr)
         raise SystemExit(1) from None

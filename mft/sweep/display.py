@@ -16,24 +16,22 @@ from mft.files.atomic import write_text
 from mft.run_folder import RunStatus
 from mft.sweep.pool import SweepJob
 
-STYLE = {
-    RunStatus.finished: "green",
-    RunStatus.skipped: "green",
-    RunStatus.failed: "red",
-    RunStatus.stopped: "yellow",
-    RunStatus.pruned: "yellow",
+SHOWN = {
+    RunStatus.finished: ("finished", "green"),
+    RunStatus.skipped: ("finished before", "green"),
+    RunStatus.failed: ("failed", "red"),
+    RunStatus.stopped: ("stopped", "yellow"),
+    RunStatus.pruned: ("pruned", "yellow"),
+    RunStatus.same: ("same as an earlier job", ""),
+    RunStatus.waiting: ("not started", ""),
 }
+"""State → its words, and their style."""
+
 OPEN = (RunStatus.waiting, RunStatus.running, RunStatus.stopped)
 """States of jobs that still have something to do."""
 
 BAR = 12
 """Characters of a running job's bar."""
-
-WORDS = {
-    RunStatus.skipped: "finished before",
-    RunStatus.same: "same as an earlier job",
-    RunStatus.waiting: "not started",
-}
 
 
 def plan(jobs: Sequence[SweepJob], folder: Path) -> None:
@@ -43,7 +41,7 @@ def plan(jobs: Sequence[SweepJob], folder: Path) -> None:
     say(f"sweep {os.path.relpath(folder)}: {len(jobs)} jobs")
     waiting = [job for job in jobs if job.state == RunStatus.waiting]
     for job in jobs:
-        action = WORDS.get(job.state, job.state)
+        action = SHOWN[job.state][0]
         if job in waiting:
             checkpoint = newest(job.folder)
             before = run_folder.state(job.folder) if job.folder.exists() else None
@@ -108,7 +106,7 @@ def live(jobs: Sequence[SweepJob], folder: Path, total: int) -> Iterator[Callabl
         if ended or not job.values:
             write_jobs(jobs, folder)
         if console.is_terminal and ended:
-            text = Text(line(job, total), style=STYLE.get(job.state, ""))
+            text = Text(line(job, total), style=SHOWN[job.state][1])
             console.print(text, no_wrap=True, overflow="ellipsis")
         elif not console.is_terminal and (ended or not job.offset):  # the validations in between are many
             say(line(job, total) + (best_so_far() if ended else ""))
@@ -145,7 +143,7 @@ def table(jobs: Sequence[SweepJob], folder: Path) -> None:
     write_jobs(jobs, folder)
     rows = []
     for job in jobs:
-        state = Text(WORDS.get(job.state, job.state), style=STYLE.get(job.state, ""))
+        state = Text(*SHOWN[job.state])
         rows.append([job.checked.label, state, _number(job.best), job.step or "", job.folder.name])
     columns, numbers = ["job", "state", "best", "steps", "folder"], ["best", "steps"]
     screen.console().print(tables.table(f"Sweep {os.path.relpath(folder)}", columns, rows, numbers))

@@ -16,12 +16,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from mft import run_folder
-from mft.config import plugins
-from mft.config.compose import absolute_paths
-from mft.config.hydra_compose import with_choices
-from mft.config.interpolations import replaced
+from mft.config import compose, hydra_compose, interpolations, plugins, schema
 from mft.config.overrides import key_of
-from mft.config.schema import register, typed
 from mft.console.screen import say
 from mft.files.json_file import read_json
 from mft.launch.job import checked, objective
@@ -29,12 +25,11 @@ from mft.launch.launch import launch
 from mft.launch.signals import INTERRUPTED, Stopped
 from mft.run_folder import RunStatus
 from mft.sweep import display, pool
-from mft.sweep.folder import RECORD, folder_of, is_sweep, job_folder, taken
+from mft.sweep.folder import RECORD, SweepContext, is_sweep, job_folder, taken
 from mft.sweep.jobs import finish, plan_jobs, require_success
 from mft.sweep.pool import SweepJob
 
 if TYPE_CHECKING:
-    from hydra.core.config_loader import ConfigLoader
     from hydra.core.utils import JobReturn
     from hydra.plugins.launcher import Launcher
 
@@ -43,16 +38,15 @@ class ExternalLauncher:
     """Stands between Hydra's sweeper and a launcher: passes on the unfinished jobs, and reads their results
     from their folders."""
 
-    def __init__(self, launcher: Launcher, cfg: DictConfig, loader: ConfigLoader, dry_run: bool):
-        self.launcher, self.cfg, self.loader, self.dry_run = launcher, cfg, loader, dry_run
+    def __init__(self, launcher: Launcher, context: SweepContext):
+        self.launcher, self.context = launcher, context
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Returns nothing, so Hydra has nothing to check; UserError if any job failed, Stopped after
         Ctrl-C."""
-        jobs = plan_jobs(self.cfg, self.loader, job_overrides, self.dry_run, starts=False)
+        jobs, folder = plan_jobs(self.context, job_overrides, starts=False), self.context.folder
         waiting = [job for job in jobs if job.state == RunStatus.waiting]
-        folder = folder_of(self.cfg)
-        with taken(self.cfg, folder):
+        with taken(self.context.cfg, folder):
             display.start(jobs, folder)
             if waiting:
                 try:
@@ -86,7 +80,7 @@ def one_job(cfg: DictConfig) -> float:
     then raised."""
     from hydra.core.hydra_config import HydraConfig
 
-    register()
+    schema.register()
     hydra = HydraConfig.get()
     folder = Path(hydra.sweep.dir).absolute()
     plugins.name(run_folder.plugins_of(folder, RECORD))
@@ -95,8 +89,8 @@ def one_job(cfg: DictConfig) -> float:
     of_job: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
     overrides = [o for o in of_job if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)
-    composed = with_choices(cfg, hydra.runtime.choices)
-    job = checked(absolute_paths(typed(replaced(composed))), overrides, label)
+    composed = hydra_compose.with_choices(cfg, hydra.runtime.choices)
+    job = checked(compose.absolute_paths(schema.typed(interpolations.replaced(composed))), overrides, label)
     run_dir = job_folder(job, folder)
     try:
         return objective(launch(job, run_dir))

@@ -10,8 +10,9 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +24,9 @@ from mft.config.overrides import key_of
 from mft.errors import UserError
 from mft.files.json_file import write_json
 from mft.launch.job import Job
+
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
 
 IDENTITY_DIGITS = 10
 """Digits of an identity that name a folder: in a million jobs two collide with a probability below one
@@ -39,9 +43,21 @@ class DryRunDone(Exception):
     """Raised by a dry run when everything is printed, through Hydra, to its caller."""
 
 
-def folder_of(cfg: DictConfig) -> Path:
-    """Returns the folder of a sweep. cfg: its own config with Hydra's node."""
-    return Path(cfg.hydra.sweep.dir).absolute()
+@dataclass(frozen=True)
+class SweepContext:
+    """A sweep as Hydra passes it to our plugins."""
+
+    cfg: DictConfig
+    """The sweep's own config, with Hydra's node."""
+    loader: ConfigLoader
+    """Composes the jobs."""
+    dry_run: bool
+    """Whether to stop once all jobs are checked, and print what would run."""
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's folder."""
+        return Path(self.cfg.hydra.sweep.dir).absolute()
 
 
 def job_folder(job: Job, folder: Path) -> Path:
@@ -85,10 +101,12 @@ def is_sweep(override: str) -> bool:
     return OverridesParser.create().parse_override(override).is_sweep_override()
 
 
-def require_this_version(folder: Path) -> None:
-    """Raises UserError for a sweep whose jobs another version of mft wrote.
+@contextmanager
+def checking(folder: Path) -> Iterator[None]:
+    """Context of all that precedes the first job; removes what Hydra leaves of a sweep that does not start.
 
-    Their folders are named by another identity, so finished jobs would run again beside them.
+    Raises UserError for a sweep whose jobs another version of mft wrote: their folders are named by another
+    identity, so finished jobs would run again beside them.
     """
     for run in run_folder.runs_under(folder) if folder.is_dir() else ():
         identity = identity_of(run)
@@ -98,6 +116,12 @@ def require_this_version(folder: Path) -> None:
                 f"{identity.numbers()}, so this sweep cannot be resumed; mft runs, show, compare, merge "
                 "and generate still read them. Add sweep=NAME to the command to run it anew beside them."
             )
+    try:
+        yield
+    except (UserError, DryRunDone):
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"multirun.yaml"}:
+            shutil.rmtree(folder)
+        raise
 
 
 @contextmanager
@@ -116,9 +140,3 @@ def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
         record |= {"overrides": [*overrides["task"], *of_hydra], "sweep_dir": str(folder)}
         write_json(folder / RECORD, record)
         yield
-
-
-def remove_if_unused(folder: Path) -> None:
-    """Removes what Hydra leaves of a sweep that did not start."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"multirun.yaml"}:
-        shutil.rmtree(folder)

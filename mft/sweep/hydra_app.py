@@ -99,15 +99,12 @@ def require_launcher(launcher: str) -> None:
     """Raises UserError for a launcher that is known not to work, or whose package is missing."""
     if launcher.startswith("ray"):
         raise UserError(
-            f"hydra/launcher={launcher}: Ray puts jobs on machines that may see neither the run folder nor the "
-            "data, and hides GPUs from them; use launch.jobs on one machine, or hydra/launcher=submitit_slurm "
-            "on a cluster."
+            f"hydra/launcher={launcher}: Ray puts jobs on machines without the run folder or the data, and "
+            "hides GPUs from them; use launch.jobs, or hydra/launcher=submitit_slurm on a cluster."
         )
     submitit = "hydra_plugins.hydra_submitit_launcher"
     if launcher.startswith("submitit") and importlib.util.find_spec(submitit) is None:
-        raise UserError(
-            f'hydra/launcher={launcher} needs a package that is not installed: pip install "mft[slurm]"'
-        )
+        raise UserError(f'hydra/launcher={launcher} needs pip install "mft[slurm]"')
 
 
 def resume(place: Path, overrides: Sequence[str], dry_run: bool = False) -> None:

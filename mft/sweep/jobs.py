@@ -17,28 +17,22 @@ from mft.config.schema import LaunchMode
 from mft.console.screen import say
 from mft.errors import UserError
 from mft.files.json_file import read_json
+from mft.launch import placement, resume_choice, signals
 from mft.launch.job import Job, objective
 from mft.launch.launch import launch
-from mft.launch.placement import detect_rank
-from mft.launch.resume_choice import is_finished
-from mft.launch.signals import INTERRUPTED, SAVED, Stopped
 from mft.run_folder import RunStatus
 from mft.sweep import display, pool
 from mft.sweep.composer import Composer, check_all
-from mft.sweep.folder import DryRunDone, folder_of, job_folder, remove_if_unused, require_this_version, taken
-from mft.sweep.median_rule import should_prune
+from mft.sweep.folder import DryRunDone, SweepContext, checking, job_folder, taken
 from mft.sweep.pool import SweepJob
 
 if TYPE_CHECKING:
-    from hydra.core.config_loader import ConfigLoader
     from hydra.core.utils import JobReturn
 
     from mft.tracking.base import Tracker
 
 
-def run_grid(
-    cfg: DictConfig, loader: ConfigLoader, job_overrides: Sequence[Sequence[str]], dry_run: bool
-) -> list[JobReturn]:
+def run_grid(context: SweepContext, job_overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
     """Runs the jobs of a sweep and returns Hydra's JobReturn of each.
 
     Finished jobs are skipped and unfinished ones resumed. A failed job leaves its traceback in its folder and
@@ -47,11 +41,10 @@ def run_grid(
     """
     from hydra.core.utils import JobReturn, JobStatus
 
-    jobs = plan_jobs(cfg, loader, job_overrides, dry_run)
-    folder = folder_of(cfg)
-    with taken(cfg, folder):
-        display.start(jobs, folder)
-        finish(jobs, folder, _run_waiting(jobs, folder))
+    jobs = plan_jobs(context, job_overrides)
+    with taken(context.cfg, context.folder):
+        display.start(jobs, context.folder)
+        finish(jobs, context.folder, _run_waiting(jobs, context.folder))
     require_success(jobs)
     results = []  # our own grid ignores them, sweepers of other packages learn from them
     for overrides, job in zip(job_overrides, jobs, strict=True):
@@ -62,33 +55,22 @@ def run_grid(
 
 
 def plan_jobs(
-    cfg: DictConfig,
-    loader: ConfigLoader,
-    job_overrides: Sequence[Sequence[str]],
-    dry_run: bool,
-    starts: bool = True,
+    context: SweepContext, job_overrides: Sequence[Sequence[str]], starts: bool = True
 ) -> list[SweepJob]:
     """Returns the checked jobs with their folders and states; a dry run prints them and raises DryRunDone.
 
     starts: whether this process is about to run them.
     """
-    folder = folder_of(cfg)
-    require_this_version(folder)
-    try:
-        composer = Composer(cfg, loader, starts and not dry_run)
-        checked = check_all(composer, job_overrides)
-    except UserError:
-        remove_if_unused(folder)
-        raise
-    for note in composer.notes or ():
-        say(note)
     jobs: list[SweepJob] = []
-    for number, job in enumerate(checked, start=1):
-        jobs.append(sweep_job(job, folder, number, jobs))
-    if dry_run:
-        display.plan(jobs, folder)
-        remove_if_unused(folder)
-        raise DryRunDone
+    with checking(context.folder):
+        composer = Composer(context, starts)
+        for number, job in enumerate(check_all(composer, job_overrides), start=1):
+            jobs.append(sweep_job(job, context.folder, number, jobs))
+        for note in composer.notes or ():
+            say(note)
+        if context.dry_run:
+            display.plan(jobs, context.folder)
+            raise DryRunDone
     return jobs
 
 
@@ -98,7 +80,7 @@ def sweep_job(checked: Job, folder: Path, number: int, earlier: Sequence[SweepJo
     job = SweepJob(number, checked, job_folder(checked, folder))
     if any(other.folder == job.folder for other in earlier):
         job.state = RunStatus.same
-    elif is_finished(job.folder, checked.identity):
+    elif resume_choice.is_finished(job.folder, checked.identity):
         job.state = RunStatus.skipped
     elif checked.cfg.launch.prune and run_folder.state(job.folder) is RunStatus.pruned:
         job.state = RunStatus.pruned
@@ -111,7 +93,7 @@ def finish(jobs: Sequence[SweepJob], folder: Path, signum: int) -> None:
     display.table(jobs, folder)
     if signum:
         say(f"stopped; resume with: mft sweep resume {os.path.relpath(folder)}")
-        raise Stopped(signum, INTERRUPTED if signum == signal.SIGINT else SAVED)
+        raise signals.Stopped(signum, signals.INTERRUPTED if signum == signal.SIGINT else signals.SAVED)
     try:
         from mft.runs.report import leave_report
 
@@ -142,7 +124,7 @@ def _run_waiting(jobs: Sequence[SweepJob], folder: Path) -> int:
     if not waiting:
         return 0
     cfg = waiting[0].checked.cfg
-    if cfg.launch.mode is LaunchMode.inline or detect_rank() is not None:
+    if cfg.launch.mode is LaunchMode.inline or placement.detect_rank() is not None:
         _run_here(waiting, len(jobs), cfg.launch.fail_fast)
         return 0
     return run_side_by_side(iter(waiting), jobs, folder, cfg, min(cfg.launch.jobs, len(waiting)), len(jobs))
@@ -165,7 +147,6 @@ def run_side_by_side(
     if at_once > 1:  # a new database takes seconds to create, and the jobs would wait for the one that does
         for tracker in _trackers(cfg):
             tracker.prepare()
-    settings = cfg.launch
     with display.live(jobs, folder, total) as show:
 
         def on_change(job: SweepJob) -> None:
@@ -173,10 +154,7 @@ def run_side_by_side(
                 on_end(job)
             show(job)
 
-        def prune(job: SweepJob) -> str:
-            return should_prune(job, jobs, settings.prune_after) if settings.prune else ""
-
-        return pool.run(waiting, at_once, settings.fail_fast, on_change, prune)
+        return pool.run(waiting, jobs, at_once, cfg.launch, on_change)
 
 
 def _trackers(cfg: DictConfig) -> list[Tracker]:

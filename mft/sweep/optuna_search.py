@@ -23,14 +23,13 @@ from mft.launch.placement import detect_rank
 from mft.run_folder import RunStatus
 from mft.sweep import display
 from mft.sweep.composer import Composer, check_all
-from mft.sweep.folder import DryRunDone, folder_of, is_sweep, remove_if_unused, require_this_version, taken
+from mft.sweep.folder import DryRunDone, SweepContext, checking, is_sweep, taken
 from mft.sweep.jobs import finish, require_success, run_side_by_side, sweep_job
 from mft.sweep.pool import SweepJob
 
 if TYPE_CHECKING:
-    from hydra.core.config_loader import ConfigLoader
     from optuna.distributions import BaseDistribution
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, Trial
 
 JOURNAL = "search.journal"
 SAMPLERS = ("tpe", "random")
@@ -41,13 +40,7 @@ RETRIES = "retries"
 """A trial's attribute: the number of the failed trial that it repeats."""
 
 
-def run(
-    cfg: DictConfig,
-    loader: ConfigLoader,
-    arguments: Sequence[str],
-    settings: Mapping[str, Any],
-    dry_run: bool,
-) -> dict[str, Any]:
+def run(context: SweepContext, arguments: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Runs the trials that are left; returns the content of search.json. UserError if any failed.
 
     arguments: the overrides of the command line; settings: of hydra.sweeper.
@@ -55,39 +48,32 @@ def run(
     try:
         import optuna
     except ImportError as error:
-        raise UserError(
-            f'hydra/sweeper=optuna needs a package that is not installed ({error}): pip install "mft[search]"'
-        ) from error
+        raise UserError(f'hydra/sweeper=optuna needs pip install "mft[search]" ({error})') from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder = folder_of(cfg)
-    require_this_version(folder)
-    try:
+    folder = context.folder
+    with checking(folder):
         fixed, space = split(arguments, settings.get("params") or {})
-        check_settings(cfg, settings, space)
-        composer = Composer(cfg, loader, starts=not dry_run)
+        check_settings(context.cfg, settings, space)
+        composer = Composer(context)
         boundary = check_all(composer, [[*fixed, *trial] for trial in boundary_trials(space)])
-    except UserError:
-        remove_if_unused(folder)
-        raise
-    if dry_run:
-        done = len(read_json(folder / "search.json").get("trials") or ())
-        say(f"search {os.path.relpath(folder)}: {settings['n_trials']} trials, {done} of them done")
-        for name, distribution in space.items():
-            say(f"  {name:<24} {distribution}")
-        say(f"{len(boundary)} jobs at the boundary of this space were checked; nothing was started")
-        remove_if_unused(folder)
-        raise DryRunDone
-    with taken(cfg, folder):
-        job_cfg = boundary[0].cfg
-        at_once = job_cfg.launch.jobs
+        if context.dry_run:
+            done = len(read_json(folder / "search.json").get("trials") or ())
+            say(f"search {os.path.relpath(folder)}: {settings['n_trials']} trials, {done} of them done")
+            for name, values in space.items():
+                say(f"  {name:<24} {values}")
+            say(f"{len(boundary)} jobs at the boundary of this space were checked; nothing was started")
+            raise DryRunDone
+    job_cfg = boundary[0].cfg
+    at_once = job_cfg.launch.jobs
+    with taken(context.cfg, folder):
         search = Search(folder, space, fixed, composer, settings, at_once)
-        display.start(search.jobs, folder)
-        signum = run_side_by_side(
-            search.waiting(), search.jobs, folder, job_cfg, at_once, search.total, search.on_end
-        )
-        finish(search.jobs, folder, signum)
+        jobs = search.jobs
+        display.start(jobs, folder)
+        waiting, total = search.waiting(), search.total
+        signum = run_side_by_side(waiting, jobs, folder, job_cfg, at_once, total, search.on_end)
+        finish(jobs, folder, signum)
         results = search.write_results()
-    require_success(search.jobs)
+    require_success(jobs)
     if search.refused:
         raise UserError("\n".join(search.refused))
     return results
@@ -105,7 +91,7 @@ class Search:
         settings: Mapping[str, Any],
         at_once: int,
     ):
-        """Opens the study in the folder, adds its finished trials as jobs and queues its failed ones again."""
+        """Opens the study in the folder, adds its finished trials as jobs and queues its failed ones."""
         import optuna
         from optuna.storages.journal import JournalFileBackend
 
@@ -127,10 +113,11 @@ class Search:
             self.study.sampler = optuna.samplers.TPESampler(
                 seed=seed, n_startup_trials=int(settings["startup_trials"]), constant_liar=at_once > 1
             )
+        self.failed = optuna.trial.TrialState.FAIL
         self._require_same_space()
         for trial in self._newest():
             if trial.state.name == "COMPLETE":
-                self._add(trial.number, trial.params)
+                self._add(trial)
             elif trial.state.name == "FAIL":
                 root = trial.user_attrs.get(RETRIES, trial.number)
                 self.study.enqueue_trial(trial.params, user_attrs={RETRIES: root})
@@ -139,10 +126,9 @@ class Search:
         """Yields jobs: the interrupted ones, those that failed before, then new ones up to n_trials."""
         for trial in self._newest():
             if trial.state.name == "RUNNING":
-                yield from self._next(trial.number, trial.params)
+                yield from self._next(trial)
         while len(self._newest()) < self.total or any(t.state.name == "WAITING" for t in self.study.trials):
-            proposed = self.study.ask(self.space)  # a queued trial, if there is one
-            yield from self._next(proposed.number, proposed.params)
+            yield from self._next(self.study.ask(self.space))  # a queued trial, if there is one
 
     def on_end(self, job: SweepJob) -> None:
         """Tells the study how a job ended; a stopped one stays open and is resumed by the next command."""
@@ -152,7 +138,7 @@ class Search:
         elif job.state in (RunStatus.pruned, RunStatus.same) and job.best is not None:
             self.study.tell(number, job.best)  # one that ended early counts with the best it had
         elif job.state == RunStatus.failed:
-            self._tell_failed(number)
+            self.study.tell(number, state=self.failed)
 
     def write_results(self) -> dict[str, Any]:
         """Writes search.json, the values and the objective of every trial, and prints which was the best."""
@@ -171,30 +157,25 @@ class Search:
             say("one seed a trial: repeat the best few with train.seed=1,2,3 before trusting their ranking")
         return results
 
-    def _next(self, number: int, params: Mapping[str, Any]) -> Iterator[SweepJob]:
+    def _next(self, trial: Trial | FrozenTrial) -> Iterator[SweepJob]:
         """Yields the job of a trial if it has to run."""
         try:
-            job = self._add(number, params)
+            job = self._add(trial)
         except UserError as error:  # a combination inside the boundary that was checked
             self.refused.append(str(error))
             say(str(error))
-            self._tell_failed(number)
+            self.study.tell(trial.number, state=self.failed)
             return
         if job.state == RunStatus.waiting:
             yield job
         else:  # the values of an earlier trial again, or killed between its end and `on_end`
             self.on_end(job)
 
-    def _tell_failed(self, number: int) -> None:
-        from optuna.trial import TrialState
-
-        self.study.tell(number, state=TrialState.FAIL)
-
-    def _add(self, number: int, params: Mapping[str, Any]) -> SweepJob:
-        checked = self.composer.job([*self.fixed, *to_overrides(params)])
+    def _add(self, trial: Trial | FrozenTrial) -> SweepJob:
+        checked = self.composer.job([*self.fixed, *to_overrides(trial.params)])
         job = sweep_job(checked, self.folder, len(self.jobs) + 1, self.jobs)
         self.jobs.append(job)
-        self.trial_numbers[job.number] = number
+        self.trial_numbers[job.number] = trial.number
         return job
 
     def _newest(self) -> list[FrozenTrial]:
@@ -210,10 +191,8 @@ class Search:
             try:
                 check_distribution_compatibility(before[name], self.space[name])
             except (KeyError, ValueError):
-                raise UserError(
-                    f"{os.path.relpath(self.folder)} holds a search over other values of {name}; "
-                    "sweep=NAME starts another."
-                ) from None
+                folder = os.path.relpath(self.folder)
+                raise UserError(f"{folder} searches other values of {name}; add sweep=NAME.") from None
 
 
 def split(
@@ -268,10 +247,8 @@ def distribution(override: str) -> BaseDistribution:
 def check_settings(cfg: DictConfig, settings: Mapping[str, Any], space: Mapping[str, Any]) -> None:
     """Raises UserError for what cannot be searched."""
     if not space:
-        raise UserError(
-            "hydra/sweeper=optuna has nothing to search: name values, as "
-            "optimizer.lr='tag(log, interval(1e-5, 1e-3))', or take experiment=search."
-        )
+        example = "optimizer.lr='tag(log, interval(1e-5, 1e-3))'"
+        raise UserError(f"hydra/sweeper=optuna has nothing to search: add {example} or experiment=search.")
     if (sampler := settings["sampler"]) not in SAMPLERS:
         close = nearest(sampler, SAMPLERS)
         raise UserError(f"hydra.sweeper.sampler={sampler} must be one of {', '.join(SAMPLERS)}{close or '.'}")
@@ -279,24 +256,18 @@ def check_settings(cfg: DictConfig, settings: Mapping[str, Any], space: Mapping[
         if not str(settings[name]).isdigit() or int(settings[name]) < 1:
             raise UserError(f"hydra.sweeper.{name}={settings[name]} must be at least 1.")
     if (launcher := cfg.hydra.runtime.choices["hydra/launcher"]) != "mft" or detect_rank() is not None:
-        raise UserError(
-            f"hydra/sweeper=optuna runs its jobs on this machine, through hydra/launcher=mft, not {launcher} "
-            "(launch.jobs=2: two side by side)."
-        )
+        raise UserError(f"hydra/sweeper=optuna needs hydra/launcher=mft (launch.jobs=2), not {launcher}.")
 
 
-def boundary_trials(space: Mapping[str, BaseDistribution]) -> list[list[str]]:
+def boundary_trials(space: Mapping[str, Any]) -> list[list[str]]:
     """Returns overrides that touch both ends of every interval and every choice at least once."""
-    boundary: dict[str, Sequence[Any]] = {}
-    for name, values in space.items():
-        interval: Any = values
-        boundary[name] = values.choices if hasattr(values, "choices") else (interval.low, interval.high)
-    count = max(map(len, boundary.values()))
-    # what has fewer values repeats its last one
-    return [
-        to_overrides({name: values[min(at, len(values) - 1)] for name, values in boundary.items()})
-        for at in range(count)
-    ]
+    ends = {name: getattr(v, "choices", None) or (v.low, v.high) for name, v in space.items()}
+    trials = []
+    for number in range(max(map(len, ends.values()))):
+        # a key with fewer values repeats its last one
+        values = {name: of_key[min(number, len(of_key) - 1)] for name, of_key in ends.items()}
+        trials.append(to_overrides(values))
+    return trials
 
 
 def to_overrides(params: Mapping[str, Any]) -> list[str]:

@@ -14,12 +14,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from statistics import median
 from typing import TypeVar
+
+from omegaconf import DictConfig
 
 from mft import run_folder
 from mft.console.credentials import hidden
@@ -35,6 +38,9 @@ from mft.run_folder import RunStatus
 
 LOOK_SECONDS = 0.5
 """How often the running jobs' metrics are read."""
+
+OTHERS = 3
+"""Jobs that must have come as far as one that is to be pruned by the median rule (launch.prune)."""
 
 Device = TypeVar("Device", int, str)
 
@@ -89,18 +95,17 @@ class SweepJob:
 
 def run(
     waiting: Iterator[SweepJob],
+    jobs: Sequence[SweepJob],
     side_by_side: int,
-    fail_fast: bool,
+    settings: DictConfig,
     on_change: Callable[[SweepJob], None],
-    should_prune: Callable[[SweepJob], str],
 ) -> int:
     """Runs the jobs that `waiting` yields, at most so many side by side; returns the signal that ended it, 0:
     none.
 
     The next job is requested when a part of the machine is free, so that a search can learn from those that
-    have ended.
-    on_change: called with every job that starts, was validated or ends; should_prune: returns why a job is to
-    end early, or "".
+    have ended. jobs: all of the sweep, may grow; settings: `launch`; on_change: called with every job that
+    starts, was validated or ends.
     """
     parts = partition_devices(side_by_side)
     running: dict[int, tuple[BaseProcess, SweepJob]] = {}  # by the number of its part of the machine
@@ -130,14 +135,36 @@ def run(
             for part, (process, job) in list(running.items()):
                 if job.update():
                     on_change(job)
-                    if not job.prune_reason and job.step < job.total_steps and (reason := should_prune(job)):
-                        job.prune_reason = reason
-                        _send(process, signal.SIGTERM)
+                    if settings.prune and not job.prune_reason and job.step < job.total_steps:
+                        job.prune_reason = should_prune(job, jobs, settings.prune_after)
+                        if job.prune_reason:
+                            _send(process, signal.SIGTERM)
                 if process.exitcode is not None:
                     del running[part]
                     _ended(job, process.exitcode)
-                    closed = closed or (fail_fast and job.state == RunStatus.failed)
+                    closed = closed or (settings.fail_fast and job.state == RunStatus.failed)
                     on_change(job)
+
+
+def should_prune(job: SweepJob, jobs: Sequence[SweepJob], validations: int) -> str:
+    """Returns why a job is to be pruned, "" while it is not: its best objective is worse than the median.
+
+    The median is of the best that the others had at the same step: those that have come as far, at least
+    OTHERS of them. validations: how many the job gets before it may be pruned (launch.prune_after); the one
+    before the first step does not count.
+    """
+    steps = [step for step in job.values if step > 0]
+    if len(steps) < validations:
+        return ""
+    step, own = max(steps), min(job.values.values())
+    bests = []
+    for other in jobs:
+        until = [value for at, value in other.values.items() if at <= step]
+        if other is not job and other.state != RunStatus.same and until and max(other.values) >= step:
+            bests.append(min(until))
+    if len(bests) < OTHERS or own <= median(bests):
+        return ""
+    return f"at step {step} its best is {own:.4f}, the median of {len(bests)} others {median(bests):.4f}"
 
 
 def partition_devices(jobs: int) -> list[tuple[list[int], list[str]]]:
@@ -149,9 +176,7 @@ def partition_devices(jobs: int) -> list[tuple[list[int], list[str]]]:
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     gpus = names or [str(number) for number in range(visible_gpus())]
     if gpus and len(gpus) < jobs:
-        raise UserError(
-            f"launch.jobs={jobs}, but {len(gpus)} GPUs are visible; a job needs at least one of its own."
-        )
+        raise UserError(f"launch.jobs={jobs}, but {len(gpus)} GPUs are visible; each job needs its own.")
 
     def part(devices: list[Device], number: int) -> list[Device]:
         if size := len(devices) // jobs:

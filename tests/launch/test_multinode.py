@@ -88,7 +88,7 @@ def test_hosts_that_run_different_things_are_refused_on_each() -> None:
 def test_a_number_given_twice_is_refused() -> None:
     port = free_port()
     calls = [lambda: join(static(port, 0), FACTS), *[lambda: join(static(port, 1), FACTS)] * 2]
-    assert sum("launch.node_rank=1 was given on two hosts" in str(result) for result in both(*calls)) == 1
+    assert sum("launch.node_rank=1 is set on two hosts" in str(result) for result in both(*calls)) == 1
 
 
 def test_a_folder_that_only_host_0_sees_is_refused_on_all(
@@ -116,7 +116,7 @@ def test_a_folder_that_only_host_0_sees_is_refused_on_all(
 def test_a_host_that_ends_or_falls_silent_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_group, "BEAT_SECONDS", 0.1)
     zero, one = two(lost_seconds=2)
-    zero.watch(tmp_path)
+    zero.log = tmp_path
     one._closed.set()  # its threads stop without a word
     end = time.monotonic() + 10
     while not (tmp_path / "host0.error.json").exists():
@@ -166,7 +166,7 @@ def test_a_host_that_ends_or_falls_silent_is_noticed(tmp_path: Path, monkeypatch
             Launch(
                 nnodes=2, node_rank=0, main_address="127.0.0.1", main_port=free_port(), local_addr="192.0.2.1"
             ),
-            "launch.local_addr=192.0.2.1: must be an address of this machine",
+            "launch.local_addr=192.0.2.1 must be an address of this machine",
         ),
     ],
 )
