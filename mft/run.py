@@ -59,6 +59,8 @@ class Run:
     data: Dataset
     engine: Engine
     progress: Silent
+    first_here: bool
+    """Whether this is the first rank of its machine: it tokenises and checks for all."""
 
 
 def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool]) -> RunStatus:
@@ -85,18 +87,13 @@ def start(cfg: DictConfig, folder: Path) -> Run:
     parts = build.build_components(cfg)
     settings, data_settings = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)
     assert isinstance(settings, TrainSettings) and isinstance(data_settings, DataSettings)
-    first = first_on_machine()  # tokenises, and the others read its cache
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine; no process group says it yet
     tokenizer, splits = parts.model.tokenizer(), parts.rows.splits_samples
     data = dataset(parts.named_tasks, data_settings, tokenizer, cfg.cache_dir, splits, first)
     require_unchanged(cfg, folder, parts, data.fingerprints)
     engine = parts.dist.start(settings.precision.value)
     progress = Terminal(data.names) if engine.is_main else Silent()
-    return Run(cfg, folder, parts, settings, data_settings, data, engine, progress)
-
-
-def first_on_machine() -> bool:
-    """Whether this is the first rank of its machine: known before any process group is up."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return Run(cfg, folder, parts, settings, data_settings, data, engine, progress, first)
 
 
 def make_loader(r: Run) -> BatchLoader:
@@ -131,7 +128,7 @@ def load_model(r: Run) -> Model:
     family, peft, precision = r.parts.model, r.parts.peft, r.settings.precision.value
     seed_everything(r.settings.seed)  # equal initial adapters on every rank
     computing = compute_dtype(precision)
-    if first_on_machine() and Path(family.source()).is_dir():  # where it has checksums: mft wrote it
+    if r.first_here and Path(family.source()).is_dir():  # passes folders that mft did not write
         require_sound(Path(family.source()))
     with r.engine.loading():
         base = family.model(peft.dtype(precision), peft.quantization(computing), compute_dtype=computing)
@@ -143,8 +140,7 @@ def load_model(r: Run) -> Model:
 def make_trainer(
     r: Run, loader: BatchLoader, model: Model, stop: Callable[[], bool]
 ) -> tuple[Trainer, Export]:
-    """Returns what the loop works on, and a function that writes the model to a folder (all ranks call
-    it)."""
+    """Returns what the loop works on, and what writes the model to a folder."""
     from mft.model.export import save_final
     from mft.model.introspect import base_of
     from mft.model.token_loss import TokenLoss
@@ -220,19 +216,18 @@ def make_answers(r: Run, model: Model) -> Answers:
     """Returns what asks the model the prompts of train.prompts; a sharded model needs all ranks to answer."""
     from mft.model import generate
 
-    engine, new_tokens = r.engine, r.settings.prompts_max_new_tokens
+    engine, encoder = r.engine, r.data.encoder
+    options: dict[str, Any] = {"max_new_tokens": r.settings.prompts_max_new_tokens, "do_sample": False}
+    options["together"] = engine.sharded
 
     def answer(conversations: list[list[dict[str, str]]]) -> list[str]:
-        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": new_tokens}
-        options["together"] = engine.sharded
-        encoder = r.data.encoder
         model.eval()
         texts = engine.run_as_forward(lambda: generate.answer(model, encoder, conversations, **options))
         model.train()
         return texts
 
-    wanted = r.settings.prompts if engine.is_main or engine.sharded else None
-    return Answers(read_prompts(Path(wanted)) if wanted else [], answer)
+    prompts = read_prompts(Path(r.settings.prompts)) if r.settings.prompts else []
+    return Answers(prompts if engine.is_main or engine.sharded else [], answer)
 
 
 def restore_newest(r: Run, t: Trainer) -> None:
@@ -252,10 +247,8 @@ def restore_newest(r: Run, t: Trainer) -> None:
 
 
 def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, started: float) -> RunStatus:
-    """Resumes, trains, and writes the final model, the summary and the record of the trackers.
-
-    started: time.perf_counter() at the start of the run.
-    """
+    """Resumes, trains, and writes the final model, the summary and the record of the trackers. started: a
+    time.perf_counter()."""
     engine, folder = t.engine, r.folder
     answers.ask("before")
     restore_newest(r, t)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from mft import run_folder
 from mft.config.schema import Launch, LaunchMode, freeze
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
@@ -21,7 +20,7 @@ from mft.launch import failures, multinode, placement, rank_log, resume_choice, 
 from mft.launch.job import Job
 from mft.launch.node_group import NodeGroup
 from mft.launch.spawn import spawn
-from mft.run_folder import RunStatus
+from mft.run_folder import RunStatus, lock, status
 from mft.training.resume import rewind
 
 
@@ -78,7 +77,7 @@ def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
             nodes.share_folder(None)
         say(f"{shown}: this run is already finished; see summary.json.")
         return read_json(folder / "summary.json")
-    lock = run_folder.lock(folder)
+    held = lock(folder)
     try:
         say(f"run folder {shown}")
         resumed, step = resume_choice.step_of(job.cfg.train.resume)
@@ -99,7 +98,7 @@ def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
     except OSError as error:
         raise full_disk(error, folder) or error from error
     finally:
-        lock.release()
+        held.release()
     return read_json(folder / "summary.json")
 
 
@@ -125,5 +124,5 @@ def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None) -> None:
     except UserError as error:
         error.exit_code = 1  # the run had started
         raise
-    if nodes and run_folder.status(folder) == RunStatus.stopped:  # by a signal to another machine
+    if nodes and status(folder) == RunStatus.stopped:  # by a signal to another machine
         raise signals.Stopped(signal.SIGTERM, signals.SAVED)

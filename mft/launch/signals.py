@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from mft import run_folder
-from mft.run_folder import RunStatus
+from mft.run_folder import RunStatus, status
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that ask a run to stop."""
@@ -66,7 +65,7 @@ def exit_code(run_dir: Path, signum: int) -> int:
     """Returns the exit code after a signal: 130 after Ctrl-C, else 75 with and 143 without a checkpoint."""
     if signum == signal.SIGINT:
         return INTERRUPTED
-    return SAVED if run_folder.status(run_dir) in (RunStatus.stopped, RunStatus.finished) else UNSAVED
+    return SAVED if status(run_dir) in (RunStatus.stopped, RunStatus.finished) else UNSAVED
 
 
 @contextmanager

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from mft import run_folder
 from mft.console import screen, tables
 from mft.console.screen import say
 from mft.files.atomic import write_text
-from mft.run_folder import RunStatus
+from mft.run_folder import RunStatus, state
 from mft.sweep.pool import SweepJob
 
 SHOWN = {
@@ -44,7 +43,7 @@ def plan(jobs: Sequence[SweepJob], folder: Path) -> None:
         action = SHOWN[job.state][0]
         if job in waiting:
             checkpoint = newest(job.folder)
-            before = run_folder.state(job.folder) if job.folder.exists() else None
+            before = state(job.folder) if job.folder.exists() else None
             action = "would run" if checkpoint is None else f"would resume from {checkpoint.name}"
             action = "is running in another process" if before is RunStatus.running else action
             action += " (failed before)" if before is RunStatus.failed else ""
@@ -67,8 +66,8 @@ def write_jobs(jobs: Sequence[SweepJob], folder: Path) -> None:
     lines = {text.split()[0]: text for text in written}
     for job in jobs:
         if job.state != RunStatus.same:
-            state = RunStatus.finished if job.state == RunStatus.skipped else job.state
-            cells = f"{job.folder.name:<12}{state:<10}{_number(job.best):<10}{job.checked.label}"
+            ended = RunStatus.finished if job.state == RunStatus.skipped else job.state
+            cells = f"{job.folder.name:<12}{ended:<10}{_number(job.best):<10}{job.checked.label}"
             lines[job.folder.name] = cells
     write_text(path, "\n".join([f"{'folder':<12}{'state':<10}{'best':<10}job", *lines.values()]) + "\n")
 
@@ -143,8 +142,8 @@ def table(jobs: Sequence[SweepJob], folder: Path) -> None:
     write_jobs(jobs, folder)
     rows = []
     for job in jobs:
-        state = Text(*SHOWN[job.state])
-        rows.append([job.checked.label, state, _number(job.best), job.step or "", job.folder.name])
+        words = Text(*SHOWN[job.state])
+        rows.append([job.checked.label, words, _number(job.best), job.step or "", job.folder.name])
     columns, numbers = ["job", "state", "best", "steps", "folder"], ["best", "steps"]
     screen.console().print(tables.table(f"Sweep {os.path.relpath(folder)}", columns, rows, numbers))
     for job in jobs:

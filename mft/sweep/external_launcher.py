@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft import run_folder
 from mft.config import compose, hydra_compose, interpolations, plugins, schema
 from mft.config.overrides import key_of
 from mft.console.screen import say
@@ -23,7 +22,7 @@ from mft.files.json_file import read_json
 from mft.launch.job import checked, objective
 from mft.launch.launch import launch
 from mft.launch.signals import INTERRUPTED, Stopped
-from mft.run_folder import RunStatus
+from mft.run_folder import RunStatus, plugins_of, state
 from mft.sweep import display, pool
 from mft.sweep.folder import RECORD, SweepContext, is_sweep, job_folder, taken
 from mft.sweep.jobs import finish, plan_jobs, require_success
@@ -68,8 +67,8 @@ def collect_result(job: SweepJob) -> None:
     job.update()
     if not job.folder.exists():
         return
-    state = run_folder.state(job.folder)
-    job.state = {RunStatus.killed: RunStatus.failed, RunStatus.running: RunStatus.stopped}.get(state, state)
+    left = state(job.folder)
+    job.state = {RunStatus.killed: RunStatus.failed, RunStatus.running: RunStatus.stopped}.get(left, left)
     if job.state == RunStatus.failed:
         sentence = read_json(job.folder / "log" / "failure.json").text("sentence")
         job.error = sentence or "the process was killed from outside; its launcher's log may show why"
@@ -83,7 +82,7 @@ def one_job(cfg: DictConfig) -> float:
     schema.register()
     hydra = HydraConfig.get()
     folder = Path(hydra.sweep.dir).absolute()
-    plugins.name(run_folder.plugins_of(folder, RECORD))
+    plugins.name(plugins_of(folder, RECORD))
     fixed = {key_of(o) for o in read_json(folder / RECORD).texts("overrides") if not is_sweep(o)}
     # unresolved, as in `taken`: they are written to the run folder
     of_job: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)

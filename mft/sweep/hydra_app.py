@@ -107,12 +107,12 @@ def require_launcher(launcher: str) -> None:
         raise UserError(f'hydra/launcher={launcher} needs pip install "mft[slurm]"')
 
 
-def resume(place: Path, overrides: Sequence[str], dry_run: bool = False) -> None:
+def resume(named: Path, overrides: Sequence[str], dry_run: bool = False) -> None:
     """Runs the command of a sweep's folder again, with further overrides, from the folder it was started in.
 
-    place: the sweep's folder, or `multirun/<name>` where it is the only one there.
+    named: the sweep's folder, or `multirun/<name>` where it is the only one there.
     """
-    folder = find_sweep(place)
+    folder = find_sweep(named)
     record = read_json(folder / RECORD)
     command = with_moved_keys(record.texts("overrides"))
     started, sweep_dir = record.text("folder"), record.text("sweep_dir")
@@ -122,7 +122,7 @@ def resume(place: Path, overrides: Sequence[str], dry_run: bool = False) -> None
     say(f"resuming: mft train -m {' '.join(command)}")
     if not Path(started).is_dir():
         raise UserError(f"{folder} was started in {started}, which is gone; run its command by hand.")
-    # before the change of folder, since `place` may be relative
+    # before the change of folder, since `named` may be relative
     moved = [] if Path(sweep_dir).resolve() == folder.resolve() else [f"hydra.sweep.dir={folder.resolve()}"]
     os.chdir(started)
     through_hydra([*command, *overrides, *moved], [], ["-m"], dry_run)

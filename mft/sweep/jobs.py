@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from mft import run_folder
 from mft.config.build import component
 from mft.config.schema import LaunchMode
 from mft.console.screen import say
@@ -20,7 +19,7 @@ from mft.files.json_file import read_json
 from mft.launch import placement, resume_choice, signals
 from mft.launch.job import Job, objective
 from mft.launch.launch import launch
-from mft.run_folder import RunStatus
+from mft.run_folder import RunStatus, state, status
 from mft.sweep import display, pool
 from mft.sweep.composer import Composer, check_all
 from mft.sweep.folder import DryRunDone, SweepContext, checking, job_folder, taken
@@ -82,7 +81,7 @@ def sweep_job(checked: Job, folder: Path, number: int, earlier: Sequence[SweepJo
         job.state = RunStatus.same
     elif resume_choice.is_finished(job.folder, checked.identity):
         job.state = RunStatus.skipped
-    elif checked.cfg.launch.prune and run_folder.state(job.folder) is RunStatus.pruned:
+    elif checked.cfg.launch.prune and state(job.folder) is RunStatus.pruned:
         job.state = RunStatus.pruned
     job.update()
     return job
@@ -168,7 +167,7 @@ def _run_here(waiting: Sequence[SweepJob], total: int, fail_fast: bool) -> None:
         say(f"\njob {job.number}/{total}  {job.checked.label}")
         try:
             launch(job.checked, job.folder)
-            job.state = run_folder.status(job.folder)
+            job.state = status(job.folder)
         except Exception as error:
             pool.leave_failure(job.folder, error)
             job.state, job.error = RunStatus.failed, str(error)

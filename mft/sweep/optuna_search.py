@@ -261,12 +261,12 @@ def check_settings(cfg: DictConfig, settings: Mapping[str, Any], space: Mapping[
 
 def boundary_trials(space: Mapping[str, Any]) -> list[list[str]]:
     """Returns overrides that touch both ends of every interval and every choice at least once."""
-    ends = {name: getattr(v, "choices", None) or (v.low, v.high) for name, v in space.items()}
+    extremes = {name: getattr(v, "choices", None) or (v.low, v.high) for name, v in space.items()}
     trials = []
-    for number in range(max(map(len, ends.values()))):
+    for number in range(max(map(len, extremes.values()))):
         # a key with fewer values repeats its last one
-        values = {name: of_key[min(number, len(of_key) - 1)] for name, of_key in ends.items()}
-        trials.append(to_overrides(values))
+        trial = {name: values[min(number, len(values) - 1)] for name, values in extremes.items()}
+        trials.append(to_overrides(trial))
     return trials
 
 

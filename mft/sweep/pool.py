@@ -24,7 +24,6 @@ from typing import TypeVar
 
 from omegaconf import DictConfig
 
-from mft import run_folder
 from mft.console.credentials import hidden
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
@@ -34,7 +33,7 @@ from mft.launch.job import Job
 from mft.launch.launch import launch
 from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, first_signal
 from mft.launch.spawn import environment, start_fork_server
-from mft.run_folder import RunStatus
+from mft.run_folder import RunStatus, metric_rows
 
 LOOK_SECONDS = 0.5
 """How often the running jobs' metrics are read."""
@@ -83,7 +82,7 @@ class SweepJob:
         """Reads the rows logged since the last call; returns whether a validation is among them."""
         if not self.total_steps:
             self.total_steps = int(read_json(self.folder / "plan.json").number("total_steps") or 0)
-        rows, self.offset = run_folder.metric_rows(self.folder / "metrics.jsonl", self.offset)
+        rows, self.offset = metric_rows(self.folder / "metrics.jsonl", self.offset)
         validated = False
         for row in rows:
             self.step = max(self.step, row["step"])
