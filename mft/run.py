@@ -15,8 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft.config import build, identity, inputs, schema, validate
 from mft.console.tables import settings_table
-from mft.data import mixture, report
-from mft.data.datasets import Dataset, dataset
+from mft.data import datasets, mixture, report
 from mft.data.loader import BatchLoader
 from mft.data.prompts import read_prompts
 from mft.data.settings import DataSettings
@@ -56,7 +55,7 @@ class Run:
     parts: build.Components
     settings: TrainSettings
     data_settings: DataSettings
-    data: Dataset
+    data: datasets.Dataset
     engine: Engine
     progress: Silent
     first_here: bool
@@ -89,7 +88,7 @@ def start(cfg: DictConfig, folder: Path) -> Run:
     assert isinstance(settings, TrainSettings) and isinstance(data_settings, DataSettings)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine; no process group says it yet
     tokenizer, splits = parts.model.tokenizer(), parts.rows.splits_samples
-    data = dataset(parts.named_tasks, data_settings, tokenizer, cfg.cache_dir, splits, first)
+    data = datasets.dataset(parts.named_tasks, data_settings, tokenizer, cfg.cache_dir, splits, first)
     require_unchanged(cfg, folder, parts, data.fingerprints)
     engine = parts.dist.start(settings.precision.value)
     progress = Terminal(data.names) if engine.is_main else Silent()

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mft.console.credentials import hidden
-from mft.console.screen import shown
+from mft.console import credentials, screen
 from mft.errors import UserError
 from mft.files.json_file import Values, read_json, write_json
 
@@ -64,9 +63,9 @@ def write_report(path: Path, error: BaseException, rank: int, **more: Any) -> No
         "rank": rank,
         "time": time.time(),
         "type": type(error).__name__,
-        "message": hidden(str(error)),
+        "message": credentials.hidden(str(error)),
         "user": isinstance(error, UserError),
-        "traceback": hidden("".join(traceback.format_exception(error))),
+        "traceback": credentials.hidden("".join(traceback.format_exception(error))),
     }
     write_json(path, report | more)
 
@@ -81,8 +80,8 @@ def forget_failures(reports: Path) -> None:
 def render_failure(error: BaseException, rank: int) -> str:
     """Returns the text for the terminal: a UserError's sentence, or a traceback and the rank's number."""
     if isinstance(error, UserError):
-        return shown(f"mft: {error}")
-    return shown(WorkerError(_sentence(rank, error), "".join(traceback.format_exception(error))))
+        return screen.shown(f"mft: {error}")
+    return screen.shown(WorkerError(_sentence(rank, error), "".join(traceback.format_exception(error))))
 
 
 def is_root_cause(report: Path, since: float) -> bool:

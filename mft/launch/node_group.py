@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
 from mft.files.json_file import read_json, write_json
-from mft.launch.failures import HostGone, write_report
-from mft.launch.network import connect, interfaces
+from mft.launch import failures, network
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -54,11 +53,11 @@ class NodeGroup:
         """address: of the store; server: the store, None where another host serves it; local: this host's
         address."""
         self.address, self._server = address, server
-        self.store = connect(address)
+        self.store = network.connect(address)
         """This host's connection to the store."""
         self.rank = rank
         """This host's number."""
-        self.interface = interfaces()[local]
+        self.interface = network.interfaces()[local]
         """The network interface over which the ranks talk to those of other hosts."""
         self.names = [""] * settings.nnodes
         """Host name and address of every host; empty until they agree."""
@@ -165,13 +164,13 @@ class NodeGroup:
         unreachable = [self._serving] if self._unreachable else []
         return [n for n in others if n in unreachable or time.monotonic() - self._heard[n] > seconds]
 
-    def lost(self, seconds: float) -> HostGone | None:
+    def lost(self, seconds: float) -> failures.HostGone | None:
         """Returns the error about the hosts that are `gone`, None while there are none."""
         gone = self.gone(seconds)
         if not gone:
             return None
         named = " and ".join(f"host {n} ({self.names[n]})" for n in gone)
-        return HostGone(
+        return failures.HostGone(
             f"{named} {'is' if len(gone) == 1 else 'are'} gone: no heartbeat any more. What was saved is "
             "intact; run the same command on every host to resume from the newest checkpoint."
         )
@@ -198,7 +197,7 @@ class NodeGroup:
         """
         number, newest = 0, [""] * self._settings.nnodes
         try:
-            store = connect(self.address)
+            store = network.connect(self.address)
             while not self._closed.is_set():
                 number += 1
                 store.set(f"beat/{self.rank}", LEFT if self._left[self.rank] else str(number))
@@ -221,7 +220,8 @@ class NodeGroup:
             error, gone = self.lost(self._settings.lost_seconds), self.gone(self._settings.lost_seconds)
             if error and self.log is not None:
                 since = since or time.time()
-                write_report(self.log / f"host{self.rank}.error.json", error, -1, time=since, gone=gone)
+                report = self.log / f"host{self.rank}.error.json"
+                failures.write_report(report, error, -1, time=since, gone=gone)
 
 
 def too_few(joined: int, settings: Launch, reason: str = "") -> UserError:

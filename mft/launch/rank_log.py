@@ -12,8 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from mft.console.credentials import hidden
-from mft.console.streams import steady
+from mft.console import credentials, streams
 
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 """Colours, cursor movements and titles, which only a terminal understands."""
@@ -59,7 +58,7 @@ def tee(stream: TextIO, log: LineLog | None = None) -> None:
     write = stream.write
 
     def write_hidden(text: str) -> int:
-        text = hidden(text)
+        text = credentials.hidden(text)
         if log is not None:
             with suppress(OSError, ValueError):
                 log.write(text)
@@ -88,17 +87,17 @@ def written_to(path: Path, rank: int) -> Iterator[int]:
         tee(sys.stderr)
         yield terminal
         return
-    steady(lasting=True)
-    log, streams = LineLog(path), (sys.stdout, sys.stderr)  # after `steady`, which may replace them
-    for stream in streams:
+    streams.steady(lasting=True)
+    log, outputs = LineLog(path), (sys.stdout, sys.stderr)  # after `steady`, which may replace them
+    for stream in outputs:
         tee(stream, log)
     try:
         yield 2
     except Exception:
         with suppress(OSError):
-            log.write(hidden(traceback.format_exc()))
+            log.write(credentials.hidden(traceback.format_exc()))
         raise
     finally:
-        for stream in streams:
+        for stream in outputs:
             del stream.write
         log.close()

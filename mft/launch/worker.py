@@ -25,14 +25,13 @@ from mft.config import plugins
 from mft.console.screen import guard_logs, say
 from mft.errors import UserError, full_disk
 from mft.hardware import quiet_without_gpu
-from mft.launch import failures, placement, rank_log, torch_private
-from mft.launch.signals import SAVED, SIGNALS, UNSAVED, Stop, exit_code
+from mft.launch import failures, placement, rank_log, signals, torch_private
 
 FAILED_PEER_SECONDS = 5.0
 """How long a rank lives after another one failed: it may wait for that one in a collective that never ends,
 but should first get the chance to report an error of its own."""
 
-stop = Stop()
+stop = signals.Stop()
 """Whether this rank was asked to stop."""
 
 quiet_without_gpu()  # here, because the fork server imports this module before all others
@@ -102,10 +101,11 @@ def rank_main(
                 if variables is None and failures.is_root_cause(report, started):
                     os.write(terminal, f"{failures.render_failure(error, rank)}\n".encode())
             raise
-    for name in SIGNALS:  # only waiting for the other ranks is left, and nothing looks at `stop` any more
-        signal.signal(name, lambda signum, frame: os._exit(SAVED))
+    # only waiting for the other ranks is left, and nothing looks at `stop` any more
+    for name in signals.SIGNALS:
+        signal.signal(name, lambda signum, frame: os._exit(signals.SAVED))
     if stop():
-        raise SystemExit(exit_code(Path(log).parent, stop.signal))
+        raise SystemExit(signals.exit_code(Path(log).parent, stop.signal))
     return result
 
 
@@ -149,7 +149,7 @@ def _watch(report: Path, started: float) -> None:
         else:
             time.sleep(0.5)
         if os.getppid() != started_by if parent is None else not parent.is_alive():
-            os._exit(UNSAVED)
+            os._exit(signals.UNSAVED)
         others = (path for path in report.parent.glob("*.error.json") if path != report)
         if any(path.stat().st_mtime >= started for path in others):  # an older one is of an earlier attempt
             failed_since = failed_since or time.monotonic()

@@ -19,13 +19,12 @@ from mft.config import compose, hydra_compose, interpolations, plugins, schema
 from mft.config.overrides import key_of
 from mft.console.screen import say
 from mft.files.json_file import read_json
+from mft.launch import launch, signals
 from mft.launch.job import checked, objective
-from mft.launch.launch import launch
-from mft.launch.signals import INTERRUPTED, Stopped
 from mft.run_folder import RunStatus, plugins_of, state
-from mft.sweep import display, pool
-from mft.sweep.folder import RECORD, SweepContext, is_sweep, job_folder, taken
-from mft.sweep.jobs import finish, plan_jobs, require_success
+from mft.sweep import pool
+from mft.sweep.folder import RECORD, SweepContext, is_sweep, job_folder
+from mft.sweep.jobs import carry_out, plan_jobs
 from mft.sweep.pool import SweepJob
 
 if TYPE_CHECKING:
@@ -43,22 +42,20 @@ class ExternalLauncher:
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Returns nothing, so Hydra has nothing to check; UserError if any job failed, Stopped after
         Ctrl-C."""
-        jobs, folder = plan_jobs(self.context, job_overrides, starts=False), self.context.folder
-        waiting = [job for job in jobs if job.state == RunStatus.waiting]
-        with taken(self.context.cfg, folder):
-            display.start(jobs, folder)
-            if waiting:
-                try:
-                    self.launcher.launch([job_overrides[job.number - 1] for job in waiting], initial_job_idx)
-                except KeyboardInterrupt:
-                    print("\nsubmitted jobs are left to their launcher (scancel ends them)", file=sys.stderr)
-                    raise Stopped(signal.SIGINT, INTERRUPTED) from None
-                except Exception as error:  # a job ended by its scheduler; how each ended is in its folder
-                    say(f"{type(self.launcher).__name__}: {type(error).__name__}: {error}")
+
+        def submit(waiting: Sequence[SweepJob]) -> int:
+            try:
+                self.launcher.launch([job_overrides[job.number - 1] for job in waiting], initial_job_idx)
+            except KeyboardInterrupt:
+                print("\nsubmitted jobs are left to their launcher (scancel ends them)", file=sys.stderr)
+                raise signals.Stopped(signal.SIGINT, signals.INTERRUPTED) from None
+            except Exception as error:  # a job ended by its scheduler; how each ended is in its folder
+                say(f"{type(self.launcher).__name__}: {type(error).__name__}: {error}")
             for job in waiting:
                 collect_result(job)
-            finish(jobs, folder, 0)
-        require_success(jobs)
+            return 0
+
+        carry_out(self.context, plan_jobs(self.context, job_overrides, starts=False), submit)
         return []
 
 
@@ -68,6 +65,7 @@ def collect_result(job: SweepJob) -> None:
     if not job.folder.exists():
         return
     left = state(job.folder)
+    # running: its launcher returned without waiting for it
     job.state = {RunStatus.killed: RunStatus.failed, RunStatus.running: RunStatus.stopped}.get(left, left)
     if job.state == RunStatus.failed:
         sentence = read_json(job.folder / "log" / "failure.json").text("sentence")
@@ -92,7 +90,7 @@ def one_job(cfg: DictConfig) -> float:
     job = checked(compose.absolute_paths(schema.typed(interpolations.replaced(composed))), overrides, label)
     run_dir = job_folder(job, folder)
     try:
-        return objective(launch(job, run_dir))
+        return objective(launch.launch(job, run_dir))
     except Exception as error:
         pool.leave_failure(run_dir, error)
         raise

@@ -14,12 +14,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mft import run_folder
-from mft.config import plugins
-from mft.config.hydra_compose import check_sweep, search_path, without_search_path
-from mft.config.messages import explain, of_defaults, refusals
+from mft.config import hydra_compose, messages, plugins, schema, yaml_file
 from mft.config.overrides import check_overrides, key_of, of_hydra, replaced, with_moved_keys
-from mft.config.schema import config_dir, register
-from mft.config.yaml_file import circle
 from mft.console.credentials import as_written
 from mft.console.screen import say
 from mft.errors import UserError
@@ -46,23 +42,23 @@ def through_hydra(
     for override in overrides:
         if key_of(override) == "hydra/launcher":
             require_launcher(override.partition("=")[2])
-    register()
+    schema.register()
     Plugins.instance()  # registers Hydra's own sweeper, which ours is to replace
     use_own_grid()
     search: list[str] = []
     argv = sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
     try:
-        search = search_path(config_dirs, overrides)
-        overrides = without_search_path(overrides)
-        check_sweep([*search, *overrides])
+        search = hydra_compose.search_path(config_dirs, overrides)
+        overrides = hydra_compose.without_search_path(overrides)
+        hydra_compose.check_sweep([*search, *overrides])
         own: list[str] = []
         if "-m" in flags:
             for note in [*replaced(overrides), *of_hydra(overrides, sweep=True)]:
                 say(f"mft: {note}", sys.stderr)
             own = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
         sys.argv = ["mft train", *flags, *search, *overrides, *own]
-        folder = str(config_dir().resolve())
+        folder = str(schema.config_dir().resolve())
         application = hydra.main(version_base="1.3", config_path=folder, config_name="config")
         if (
             "--resolve" in flags
@@ -75,11 +71,11 @@ def through_hydra(
     except DryRunDone:
         pass
     except RecursionError:
-        raise UserError(circle()) from None
-    except refusals() as error:
-        raise UserError(explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
+        raise UserError(yaml_file.circle()) from None
+    except messages.refusals() as error:
+        raise UserError(messages.explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        if (sentence := of_defaults(error)) is None:
+        if (sentence := messages.of_defaults(error)) is None:
             raise
         raise UserError(sentence) from error
     finally:

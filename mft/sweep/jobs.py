@@ -16,9 +16,8 @@ from mft.config.schema import LaunchMode
 from mft.console.screen import say
 from mft.errors import UserError
 from mft.files.json_file import read_json
-from mft.launch import placement, resume_choice, signals
+from mft.launch import launch, placement, resume_choice, signals
 from mft.launch.job import Job, objective
-from mft.launch.launch import launch
 from mft.run_folder import RunStatus, state, status
 from mft.sweep import display, pool
 from mft.sweep.composer import Composer, check_all
@@ -41,10 +40,7 @@ def run_grid(context: SweepContext, job_overrides: Sequence[Sequence[str]]) -> l
     from hydra.core.utils import JobReturn, JobStatus
 
     jobs = plan_jobs(context, job_overrides)
-    with taken(context.cfg, context.folder):
-        display.start(jobs, context.folder)
-        finish(jobs, context.folder, _run_waiting(jobs, context.folder))
-    require_success(jobs)
+    carry_out(context, jobs, lambda waiting: _run_waiting(waiting, jobs, context.folder))
     results = []  # our own grid ignores them, sweepers of other packages learn from them
     for overrides, job in zip(job_overrides, jobs, strict=True):
         value = objective(read_json(job.folder / "summary.json"))
@@ -71,6 +67,18 @@ def plan_jobs(
             display.plan(jobs, context.folder)
             raise DryRunDone
     return jobs
+
+
+def carry_out(
+    context: SweepContext, jobs: Sequence[SweepJob], run: Callable[[Sequence[SweepJob]], int]
+) -> None:
+    """Runs the waiting jobs by `run`, which returns the signal that ended it, and reports; raises as
+    `run_grid`."""
+    waiting = [job for job in jobs if job.state == RunStatus.waiting]
+    with taken(context.cfg, context.folder):
+        display.start(jobs, context.folder)
+        finish(jobs, context.folder, run(waiting) if waiting else 0)
+    require_success(jobs)
 
 
 def sweep_job(checked: Job, folder: Path, number: int, earlier: Sequence[SweepJob]) -> SweepJob:
@@ -117,11 +125,8 @@ def require_success(jobs: Sequence[SweepJob]) -> None:
         raise error
 
 
-def _run_waiting(jobs: Sequence[SweepJob], folder: Path) -> int:
-    """Runs the waiting jobs; returns the signal that ended it, 0: none."""
-    waiting = [job for job in jobs if job.state == RunStatus.waiting]
-    if not waiting:
-        return 0
+def _run_waiting(waiting: Sequence[SweepJob], jobs: Sequence[SweepJob], folder: Path) -> int:
+    """Runs jobs in processes of their own, or here; returns the signal that ended it, 0: none."""
     cfg = waiting[0].checked.cfg
     if cfg.launch.mode is LaunchMode.inline or placement.detect_rank() is not None:
         _run_here(waiting, len(jobs), cfg.launch.fail_fast)
@@ -166,7 +171,7 @@ def _run_here(waiting: Sequence[SweepJob], total: int, fail_fast: bool) -> None:
     for job in waiting:
         say(f"\njob {job.number}/{total}  {job.checked.label}")
         try:
-            launch(job.checked, job.folder)
+            launch.launch(job.checked, job.folder)
             job.state = status(job.folder)
         except Exception as error:
             pool.leave_failure(job.folder, error)

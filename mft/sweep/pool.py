@@ -29,10 +29,9 @@ from mft.console.screen import say
 from mft.errors import UserError, full_disk
 from mft.files.json_file import read_json, write_json
 from mft.hardware import visible_gpus
+from mft.launch import launch, spawn
 from mft.launch.job import Job
-from mft.launch.launch import launch
 from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, first_signal
-from mft.launch.spawn import environment, start_fork_server
 from mft.run_folder import RunStatus, metric_rows
 
 LOOK_SECONDS = 0.5
@@ -115,7 +114,7 @@ def run(
         for process, _ in list(running.values()):
             _send(process, signum)
 
-    start_fork_server()
+    spawn.start_fork_server()
     with first_signal(forward) as signals:
         while True:
             for part in (n for n in range(len(parts)) if n not in running):
@@ -198,7 +197,9 @@ def _start(job: SweepJob, cores: list[int], gpus: list[str]) -> BaseProcess:
     log.mkdir(parents=True, exist_ok=True)
     (log / "traceback.txt").unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=supervise, args=(job.checked, job.folder, cores, gpus, environment()))
+    process = context.Process(
+        target=supervise, args=(job.checked, job.folder, cores, gpus, spawn.environment())
+    )
     process.start()
     return process
 
@@ -234,7 +235,7 @@ def supervise(job: Job, folder: Path, cores: list[int], gpus: list[str], environ
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     threading.Thread(target=_end_with_sweep, daemon=True, name="watchdog").start()
     try:
-        launch(job, folder)
+        launch.launch(job, folder)
     except Stopped as stopped:
         raise SystemExit(stopped.code) from None
     except KeyboardInterrupt:  # before the ranks were up
