@@ -67,22 +67,27 @@ def tee(stream: TextIO, log: LineLog | None = None) -> None:
     stream.write = write_hidden  # type: ignore[method-assign]
 
 
+def redirect(path: Path) -> None:
+    """Appends all further output of this process to a file, also that of libraries in C."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
 @contextmanager
 def written_to(path: Path, rank: int) -> Iterator[int]:
     """Writes what this process prints to a log file; yields the file descriptor of the terminal's error
     stream.
 
-    Of ranks above 0 all output goes there, also that of libraries in C, until the process ends. Rank 0 keeps
-    the terminal; what Python writes is copied, and what libraries in C write is not.
+    Of ranks above 0 all output goes there until the process ends. Rank 0 keeps the terminal; what Python
+    writes is copied, and what libraries in C write is not.
     """
     if rank > 0:
         sys.stdout.flush()
         sys.stderr.flush()
         terminal = os.dup(2)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        os.close(file)
+        redirect(path)
         tee(sys.stdout)
         tee(sys.stderr)
         yield terminal

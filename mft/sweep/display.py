@@ -15,7 +15,7 @@ from mft.files.atomic import write_text
 from mft.run_folder import RunStatus, state
 from mft.sweep.pool import SweepJob
 
-SHOWN = {
+IN_WORDS = {
     RunStatus.finished: ("finished", "green"),
     RunStatus.skipped: ("finished before", "green"),
     RunStatus.failed: ("failed", "red"),
@@ -40,7 +40,7 @@ def plan(jobs: Sequence[SweepJob], folder: Path) -> None:
     say(f"sweep {os.path.relpath(folder)}: {len(jobs)} jobs")
     waiting = [job for job in jobs if job.state == RunStatus.waiting]
     for job in jobs:
-        action = SHOWN[job.state][0]
+        action = IN_WORDS[job.state][0]
         if job in waiting:
             checkpoint = newest(job.folder)
             before = state(job.folder) if job.folder.exists() else None
@@ -105,7 +105,7 @@ def live(jobs: Sequence[SweepJob], folder: Path, total: int) -> Iterator[Callabl
         if ended or not job.values:
             write_jobs(jobs, folder)
         if console.is_terminal and ended:
-            text = Text(line(job, total), style=SHOWN[job.state][1])
+            text = Text(line(job, total), style=IN_WORDS[job.state][1])
             console.print(text, no_wrap=True, overflow="ellipsis")
         elif not console.is_terminal and (ended or not job.offset):  # the validations in between are many
             say(line(job, total) + (best_so_far() if ended else ""))
@@ -142,7 +142,7 @@ def table(jobs: Sequence[SweepJob], folder: Path) -> None:
     write_jobs(jobs, folder)
     rows = []
     for job in jobs:
-        words = Text(*SHOWN[job.state])
+        words = Text(*IN_WORDS[job.state])
         rows.append([job.checked.label, words, _number(job.best), job.step or "", job.folder.name])
     columns, numbers = ["job", "state", "best", "steps", "folder"], ["best", "steps"]
     screen.console().print(tables.table(f"Sweep {os.path.relpath(folder)}", columns, rows, numbers))

@@ -64,9 +64,9 @@ def collect_result(job: SweepJob) -> None:
     job.update()
     if not job.folder.exists():
         return
-    left = state(job.folder)
+    how = state(job.folder)
     # running: its launcher returned without waiting for it
-    job.state = {RunStatus.killed: RunStatus.failed, RunStatus.running: RunStatus.stopped}.get(left, left)
+    job.state = {RunStatus.killed: RunStatus.failed, RunStatus.running: RunStatus.stopped}.get(how, how)
     if job.state == RunStatus.failed:
         sentence = read_json(job.folder / "log" / "failure.json").text("sentence")
         job.error = sentence or "the process was killed from outside; its launcher's log may show why"

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -60,14 +60,11 @@ def through_hydra(
         sys.argv = ["mft train", *flags, *search, *overrides, *own]
         folder = str(schema.config_dir().resolve())
         application = hydra.main(version_base="1.3", config_path=folder, config_name="config")
-        if (
-            "--resolve" in flags
-        ):  # puts the values of environment variables, possibly passwords, into the output
-            with redirect_stdout(io.StringIO()) as printed:
-                application(run_one)()
-            sys.stdout.write(as_written(printed.getvalue()))
-        else:
+        printed = io.StringIO()
+        # replaced interpolations may show passwords of the environment
+        with redirect_stdout(printed) if "--resolve" in flags else nullcontext():
             application(run_one)()
+        sys.stdout.write(as_written(printed.getvalue()))
     except DryRunDone:
         pass
     except RecursionError:
@@ -103,12 +100,12 @@ def require_launcher(launcher: str) -> None:
         raise UserError(f'hydra/launcher={launcher} needs pip install "mft[slurm]"')
 
 
-def resume(named: Path, overrides: Sequence[str], dry_run: bool = False) -> None:
+def resume(path: Path, overrides: Sequence[str], dry_run: bool = False) -> None:
     """Runs the command of a sweep's folder again, with further overrides, from the folder it was started in.
 
-    named: the sweep's folder, or `multirun/<name>` where it is the only one there.
+    path: the sweep's folder, or `multirun/<name>` where it is the only one there.
     """
-    folder = find_sweep(named)
+    folder = find_sweep(path)
     record = read_json(folder / RECORD)
     command = with_moved_keys(record.texts("overrides"))
     started, sweep_dir = record.text("folder"), record.text("sweep_dir")
@@ -118,7 +115,7 @@ def resume(named: Path, overrides: Sequence[str], dry_run: bool = False) -> None
     say(f"resuming: mft train -m {' '.join(command)}")
     if not Path(started).is_dir():
         raise UserError(f"{folder} was started in {started}, which is gone; run its command by hand.")
-    # before the change of folder, since `named` may be relative
+    # before the change of folder, since `path` may be relative
     moved = [] if Path(sweep_dir).resolve() == folder.resolve() else [f"hydra.sweep.dir={folder.resolve()}"]
     os.chdir(started)
     through_hydra([*command, *overrides, *moved], [], ["-m"], dry_run)

@@ -29,7 +29,7 @@ from mft.console.screen import say
 from mft.errors import UserError, full_disk
 from mft.files.json_file import read_json, write_json
 from mft.hardware import visible_gpus
-from mft.launch import launch, spawn
+from mft.launch import launch, rank_log, spawn
 from mft.launch.job import Job
 from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, first_signal
 from mft.run_folder import RunStatus, metric_rows
@@ -196,10 +196,8 @@ def _start(job: SweepJob, cores: list[int], gpus: list[str]) -> BaseProcess:
     log = job.folder / "log"
     log.mkdir(parents=True, exist_ok=True)
     (log / "traceback.txt").unlink(missing_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(
-        target=supervise, args=(job.checked, job.folder, cores, gpus, spawn.environment())
-    )
+    context, arguments = multiprocessing.get_context("forkserver"), (job.checked, job.folder, cores, gpus)
+    process = context.Process(target=supervise, args=(*arguments, spawn.environment()))
     process.start()
     return process
 
@@ -225,10 +223,7 @@ def supervise(job: Job, folder: Path, cores: list[int], gpus: list[str], environ
     """Runs one job in ranks of this process; exits with 0, 1 (failed: log/failure.json) or a rank's code."""
     os.setsid()  # a Ctrl-C of the terminal reaches the sweep alone, which forwards it once
     os.environ.update(environment)
-    log = folder / "log"
-    output = os.open(log / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    rank_log.redirect(folder / "log" / "output.txt")
     if cores:
         os.sched_setaffinity(0, cores)
     if gpus:
