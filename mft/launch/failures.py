@@ -94,6 +94,7 @@ def is_root_cause(report: Path, since: float) -> bool:
 def cause_elsewhere(report: Path, since: float) -> Exception | None:
     """Returns the error of another rank where this one (with its report) only lost its connection, else
     None."""
+    # the connection may break before the failed rank has written its report
     own, deadline = _read(report), time.monotonic() + CAUSE_SECONDS
     while own and causal_distance(own) == LOST_CONNECTION and time.monotonic() < deadline:
         for other in reports_in(report.parent):
@@ -113,6 +114,7 @@ def failure_of(
     number of this one and what is known of the others.
     """
     reports = reports_in(log, host)
+    # a rank may exit with a code but no report: killed by a signal, or on a full disk
     silent = sorted(set(ranks) - {report["rank"] for report in reports})
     if lost is not None and not any(codes.get(rank, 0) < 0 for rank in silent):
         # no rank was killed here, so the cause is in a report, possibly still on its way from another host,

@@ -80,6 +80,7 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     settings = OmegaConf.to_object(cfg.launch)
     assert isinstance(settings, Launch)
     settings.check()
+    # the number of ranks decides accumulation, and so enters the checks and the identity
     world = placement.ranks(settings.nproc, settings.mode, settings.jobs)
     if settings.nnodes > 1 and placement.detect_rank() is not None:
         raise UserError(

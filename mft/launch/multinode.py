@@ -53,6 +53,7 @@ def join(settings: Launch, facts: Mapping[str, Any]) -> node_group.NodeGroup:
             # of several processes of one machine with c10d, the first one serves
             if static or error.errno != errno.EADDRINUSE:
                 raise UserError(f"{key}, port {port}: cannot listen there ({error.strerror}).") from None
+    # before torch connects, whose wait for the store Ctrl-C does not end
     if server is None and (refusal := network.await_listener(address, port, settings.join_seconds)):
         raise node_group.too_few(1, settings, f": {refusal.strerror or refusal}")
     number = settings.node_rank if static else _number((address, port), local, settings)

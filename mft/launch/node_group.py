@@ -88,6 +88,7 @@ class NodeGroup:
                         f"host {number} ({host['name']}) and host 0 ({self.names[0]}) differ in their {key}: "
                         f"{other} and {value}. Run the same command on every host, over the same data."
                     )
+        # they may have waited long for the last host, without heartbeats
         self._heard = [time.monotonic()] * self._settings.nnodes
         # two threads: `_beat` may hang in a connection whose other end has lost its power
         for work in (self._beat, self._report_gone):
@@ -99,7 +100,7 @@ class NodeGroup:
         Raises UserError, on every host, when one of them does not see it: host 0 leaves a mark in
         log/hosts.json.
         """
-        mark = uuid.uuid4().hex
+        mark = uuid.uuid4().hex  # a resumed run has the file of its earlier attempt
         if run_dir is not None:
             write_json(run_dir / "log" / "hosts.json", {"mark": mark, "hosts": self.names})
         chosen, mark = self.all_gather("folder", [str(run_dir or ""), mark], FOLDER_SECONDS)[0]
@@ -182,6 +183,7 @@ class NodeGroup:
         with suppress(Exception):  # the store is gone
             self.store.set(f"beat/{self.rank}", LEFT)
         deadline = time.monotonic() + LEAVING_SECONDS
+        # all ranks are done: a host that crashes now is given 5 s at most, not lost_seconds
         while self.rank == self._serving and self.names[0] and time.monotonic() < deadline:
             gone = self.gone(min(5.0, self._settings.lost_seconds))
             if all(left or n in gone for n, left in enumerate(self._left)):

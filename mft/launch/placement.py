@@ -30,8 +30,6 @@ class RankInfo:
 
     rank: int
     """Number among all ranks, from 0."""
-    local_rank: int
-    """Number among the ranks of this machine, from 0."""
     world: int
     """Ranks of the whole group."""
 
@@ -60,7 +58,7 @@ def detect_rank() -> RankInfo | None:
         variables.setdefault("MASTER_PORT", str(20000 + int(variables.get("SLURM_JOB_ID", 0)) % 10000))
     if not all(name in variables for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return None
-    return RankInfo(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]))
+    return RankInfo(int(variables["RANK"]), int(variables["WORLD_SIZE"]))
 
 
 def ranks(nproc: int | str, mode: str = "processes", jobs: int = 1) -> int:

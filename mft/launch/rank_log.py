@@ -33,6 +33,7 @@ class LineLog:
     def write(self, text: str) -> None:
         """Appends text as a terminal would."""
         with self._lock:
+            # the capturing group keeps the line ends among the parts
             for part in re.split(r"(\r?\n|\r)", CONTROLS.sub("", text)):
                 if part in ("\n", "\r\n"):
                     self._file.write(f"{self._line}\n")
@@ -55,6 +56,7 @@ def tee(stream: TextIO, log: LineLog | None = None) -> None:
     The stream stays the same object, for everybody who holds it. A log that cannot be written (a full disk)
     does not end a run.
     """
+    # rich and logging hold the stream itself, so its method is replaced rather than sys.stdout
     write = stream.write
 
     def write_hidden(text: str) -> int:

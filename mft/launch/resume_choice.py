@@ -25,6 +25,7 @@ def is_finished(run_dir: Path, identity: Identity, resume: str = "auto") -> bool
     """Whether the folder holds the finished run of this length, and `resume` does not ask for an earlier
     step."""
     recorded = identity_of(run_dir)
+    # extended: with the length, by which a longer run is not finished yet
     same = recorded is not None and recorded.extended == identity.extended
     return same and status(run_dir) is RunStatus.finished and step_of(resume)[1] is None
 
@@ -56,7 +57,7 @@ def choose(
         return output_dir, _resumes_in(output_dir, resume, identity, config)
     for folder in sorted(output_dir.parent.glob("*"), reverse=True) if resume == "auto" else ():
         recorded = identity_of(folder)
-        same = recorded is not None and recorded.base == identity.base
+        same = recorded is not None and recorded.base == identity.base  # of whichever length
         if same and status(folder) is not RunStatus.finished and not is_locked(folder):
             return folder, True
     number, folder = 1, output_dir

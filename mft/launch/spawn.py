@@ -79,7 +79,7 @@ def spawn(
         rdzv_handler=torch_private.completed_rendezvous(info),
         entrypoint=worker.rank_main,
         args=(str(log), function, tuple(arguments), environment(nodes)),
-        max_restarts=0,
+        max_restarts=0,  # the same command resumes a failed run, the agent never does
     )
     torch_private.quiet_agent()
     no_logs = DefaultLogsSpecs(log_dir=os.devnull)  # each rank writes its own
@@ -117,6 +117,7 @@ def start_fork_server(preload: Sequence[str] = PRELOAD) -> None:
     environment."""
     if start_method() == "fork":
         return
+    # before the server starts: it reads the environment and the list of modules once
     gpu = any(path.exists() for path in DRIVERS)
     quiet_without_gpu()
     multiprocessing.set_forkserver_preload([name for name in preload if not (gpu and name in TOUCHES_CUDA)])
@@ -142,6 +143,7 @@ def environment(nodes: NodeGroup | None = None) -> dict[str, str]:
 
     With several hosts they talk over the interface that leads to the others. What is set already stays.
     """
+    # elastic sets both kinds for each rank; those of an outer torchrun or batch script would win
     inherited = {
         name: value
         for name, value in os.environ.items()

@@ -146,9 +146,11 @@ def _watch(report: Path, started: float) -> None:
     while True:
         if parent is not None:
             parent.join(0.5)
-        else:
+            gone = not parent.is_alive()
+        else:  # placed from outside
             time.sleep(0.5)
-        if os.getppid() != started_by if parent is None else not parent.is_alive():
+            gone = os.getppid() != started_by
+        if gone:
             os._exit(signals.UNSAVED)
         others = (path for path in report.parent.glob("*.error.json") if path != report)
         if any(path.stat().st_mtime >= started for path in others):  # an older one is of an earlier attempt

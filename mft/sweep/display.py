@@ -142,7 +142,7 @@ def table(jobs: Sequence[SweepJob], folder: Path) -> None:
     write_jobs(jobs, folder)
     rows = []
     for job in jobs:
-        words = Text(*IN_WORDS[job.state])
+        words = Text(*IN_WORDS.get(job.state, (job.state, "")))
         rows.append([job.checked.label, words, _number(job.best), job.step or "", job.folder.name])
     columns, numbers = ["job", "state", "best", "steps", "folder"], ["best", "steps"]
     screen.console().print(tables.table(f"Sweep {os.path.relpath(folder)}", columns, rows, numbers))

@@ -44,6 +44,7 @@ class ExternalLauncher:
         Ctrl-C."""
 
         def submit(waiting: Sequence[SweepJob]) -> int:
+            # job_overrides as they came: a launcher composes each job itself, on the machine that runs it
             try:
                 self.launcher.launch([job_overrides[job.number - 1] for job in waiting], initial_job_idx)
             except KeyboardInterrupt:

@@ -89,6 +89,7 @@ def sweep_id(overrides: Sequence[str]) -> str:
         how = name.startswith("hydra.") or name == "hydra/launcher" or under(name, CANNOT_CHANGE_THE_RESULT)
         if not how or any(part in name for part in IN_THE_ID):
             kept.append(override)
+    # sorted: the order of a command line means nothing
     fixed = sorted(o for o in kept if not is_sweep(o))
     axes = sorted(key_of(o) for o in kept if is_sweep(o))
     return hashlib.sha1(repr((fixed, axes)).encode()).hexdigest()[:IDENTITY_DIGITS]

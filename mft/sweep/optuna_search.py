@@ -232,8 +232,9 @@ def distribution(override: str) -> BaseDistribution:
                 return IntDistribution(value.start, value.end, log=log)
             return FloatDistribution(value.start, value.end, log=log)
         if parsed.is_range_sweep() and all(isinstance(v, int) for v in (value.start, value.stop, value.step)):
-            values = list(value.range())
+            values = list(value.range())  # its last one is inside, value.stop is not
             return IntDistribution(values[0], values[-1], step=abs(value.step))
+        # as text, as Hydra's own sweeper passes values on
         if parsed.is_sweep_override():
             return CategoricalDistribution(tuple(parsed.sweep_string_iterator()))
     except (HydraException, ValueError, IndexError) as error:

@@ -206,11 +206,13 @@ def _ended(job: SweepJob, code: int) -> None:
     """Notes how a job ended. code: exit code of its supervisor, negative for a signal."""
     job.seconds = time.time() - job.started
     summary = read_json(job.folder / "summary.json")
+    # first: a job may finish in the moment it is to be pruned
     if code == 0 and summary.get("status") == RunStatus.finished:
         job.state, job.prune_reason = RunStatus.finished, ""
     elif job.prune_reason and code in (SAVED, UNSAVED):
         job.state = RunStatus.pruned
         write_json(job.folder / "pruned.json", {"reason": job.prune_reason, "step": job.step})
+    # negative: the signal came before the supervisor had handlers
     elif code in (SAVED, INTERRUPTED, UNSAVED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
         job.state = RunStatus.stopped
     else:
@@ -222,7 +224,7 @@ def _ended(job: SweepJob, code: int) -> None:
 def supervise(job: Job, folder: Path, cores: list[int], gpus: list[str], environment: dict[str, str]) -> None:
     """Runs one job in ranks of this process; exits with 0, 1 (failed: log/failure.json) or a rank's code."""
     os.setsid()  # a Ctrl-C of the terminal reaches the sweep alone, which forwards it once
-    os.environ.update(environment)
+    os.environ.update(environment)  # the fork server has that of the sweep's start
     rank_log.redirect(folder / "log" / "output.txt")
     if cores:
         os.sched_setaffinity(0, cores)
