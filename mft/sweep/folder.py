@@ -133,7 +133,7 @@ def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
         lock = run_folder.lock(folder)
     except UserError:
         raise UserError(f"{folder}: this sweep is already running, in another process.") from None
-    with lock:
+    try:
         # unresolved: what ${oc.env:…} stands for, a password perhaps, is not written
         overrides: Any = OmegaConf.to_container(cfg.hydra.overrides, resolve=False)
         of_hydra = [o for o in overrides["hydra"] if key_of(o) != "hydra.mode"]
@@ -141,3 +141,5 @@ def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
         record |= {"overrides": [*overrides["task"], *of_hydra], "sweep_dir": str(folder)}
         write_json(folder / RECORD, record)
         yield
+    finally:
+        lock.release()
