@@ -26,12 +26,10 @@ def model_class(config: Any) -> Any:
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
-def flash_kernels(cls: Any) -> tuple[bool, Any]:
-    """Returns whether a class supports flash attention, and the only implementations of it that it does, None
-    = any."""
-    return getattr(cls, "_supports_flash_attn", False), getattr(
-        cls, "_compatible_flash_implementations", None
-    )
+def flash_kernels(cls: type) -> tuple[bool, list[str] | None]:
+    """Returns whether a class supports flash attention, and in which implementations only (None: in any)."""
+    only = getattr(cls, "_compatible_flash_implementations", None)
+    return getattr(cls, "_supports_flash_attn", False), only
 
 
 def attention_name(base: Any) -> str:

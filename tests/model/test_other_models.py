@@ -72,7 +72,7 @@ def test_gradient_checkpointing_that_a_class_cannot_is_told(
         UserError, match=r"gradient_checkpointing=true: JetMoeForCausalLM does not support it"
     ):
         CausalLM("mine", gradient_checkpointing=True).checkpoint(model)
-    monkeypatch.setattr("mft.model.gradient_checkpointing.AUTO_ABOVE", 1000)
+    monkeypatch.setattr("mft.model.causal_lm.CHECKPOINTING_ABOVE", 1000)
     with caplog.at_level(logging.WARNING):
         assert not AUTO.checkpoint(model)
     assert "gradient_checkpointing=auto is off: JetMoeForCausalLM does not support it" in caplog.text

@@ -258,7 +258,7 @@ def test_a_base_packed_to_4_bits_that_contradicts_the_config(llama: Path, tmp_pa
     with pytest.raises(UserError, match=message):
         family(tmp_path / "packed").model(torch.float32, QLora().quantization(torch.float32))
     with pytest.raises(UserError, match=message):
-        family(tmp_path / "packed").dequantised(torch.float32)
+        family(tmp_path / "packed").model(torch.float32, dequantise=True)
 
 
 ORIGINAL: list[tuple[str, dict[str, object], str]] = [
@@ -320,7 +320,7 @@ def test_original_configs(values: dict[str, object], message: str, tmp_path: Pat
 
 def test_a_folder_without_a_tokenizer(llama: Path) -> None:
     (llama / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"has no tokenizer, no file called tokenizer\.json, .*copy those of"):
+    with pytest.raises(UserError, match=r"has no tokenizer: no tokenizer\.json, .*copy the files of"):
         family(llama).tokenizer()
 
 

@@ -121,7 +121,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
     with pytest.raises(
-        UserError, match=r"native folder takes 0\.06 GiB in .*, where 0\.00 GiB are free\. Make room"
+        UserError, match=r"native folder takes 0\.06 GiB in .*, where 0\.00 GiB are free; make room"
     ):
         family_of("qwen", folder, cache).source()
     assert not folders(cache)

@@ -159,9 +159,9 @@ def test_refused_before_loading(peft: Lora, message: str) -> None:
         ),
         (
             Lora(targets=["q_proj", "lm_head"]),
-            r"lm_head shares its weight with the embedding.*modules_to_save=\[lm_head\]",
+            r"lm_head is one weight as embedding and output layer.*modules_to_save=\[lm_head\]",
         ),
-        (Lora(targets=["embed_tokens"]), r"embed_tokens shares its weight with the output layer"),
+        (Lora(targets=["embed_tokens"]), r"embed_tokens is one weight as embedding and output layer"),
         (
             QLora(targets=["q_proj"], modules_to_save=["up_proj"]),
             r"up_proj is quantised and cannot be trained in full",
