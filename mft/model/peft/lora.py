@@ -149,9 +149,10 @@ class Lora(Full):
             ("use_dora", not self.use_dora, "false"),
             ("init", self._init in ZERO_INITS, "true"),
         ):
+            shown = str(getattr(self, name)).lower()
             if not valid:
                 raise UserError(
-                    f"peft.{name}={str(getattr(self, name)).lower()} does not go with {reason}, which is "
+                    f"peft.{name}={shown} cannot be combined with {reason}, which is "
                     f"added to a bare weight; choose peft.{name}={remedy}, or leave experts and routers out"
                 )
 
