@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -28,7 +29,7 @@ LAYER_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers that `per_sample` computes."""
 
 
-def attend_per_sample(base: Any) -> bool:
+def attend_per_sample(base: PreTrainedModel) -> bool:
     """Sets a loaded model to attend sample by sample in training and returns whether it now does.
 
     Left as they are: flash attention, which does the same on its own, and models that do not go through
@@ -45,13 +46,13 @@ def attend_per_sample(base: Any) -> bool:
     return attention_name(base) == PER_SAMPLE[name]
 
 
-def recurrent_layers(base: Any) -> str:
+def recurrent_layers(base: PreTrainedModel) -> str:
     """Returns which layers of a loaded model carry a state from token to token beside attention, "" if none
     do."""
     return recurrent(base.config.to_dict()) or ("recurrent layers" if is_stateful(base) else "")
 
 
-def described(base: Any) -> str:
+def described(base: PreTrainedModel) -> str:
     """Returns what computes the attention of a loaded model, for people."""
     name = attention_name(base)
     per_sample = {SDPA: "sdpa", EAGER: "eager", ALIBI: "ALiBi on sdpa"}
@@ -156,9 +157,7 @@ def alibi(
     masked = (bias + additive(mask, query, key)).clamp_(min=torch.finfo(query.dtype).min)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=masked, dropout_p=dropout, scale=scaling
-    )
+    output = F.scaled_dot_product_attention(query, key, value, masked, dropout, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 

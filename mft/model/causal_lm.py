@@ -222,10 +222,9 @@ class CausalLM:
         asks for. dequantise: turns its weights into real values instead.
         """
         weights = self.weight_format()
+        bits = (8 if quantization.load_in_8bit else 4) if quantization else 0
         if not dequantise:
-            refuse_quantised(
-                self.path, weights, (8 if quantization.load_in_8bit else 4) if quantization else 0
-            )
+            refuse_quantised(self.path, weights, bits)
         attention: str | None = self.attention_for(compute_dtype or dtype)
         if attention == "sdpa" and self.attention == "auto":
             # None leaves it to transformers: sdpa where the model can, else eager (gemma 2's soft cap, the
@@ -280,12 +279,12 @@ class CausalLM:
         """Returns the logits [n, V] of final hidden states [n, H], as the model's own forward makes them."""
         return logits(base_of(model), hidden_nH)
 
-    def plain_head(self, base: Any) -> bool:
+    def plain_head(self, base: PreTrainedModel) -> bool:
         """Whether the logits are `hidden @ weight.T` and nothing else, as the fused cross entropy takes for
         granted."""
         return plain_head(base)
 
-    def router_weight(self, base: Any) -> float:
+    def router_weight(self, base: PreTrainedModel) -> float:
         """Returns the coefficient of the router's auxiliary loss: router_coef, else the config's, else 0.
 
         Raises UserError for a router_coef where there is no router.

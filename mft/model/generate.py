@@ -59,6 +59,7 @@ class Answerer:
         require_sound(self.folder)
         if trust_remote_code:
             log.warning("trust_remote_code=true: Python code of the model of %s will be run", self.folder)
+        # Not AutoTokenizer: the family also finds an EOS that only config.json names.
         own = CausalLM(str(self.folder), trust_remote_code=trust_remote_code)
         self.tokenizer = tokenizer or own.tokenizer()
         if self.tokenizer.chat_template is None:
@@ -146,14 +147,13 @@ def messages(conversation: Conversation, system: str | None = None) -> list[Mess
     turns = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
     parsed = []
     for turn in turns:
-        if isinstance(turn, Message):
-            parsed.append(turn)
-            continue
-        for key in ("role", "content"):
-            if not isinstance(turn.get(key), str):
-                raise UserError(f"a turn to be answered needs the text {key}: {shortened(dict(turn))}")
-        check_choice("role", turn["role"], ROLES)
-        parsed.append(Message(ROLES[turn["role"]], turn["content"]))
+        if not isinstance(turn, Message):
+            for key in ("role", "content"):
+                if not isinstance(turn.get(key), str):
+                    raise UserError(f"a turn to be answered needs the text {key}: {shortened(dict(turn))}")
+            check_choice("role", turn["role"], ROLES)
+            turn = Message(ROLES[turn["role"]], turn["content"])
+        parsed.append(turn)
     if system and not (parsed and parsed[0].role == "system"):
         parsed.insert(0, Message("system", system))
     return parsed
@@ -181,6 +181,5 @@ def model_folder(folder: Path) -> Path:
         if any((candidate / name).exists() for name in ("adapter_config.json", "config.json")):
             return candidate
     raise UserError(
-        f"{folder} holds no model: no complete checkpoint, and neither it nor its final/ has a config.json "
-        "or an adapter_config.json"
+        f"{folder} holds no model: neither it nor its final/ has a config.json or adapter_config.json"
     )

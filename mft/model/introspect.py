@@ -12,6 +12,7 @@ from mft.model.peft_private import new_rows
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 RECURRENT = (
@@ -26,14 +27,14 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def decoder_of(base: Any) -> Any:
+def decoder_of(base: PreTrainedModel) -> Any:
     """Returns what makes the hidden states of a transformers model: the model without its head."""
     decoder = base.get_decoder()
     # llama 4 keeps it under a name that get_decoder does not try
     return base.model if decoder is base else decoder
 
 
-def head_quirks(base: Any) -> dict[str, float]:
+def head_quirks(base: PreTrainedModel) -> dict[str, float]:
     """Returns what a config does to the logits after the head: granite divides, cohere multiplies, gemma 2
     caps softly."""
     config = base.config.get_text_config()  # a part of it in models that also see: gemma 4
@@ -62,7 +63,7 @@ def head_logits(head: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
     return logits_nV.index_copy(1, index_R, new_nR.to(logits_nV.dtype))
 
 
-def logits(base: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
+def logits(base: PreTrainedModel, hidden_nH: torch.Tensor) -> torch.Tensor:
     """Returns the logits [n, V] of final hidden states [n, H], as the model's own forward makes them."""
     import torch
 
@@ -77,7 +78,7 @@ def logits(base: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
     return logits_nV
 
 
-def plain_head(base: Any) -> bool:
+def plain_head(base: PreTrainedModel) -> bool:
     """Whether the logits are `hidden @ weight.T` and nothing else, so that the fused cross entropy may be
     used."""
     from torch import nn
@@ -99,7 +100,7 @@ def parameter_count(model: nn.Module) -> int:
     return sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
 
 
-def is_tied(base: Any) -> bool:
+def is_tied(base: PreTrainedModel) -> bool:
     """Whether the output layer of a transformers model shares its weight with the embedding."""
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
@@ -108,6 +109,7 @@ def is_tied(base: Any) -> bool:
 def with_ties(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns a state dict with every name of a tied parameter, of which it has one: an engine gathers it
     once."""
+    # peft looks for each name that it expects; transformers drops the second of a tied pair on its own
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -29,7 +29,10 @@ class Pretrained:
     """An absolute folder, or a hub name."""
 
     revision: str | None
+    """Branch, tag or commit of a hub name; None = main."""
+
     trust_remote_code: bool
+    """Whether code that comes with the checkpoint may run."""
 
     def read(self, factory: Any, **arguments: Any) -> Any:
         """Returns factory.from_pretrained(…); UserError for what a person got wrong."""
@@ -90,6 +93,7 @@ def load_model(
         file = fetched(pretrained.source, "config.json", pretrained.revision, local_only=True)
         if file:
             weight_format(f"model.path={pretrained.path}", read_config(file.parent), file.parent)
+    # bitsandbytes loads packed and unpacks afterwards; the other methods were dequantised while loading.
     if dequantise:
         model = model.dequantize(dtype) if weights.bits else model
         cast_unquantised(model, dtype)

@@ -22,6 +22,8 @@ class Merged:
     """Result of a merge; the numbers are in logits, measured on a few sequences."""
 
     folder: Path
+    """The merged model."""
+
     difference: float
     """Largest absolute difference to base + adapter."""
 
@@ -82,6 +84,7 @@ def merge(adapter: Path, out: Path, base: str | None = None, trust_remote_code: 
 
     plain = origin.load(trust_remote_code)
     held = getattr(plain.config, "quantization_config", None)
+    # What merge_and_unload makes of packed weights would be packed again.
     if held is not None:
         plain = plain.dequantize(origin.torch_dtype())
     # safe_merge refuses an adapter whose weights are not finite
@@ -91,6 +94,7 @@ def merge(adapter: Path, out: Path, base: str | None = None, trust_remote_code: 
     write_tokenizer(tokenizer, part)
     del plain
 
+    # Read from the disk: this is what will be used, and saving may have changed it.
     written = CausalLM(str(part), trust_remote_code=trust_remote_code).model(origin.torch_dtype()).eval()
     difference = _difference(expected, _logits(written, probes))
     rounding = TOLERANCE_8_BIT if getattr(held, "load_in_8bit", False) else 0.0

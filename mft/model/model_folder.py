@@ -46,10 +46,8 @@ def _check_folder(who: str, folder: Path) -> None:
         )
     read_config(folder)
     if not any(folder.glob("*.safetensors")):
-        pickled = (
-            f"; pickled weights are not loaded: run mft convert {folder}" if any(folder.glob("*.bin")) else ""
-        )
-        raise UserError(f"{who} has no *.safetensors file{pickled}")
+        pickled = f"; pickled weights are not loaded: run mft convert {folder}"
+        raise UserError(f"{who} has no *.safetensors file{pickled if any(folder.glob('*.bin')) else ''}")
     check_files(folder)
 
 
@@ -75,9 +73,7 @@ def check_vocabulary(path: str, folder: Path) -> None:
     """Raises UserError for a model folder without any vocabulary."""
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
         names = f"{', '.join(VOCABULARIES[:-1])} or {VOCABULARIES[-1]}"
-        raise UserError(
-            f"model.path={path} has no tokenizer: no {names}; copy the files of the model's release"
-        )
+        raise UserError(f"model.path={path} has no tokenizer: no {names}; copy the files of its release")
 
 
 ORIGINAL_FORMATS = {

@@ -60,9 +60,8 @@ class Origin:
         dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
         bits = quantization_settings(getattr(base.config, "quantization_config", None))
         source, fingerprint = family.source(), family.fingerprint()
-        return cls(
-            source, family.revision, fingerprint, dtype, bits, family.new_tokens(), family.conversion()
-        )
+        added, words = family.new_tokens(), family.conversion()
+        return cls(source, family.revision, fingerprint, dtype, bits, added, words)
 
     @classmethod
     def read(cls, folder: Path, base: str | None = None) -> Origin:
@@ -83,22 +82,20 @@ class Origin:
             values = json.loads(config.read_text(encoding="utf-8"))
             origin = cls(values.get("base_model_name_or_path") or "", values.get("revision"))
         else:
-            raise UserError(
-                f"{folder} has neither {NOTE} nor adapter_config.json, so its base model is unknown"
-            )
+            raise UserError(f"{folder} has no {NOTE} and no adapter_config.json: its base is unknown")
         return replace(origin, path=base) if base else origin
 
     def family(self, trust_remote_code: bool = False) -> CausalLM:
         """Returns the base model; UserError when it is missing or is not the one that was trained on."""
-        family = CausalLM(
-            self.path, self.revision, trust_remote_code=trust_remote_code, **(self.tokens or {})
-        )
+        tokens = self.tokens or {}
+        family = CausalLM(self.path, self.revision, trust_remote_code=trust_remote_code, **tokens)
         folder = Path(family.location())
         if self.converted_from and read_config(folder).get("model_type") in (None, *ORIGINAL_FORMATS):
             raise UserError(
                 f"the base model of this adapter, {self.path}, is not a native folder, or is gone from the "
                 f"cache: write one with `mft convert {self.converted_from} --out FOLDER`; give --base FOLDER"
             )
+        # Any quantisation of its own is fine here (weights.bits): the adapter was trained beside it.
         try:
             family.check()
             weights = family.weight_format()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, shortened
-from mft.model.quantised_tensors import BNB, READ, WAY_OUT, check_tensors
+from mft.model.quantised_tensors import BNB, UNREADABLE, WAY_OUT, Settings, check_tensors
 from mft.model.safetensors_header import stored_tensors
 from mft.model.transformers_private import kept_in_float32
 
@@ -34,7 +34,7 @@ class WeightFormat:
     method: str = ""
     """quant_method of its config.json, "" for plain weights."""
 
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     """All that config.json says about the quantisation."""
 
     @property
@@ -43,7 +43,7 @@ class WeightFormat:
         return 0 if self.method != BNB else 4 if self.settings.get("load_in_4bit") else 8
 
 
-def weight_format(who: str, config: Mapping[str, Any], folder: Path | None) -> WeightFormat:
+def weight_format(who: str, config: Settings, folder: Path | None) -> WeightFormat:
     """Returns how the weights of a checkpoint are stored.
 
     who: begins a sentence about it, e.g. model.path=x; config: its config.json; folder: where its weight
@@ -61,7 +61,7 @@ def weight_format(who: str, config: Mapping[str, Any], folder: Path | None) -> W
     return stored
 
 
-def _config_format(who: str, config: Mapping[str, Any]) -> WeightFormat:
+def _config_format(who: str, config: Settings) -> WeightFormat:
     """Returns what config.json says; UserError where it says so in a place that transformers does not look
     at."""
     place, settings = next(_settings(config), ("", {}))
@@ -72,10 +72,7 @@ def _config_format(who: str, config: Mapping[str, Any]) -> WeightFormat:
     of_bnb = settings.get("load_in_4bit") or settings.get("load_in_8bit")
     method = BNB if of_bnb else settings.get("quant_method")
     if not method or (method == BNB and not of_bnb):
-        raise UserError(
-            f"{who}: {place} in its config.json does not name the method by which the weights are quantised; "
-            f"{WAY_OUT}"
-        )
+        raise UserError(f"{who}: {place} in its config.json does not name a quantisation method; {WAY_OUT}")
     if not isinstance(method, str) or not re.fullmatch(r"[\w.+-]{1,40}", method):
         method = shortened(method)  # whatever stands there, it is going to be printed
     if place not in ("quantization_config", "text_config.quantization_config"):
@@ -99,7 +96,7 @@ def _settings(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, 
 def _unreadable(stored: WeightFormat) -> str:
     """Returns why weights of a method cannot be read, by what config.json says alone; "" where they can."""
     settings = stored.settings
-    if stored.method and stored.method not in READ:
+    if stored.method and stored.method not in UNREADABLE:
         return ", as config.json says, which cannot be read here"
     if settings.get("modules_to_convert"):
         return ", with embeddings in fp8 (modules_to_convert in its config.json), which cannot be trained"
@@ -141,6 +138,7 @@ def loading_config(
 ) -> PreTrainedConfig:
     """Returns a transformers config by which from_pretrained reads a quantised checkpoint: dequantised while
     loading, or, by bitsandbytes, in its own bits; computing: the dtype that these compute in."""
+    # Models that also see keep it in the config of their text part.
     part = config if getattr(config, "quantization_config", None) else config.get_text_config()
     values = dict(part.quantization_config)
     if weights.method != BNB:
@@ -153,6 +151,7 @@ def loading_config(
 
 def cast_unquantised(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Casts what transformers left as it was stored while it dequantised: embeddings, norms, the head."""
+    # Their dtypes are the checkpoint's: a mixture that no precision of a run expects.
     kept = kept_in_float32(model)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not any(part in name for part in kept):

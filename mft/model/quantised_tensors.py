@@ -14,9 +14,6 @@ from mft.model.safetensors_header import FLOATS, Tensor
 from mft.model.weights import and_others
 
 BNB = "bitsandbytes"
-READ = (BNB, "fp8", "mxfp8", "mxfp4", "compressed-tensors")
-"""Values of quant_method whose weights can be turned into real values, on any machine."""
-
 WAY_OUT = "give the release of this model that is not quantised (peft=qlora holds it in 4 bits)"
 
 OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
@@ -29,9 +26,11 @@ NO_WEIGHT = re.compile(r"(bias|ids?|mask|idx|index|indices|weight_format)$")
 ids."""
 
 Tensors = Mapping[str, Tensor]
+Settings = Mapping[str, Any]
+"""quantization_config of a config.json."""
 
 
-def check_tensors(who: str, method: str, settings: Mapping[str, Any], stored: Tensors, folder: Path) -> None:
+def check_tensors(who: str, method: str, settings: Settings, stored: Tensors, folder: Path) -> None:
     """Raises UserError for tensors that do not agree with how the checkpoint is said to be stored.
 
     who: begins the sentence; method, settings: quant_method and the rest of config.json's
@@ -56,7 +55,7 @@ def check_tensors(who: str, method: str, settings: Mapping[str, Any], stored: Te
         )
     if method and stored and not quantised:
         raise UserError(
-            f"{who}: by its config.json they are quantised by {method}, but all {len(stored)} weights are plain "
+            f"{who}: config.json says they are quantised by {method}, but all {len(stored)} are plain "
             f"{next(iter(stored.values())).dtype}; if these are real values, remove quantization_config"
         )
     for name, tensor in quantised.items() if method else ():
@@ -73,7 +72,7 @@ def _quantised(name: str, tensor: Tensor) -> bool:
     return tensor.dtype.startswith("F") or not NO_WEIGHT.search(name)
 
 
-def _fp8(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
+def _fp8(name: str, tensor: Tensor, stored: Tensors, settings: Settings) -> str:
     """Returns why an 8-bit weight cannot be turned into its values, "" if it can: transformers multiplies
     each block of a weight by its scale, and takes the scales' number for that of the blocks."""
     if name.endswith(".weight_scale_inv"):  # exponents, in one byte each
@@ -92,7 +91,7 @@ def _fp8(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]
     return f"of {list(shape)} is not divided evenly by its blocks of {size}, which transformers cannot read"
 
 
-def _mxfp4(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
+def _mxfp4(name: str, tensor: Tensor, stored: Tensors, settings: Settings) -> str:
     match = re.fullmatch(r"(.*\.(?:gate_up_proj|down_proj))_(blocks|scales)", name)
     if not match:
         return f"({tensor.dtype}) is not one of the experts' blocks and scales"
@@ -100,29 +99,29 @@ def _mxfp4(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, An
     return "" if beside in stored else f"has no {beside} beside it"
 
 
-def _bnb(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
+def _bnb(name: str, tensor: Tensor, stored: Tensors, settings: Settings) -> str:
     if not name.endswith(".weight"):
         return ""
     bits, states = 8, [f"{name.removesuffix('weight')}SCB"]
     if settings.get("load_in_4bit"):
         bits, states = 4, [f"{name}{STATE_OF_4_BITS}{kind}" for kind in ("nf4", "fp4")]
-    return (
-        "" if any(state in stored for state in states) else f"({tensor.dtype}) lacks its state of {bits} bits"
-    )
+    complete = any(state in stored for state in states)
+    return "" if complete else f"({tensor.dtype}) lacks its state of {bits} bits"
 
 
-def _compressed(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
+def _compressed(name: str, tensor: Tensor, stored: Tensors, settings: Settings) -> str:
     module, _, last = name.rpartition(".")
     if last not in ("weight", "weight_packed") or f"{module}.weight_scale" in stored:
         return ""
     return f"({tensor.dtype}) has no {module}.weight_scale beside it"
 
 
-UNREADABLE: dict[str, Callable[[str, Tensor, Tensors, Mapping[str, Any]], str]] = {
+UNREADABLE: dict[str, Callable[[str, Tensor, Tensors, Settings], str]] = {
     BNB: _bnb,
     "fp8": _fp8,
     "mxfp8": _fp8,
     "mxfp4": _mxfp4,
     "compressed-tensors": _compressed,
 }
-"""What finds out, for each method that is read, why one tensor of it cannot be."""
+"""Value of quant_method whose weights can be turned into real values, on any machine → what finds out why
+one of its tensors cannot."""

@@ -54,15 +54,11 @@ def weight_files(folder: Path) -> list[Path]:
     if not files or single.is_file():  # which is read before any index
         return [single] if files else []
     if not index.is_file():
-        raise UserError(
-            f"{folder} has {files[0].name}, but neither model.safetensors nor {INDEX}, the index of shards"
-        )
+        raise UserError(f"{folder} has {files[0].name}, but neither model.safetensors nor {INDEX}")
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{index} cannot be read: expected a JSON object with a weight_map ({error})"
-        ) from error
+        raise UserError(f"{index} must be a JSON object with a weight_map: {error}") from error
     there = {file.name for file in files}
     if absent := sorted(named - there):
         raise UserError(
@@ -86,9 +82,7 @@ def _header(file: Path, size: int, changed: int) -> dict[str, Tensor]:
         length = int.from_bytes(stream.read(8), "little")
         start = stream.read(64)
         if b"git-lfs" in start:
-            raise UserError(
-                f"{file} is a pointer of git-lfs, not the file itself; fetch it with git lfs pull"
-            )
+            raise UserError(f"{file} is a pointer of git-lfs, not the file; fetch it with git lfs pull")
         try:
             if length > size - 8:
                 raise ValueError(f"its header would take {length:,} bytes")

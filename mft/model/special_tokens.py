@@ -63,8 +63,7 @@ def _config_eos(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, pa
     tokens = [token for token in map(tokenizer.convert_ids_to_tokens, ids) if token is not None]
     if not ids:
         raise UserError(
-            f"model.eos_token: neither the tokenizer nor config.json of {path} names a token that ends an "
-            "answer; set it here"
+            f"model.eos_token: neither the tokenizer nor config.json of {path} names a token; set it here"
         )
     if not tokens:
         raise UserError(
@@ -123,14 +122,15 @@ def widen_embeddings(model: PreTrainedModel, ids: Sequence[int], multiple: int) 
 
     rows = full_shape(model.get_input_embeddings().weight)[0]
     trained, needed = min(min(ids), rows), max(ids) + 1
+    # Many models have spare rows, which a new token takes before the embedding has to grow.
     if needed > rows:
         model.resize_token_embeddings(math.ceil(needed / multiple) * multiple, mean_resizing=False)
     size = full_shape(model.get_input_embeddings().weight)[0]
     new = sorted({*ids, *range(rows, size)})
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tensors: list[Any] = [embedding.weight] + (
-        [] if is_tied(model) else [head.weight, getattr(head, "bias", None)]
-    )
+    tensors: list[Any] = [embedding.weight]
+    if not is_tied(model):
+        tensors += [head.weight, getattr(head, "bias", None)]
     with torch.no_grad():
         for values in tensors:
             if values is not None:
@@ -156,7 +156,7 @@ def trained_rows(base: PreTrainedModel, saved: Sequence[str]) -> dict[str, list[
     by_rows = {path: layer for path, layer in embeddings.items() if path not in saved}
     if head in by_rows.values() and (type(head) is not nn.Linear or head.bias is not None):
         raise UserError(
-            f"model.add_tokens: the output layer of {type(base).__name__} is more than a matrix, so some rows "
+            f"model.add_tokens: the output layer of {type(base).__name__} is not just a matrix, so some rows "
             f"cannot be trained; train all with peft.modules_to_save=[{paths[id(head)]}], or use peft=full"
         )
     if is_tied(base):
@@ -174,6 +174,8 @@ def check_same_tokens(base: PreTrainedModel, adapter: Path) -> None:
     ours = set(getattr(base, NEW_ROWS, ()))
     saved = {path.rpartition(".")[2] for path in config.get("modules_to_save") or ()}
     embedding = next(n for n, m in base.named_modules() if m is base.get_input_embeddings())
+    # An adapter without new rows has nothing to disagree about, unless this base has some that it would not
+    # train; an embedding in modules_to_save holds them all.
     if not theirs and (not ours or embedding.rpartition(".")[2] in saved):
         return
     if theirs != ours or max(theirs) >= full_shape(base.get_input_embeddings().weight)[0]:

@@ -79,9 +79,7 @@ class Tiny(CausalLM):
 
     def _check_path(self) -> None:
         if self.path:
-            raise UserError(
-                f"model.path={self.path}: model=tiny makes its own weights; for others use model=auto"
-            )
+            raise UserError(f"model.path={self.path}: model=tiny makes its own weights; use model=auto")
         if not self.cache_dir:
             raise UserError("model.cache_dir is empty; the tiny model needs a folder to be made in")
         if self.hidden_size % self.heads or self.heads % self.kv_heads:

@@ -23,6 +23,8 @@ from mft.model.router_loss import balance_loss
 from mft.model.transformers_private import attention_name
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from mft.model.causal_lm import CausalLM
 
 
@@ -77,8 +79,9 @@ class TokenLoss(nn.Module):
         if (self.recurrent or not self.apart) and (((position_BT == 0) & present_BT).sum(1) > 1).any():
             raise UserError(no_packing(self.family.path, self.recurrent, type(base).__name__))
         if self.one_row:  # the samples of all rows one after the other, without padding
+            # Every rank has to run the same collectives, also one whose batch is only padding.
             if not present_BT.any():
-                present_BT[0, 0] = True  # a batch of padding still takes part, with one token
+                present_BT[0, 0] = True
             ids_BT, position_BT = ids_BT[present_BT][None], position_BT[present_BT][None]
             if self.per_sample:
                 arguments |= row_of_samples(position_BT[0])
@@ -108,15 +111,15 @@ class TokenLoss(nn.Module):
         """Whether this model keeps the samples of a row apart by their positions alone, which older classes
         of transformers (bloom, mpt, xglm, ...) do not, without an error: tried with two rows whose second
         samples are equal and whose first are not."""
+        # Dropout would make equal samples differ.
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         embedding = base.get_input_embeddings()
         ids_BT = torch.tensor([[0, 1, 2, 6, 7, 8], [3, 4, 5, 6, 7, 8]], device=embedding.weight.device)
         position_BT = torch.tensor([0, 1, 2, 0, 1, 2], device=ids_BT.device).expand(2, -1)
         ids_BT %= vocabulary(embedding)
-        outputs = decoder_of(base)(
-            input_ids=ids_BT, position_ids=position_BT, attention_mask=None, use_cache=False
-        )
+        arguments = {"position_ids": position_BT, "attention_mask": None, "use_cache": False}
+        outputs = decoder_of(base)(input_ids=ids_BT, **arguments)
         for module, mode in modes:
             module.training = mode
         one, other = outputs[0][:, 3:].float()
@@ -125,14 +128,16 @@ class TokenLoss(nn.Module):
         # other.
         return bool((one - other).norm() <= (1e-3 if exact else 2e-2) * one.norm())
 
-    def _nll(self, base: Any, hidden_nH: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
+    def _nll(self, base: PreTrainedModel, hidden_nH: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
         head = base.get_output_embeddings()
         if self.family.plain_head(base):
             return linear_nll(hidden_nH, head.weight, target_n, self.chunk_size)
         logits = partial(self.family.logits, self.model)
         return module_nll(logits, hidden_nH, target_n, self.chunk_size)
 
-    def _router(self, base: Any, outputs: Any, mask_BT: torch.Tensor | None, trained: bool) -> torch.Tensor:
+    def _router(
+        self, base: PreTrainedModel, outputs: Any, mask_BT: torch.Tensor | None, trained: bool
+    ) -> torch.Tensor:
         # A class with experts may be of a config without them, and hands out none.
         if not self.router_coef or not outputs.router_logits:
             return outputs[0].new_zeros((), dtype=torch.float32)

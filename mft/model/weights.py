@@ -119,6 +119,5 @@ def _defaults(folder: Path, model: PreTrainedModel) -> str:
     absent = [name for name, either in names.items() if values and not either & values.keys()]
     if not absent:
         return ""
-    return (
-        f"; config.json has no {' and no '.join(absent)}, so the default of {type(config).__name__} was taken"
-    )
+    sizes = " and no ".join(absent)
+    return f"; config.json has no {sizes}, so the default of {type(config).__name__} was taken"

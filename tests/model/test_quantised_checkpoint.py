@@ -261,9 +261,9 @@ def test_a_method_that_is_not_read(method: str, llama: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"quantization_config": {"bits": 4}}, "does not name the method"),
-        ({"quantization_config": {}}, "does not name the method"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "does not name the method"),
+        ({"quantization_config": {"bits": 4}}, "does not name a quantisation method"),
+        ({"quantization_config": {}}, "does not name a quantisation method"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "does not name a quantisation method"),
         ({"quantization_config": "gptq"}, r"quantization_config in its config\.json must be an object"),
         ({"quantization_config": {"quant_method": ["\x1b[2J"]}}, r"quantised by \['\\x1b\[2J'\]"),
         (

@@ -48,6 +48,7 @@ def write_native(
 
     from mft.model.legacy.native import NORM_HEAD
 
+    # All of it before the first weight is written: converting takes minutes, and what it needs on the disk.
     check_files(source)
     files, stored = weight_files(source), stored_tensors(source)
     needed, free = sum(file.stat().st_size for file in files) + MARGIN, shutil.disk_usage(folder).free
@@ -78,6 +79,7 @@ def write_native(
         file_of |= dict.fromkeys(written, file.name)
         size += sum(weight.nbytes for weight in written.values())
         floats = [weight.dtype for weight in written.values() if weight.is_floating_point()]
+        # the config names one dtype: that of the first weight
         dtype = dtype or next(iter(floats), None)
     write_index(folder, file_of, size)
 

@@ -60,14 +60,12 @@ class ChatGLM(Original):
         self._need(values, rmsnorm=True, post_layer_norm=True, apply_residual_connection_post_layernorm=False)
         self._need(values, add_bias_linear=False, pre_seq_len=None, fp32_residual_connection=False)
         self._need(values, hidden_dropout=0.0, interleaved_qkv=False, rotary_percent=0.5)
-        native = self._translated(
-            values, "hidden_size", "num_attention_heads", num_hidden_layers="num_layers"
-        )
+        native = self._translated(values, "hidden_size", "num_attention_heads", head_dim="kv_channels")
         native |= self._translated(
-            values, vocab_size="padded_vocab_size", intermediate_size="ffn_hidden_size"
+            values, num_hidden_layers="num_layers", max_position_embeddings="seq_length"
         )
-        native |= self._translated(values, head_dim="kv_channels", rms_norm_eps="layernorm_epsilon")
-        native |= self._translated(values, max_position_embeddings="seq_length")
+        native |= self._translated(values, vocab_size="padded_vocab_size", rms_norm_eps="layernorm_epsilon")
+        native |= self._translated(values, intermediate_size="ffn_hidden_size")
         layout, native["num_key_value_heads"] = CHATGLM_PER_HEAD, native["num_attention_heads"]
         if values.get("multi_query_attention"):
             self._divides(values, "multi_query_group_num", "num_attention_heads")
@@ -175,6 +173,7 @@ class Aquila(Original):
         if values.get("num_key_value_heads"):
             self._divides(values, "num_key_value_heads", "num_attention_heads")
             native["num_key_value_heads"] = values["num_key_value_heads"]
+        # older configs say type where newer ones say rope_type
         scaling = dict(values.get("rope_scaling") or {})
         kind = scaling.pop("type", scaling.pop("rope_type", "default"))
         if kind not in ("default", "linear"):

@@ -98,6 +98,7 @@ def check_weights(who: str, layout: Layout, stored: Stored, model: PreTrainedMod
         parts = [part for part in layout.native_names(name) if part in expected]
         missing -= set(parts)
         if parts:
+            # a joint weight has the rows of its parts, one after the other
             shape = (sum(expected[part][0] for part in parts), *expected[parts[0]][1:])
             if tensor.shape != shape:
                 clause = f"{name} in {file} is {list(tensor.shape)}, by config.json it is {list(shape)}"

@@ -89,9 +89,7 @@ class Original(CausalLM):
             native = "use model=auto for a checkpoint that is already native"
             raise self._refusal(f" is of model type {kind!r}, not {self.model_type!r}; {native}")
         if values.get("quantization_config") or values.get("quantization_bit"):
-            raise self._refusal(
-                " is quantised already; give the unquantised checkpoint (peft=qlora holds it in 4 bits)"
-            )
+            raise self._refusal(" is quantised already; give the unquantised checkpoint, with peft=qlora")
         self.native(values)
 
     def _need(self, values: Values, **expected: object) -> None:
@@ -175,11 +173,11 @@ class Original(CausalLM):
         file = self._file(self.vocabulary)
         if file is None:
             raise self._refusal(f" has neither {self.vocabulary} nor tokenizer.json")
+        # Tokens that were added to the release would be missing here, and their text become pieces.
         settings, added = self._json("tokenizer_config.json"), self._json("added_tokens.json")
         backend, names = self.native_tokenizer(file, settings)
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend, clean_up_tokenization_spaces=False, **names
-        )
+        names |= {"tokenizer_object": backend, "clean_up_tokenization_spaces": False}
+        tokenizer = PreTrainedTokenizerFast(**names)
         added |= {entry["content"]: int(i) for i, entry in settings.get("added_tokens_decoder", {}).items()}
         for token, number in added.items():
             if tokenizer.get_vocab().get(token) != number:
@@ -194,6 +192,7 @@ class Original(CausalLM):
     def source(self) -> str:
         """Returns the native folder of this checkpoint, converted into the cache when it is first needed."""
         options = {"class": self.public_name, **self._own_options(), "version": CONVERTER}
+        # Contents, not the path: the same checkpoint elsewhere is not converted again.
         key = json.dumps([options, sorted(self.fingerprints().items())], sort_keys=True)
         cache = Path(self.cache_dir or default_cache_dir()).expanduser().resolve()
         folder = cache / "native" / hashlib.sha256(key.encode()).hexdigest()[:16]

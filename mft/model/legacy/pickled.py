@@ -69,9 +69,7 @@ def read(file: Path) -> dict[str, torch.Tensor]:
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{file} cannot be read as tensors alone, so it is not read at all: {reason}"
-        ) from error
+        raise UserError(f"{file} holds more than tensors, so it is not read at all: {reason}") from error
     if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
         raise UserError(f"{file} does not map names to tensors, so it is not a model's weights")
     return weights

@@ -118,7 +118,7 @@ class Lora(Full):
         from mft.model.meta_model import on_meta_device
 
         super().check_against(family, precision)
-        if self.path:  # its own settings hold
+        if self.path:  # the settings of that adapter hold
             return
         self._check_rank(family.width())
         by_name = self.targets and self.targets != "all-linear"
@@ -164,8 +164,7 @@ class Lora(Full):
                 self._check_parameter_adapter(f"an adapter of {site.path}")
             if site.kind == "embedding" and (self.use_dora or self._init not in ZERO_INITS):
                 raise UserError(
-                    f"peft.targets: an adapter of the embedding {site.path} goes with peft.use_dora=false "
-                    "and peft.init=true or gaussian only; leave one of them out"
+                    f"peft.targets: {site.path} needs peft.use_dora=false and peft.init=true or gaussian"
                 )
             if site.kind in ("embedding", "head") and tied:
                 raise UserError(
@@ -197,10 +196,15 @@ class Lora(Full):
                 folder = Path(self.path).expanduser()
                 check_same_tokens(base_of(model), folder)
                 model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-                self._warn_of_ignored_settings(cast("LoraConfig", model.peft_config["default"]))
+                own = cast("LoraConfig", model.peft_config["default"])
+                kept = {"rank": own.r, "alpha": own.lora_alpha, "dropout": own.lora_dropout}
+                kept |= {"use_dora": own.use_dora, "use_rslora": own.use_rslora}
+                if differing := self.differing(kept):
+                    log.warning("the adapter at %s keeps its own %s", self.path, differing)
             else:
                 model = get_peft_model(model, self.config(base_of(model), family))
         in_float32(model)
+        # Saving gives the base back what PiSSA and OLoRA have just taken out of it.
         if self.changes_base:
             remember_init(model)
         return model
@@ -219,6 +223,8 @@ class Lora(Full):
 
         targets = self.targets or list(family.lora_targets) or "all-linear"
         self._check_rank(getattr(model.config.get_text_config(), "hidden_size", None))
+        # Names are resolved here, not by peft: it takes a name that matches nothing beside one that does, and
+        # reaches experts and routers under other keys than linear layers.
         sites = select(model, targets, self.experts, self.router)
         self._check_sites(sites, is_tied(model))
         saved, tied = full_modules(model, self.modules_to_save, sites)
@@ -238,19 +244,10 @@ class Lora(Full):
             init_lora_weights=self._init == "true" or self._init,  # type: ignore[arg-type]  # peft checks it
         )
 
-    def _warn_of_ignored_settings(self, config: LoraConfig) -> None:
-        kept = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
-        kept |= {"use_dora": config.use_dora, "use_rslora": config.use_rslora}
-        if differing := self.differing(kept):
-            log.warning("the adapter at %s keeps its own %s", self.path, differing)
-
     def differing(self, kept: Mapping[str, object]) -> str:
         """Returns which settings have no effect beside those that a folder keeps, "" for none."""
-        return ", ".join(
-            f"{name}={value} (setting: {getattr(self, name)})"
-            for name, value in kept.items()
-            if getattr(self, name) != value
-        )
+        others = {name: value for name, value in kept.items() if getattr(self, name) != value}
+        return ", ".join(f"{name}={value} (setting: {getattr(self, name)})" for name, value in others.items())
 
 
 def _check_targets(targets: object) -> None:
@@ -264,7 +261,7 @@ def _check_targets(targets: object) -> None:
     if targets is not None and not all(isinstance(name, str) and name for name in names):
         raise UserError(
             f"peft.targets={shortened(targets)} must be a list of module names, one regular expression, "
-            "all-linear, or null for the model's own list"
+            "all-linear, or null"
         )
 
 

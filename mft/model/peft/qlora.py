@@ -66,13 +66,11 @@ class QLora(Lora):
             check_choice(f"peft.{name}", getattr(self, name), values)
         if self.bits == 8 and self.use_dora:
             raise UserError(
-                "peft.use_dora=true needs dequantised weights when it is attached, which 8-bit layers "
-                "cannot provide; choose peft.bits=4 or peft.use_dora=false"
+                "peft.use_dora=true is not possible with 8-bit layers; use peft.bits=4 or peft.use_dora=false"
             )
         if self.changes_base:
             raise UserError(
-                f"peft.init={self.init} takes the largest part out of the base's weights, which quantised "
-                "weights cannot hold; choose peft.init=true, or peft=lora"
+                f"peft.init={self.init} would change quantised weights; use peft.init=true, or peft=lora"
             )
 
     def check_against(self, family: CausalLM, precision: str) -> None:
@@ -81,13 +79,12 @@ class QLora(Lora):
         super().check_against(family, precision)
         if (self.skip_modules or has_experts(family)) and (model := on_meta_device(family)) is not None:
             _check_skipped(model, self.skip_modules)
-            if warning := _unquantised_experts(model, self.dtype(precision)):
-                log.warning("%s", warning)
+            _warn_of_experts(model, self.dtype(precision))
 
     def _check_weight_format(self, path: str, weights: WeightFormat) -> None:
         refuse_quantised(path, weights, self.bits)
         stored, kept = weights.settings, {}
-        if self.skip_modules:  # none are no wish
+        if self.skip_modules:  # [] leaves the choice to the checkpoint
             kept["skip_modules"] = stored.get("llm_int8_skip_modules") or []
         if self.bits == 4:  # defaults are those of transformers
             storage = stored.get("bnb_4bit_quant_storage", "uint8")
@@ -127,25 +124,24 @@ def _check_skipped(model: nn.Module, names: Sequence[str]) -> None:
     """Raises UserError for a name of peft.skip_modules that the model does not have."""
     from mft.model.peft.targets import adapter_sites, no_such_module
 
+    # transformers ignores a name that matches nothing, and quantises what was to be spared.
     sites = adapter_sites(model)
     for name in names:
         if not any(f".{name}." in f".{site.path}." for site in sites):
             raise no_such_module("peft.skip_modules:", name, [site.name for site in sites])
 
 
-def _unquantised_experts(model: nn.Module, dtype: torch.dtype) -> str:
-    """Returns the sentence about routed experts, which stay unquantised, and what they take in `dtype`; ""
-    for a model without any. model: also one on the meta device."""
+def _warn_of_experts(model: nn.Module, dtype: torch.dtype) -> None:
+    """Says what routed experts, which stay unquantised, take in `dtype`; model: also on the meta device."""
     from mft.model.peft.targets import roles, weights
 
     every = list(weights(model))
     role = roles({path: shape for path, _, shape in every})
     experts = sum(parameter.numel() for path, parameter, _ in every if role[path] == "experts")
-    if not experts:
-        return ""
-    total = sum(parameter.numel() for _, parameter, _ in every)
-    return (
-        "peft=qlora: bitsandbytes quantises linear layers only, so the routed experts, "
-        f"{experts / total:.0%} of all weights, stay in {str(dtype).removeprefix('torch.')} and take "
-        f"{experts * dtype.itemsize / 2**30:.3g} GiB"
-    )
+    if experts:
+        log.warning(
+            "peft=qlora: bitsandbytes quantises linear layers only, so the routed experts, %.0f%% of all "
+            "weights, stay in %s and take %.3g GiB",
+            100 * experts / sum(parameter.numel() for _, parameter, _ in every),
+            *(str(dtype).removeprefix("torch."), experts * dtype.itemsize / 2**30),
+        )

@@ -54,6 +54,7 @@ def audit(model: nn.Module) -> list[AuditRow]:
     """Returns, per kind of module and in the model's order, how many are trained or adapted and with how many
     weights."""
     every = list(_weights(model))
+    # Without adapters, whose shapes say nothing of what they adapt.
     kinds = roles({path: shape for path, _, shape in every if shape})
     rows: dict[str, AuditRow] = {}
     trained: dict[str, dict[str, bool]] = {}  # kind → path of each of its modules → whether it is trained
@@ -74,7 +75,7 @@ def audit(model: nn.Module) -> list[AuditRow]:
     return list(rows.values())
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
     """Yields each weight with the path that it, or what it is an adapter of, has in the plain model, and its
     shape, () for an adapter's."""
     # Adapters of bare weights lie in a module around the owner, which knows the name of its weight.
@@ -90,7 +91,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
         yield path, parameter, () if adapter else shape
 
 
-def _bytes(parameter: Any) -> int:
+def _bytes(parameter: nn.Parameter) -> int:
     """Returns the bytes of a parameter in memory, as if it were not divided over ranks, with the scales of 4
     bits."""
     size = (getattr(parameter, "ds_numel", None) or parameter.numel()) * parameter.element_size()
@@ -119,6 +120,7 @@ def notes(rows: Sequence[AuditRow]) -> list[str]:
     routers = [row for row in rows if row.role == "router"]
     if experts:
         each, layers = max(row.experts for row in experts), max(row.total for row in experts)
+        # The experts of a layer are one weight: an adapter of it adapts all of them.
         adapted = max(row.experts * row.adapted // row.total for row in experts)
         how = "" if adapted else "; peft.experts=true adapts them"
         remarks.append(f"experts: {adapted} of {each} {verb} (in each of {layers} layers){how}")

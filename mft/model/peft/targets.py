@@ -60,6 +60,7 @@ def adapter_sites(model: nn.Module) -> list[Site]:
     head = base.get_output_embeddings()
     kinds = roles({path: shape for path, _, shape in weights(base)})
     layer_types = nn.Linear | nn.Embedding | Conv1D
+    # peft renames by the last part of a name alone, so one question for each suffices (see peft_private).
     leaves = {last(name) for name, module in base.named_modules() if isinstance(module, layer_types)}
     taken = {leaf for leaf in leaves if turns_into_experts(base, leaf)}
     sites: list[Site] = []
@@ -88,7 +89,7 @@ def packed(weight: torch.Tensor) -> bool:
     return not weight.is_floating_point() or hasattr(weight, "quant_state") or hasattr(weight, "SCB")
 
 
-def weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
+def weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
     """Yields path, parameter and full shape of every weight, as the modules hold them; a tied one once."""
     from torch import nn
 
@@ -153,14 +154,14 @@ def select(model: nn.Module, targets: str | list[str], experts: bool, router: bo
     for site in selected:
         if site in in_kernel:
             raise UserError(
-                f"peft.targets: {site.path} cannot have an adapter, since the kernels of {kind} read its "
-                "weight themselves; leave out_proj out"
+                f"peft.targets: {site.path} cannot have an adapter: kernels of {kind} read it; leave it out"
             )
         if site in frozen:
             raise UserError(
                 f"peft.targets: {site.path} is quantised, and peft takes the name {site.name} for the routed "
                 "experts; leave it out, choose peft=lora, or keep it unquantised with peft.skip_modules"
             )
+    # In the model's order, each once: a name and peft.router may select the same site.
     chosen = set(selected)
     return [site for site in sites if site in chosen]
 
@@ -228,13 +229,11 @@ def full_modules(model: nn.Module, names: list[str], sites: list[Site]) -> tuple
     for path in selected:
         if any(map(packed, base.get_submodule(path).parameters())):
             raise UserError(
-                f"peft.modules_to_save: {path} is quantised and cannot be trained in full; leave it out, "
-                "or keep it unquantised with peft.skip_modules"
+                f"peft.modules_to_save: {path} is quantised; leave it out, or name it in peft.skip_modules"
             )
-        if inside := [site.path for site in sites if f"{site.path}.".startswith(f"{path}.")]:
-            raise UserError(
-                f"peft.modules_to_save: {path} is trained in full, but {inside[0]} is one of peft.targets"
-            )
+        if site := next((s.path for s in sites if f"{s.path}.".startswith(f"{path}.")), ""):
+            raise UserError(f"peft.modules_to_save: {path} is trained in full, but {site} is in peft.targets")
+    # Of a tied pair peft trains one and ties the other (ensure_weight_tying), so both have to be named.
     both = (base.get_input_embeddings(), base.get_output_embeddings())
     embeddings = [path for path, module in base.named_modules() if module in both]
     tied = is_tied(base) and any(path in selected for path in embeddings)

@@ -129,7 +129,7 @@ def changed(name: str, tmp_path: Path, **values: object) -> Path:
     ("name", "values", "message"),
     [
         ("chatglm2_32k", {"quantization_bit": 4}, "quantised already; give the unquantised checkpoint"),
-        ("qwen", {"quantization_config": {"bits": 4}}, "does not name the method"),
+        ("qwen", {"quantization_config": {"bits": 4}}, "does not name a quantisation method"),
         (
             "chatglm2_32k",
             {"pre_seq_len": 128},
