@@ -11,7 +11,6 @@
    (`origin`); `merge` and `generate` read it back.
 
 `legacy/` converts checkpoints in the formats of 2023 into native folders; `tiny` makes a random model for
-tests and dry runs. What is read of transformers and peft beside their public interface stands in
-`transformers_private` and `peft_private` alone. Modules that only check import neither torch nor
-transformers.
+tests and dry runs. Only `transformers_private` and `peft_private` use non-public parts of the two libraries.
+Modules that only check import neither torch nor transformers.
 """

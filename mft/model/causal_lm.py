@@ -119,7 +119,7 @@ class CausalLM:
     # ── where it comes from ──
 
     def _folder_config(self) -> dict[str, Any]:
-        """Returns config.json of a folder as it stands there, {} for a hub name or no path."""
+        """Returns config.json of a local folder unchanged, {} for a hub name or an empty path."""
         return read_config(Path(self.path).expanduser()) if self.path else {}
 
     def location(self) -> str:
@@ -187,7 +187,7 @@ class CausalLM:
         return add_new_tokens(tokenizer, self.add_tokens, self.add_special_tokens)
 
     def new_tokens(self) -> dict[str, Any] | None:
-        """Returns the settings of new tokens, None where there are none."""
+        """Returns the settings of new tokens, None without any."""
         names = ("add_tokens", "add_special_tokens", "pad_to_multiple_of")
         added = self.add_tokens or self.add_special_tokens
         return {name: getattr(self, name) for name in names} if added else None
@@ -287,7 +287,7 @@ class CausalLM:
     def router_weight(self, base: PreTrainedModel) -> float:
         """Returns the coefficient of the router's auxiliary loss: router_coef, else the config's, else 0.
 
-        Raises UserError for a router_coef where there is no router.
+        Raises UserError for a router_coef if the model has no router.
         """
         if routed(base):
             return coefficient(base) if self.router_coef is None else float(self.router_coef)

@@ -1,4 +1,4 @@
-"""Generates answers with a trained model, prompted with exactly the token ids it was trained on."""
+"""Generates answers with a trained model, from prompts encoded exactly as in training."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Answerer:
         own = CausalLM(str(self.folder), trust_remote_code=trust_remote_code)
         self.tokenizer = tokenizer or own.tokenizer()
         if self.tokenizer.chat_template is None:
-            raise UserError(f"the tokenizer in {self.folder} has no chat template, so it cannot be asked")
+            raise UserError(f"the tokenizer in {self.folder} has no chat template, so it cannot answer")
         self.encoder = encoder(self.tokenizer)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load(self.folder, base, trust_remote_code).to(device).eval()

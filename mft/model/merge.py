@@ -36,7 +36,7 @@ class Merged:
     def __str__(self) -> str:
         return (
             f"largest difference of its logits to base + adapter: {self.difference:.2g} "
-            f"(allowed: {self.bound:.2g}; the adapter's full effect: {self.effect:.2g})"
+            f"(limit: {self.bound:.2g}; the adapter's full effect: {self.effect:.2g})"
         )
 
 

@@ -21,7 +21,7 @@ def check_path(path: str, hint: str = "") -> None:
     """Raises UserError unless `path` is a model folder or may be a hub name; hint: what to do when a folder
     is missing."""
     folder, who = Path(path).expanduser(), f"model.path={path}"
-    # As people write folders: anchored, deeper than owner/name, or in a folder that is there.
+    # Meant as a folder, not a hub name: anchored, deeper than owner/name, or inside an existing folder.
     local = path.startswith(("/", "./", "../", "~", "\\")) or path.count("/") > 1
     if folder.is_dir():
         _check_folder(who, folder)
@@ -52,7 +52,7 @@ def _check_folder(who: str, folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns config.json of a folder, {} where there is none; UserError unless it holds a JSON object."""
+    """Returns config.json of a folder, {} if absent; UserError unless it holds a JSON object."""
     file = folder / "config.json"
     if not file.is_file():
         return {}

@@ -139,7 +139,7 @@ def convert_words(words: dict[str, Any]) -> str:
 
 
 def read_note(folder: Path) -> dict[str, Any]:
-    """Returns mft.json of a folder, {} where there is none."""
+    """Returns mft.json of a folder, {} if absent."""
     file = folder / NOTE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 

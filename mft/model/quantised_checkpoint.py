@@ -74,7 +74,7 @@ def _config_format(who: str, config: Settings) -> WeightFormat:
     if not method or (method == BNB and not of_bnb):
         raise UserError(f"{who}: {place} in its config.json does not name a quantisation method; {WAY_OUT}")
     if not isinstance(method, str) or not re.fullmatch(r"[\w.+-]{1,40}", method):
-        method = shortened(method)  # whatever stands there, it is going to be printed
+        method = shortened(method)  # it may be any value, and is going to be printed
     if place not in ("quantization_config", "text_config.quantization_config"):
         raise UserError(
             f"{who}: its weights are quantised by {method}, as {place} in its config.json says, where "

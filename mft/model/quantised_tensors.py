@@ -31,7 +31,7 @@ Settings = Mapping[str, Any]
 
 
 def check_tensors(who: str, method: str, settings: Settings, stored: Tensors, folder: Path) -> None:
-    """Raises UserError for tensors that do not agree with how the checkpoint is said to be stored.
+    """Raises UserError for tensors that contradict the quantisation named in config.json.
 
     who: begins the sentence; method, settings: quant_method and the rest of config.json's
     quantization_config, "" and nothing for plain weights; stored: all tensors of the checkpoint, by name;

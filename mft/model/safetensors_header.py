@@ -45,7 +45,7 @@ def stored_tensors(folder: Path) -> Stored:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that a model is loaded from, [] where there are no safetensors.
+    """Returns the files that a model is loaded from, [] without any safetensors.
 
     Raises UserError for shards without an index, and for one that is missing.
     """

@@ -1,5 +1,4 @@
-"""Model folders as they are written: plain safetensors that transformers loads by itself, also its generation
-before.
+"""Writes model folders: plain safetensors that transformers loads without mft, version 4 included.
 
 Transformers 5 renamed keys without which transformers 4 computes something else and says nothing (positions
 of the rotary embedding) or refuses the folder (the class of a tokenizer); both names are written.
@@ -95,8 +94,7 @@ def former_names(config: Values) -> Values:
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a tokenizer with its chat template, and its EOS into the configs of a model that is there
-    already."""
+    """Writes a tokenizer with its chat template, and its EOS into the configs of a model beside it."""
     tokenizer.save_pretrained(str(folder))
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
 

@@ -1,5 +1,4 @@
-"""A random llama with its tokenizer, made in code: an ordinary checkpoint folder without a download, for
-tests and dry runs."""
+"""A random llama and its tokenizer as an ordinary checkpoint folder, for tests and dry runs offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read of transformers beside its public interface, as it was in 5.23.0.
+"""Non-public parts of transformers that mft uses, as of 5.23.0.
 
 Everything with a leading underscore, and modules that its documentation does not name, is used here alone. A
 release that changes one of them fails in tests/model/test_transformers_private.py, which says which.
@@ -61,7 +61,7 @@ def recorded_outputs(decoder: Any) -> Any:
 
 
 def kept_in_float32(model: PreTrainedModel) -> list[str]:
-    """Returns parts of the names of the weights that stay in float32, whatever dtype a model is loaded in."""
+    """Returns parts of the names of weights that stay in float32 in a model of any dtype."""
     return [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
 
 
@@ -69,7 +69,7 @@ def kept_in_float32(model: PreTrainedModel) -> list[str]:
 
 
 def fetched(name: str, file: str, revision: str | None, local_only: bool = False) -> Path | None:
-    """Returns a file of a folder, or of a hub name (fetched unless local_only); None where there is none."""
+    """Returns a file of a folder, or of a hub name (fetched unless local_only); None if absent."""
     from transformers.utils import cached_file
 
     quiet = {"_raise_exceptions_for_missing_entries": False}

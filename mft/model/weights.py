@@ -37,7 +37,7 @@ def check_loaded(source: Path, model: PreTrainedModel, info: Mapping[str, Any]) 
     stored = stored_tensors(source) if source.is_dir() else {}
     shapes = [(name, tuple(there), tuple(expected)) for name, there, expected in info["mismatched_keys"]]
     for name, module in model.named_modules():
-        # transformers quantises a weight of whatever shape and counts it as loaded
+        # transformers quantises a weight of any shape and counts it as loaded
         if type(module).__module__.startswith("bitsandbytes"):
             expected = (module.out_features, module.in_features)
             if (there := full_shape(module.weight)) != expected:

@@ -90,7 +90,7 @@ class ChatGLM(Original):
         extra += ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"] if self.roles else []
         backend = from_sentencepiece(file, extra)
         size = backend.get_vocab_size()
-        # As the vocabulary has them: one that a piece has already stands in angle brackets.
+        # As the vocabulary spells them: a name that is also a piece is in angle brackets.
         names = [str(backend.id_to_token(i)) for i in range(size - len(extra), size)]
         mask, gmask, smask, sop, eop, *roles = names
         start = [gmask, sop]

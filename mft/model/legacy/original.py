@@ -57,7 +57,7 @@ class Original(CausalLM):
 
     choice = ""  # a choice of model= that reads such a checkpoint; not a field
     model_type = ""  # of the original config.json; not a field
-    vocabulary = ""  # name of the vocabulary's file; "" = one that transformers reads by itself; not a field
+    vocabulary = ""  # name of the vocabulary's file; "" = transformers reads it; not a field
 
     def native(self, values: Values) -> tuple[Layout, str, Values]:
         """Returns the layout of the weights, the name of the config class, and the config's

@@ -31,7 +31,7 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 @dataclass
 class Full:
-    """Trains every parameter. The weights are float32 whatever the precision: bf16 cannot hold an update of
+    """Trains every parameter. The weights are float32 in every precision: bf16 cannot hold an update of
     1e-5 of its value."""
 
     public_name: ClassVar[str] = "full"

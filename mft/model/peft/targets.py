@@ -108,7 +108,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, ..
 def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     """Returns what each weight belongs to, by path: experts, router, or "" for all else.
 
-    They are known by shape, whatever a family calls them: experts have three dimensions [E, ...]; a router
+    Told apart by shape, as every family has its own names: experts have three dimensions [E, ...]; a router
     lies beside them with one row an expert, or a single one (qwen2_moe's gate of the shared expert).
     """
     kinds = dict.fromkeys(shapes, "")
@@ -128,7 +128,7 @@ def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
 
 def select(model: nn.Module, targets: str | list[str], experts: bool, router: bool) -> list[Site]:
     """Returns the sites that the settings mean: a list of names, "all-linear" (all linear layers but head and
-    router) or a regular expression over whole paths, with the experts and routers on top where asked.
+    router) or a regular expression over full paths, plus experts and routers if enabled.
 
     Raises UserError for what matches nothing, with the nearest names, and for sites that peft cannot adapt.
     """
@@ -192,7 +192,7 @@ def no_such_module(key: str, name: str, names: Iterable[str], note: str = "") ->
 def for_peft(model: nn.Module, sites: list[Site]) -> tuple[list[str], list[str]]:
     """Returns `target_modules` and `target_parameters` of a LoraConfig that adapts exactly these sites.
 
-    A name stands for all paths that end in it where all of them are meant, so that the adapter's config stays
+    A name replaces all paths that end in it if all of them are selected, so that the adapter's config stays
     legible.
     """
     base = base_of(model)
