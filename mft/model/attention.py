@@ -55,8 +55,8 @@ def recurrent_layers(base: PreTrainedModel) -> str:
 def described(base: PreTrainedModel) -> str:
     """Returns what computes the attention of a loaded model, for people."""
     name = attention_name(base)
-    per_sample = {SDPA: "sdpa", EAGER: "eager", ALIBI: "ALiBi on sdpa"}
-    return f"{per_sample[name]}, sample by sample" if name in per_sample else name
+    ours = {SDPA: "sdpa", EAGER: "eager", ALIBI: "ALiBi on sdpa"}
+    return f"{ours[name]}, sample by sample" if name in ours else name
 
 
 def row_of_samples(position_n: Tensor) -> dict[str, Any]:

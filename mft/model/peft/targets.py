@@ -116,7 +116,7 @@ def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     for path, shape in shapes.items():
         if len(shape) == 3 and "conv" not in path:
             kinds[path] = "experts"
-            blocks[path.rsplit(".", 2)[0]] = shape[0]
+            blocks[path.rpartition(".")[0].rpartition(".")[0]] = shape[0]
     for path, shape in shapes.items():
         experts = next((count for block, count in blocks.items() if path.startswith(f"{block}.")), 0)
         beside = experts and len(shape) == 2 and path.endswith(".weight") and shape[0] in (1, experts)

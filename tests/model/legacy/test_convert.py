@@ -132,9 +132,7 @@ def test_a_cache_that_is_gone_is_told_at_merge_with_the_command(adapter: Path, t
     shutil.rmtree(tmp_path / "cache")
     source = tmp_path / "source"
     words = rf"mft convert model=baichuan model\.path={source} model\.positions=rope model\.norm_head=\w+ --out FOLDER`"
-    with pytest.raises(
-        UserError, match=rf"gone from the cache: write one with `{words}; give --base FOLDER"
-    ):
+    with pytest.raises(UserError, match=rf"gone from the cache: write one with `{words}; give --base FOLDER"):
         merge(adapter, tmp_path / "second")
     with pytest.raises(UserError, match="is not a native folder"):
         merge(adapter, tmp_path / "second", base=str(source))
