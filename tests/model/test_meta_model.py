@@ -50,11 +50,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             QLora(skip_modules=["oproj"]),
             r"skip_modules: 'oproj' matches no module; .*; did you mean o_proj",
         ),
-        ("dense", QLora(targets=["q_proj"], modules_to_save=["up_proj"]), r"up_proj is quantised and cannot"),
+        (
+            "dense",
+            QLora(targets=["q_proj"], modules_to_save=["up_proj"]),
+            r"up_proj is quantised; leave it out",
+        ),
         (
             "dense",
             QLora(bits=8, targets=["q_proj"], modules_to_save=["up_proj"]),
-            r"up_proj is quantised and cannot",
+            r"up_proj is quantised; leave it out",
         ),
         (
             "mixture",

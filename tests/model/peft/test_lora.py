@@ -133,7 +133,7 @@ def test_goes_on_from_an_adapter_with_whole_modules(tiny: Tiny, tokenizer, tmp_p
         (Lora(init="pisa"), r"peft\.init='pisa' is not one of true, gaussian, .*; did you mean pissa"),
         (
             Lora(init="eva"),
-            r"peft\.init=eva needs activations on calibration data, which mft does not support",
+            r"peft\.init=eva needs a pass over calibration data, which mft does not support",
         ),
         (Lora(init="orthogonal", rank=3), r"peft\.init=orthogonal needs an even rank, not peft\.rank=3"),
         (
@@ -141,7 +141,7 @@ def test_goes_on_from_an_adapter_with_whole_modules(tiny: Tiny, tokenizer, tmp_p
             r"peft\.init=pissa would change quantised weights; use peft\.init=true, or peft=lora",
         ),
         (QLora(init="olora"), r"peft\.init=olora would change quantised weights"),
-        (QLora(bits=8, use_dora=True), r"choose peft\.bits=4 or peft\.use_dora=false"),
+        (QLora(bits=8, use_dora=True), r"use peft\.bits=4 or peft\.use_dora=false"),
     ],
 )
 def test_refused_before_loading(peft: Lora, message: str) -> None:
