@@ -47,35 +47,6 @@ def nearest(value: object, allowed: Iterable[object]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-REFUSALS = (
-    (r"could not be converted to Integer", "must be an integer"),
-    (r"could not be converted to Float", "must be a number"),
-    (r"is not a valid bool", "must be true or false"),
-    (r"(Cannot convert '\w+' to string|could not be converted to String)", "must be a string"),
-    (
-        r"(Invalid value assigned|DictConfig with ListConfig|Cannot assign \w+ to ListConfig)",
-        "must be a list, such as [a,b]",
-    ),
-    (
-        r"(is not a DictConfig|Cannot assign \w+ to DictConfig|to DictConfig)",
-        "must be a mapping, such as {a: 1}",
-    ),
-    (r"(is not Optional|None to non-optional)", "must not be null"),
-    (r"is not a subclass of str", "must be a string"),
-    (r"(is not a subclass of [A-Z]|to Dict\[)", "must be a mapping, such as {a: 1}"),
-    (r"does not support deletion", "a setting cannot be removed; leave it as it is, or give it a value"),
-)
-"""What the config's schema says of a value that it refuses → how a person reads it."""
-
-
-def plainly(refusal: str) -> str:
-    """Returns what the config's schema says of a value, as a person reads it: "must be an integer"."""
-    if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", refusal):
-        given, options = match.groups()
-        return f"must be one of {options}{nearest(given, options.split(', '))}"
-    return next((said for pattern, said in REFUSALS if re.search(pattern, refusal)), refusal)
-
-
 def writable(folder: Path, key: str) -> Path:
     """Returns a folder, made where it is not there; UserError names its config key where nothing can be
     written."""

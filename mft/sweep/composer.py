@@ -12,14 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mft.config.compose import absolute_paths
+from mft.config.compose import resolved
 from mft.config.hydra_compose import without_hydra
 from mft.config.inert import given_keys, without_effect
-from mft.config.interpolations import replaced
-from mft.config.messages import explain, refusals
+from mft.config.messages import explained
 from mft.config.overrides import check_overrides, key_of
-from mft.config.schema import typed
-from mft.config.yaml_file import circle
 from mft.console.screen import say
 from mft.errors import UserError
 from mft.launch.job import Job
@@ -54,23 +51,20 @@ class Composer:
     def job(self, overrides: Sequence[str]) -> Job:
         """Returns the checked job of these overrides; UserError that names it if it cannot run."""
         label = self.label(overrides)
+        search = [o for o in self.cfg.hydra.overrides.hydra if key_of(o) == "hydra.searchpath"]
         try:
-            check_overrides(overrides)
-            composed = self.composed(overrides)
-            if composed.launch.get("nnodes", 1) > 1:
+            with explained(search, overrides):
+                check_overrides(overrides)
+                cfg = resolved(self.composed(overrides))
+            if cfg.launch.nnodes > 1:
                 raise UserError("a sweep runs on one machine; launch.nnodes is for one run on several.")
             own = [o for o in overrides if key_of(o) != "sweep"]
-            job = check_job(absolute_paths(typed(replaced(composed))), own, label, self.starts)
-            notes = without_effect(job.cfg, job.world, self.given, sweep=True)
-            self.notes = notes if self.notes is None else [note for note in self.notes if note in notes]
-            return job
-        except RecursionError:
-            raise UserError(f"job {label}: {circle()}") from None
-        except refusals() as error:
-            search = [o for o in self.cfg.hydra.overrides.hydra if key_of(o) == "hydra.searchpath"]
-            raise UserError(f"job {label}: {explain(error, search, overrides)}") from error
+            job = check_job(cfg, own, label, self.starts)
         except UserError as error:
             raise UserError(f"job {label}: {error}") from error
+        notes = without_effect(job.cfg, job.world, self.given, sweep=True)
+        self.notes = notes if self.notes is None else [note for note in self.notes if note in notes]
+        return job
 
     def composed(self, overrides: Sequence[str]) -> DictConfig:
         """Returns what Hydra composes of these overrides (150 ms), or sets swept values in a copy of that."""
@@ -85,7 +79,7 @@ class Composer:
                     OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
                 return cfg
             except OmegaConfBaseException:
-                pass  # Hydra says it with the names that `explain` looks for
+                pass  # Hydra's own refusal has the names that `explained` looks for
         cfg = without_hydra(self.loader.load_sweep_config(self.cfg, list(overrides)))
         self.bases.setdefault(rest, copy.deepcopy(cfg))
         return cfg

@@ -17,11 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft import run_folder
 from mft.config import plugins
-from mft.config.compose import absolute_paths
+from mft.config.compose import resolved
 from mft.config.hydra_compose import with_choices
-from mft.config.interpolations import replaced
 from mft.config.overrides import key_of
-from mft.config.schema import register, typed
+from mft.config.schema import register
 from mft.console.screen import say
 from mft.files.json_file import read_json
 from mft.launch.job import checked, objective
@@ -90,7 +89,7 @@ def one_job(cfg: DictConfig) -> float:
     overrides = [o for o in given if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)
     composed = with_choices(cfg, hydra.runtime.choices)
-    job = checked(absolute_paths(typed(replaced(composed))), overrides, label)
+    job = checked(resolved(composed), overrides, label)
     run_dir = job_folder(job, folder)
     try:
         return objective(launch(job, run_dir))

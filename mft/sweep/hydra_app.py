@@ -16,10 +16,9 @@ from omegaconf import DictConfig
 from mft import run_folder
 from mft.config import plugins
 from mft.config.hydra_compose import check_sweep, search_path, without_search_path
-from mft.config.messages import explain, of_defaults, refusals
+from mft.config.messages import explained
 from mft.config.overrides import check_overrides, key_of, of_hydra, replaced, with_moved_keys
 from mft.config.schema import config_dir, register
-from mft.config.yaml_file import circle
 from mft.console.credentials import as_written
 from mft.console.screen import say
 from mft.errors import UserError
@@ -48,40 +47,31 @@ def through_hydra(
     register()
     Plugins.instance()  # Hydra's own are registered first
     use_own_grid()
-    search: list[str] = []
+    search = search_path(config_dirs, overrides)
+    overrides = without_search_path(overrides)
     kept_argv, kept_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # Hydra raises instead of printing and exiting, so that we can say it better
-    )
+    # Hydra then raises instead of printing and exiting, and `explained` says it better.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        search = search_path(config_dirs, overrides)
-        overrides = without_search_path(overrides)
-        check_sweep([*search, *overrides])
-        own: list[str] = []
-        if "-m" in flags or "--multirun" in flags:
-            for note in [*replaced(overrides), *of_hydra(overrides, sweep=True)]:
-                say(f"mft: {note}", sys.stderr)
-            own = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
-        sys.argv = ["mft train", *flags, *search, *overrides, *own]
-        application = hydra.main(
-            version_base="1.3", config_path=str(config_dir().resolve()), config_name="config"
-        )
-        if "--resolve" in flags:  # what is printed then has the values of environment variables in it
-            with redirect_stdout(io.StringIO()) as printed:
+        with explained(search, [o for o in overrides if not is_sweep(o)]):
+            check_sweep([*search, *overrides])
+            own: list[str] = []
+            if "-m" in flags or "--multirun" in flags:
+                for note in [*replaced(overrides), *of_hydra(overrides, sweep=True)]:
+                    say(f"mft: {note}", sys.stderr)
+                own = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
+            sys.argv = ["mft train", *flags, *search, *overrides, *own]
+            application = hydra.main(
+                version_base="1.3", config_path=str(config_dir().resolve()), config_name="config"
+            )
+            if "--resolve" in flags:  # what is printed then has the values of environment variables in it
+                with redirect_stdout(io.StringIO()) as printed:
+                    application(run_one)()
+                sys.stdout.write(as_written(printed.getvalue()))
+            else:
                 application(run_one)()
-            sys.stdout.write(as_written(printed.getvalue()))
-        else:
-            application(run_one)()
     except DryRunDone:
         pass
-    except RecursionError:
-        raise UserError(circle()) from None
-    except refusals() as error:
-        raise UserError(explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        if (sentence := of_defaults(error)) is None:
-            raise
-        raise UserError(sentence) from error
     finally:
         sys.argv = kept_argv
         if kept_full is None:
