@@ -30,11 +30,8 @@ COMPONENTS = ("data.rows", "model", "peft", "dist", "loss", "optimizer", "schedu
 
 def component_paths(cfg: DictConfig) -> list[str]:
     """Returns the yaml paths of all component nodes, tasks first."""
-    return (
-        [f"task.{name}" for name in cfg.task]
-        + list(COMPONENTS)
-        + [f"tracking.{name}" for name in cfg.tracking]
-    )
+    tasks, trackers = [f"task.{name}" for name in cfg.task], [f"tracking.{name}" for name in cfg.tracking]
+    return [*tasks, *COMPONENTS, *trackers]
 
 
 def refuse_special_keys(node: DictConfig, path: str) -> None:
@@ -54,11 +51,11 @@ def build(node: DictConfig, path: str = "component", **runtime: Any) -> Any:
     values = {str(key): _value(node[key], f"{path}.{key!s}") for key in node if key != "_target_"} | runtime
     if is_of_a_library(cls, path):
         return Library(cls, values)
-    given = [key for key in values if key in node and OmegaConf.is_interpolation(node, key)]
-    texts = [key for key in given if isinstance(values[key], str)]
-    if texts:  # what the environment holds is text; the node keeps it as it is written
-        schema = OmegaConf.structured(cls)
-        for key in texts:
+    # What the environment holds is text; the node keeps it as it is written, the class gets it typed.
+    from_environment = [key for key in values if key in node and OmegaConf.is_interpolation(node, key)]
+    schema = OmegaConf.structured(cls) if from_environment else None
+    for key in from_environment:
+        if isinstance(values[key], str):
             OmegaConf.update(schema, key, values[key], merge=False)
             values[key] = schema[key]
     return cls(**values)
@@ -108,20 +105,20 @@ class Components:
 def build_components(cfg: DictConfig) -> Components:
     """Makes all components of a config. Raises UserError where two tasks have one name or there is no
     task."""
-    made = {path: component(cfg, path) for path in component_paths(cfg)}
-    named_tasks = {str(name): made[f"task.{name}"] for name in cfg.task}
+    by_path = {path: component(cfg, path) for path in component_paths(cfg)}
+    named_tasks = {str(name): by_path[f"task.{name}"] for name in cfg.task}
     return Components(
         named_tasks=named_tasks,
         tasks=all_tasks(named_tasks, list(cfg.data.paths)),
-        rows=made["data.rows"],
-        model=made["model"],
-        peft=made["peft"],
-        dist=made["dist"],
-        loss=made["loss"],
-        optimizer=made["optimizer"],
-        scheduler=made["scheduler"],
-        trackers=[made[f"tracking.{name}"] for name in cfg.tracking],
-        by_path=made,
+        rows=by_path["data.rows"],
+        model=by_path["model"],
+        peft=by_path["peft"],
+        dist=by_path["dist"],
+        loss=by_path["loss"],
+        optimizer=by_path["optimizer"],
+        scheduler=by_path["scheduler"],
+        trackers=[by_path[f"tracking.{name}"] for name in cfg.tracking],
+        by_path=by_path,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,10 @@ class Identity:
         """Returns the identity of these inputs; values: plain, as JSON takes them."""
         hashed = {key: _hash(value)[:10] for key, value in values.items()}
         shorter = {key: value for key, value in hashed.items() if key not in EXTENDABLE}
-        whole, base = (
+        extended, base = (
             _hash([VERSION, list(tasks), choices, part, fingerprints]) for part in (hashed, shorter)
         )
-        return cls(whole, base, tuple(tasks), dict(choices), hashed, dict(fingerprints))
+        return cls(extended, base, tuple(tasks), dict(choices), hashed, dict(fingerprints))
 
     def as_json(self) -> dict[str, Any]:
         """Returns what identity.json holds."""
@@ -87,18 +87,16 @@ class Identity:
     def from_json(cls, values: Any) -> Identity | None:
         """Inverse of `as_json`; None for values of another shape. An identity without a version has hashes
         only."""
-        if not isinstance(values, dict) or not all(
-            isinstance(values.get(key), str) for key in ("identity", "base")
-        ):
+        kinds: dict[str, type] = {"identity": str, "base": str}
+        version = values.get("version", 1) if isinstance(values, dict) else 0
+        if version == VERSION:
+            kinds |= {"tasks": list, "choices": dict, "values": dict, "fingerprints": dict}
+        if not isinstance(values, dict) or not all(isinstance(values.get(k), t) for k, t in kinds.items()):
             return None
-        version = values.get("version", 1)
+        extended, base, *parts = (values[key] for key in kinds)
         if version != VERSION:
-            return cls(values["identity"], values["base"], version=version if isinstance(version, int) else 0)
-        kinds = {"tasks": list, "choices": dict, "values": dict, "fingerprints": dict}
-        if not all(isinstance(values.get(key), kind) for key, kind in kinds.items()):
-            return None
-        parts = [values[key] for key in ("choices", "values", "fingerprints")]
-        return cls(values["identity"], values["base"], tuple(values["tasks"]), *parts)
+            return cls(extended, base, version=version if isinstance(version, int) else 0)
+        return cls(extended, base, tuple(parts[0]), *parts[1:])
 
     def require(self, read: Mapping[str, str], config: Mapping[str, Any]) -> None:
         """Raises UserError where what a run has read is not what this identity records.
@@ -135,8 +133,29 @@ def differences(
 
     then, now: their configs, nested, as they may be shown.
     """
-    contents = list(_contents(there, here, then, now))
-    config = list(_config(there, here, then, now))
+    contents: list[str] = []
+    config: list[str] = []
+    if set(there.tasks) != set(here.tasks):
+        config.append(f"the tasks are {', '.join(there.tasks)} there and {', '.join(here.tasks)} here")
+    elif there.tasks != here.tasks:
+        order = f"{', '.join(there.tasks)} there, {', '.join(here.tasks)} here"
+        contents.append(f"the order of the tasks has changed ({order})")
+    for name in sorted({*there.fingerprints, *here.fingerprints}):
+        old, new = there.fingerprints.get(name), here.fingerprints.get(name)
+        # a task that only one of them has is named as such
+        if old != new and not (name.startswith("task.") and None in (old, new)):
+            contents.append(changed_content(name, then, now))
+    # What lies below a task or component that differs as such would only repeat that.
+    named = [f"task.{name}" for name in set(there.tasks) ^ set(here.tasks)]
+    for key in sorted({*there.choices, *here.choices}):
+        if there.choices.get(key) != here.choices.get(key) and not _below(key, named):
+            config.append(
+                f"{key}={there.choices.get(key, 'none')} there, {here.choices.get(key, 'none')} here"
+            )
+            named.append(key)
+    for key in sorted({*there.values, *here.values}):
+        if there.values.get(key) != here.values.get(key) and not _below(key, named):
+            config.append(f"{key}={_at(then, key)} there, {_at(now, key)} here")
     return _listed(contents), _listed(config)
 
 
@@ -151,38 +170,7 @@ def changed_content(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) 
     return f"{what} has changed ({new})" if old == new else f"{what} differs ({old} there, {new} here)"
 
 
-def _contents(
-    there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]
-) -> Iterator[str]:
-    if set(there.tasks) == set(here.tasks) and there.tasks != here.tasks:
-        yield f"the order of the tasks has changed ({', '.join(there.tasks)} there, {', '.join(here.tasks)} here)"
-    for name in sorted({*there.fingerprints, *here.fingerprints}):
-        old, new = there.fingerprints.get(name), here.fingerprints.get(name)
-        if old == new or (name.startswith("task.") and None in (old, new)):
-            continue  # a task that only one of them has is named as such
-        yield changed_content(name, then, now)
-
-
-def _config(
-    there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]
-) -> Iterator[str]:
-    if set(there.tasks) != set(here.tasks):
-        yield f"the tasks are {', '.join(there.tasks)} there and {', '.join(here.tasks)} here"
-    others = [
-        key
-        for key in sorted({*there.choices, *here.choices})
-        if there.choices.get(key) != here.choices.get(key)
-    ]
-    one_sided = {f"task.{name}" for name in set(there.tasks) ^ set(here.tasks)}
-    for key in others:
-        if not _below(key, one_sided):
-            yield f"{key}={there.choices.get(key, 'none')} there, {here.choices.get(key, 'none')} here"
-    for key in sorted({*there.values, *here.values}):
-        if there.values.get(key) != here.values.get(key) and not _below(key, [*others, *one_sided]):
-            yield f"{key}={_at(then, key)} there, {_at(now, key)} here"
-
-
-def _below(key: str, paths: Any) -> bool:
+def _below(key: str, paths: Iterable[str]) -> bool:
     return any(key == path or key.startswith(f"{path}.") for path in paths)
 
 
@@ -204,14 +192,12 @@ def _at(config: Mapping[str, Any], key: str) -> str:
 
 def _paths(task: str, config: Mapping[str, Any]) -> str:
     """Returns where the rows of a task lie."""
-    node = config.get("task") or {}
-    own = next((n for key, n in node.items() if task in (key, n.get("name"))), None) if node else None
-    if own is not None:
-        return ", ".join([*own.get("paths", []), *(own.get("valid") or [])])
+    for key, node in (config.get("task") or {}).items():
+        if task in (key, node.get("name")):
+            return ", ".join([*node.get("paths", []), *(node.get("valid") or [])])
     paths = [str(path) for path in (config.get("data") or {}).get("paths", [])]
-    return next(
-        (path for path in paths if Path(path).name.split(".")[0] == task.split(".")[0]), ", ".join(paths)
-    )
+    same_name = [path for path in paths if Path(path).name.split(".")[0] == task.split(".")[0]]
+    return same_name[0] if same_name else ", ".join(paths)
 
 
 def _hash(value: Any) -> str:

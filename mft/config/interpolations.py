@@ -14,6 +14,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.grammar_parser import parse
+from omegaconf.resolvers import oc
 
 from mft.console import credentials
 from mft.errors import UserError
@@ -34,13 +36,11 @@ def register() -> None:
 
 
 def _variable(name: str, *default: Any) -> Any:
+    """OmegaConf's own resolver, with the name and the value remembered."""
     _read.append(name)
-    if name not in os.environ and not default:
-        raise KeyError(f"Environment variable '{name}' not found")
-    if name not in os.environ:
-        return default[0] if default[0] is None else str(default[0])
-    credentials.remember(os.environ[name], name)
-    return os.environ[name]
+    if name in os.environ:
+        credentials.remember(os.environ[name], name)
+    return oc.env(name, *default)
 
 
 def replaced(cfg: DictConfig) -> DictConfig:
@@ -132,20 +132,19 @@ def _target(node: Any, root: DictConfig, key: str) -> Any:
     """Returns the node that a key leads to, or the interpolation on the way to it; None for one that is not
     there."""
     name = key.lstrip(".")
-    found: Any = root if name == key else node
+    target: Any = root if name == key else node
     for _ in range(len(key) - len(name)):
-        found = found._get_parent() if found is not None else None
+        target = target._get_parent() if target is not None else None
     for part in re.split(r"[.\[]", name) if name else ():
         part = part.rstrip("]")
-        if isinstance(found, DictConfig) and isinstance(found._value(), dict):
-            found = found._get_node(part, validate_access=False)
-        elif isinstance(found, ListConfig) and isinstance(found._value(), list) and part.isdigit():
-            found = found._get_node(int(part)) if int(part) < len(found._value()) else None
+        value = target._value() if target is not None else None
+        if isinstance(value, dict):
+            target = target._get_node(part, validate_access=False)
+        elif isinstance(value, list) and part.isdigit():
+            target = target._get_node(int(part)) if int(part) < len(value) else None
         else:
-            return found if found is not None and isinstance(found._value(), str) else None
-        if found is None:
-            return None
-    return found
+            return target if isinstance(value, str) else None
+    return target
 
 
 def _keys(node: Any) -> list[Any]:
@@ -171,7 +170,8 @@ def _leaf(node: Any, key: Any) -> Any:
         return _escaped(value)
     child = node._get_node(key)
     written = child._value()
-    parts = _parts(written)
+    # OmegaConf's own grammar: the outermost interpolations, and what stands between them
+    parts = [part.getText() for part in parse(written).getChild(0).getChildren()]
     if len(parts) == 1:
         return written
     try:
@@ -191,24 +191,6 @@ def _part(node: Any, key: Any, child: Any, part: str) -> str:
     except OmegaConfBaseException:  # a part of a number, which alone is none
         return part
     return part if _read else str(_escaped(value))
-
-
-def _parts(text: str) -> list[str]:
-    """Splits a text into its outermost interpolations and what stands between them."""
-    parts, start, at = [], 0, 0
-    while (at := text.find("${", at)) >= 0:
-        if text[:at].endswith("\\"):
-            at += 2
-            continue
-        depth, end = 0, at
-        while end < len(text):
-            depth += (text[end] == "{") - (text[end] == "}")
-            end += 1
-            if text[end - 1] == "}" and not depth:
-                break
-        parts += [text[start:at], text[at:end]]
-        start = at = end
-    return [part for part in (*parts, text[start:]) if part]
 
 
 def _escaped(value: Any) -> Any:

@@ -48,28 +48,26 @@ def allowed() -> list[str]:
 
 def yaml_folders() -> list[Path]:
     """Returns the folders `conf` of plug-ins, whose yaml files stand beside those of mft."""
-    found = []
+    folders = []
     for package in allowed():
         spec = _spec(package.partition(".")[0])
         for place in (spec.submodule_search_locations or ()) if spec else ():
             folder = Path(place, *package.split(".")[1:], "conf")
             if folder.is_dir():
-                found.append(folder)
-    return found
+                folders.append(folder)
+    return folders
 
 
 def _check(package: object) -> None:
-    given = f"--plugin {package}"
+    flag = f"--plugin {package}"
     if not isinstance(package, str) or not all(part.isidentifier() for part in package.split(".")):
-        raise UserError(f"{given}: expected the name of a Python package, for example --plugin mypkg.")
+        raise UserError(f"{flag}: expected the name of a Python package, for example --plugin mypkg.")
     top = package.partition(".")[0]
     if top in (*sys.stdlib_module_names, "mft"):
-        raise UserError(
-            f"{given}: {top} is not a plug-in, but part of {'mft' if top == 'mft' else 'Python'}."
-        )
+        raise UserError(f"{flag}: {top} is not a plug-in, but part of {'mft' if top == 'mft' else 'Python'}.")
     if _spec(top) is None:
         raise UserError(
-            f"{given}: there is no package {top!r} in this environment; install it, or put the folder that "
+            f"{flag}: there is no package {top!r} in this environment; install it, or put the folder that "
             "holds it into PYTHONPATH."
         )
 

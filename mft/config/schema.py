@@ -85,10 +85,8 @@ class Launch:
                 raise UserError(
                     f"launch.rdzv_endpoint={self.rdzv_endpoint}: write host:port, for example node0:29400."
                 )
-        if self.nnodes > 1:
-            self._check_hosts()
-
-    def _check_hosts(self) -> None:
+        if self.nnodes == 1:
+            return
         if self.mode is LaunchMode.inline:
             raise UserError(f"launch.nnodes={self.nnodes} needs launch=processes; launch=inline is one rank.")
         if (self.main_address is None) == (self.rdzv_endpoint is None):
@@ -104,7 +102,7 @@ class Launch:
         if self.rdzv_endpoint is not None and self.node_rank is not None:
             raise UserError(
                 f"launch.node_rank={self.node_rank}: with launch.rdzv_endpoint machines are numbered as "
-                "they come; leave it out, or give launch.main_address instead."
+                "they come; remove it, or use launch.main_address instead."
             )
 
 
@@ -133,8 +131,8 @@ class Config:
 def config_dir() -> Path:
     """Returns the folder of the yaml tree: `mft/conf` in an installed wheel, else the repository's `conf`."""
     package = Path(__file__).parents[1]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
+    in_wheel = package / "conf"
+    return in_wheel if in_wheel.is_dir() else package.parent / "conf"
 
 
 def register() -> None:
@@ -190,28 +188,23 @@ def typed(cfg: Any) -> DictConfig:
     return merged
 
 
-def fast_precision() -> Precision:
-    """Returns bf16 where the machine computes in it, else fp16 on a GPU and fp32 on a CPU."""
+def resolve_precision(precision: Precision | str) -> Precision:
+    """Returns train.precision with auto resolved for this machine: bf16 where it computes in that, else fp16
+    on a GPU and fp32 on a CPU."""
+    if precision != Precision.auto:
+        return Precision(precision)
     if computes_in_bf16():
         return Precision.bf16
     return Precision.fp16 if visible_gpus() else Precision.fp32
 
 
-def resolve_precision(precision: Precision | str) -> Precision:
-    """Returns train.precision with auto resolved for this machine."""
-    return fast_precision() if precision == Precision.auto else Precision(precision)
-
-
-def batch_sizes(train: Any, world: int) -> BatchSizes:
+def batch_sizes(train: TrainSettings | DictConfig, world: int) -> BatchSizes:
     """Derives accumulation from the global batch or the other way round.
 
     Raises UserError when both are given or when the global batch does not divide.
     """
-    per_device, accumulation, total = (
-        train.per_device_batch_size,
-        train.gradient_accumulation_steps,
-        train.global_batch_size,
-    )
+    per_device, total = train.per_device_batch_size, train.global_batch_size
+    accumulation = train.gradient_accumulation_steps
     if total is None:
         return BatchSizes(per_device, accumulation or 1, world)
     if accumulation is not None:
@@ -222,9 +215,8 @@ def batch_sizes(train: Any, world: int) -> BatchSizes:
     unit = per_device * world
     if total % unit:
         below, above = total // unit * unit, (total // unit + 1) * unit
-        values = f"{below} or {above}" if below else f"{above}"
         raise UserError(
-            f"train.global_batch_size={total} must be a multiple of "
-            f"train.per_device_batch_size={per_device} x {world} ranks. Nearest values: {values}."
+            f"train.global_batch_size={total} must be a multiple of train.per_device_batch_size={per_device} x "
+            f"{world} ranks. Nearest values: {f'{below} or ' if below else ''}{above}."
         )
     return BatchSizes(per_device, total // unit, world)

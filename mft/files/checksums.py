@@ -43,12 +43,12 @@ def measure(folder: Path, files: Iterable[Path]) -> Sums:
 
     Without the flush a power cut could leave a name or a marker over missing data.
     """
-    found = {}
+    sums = {}
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        found[path.relative_to(folder).as_posix()] = path.stat().st_size, digest(path)
-    return found
+        sums[path.relative_to(folder).as_posix()] = path.stat().st_size, digest(path)
+    return sums
 
 
 def seal(folder: Path, marker: str = MODEL, sums: Sums | None = None) -> None:
@@ -108,16 +108,13 @@ def require_sound(folder: Path, small_only: bool = False) -> None:
 
 def digest(path: Path) -> str:
     """Returns the xxh3-128 of a file's content."""
-    # fits into the processor's cache: 7 GB/s, as mapped pages
-    found, buffer = (
-        xxhash.xxh3_128(),
-        bytearray(1 << 18),
-    )
+    hasher = xxhash.xxh3_128()
+    buffer = bytearray(1 << 18)  # fits into the processor's cache: 7 GB/s, as fast as mapped pages
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            found.update(view[:count])
-    return found.hexdigest()
+            hasher.update(view[:count])
+    return hasher.hexdigest()
 
 
 def follow_umask(files: Iterable[Path]) -> None:
@@ -167,9 +164,9 @@ def _first(
     for name in names:
         size, expected = sums[name]
         try:
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found:,} bytes, expected {size:,}"
+            actual_size = (folder / name).stat().st_size
+            if actual_size != size:
+                return f"{name} has {actual_size:,} bytes, expected {size:,}"
             if hashed and size <= limit and (actual := digest(folder / name)) != expected:
                 return f"{name} has the checksum {actual}, expected {expected}"
         except FileNotFoundError:
@@ -182,6 +179,8 @@ def _first(
 def _unreadable(folder: Path) -> str:
     """Returns the first file of a checkpoint without checksums that is cut short or is not what its name
     says."""
+    from safetensors import SafetensorError, safe_open
+
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         try:
@@ -192,23 +191,10 @@ def _unreadable(folder: Path) -> str:
                     if parts.testzip() is not None:
                         return f"{name} is damaged"
             elif path.suffix == ".safetensors":
-                _check_header(path)
+                with safe_open(path, framework="numpy"):  # compares the size of the file with its header
+                    pass
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, zipfile.BadZipFile):
+        except (ValueError, RecursionError, zipfile.BadZipFile, SafetensorError):
             return f"{name} is damaged"
     return ""
-
-
-def _check_header(path: Path) -> None:
-    """Raises ValueError, or what wrong JSON raises, for a safetensors file of another size than its header
-    says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size:
-            raise ValueError
-        header = json.loads(file.read(length))
-    ends = [value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"]
-    if size != 8 + length + max(ends, default=0):
-        raise ValueError

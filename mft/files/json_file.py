@@ -27,8 +27,8 @@ class Values(dict[str, Any]):
     def number(self, key: str) -> float | None:
         """Returns an integer or a finite float, None where there is none."""
         value = self.get(key)
-        known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return value if known else None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return value if is_number and math.isfinite(value) else None
 
     def part(self, key: str) -> Values:
         """Returns an object, {} where there is none."""
