@@ -74,21 +74,16 @@ def full_disk(error: BaseException, folder: Path | None = None) -> UserError | N
     already."""
     if isinstance(error, UserError) or not is_full_disk(error):
         return None
-    what = getattr(error, "filename", None) or (f"a file in {folder}" if folder else "a file")
-    refusal = UserError(
-        f"The disk is full: {what} could not be written. Make room; the same command then resumes."
-    )
+    file = getattr(error, "filename", None) or (f"a file in {folder}" if folder else "a file")
+    refusal = UserError(f"The disk is full: {file} cannot be written. Make room; the same command resumes.")
     refusal.exit_code = 1
     return refusal
 
 
-UNREACHABLE = (errno.ENAMETOOLONG, errno.ELOOP)
-"""What the system says of paths that lead nowhere, on any machine."""
-
-
 def no_path(error: BaseException) -> UserError | None:
     """Returns the sentence for a path that no file system takes, None for any other error."""
-    if not isinstance(error, OSError) or error.errno not in UNREACHABLE:
+    # What the system says of paths that lead nowhere, on any machine.
+    if not isinstance(error, OSError) or error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
         return None
     return UserError(f"{shortened(str(error.filename or ''))[1:-1] or 'a path'}: {error.strerror}.")
 
@@ -124,18 +119,15 @@ def check_ranges(settings: Any, path: str) -> None:
     config."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and not _within(value, field.metadata)
-        ):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not _within(value, field.metadata):
             null = ", or null" if "None" in str(field.type) or "Optional" in str(field.type) else ""
-            shown = shortened(value, 40)
-            raise UserError(f"{path}.{field.name}={shown} must be {_described(value, field.metadata)}{null}.")
+            described = _described(value, field.metadata)
+            raise UserError(f"{path}.{field.name}={shortened(value, 40)} must be {described}{null}.")
 
 
 def _within(value: float, bounds: Mapping[str, float]) -> bool:
-    if isinstance(value, int) and abs(value) > LARGEST:
+    if isinstance(value, int) and abs(value) > LARGEST:  # first, since a float does not hold all integers
         return False
     return math.isfinite(value) and all(BOUNDS[name][1](value, bound) for name, bound in bounds.items())
 
@@ -143,12 +135,9 @@ def _within(value: float, bounds: Mapping[str, float]) -> bool:
 def _described(value: float, bounds: Mapping[str, float]) -> str:
     """Returns "at least 0 and less than 1"; of a number that nothing takes also that it must be finite, or
     smaller."""
-    if not math.isfinite(value):
-        return " and ".join([*_listed(bounds), "finite"])
-    too_large = isinstance(value, int) and value > LARGEST and not {"max", "below"} & set(bounds)
-    listed = _listed({**bounds, "max": LARGEST} if too_large else bounds)
-    return " and ".join(listed) or f"between -{LARGEST} and {LARGEST}"
-
-
-def _listed(bounds: Mapping[str, float]) -> list[str]:
-    return [f"{words} {bounds[name]}" for name, (words, _) in BOUNDS.items() if name in bounds]
+    if isinstance(value, int) and value > LARGEST and not {"max", "below"} & set(bounds):
+        bounds = {**bounds, "max": LARGEST}
+    phrases = [f"{words} {bounds[name]}" for name, (words, _) in BOUNDS.items() if name in bounds]
+    if isinstance(value, float) and not math.isfinite(value):
+        phrases.append("finite")
+    return " and ".join(phrases) or f"between -{LARGEST} and {LARGEST}"

@@ -45,7 +45,7 @@ def criterion(losses: Mapping[str, float], best: str, weights: Mapping[str, floa
         total = sum(weights[name] for name in losses)
         if not total > 0:
             raise UserError(
-                "train.best=weighted: every task with validation samples has weight 0; use train.best=mean."
+                "train.best=weighted: all tasks with validation samples have weight 0; use train.best=mean."
             )
         return sum(weights[name] * loss for name, loss in losses.items() if weights[name]) / total
     if best not in losses:

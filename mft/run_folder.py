@@ -104,6 +104,7 @@ def runs_under(folder: Path) -> list[Path]:
 
 def lock(run_dir: Path) -> FileLock:
     """Takes the run folder for this process; UserError when another process is writing it, or none can."""
+    # The system releases it when the process ends, however it ends: no stale lock is left.
     taken = FileLock(writable(run_dir, "output_dir") / LOCK)
     try:
         taken.acquire(timeout=0)
@@ -116,12 +117,10 @@ def lock(run_dir: Path) -> FileLock:
 
 def is_locked(folder: Path) -> bool:
     """Whether a process is writing the run folder."""
-    if not (folder / LOCK).exists():
+    if not (folder / LOCK).exists():  # to try it would make the file
         return False
-    probe = FileLock(folder / LOCK)
     try:
-        probe.acquire(timeout=0)
+        with FileLock(folder / LOCK, timeout=0):
+            return False
     except Timeout:
         return True
-    probe.release()
-    return False

@@ -38,9 +38,7 @@ def refuse_special_keys(node: DictConfig, path: str) -> None:
     """Raises UserError for Hydra's other keys of a component, which nothing here reads."""
     for key in map(str, node):
         if key.startswith("_") and key != "_target_":
-            raise UserError(
-                f"{path}.{key}: unexpected; a component has _target_ and the fields of its class."
-            )
+            raise UserError(f"{path}.{key}: unexpected; a component has _target_ and its class's fields.")
 
 
 def build(node: DictConfig, path: str = "component", **runtime: Any) -> Any:
@@ -53,7 +51,7 @@ def build(node: DictConfig, path: str = "component", **runtime: Any) -> Any:
         return Library(cls, values)
     # What the environment holds is text; the node keeps it as it is written, the class gets it typed.
     from_environment = [key for key in values if key in node and OmegaConf.is_interpolation(node, key)]
-    schema = OmegaConf.structured(cls) if from_environment else None
+    schema: Any = OmegaConf.structured(cls) if from_environment else None
     for key in from_environment:
         if isinstance(values[key], str):
             OmegaConf.update(schema, key, values[key], merge=False)

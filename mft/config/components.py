@@ -9,7 +9,6 @@ import inspect
 import pkgutil
 import re
 import traceback
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -55,7 +54,7 @@ these."""
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
 
-def component_class(node: Any, path: str) -> type:
+def component_class(node: object, path: str) -> type:
     """Returns the class that the component node at a yaml path names in `_target_`.
 
     The package is judged by its name before anything is imported. Raises UserError for a node without a
@@ -65,9 +64,7 @@ def component_class(node: Any, path: str) -> type:
     target = node["_target_"] if isinstance(node, DictConfig) and node._get_node("_target_") else None
     group = group_of(path)
     if not isinstance(target, str):
-        raise UserError(
-            f"{path} has no _target_: it names a component to build, got {shortened(node)}. {_choose(path)}"
-        )
+        raise UserError(f"{path} has no _target_, the class to build; got {shortened(node)}. {_choose(path)}")
     setting = f"{path}._target_={target}"
     if not _NAME.fullmatch(target):
         raise UserError(f"{setting}: expected package.module.Class, for example {_example(group)}.")
@@ -83,7 +80,12 @@ def package_of(target: str, allowed: list[str], setting: str) -> str:
     for package in allowed:
         if target.startswith(f"{package}."):
             return package
-    raise unknown_package(setting, target, allowed)
+    top = target.partition(".")[0]
+    raise UserError(
+        f"{setting}: {top} is not a package that a config may name{nearest(top, allowed) or '.'} Allowed: "
+        f"{', '.join(allowed)}. One of your own is named with --plugin {top} on the command line, or by "
+        f"its installed entry point of the group {plugins.GROUP} (docs/plugins.md)."
+    )
 
 
 def moved(target: str) -> str:
@@ -104,26 +106,9 @@ def group_of(path: str) -> str:
     return ""
 
 
-def contract(group: str) -> type:
-    """Returns the class that the components of a group subclass."""
-    module, _, name = CONTRACTS[group][0].partition(":")
-    cls: type = getattr(importlib.import_module(module), name)
-    return cls
-
-
 def inside(name: str, package: str) -> bool:
     """Whether a dotted name is a package or lies below it."""
     return name == package or name.startswith(f"{package}.")
-
-
-def unknown_package(setting: str, target: str, allowed: list[str]) -> UserError:
-    """Returns the refusal of a target outside of the packages that may be named."""
-    top = target.partition(".")[0]
-    return UserError(
-        f"{setting}: {top} is not a package that a config may name{nearest(top, allowed) or '.'} Allowed: "
-        f"{', '.join(allowed)}. One of your own is named with --plugin {top} on the command line, or by "
-        f"its installed entry point of the group {plugins.GROUP} (docs/plugins.md)."
-    )
 
 
 def imported(target: str, setting: str) -> object:
@@ -137,9 +122,10 @@ def imported(target: str, setting: str) -> object:
         if inside(module_name, missing):
             reason = f"there is no module {missing}{_nearest_module(missing)}"
         raise UserError(f"{setting}: {reason}") from error
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # whatever the code of a plug-in raises
         reason = f"{type(error).__name__}: {error}{_line_of(error, module_name)}"
         raise UserError(f"{setting}: {module_name} cannot be imported: {reason}") from error
+    # vars, not getattr: a module can make attributes up
     if name not in vars(module):
         classes = [n for n, value in vars(module).items() if isinstance(value, type) and n[0] != "_"]
         raise UserError(f"{setting}: {module_name} has no {name}{nearest(name, classes) or '.'}")
@@ -149,7 +135,8 @@ def imported(target: str, setting: str) -> object:
 def _judged(cls: object, package: str, group: str, setting: str) -> type:
     """Returns what was imported, if it is a component of the group."""
     of_library = package in LIBRARIES.get(group, ())
-    contracts = [contract(name) for name in ([group] if group else CONTRACTS)]
+    paths = [CONTRACTS[name][0].partition(":") for name in ([group] if group else CONTRACTS)]
+    contracts = [getattr(importlib.import_module(module), name) for module, _, name in paths]
     if of_library:
         from torch.optim import Optimizer
 
@@ -161,7 +148,7 @@ def _judged(cls: object, package: str, group: str, setting: str) -> type:
     if not isinstance(cls, type):
         kind = "a module" if inspect.ismodule(cls) else "a function" if callable(cls) else "a value"
         problem = f"is {kind}; {expected}"
-    elif not inside(cls.__module__, package):
+    elif not inside(cls.__module__, package):  # what a module merely imports is not its to offer
         problem = f"the class is defined in {cls.__module__}, outside of {package}."
     elif not issubclass(cls, tuple(contracts)):
         problem = expected

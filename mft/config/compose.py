@@ -23,7 +23,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictC
     Raises UserError for unknown groups, options and keys, and for values of the wrong type.
     """
     register()
-    check_overrides(overrides)
+    check_overrides(overrides)  # before the search path, which is read from them
     search = search_path(config_dirs, overrides)
     with explained(search, overrides):
         return compose_words([*search, *without_search_path(overrides)])

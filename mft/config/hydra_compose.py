@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, open_dict
 
 from mft.config import hydra_node, plugins
+from mft.config.components import package_of
 from mft.config.interpolations import bound
 from mft.config.overrides import IN_PLAIN_TEXT, key_of
 from mft.config.schema import config_dir
@@ -42,11 +43,10 @@ def places_of(search: str) -> list[str]:
         raise UserError(f"{search}: expected a list of folders, hydra.searchpath=['file:///my/folder'].")
     for place in places:
         if place.startswith("pkg://"):
-            hydra_node.check_package(place)
+            package = place.removeprefix("pkg://").replace("/", ".")
+            package_of(f"{package}.", ["mft", "hydra", *plugins.allowed()], f"hydra.searchpath={place}")
         elif not Path(place.removeprefix("file://")).is_dir():
-            raise UserError(
-                f"hydra.searchpath: {place} is not a folder; --config-dir DIR adds a folder of yamls."
-            )
+            raise UserError(f"hydra.searchpath: {place} is not a folder; --config-dir DIR adds one.")
     return places
 
 
@@ -95,7 +95,7 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
     bound(cfg)
     hydra_node.check(cfg.hydra)
     _refuse_credentials(cfg)
-    with open_dict(cfg):
+    with open_dict(cfg):  # the schema allows no key to be removed
         hydra = cfg.pop("hydra")
     folder = hydra.run._get_node("dir")._value()
     if folder != "${output_dir}" and not any(key_of(o) == "output_dir" for o in hydra.overrides.task):

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mft.config import plugins
-from mft.config.components import imported, inside, package_of, unknown_package
+from mft.config.components import imported, inside, package_of
 from mft.errors import UserError, shortened
 
 PLUGINS = ("hydra_plugins", "hydra._internal.core_plugins")
@@ -32,15 +32,6 @@ LOGGING = {
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def check_package(place: str) -> None:
-    """Raises UserError for a package of yaml files (pkg://…) that is not named: to list it, Hydra imports
-    it."""
-    package = place.removeprefix("pkg://").replace("/", ".")
-    allowed = ["mft", "hydra", *plugins.allowed()]
-    if not any(inside(package, name) for name in allowed):
-        raise unknown_package(f"hydra.searchpath={place}", package, allowed)
-
-
 def check(hydra: DictConfig) -> None:
     """Raises UserError for what runs code, or writes a file, that the person at the command line has not
     named."""
@@ -54,16 +45,12 @@ def check(hydra: DictConfig) -> None:
         for path, node, key in _settings(hydra[name], f"hydra.{name}"):
             _check_logging(path, node, key)
     if "/" in str(_value(hydra.job, "name")):
-        raise UserError(
-            f"hydra.job.name={hydra.job.name}: expected a name without slashes; log files are named by it."
-        )
+        raise UserError(f"hydra.job.name={hydra.job.name}: expected a name without slashes, for log files.")
     if hydra.job.env_set or hydra.job.env_copy:
-        raise UserError(
-            "hydra.job.env_set, env_copy: unused; set variables in the shell, which every job inherits."
-        )
+        raise UserError("hydra.job.env_set, env_copy: unused; set variables in the shell; jobs inherit them.")
     if hydra.output_subdir is not None:
         raise UserError(
-            f"hydra.output_subdir={hydra.output_subdir}: unused; a run folder's config is its config.yaml."
+            f"hydra.output_subdir={hydra.output_subdir}: unused; the config of a run is its config.yaml."
         )
     # Lines of a batch script, which `setup` and a line break in any value are, come from the command line.
     on_command_line = [line.lstrip("+").partition("=")[0] for line in hydra.overrides.hydra]
@@ -79,7 +66,7 @@ def check(hydra: DictConfig) -> None:
             raise UserError(f"{path}.{key}={shortened(value)}: must not hold a line break.")
 
 
-def _check_target(target: Any, path: str) -> None:
+def _check_target(target: object, path: str) -> None:
     from hydra.core.plugins import Plugins
     from hydra.experimental.callback import Callback
     from hydra.plugins.launcher import Launcher
@@ -95,7 +82,7 @@ def _check_target(target: Any, path: str) -> None:
             raise UserError(f"{setting}: expected an installed {kind}: {', '.join(names)}.")
     elif not re.fullmatch(r"hydra\.callbacks\.\w+", path):
         raise UserError(
-            f"{setting}: unexpected; only hydra.launcher, hydra.sweeper and hydra.callbacks.NAME are built."
+            f"{setting}: unexpected; only a launcher, a sweeper and hydra.callbacks.NAME are built."
         )
     else:
         package = package_of(str(target), [CALLBACKS, "mft", *plugins.allowed()], setting)
@@ -128,14 +115,14 @@ def _settings(node: Any, path: str) -> Iterator[tuple[str, DictConfig, str]]:
             yield from _settings(_value(node, number), f"{path}[{number}]")
 
 
-def _value(node: DictConfig | ListConfig, key: Any) -> Any:
+def _value(node: DictConfig | ListConfig, key: str | int) -> Any:
     """Returns a value; as it is written where it stands for what is known only later, e.g. a job's folder."""
     try:
-        return node[key]
+        return node[key]  # type: ignore[index]
     except OmegaConfBaseException:
         return _written(node, key)
 
 
-def _written(node: DictConfig | ListConfig, key: Any) -> Any:
-    child: Any = node._get_node(key)
+def _written(node: DictConfig | ListConfig, key: str | int) -> Any:
+    child: Any = node._get_node(key)  # type: ignore[arg-type]  # a number in a list, else a name
     return child._value()

@@ -16,6 +16,9 @@ from typing import Any
 from mft.errors import UserError, shortened
 from mft.files.json_file import read_json
 
+Nested = Mapping[str, Any]
+"""A config as nested mappings of plain values."""
+
 VERSION = 2
 """Raised by every change of what enters an identity, and by every changed default or public name of a
 component.
@@ -66,25 +69,24 @@ class Identity:
         cls,
         tasks: Sequence[str],
         choices: Mapping[str, str],
-        values: Mapping[str, Any],
+        values: Mapping[str, object],
         fingerprints: Mapping[str, str],
     ) -> Identity:
         """Returns the identity of these inputs; values: plain, as JSON takes them."""
         hashed = {key: _hash(value)[:10] for key, value in values.items()}
         shorter = {key: value for key, value in hashed.items() if key not in EXTENDABLE}
-        extended, base = (
-            _hash([VERSION, list(tasks), choices, part, fingerprints]) for part in (hashed, shorter)
-        )
+        extended = _hash([VERSION, list(tasks), choices, hashed, fingerprints])
+        base = _hash([VERSION, list(tasks), choices, shorter, fingerprints])
         return cls(extended, base, tuple(tasks), dict(choices), hashed, dict(fingerprints))
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Returns what identity.json holds."""
-        parts = {"tasks": list(self.tasks), "choices": self.choices, "values": self.values}
-        hashes = {"version": self.version, "identity": self.extended, "base": self.base}
+        parts: dict[str, object] = {"tasks": list(self.tasks), "choices": self.choices, "values": self.values}
+        hashes: dict[str, object] = {"version": self.version, "identity": self.extended, "base": self.base}
         return hashes | parts | {"fingerprints": self.fingerprints}
 
     @classmethod
-    def from_json(cls, values: Any) -> Identity | None:
+    def from_json(cls, values: object) -> Identity | None:
         """Inverse of `as_json`; None for values of another shape. An identity without a version has hashes
         only."""
         kinds: dict[str, type] = {"identity": str, "base": str}
@@ -98,7 +100,7 @@ class Identity:
             return cls(extended, base, version=version if isinstance(version, int) else 0)
         return cls(extended, base, tuple(parts[0]), *parts[1:])
 
-    def require(self, read: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    def require(self, read: Mapping[str, str], config: Nested) -> None:
         """Raises UserError where what a run has read is not what this identity records.
 
         read: some of the fingerprints, made after reading; config: the run's, to say where the contents lie.
@@ -125,9 +127,7 @@ def identity_of(run_dir: Path) -> Identity | None:
     return Identity.from_json(read_json(run_dir / "identity.json"))
 
 
-def differences(
-    there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]
-) -> tuple[str, str]:
+def differences(there: Identity, here: Identity, then: Nested, now: Nested) -> tuple[str, str]:
     """Returns in words how a run that is there differs from the one here: (in contents, in config), "" for
     not at all.
 
@@ -159,7 +159,7 @@ def differences(
     return _listed(contents), _listed(config)
 
 
-def changed_content(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def changed_content(name: str, then: Nested, now: Nested) -> str:
     """Returns in words that the content behind a fingerprint is another one, and where it lies."""
     if name.startswith("task."):
         task = name.removeprefix("task.")
@@ -179,7 +179,7 @@ def _listed(sentences: Sequence[str]) -> str:
     return "; ".join(sentences[:SHOWN]) + more
 
 
-def _at(config: Mapping[str, Any], key: str) -> str:
+def _at(config: Nested, key: str) -> str:
     """Returns the value of a dotted key as text; `default` where the config does not name it."""
     node: Any = config
     for part in key.split("."):
@@ -190,7 +190,7 @@ def _at(config: Mapping[str, Any], key: str) -> str:
     return text if len(text) <= LONGEST else shortened(text, LONGEST)
 
 
-def _paths(task: str, config: Mapping[str, Any]) -> str:
+def _paths(task: str, config: Nested) -> str:
     """Returns where the rows of a task lie."""
     for key, node in (config.get("task") or {}).items():
         if task in (key, node.get("name")):
@@ -200,5 +200,5 @@ def _paths(task: str, config: Mapping[str, Any]) -> str:
     return same_name[0] if same_name else ", ".join(paths)
 
 
-def _hash(value: Any) -> str:
+def _hash(value: object) -> str:
     return hashlib.sha1(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -29,8 +29,7 @@ class Run:
 
     def value(self, key: str) -> Any:
         """Returns the value of a key, None where there is no such key."""
-        value = OmegaConf.select(self.cfg, key)
-        return value.value if isinstance(value, Enum) else value
+        return OmegaConf.select(self.cfg, key)
 
     @property
     def tasks(self) -> int:
@@ -45,22 +44,22 @@ Reason = Callable[[Run], str]
 """Returns why a setting has no effect in a run, "" where it has one."""
 
 
-def where(holds: Callable[[Run], Any], words: str) -> Reason:
+def where(holds: Callable[[Run], object], words: str) -> Reason:
     """A setting that is not read in some runs."""
     return lambda run: words if holds(run) else ""
 
 
-def where_value(key: str, holds: Callable[[Any], bool]) -> Reason:
+def where_value(key: str, holds: Callable[[object], bool]) -> Reason:
     """A setting that is not read where another one has some values, which the sentence shows."""
     return lambda run: f"{key} is {shown(run.value(key))}" if holds(run.value(key)) else ""
 
 
-def unless(key: str, *values: Any) -> Reason:
+def unless(key: str, *values: object) -> Reason:
     """A setting that is read only where another one has one of these values."""
     return where_value(key, lambda value: value not in values)
 
 
-def when(key: str, *values: Any) -> Reason:
+def when(key: str, *values: object) -> Reason:
     """A setting that is not read where another one has one of these values."""
     return where_value(key, lambda value: value in values)
 
@@ -109,9 +108,7 @@ ONE_TASK = where(lambda run: run.tasks == 1, "there is one task")
 ONE_MACHINE = when("launch.nnodes", 1)
 ONE_RANK = where(lambda run: run.world == 1, "the run has one rank")
 INLINE = when("launch.mode", "inline")
-MLFLOW_TRACKING_URI = where(
-    lambda run: os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI names the store"
-)
+TRACKING_URI = where(lambda run: os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI names the store")
 NOT_PADDED = where(lambda run: not pads(run), "it is read by data=pad")
 
 RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
@@ -152,7 +149,7 @@ RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
         (ONE_RANK,),
     ),
     ("dist.reduce_every_micro_batch", (ONE_RANK, where(one_micro_batch, "a step has one micro-batch"))),
-    ("tracking.mlflow.store", (where_given("tracking.mlflow.uri"), MLFLOW_TRACKING_URI)),
+    ("tracking.mlflow.store", (where_given("tracking.mlflow.uri"), TRACKING_URI)),
     ("choices", (where(lambda _: True, "it is filled in by mft"),)),
 )
 """Keys (`*`: every task) → reasons for which they may have no effect; the first that holds is reported."""
@@ -167,6 +164,7 @@ def without_effect(cfg: DictConfig, world: int, given: Sequence[str], sweep: boo
     """
     run, notes = Run(cfg, world, sweep), []
     for key, reasons in rules(cfg.task):
+        # Whoever repeats a default asks for nothing.
         if not under(key, given) or OmegaConf.select(cfg, key) is None or _is_default(cfg, key):
             continue
         if reason := next(filter(None, (reason(run) for reason in reasons)), ""):
@@ -176,7 +174,7 @@ def without_effect(cfg: DictConfig, world: int, given: Sequence[str], sweep: boo
     return notes
 
 
-def rules(tasks: Iterable[Any]) -> Iterator[tuple[str, tuple[Reason, ...]]]:
+def rules(tasks: Iterable[object]) -> Iterator[tuple[str, tuple[Reason, ...]]]:
     """Yields every key that may have no effect, those of each task included, with its reasons."""
     for keys, reasons in RULES:
         for key in keys.split():
@@ -235,13 +233,13 @@ def _keys_of_yaml(path: Path, group: str) -> list[str]:
     return keys if prefix == "_global_" else [f"{prefix}.{key}" for key in keys]
 
 
-def _leaves(values: Any, prefix: str = "") -> list[str]:
+def _leaves(values: object, prefix: str = "") -> list[str]:
     if not isinstance(values, Mapping):
         return [prefix.removesuffix(".")]
     return [leaf for key, value in values.items() for leaf in _leaves(value, f"{prefix}{key}.")]
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Returns a value as it is written on the command line."""
     if OmegaConf.is_config(value):
         return shortened(OmegaConf.to_container(value), 40)

@@ -33,7 +33,7 @@ _WHY_LEFT_OUT = {
     "groups runs": "name sweep",
     "the components that were chosen enter": "choices",
     "a place": "output_dir cache_dir model.cache_dir",
-    "who starts ranks and jobs; their number enters through the global batch, a pruned run is unfinished": "launch",
+    "who starts ranks; their number enters as the global batch, and a pruned run is unfinished": "launch",
     "records": "tracking train.log_every",
     "which folder is continued": "train.resume",
     "which checkpoints stay": "train.keep train.keep_task_best",
@@ -110,29 +110,30 @@ def files(cfg: DictConfig, family: CausalLM, peft: Full) -> dict[str, str]:
     return hashes
 
 
-def config_parts(cfg: DictConfig) -> tuple[dict[str, str], dict[str, Any]]:
+def config_parts(cfg: DictConfig) -> tuple[dict[str, str], dict[str, object]]:
     """Returns ({component path: public name}, {dotted key: value}) of all that enters an identity as a
     value."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     choices: dict[str, str] = {}
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
 
-    def enter(path: str, value: Any, default: Any) -> None:
+    def enter(path: str, value: Any, default: object) -> None:
         if under(path, CANNOT_CHANGE_THE_RESULT) or under(path, FINGERPRINTED):
             return
         if isinstance(value, dict) and "_target_" in value:
+            # By public name, so that moving a class changes no identity.
             cls = component_class(OmegaConf.select(cfg, path), path)
             if default != Named(name := public_name(cls, value["_target_"])):
                 choices[path] = name
             enter_fields(path, value, defaults(cls) if name != value["_target_"] else {})
         elif path in SETTINGS:
             enter_fields(path, value, defaults(SETTINGS[path]))
-        elif path in ("task", "tracking"):
+        elif path in ("task", "tracking"):  # of what is chosen, not of a class: no defaults
             enter_fields(path, value, {})
         elif (value := canonical(value)) != default:
             values[path] = value
 
-    def enter_fields(path: str, node: Mapping[str, Any], default_values: Mapping[str, Any]) -> None:
+    def enter_fields(path: str, node: Mapping[str, object], default_values: Mapping[str, object]) -> None:
         for key, value in node.items():
             if key != "_target_":
                 enter(f"{path}.{key}", value, default_values.get(key, dataclasses.MISSING))
@@ -159,9 +160,9 @@ def public_name(cls: type, target: str) -> str:
     return target
 
 
-def defaults(cls: type) -> dict[str, Any]:
+def defaults(cls: type) -> dict[str, object]:
     """Returns the defaults of a dataclass's fields that have one, as `canonical` values."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
         if field.default is not dataclasses.MISSING:
             values[field.name] = canonical(field.default)
@@ -170,11 +171,11 @@ def defaults(cls: type) -> dict[str, Any]:
     return values
 
 
-def canonical(value: Any) -> Any:
+def canonical(value: object) -> object:
     """Returns a value as JSON takes it, the same for 1 and 1.0 and for a choice and its name."""
     if isinstance(value, Enum):
         return value.name
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer():  # 1 on a command line, 1.0 in a yaml
         return int(value)
     if isinstance(value, Mapping):
         return {str(key): canonical(item) for key, item in value.items()}

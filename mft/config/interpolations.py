@@ -35,7 +35,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
 
 
-def _variable(name: str, *default: Any) -> Any:
+def _variable(name: str, *default: object) -> str | None:
     """OmegaConf's own resolver, with the name and the value remembered."""
     _read.append(name)
     if name in os.environ:
@@ -64,15 +64,10 @@ def replaced(cfg: DictConfig) -> DictConfig:
 def check_variables(cfg: DictConfig) -> None:
     """Raises UserError for a variable of the environment that a frozen config reads and that is not set
     here."""
-    for key in _keys(cfg):
-        try:
-            value = cfg[key]
-        except OmegaConfBaseException as error:
-            if "nvironment variable" in str(error):
-                raise UserError(_refusal(error)) from error
-            continue
-        if OmegaConf.is_config(value):
-            check_variables(value)
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_refusal(error)) from error
 
 
 def bound(cfg: DictConfig) -> None:
@@ -82,14 +77,13 @@ def bound(cfg: DictConfig) -> None:
     except RecursionError:
         raise UserError("The interpolations of the config lead too deep; write the values.") from None
     if size > LARGEST:
-        raise UserError(
-            "The interpolations of the config come to more than a million characters; write the values."
-        )
+        raise UserError("The config's interpolations make more than a million characters; write the values.")
 
 
 def _size(node: Any, root: DictConfig, sizes: dict[int, int], opened: dict[int, str]) -> int:
     """Returns what a node comes to when resolved; each node is looked at once. opened: nodes on the way to
     it."""
+    # OmegaConf resolves a node anew wherever it is named, in exponential time; the sum of sizes takes linear.
     if id(node) in sizes:
         return sizes[id(node)]
     value = node._value()
@@ -110,6 +104,7 @@ def _size(node: Any, root: DictConfig, sizes: dict[int, int], opened: dict[int, 
     elif isinstance(node, DictConfig | ListConfig) and isinstance(value, dict | list):
         total += sum(_size(node._get_node(key), root, sizes, opened) for key in _keys(node))
     del opened[id(node)]
+    # cut off, since a chain of doublings would otherwise make integers of thousands of digits
     sizes[id(node)] = min(total, LARGEST + 1)
     return sizes[id(node)]
 
@@ -163,11 +158,13 @@ def _leaf(node: Any, key: Any) -> Any:
             return "???"
         return _plain(node[key]) if OmegaConf.is_config(node[key]) else node[key]
     _read.clear()
-    value = node[key]
+    value = node[key]  # `_variable` notes in _read what this reads of the environment
     if OmegaConf.is_config(value):
         return _plain(value)
     if not _read:
         return _escaped(value)
+    # A text such as ${data_dir}/${oc.env:RUN}: what does not come from the environment is replaced alone, by
+    # setting the node to one part after the other.
     child = node._get_node(key)
     written = child._value()
     # OmegaConf's own grammar: the outermost interpolations, and what stands between them
@@ -193,7 +190,7 @@ def _part(node: Any, key: Any, child: Any, part: str) -> str:
     return part if _read else str(_escaped(value))
 
 
-def _escaped(value: Any) -> Any:
+def _escaped(value: object) -> object:
     """Returns a value that stays as it is when read again; text could look like an interpolation."""
     if not isinstance(value, str) or "${" not in value:
         return value

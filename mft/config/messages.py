@@ -64,7 +64,10 @@ def explained(search: Sequence[str], overrides: Sequence[str]) -> Iterator[None]
     try:
         yield
     except RecursionError:
-        raise UserError(yaml_file.circle()) from None
+        # Hydra follows `defaults` until Python's stack ends, but reads each file once: the last is part of
+        # the circle.
+        file = yaml_file.last[0] if yaml_file.last else "defaults"
+        raise UserError(f"{file}: its defaults lead back to itself.") from None
     except YAMLError as error:  # of packages of yamls; `yaml_file` judges those of folders
         raise UserError(yaml_file.refusal(error)) from error
     except UnicodeDecodeError as error:
@@ -103,10 +106,8 @@ def task_not_chosen(wrong: str, chosen: Sequence[str]) -> str:
 def _sentence(error: Exception, search: Sequence[str], overrides: Sequence[str]) -> str:
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
     if match := re.search(r"Ambiguous value for argument '(([^=]+)=(.*))'", text):
-        override, key, values = match.groups()
-        return (
-            f"{override}: several values make a sweep, mft train -m {override}; a list is {key}=[{values}]."
-        )
+        word, key, values = match.groups()
+        return f"{word}: several values make a sweep, mft train -m {word}; a list is {key}=[{values}]."
     if match := re.search(r"Multiple values for ([^.]+)\.|(\S+) appears more than once", text):
         group = match.group(1) or match.group(2)
         return f"+{group}: an option of this group is already chosen; write {group}=… without the plus."
@@ -157,9 +158,7 @@ def _missing_option(option: str, search: Sequence[str]) -> str:
     if options:
         sentence += f" Allowed: {', '.join(options)}."
     if group == "task":
-        sentence += (
-            " A yaml of your own goes into task/ under --config-dir; folders need none: data.paths=[…]."
-        )
+        sentence += " Your own yaml goes into task/ under --config-dir; folders need none: data.paths=[…]."
     return sentence
 
 

@@ -81,9 +81,7 @@ def _check_length(path: str, setting: str) -> None:
         raise UserError(f"{setting}: contains the control character U+{ord(hidden):04X}.")
     longest = max(len(os.fsencode(part)) for part in path.split("/"))
     if longest > LONGEST_PART:
-        raise UserError(
-            f"{setting}: a name of {longest:,} bytes; a file system takes at most {LONGEST_PART}."
-        )
+        raise UserError(f"{setting}: a name of {longest:,} bytes; file systems take at most {LONGEST_PART}.")
     if (length := len(os.fsencode(path))) > LONGEST_PATH:
         raise UserError(f"{setting}: a path of {length:,} bytes; it must have at most {LONGEST_PATH:,}.")
 

@@ -32,8 +32,19 @@ def name(packages: Iterable[str]) -> None:
     """Adds packages to those whose classes a config may name; raises UserError for one that cannot be a
     plug-in."""
     for package in packages:
-        _check(package)
-        _named[package] = None
+        flag = f"--plugin {package}"
+        if not isinstance(package, str) or not all(part.isidentifier() for part in package.split(".")):
+            raise UserError(f"{flag}: expected the name of a Python package, for example --plugin mypkg.")
+        top = package.partition(".")[0]
+        if top in (*sys.stdlib_module_names, "mft"):
+            owner = "mft" if top == "mft" else "Python"
+            raise UserError(f"{flag}: {top} is not a plug-in, but part of {owner}.")
+        if _spec(top) is None:
+            raise UserError(
+                f"{flag}: there is no package {top!r} in this environment; install it, or put the folder "
+                "that holds it into PYTHONPATH."
+            )
+        _named[package] = None  # a dict keeps the order and drops repetitions
 
 
 def named() -> tuple[str, ...]:
@@ -56,20 +67,6 @@ def yaml_folders() -> list[Path]:
             if folder.is_dir():
                 folders.append(folder)
     return folders
-
-
-def _check(package: object) -> None:
-    flag = f"--plugin {package}"
-    if not isinstance(package, str) or not all(part.isidentifier() for part in package.split(".")):
-        raise UserError(f"{flag}: expected the name of a Python package, for example --plugin mypkg.")
-    top = package.partition(".")[0]
-    if top in (*sys.stdlib_module_names, "mft"):
-        raise UserError(f"{flag}: {top} is not a plug-in, but part of {'mft' if top == 'mft' else 'Python'}.")
-    if _spec(top) is None:
-        raise UserError(
-            f"{flag}: there is no package {top!r} in this environment; install it, or put the folder that "
-            "holds it into PYTHONPATH."
-        )
 
 
 def _spec(top: str) -> importlib.machinery.ModuleSpec | None:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from mft.batch import BatchSizes
 from mft.config import interpolations, yaml_file
@@ -82,9 +82,7 @@ class Launch:
         if self.rdzv_endpoint is not None:
             host, _, port = self.rdzv_endpoint.rpartition(":")
             if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
-                raise UserError(
-                    f"launch.rdzv_endpoint={self.rdzv_endpoint}: write host:port, for example node0:29400."
-                )
+                raise UserError(f"launch.rdzv_endpoint={self.rdzv_endpoint}: write host:port (node0:29400).")
         if self.nnodes == 1:
             return
         if self.mode is LaunchMode.inline:
@@ -181,7 +179,7 @@ def read(path: Path) -> Any:
     return cfg
 
 
-def typed(cfg: Any) -> DictConfig:
+def typed(cfg: DictConfig | ListConfig | dict[str, Any]) -> DictConfig:
     """Returns a plain config under the schema, so that choices are enums again."""
     merged = OmegaConf.merge(OmegaConf.structured(Config), cfg)
     assert isinstance(merged, DictConfig)

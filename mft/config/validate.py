@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, ValidationError
 
-from mft.config.build import (
-    Components,
-    build_components,
-    component_paths,
-    is_of_a_library,
-    refuse_special_keys,
-)
+from mft.config import build
 from mft.config.components import component_class
 from mft.config.messages import plainly
 from mft.config.other_trainers import setting_here
@@ -37,7 +31,7 @@ if TYPE_CHECKING:
     from mft.training.settings import TrainSettings
 
 
-def check(cfg: DictConfig, world: int) -> Components:
+def check(cfg: DictConfig, world: int) -> build.Components:
     """Judges a resolved, typed config before any process starts or model loads, and returns its components.
 
     Raises UserError with a sentence for the first thing that is wrong.
@@ -46,18 +40,17 @@ def check(cfg: DictConfig, world: int) -> Components:
     methods: missing paths, an attention that cannot run here), then what only the whole can tell.
     """
     nodes: list[tuple[str, DictConfig]] = []
-    for path in component_paths(cfg):
+    for path in build.component_paths(cfg):
         node = OmegaConf.select(cfg, path)
         component_class(node, path)  # a group that was taken out or set to a value has no node below
         nodes += _nodes(node, path)
+    # All names and types before any missing value: a misspelt key is the likely cause of a missing one.
     for path, node in nodes:
         _check_fields(node, path)
     for path, node in nodes:
         for key in map(str, node):
             if OmegaConf.is_missing(node, key):
-                raise UserError(
-                    f"{path}.{key} is missing: give it on the command line, {path}.{key}=…, or in a yaml."
-                )
+                raise UserError(f"{path}.{key} is missing; write {path}.{key}=…, or set it in a yaml.")
     if not cfg.task and not cfg.data.paths:
         raise UserError(
             "No task is chosen. Choose from conf/task with task=[completion,docstring] (`mft demo` makes "
@@ -68,7 +61,7 @@ def check(cfg: DictConfig, world: int) -> Components:
     if cfg.train.prompts:
         read_prompts(Path(cfg.train.prompts))
     batch_sizes(cfg.train, world)
-    components = build_components(cfg)
+    components = build.build_components(cfg)
     for path, component in components.by_path.items():
         if dataclasses.is_dataclass(component):
             check_ranges(component, path)
@@ -80,11 +73,9 @@ def check(cfg: DictConfig, world: int) -> Components:
         task.check_rows(stops=cfg.data.bad_rows is BadRows.error)
     _check_something_trains(components.tasks, cfg.data.mixture)
     names = [task.name for task in components.tasks]
-    if cfg.train.best not in (allowed := [*BEST, *names]):
-        hint = nearest(cfg.train.best, allowed) or "."
-        raise UserError(
-            f"train.best={cfg.train.best}: not a criterion or a task{hint} Allowed: {', '.join(allowed)}."
-        )
+    if (best := cfg.train.best) not in (allowed := [*BEST, *names]):
+        hint = nearest(best, allowed) or "."
+        raise UserError(f"train.best={best}: not a criterion or a task{hint} Allowed: {', '.join(allowed)}.")
     _check_by_task(components.loss, names)
     # How many samples validate is known once they are cut; where none can be, it is known now.
     may_validate = {
@@ -110,9 +101,9 @@ def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
 
 def _check_fields(node: DictConfig, path: str) -> None:
     """Merges the node into its class, so that unknown keys and wrong types are reported by yaml path."""
-    refuse_special_keys(node, path)
+    build.refuse_special_keys(node, path)
     cls = component_class(node, path)
-    if is_of_a_library(cls, path):
+    if build.is_of_a_library(cls, path):
         return
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
     schema = OmegaConf.structured(cls)
@@ -172,7 +163,7 @@ def check_validation(train: TrainSettings, loss: TaskLoss, counts: Mapping[str, 
         )
 
 
-def _check_together(cfg: DictConfig, c: Components) -> None:
+def _check_together(cfg: DictConfig, c: build.Components) -> None:
     """Cross-component checks: what no single component can judge."""
     c.scheduler.lr(1, 2, c.base_lr)  # a min_lr above the learning rate is refused here
     reads_all_of = "model.add_tokens" if c.model.new_tokens() else c.peft.full_weights_reason
@@ -196,7 +187,7 @@ def _check_together(cfg: DictConfig, c: Components) -> None:
             )
 
 
-def _check_dist(c: Components, precision: str) -> None:
+def _check_dist(c: build.Components, precision: str) -> None:
     if getattr(c.dist, "divides_into_dtensors", False) and not getattr(c.optimizer, "takes_dtensors", True):
         raise UserError(
             "optimizer=adamw8bit: bitsandbytes cannot update what dist=fsdp divides over ranks; choose "

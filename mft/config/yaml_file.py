@@ -82,22 +82,14 @@ def register() -> None:
             last[:] = [file]
             defaults = result.config.get("defaults") if isinstance(result.config, DictConfig) else None
             if defaults is not None and not OmegaConf.is_list(defaults):
-                raise UserError(
-                    f"{file}: defaults: expected a list, such as `defaults: [override /peft: lora]`."
-                )
+                raise UserError(f"{file}: defaults: expected a list: `defaults: [override /peft: lora]`.")
             return result
 
     SourcesRegistry.instance().types["file"] = FileConfigSource
 
 
 last: list[Path] = []
-"""The file that Hydra read last; each is read once, so it is part of a circle of `defaults`."""
-
-
-def circle() -> str:
-    """Returns the sentence for `defaults` that never come to an end, which Hydra follows until Python's stack
-    ends."""
-    return f"{last[0] if last else 'defaults'}: its defaults lead back to itself."
+"""The file that Hydra read last."""
 
 
 def _judge(path: Path, text: str) -> None:
@@ -119,9 +111,7 @@ def _judge(path: Path, text: str) -> None:
             else:
                 length = len(event.value) if event.style is None else 0  # a quoted one is text
                 if length > LONGEST_NUMBER and re.match(r"[-+.]?\d", event.value):
-                    raise UserError(
-                        f"{at}: a number of {length:,} characters; expected at most {LONGEST_NUMBER}."
-                    )
+                    raise UserError(f"{at}: a number of {length:,} characters, more than {LONGEST_NUMBER}.")
                 sizes[event.anchor] = 1
             total += 1
             if len(open_nodes) > DEEPEST:

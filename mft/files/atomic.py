@@ -23,7 +23,7 @@ def write_text(path: Path, text: str, durable: bool = False, temporary: Path | N
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(path)  # one step for readers: they see the old file or the new one
     except OSError:
         with suppress(OSError):
             temporary.unlink()

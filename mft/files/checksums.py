@@ -34,10 +34,6 @@ Sums = Mapping[str, tuple[int, str]]
 """Of each file, by its path in the folder: bytes and xxh3-128."""
 
 
-class _NoSums(Exception):
-    """A marker that cannot be used; the text says why."""
-
-
 def measure(folder: Path, files: Iterable[Path]) -> Sums:
     """Puts files of a folder onto the disk and returns their sizes and checksums.
 
@@ -63,7 +59,7 @@ def seal(folder: Path, marker: str = MODEL, sums: Sums | None = None) -> None:
     write_text(folder / marker, text, durable=True, temporary=folder / f".{marker}.tmp")
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # the name, too
+        os.fsync(descriptor)  # the marker's name, which belongs to the folder and not to the file
     finally:
         os.close(descriptor)
 
@@ -75,14 +71,12 @@ def damage(folder: Path, marker: str = MODEL, part: tuple[int, int] = (0, 1), ha
     part: (rank, world) looks at this rank's share of the files; hashed False: looks at sizes alone, in no
     time.
     """
-    try:
-        sums = _read(folder / marker)
-    except _NoSums as error:
-        return str(error)
+    sums, problem = _read(folder / marker)
     if sums is None:
-        return _unreadable(folder) if hashed and part[0] == 0 else ""
+        return problem or (_unreadable(folder) if hashed and part[0] == 0 else "")
+    # Dealt to the ranks in order of size, so that each reads about as many bytes.
     by_size = sorted(sums.keys() - set(PROSE), key=lambda name: (-sums[name][0], name))
-    return _first(folder, sums, by_size[part[0] :: part[1]], hashed)
+    return _first(folder, sums, by_size[part[0] :: part[1]], limit=math.inf if hashed else -1)
 
 
 def require_sound(folder: Path, small_only: bool = False) -> None:
@@ -93,12 +87,9 @@ def require_sound(folder: Path, small_only: bool = False) -> None:
     edited. small_only: of files above SMALL only the size is compared, so that it takes no time.
     """
     marker = MODEL if (folder / MODEL).exists() else COMPLETE
-    try:
-        sums = _read(folder / marker) if (folder / marker).exists() else None
-        used = [name for name in sums or () if "/" not in name and name not in PROSE]
-        problem = _first(folder, sums or {}, used, limit=SMALL if small_only else math.inf)
-    except _NoSums as error:
-        problem = str(error)
+    sums, problem = _read(folder / marker) if (folder / marker).exists() else (None, "")
+    used = [name for name in sums or () if "/" not in name and name not in PROSE]
+    problem = problem or _first(folder, sums or {}, used, limit=SMALL if small_only else math.inf)
     if problem:
         raise UserError(
             f"{folder} is damaged: {problem}. Copy it again, or use another checkpoint of its run; if the "
@@ -136,30 +127,26 @@ def _sum_of(entries: Mapping[str, object]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(entries, sort_keys=True).encode())
 
 
-def _read(marker: Path) -> Sums | None:
-    """Returns what a marker says, None for one of an earlier version; raises _NoSums for a damaged one."""
+def _read(marker: Path) -> tuple[Sums | None, str]:
+    """Returns what a marker says, or None for one of an earlier version; and what is wrong with it, or ""."""
     try:
         text = marker.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise _NoSums(
-            f"{marker.name} cannot be read ({getattr(error, 'strerror', None) or 'not text'})"
-        ) from None
+        return None, f"{marker.name} cannot be read ({getattr(error, 'strerror', None) or 'not text'})"
     if text == WITHOUT_SUMS:
-        return None
+        return None, ""
     try:
         values = json.loads(text)
         entries = values["files"]
-        if values["sum"] != _sum_of(entries):
-            raise ValueError
-        return {name: (size, expected) for name, (size, expected) in entries.items()}
+        if values["sum"] == _sum_of(entries):
+            return {name: (size, expected) for name, (size, expected) in entries.items()}, ""
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise _NoSums(f"{marker.name} is {'damaged' if text else 'empty'}") from None
+        pass  # JSON, but not what `seal` writes
+    return None, f"{marker.name} is {'damaged' if text else 'empty'}"
 
 
-def _first(
-    folder: Path, sums: Sums, names: Iterable[str], hashed: bool = True, limit: float = math.inf
-) -> str:
-    """Returns what is wrong with the first damaged file; hashed False, or above the limit: by its size
+def _first(folder: Path, sums: Sums, names: Iterable[str], limit: float) -> str:
+    """Returns what is wrong with the first damaged file; above the limit: by its size
     alone."""
     for name in names:
         size, expected = sums[name]
@@ -167,7 +154,7 @@ def _first(
             actual_size = (folder / name).stat().st_size
             if actual_size != size:
                 return f"{name} has {actual_size:,} bytes, expected {size:,}"
-            if hashed and size <= limit and (actual := digest(folder / name)) != expected:
+            if size <= limit and (actual := digest(folder / name)) != expected:
                 return f"{name} has the checksum {actual}, expected {expected}"
         except FileNotFoundError:
             return f"{name} is missing"
