@@ -81,7 +81,7 @@ def full_disk(error: BaseException, folder: Path | None = None) -> UserError | N
 
 
 def no_path(error: BaseException) -> UserError | None:
-    """Returns the sentence for a path that no file system takes, None for any other error."""
+    """Returns the sentence for a path that no file system accepts, None for any other error."""
     # What the system says of paths that lead nowhere, on any machine.
     if not isinstance(error, OSError) or error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
         return None
@@ -98,7 +98,7 @@ def shortened(value: object, limit: int = 80) -> str:
 
 
 LARGEST = 2**63 - 1
-"""What counters, seeds and offsets hold."""
+"""Largest integer: counters, seeds and offsets have 64 bits."""
 
 BOUNDS = {
     "min": ("at least", lambda value, bound: value >= bound),

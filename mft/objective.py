@@ -1,5 +1,4 @@
-"""How a validation is judged: the number by which `train.best`, early stopping, sweeps and `mft compare`
-go."""
+"""The objective: the number by which `train.best`, early stopping, sweeps and `mft compare` rank validations."""
 
 from __future__ import annotations
 

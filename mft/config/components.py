@@ -1,5 +1,4 @@
-"""Which class a `_target_` may name: of an allowed package, defined there, and a subclass of its group's
-contract."""
+"""Which class a `_target_` may name: one that an allowed package defines and that implements its group's contract."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ CONTRACTS = {
     "scheduler": ("mft.optim.schedules:Schedule", "mft.optim.schedules.Cosine"),
     "tracking": ("mft.tracking.base:Tracker", "mft.tracking.mlflow.Mlflow"),
 }
-"""Config group → (module:class that its components subclass, an example of one). Imported when it is needed,
-since some import numpy."""
+"""Config group → (module:class that its components subclass, an example). Imported on demand: some need numpy."""
 
 LIBRARIES = {"optimizer": ("torch.optim", "bitsandbytes.optim")}
 """Config group → packages whose own classes it may name; they subclass torch.optim.Optimizer."""
@@ -48,8 +46,7 @@ MOVED = {
     "mft.optim": "mft.optim.optimizers",
     "mft.schedule": "mft.optim.schedules",
 }
-"""Old module, or class → the module of its components now: yaml files of users and configs of older runs name
-these."""
+"""Former module or class → current module; users' yaml files and the configs of older runs name the former."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
@@ -76,7 +73,7 @@ def component_class(node: object, path: str) -> type:
 
 
 def package_of(target: str, allowed: list[str], setting: str) -> str:
-    """Returns the package, of those allowed, that a target lies in; UserError where it lies in none."""
+    """Returns the allowed package that a target lies in; raises UserError if there is none."""
     for package in allowed:
         if target.startswith(f"{package}."):
             return package
@@ -89,15 +86,15 @@ def package_of(target: str, allowed: list[str], setting: str) -> str:
 
 
 def moved(target: str) -> str:
-    """Returns the target under its present name."""
+    """Returns the current name of a target."""
     module, _, name = target.rpartition(".")
     now = MOVED.get(target) or MOVED.get(module)
     return f"{now}.{name}" if now and name[:1].isupper() else target
 
 
 def group_of(path: str) -> str:
-    """Returns the config group of a component at a yaml path, "" for one inside another, where any kind may
-    stand."""
+    """Returns the config group of a component at a yaml path; "" for one inside another, which may be of any
+    kind."""
     parts = path.split(".")
     if parts[0] == "task":
         return "task" if len(parts) == 2 else "format" if parts[2:] == ["format"] else ""
@@ -107,12 +104,12 @@ def group_of(path: str) -> str:
 
 
 def inside(name: str, package: str) -> bool:
-    """Whether a dotted name is a package or lies below it."""
+    """Whether a dotted name is a package or lies in it."""
     return name == package or name.startswith(f"{package}.")
 
 
 def imported(target: str, setting: str) -> object:
-    """Imports the module of a target and returns what it has by that name; UserError about `setting`."""
+    """Imports the module of a target and returns its attribute; UserErrors start with `setting`."""
     module_name, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -176,7 +173,7 @@ def _choose(path: str) -> str:
 
 
 def _nearest_module(missing: str) -> str:
-    """Returns the nearest module beside one that does not exist."""
+    """Returns "; did you mean X?" for a module that does not exist, or "."."""
     parent, _, name = missing.rpartition(".")
     try:
         places = importlib.import_module(parent).__path__ if parent else []

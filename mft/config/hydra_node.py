@@ -1,4 +1,4 @@
-"""Hydra's own node of a composed config, judged before Hydra builds or writes anything of it.
+"""Hydra's own node of a composed config, checked before Hydra builds or writes anything from it.
 
 A yaml can set all of it, from launchers and callbacks to factories of log handlers. The rule is that of
 components: first the package, by its name alone; then the class.
@@ -18,7 +18,7 @@ from mft.config.components import imported, inside, package_of
 from mft.errors import UserError, shortened
 
 PLUGINS = ("hydra_plugins", "hydra._internal.core_plugins")
-"""Where Hydra finds launchers and sweepers; whoever installs a package into it has chosen that."""
+"""Where Hydra finds launchers and sweepers; installing a package there is consent."""
 
 CALLBACKS = "hydra.experimental.callbacks"
 
@@ -33,8 +33,7 @@ STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
 def check(hydra: DictConfig) -> None:
-    """Raises UserError for what runs code, or writes a file, that the person at the command line has not
-    named."""
+    """Raises UserError for settings that run code or write files which the command line did not name."""
     for path, _, key in _settings(hydra, "hydra"):
         if key.startswith("_") and key != "_target_":
             raise UserError(f"{path}.{key}: unexpected; only _target_ and arguments are read.")
@@ -92,7 +91,7 @@ def _check_target(target: object, path: str) -> None:
 
 
 def _check_logging(path: str, node: DictConfig, key: str) -> None:
-    """A key of logging's dictConfig, which builds what `class` and `()` name and resolves ext://…."""
+    """Checks a key of logging's dictConfig, which builds what `class` and `()` name and resolves ext://…."""
     written, value = _written(node, key), _value(node, key)
     allowed = LOGGING.get(key)
     if allowed and written not in allowed:
@@ -103,8 +102,8 @@ def _check_logging(path: str, node: DictConfig, key: str) -> None:
 
 
 def _settings(node: Any, path: str) -> Iterator[tuple[str, DictConfig, str]]:
-    """Yields (path, mapping, key) for every key of a mapping and of those inside it, those that
-    interpolations lead to as well."""
+    """Yields (path, mapping, key) for every key of a mapping and of all mappings in it, interpolations
+    followed."""
     if isinstance(node, DictConfig):
         for key in map(str, node):
             yield path, node, key
@@ -116,7 +115,7 @@ def _settings(node: Any, path: str) -> Iterator[tuple[str, DictConfig, str]]:
 
 
 def _value(node: DictConfig | ListConfig, key: str | int) -> Any:
-    """Returns a value; as it is written where it stands for what is known only later, e.g. a job's folder."""
+    """Returns a value, unresolved where it depends on what is known only later, such as a job's folder."""
     try:
         return node[key]  # type: ignore[index]
     except OmegaConfBaseException:

@@ -1,5 +1,4 @@
-"""Which experiment a run is: a hash of its inputs, kept in parts, so that what differs between two can be
-named.
+"""Which experiment a run is: a hash of its inputs, stored in parts so that differences can be named.
 
 `mft.config.inputs` says what the parts are; `mft.run_folder` keeps them as identity.json.
 """
@@ -31,10 +30,10 @@ EXTENDABLE = ("train.max_steps", "train.epochs")
 """A run with larger values of these is the same run, trained further."""
 
 LONGEST = 300
-"""Characters of a value that a sentence shows whole, enough for a path."""
+"""Longest value, in characters, that a sentence shows in full; enough for a path."""
 
 SHOWN = 6
-"""Differences that a sentence names at most."""
+"""Most differences that a sentence lists."""
 
 CONTENTS = {
     "base model": ("the base model (its weights or config.json)", "model.path"),
@@ -118,20 +117,19 @@ class Identity:
             )
 
     def numbers(self) -> str:
-        """Returns which version this identity is of, beside the one that is written."""
+        """Returns the version of this identity and the one that is written now."""
         return f"(identity {self.version}; this one writes identity {VERSION})"
 
 
 def identity_of(run_dir: Path) -> Identity | None:
-    """Returns the identity of the run in a folder, None where there is none or it is damaged."""
+    """Returns the identity of the run in a folder, None if it is missing or damaged."""
     return Identity.from_json(read_json(run_dir / "identity.json"))
 
 
 def differences(there: Identity, here: Identity, then: Nested, now: Nested) -> tuple[str, str]:
-    """Returns in words how a run that is there differs from the one here: (in contents, in config), "" for
-    not at all.
+    """Returns in words how an earlier run differs from this one: (in contents, in config), "" for not at all.
 
-    then, now: their configs, nested, as they may be shown.
+    then, now: their configs, as they may be shown.
     """
     contents: list[str] = []
     config: list[str] = []
@@ -160,7 +158,7 @@ def differences(there: Identity, here: Identity, then: Nested, now: Nested) -> t
 
 
 def changed_content(name: str, then: Nested, now: Nested) -> str:
-    """Returns in words that the content behind a fingerprint is another one, and where it lies."""
+    """Returns in words that the content behind a fingerprint has changed, and where it is."""
     if name.startswith("task."):
         task = name.removeprefix("task.")
         what, old, new = f"the data of task {task}", _paths(task, then), _paths(task, now)
@@ -191,7 +189,7 @@ def _at(config: Nested, key: str) -> str:
 
 
 def _paths(task: str, config: Nested) -> str:
-    """Returns where the rows of a task lie."""
+    """Returns where the rows of a task are."""
     for key, node in (config.get("task") or {}).items():
         if task in (key, node.get("name")):
             return ", ".join([*node.get("paths", []), *(node.get("valid") or [])])

@@ -1,5 +1,4 @@
-"""Settings that a person gave and that have no effect beside the others: a table of rules, each with its
-reason."""
+"""Settings that a person set but that have no effect in this run: a table of rules with their reasons."""
 
 from __future__ import annotations
 
@@ -21,14 +20,14 @@ from mft.errors import shortened
 
 @dataclass(frozen=True)
 class Run:
-    """What the rules look at. cfg: resolved; world: ranks; sweep: whether it is a job of one."""
+    """What the rules look at. cfg: resolved; world: number of ranks; sweep: whether it is a job of a sweep."""
 
     cfg: DictConfig
     world: int
     sweep: bool = False
 
     def value(self, key: str) -> Any:
-        """Returns the value of a key, None where there is no such key."""
+        """Returns the value of a key, None if there is no such key."""
         return OmegaConf.select(self.cfg, key)
 
     @property

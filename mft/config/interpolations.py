@@ -1,8 +1,7 @@
-"""Interpolations of a composed config: bounded before any is resolved, then replaced, but for the
-environment's values.
+"""Interpolations of a composed config: their size is bounded before any is resolved, then all but those of the
+environment are replaced.
 
-`${oc.env:NAME}` stays as it is written, so that no password is kept with a run, and is read again in every
-rank.
+`${oc.env:NAME}` is kept as written, so that no password is stored with a run, and is read again in every rank.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from mft.console import credentials
 from mft.errors import UserError
 
 LARGEST = 1_000_000
-"""Characters and values that all interpolations together may come to."""
+"""Characters and values that all interpolations may expand to, together."""
 
 _REFERENCE = re.compile(r"\$\{\s*(\.*[^${}:,\s]+)\s*\}")
 _WORD = re.compile(r"[A-Za-z_][\w.\[\]]*")
 
 _read: list[str] = []
-"""Variables that were read since it was emptied last."""
+"""Environment variables that OmegaConf has read since the list was last cleared."""
 
 
 def register() -> None:
@@ -44,11 +43,9 @@ def _variable(name: str, *default: object) -> str | None:
 
 
 def replaced(cfg: DictConfig) -> DictConfig:
-    """Returns the config with every interpolation replaced, but values from the environment as they are
-    written.
+    """Returns the config with every interpolation replaced, except those of the environment.
 
-    Raises UserError that names the one that cannot be resolved, that leads back to itself, or that is too
-    large.
+    Raises UserError that names an interpolation that cannot be resolved, is circular, or is too large.
     """
     bound(cfg)
     try:
@@ -62,8 +59,7 @@ def replaced(cfg: DictConfig) -> DictConfig:
 
 
 def check_variables(cfg: DictConfig) -> None:
-    """Raises UserError for a variable of the environment that a frozen config reads and that is not set
-    here."""
+    """Raises UserError for an environment variable that a frozen config reads and that is not set here."""
     try:
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
@@ -71,19 +67,21 @@ def check_variables(cfg: DictConfig) -> None:
 
 
 def bound(cfg: DictConfig) -> None:
-    """Raises UserError for interpolations that lead back to themselves or multiply to more than LARGEST."""
+    """Raises UserError for interpolations that are circular or expand to more than LARGEST."""
     try:
         size = _size(cfg, cfg, {}, {})
     except RecursionError:
-        raise UserError("The interpolations of the config lead too deep; write the values.") from None
+        raise UserError("The config's interpolations are nested too deeply; write the values.") from None
     if size > LARGEST:
         raise UserError("The config's interpolations make more than a million characters; write the values.")
 
 
 def _size(node: Any, root: DictConfig, sizes: dict[int, int], opened: dict[int, str]) -> int:
-    """Returns what a node comes to when resolved; each node is looked at once. opened: nodes on the way to
-    it."""
-    # OmegaConf resolves a node anew wherever it is named, in exponential time; the sum of sizes takes linear.
+    """Returns the size of a node when resolved; each node is visited once.
+
+    sizes: of the nodes visited so far, by id; opened: the nodes that lead to this one, by id, with their keys.
+    """
+    # OmegaConf resolves a node again wherever it is referenced, in exponential time; adding sizes up is linear.
     if id(node) in sizes:
         return sizes[id(node)]
     value = node._value()
@@ -110,9 +108,9 @@ def _size(node: Any, root: DictConfig, sizes: dict[int, int], opened: dict[int, 
 
 
 def _references(text: str) -> Iterator[tuple[str, bool]]:
-    """Yields the keys that a text refers to, and whether it surely does.
+    """Yields the keys that a text refers to, and whether that is certain.
 
-    Arguments of resolvers, and keys that are put together of others, may refer to what they look like.
+    Arguments of resolvers, and keys that are built from other keys, are only possible references.
     """
     for match in _REFERENCE.finditer(text):
         yield match[1], True
@@ -124,8 +122,7 @@ def _references(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _target(node: Any, root: DictConfig, key: str) -> Any:
-    """Returns the node that a key leads to, or the interpolation on the way to it; None for one that is not
-    there."""
+    """Returns the node that a key leads to, or the interpolation on the way to it; None where there is none."""
     name = key.lstrip(".")
     target: Any = root if name == key else node
     for _ in range(len(key) - len(name)):
@@ -178,20 +175,20 @@ def _leaf(node: Any, key: Any) -> Any:
 
 
 def _part(node: Any, key: Any, child: Any, part: str) -> str:
-    """Returns a piece of a text that reads the environment elsewhere: its value, unless it does so itself."""
+    """Returns the value of one part of a text, or the part as written if it reads the environment itself."""
     if not part.startswith("${"):
         return part
     _read.clear()
     child._set_value(part)
     try:
         value = node[key]
-    except OmegaConfBaseException:  # a part of a number, which alone is none
+    except OmegaConfBaseException:  # part of a number, which alone is not one
         return part
     return part if _read else str(_escaped(value))
 
 
 def _escaped(value: object) -> object:
-    """Returns a value that stays as it is when read again; text could look like an interpolation."""
+    """Returns a value that is not resolved again when the config is read back."""
     if not isinstance(value, str) or "${" not in value:
         return value
     return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)

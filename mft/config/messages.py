@@ -1,5 +1,4 @@
-"""What Hydra, OmegaConf and the yaml parser refuse, said as a sentence: the key, what is allowed, the nearest
-match.
+"""Turns what Hydra, OmegaConf and the yaml parser raise into one sentence: key, allowed values, nearest match.
 
 The patterns are those of Hydra 1.3 and OmegaConf 2.3; `tests/config/test_compose.py` holds every case.
 """
@@ -38,26 +37,25 @@ REFUSALS = (
     (r"is not Optional|None to non-optional", "must not be null"),
     (r"does not support deletion", "a setting cannot be removed; leave it as it is, or set another value"),
 )
-"""What OmegaConf says of a value that it refuses → how a person reads it; the first pattern that is found
-counts."""
+"""Pattern in OmegaConf's message about a value → our words; the first match counts."""
 
 REASON = (
     r"Value '|Invalid (value|type)|is not Optional|does not support deletion|Cannot (merge|convert 'list')"
 )
-"""Lines in which OmegaConf says what is wrong with a value."""
+"""Finds the line in which OmegaConf says what is wrong with a value."""
 
 GONE = {
     "train.allow_targets": "unknown; the package of classes of your own is named with --plugin PACKAGE on the command "
     "line, or by its installed entry point (docs/plugins.md)."
 }
-"""Keys of earlier versions → what stands in their place."""
+"""Keys of earlier versions → what replaces them."""
 
 
 @contextmanager
 def explained(search: Sequence[str], overrides: Sequence[str]) -> Iterator[None]:
-    """Raises what is refused while composing as a UserError with one sentence; bugs pass as they are.
+    """Turns errors of composing into a UserError of one sentence; bugs pass through unchanged.
 
-    search: the override of Hydra's search path, if any; overrides: those that are composed.
+    search: the override of Hydra's search path, if any; overrides: the ones being composed.
     """
     from hydra.errors import HydraException
 
@@ -88,7 +86,7 @@ def explained(search: Sequence[str], overrides: Sequence[str]) -> Iterator[None]
 
 
 def plainly(refusal: str) -> str:
-    """Returns what OmegaConf says of a value, as a person reads it: "must be an integer"."""
+    """Returns OmegaConf's message about a value in plain words, e.g. "must be an integer"."""
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", refusal):
         value, options = match.groups()
         return f"must be one of {options}{nearest(value, options.split(', '))}"
@@ -96,7 +94,7 @@ def plainly(refusal: str) -> str:
 
 
 def task_not_chosen(wrong: str, chosen: Sequence[str]) -> str:
-    """Returns the sentence for a setting of a task that is none of the chosen ones."""
+    """Returns the sentence for a setting of a task that was not chosen."""
     return (
         f"no task {wrong!r} is chosen{nearest(wrong, chosen) or '.'} Chosen: {', '.join(chosen) or 'none'}; "
         "task=[NAME] chooses one that has a yaml, and a folder of data.paths has no settings of its own."
@@ -149,7 +147,7 @@ def _ended(sentence: str) -> str:
 
 
 def _missing_option(option: str, search: Sequence[str]) -> str:
-    """`peft/lroa`: names the group's options and the nearest one."""
+    """Of `peft/lroa`: names the group's options and the nearest one."""
     group, _, name = option.rpartition("/")
     folders = [Path(place.removeprefix("file://")) for override in search for place in places_of(override)]
     options = group_options(group, folders)
@@ -163,7 +161,7 @@ def _missing_option(option: str, search: Sequence[str]) -> str:
 
 
 def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> str:
-    """`peft.rnk`: composes without the wrong override to see which keys its node has."""
+    """Of `peft.rnk`: composes without the wrong override to see which keys its node has."""
     if key in MOVED_KEYS:
         return f"{key}: this key has moved; write {MOVED_KEYS[key]}=…"
     if key in GONE:

@@ -1,5 +1,4 @@
-"""The overrides of a command line, judged before Hydra composes anything: what can be read, what replaces
-what."""
+"""The overrides of a command line: checked before Hydra composes anything, and reported where they have no effect."""
 
 from __future__ import annotations
 
@@ -25,10 +24,10 @@ SEVERAL = ("task", "tracking")
 """Groups of which several options can be chosen."""
 
 KEPT = {field.name for field in dataclasses.fields(Config)} - set(SEVERAL) | {"hydra", "schema"}
-"""What no run can do without."""
+"""Nodes that every run needs."""
 
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
-"""What word processors and web pages make of a hyphen."""
+"""What word processors and web pages turn a hyphen into."""
 
 HONOURED = ("hydra.run.dir", "hydra.searchpath")
 """Hydra's settings that have an effect on one run; `hydra/launcher` counts as `hydra.launcher`."""
@@ -58,14 +57,14 @@ MOVED_KEYS = {
 """Keys of earlier versions → where they are now; the old ones are refused with the new name."""
 
 DEEPEST = 64
-"""Brackets that a value on the command line may have; Hydra's parser calls itself for each."""
+"""Brackets that a value on the command line may have; Hydra's parser recurses for each."""
 
 IN_PLAIN_TEXT = (
     "{}: the address holds a user, a password or a key, and configs are kept with the run; write it as "
     "${{oc.env:NAME}}, which is kept as written and read in every rank, or, for MLflow, set "
     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment."
 )
-"""The refusal of a password or key, which it does not repeat."""
+"""The sentence for a password or key in an address; it does not repeat the secret."""
 
 
 def key_of(override: str) -> str:
@@ -74,7 +73,7 @@ def key_of(override: str) -> str:
 
 
 def with_moved_keys(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides of a recorded command with keys of earlier versions under their present names."""
+    """Returns the overrides of a recorded command, keys of earlier versions replaced by their current names."""
     return [o.replace(key_of(o), MOVED_KEYS.get(key_of(o), key_of(o)), 1) for o in overrides]
 
 
@@ -90,14 +89,13 @@ def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
 
 
 def is_base(group: str, name: str) -> bool:
-    """Whether a yaml of conf/ holds what options of its group share (data/base, model/_base), and is none
-    itself."""
+    """Whether a yaml of conf/ is a base that options of its group share (data/base, model/_base)."""
     return (name == "base" or name.startswith("_")) and (config_dir() / group / f"{name}.yaml").is_file()
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Raises UserError for overrides that Hydra cannot read or answers with a traceback, and for what they
-    must not do: remove what every run needs, replace Hydra's own nodes, hold a password."""
+    """Raises UserError for overrides that Hydra cannot read or answers with a traceback, and for those that
+    remove what every run needs, replace Hydra's own nodes or contain a password."""
     for override in overrides:
         key = key_of(override)
         _check_characters(override)
@@ -125,15 +123,14 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def replaced(overrides: Sequence[str]) -> list[str]:
-    """Returns a sentence for every key that is set more than once, of which the last value holds."""
+    """Returns a sentence for every key that is set more than once; the last value wins."""
     last = {key_of(o): o for o in overrides}
     times = Counter(map(key_of, overrides))
     return [f"{key} is set {times[key]} times; {last[key]} is used." for key in last if times[key] > 1]
 
 
 def of_hydra(overrides: Sequence[str], sweep: bool) -> list[str]:
-    """Returns a sentence for every setting of Hydra's own that has no effect. sweep: whether these are a
-    sweep's."""
+    """Returns a sentence for every setting of Hydra's own that has no effect, in a run or in a sweep."""
     if sweep and any(key_of(o) == "hydra/launcher" and not o.endswith("=mft") for o in overrides):
         return []  # what launchers of other packages read is not known here
     notes = []
@@ -149,7 +146,7 @@ def of_hydra(overrides: Sequence[str], sweep: bool) -> list[str]:
 
 
 def with_output_dir(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides of one run with `hydra.run.dir`, the habit of Hydra's users, as `output_dir`.
+    """Returns the overrides of one run with `hydra.run.dir`, as users of Hydra write it, as `output_dir`.
 
     Raises UserError where both are set.
     """
@@ -177,8 +174,7 @@ def not_an_override(word: str) -> str:
 
 
 def unknown_flag(flag: str, flags: Sequence[str], command: str) -> str:
-    """Returns the sentence for a flag that a command with overrides does not have; it may be meant as an
-    override."""
+    """Returns the sentence for an unknown flag of a command with overrides, which may be meant as one."""
     name, equals, value = flag.lstrip("-").partition("=")
     hint = nearest(flag.partition("=")[0], flags)
     if not hint and (equals or "." in name or setting_here(name)):
@@ -189,7 +185,7 @@ def unknown_flag(flag: str, flags: Sequence[str], command: str) -> str:
 
 
 def _check_characters(override: str) -> None:
-    """Refuses what cannot be seen, such as the spaces that come with text copied from a web page."""
+    """Refuses invisible characters, such as those that come with text copied from a web page."""
     key, equals, value = override.partition("=")
     for place, text in (("key", key), ("value", value)):
         for letter in text:
@@ -230,7 +226,7 @@ def _parsed(override: str) -> Override:
 
 
 def _check_choice(override: str, group: str, value: object) -> None:
-    """Refuses what Hydra would look for as a file and not find, or find outside of the group."""
+    """Refuses what Hydra would look up as a file and not find, or find outside the group."""
     words = value if isinstance(value, list) else [value]
     several = isinstance(value, list) and group not in SEVERAL
     trackers_and_none = group == "tracking" and "none" in words and len(words) > 1

@@ -1,5 +1,4 @@
-"""Names and paths of a config: made absolute, and those that no file system takes are found before a folder is
-made."""
+"""Names and paths of a config: made absolute, and checked against what a file system accepts."""
 
 from __future__ import annotations
 
@@ -14,14 +13,14 @@ from mft.data.template_choice import is_file
 from mft.errors import UserError, shortened
 
 LONGEST_PART = 255
-"""Bytes that a file system takes for one name."""
+"""Longest name in a path, in bytes."""
 
 LONGEST_PATH = 4000
-"""Bytes of a path; the system takes 4,095, with what is made inside a folder."""
+"""Longest path, in bytes; the limit of the system is 4,095, and files are created below it."""
 
 ONE = ("data.template", "model.path", "train.prompts", "train.resume", "peft.path", "model.cache_dir")
 FOLDERS = ("output_dir", "cache_dir", "tracking.mlflow.store", "tracking.tensorboard.dir")
-"""Keys of one path; the folders are made."""
+"""Keys that hold one path; the folders are created."""
 
 
 def check_name(name: str) -> None:
@@ -38,7 +37,7 @@ def check_name(name: str) -> None:
 def absolute_paths(cfg: DictConfig) -> DictConfig:
     """Makes a resolved config independent of the folder it was composed in; `~` is expanded.
 
-    Raises UserError for the name and the paths that no file system takes, and for folders that cannot be made.
+    Raises UserError for names and paths that no file system accepts, and for folders that cannot be made.
     """
     check_name(cfg.name)
     for key in (*ONE, *FOLDERS):
@@ -87,9 +86,9 @@ def _check_length(path: str, setting: str) -> None:
 
 
 def _check_folder(folder: Path, key: str) -> None:
-    """A folder that is there or can be made, as far as that is known without making it."""
+    """Checks that a folder exists or can be created, as far as that is known without creating it."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise UserError(f"{key}={folder}: {there} is not a folder.")
     if not os.access(there, os.X_OK if there == folder else os.W_OK | os.X_OK):
-        raise UserError(f"{key}={folder}: nothing can be written in {there}: permission denied.")
+        raise UserError(f"{key}={folder}: no permission to write in {there}.")

@@ -1,7 +1,6 @@
-"""The packages beside mft whose classes a config may name: installed plug-ins, and those named on the command
-line.
+"""The packages besides mft whose classes a config may name: installed plug-ins, and those of --plugin.
 
-No yaml can add one. What was named is recorded in the run folder, so that ranks and later commands know it.
+No yaml can add one. What was named is recorded in the run folder for ranks and later commands.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What can be judged of a config before a process starts or a model loads: fields, values, what must fit
-together."""
+"""Checks of a config before any process starts or model loads: fields, values, and what must fit together."""
 
 from __future__ import annotations
 

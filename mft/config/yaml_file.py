@@ -1,8 +1,6 @@
-"""Yaml files as they may come from anybody: judged in bounded time before they are loaded, with file and
-line.
+"""Yaml files from untrusted sources: checked in bounded time before they are loaded; errors name file and line.
 
-A few hundred bytes of aliases can stand for billions of values, and deep brackets end in a traceback of the
-parser.
+A few hundred bytes of aliases can expand to billions of values, and deep nesting crashes the parser.
 """
 
 from __future__ import annotations
@@ -16,10 +14,10 @@ import yaml
 from mft.errors import UserError
 
 LARGEST = 2**20
-"""Bytes of a file, and values that it may come to when its aliases are followed (a tenth of that many)."""
+"""Largest file in bytes; with its aliases followed, it may hold a tenth as many values."""
 
 DEEPEST = 64
-"""Mappings and lists inside each other."""
+"""Levels of nested mappings and lists."""
 
 LONGEST_NUMBER = 400
 """Characters of a number; Python itself takes 4,300 digits, in quadratic time."""
@@ -31,7 +29,7 @@ def check(path: Path) -> str:
     """Returns the text of a file; UserError, with file and line, where it is not UTF-8, too large, or not
     plain, finite YAML."""
     if path.stat().st_size > LARGEST:
-        raise UserError(f"{path}: is larger than {LARGEST // 2**20} MiB; a config is text of a few pages.")
+        raise UserError(f"{path}: is larger than {LARGEST // 2**20} MiB; a config has a few pages.")
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -46,7 +44,7 @@ def check(path: Path) -> str:
 
 
 def load(path: Path) -> Any:
-    """Returns what a judged yaml file holds, without interpolations; UserError as `check`."""
+    """Returns the content of a yaml file, interpolations unresolved; raises UserError as `check` does."""
     text = check(path)
     try:
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -63,7 +61,7 @@ def refusal(error: yaml.YAMLError, path: Path | None = None) -> str:
 
 
 def register() -> None:
-    """Makes Hydra judge every yaml file before it reads it. Safe to call twice."""
+    """Makes Hydra check every yaml file before reading it. Safe to call twice."""
     from hydra._internal.core_plugins import file_config_source
     from hydra._internal.sources_registry import SourcesRegistry
     from omegaconf import DictConfig, OmegaConf
@@ -93,7 +91,7 @@ last: list[Path] = []
 
 
 def _judge(path: Path, text: str) -> None:
-    """Reads the events of the parser, which come before anything is built: aliases cost nothing there."""
+    """Reads the parser's events, which come before any value is built: there, aliases cost nothing."""
     sizes: dict[str | None, int] = {}  # anchor → values it stands for, aliases followed
     open_nodes: list[tuple[str | None, int]] = []  # anchor of each open mapping or list, values before it
     total = 0
@@ -101,7 +99,7 @@ def _judge(path: Path, text: str) -> None:
         at = f"{path}:{event.start_mark.line + 1}"
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in [anchor for anchor, _ in open_nodes]:
-                raise UserError(f"{at}: *{event.anchor} stands inside of what it names.")
+                raise UserError(f"{at}: *{event.anchor} stands inside the value it refers to.")
             total += sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent):
             if event.tag is not None and event.tag not in _TAGS:
@@ -115,9 +113,9 @@ def _judge(path: Path, text: str) -> None:
                 sizes[event.anchor] = 1
             total += 1
             if len(open_nodes) > DEEPEST:
-                raise UserError(f"{at}: more than {DEEPEST} lists and mappings stand inside each other.")
+                raise UserError(f"{at}: more than {DEEPEST} levels of nested lists and mappings.")
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = open_nodes.pop()
             sizes[anchor] = total - before
         if total > LARGEST // 10:
-            raise UserError(f"{at}: with its aliases the file comes to more than {LARGEST // 10:,} values.")
+            raise UserError(f"{at}: with its aliases, the file holds more than {LARGEST // 10:,} values.")

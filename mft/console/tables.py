@@ -1,5 +1,4 @@
-"""The one style of every table: a title on the left, text that folds, numbers on the right that never
-break."""
+"""The style of every table: title on the left, text that folds, right-aligned numbers that never break."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Files and folders that are whole or absent, whenever the process is killed: written under another name,
-renamed."""
+"""Files and folders that are complete or absent even after a kill: written under another name, then renamed."""
 
 from __future__ import annotations
 
