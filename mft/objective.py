@@ -1,4 +1,5 @@
-"""The objective: the number by which `train.best`, early stopping, sweeps and `mft compare` rank validations."""
+"""The objective: the number by which `train.best`, early stopping, sweeps and `mft compare` rank
+validations."""
 
 from __future__ import annotations
 

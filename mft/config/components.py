@@ -1,4 +1,5 @@
-"""Which class a `_target_` may name: one that an allowed package defines and that implements its group's contract."""
+"""Which class a `_target_` may name: one that an allowed package defines and that implements its group's
+contract."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ CONTRACTS = {
     "scheduler": ("mft.optim.schedules:Schedule", "mft.optim.schedules.Cosine"),
     "tracking": ("mft.tracking.base:Tracker", "mft.tracking.mlflow.Mlflow"),
 }
-"""Config group → (module:class that its components subclass, an example). Imported on demand: some need numpy."""
+"""Config group → (module:class that its components subclass, an example). Imported on demand: some need
+numpy."""
 
 LIBRARIES = {"optimizer": ("torch.optim", "bitsandbytes.optim")}
 """Config group → packages whose own classes it may name; they subclass torch.optim.Optimizer."""
@@ -46,7 +48,8 @@ MOVED = {
     "mft.optim": "mft.optim.optimizers",
     "mft.schedule": "mft.optim.schedules",
 }
-"""Former module or class → current module; users' yaml files and the configs of older runs name the former."""
+"""Former module or class → current module; users' yaml files and the configs of older runs name the
+former."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
@@ -167,7 +170,9 @@ def _example(group: str) -> str:
 def _choose(path: str) -> str:
     group = path.partition(".")[0]
     if group == "task":
-        return "The yaml of a task begins with the line `# @package task.NAME` and holds _target_: mft.data.task.Task."
+        return (
+            "A task's yaml begins with the line `# @package task.NAME` and has _target_: mft.data.task.Task."
+        )
     option = f"/{group}: NAME" if group != "tracking" else "/tracking: [NAME]"
     return f"Choose one with {group}=NAME, or in a yaml with `defaults: [override {option}]`."
 

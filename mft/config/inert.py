@@ -20,7 +20,8 @@ from mft.errors import shortened
 
 @dataclass(frozen=True)
 class Run:
-    """What the rules look at. cfg: resolved; world: number of ranks; sweep: whether it is a job of a sweep."""
+    """What the rules look at. cfg: resolved; world: number of ranks; sweep: whether it is a job of a
+    sweep."""
 
     cfg: DictConfig
     world: int
@@ -185,7 +186,9 @@ def _peak_not_reached(run: Run) -> str:
     warmup, last = run.value("scheduler.warmup"), run.cfg.train.max_steps
     if not (warmup and last and warmup >= 1 and warmup > last):
         return ""
-    return f"scheduler.warmup={warmup:g}: the learning rate does not reach its peak in train.max_steps={last} steps."
+    return (
+        f"scheduler.warmup={warmup:g}: the learning rate does not reach its peak by train.max_steps={last}."
+    )
 
 
 def _is_default(cfg: DictConfig, key: str) -> bool:

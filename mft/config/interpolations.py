@@ -1,7 +1,8 @@
-"""Interpolations of a composed config: their size is bounded before any is resolved, then all but those of the
+"""Interpolations of a composed config: their size is bounded before any is resolved, then all but those of
+the
 environment are replaced.
 
-`${oc.env:NAME}` is kept as written, so that no password is stored with a run, and is read again in every rank.
+`${oc.env:NAME}` is kept as written, so that no password is stored with a run, and read again in every rank.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def bound(cfg: DictConfig) -> None:
 def _size(node: Any, root: DictConfig, sizes: dict[int, int], opened: dict[int, str]) -> int:
     """Returns the size of a node when resolved; each node is visited once.
 
-    sizes: of the nodes visited so far, by id; opened: the nodes that lead to this one, by id, with their keys.
+    sizes: of the nodes visited so far, by id; opened: the nodes that lead to this one and their keys.
     """
-    # OmegaConf resolves a node again wherever it is referenced, in exponential time; adding sizes up is linear.
+    # OmegaConf resolves a node again wherever it is referenced, in exponential time; adding sizes up is
+    # linear.
     if id(node) in sizes:
         return sizes[id(node)]
     value = node._value()
@@ -122,7 +124,8 @@ def _references(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _target(node: Any, root: DictConfig, key: str) -> Any:
-    """Returns the node that a key leads to, or the interpolation on the way to it; None where there is none."""
+    """Returns the node that a key leads to, or the interpolation on the way to it; None where there is
+    none."""
     name = key.lstrip(".")
     target: Any = root if name == key else node
     for _ in range(len(key) - len(name)):
@@ -195,9 +198,10 @@ def _escaped(value: object) -> object:
 
 
 def _refusal(error: OmegaConfBaseException) -> str:
+    reason = _first_line(error)
     if match := re.search(r"nvironment variable '([^']+)' not found", str(error)):
-        return f"{error.full_key}: the environment variable {match[1]} is not set, and ${{oc.env:{match[1]}}} reads it."
-    return f"{error.full_key}: {_first_line(error)}"
+        reason = f"the environment variable {match[1]} is not set, and ${{oc.env:{match[1]}}} reads it."
+    return f"{error.full_key}: {reason}"
 
 
 def _first_line(error: Exception) -> str:

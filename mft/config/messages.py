@@ -1,4 +1,5 @@
-"""Turns what Hydra, OmegaConf and the yaml parser raise into one sentence: key, allowed values, nearest match.
+"""Turns what Hydra, OmegaConf and the yaml parser raise into one sentence: key, allowed values, nearest
+match.
 
 The patterns are those of Hydra 1.3 and OmegaConf 2.3; `tests/config/test_compose.py` holds every case.
 """
@@ -45,8 +46,8 @@ REASON = (
 """Finds the line in which OmegaConf says what is wrong with a value."""
 
 GONE = {
-    "train.allow_targets": "unknown; the package of classes of your own is named with --plugin PACKAGE on the command "
-    "line, or by its installed entry point (docs/plugins.md)."
+    "train.allow_targets": "unknown; the package of classes of your own is named with --plugin PACKAGE on the "
+    "command line, or by its installed entry point (docs/plugins.md)."
 }
 """Keys of earlier versions → what replaces them."""
 

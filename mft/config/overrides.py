@@ -1,4 +1,5 @@
-"""The overrides of a command line: checked before Hydra composes anything, and reported where they have no effect."""
+"""The overrides of a command line: checked before Hydra composes anything, and reported where they have no
+effect."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def key_of(override: str) -> str:
 
 
 def with_moved_keys(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides of a recorded command, keys of earlier versions replaced by their current names."""
+    """Returns the overrides of a recorded command, keys of earlier versions replaced by their current
+    names."""
     return [o.replace(key_of(o), MOVED_KEYS.get(key_of(o), key_of(o)), 1) for o in overrides]
 
 
@@ -83,7 +85,8 @@ def groups() -> list[str]:
 
 
 def group_options(group: str, folders: Sequence[Path] = ()) -> list[str]:
-    """Returns the options of a group in conf/ and `folders`, without the yamls of conf/ that options share."""
+    """Returns the options of a group in conf/ and `folders`, without the yamls of conf/ that options
+    share."""
     names = {path.stem for folder in (config_dir(), *folders) for path in (folder / group).glob("*.yaml")}
     return sorted(name for name in names if not is_base(group, name))
 

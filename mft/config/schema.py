@@ -214,7 +214,7 @@ def batch_sizes(train: TrainSettings | DictConfig, world: int) -> BatchSizes:
     if total % unit:
         below, above = total // unit * unit, (total // unit + 1) * unit
         raise UserError(
-            f"train.global_batch_size={total} must be a multiple of train.per_device_batch_size={per_device} x "
-            f"{world} ranks. Nearest values: {f'{below} or ' if below else ''}{above}."
+            f"train.global_batch_size={total} must be a multiple of train.per_device_batch_size={per_device} "
+            f"x {world} ranks. Nearest values: {f'{below} or ' if below else ''}{above}."
         )
     return BatchSizes(per_device, total // unit, world)

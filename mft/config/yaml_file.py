@@ -1,4 +1,5 @@
-"""Yaml files from untrusted sources: checked in bounded time before they are loaded; errors name file and line.
+"""Yaml files from untrusted sources: checked in bounded time before they are loaded; errors name file and
+line.
 
 A few hundred bytes of aliases can expand to billions of values, and deep nesting crashes the parser.
 """

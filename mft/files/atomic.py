@@ -1,4 +1,5 @@
-"""Files and folders that are complete or absent even after a kill: written under another name, then renamed."""
+"""Files and folders that are complete or absent even after a kill: written under another name, then
+renamed."""
 
 from __future__ import annotations
 
