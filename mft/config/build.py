@@ -83,13 +83,17 @@ class Components:
     tasks: list[Task]
     """All tasks in the order of their numbers: the named ones, then one for each of data.paths."""
     rows: RowBuilder
+    """How samples become rows of a batch: data.rows."""
     model: CausalLM
     peft: Full
+    """Full fine-tuning, or a subclass that adds adapters."""
     dist: Backend
     loss: TaskLoss
     optimizer: Optimizer | Library
+    """Library: a class of torch or bitsandbytes, which has no contract of ours."""
     scheduler: Schedule
     trackers: list[Tracker]
+    """Those of the config group `tracking`, in the order in which they were chosen."""
     by_path: dict[str, Any]
     """The same by yaml path, e.g. `task.docs`, `data.rows`, `tracking.mlflow`."""
 

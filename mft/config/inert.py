@@ -20,24 +20,18 @@ from mft.errors import shortened
 
 @dataclass(frozen=True)
 class Run:
-    """What the rules look at. cfg: resolved; world: number of ranks; sweep: whether it is a job of a
-    sweep."""
+    """What the rules look at."""
 
     cfg: DictConfig
+    """Resolved and typed."""
     world: int
-    sweep: bool = False
+    """Number of ranks."""
+    sweep: bool
+    """Whether it is a job of a sweep."""
 
     def value(self, key: str) -> Any:
         """Returns the value of a key, None if there is no such key."""
         return OmegaConf.select(self.cfg, key)
-
-    @property
-    def tasks(self) -> int:
-        return len(self.cfg.task) + len(self.cfg.data.paths)
-
-    @property
-    def validates(self) -> bool:
-        return self.cfg.data.split[1] > 0 or any(task.get("valid") for task in self.cfg.task.values())
 
 
 Reason = Callable[[Run], str]
@@ -79,6 +73,10 @@ def ends_before(key: str) -> Reason:
     return reason
 
 
+def validates(run: Run) -> bool:
+    return run.cfg.data.split[1] > 0 or any(task.get("valid") for task in run.cfg.task.values())
+
+
 def pads(run: Run) -> bool:
     return str(run.value("data.rows._target_")).endswith("Pad")
 
@@ -103,8 +101,8 @@ def adds_no_tokens(run: Run) -> bool:
 
 IN_A_SWEEP = where(lambda run: run.sweep, "the jobs of a sweep have folders of their own")
 OUTSIDE_A_SWEEP = where(lambda run: not run.sweep, "this is one run, not a sweep (-m)")
-WITHOUT_VALIDATION = where(lambda run: not run.validates, "no task has validation samples")
-ONE_TASK = where(lambda run: run.tasks == 1, "there is one task")
+WITHOUT_VALIDATION = where(lambda run: not validates(run), "no task has validation samples")
+ONE_TASK = where(lambda run: len(run.cfg.task) + len(run.cfg.data.paths) == 1, "there is one task")
 ONE_MACHINE = when("launch.nnodes", 1)
 ONE_RANK = where(lambda run: run.world == 1, "the run has one rank")
 INLINE = when("launch.mode", "inline")

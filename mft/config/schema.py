@@ -106,14 +106,20 @@ class Launch:
 
 @dataclass
 class Config:
-    """The whole config. Component groups are checked against their classes by `mft.config.build.check`."""
+    """The whole config. Component groups are checked against their classes by `mft.config.validate.check`."""
 
     name: str = "mft"
+    """Groups runs: outputs/<name>/, multirun/<name>/, MLflow's experiment."""
     sweep: str | None = None
+    """Id and folder of a sweep; null: a hash of everything that is not swept."""
     choices: dict[str, str] = field(default_factory=dict)
+    """Config group → option chosen; filled in while composing."""
     output_dir: str = MISSING
+    """The run folder."""
     cache_dir: str = MISSING
+    """Token caches and converted models; may be shared by all runs of a machine."""
     task: dict[str, Any] = field(default_factory=dict)
+    """Key → component, typed by `mft.data.task.Task`; the groups below likewise, by their contracts."""
     data: DataSettings = field(default_factory=DataSettings)
     model: Any = MISSING
     peft: Any = MISSING
