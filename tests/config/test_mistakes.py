@@ -57,6 +57,8 @@ def test_a_range_is_said_with_its_bounds() -> None:
         with pytest.raises(UserError) as caught:
             check_ranges(Some(**values), "x")  # type: ignore[arg-type]
         assert str(caught.value) == said
+    with pytest.raises(UserError, match=f"at most {2**63 - 1}, or null"):
+        check_ranges(Some(count=10**400), "x")  # larger than any float
     check_ranges(Some(), "x")
 
 
