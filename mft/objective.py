@@ -47,6 +47,7 @@ def criterion(losses: Mapping[str, float], best: str, weights: Mapping[str, floa
             raise UserError(
                 "train.best=weighted: all tasks with validation samples have weight 0; use train.best=mean."
             )
+        # A task of weight 0 is left out, since its loss may be infinite, and 0 x inf is NaN.
         return sum(weights[name] * loss for name, loss in losses.items() if weights[name]) / total
     if best not in losses:
         raise UserError(
@@ -58,4 +59,5 @@ def criterion(losses: Mapping[str, float], best: str, weights: Mapping[str, floa
 
 def perplexity(loss: float) -> float:
     """Returns exp(loss in nats per token), inf where that is beyond a float."""
+    # math.exp raises OverflowError above 709.78.
     return math.exp(loss) if loss < 709 else math.inf

@@ -62,6 +62,7 @@ def state(run_dir: Path) -> RunStatus:
     if is_locked(run_dir):
         return RunStatus.running
     written = status(run_dir)
+    # Written by the sweep once the job has ended; the job's own summary says `stopped`.
     if written is not RunStatus.finished and (run_dir / "pruned.json").exists():
         return RunStatus.pruned
     return RunStatus.killed if written is RunStatus.unfinished else written

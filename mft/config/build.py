@@ -45,7 +45,7 @@ def build(node: DictConfig, path: str = "component", **runtime: Any) -> Any:
     """Makes a component of its node; those inside it are built first. `runtime` values override the
     node's."""
     cls = component_class(node, path)
-    refuse_special_keys(node, path)
+    refuse_special_keys(node, path)  # _args_, _partial_, … of hydra.utils.instantiate
     values = {str(key): _value(node[key], f"{path}.{key!s}") for key in node if key != "_target_"} | runtime
     if is_of_a_library(cls, path):
         return Library(cls, values)

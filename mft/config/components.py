@@ -119,6 +119,7 @@ def imported(target: str, setting: str) -> object:
     except ModuleNotFoundError as error:
         missing = str(error.name)
         reason = f"{module_name} needs the module {missing}, which is not installed."
+        # The module itself, or one on the way to it; any other is imported by it.
         if inside(module_name, missing):
             reason = f"there is no module {missing}{_nearest_module(missing)}"
         raise UserError(f"{setting}: {reason}") from error

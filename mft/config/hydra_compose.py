@@ -29,6 +29,7 @@ def search_path(config_dirs: Sequence[Path], overrides: Sequence[str] = ()) -> l
             raise UserError(f"--config-dir {folder} is not a folder.")
     places = [place for o in overrides if key_of(o) == "hydra.searchpath" for place in places_of(o)]
     places += [f"file://{folder.resolve()}" for folder in (*config_dirs, *plugins.yaml_folders())]
+    # Quoted, since the names of folders may hold commas, brackets and equals signs.
     quoted = ",".join("'" + place.replace("'", "\\'") + "'" for place in dict.fromkeys(places))
     return [f"hydra.searchpath=[{quoted}]"] if places else []
 

@@ -72,6 +72,7 @@ class Identity:
         fingerprints: Mapping[str, str],
     ) -> Identity:
         """Returns the identity of these inputs; values: plain, as JSON takes them."""
+        # Ten digits are enough, since hashes are compared key by key.
         hashed = {key: _hash(value)[:10] for key, value in values.items()}
         shorter = {key: value for key, value in hashed.items() if key not in EXTENDABLE}
         extended = _hash([VERSION, list(tasks), choices, hashed, fingerprints])

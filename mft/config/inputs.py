@@ -125,18 +125,18 @@ def config_parts(cfg: DictConfig) -> tuple[dict[str, str], dict[str, object]]:
             cls = component_class(OmegaConf.select(cfg, path), path)
             if default != Named(name := public_name(cls, value["_target_"])):
                 choices[path] = name
-            known_defaults = defaults(cls) if name != value["_target_"] else {}
+            default_values = defaults(cls) if name != value["_target_"] else {}
         elif path in SETTINGS:
-            known_defaults = defaults(SETTINGS[path])
+            default_values = defaults(SETTINGS[path])
         elif path in ("task", "tracking"):  # of what is chosen, not of a class
-            known_defaults = {}
+            default_values = {}
         else:
             if (value := canonical(value)) != default:
                 values[path] = value
             return
         for key, item in value.items():
             if key != "_target_":
-                enter(f"{path}.{key}", item, known_defaults.get(key, dataclasses.MISSING))
+                enter(f"{path}.{key}", item, default_values.get(key, dataclasses.MISSING))
 
     for key, value in plain.items():
         enter(key, value, dataclasses.MISSING)

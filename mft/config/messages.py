@@ -103,6 +103,7 @@ def task_not_chosen(wrong: str, chosen: Sequence[str]) -> str:
 
 
 def _sentence(error: Exception, search: Sequence[str], overrides: Sequence[str]) -> str:
+    # OmegaConf names the key, Hydra, which wraps it, the override or the yaml: both texts are searched.
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
     if match := re.search(r"Ambiguous value for argument '(([^=]+)=(.*))'", text):
         word, key, values = match.groups()
@@ -172,7 +173,7 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
     group, at, package = key.partition("@")
     if at:
         return f"{key}: no option of {group} is placed at {package!r}; choose one with {group}=…, without @."
-    wrong_ones = (group, "hydra.searchpath")  # `search` stands for the latter
+    wrong_ones = (group, "hydra.searchpath")  # of which `search` takes the place
     try:
         cfg = compose_words(
             [*search, *(o for o in overrides if not under(key_of(o).split("@")[0], wrong_ones))]
@@ -210,6 +211,7 @@ def _nearest_key(wrong: str, names: Sequence[str], cfg: DictConfig, similar: boo
     places: dict[str, str] = {}
     for path in _all_keys(cfg):
         places.setdefault(path.rpartition(".")[2], path)
+    # A name that the config has itself, such as `seed`, means that one.
     if wrong not in places and (ours := setting_here(wrong)):
         return f"; did you mean {ours}?"
     if hint := nearest(wrong, names):

@@ -102,8 +102,10 @@ def check_overrides(overrides: Sequence[str]) -> None:
     for override in overrides:
         key = key_of(override)
         _check_characters(override)
+        # Counted before parsing: brackets that are never closed are nested just as deeply.
         if max(map(override.count, "[{(")) > DEEPEST:
             raise UserError(f"{shortened(key)}: its value has too many brackets; expected at most {DEEPEST}.")
+        # Before anything below repeats the override in a sentence.
         if credentials.written_out(override.partition("=")[2], key):
             raise UserError(IN_PLAIN_TEXT.format(key))
         parsed = _parsed(override)
@@ -180,6 +182,7 @@ def unknown_flag(flag: str, flags: Sequence[str], command: str) -> str:
     """Returns the sentence for an unknown flag of a command with overrides, which may be meant as one."""
     name, equals, value = flag.lstrip("-").partition("=")
     hint = nearest(flag.partition("=")[0], flags)
+    # Users of other trainers write --learning_rate=1e-4, an override here.
     if not hint and (equals or "." in name or setting_here(name)):
         ours = setting_here(name) or name
         meant = ours if "=" in ours else f"{ours}={value or '…'}"

@@ -78,6 +78,7 @@ def _all_absolute(paths: Any, key: str) -> list[str]:
 def _check_length(path: str, setting: str) -> None:
     if hidden := next((letter for letter in path if unicodedata.category(letter) == "Cc"), ""):
         raise UserError(f"{setting}: contains the control character U+{ord(hidden):04X}.")
+    # File systems count bytes, of which a letter may take four.
     longest = max(len(os.fsencode(part)) for part in path.split("/"))
     if longest > LONGEST_PART:
         raise UserError(f"{setting}: a name of {longest:,} bytes; file systems take at most {LONGEST_PART}.")

@@ -41,7 +41,7 @@ def check(cfg: DictConfig, world: int) -> build.Components:
     nodes: list[tuple[str, DictConfig]] = []
     for path in build.component_paths(cfg):
         node = OmegaConf.select(cfg, path)
-        component_class(node, path)  # a group that was taken out or set to a value has no node below
+        component_class(node, path)  # raises for a group that was removed or set to a plain value
         nodes += _nodes(node, path)
     # All names and types before any missing value: a misspelt key is the likely cause of a missing one.
     for path, node in nodes:

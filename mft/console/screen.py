@@ -70,6 +70,7 @@ def guard_logs() -> None:
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Shown())
     plain = warnings.formatwarning
+    # Every command calls this, and tests run several in one process: it is wrapped once.
     if getattr(plain, "__name__", "") != "_formatted":
 
         def _formatted(*arguments: Any, **options: Any) -> str:

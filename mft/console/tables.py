@@ -57,4 +57,5 @@ def settings_table(rows: Iterable[tuple[str, object]], title: str) -> Table:
 def _cell(value: object, style: str = "") -> Text:
     from rich.text import Text
 
+    # A Text has no markup, so that brackets in names of tasks and files are shown as they are.
     return value if isinstance(value, Text) else Text(str(value), style=style)

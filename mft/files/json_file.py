@@ -43,7 +43,7 @@ def read_json(path: Path) -> Values:
     else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):  # RecursionError: nested too deeply for the parser
         return Values()
     return Values(values) if isinstance(values, dict) else Values()
 
