@@ -59,7 +59,7 @@ def build(node: DictConfig, path: str = "component", **runtime: Any) -> Any:
     return cls(**values)
 
 
-def _value(value: Any, path: str) -> Any:
+def _value(value: object, path: str) -> Any:
     """Returns a setting as a plain value, with the components in it built."""
     if isinstance(value, DictConfig):
         if "_target_" in value:

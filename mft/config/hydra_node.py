@@ -101,7 +101,7 @@ def _check_logging(path: str, node: DictConfig, key: str) -> None:
             raise UserError(f"{path}.{key}={text}: expected one of {', '.join(STREAMS)}.")
 
 
-def _settings(node: Any, path: str) -> Iterator[tuple[str, DictConfig, str]]:
+def _settings(node: object, path: str) -> Iterator[tuple[str, DictConfig, str]]:
     """Yields (path, mapping, key) for every key of a mapping and of all mappings in it, interpolations
     followed."""
     if isinstance(node, DictConfig):

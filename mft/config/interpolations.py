@@ -152,7 +152,7 @@ def _plain(node: Any) -> Any:
     return dict(zip(_keys(node), values, strict=True)) if isinstance(node, DictConfig) else values
 
 
-def _leaf(node: Any, key: Any) -> Any:
+def _leaf(node: Any, key: str | int) -> Any:
     if not OmegaConf.is_interpolation(node, key):
         if OmegaConf.is_missing(node, key):
             return "???"
@@ -177,7 +177,7 @@ def _leaf(node: Any, key: Any) -> Any:
         child._set_value(written)
 
 
-def _part(node: Any, key: Any, child: Any, part: str) -> str:
+def _part(node: Any, key: str | int, child: Any, part: str) -> str:
     """Returns the value of one part of a text, or the part as written if it reads the environment itself."""
     if not part.startswith("${"):
         return part

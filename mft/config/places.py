@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from mft.data.template_choice import is_file
 from mft.errors import UserError, shortened
@@ -56,7 +56,7 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def _absolute(node: Any, key: Any) -> str:
+def _absolute(node: Any, key: str | int) -> str:
     value: str = node[key]
     path = os.path.expanduser(value)
     absolute = value if value.startswith("hf:") else os.path.abspath(path)  # hf: a data set of the hub
@@ -67,7 +67,7 @@ def _absolute(node: Any, key: Any) -> str:
     return written if absolute == path else os.path.join(os.getcwd(), written)
 
 
-def _all_absolute(paths: Any, key: str) -> list[str]:
+def _all_absolute(paths: ListConfig, key: str) -> list[str]:
     for path in paths:
         if not isinstance(path, str) or not path.strip():
             raise UserError(f"{key}: {shortened(path)} must be a path, in quotes where it is a number.")

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, ValidationError
@@ -86,7 +86,7 @@ def check(cfg: DictConfig, world: int) -> build.Components:
     return components
 
 
-def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+def _nodes(node: object, path: str) -> Iterator[tuple[str, DictConfig]]:
     """Yields a component node and the component nodes inside it."""
     if isinstance(node, DictConfig):
         if "_target_" in node:
