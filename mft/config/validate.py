@@ -181,7 +181,7 @@ def _check_together(cfg: DictConfig, c: build.Components) -> None:
     for name, task in c.named_tasks.items():
         if task.share is not None and cfg.data.mixture is not Mixture.shares:
             raise UserError(
-                f"task.{name}.share={task.share:g} has no effect with data.mixture={cfg.data.mixture.value}; "
+                f"task.{name}.share={task.share:g} does nothing with data.mixture={cfg.data.mixture.value}; "
                 "choose data.mixture=shares."
             )
 
