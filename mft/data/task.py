@@ -3,7 +3,6 @@ mixture."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from mft.data.cache.fingerprint import file_digests
 from mft.data.formats import KNOWN, Auto, Format, RowError, misread, no_format
 from mft.data.readers import SUFFIXES, Rows, is_data, stem
 from mft.data.split import split_named
-from mft.errors import UserError, nearest, shortened
+from mft.errors import UserError, check_ranges, nearest, ranged, shortened
 
 FIRST_ROWS = 8
 """Rows of each file that are read before a run starts."""
@@ -47,8 +46,8 @@ class Task:
     name: str = ""
     paths: list[str] = field(default_factory=list)
     valid: list[str] = field(default_factory=list)
-    weight: float = 1.0
-    share: float | None = None
+    weight: float = ranged(1.0, min=0)
+    share: float | None = ranged(None, min=0)
     format: Any = field(default_factory=Auto)
     hint: str = ""
 
@@ -57,8 +56,7 @@ class Task:
 
         Raises UserError for values that types alone cannot refuse.
         """
-        if not (self.weight >= 0 and math.isfinite(self.weight)):
-            raise UserError(f"task.{name}.weight={self.weight} must be at least 0 and finite.")
+        check_ranges(self, f"task.{name}")
         if not name.isprintable() or len(name) > NAME_CHARACTERS:
             raise UserError(
                 f"task.{name[:40]!r}.name: must be at most {NAME_CHARACTERS} printable characters; metrics "
