@@ -178,9 +178,9 @@ def make_trainer(
 
     def export(folder: Path) -> None:
         # of an adapter's run the base is not gathered: it is not saved
-        weights = engine.full_state(module, trainable=base_of(model) is not model)
+        weights = engine.full_state(trainable=base_of(model) is not model)
         if engine.is_main:
-            save_final(engine.unwrap(module), data.tokenizer, folder, state_dict=weights)
+            save_final(token_loss, data.tokenizer, folder, state_dict=weights)
 
     def probe(step: int) -> torch.Tensor:
         return Evaluator(engine, data.names, lambda: loader.probe(step, loss.probe_samples)).losses(module)
@@ -200,7 +200,7 @@ def make_trainer(
         evaluator=Evaluator(engine, data.names, loader.validation),
         probe=probe,
         save=Checkpoints(r.folder, engine, loss, write_model, keep, train.keep_task_best).save,
-        meter=Meter(data.names, engine.device, flops_per_token(engine.unwrap(module)), train.peak_tflops),
+        meter=Meter(data.names, engine.device, flops_per_token(token_loss), train.peak_tflops),
         tracker=FanOut([Jsonl(), *r.parts.trackers]) if engine.is_main else Tracker(),
         progress=progress,
         settings=train,

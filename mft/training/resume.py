@@ -24,7 +24,7 @@ def newest_sound(run_dir: Path, engine: Any = None) -> tuple[Path | None, dict[s
     part = (engine.rank, engine.world) if engine else (0, 1)
     steps = marked_steps(run_dir / "checkpoints")
     passed: dict[str, str] = {}
-    for step in reversed(engine.broadcast_object(steps) if engine else steps):
+    for step in reversed(engine.gather(steps)[0] if engine else steps):
         folder = run_dir / "checkpoints" / f"step-{step}"
         problem = trouble(folder, part)
         problem = next(filter(None, engine.gather(problem)), "") if engine else problem

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from mft.config.schema import Launch, LaunchMode
-from mft.distributed.accelerator import free_port
 from mft.errors import UserError
 from mft.launch import multinode
 from mft.launch.failures import WorkerError
 from mft.launch.multinode import NodeGroup, join
 from mft.launch.spawn import spawn
 from tests.launch import entries
+from tests.tracking.server import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 FACTS = {"launch.nnodes": 2, "data": "a"}

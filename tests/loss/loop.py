@@ -201,7 +201,7 @@ class Stage:
 
     def parameters(self, t: Trainer) -> torch.Tensor:
         """Returns all trained parameters as one vector (on rank 0; whatever the others have elsewhere)."""
-        state = self.engine.full_state(t.module, trainable=True)
+        state = self.engine.full_state(trainable=True)
         return torch.cat(
             [value.detach().double().flatten().cpu() for _, value in sorted(state.items())]
             or [torch.zeros(0)]
