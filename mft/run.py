@@ -36,7 +36,7 @@ from mft.training import summary
 from mft.training.checkpoint import Checkpoints, restore, write_final
 from mft.training.loop import fit
 from mft.training.metrics import Meter, flops_per_token
-from mft.training.progress import Silent, Terminal
+from mft.training.progress import Terminal
 from mft.training.provenance import fingerprint_tag, tags
 from mft.training.resume import all_damaged, newest_sound, set_aside
 from mft.training.sample_answers import Answers
@@ -80,7 +80,7 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool]) -> RunStatus:
 
     data = load_data(r)
     engine = r.parts.dist.start(train.precision.value)
-    progress = Terminal(data.names) if engine.is_main else Silent()
+    progress = Terminal(data.names, quiet=not engine.is_main)
     loader = make_loader(r, data, engine, progress)
     model = load_model(r, engine)
     trainer, export = make_trainer(r, data, loader, model, engine, progress, stop)
@@ -109,7 +109,7 @@ def load_data(r: Run) -> Dataset:
     return data
 
 
-def make_loader(r: Run, data: Dataset, engine: Engine, progress: Silent) -> BatchLoader:
+def make_loader(r: Run, data: Dataset, engine: Engine, progress: Terminal) -> BatchLoader:
     """Returns what deals the micro-batches to this rank; shows and writes what the run will take of each
     task."""
     if engine.is_main:
@@ -160,7 +160,7 @@ def make_trainer(
     loader: BatchLoader,
     model: Any,
     engine: Engine,
-    progress: Silent,
+    progress: Terminal,
     stop: Callable[[], bool],
 ) -> tuple[Trainer, Callable[[Path], None]]:
     """Returns what the loop works on, and a function that writes the model to a folder (all ranks call

@@ -57,9 +57,8 @@ def refuse_unknown(config: Mapping[str, Any]) -> None:
     names = set(fields) | {field.alias for field in fields.values() if field.alias}
     for key in zero:
         if key not in names:
-            raise UserError(
-                f"dist.config.zero_optimization.{key}: DeepSpeed has no such key{nearest(key, names)}"
-            )
+            hint = nearest(key, names)
+            raise UserError(f"dist.config.zero_optimization.{key}: DeepSpeed has no such key{hint}")
 
 
 @dataclass
@@ -145,10 +144,8 @@ class Zero2(Zero):
         """Also raises UserError for a stage of another class and for an odd size."""
         if self.stage not in (1, 2):
             raise UserError(f"dist.stage={self.stage}: dist=zero2 has stages 1 and 2; stage 3 is dist=zero3")
-        if self.allgather_bucket_size % 2:
-            raise UserError(
-                f"dist.allgather_bucket_size={self.allgather_bucket_size}: DeepSpeed wants an even number"
-            )
+        if (size := self.allgather_bucket_size) % 2:
+            raise UserError(f"dist.allgather_bucket_size={size}: DeepSpeed wants an even number")
         super().check()
 
     def zero(self, gpu: bool) -> dict[str, Any]:

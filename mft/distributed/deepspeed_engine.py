@@ -59,8 +59,9 @@ class DeepSpeedEngine(Engine):
         module.to(self.device)
         # DeepSpeed wants the variable, though it does not use it; launch=inline has none
         with patch_environment(LOCAL_RANK=self.local_rank):
+            config = deepcopy(self.config)
             engine, zero, _, _ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=deepcopy(self.config), dist_init_required=False
+                None, module, optimizer, dist_init_required=False, config=config
             )
         if self.stage == 3:
             # weights that a module uses without calling their owner, so that no hook would gather them
@@ -100,9 +101,9 @@ class DeepSpeedEngine(Engine):
 
         frozen_part = hasattr(tensor, "ds_id") and not tensor.requires_grad
         with deepspeed.zero.GatheredParameters([tensor], enabled=frozen_part):
-            whole: torch.Tensor = (
-                safe_get_full_fp32_param(tensor) if tensor.requires_grad else tensor.detach()
-            )
+            whole: torch.Tensor = tensor.detach()
+            if tensor.requires_grad:
+                whole = safe_get_full_fp32_param(tensor)
             return whole.to("cpu", copy=True) if self.is_main else whole.new_empty(0)
 
     def _shards(self) -> list[Shard]:

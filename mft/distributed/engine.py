@@ -84,9 +84,9 @@ class Engine:
         # accelerate falls back to no distribution where it cannot start what it was configured for
         kind, world = accelerator.distributed_type.name, int(os.environ.get("WORLD_SIZE", 1))
         if kind not in self.kinds or self.world != world:
+            expected = f"{' or '.join(self.kinds)} with {world} was expected"
             raise self._misconfigured(
-                f"accelerate reports {kind} with {self.world} processes where {' or '.join(self.kinds)} with "
-                f"{world} was expected"
+                f"accelerate reports {kind} with {self.world} processes where {expected}"
             )
 
     def _misconfigured(self, what: str) -> UserError:

@@ -70,8 +70,7 @@ class FsdpEngine(Engine):
         if not units:
             hint = nearest(classes[0], {type(part).__name__ for part in module.modules()}) if classes else ""
             raise UserError(
-                f"dist=fsdp finds no decoder layer to divide the model by: model.shard_layers={classes}, and none "
-                f"of its modules is of such a class{hint}"
+                f"model.shard_layers={classes}: the model has no such layer, which dist=fsdp needs{hint}"
             )
         return units
 

@@ -7,15 +7,14 @@ holds the same weights without exchanging them.
 
 from __future__ import annotations
 
-import enum
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from mft.errors import UserError, check_ranges, nearest
+from mft.errors import UserError, check_ranges
 from mft.loss.means import TaskTokenMean
 
 if TYPE_CHECKING:
@@ -23,19 +22,6 @@ if TYPE_CHECKING:
 
 FLAT = 1e-12
 """A fitted rise over the window below this part of the values is rounding, not a trend."""
-
-Choice = TypeVar("Choice", bound=enum.Enum)
-
-
-def member(kind: type[Choice], value: object, key: str) -> Choice:
-    """Returns the member of `kind` that `value` is or names; raises UserError with the allowed values."""
-    try:
-        return kind(value)
-    except ValueError:
-        allowed = [choice.value for choice in kind]
-        raise UserError(
-            f"{key} is {value!r}; it must be one of {', '.join(allowed)}{nearest(value, allowed)}"
-        ) from None
 
 
 def softmax(values: np.ndarray) -> np.ndarray:
@@ -71,9 +57,6 @@ class History:
         self.values_p.append(np.asarray(values, dtype=np.float64))
         if self.length is not None:
             del self.update_p[: -self.length], self.values_p[: -self.length]
-
-    def __len__(self) -> int:
-        return len(self.values_p)
 
     def array(self) -> np.ndarray:
         """Returns float64 [probes, columns]."""
@@ -183,12 +166,10 @@ class Adaptive(TaskTokenMean):
         is not finite (see `finite`), and return values to log.
         """
         values: dict[str, float] = {}
-        if valid_K is not None:
-            values |= self.learn_valid(step, self.finite(valid_K))
-        if train_K is not None:
-            values |= self.learn_train(step, self.finite(train_K))
-        if repeat_K is not None:
-            values |= self.learn_repeat(step, self.finite(repeat_K))
+        hooks = ((self.learn_valid, valid_K), (self.learn_train, train_K), (self.learn_repeat, repeat_K))
+        for hook, loss_K in hooks:
+            if loss_K is not None:
+                values |= hook(step, self.finite(loss_K))
         return values
 
     def learn_valid(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
@@ -235,15 +216,11 @@ class Adaptive(TaskTokenMean):
         """Raises UserError when no task has a validation sample to probe; warns of the tasks that have none."""
         without = [name for name, count in zip(self.names, valid_samples, strict=True) if not count]
         if len(without) == len(self.names):
-            raise UserError(
-                f"loss={self.mode} learns its weights from validation samples, and no task has any; give "
-                "data.split a validation part, e.g. data.split=[95,5,0]"
-            )
+            reason = f"loss={self.mode} learns its weights from validation samples, and no task has any"
+            raise UserError(f"{reason}; give data.split a validation part, e.g. data.split=[95,5,0]")
         if without:
-            listed = ", ".join(without)
-            warnings.warn(
-                f"loss={self.mode} cannot judge tasks without validation samples: {listed}", stacklevel=2
-            )
+            reason = f"loss={self.mode} cannot judge tasks without validation samples"
+            warnings.warn(f"{reason}: {', '.join(without)}", stacklevel=2)
 
     def warn_if_short(self, steps: int, first_step: int, key: str, largest: int) -> None:
         """Warns when the weights would not move in a run of `steps` steps.
@@ -252,12 +229,9 @@ class Adaptive(TaskTokenMean):
         they would move, below 1 if there is none.
         """
         if steps < first_step:
+            reason = f"loss.{key} is {getattr(self, key)} and the run has {steps} steps"
             advice = f"set loss.{key} to {largest} or less" if largest >= 1 else "train longer"
-            warnings.warn(
-                f"loss={self.mode} will not move its weights: loss.{key} is {getattr(self, key)} and the run has "
-                f"{steps} steps; {advice}",
-                stacklevel=2,
-            )
+            warnings.warn(f"loss={self.mode} will not move its weights: {reason}; {advice}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         own = {name: getattr(self, f"{name}_K") for name in self.arrays}
@@ -282,26 +256,19 @@ class Probing(Adaptive):
     update_interval: int
 
     def __post_init__(self) -> None:
-        """Raises UserError unless W % u == 0, W >= 3u and N >= W / u."""
+        """Raises UserError unless W >= 3u (two probes after the first make a line), W % u == 0 and N >= W / u."""
         super().__post_init__()
         w, n, u = self.warmup_steps, self.history_length, self.update_interval
         if w < 3 * u:
             raise UserError(
-                f"loss.warmup_steps is {w}; {self.mode} needs at least 3 x loss.update_interval = {3 * u} "
-                "(two probes make a line)"
+                f"loss.warmup_steps is {w}; it must be at least 3 x loss.update_interval = {3 * u}"
             )
         if w % u:
-            above = w + u - w % u
-            below = above - u if above - u >= 3 * u else above
-            raise UserError(
-                f"loss.warmup_steps is {w}, not a multiple of loss.update_interval = {u}; set loss.warmup_steps to "
-                f"{below} or {above}"
-            )
+            mend = f"set loss.warmup_steps to {w - w % u} or {w + u - w % u}"
+            raise UserError(f"loss.warmup_steps is {w}, not a multiple of loss.update_interval = {u}; {mend}")
         if n < w // u:
-            raise UserError(
-                f"loss.history_length is {n} probes; {self.mode} needs at least loss.warmup_steps / "
-                f"loss.update_interval = {w // u}: raise loss.history_length or lower loss.warmup_steps"
-            )
+            least = f"at least loss.warmup_steps / loss.update_interval = {w // u}"
+            raise UserError(f"loss.history_length is {n} probes; it must be {least}")
 
     @property
     def needs_validation(self) -> bool:
@@ -311,9 +278,8 @@ class Probing(Adaptive):
         self.check_probes(valid_samples)
         u = self.update_interval
         largest = (steps - 1 + u) // u * u  # the last probe of the run would end this warm-up
-        self.warn_if_short(
-            steps, self.warmup_steps - u + 1, "warmup_steps", largest if largest >= 3 * u else 0
-        )
+        largest = largest if largest >= 3 * u else 0
+        self.warn_if_short(steps, self.warmup_steps - u + 1, "warmup_steps", largest)
 
     def wants_probe(self, step: int) -> bool:
         return (step - 1) % self.update_interval == 0

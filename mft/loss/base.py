@@ -74,14 +74,11 @@ class TaskLoss(ABC):
 
         for name, weight in zip(names, weights, strict=True):
             if not (weight >= 0 and math.isfinite(weight)):
-                raise UserError(
-                    f"task.{name}.weight is {weight}; a weight in the loss is a finite number, 0 or larger"
-                )
+                raise UserError(f"task.{name}.weight={weight} must be at least 0 and finite")
         if not self.takes_weights and len(set(weights)) > 1:
-            listed = ", ".join(
-                f"task.{n}.weight={weight:g}" for n, weight in zip(names, weights, strict=True)
-            )
             mode = type(self).__name__
+            pairs = zip(names, weights, strict=True)
+            listed = ", ".join(f"task.{name}.weight={weight:g}" for name, weight in pairs)
             warnings.warn(f"loss={mode} has no task weights; these do nothing: {listed}", stacklevel=2)
         weights = weights if self.takes_weights else [1.0] * len(names)
         self.names = tuple(names)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from mft.errors import ranged
-from mft.loss.adaptive import History, Probing, line_slope, member, softmax
+from mft.loss.adaptive import History, Probing, line_slope, softmax
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ class Coba(Probing):
     """Validation samples of each task that one probe reads, over all ranks; more is less noisy and dearer."""
 
     def __post_init__(self) -> None:
-        self.variant = member(Variant, self.variant, "loss.variant")
+        self.variant = Variant(self.variant)
         super().__post_init__()
 
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
@@ -138,7 +138,8 @@ class Coba(Probing):
         self.slopes.append(update, slope_K)
         self.largest.append(update, np.array([self._packed_slope(window_pK.max(axis=1))]))
         # Its first slope is that of the end of warm-up, yet it cuts the slopes with `start`, a number of probes.
-        rcs_K, acs_K = scores(slope_K, self.slopes.array()[min(start, len(self.slopes) - 1) :])
+        slope_pK = self.slopes.array()
+        rcs_K, acs_K = scores(slope_K, slope_pK[min(start, len(slope_pK) - 1) :])
         df = divergence_factor(self.largest.array()[:, 0], self.tau)
         weight_K = softmax(len(slope_K) * (df * rcs_K + (1 - df) * acs_K))
         if weight_K.min() < 1 / (10 * len(slope_K)):

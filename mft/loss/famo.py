@@ -26,7 +26,7 @@ import numpy as np
 
 from mft.batch import Batch, StepCounts
 from mft.errors import ranged
-from mft.loss.adaptive import Adam, Adaptive, member, softmax
+from mft.loss.adaptive import Adam, Adaptive, softmax
 from mft.loss.base import task_sums
 from mft.loss.focal import values_of
 from mft.loss.means import inverse, weighted_sum
@@ -73,7 +73,7 @@ class Famo(Adaptive):
     """Validation samples of each task that one probe reads, over all ranks (source=valid)."""
 
     def __post_init__(self) -> None:
-        self.source = member(Source, self.source, "loss.source")
+        self.source = Source(self.source)
         super().__post_init__()
 
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:

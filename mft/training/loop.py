@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TypeVar
 
 from mft.run_folder import RunStatus
 from mft.training.nonfinite import propagate_nonfinite, update_applied
 from mft.training.trainer import Trainer
-
-T = TypeVar("T")
+from mft.training.validate import forward
 
 
 def fit(t: Trainer) -> RunStatus:
@@ -25,7 +22,7 @@ def fit(t: Trainer) -> RunStatus:
     if validate_where_it_stands(t):
         return RunStatus.finished
     t.module.train()
-    t.meter.restart(state.meter, t.engine)
+    t.meter.resume(state.meter, t.engine)
     for data in islice(t.loader.steps(state.epoch, state.rows_consumed), t.total_steps - state.step):
         step = state.step + 1
         counts = t.count(data)
@@ -35,9 +32,9 @@ def fit(t: Trainer) -> RunStatus:
         lr = t.set_learning_rate(step)
         t.meter.begin_step()
         nll = []
-        for batch, last in mark_last(batches):
-            with t.engine.accumulating(last=last):
-                nll_BT, router = t.forward(batch)
+        for number, batch in enumerate(batches, start=1):
+            with t.engine.accumulating(last=number == len(batches)):
+                nll_BT, router = forward(t.module, batch)
                 share = t.loss.share(nll_BT, batch, counts, statistics)
                 router = router / max(1.0, counts.micro_batches)
                 t.engine.backward(propagate_nonfinite(share + router))
@@ -95,8 +92,3 @@ def worth_keeping(t: Trainer, improved: bool) -> bool:
 def every(step: int, interval: int | None) -> bool:
     """Whether something done every `interval` steps (null: never) is due."""
     return interval is not None and step % interval == 0
-
-
-def mark_last(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
-    """Yields each item, and whether it is the last one."""
-    return ((item, number == len(items)) for number, item in enumerate(items, start=1))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mft.errors import UserError
-from mft.training.trainer import Trainer
+from mft.training.trainer import ADVICE, Trainer
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +49,8 @@ def update_applied(
         raise UserError(message)
     t.state.skipped += 1
     if t.engine.is_main:
-        warnings.warn(
-            f"{message} Skipped, {t.state.skipped} of {t.settings.skip_nonfinite_steps}.", stacklevel=2
-        )
+        allowed = t.settings.skip_nonfinite_steps
+        warnings.warn(f"{message} Skipped, {t.state.skipped} of {allowed}.", stacklevel=2)
     return False
 
 
@@ -66,23 +65,16 @@ def _nonfinite_samples(
     for batch, nll_BT in zip(batches, nll, strict=True):
         for number in torch.unique(batch.sample_BT[~torch.isfinite(nll_BT)]).tolist():
             samples[batch.samples[number]] = None
-    # A sum over ranks stands for a gather: each rank fills its own rows, counting tasks from 1 so that 0 is
-    # empty.
-    table = torch.zeros(t.engine.world, SAMPLES_NAMED, 2, dtype=torch.float64)
-    for row, (task, index) in enumerate(list(samples)[:SAMPLES_NAMED]):
-        table[t.engine.rank, row] = torch.tensor([task + 1, index])
-    return [(task - 1, index) for task, index in t.engine.sum(table).flatten(0, 1).long().tolist() if task]
+    by_rank = t.engine.gather(list(samples)[:SAMPLES_NAMED])
+    return [sample for own in by_rank for sample in own]
 
 
 def _message(t: Trainer, step: int, culprits: Sequence[tuple[int, int]]) -> str:
-    named = "; ".join(f"task {t.names[task]}, {t.origin((task, index))}" for task, index in culprits)
-    reason = (
-        f"the loss is not finite for: {named}"
-        if named
-        else "every loss is finite, the gradient is not (an overflow)"
-    )
+    reason = "every loss is finite, the gradient is not (an overflow)"
+    if culprits:
+        named = "; ".join(f"task {t.names[task]}, {t.origin((task, index))}" for task, index in culprits)
+        reason = f"the loss is not finite for: {named}"
     return (
-        f"Step {step} has a non-finite loss or gradient and was not applied: {reason}. A lower "
-        "optimizer.lr, longer scheduler.warmup or train.precision=fp32 often helps; the last checkpoint "
+        f"Step {step} has a non-finite loss or gradient and was not applied: {reason}. {ADVICE}; the last checkpoint "
         "is intact."
     )

@@ -46,18 +46,16 @@ class State:
         """
         if not isinstance(values, dict):
             raise ValueError(f"a {type(values).__name__} where an object is expected")
-        if missing := [
-            name for name in ("step", "epoch", "rows_consumed", "epochs_done") if name not in values
-        ]:
-            raise ValueError(f"{missing[0]} is missing")
+        for name in ("step", "epoch", "rows_consumed", "epochs_done"):
+            if name not in values:
+                raise ValueError(f"{name} is missing")
         best = _filled(BestTracker(), values.get("best", {}), "best.")
         state: State = _filled(cls(), values | {"best": best}, "")
         return state
 
 
 def _filled(target: Any, values: Any, path: str) -> Any:
-    """Sets the fields of `target` to the values of their names, which must be of the types of their
-    defaults."""
+    """Sets the fields of `target` to the values of their names, which must be of the types of their defaults."""
     if not isinstance(values, dict):
         raise ValueError(f"{path.rstrip('.')} is {values!r}")
     for name, default in vars(target).items():

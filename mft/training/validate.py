@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mft.loss.base import task_sums
 from mft.training.metrics import task_means
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from mft.batch import Batch
+    from mft.distributed.engine import Engine
 
 
 def forward(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +28,7 @@ class Evaluator:
     batches: makes this rank's micro-batches (all ranks have equally many; fillers hold only empty rows).
     """
 
-    def __init__(self, engine: Any, names: Sequence[str], batches: Callable[[], Sequence[Batch]]):
+    def __init__(self, engine: Engine, names: Sequence[str], batches: Callable[[], Sequence[Batch]]):
         self.engine, self.names, self.batches = engine, list(names), batches
 
     def losses(self, module: torch.nn.Module) -> torch.Tensor:
