@@ -48,13 +48,15 @@ def grouped(precision: str, cpu: bool | None, *handlers: KwargsHandler) -> tuple
     if "WORLD_SIZE" not in os.environ:
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}  # 0: any free port
+    # tests and notebooks have one already, which outlives the engine
     owns_group = not torch.distributed.is_initialized()
     with patch_environment(**alone):
         return accelerator(precision, cpu, *handlers), owns_group
 
 
 def forget_foreign_settings() -> None:
-    """Removes accelerate's settings from the environment, which would overrule conf/dist, with one warning."""
+    """Removes accelerate's settings from the environment, which would overrule conf/dist, with one
+    warning."""
     foreign = sorted(name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_")))
     foreign = [name for name in foreign if name != "ACCELERATE_DEBUG_MODE"]
     for name in foreign:

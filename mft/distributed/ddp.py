@@ -55,8 +55,8 @@ class Ddp(Backend):
     def start(self, precision: str, cpu: bool | None = None) -> DdpEngine:
         from accelerate import DistributedDataParallelKwargs
 
-        # the buffers of a language model are constants: broadcasting them before every forward would be
-        # wasted; and gradients as views of the exchange buffers save one copy of all gradients
+        # The buffers of a language model are constants: no need to broadcast them before every forward.
+        # Gradients that are views of the exchange buffers save one copy of all gradients.
         options = DistributedDataParallelKwargs(
             broadcast_buffers=False,
             gradient_as_bucket_view=True,

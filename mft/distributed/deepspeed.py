@@ -78,7 +78,8 @@ class Zero(Backend):
     """Further keys of DeepSpeed's JSON, merged over ours."""
 
     def check(self) -> None:
-        """Raises UserError for keys of `config` that another setting decides or that DeepSpeed does not have."""
+        """Raises UserError for keys of `config` that another setting decides or that DeepSpeed does not
+        have."""
         refuse_decided(self.config or {})
         refuse_unknown(self.config or {})
 
@@ -98,17 +99,19 @@ class Zero(Backend):
         self.check()
         accelerator, owns_group = grouped(precision, cpu)
         gpu = accelerator.device.type != "cpu"
+        # else DeepSpeed looks for a GPU itself, and may find one that dist=… is told not to use
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
         if not gpu:
             build_lock.load()
         config: dict[str, Any] = {
-            # one micro-batch a step as DeepSpeed sees it: the engine scales by the whole step, and says when it ends
+            # one micro-batch a step, as DeepSpeed sees it: the engine scales and says when a step ends
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "zero_optimization": self.zero(gpu),
+            # any optimizer of ours, also one whose state is offloaded to the CPU
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 10**12,
+            "steps_per_print": 10**12,  # never
         }
         if accelerator.mixed_precision != "no":
             config[accelerator.mixed_precision] = {"enabled": True}

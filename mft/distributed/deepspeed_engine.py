@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedEngine(Engine):
-    """Drives a DeepSpeed engine. From stage 2 on every micro-batch exchanges gradients: no rank keeps whole ones."""
+    """Drives a DeepSpeed engine. From stage 2 on every micro-batch exchanges gradients: no rank keeps whole
+    ones."""
 
     kinds = ("MULTI_CPU", "MULTI_GPU")
     wrapper = "DeepSpeedEngine"
@@ -37,7 +38,8 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Under ZeRO-3 transformers divides each weight as it is loaded: rank 0 reads it, a rank keeps its part.
+        """Under ZeRO-3 transformers divides each weight as it is loaded: rank 0 reads it, a rank keeps its
+        part.
 
         A model quantised while loading is divided in `prepare` instead.
         """
@@ -134,6 +136,7 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:
             zero.update_lp_params()
             return
+        # the prologue partitions what is still gathered, the epilogue gathers the persistent parameters again
         zero.checkpoint_event_prologue()
         for group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -142,6 +145,7 @@ class DeepSpeedEngine(Engine):
     def _scaler_state(self) -> dict[str, Any]:
         if self.accelerator.mixed_precision != "fp16":
             return {}
+        # DeepSpeed's scaler has no state_dict; its state are its numbers
         values = vars(self._optimizer.loss_scaler).items()
         return {name: value for name, value in values if isinstance(value, int | float)}
 

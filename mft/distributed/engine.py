@@ -27,7 +27,8 @@ T = TypeVar("T")
 
 
 class Backend(ABC):
-    """What conf/dist chooses: a subclass is a dataclass of plain values, whose `start` returns the live engine."""
+    """What conf/dist chooses: a subclass is a dataclass of plain values, whose `start` returns the live
+    engine."""
 
     divides_on_load: ClassVar[bool] = False
     """Whether a rank never holds a whole weight, not even while the model is loaded."""
@@ -39,9 +40,8 @@ class Backend(ABC):
     def start(self, precision: str, cpu: bool | None = None) -> Engine:
         """Returns the engine of this rank, read from the environment (RANK, WORLD_SIZE, ...).
 
-        precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one. Raises UserError when the device
-        cannot do the precision, or when the process group is not the configured one.
-        """
+        precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one. Raises UserError when the
+        device cannot do the precision, or when the process group is not the configured one."""
 
 
 class Engine:
@@ -57,9 +57,11 @@ class Engine:
     wrapper: str | None = None
     """Class name of the module that `prepare` returns; None: the module itself."""
     parameters = "whole"
-    """What a rank holds of the model's parameters: they are whole, DTensors (FSDP2) or partitioned (ZeRO-3)."""
+    """What a rank holds of the model's parameters: they are whole, DTensors (FSDP2) or partitioned
+    (ZeRO-3)."""
     divided = False
-    """Whether each rank keeps its own part of the optimizer's state, and so writes a file of the resume state."""
+    """Whether each rank keeps its own part of the optimizer's state, and so writes a file of the resume
+    state."""
     gather_on_save = True
     """Whether checkpoints hold the whole model besides the sharded state."""
 
@@ -75,7 +77,8 @@ class Engine:
         self.local_rank: int = max(accelerator.local_process_index, 0)
         self.world: int = accelerator.num_processes
         self.skipped = False
-        """Whether the fp16 loss scaler skipped the last `step` (an overflow it has answered; not an error)."""
+        """Whether the fp16 loss scaler skipped the last `step` (an overflow it has answered; not an
+        error)."""
         self.model: torch.nn.Module
         """The module given to `prepare`."""
         # Any: the wrappers of DDP and DeepSpeed have methods of their own
@@ -124,7 +127,8 @@ class Engine:
     def prepare(
         self, module: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """Returns module and optimizer, placed on the device and wrapped; call the returned module, not its parts.
+        """Returns module and optimizer, placed on the device and wrapped; call the returned module, not its
+        parts.
 
         Raises UserError when what came back is not what the backend stands for.
         """
@@ -152,27 +156,28 @@ class Engine:
         return module, optimizer
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Context around forward and backward of a micro-batch; ranks exchange gradients only in the last one."""
+        """Context around forward and backward of a micro-batch; ranks exchange gradients only in the last
+        one."""
         return nullcontext() if last else self.accelerator.no_sync(self._module)
 
     def backward(self, share: torch.Tensor) -> None:
-        """Adds the gradient of this micro-batch's share (a scalar). Times `world`: DDP's mean becomes a sum."""
+        """Adds the gradient of this micro-batch's share (a scalar). Times `world`: DDP's mean becomes a
+        sum."""
         self.accelerator.backward(share * self.world)
 
     def step(self, max_norm: float | None = None) -> float:
         """Clips to `max_norm` (None: not), updates, zeroes the gradients; returns the norm before clipping.
 
         A non-finite norm means that nothing was updated: on fp16 with `skipped` True when the loss scaler
-        answered an overflow (training continues), else it is an error for the loop to report. All ranks return
-        the same norm, so that they decide alike.
-        """
+        answered an overflow (training continues), else it is an error for the loop to report. All ranks
+        return the same norm, so that they decide alike."""
         import torch
         from torch.distributed.tensor import DTensor
 
         self.accelerator.unscale_gradients(self._optimizer)
         trained = [p for p in self._module.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in trained])
-        # the gradients are equal on all ranks after the exchange; of sharded ones each rank has a part of the sum
+        # gradients are equal on all ranks after the exchange; of sharded ones a rank has a part of the norm
         total = total.full_tensor() if isinstance(total, DTensor) else total
         norm = float(total)
         finite = norm - norm == 0.0
@@ -187,7 +192,8 @@ class Engine:
         return norm
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the sum over all ranks, on this rank's device and of the same type; the argument is kept."""
+        """Returns the sum over all ranks, on this rank's device and of the same type; the argument is
+        kept."""
         import torch
 
         total = tensor.detach().to(self.device, copy=True)
@@ -210,10 +216,11 @@ class Engine:
             self.accelerator.wait_for_everyone()
 
     def full_state(self, trainable: bool = False) -> dict[str, torch.Tensor]:
-        """Returns whole tensors by name, for saving; complete on rank 0, on other ranks a backend may return {}.
+        """Returns whole tensors by name, for saving; complete on rank 0, on other ranks a backend may return
+        {}.
 
-        All ranks call it. trainable: only parameters that are trained (an adapter), else the whole state dict.
-        """
+        All ranks call it. trainable: only parameters that are trained (an adapter), else the whole state
+        dict."""
         if trainable:
             tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         else:
@@ -228,17 +235,18 @@ class Engine:
         return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns a parameter or buffer for saving; all ranks call it. A sharded one need not be on other ranks."""
+        """Returns a parameter or buffer for saving; all ranks call it. A sharded one need not be on other
+        ranks."""
         return tensor.detach()
 
     def save_state(self, folder: Path) -> None:
-        """Writes what an exact resume needs: trained parameters, optimizer, loss scaler, each rank's random states.
+        """Writes what an exact resume needs: trained parameters, optimizer, loss scaler, each rank's random
+        states.
 
-        All ranks call it, after `prepare`. Layout: engine.json, shard-<rank>.safetensors by each rank that keeps a
-        part of the optimizer (see `sharded_state`), rng-<rank>.pt by each rank. Parameters that are not trained
-        are not written: they come from the base model. Not atomic: the caller writes into a temporary folder and
-        renames it after all ranks have returned.
-        """
+        All ranks call it, after `prepare`. Layout: engine.json, shard-<rank>.safetensors by each rank that
+        keeps a part of the optimizer (see `sharded_state`), rng-<rank>.pt by each rank. Parameters that are
+        not trained are not written: they come from the base model. Not atomic: the caller writes into a
+        temporary folder and renames it after all ranks have returned."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.divided or self.is_main:
             path = folder / f"shard-{self.rank}.safetensors"
@@ -259,10 +267,10 @@ class Engine:
         """Restores what `save_state` wrote, of this or another backend, on any number of ranks; all call it.
 
         Call it last before training continues: anything random in between would be drawn from the restored
-        states. Returns whether the layout is the same, so that the run continues bit-identically; with another
-        one the losses are equal to rounding, and ranks without a saved random state keep the one they have.
-        Raises UserError when the state is not complete, is of another model, or does not fit another layout.
-        """
+        states. Returns whether the layout is the same, so that the run continues bit-identically; with
+        another one the losses are equal to rounding, and ranks without a saved random state keep the one they
+        have. Raises UserError when the state is not complete, is of another model, or does not fit another
+        layout."""
         saved = read_state(folder)
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         sharded_state.load(self._shards(), self._optimizer.optimizer, folder, trained)
@@ -293,7 +301,8 @@ class Engine:
             self.accelerator.scaler.load_state_dict(state)
 
     def close(self) -> None:
-        """Ends the process group if it was made here and frees memory; the process may start another engine."""
+        """Ends the process group if it was made here and frees memory; the process may start another
+        engine."""
         import torch
         from accelerate.state import AcceleratorState, GradientState
 
@@ -308,7 +317,8 @@ class Engine:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Returns engine.json of a resume state; UserError when it is damaged, or a file that it names is missing."""
+    """Returns engine.json of a resume state; UserError when it is damaged, or a file that it names is
+    missing."""
     path = folder / "engine.json"
     try:
         saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

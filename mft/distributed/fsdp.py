@@ -35,7 +35,8 @@ class FsdpEngine(Engine):
         self.gather_on_save = settings.gather_on_save
 
     def loading(self) -> AbstractContextManager[None]:
-        """Only the first rank of each machine reads the weights; the others have no memory for them until `prepare`."""
+        """Only the first rank of each machine reads the weights; the others have no memory for them until
+        `prepare`."""
         from accelerate.utils import patch_environment
 
         # by which transformers leaves the weights of all but the first rank on the meta device
@@ -46,6 +47,7 @@ class FsdpEngine(Engine):
         """Shards the module in place, layer by layer, so that one layer at a time is whole on the device."""
         from torch.distributed.fsdp import fully_shard
 
+        # `fully_shard` replaces parameters by DTensors: the optimizer's groups find theirs again by name
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         names_by_group = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
@@ -64,7 +66,8 @@ class FsdpEngine(Engine):
         return module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
     def _units(self, module: torch.nn.Module) -> list[torch.nn.Module]:
-        """Returns the decoder layers. A model may lack some of the class names that its family has for them."""
+        """Returns the decoder layers. A model may lack some of the class names that its family has for
+        them."""
         classes: list[str] = getattr(module, "layer_classes", list)()
         units = [part for part in module.modules() if type(part).__name__ in classes]
         if not units:
@@ -76,6 +79,7 @@ class FsdpEngine(Engine):
 
     def _fill(self, unit: torch.nn.Module, done: set[int]) -> None:
         """Gives what is not sharded yet in `unit` its place on the device and rank 0's values."""
+        # only rank 0 has read the weights (see `loading`): it sends each unit to the others
         filled: dict[int, torch.nn.Parameter] = {}  # tied parameters stay one
         for part in unit.modules():
             for name, parameter in list(part._parameters.items()):
@@ -89,6 +93,7 @@ class FsdpEngine(Engine):
                     part._buffers[name] = self._of_rank_0(buffer)
 
     def _of_rank_0(self, tensor: Any) -> Any:
+        """Returns rank 0's tensor, on the device; a parameter as a parameter."""
         import torch
 
         if tensor.device.type == "meta":
@@ -101,12 +106,13 @@ class FsdpEngine(Engine):
         return torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Exchanges gradients in the last micro-batch only, or in each, which keeps just a part of them on a rank."""
+        """Exchanges gradients in the last micro-batch only, or in each, which keeps just a part of them on a
+        rank."""
         self._module.set_requires_gradient_sync(last or self.settings.reduce_every_micro_batch)
         return nullcontext()
 
     def full_state(self, trainable: bool = False) -> dict[str, torch.Tensor]:
-        self._reshard()
+        self._reshard()  # else a validation has left the root's parameters whole
         return super().full_state(trainable)
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -164,7 +170,7 @@ class Fsdp(Backend):
         import torch
         from accelerate import InitProcessGroupKwargs
 
-        # NCCL cannot add up parts in the CPU's memory; a group on a CPU is gloo's, and accelerate takes no other
+        # NCCL cannot add up parts in the CPU's memory; on a CPU accelerate takes no other group than gloo's
         gpu = torch.cuda.is_available() and not cpu
         both = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if self.offload and gpu else []
         return FsdpEngine(*grouped(precision, cpu, *both), self)

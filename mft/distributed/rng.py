@@ -14,6 +14,7 @@ def save(path: Path) -> None:
 
     kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
+    # lists and numbers: what torch.load takes with weights_only=True
     torch.save(
         {
             "python": [version, list(internal), gauss],

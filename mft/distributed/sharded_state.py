@@ -20,6 +20,7 @@ from mft.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from safetensors import safe_open
 
 
 @dataclass
@@ -57,7 +58,7 @@ def save(shards: Sequence[Shard], optimizer: torch.optim.Optimizer, path: Path) 
     tensors: dict[str, torch.Tensor] = {}
     index = []
     for number, shard in enumerate(shards):
-        tensors[f"{number}"] = shard.values
+        tensors[f"{number}"] = shard.values  # without the optimizer's tensors, which are number/key
         scalars: dict[str, Any] = {}
         state = optimizer.state.get(shard.owner, {})
         kept = {key: value for key, value in state.items() if not _is_scalar(value)}
@@ -71,6 +72,7 @@ def save(shards: Sequence[Shard], optimizer: torch.optim.Optimizer, path: Path) 
             elif shard.offset == 0:  # all that is kept for the owner, once
                 tensors[f"{number}/{key}"] = local(value)
         index.append({"name": shard.name, "start": shard.start, "scalars": scalars, "blocks": blocks})
+    # copies: safetensors refuses views that share memory, and shards are views of one flat buffer
     copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     save_file(copies, path, metadata={"pieces": json.dumps(index)})
 
@@ -83,8 +85,7 @@ def _is_scalar(value: torch.Tensor | float) -> bool:
 class _Saved:
     """A shard in a file."""
 
-    file: Any
-    """Of `safe_open`."""
+    file: safe_open
     number: int
     """Of the shard in the file: the tensors' names begin with it."""
     numel: int
@@ -97,7 +98,8 @@ class _Saved:
     """Whether those tensors are kept in blocks, not a number per element."""
 
     def tensor(self, key: str) -> Any:
-        """Returns a tensor, unread: a slice of it reads what it covers. key: "" for the elements themselves."""
+        """Returns a tensor, unread: a slice of it reads what it covers. key: "" for the elements
+        themselves."""
         return self.file.get_slice(f"{self.number}/{key}" if key else f"{self.number}")
 
 
@@ -139,6 +141,7 @@ def _read(folder: Path) -> dict[str, list[_Saved]]:
 
     saved: dict[str, list[_Saved]] = {}
     for path in sorted(folder.glob("shard-*.safetensors")):
+        # stays open: `_Saved.tensor` reads slices of it, so that no rank holds another one's shards
         file = safe_open(str(path), framework="pt")
         keys: dict[int, list[str]] = {}
         for name in list(file.keys()):
@@ -182,11 +185,13 @@ def _load_scalars(shard: Shard, optimizer: torch.optim.Optimizer, saved: _Saved)
 def _same_shard(
     shard: Shard, optimizer: torch.optim.Optimizer, parts: Sequence[_Saved], folder: Path
 ) -> _Saved:
-    """Returns the saved shard with the same elements: an owner's blocks are taken over as a whole or not at all."""
+    """Returns the saved shard with the same elements: an owner's blocks are taken over as a whole or not at
+    all."""
     for part in parts:
         if (part.start, part.numel) == (shard.start, shard.values.numel()):
             return part
+    kind = type(optimizer).__name__
     raise UserError(
-        f"{folder} was written on another number of ranks, and {type(optimizer).__name__} keeps its state in blocks "
-        "that cannot be resharded; resume with the same number of ranks, or train with dist=ddp"
+        f"{folder} was written on another number of ranks, and {kind} keeps its state in blocks that cannot be "
+        "resharded; resume with the same number of ranks, or train with dist=ddp"
     )

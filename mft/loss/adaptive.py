@@ -1,9 +1,9 @@
-"""What the adaptive modes have in common: moving weights, a memory of probes, straight-line fits, a small Adam.
+"""What the adaptive modes have in common: moving weights, a memory of probes, straight-line fits, a small
+Adam.
 
-Shapes: `x_K` one value for each of the K tasks, `x_p` one for each probe remembered, oldest first; a probe is a
-small validation. All of it is float64 numpy on the CPU and fed only with sums over all ranks, so that every rank
-holds the same weights without exchanging them.
-"""
+Shapes: `x_K` one value for each of the K tasks, `x_p` one for each probe remembered, oldest first; a probe is
+a small validation. All of it is float64 numpy on the CPU and fed only with sums over all ranks, so that every
+rank holds the same weights without exchanging them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 def line_slope(x: np.ndarray, y: np.ndarray) -> float:
-    """Returns the least-squares slope of y over x; NaN with fewer than two points, 0 for a rise within rounding.
+    """Returns the least-squares slope of y over x; NaN with fewer than two points, 0 for a rise within
+    rounding.
 
     slope = sum (x - mean x)(y - mean y) / sum (x - mean x)^2
     """
@@ -45,7 +46,8 @@ def line_slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 class History:
-    """The last `length` probes: the number of updates before each, and a value per column (NaN = not measured)."""
+    """The last `length` probes: the number of updates before each, and a value per column (NaN = not
+    measured)."""
 
     def __init__(self, columns: Sequence[str], length: int | None = None):
         self.columns, self.length = columns, length
@@ -63,7 +65,8 @@ class History:
         return np.stack(self.values_p)
 
     def slopes(self) -> np.ndarray:
-        """Returns float64 [columns]: slope per optimizer step over the values measured, NaN with fewer than two."""
+        """Returns float64 [columns]: slope per optimizer step over the values measured, NaN with fewer than
+        two."""
         update_p = np.asarray(self.update_p, dtype=np.float64)
         slopes = []
         for value_p in self.array().T:
@@ -162,9 +165,8 @@ class Adaptive(TaskTokenMean):
     ) -> dict[str, float]:
         """Hands the losses that came to `learn_valid`, `learn_train`, `learn_repeat`, in this order.
 
-        A mode overrides those it learns from. They get float64 numpy [K], NaN where a task is absent or its loss
-        is not finite (see `finite`), and return values to log.
-        """
+        A mode overrides those it learns from. They get float64 numpy [K], NaN where a task is absent or its
+        loss is not finite (see `finite`), and return values to log."""
         values: dict[str, float] = {}
         hooks = ((self.learn_valid, valid_K), (self.learn_train, train_K), (self.learn_repeat, repeat_K))
         for hook, loss_K in hooks:
@@ -213,7 +215,8 @@ class Adaptive(TaskTokenMean):
         return self.public_name or type(self).__name__.lower()
 
     def check_probes(self, valid_samples: Sequence[int]) -> None:
-        """Raises UserError when no task has a validation sample to probe; warns of the tasks that have none."""
+        """Raises UserError when no task has a validation sample to probe; warns of the tasks that have
+        none."""
         without = [name for name, count in zip(self.names, valid_samples, strict=True) if not count]
         if len(without) == len(self.names):
             reason = f"loss={self.mode} learns its weights from validation samples, and no task has any"
@@ -225,9 +228,8 @@ class Adaptive(TaskTokenMean):
     def warn_if_short(self, steps: int, first_step: int, key: str, largest: int) -> None:
         """Warns when the weights would not move in a run of `steps` steps.
 
-        first_step: the first with new weights; key: the field that sets it; largest: its largest value by which
-        they would move, below 1 if there is none.
-        """
+        first_step: the first with new weights; key: the field that sets it; largest: its largest value by
+        which they would move, below 1 if there is none."""
         if steps < first_step:
             reason = f"loss.{key} is {getattr(self, key)} and the run has {steps} steps"
             advice = f"set loss.{key} to {largest} or less" if largest >= 1 else "train longer"
@@ -249,14 +251,16 @@ class Adaptive(TaskTokenMean):
 
 
 class Probing(Adaptive):
-    """Learns from a probe every u = update_interval steps, after W = warmup_steps, from the last N of them."""
+    """Learns from a probe every u = update_interval steps, after W = warmup_steps, from the last N of
+    them."""
 
     warmup_steps: int
     history_length: int
     update_interval: int
 
     def __post_init__(self) -> None:
-        """Raises UserError unless W >= 3u (two probes after the first make a line), W % u == 0 and N >= W / u."""
+        """Raises UserError unless W >= 3u (two probes after the first make a line), W % u == 0 and N >= W /
+        u."""
         super().__post_init__()
         w, n, u = self.warmup_steps, self.history_length, self.update_interval
         if w < 3 * u:

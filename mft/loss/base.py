@@ -4,9 +4,8 @@ The loop computes per-token losses once; a mode turns them into this micro-batch
 objective. The shares of all ranks and all micro-batches of an optimizer step add up to the objective, so the
 objective does not depend on the number of ranks, on accumulation or on how samples are packed into rows.
 
-Shapes, besides those of `mft.batch`: `x_m` one value for each of the B * T positions, flattened; `x_2K` the two
-rows [sum of token losses, trained tokens] of each task.
-"""
+Shapes, besides those of `mft.batch`: `x_m` one value for each of the B * T positions, flattened; `x_2K` the
+two rows [sum of token losses, trained tokens] of each task."""
 
 from __future__ import annotations
 
@@ -24,11 +23,12 @@ if TYPE_CHECKING:
 
 
 def task_sums(nll_BT: torch.Tensor, batch: Batch, tasks: int) -> torch.Tensor:
-    """Returns float64 [2, K] on the device of `nll_BT`: per task the sum of token losses and the trained tokens."""
+    """Returns float64 [2, K] on the device of `nll_BT`: per task the sum of token losses and the trained
+    tokens."""
     import torch
 
-    # What is not trained goes to a task of its own, K, that is cut off: selecting positions by a mask would make
-    # the host wait for the device to know how many there are.
+    # What is not trained goes to a task of its own, K, that is cut off: selecting positions by a mask would
+    # make the host wait for the device to know how many there are.
     trained_BT = batch.target_BT != IGNORE
     task_m = torch.where(trained_BT, batch.task_BT, tasks).flatten()
     value_2m = torch.stack([nll_BT.detach().flatten().double(), torch.ones_like(task_m, dtype=torch.float64)])
@@ -42,10 +42,10 @@ class TaskLoss(ABC):
     Subclasses are dataclasses of plain values. Steps are numbered from 1: a probe before step s measures the
     model after s - 1 updates, and the weights learned from it hold from step s on. Order of calls:
 
-    1. `setup` and `check_schedule`, once; `set_initial_losses` if there is a validation before the first step.
+    1. `setup` and `check_schedule`, once; `set_initial_losses` after a validation before the first step.
     2. In every optimizer step: `learn(valid_K=...)` if `wants_probe`; `statistics` for each micro-batch if
-       `needs_statistics`; `share` for each micro-batch; after the update `learn(train_K=...)` if `wants_train`,
-       then `learn(repeat_K=...)` if `wants_repeat`.
+       `needs_statistics`; `share` for each micro-batch; after the update `learn(train_K=...)` if
+       `wants_train`, then `learn(repeat_K=...)` if `wants_repeat`.
     3. `state_dict` for every checkpoint.
     """
 
@@ -66,7 +66,8 @@ class TaskLoss(ABC):
     """Samples of each task that one probe reads, all ranks together; 0: the mode makes no probes."""
 
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        """Receives the K task names and the user's static weights (`task.<name>.weight`), once, before training.
+        """Receives the K task names and the user's static weights (`task.<name>.weight`), once, before
+        training.
 
         Raises UserError for a weight that is negative or not finite; warns of weights that do nothing.
         """
@@ -80,6 +81,7 @@ class TaskLoss(ABC):
             pairs = zip(names, weights, strict=True)
             listed = ", ".join(f"task.{name}.weight={weight:g}" for name, weight in pairs)
             warnings.warn(f"loss={mode} has no task weights; these do nothing: {listed}", stacklevel=2)
+        # equal weights, so that an adaptive mode without task weights starts from 1/K each
         weights = weights if self.takes_weights else [1.0] * len(names)
         self.names = tuple(names)
         self.weight_K = torch.tensor(list(weights), dtype=torch.float64)

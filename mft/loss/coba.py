@@ -4,8 +4,8 @@ A probe gives the ratios L_i^val(t) / L_i^val(0). With alpha_i(t) the slope of t
 probes, alpha_max(t) = max_i alpha_i(t), and n the number of slopes remembered (at most N), the paper (its
 equations from a secondary source) has
 
-    RCS_i = softmax_i( K alpha_i / sum_j |alpha_j| )                  large for tasks slower than the others
-    ACS_i = softmax_i( -n alpha_i / sum_{window} |alpha_i(j)| )       large for tasks faster than their own past
+    RCS_i = softmax_i( K alpha_i / sum_j |alpha_j| )               large for tasks slower than the others
+    ACS_i = softmax_i( -n alpha_i / sum_{window} |alpha_i(j)| )    large for tasks faster than their own past
     DF    = min( n softmax_j( -tau n alpha_max(j) / sum_{window} |alpha_max(j)| )[last], 1 )
     w     = DF RCS + (1 - DF) ACS,        w = 1/K before warm-up ends
 
@@ -15,8 +15,8 @@ missing probes skipped on the x axis, windows that count steps as if they were c
 probe, since those windows grow.
 
 Shapes: `x_K` one value for each task, `x_k` for the tasks with a known slope alone, `x_p` one for each probe
-remembered, the newest last. In the code alpha_i is `slope_K`, alpha_i(j) is `slope_pK`, alpha_max(j) `largest_p`.
-"""
+remembered, the newest last. In the code alpha_i is `slope_K`, alpha_i(j) is `slope_pK`, alpha_max(j)
+`largest_p`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Variant(enum.Enum):
 
 def scores(slope_K: np.ndarray, slope_pK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns RCS and ACS, float64 [K]; slope_pK: the window of slopes, NaN = unknown."""
-    total = np.abs(slope_K).sum()
+    total = np.abs(slope_K).sum()  # 0: all tasks are flat, none is slower than another
     rcs_K = softmax(len(slope_K) * slope_K / total) if total > 0 else np.full(len(slope_K), 1 / len(slope_K))
     n_K = np.isfinite(slope_pK).sum(axis=0)
     past_K = np.nansum(np.abs(slope_pK), axis=0)
@@ -93,13 +93,15 @@ class Coba(Probing):
 
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().setup(names, weights)
+        # the original's windows grow without end, see the module
         length = self.history_length if self.variant is Variant.paper else None
         self.first_K = np.full(len(self.names), np.nan)
         self.ratios, self.slopes = History(self.names, length), History(self.names, length)
         self.largest = History(("largest",), length)
 
     def set_initial_losses(self, valid_K: torch.Tensor) -> None:
-        """Takes L_i^val(0), the unit of the ratios, as in the original; else the first probe of a task is it."""
+        """Takes L_i^val(0), the unit of the ratios, as in the original; else the first probe of a task is
+        it."""
         self.first_K = self.finite(valid_K)
 
     def learn_valid(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
@@ -107,6 +109,7 @@ class Coba(Probing):
         update = step - 1
         if update == 0:  # as in the original, the probe before training is in no fit
             return self.logged()
+        # ratios, so that tasks whose losses differ in size have comparable slopes
         self.ratios.append(update, loss_K / self.first_K)
         if not self.warm(update):
             return self.logged()
@@ -137,7 +140,7 @@ class Coba(Probing):
         slope_K = np.array([self._packed_slope(ratio_p) for ratio_p in window_pK.T])
         self.slopes.append(update, slope_K)
         self.largest.append(update, np.array([self._packed_slope(window_pK.max(axis=1))]))
-        # Its first slope is that of the end of warm-up, yet it cuts the slopes with `start`, a number of probes.
+        # The first slope is that of the end of warm-up, yet `start`, which cuts them, is a number of probes.
         slope_pK = self.slopes.array()
         rcs_K, acs_K = scores(slope_K, slope_pK[min(start, len(slope_pK) - 1) :])
         df = divergence_factor(self.largest.array()[:, 0], self.tau)

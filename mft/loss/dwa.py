@@ -50,6 +50,7 @@ class Dwa(Adaptive):
         self.count_K += np.isfinite(loss_K)
         if step % self.window:
             return self.logged()
+        # NaN: absent from the whole window
         mean_K = np.where(self.count_K > 0, self.sum_K / np.maximum(self.count_K, 1), np.nan)
         last_K, self.last_K = self.last_K, mean_K
         self.sum_K, self.count_K = np.zeros((2, len(self.names)))

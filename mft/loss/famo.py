@@ -4,7 +4,8 @@ With z = softmax(xi) over the tasks present, D_i = L_i - b_i + eps and c = sum_i
 constant),
 
     objective = sum_i z_i log(D_i) / c,   so dL/dL_i = z_i / (c D_i), coefficients that sum to 1
-    after the update, on the same batch: delta_i = log D_i(old) - log D_i(new),  gradient of xi = J_softmax(xi)^T delta
+    delta_i = log D_i(old) - log D_i(new)     after the update, on the same batch
+    gradient of xi = J_softmax(xi)^T delta
 
 and one step of Adam on xi (the paper writes a plain gradient step; the authors' code has Adam with coupled
 weight decay). `source=valid` takes delta from successive validation probes instead, our practical form of
@@ -122,11 +123,11 @@ class Famo(Adaptive):
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns the linearisation at the step's losses: sum_i dL/dL_i * (this micro-batch's part of L_i) + rest.
+        """Returns the linearisation at the step's losses: sum_i dL/dL_i * (this micro-batch's part of L_i) +
+        rest.
 
-        The constant rest, spread over the tokens, makes the values of the shares add up to the objective; it has
-        no gradient.
-        """
+        The constant rest, spread over the tokens, makes the values of the shares add up to the objective; it
+        has no gradient."""
         import torch
 
         assert statistics is not None, "famo needs the statistics of the step"
@@ -139,6 +140,7 @@ class Famo(Adaptive):
         return linear + rest * weighted_sum(torch.ones_like(nll_BT), batch, per_token_K)
 
     def learn_train(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
+        # weight_K is for the log only: `share` takes its coefficients from the step's statistics
         if np.isfinite(loss_K).any():
             self.weigh(self.coefficients(loss_K)[0])
         if self.source is Source.train:

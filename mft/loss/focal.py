@@ -13,9 +13,8 @@ present, which is the same when they are equal. The factor (1 - P)^gamma is diff
 2017. P is a mean of token probabilities, not the exponential of the mean log-probability. gamma = 0 with
 alpha = 1 is sample_mean and task_sample_mean.
 
-Shapes, as in `loss.means`: `x_m` one value for each position, flattened, `x_n` one for each sample slot; P_n and
-Q_n are the P_ij and Q_ij of a micro-batch, P_K and Q_K the P_i and Q_i of the step.
-"""
+Shapes, as in `loss.means`: `x_m` one value for each position, flattened, `x_n` one for each sample slot; P_n
+and Q_n are the P_ij and Q_ij of a micro-batch, P_K and Q_K the P_i and Q_i of the step."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ def sample_means(nll_BT: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torc
     trained_BT = batch.target_BT != IGNORE
     slot_BT = sample_slots(batch)
     slot_m, size = slot_BT.flatten(), slot_BT.numel() + 1
-    tokens_n = sample_tokens(slot_BT).clamp(min=1)
+    tokens_n = sample_tokens(slot_BT).clamp(min=1)  # of slots without a sample; their sums are 0
     zero_n = nll_BT.new_zeros(size)
     log_m = (-nll_BT * trained_BT).flatten()
     P_n = zero_n.scatter_add(0, slot_m, log_m.exp() * trained_BT.flatten()) / tokens_n
@@ -130,6 +129,7 @@ class TaskFocal(Focal):
         """Returns float64 [K, 2]: sum_j P_ij and sum_j Q_ij."""
         import torch
 
+        # float64, since these sums over many ranks and micro-batches set the slopes of the whole step
         P_n, Q_n, task_n = sample_means(nll_BT.detach().double(), batch)
         both_n2 = torch.stack([P_n, Q_n], dim=1)
         return both_n2.new_zeros(len(self.names), 2).index_add(0, task_n, both_n2)
@@ -138,6 +138,7 @@ class TaskFocal(Focal):
         self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         assert statistics is not None, "task_focal needs the statistics of the step"
+        # P_i, Q_i and their slopes dL/dq_i, dL/dp_i: K numbers, on the CPU in float64
         present_K, per_sample_K = counts.samples_K > 0, inverse(counts.samples_K)
         P_K, Q_K = (statistics.double().cpu() * per_sample_K[:, None]).unbind(1)
         scale_K = present_weights(self.weight_K, present_K) * self.alpha_K * per_sample_K
@@ -150,4 +151,5 @@ class TaskFocal(Focal):
         P_n, Q_n, task_n = sample_means(nll_BT, batch)
         slope_q_n = slope_q_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
         slope_p_n = slope_p_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
+        # P - P.detach() is 0 with the gradient of P: the values of the shares add up to L, too
         return (slope_q_n * Q_n + slope_p_n * (P_n - P_n.detach())).sum()

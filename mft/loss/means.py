@@ -8,8 +8,8 @@ tokens of sample s, static task weights w and P the tasks present in the step, t
     task_token_mean   w_k / sum_{j in P} w_j / N_k             case3
     task_sample_mean  w_k / sum_{j in P} w_j / (M_k * n_s)     case4
 
-Shapes: `x_m` one value for each of the B * T positions, flattened; `x_n` one for each sample slot, of which there
-are B * T, an upper bound of the N samples, and one more for all that is not trained.
+Shapes: `x_m` one value for each of the B * T positions, flattened; `x_n` one for each sample slot, of which
+there are B * T, an upper bound of the N samples, and one more for all that is not trained.
 
 The original divided by the counts of each micro-batch instead, which let accumulation, ranks and the
 micro-batch size change the objective, and with one task in a micro-batch cancelled the task weights
@@ -40,7 +40,7 @@ def sample_tokens(slot_BT: torch.Tensor) -> torch.Tensor:
     """Returns int64 [n]: trained tokens of each sample slot."""
     import torch
 
-    # Sized by B * T: reading N, the true number of samples, off the tensor would make the host wait for the device.
+    # Sized by B * T: reading N, the number of samples, off the tensor would make the host wait for the device.
     slot_m = slot_BT.flatten()
     count_n = torch.zeros(slot_m.numel() + 1, dtype=torch.int64, device=slot_m.device)
     return count_n.scatter_add_(0, slot_m, torch.ones_like(slot_m))
@@ -49,11 +49,11 @@ def sample_tokens(slot_BT: torch.Tensor) -> torch.Tensor:
 def weighted_sum(
     nll_BT: torch.Tensor, batch: Batch, weight_K: torch.Tensor, by_sample: bool = False
 ) -> torch.Tensor:
-    """Returns sum of weight_K[task] * nll over trained tokens; each is divided by its sample's n_s if `by_sample`.
+    """Returns sum of weight_K[task] * nll over trained tokens; each is divided by its sample's n_s if
+    `by_sample`.
 
-    weight_K: float64 [K] on any device. The result is a scalar of nll's dtype, 0 (with a graph) without trained
-    tokens.
-    """
+    weight_K: float64 [K] on any device. The result is a scalar of nll's dtype, 0 (with a graph) without
+    trained tokens."""
     # padding has the task -1; any index will do there, since the next line gives it the weight 0
     weight_BT = weight_K.to(nll_BT.dtype).to(nll_BT.device)[batch.task_BT.clamp(min=0)]
     weight_BT = weight_BT * (batch.target_BT != IGNORE)
@@ -64,7 +64,8 @@ def weighted_sum(
 
 
 def present_weights(weight_K: torch.Tensor, present_K: torch.Tensor) -> torch.Tensor:
-    """Returns float64 [K] on the CPU: weights of the tasks present, scaled to sum to 1, and 0 for the absent ones.
+    """Returns float64 [K] on the CPU: weights of the tasks present, scaled to sum to 1, and 0 for the absent
+    ones.
 
     All zeros where no task is present, or none with a weight above 0: such a step has the loss 0.
     """
@@ -83,6 +84,7 @@ def inverse(count_K: torch.Tensor) -> torch.Tensor:
     import torch
 
     count_K = count_K.double().cpu()
+    # clamped, because `where` computes both branches; counts are 0 or at least 1
     return torch.where(count_K > 0, 1.0 / count_K.clamp(min=1.0), torch.zeros_like(count_K))
 
 
@@ -91,7 +93,8 @@ class Mean(TaskLoss):
 
     @abstractmethod
     def unit_weights(self, counts: StepCounts) -> torch.Tensor:
-        """Returns float64 [K]: the weight of a trained token of each task, or of a sample with `by_sample`."""
+        """Returns float64 [K]: the weight of a trained token of each task, or of a sample with
+        `by_sample`."""
 
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
@@ -112,7 +115,8 @@ class TokenMean(Mean):
 
 @dataclass
 class SampleMean(Mean):
-    """Every sample of the step counts the same, however long: mean over samples of the sample's token mean."""
+    """Every sample of the step counts the same, however long: mean over samples of the sample's token
+    mean."""
 
     public_name: ClassVar[str] = "sample_mean"
     takes_weights: ClassVar[bool] = False

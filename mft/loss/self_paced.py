@@ -28,6 +28,7 @@ def self_paced_weights(slope_K: np.ndarray, scale: float) -> np.ndarray:
     total = np.abs(slope_K).sum()
     if total == 0:
         return np.full(len(slope_K), 1 / len(slope_K))
+    # the softmax is over tasks of the whole run; an unknown slope counts as flat, not as absent
     a_K = len(slope_K) * slope_K / total
     return softmax(scale * -a_K * softmax(a_K))
 

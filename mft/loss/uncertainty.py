@@ -46,6 +46,6 @@ class Uncertainty(Adaptive):
         # of sum_i 0.5 (exp(-s_i) L_i + s_i) for s_i
         gradient_K = 0.5 * (1 - np.exp(-self.s_K) * np.where(present_K, loss_K, 0.0))
         self.s_K = self.adam.stepped(self.s_K, gradient_K, present_K)
-        # exp(min s) cancels in the normalised weights; without it exp(-s) of a very certain task would overflow
+        # exp(min s) cancels in the normalised weights; without it exp(-s) of a very certain task overflows
         self.weigh(np.exp(-(self.s_K - self.s_K.min())))
         return values

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def groups(named_parameters: Named, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns the trained parameters as a group with and a group without weight decay; empty groups are left out.
+    """Returns the trained parameters as a group with and a group without weight decay; empty groups are left
+    out.
 
-    Decay is for matrices, LoRA's A and B among them; norms and biases (one dimension) have none, since pulling
-    them to 0 takes away what they are for. Raises UserError when nothing is trained.
-    """
+    Decay is for matrices, LoRA's A and B among them; norms and biases (one dimension) have none, since
+    pulling them to 0 takes away what they are for. Raises UserError when nothing is trained."""
     trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     if not trained:
         raise UserError("no parameter of the model is trained; check peft.targets, or what peft=full freezes")
@@ -47,11 +47,13 @@ class Optimizer(ABC):
 
     @abstractmethod
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
-        """Returns the optimizer of the parameters that require a gradient. default_lr: used when `lr` is null."""
+        """Returns the optimizer of the parameters that require a gradient. default_lr: used when `lr` is
+        null."""
 
 
 class Library(Optimizer):
-    """An optimizer of torch or bitsandbytes, named in a yaml by its own class, with that class's arguments."""
+    """An optimizer of torch or bitsandbytes, named in a yaml by its own class, with that class's
+    arguments."""
 
     def __init__(self, kind: type[torch.optim.Optimizer], values: dict[str, Any]):
         self.kind, self.values = kind, dict(values)
@@ -61,6 +63,7 @@ class Library(Optimizer):
             if key not in arguments:
                 hint = f"{nearest(key, arguments) or '.'} Its arguments: {', '.join(arguments)}."
                 raise UserError(f"optimizer.{key}: {kind.__name__} has no such argument{hint}")
+        # these two are decided per run and per group, the others go to the constructor as they are
         self.lr = self.values.pop("lr", None)
         default = arguments["weight_decay"].default if "weight_decay" in arguments else 0.0
         self.weight_decay = self.values.pop("weight_decay", default)
@@ -69,6 +72,7 @@ class Library(Optimizer):
         """Raises UserError for values that the optimizer itself refuses."""
         import torch
 
+        # one weight is enough: constructors judge their arguments, not the parameters
         self.build([("weight", torch.nn.Parameter(torch.zeros(1, 1)))], 1e-4)
 
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
@@ -129,7 +133,8 @@ class AdamW8bit(Adam):
     """Its kernels mix parameters divided by fsdp with plain states, and fail."""
 
     def check(self) -> None:
-        """Raises UserError where bitsandbytes is not installed; whether it loads is known on the ranks only."""
+        """Raises UserError where bitsandbytes is not installed; whether it loads is known on the ranks
+        only."""
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("optimizer=adamw8bit: bitsandbytes is not installed; use optimizer=adamw")
 
@@ -137,6 +142,7 @@ class AdamW8bit(Adam):
         """Also raises UserError when bitsandbytes cannot be loaded on this machine."""
         try:
             from bitsandbytes.optim import AdamW8bit as Optimizer
+        # OSError, RuntimeError: a library of CUDA that is missing or of another version
         except (ImportError, OSError, RuntimeError) as error:
             reason = f"bitsandbytes cannot be loaded here ({error})"
             raise UserError(f"optimizer=adamw8bit: {reason}; use optimizer=adamw") from error

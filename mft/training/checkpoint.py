@@ -24,7 +24,8 @@ from mft.training.state import State
 
 @dataclass
 class Checkpoints:
-    """The `checkpoints/step-N` folders of one run. All ranks call `save`; rank 0 alone renames and removes."""
+    """The `checkpoints/step-N` folders of one run. All ranks call `save`; rank 0 alone renames and
+    removes."""
 
     run_dir: Path
     engine: Engine
@@ -76,7 +77,8 @@ class Checkpoints:
 
 
 def write_final(run_dir: Path, engine: Engine, export: Callable[[Path], None]) -> None:
-    """Writes the trained model to final/. All ranks call it; so do they `export`, which writes it to a folder."""
+    """Writes the trained model to final/. All ranks call it; so do they `export`, which writes it to a
+    folder."""
     with written(run_dir / "final", run_dir, engine) as temporary:
         export(temporary)
         if engine.is_main:
@@ -85,7 +87,8 @@ def write_final(run_dir: Path, engine: Engine, export: Callable[[Path], None]) -
 
 @contextmanager
 def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
-    """Context in which all ranks write the temporary folder that becomes `final`, which is complete or absent.
+    """Context in which all ranks write the temporary folder that becomes `final`, which is complete or
+    absent.
 
     On a full disk the temporary folder is removed and a UserError raised.
     """
@@ -98,7 +101,7 @@ def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
     try:
         yield temporary
     except Exception as error:
-        # json, safetensors and torch each raise a kind of their own, torch without the reason: hence the free space
+        # json, safetensors and torch raise kinds of their own, torch without the reason: hence the free space
         free = shutil.disk_usage(run_dir).free
         if not is_full_disk(error) and free > 2**20:
             raise
@@ -108,6 +111,7 @@ def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
         if older := newest(run_dir):
             message += f"; the same command then resumes from {older.name}"
         raise UserError(message) from error
+    # the barriers: nobody writes before the folder is there, or goes on before it counts
     if engine.is_main:
         publish(temporary, final)
     engine.barrier()
@@ -124,8 +128,10 @@ def restore(folder: Path, state: State, engine: Engine, loss: TaskLoss) -> bool:
     values = json.loads((folder / "state" / "loop.json").read_text(encoding="utf-8"))
     if unknown := set(values) - set(state.as_dict()):
         raise UserError(f"{folder} is of another version of mft: unknown {', '.join(sorted(unknown))}.")
+    # in place: the trainer and the meter hold this object
     vars(state).update(vars(State.from_dict(values)))
     loss.load_state_dict(torch.load(folder / "state" / "loss.pt", weights_only=True))
+    # last: it restores the random states, and nothing may draw from them before training does
     return engine.load_state(folder / "state")
 
 

@@ -1,4 +1,7 @@
-"""The order of events in a training step. Everything the loop calls is named here; there are no callbacks."""
+"""The order of events in a training step. Everything the loop calls is named here; there are no callbacks.
+
+Shapes as in `mft.batch`: nll_BT are the token losses of a micro-batch, in nats.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,10 @@ def fit(t: Trainer) -> RunStatus:
         return RunStatus.finished
     t.module.train()
     t.meter.resume(state.meter, t.engine)
+    # the loader yields steps without end, over as many epochs as it takes
     for data in islice(t.loader.steps(state.epoch, state.rows_consumed), t.total_steps - state.step):
         step = state.step + 1
+        # before the first backward: a share has the denominators of the whole step, over all ranks
         counts = t.count(data)
         batches = [batch.to(t.engine.device) for batch in data.batches]
         t.learn_before(step)
@@ -36,6 +41,7 @@ def fit(t: Trainer) -> RunStatus:
             with t.engine.accumulating(last=number == len(batches)):
                 nll_BT, router = forward(t.module, batch)
                 share = t.loss.share(nll_BT, batch, counts, statistics)
+                # not linear in a batch, unlike the token losses: its mean over the step's micro-batches
                 router = router / max(1.0, counts.micro_batches)
                 t.engine.backward(propagate_nonfinite(share + router))
             nll.append(nll_BT.detach())
@@ -43,11 +49,12 @@ def fit(t: Trainer) -> RunStatus:
         grad_norm = t.engine.step(settings.max_grad_norm)
         if update_applied(t, step, grad_norm, batches, nll):
             t.meter.commit(counts, grad_norm, data.batches)
-            t.learn_after(step, batches)
+            t.learn_after(step, batches)  # never from a step that changed nothing
         else:
             t.meter.skip(data.batches)
         state.advance(data)
         t.progress.advance(step)
+        # counts.stop is a sum over ranks: all of them end after the same step, whichever was asked to stop
         complete, stopping = step == t.total_steps, bool(counts.stop)
         if complete or every(step, settings.log_every):  # a stopped run logs what it has when it is resumed
             t.log(lr)
@@ -72,6 +79,7 @@ def validate_where_it_stands(t: Trainer) -> bool:
     state, settings = t.state, t.settings
     if state.step == 0:
         if settings.eval_at_start and t.validate():
+            # NaN: a task without validation samples
             losses = [state.best.last.get(name, math.nan) for name in t.names]
             t.loss.set_initial_losses(torch.tensor(losses, dtype=torch.float64))
         return False
@@ -86,6 +94,7 @@ def validate_where_it_stands(t: Trainer) -> bool:
 def worth_keeping(t: Trainer, improved: bool) -> bool:
     """Whether the step is saved for what its validation found, though no checkpoint is due."""
     a_tasks_best = t.settings.keep_task_best and t.state.best.is_a_tasks_best(t.state.step)
+    # after early stopping the best weights are what one wants, and `final/` has the last ones
     return (improved and t.settings.early_stopping) or a_tasks_best
 
 

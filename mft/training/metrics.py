@@ -1,8 +1,7 @@
 """Metrics of a training run: per-task sums kept on the device, reduced over ranks only when they are read.
 
-Shapes, besides those of `mft.batch`: `sums_2K` the rows [sum of token losses in nats, trained tokens] of each task,
-`losses_2` [objective, router's loss], both summed over steps.
-"""
+Shapes, besides those of `mft.batch`: `sums_2K` the rows [sum of token losses in nats, trained tokens] of each
+task, `losses_2` [objective, router's loss], both summed over steps."""
 
 from __future__ import annotations
 
@@ -48,9 +47,8 @@ def task_means(sums_2K: torch.Tensor) -> torch.Tensor:
 class Meter:
     """Sums what happened since the last `read`. Adding to it costs no device synchronisation.
 
-    A step is collected by `add`, micro-batch by micro-batch, and counts once it is committed; one that was not
-    applied is skipped.
-    """
+    A step is collected by `add`, micro-batch by micro-batch, and counts once it is committed; one that was
+    not applied is skipped."""
 
     def __init__(
         self,
@@ -62,6 +60,7 @@ class Meter:
         import torch
 
         self.names = list(names)
+        # float64: float32 sums over thousands of steps would lose the digits that are compared
         self.sums_2K = torch.zeros(2, len(names), dtype=torch.float64, device=device)
         self.losses_2 = torch.zeros(2, dtype=torch.float64, device=device)
         self.step_sums_2K = torch.zeros_like(self.sums_2K)
@@ -120,15 +119,17 @@ class Meter:
     def add(self, batch: Batch, nll_BT: torch.Tensor, share: torch.Tensor, router: torch.Tensor) -> None:
         """Collects a micro-batch of the present step, on the device.
 
-        nll_BT: token losses, detached; share, router: the micro-batch's part of the objective and the router's loss.
-        """
+        nll_BT: token losses, detached; share, router: the micro-batch's part of the objective and the
+        router's loss."""
         import torch
 
+        # nothing here reads a value of the device, so that it never waits
         self.step_sums_2K += task_sums(nll_BT, batch, len(self.names))
         self.step_losses_2 += torch.stack([share.detach(), router.detach()])
 
     def commit(self, counts: StepCounts, grad_norm: float, batches: Sequence[Batch]) -> None:
-        """Counts the present step, which was applied. counts: of all ranks; batches: this rank's, on the CPU."""
+        """Counts the present step, which was applied. counts: of all ranks; batches: this rank's, on the
+        CPU."""
         self.steps += 1
         self.grad_norm = grad_norm
         self.samples_K = [a + b for a, b in zip(self.samples_K, counts.samples_K.tolist(), strict=True)]
@@ -153,7 +154,8 @@ class Meter:
             self.padding += batch.sample_BT.numel() - filled
 
     def read(self, engine: Engine) -> dict[str, float]:
-        """Returns the metrics since the last read, summed over ranks, and starts again. All ranks must call it."""
+        """Returns the metrics since the last read, summed over ranks, and starts again. All ranks must call
+        it."""
         import torch
 
         steps = self.steps + self.skipped
@@ -201,9 +203,8 @@ def known_peak(device: torch.device | str) -> float | None:
 def flops_per_token(model: torch.nn.Module) -> float:
     """Returns the matrix work of one token in one training step, in FLOPs.
 
-    2 N forward, 2 N back through the activations, and 2 more for every trained weight (Kaplan et al. 2020, section
-    2.1). N leaves out the embedding table, attention's quadratic part and recomputation.
-    """
+    2 N forward, 2 N back through the activations, and 2 more for every trained weight (Kaplan et al. 2020,
+    section 2.1). N leaves out the embedding table, attention's quadratic part and recomputation."""
     # an embedding is a look-up, unless it is tied to the head, which multiplies by it
     looked_up, multiplied = set(), set()
     for part in model.modules():

@@ -74,7 +74,5 @@ def _message(t: Trainer, step: int, culprits: Sequence[tuple[int, int]]) -> str:
     if culprits:
         named = "; ".join(f"task {t.names[task]}, {t.origin((task, index))}" for task, index in culprits)
         reason = f"the loss is not finite for: {named}"
-    return (
-        f"Step {step} has a non-finite loss or gradient and was not applied: {reason}. {ADVICE}; the last checkpoint "
-        "is intact."
-    )
+    problem = f"Step {step} has a non-finite loss or gradient and was not applied: {reason}"
+    return f"{problem}. {ADVICE}; the last checkpoint is intact."

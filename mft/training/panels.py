@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Color = str | tuple[float, float, float, float]
 
 # Okabe and Ito: distinguishable for the colour-blind and in grey; yellow, invisible as a line, left out.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,7 +30,7 @@ def most(names: Sequence[str], rank: Mapping[str, float], room: int = MOST) -> l
     return [name for name in names if name in chosen]
 
 
-def color_of(name: str, names: Sequence[str]) -> Any:
+def color_of(name: str, names: Sequence[str]) -> Color:
     """Returns the colour of a name among all that are drawn; a name that is none of them is grey."""
     if name not in names:
         return "#444444"

@@ -7,25 +7,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mft.training.panels import MOST, color_of, label_axes, most, panel_grid
+from mft.training.panels import MOST, Color, color_of, label_axes, most, panel_grid
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
 Series = tuple[list[int], list[float]]  # steps, values
 
-MANY = 60  # from this many points on, train losses are drawn pale with their moving mean over them
+MANY = 60
+"""From this many points on, train losses are drawn pale with their moving mean over them."""
 
 
 def loss_curves(rows: Sequence[Row], folder: Path) -> Path | None:
     """Draws `losses.png` into folder: validation losses of all tasks in one panel, then one of each task.
 
-    Of many tasks those with the highest last loss have a panel and a name; the others are thin grey lines in the
-    first one. rows: of metrics.jsonl (`{"step": 10, "train/loss/<task>": 1.2, ...}`), losses in nats/token.
-    Returns the file, or None where no loss was logged.
-    """
+    Of many tasks those with the highest last loss have a panel and a name; the others are thin grey lines in
+    the first one. rows: of metrics.jsonl (`{"step": 10, "train/loss/<task>": 1.2, ...}`), losses in
+    nats/token. Returns the file, or None where no loss was logged."""
     names = _tasks(rows, "train/loss/", "valid/loss/")
     tasks = most(names, _last(rows, "train/loss/", "valid/loss/"), MOST - 2)
     panels = [(task, f"train/loss/{task}", f"valid/loss/{task}") for task in tasks]
@@ -33,6 +34,7 @@ def loss_curves(rows: Sequence[Row], folder: Path) -> Path | None:
         panels.insert(0, ("objective of all tasks" if tasks else "loss", "train/loss", "valid/loss"))
     if not panels:
         return None
+    # with one validated task the first panel would only repeat the task's own
     validated = [task for task in tasks if _series(rows, f"valid/loss/{task}")[0]]
     first = 1 if len(validated) > 1 else 0
     title = "Losses"
@@ -73,7 +75,7 @@ def task_weights(rows: Sequence[Row], folder: Path) -> Path | None:
     return _save(figure, folder / "task_weights.png")
 
 
-def length_histogram(lengths: Mapping[str, Any], seq_length: int, folder: Path) -> Path:
+def length_histogram(lengths: Mapping[str, np.ndarray], seq_length: int, folder: Path) -> Path:
     """Draws `lengths.png` into folder: a histogram of the samples' lengths for each task, on one axis.
 
     Of many tasks the largest have a panel of their own, and the others one together.
@@ -140,7 +142,8 @@ def _lines(
     named: Sequence[str],
     colored: Sequence[str],
 ) -> None:
-    """Draws a line for each of `names`, in the colour it has among `colored`; those not in `named` thin and grey."""
+    """Draws a line for each of `names`, in the colour it has among `colored`; those not in `named` thin and
+    grey."""
     from matplotlib.collections import LineCollection
 
     others = [list(zip(*_series(rows, prefix + name), strict=True)) for name in names if name not in colored]
@@ -155,7 +158,7 @@ def _lines(
         axis.plot(steps, values, marker=marker, markersize=3, color=color_of(name, colored), label=name)
 
 
-def _panel(axis: Axes, train: Series, valid: Series, color: Any) -> None:
+def _panel(axis: Axes, train: Series, valid: Series, color: Color) -> None:
     """One task: train pale, with its moving mean where there are many points; valid in full colour."""
     steps, values = train
     if steps:
@@ -183,7 +186,9 @@ def _panel(axis: Axes, train: Series, valid: Series, color: Any) -> None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Returns the exponential moving mean over about a twentieth of the points, exact from the first one on."""
+    """Returns the exponential moving mean over about a twentieth of the points, exact from the first one
+    on."""
+    # both sums start at 0 and decay alike, so that their ratio has no bias towards 0 (as in Adam)
     keep = 1 - 1 / max(5, len(values) / 20)
     total = weight = 0.0
     smooth = []

@@ -6,18 +6,22 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mft.console.screen import console
 from mft.console.tables import table
 from mft.objective import mean_of_tasks
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 NAMED = 12
 """Tasks that a line names; of more it names those with the highest loss."""
 
 
 class Terminal:
-    """Step, loss, loss of every task, tokens/s and time left; a live bar only where the output is a terminal."""
+    """Step, loss, loss of every task, tokens/s and time left; a live bar only where the output is a
+    terminal."""
 
     def __init__(self, names: Sequence[str], quiet: bool = False):
         """quiet: shows nothing, as on the ranks other than 0."""
@@ -38,7 +42,7 @@ class Terminal:
         )
         self.task = self.bar.add_task("training", total=None, numbers="")
 
-    def show(self, renderable: Any) -> None:
+    def show(self, renderable: object) -> None:
         self.console.print(renderable, markup=False)
 
     def start(self, done: int, total: int) -> None:
@@ -52,7 +56,7 @@ class Terminal:
     def report(self, step: int, values: Mapping[str, float]) -> None:
         numbers = f"loss {values['train/loss']:.3f} · {values['speed/tokens_per_second']:,.0f} tokens/s"
         self.bar.update(self.task, numbers=numbers)
-        self._line(step, numbers, values, "train/loss/")
+        self._line(step, numbers, values, "train/loss/")  # kept in the log, unlike the bar
 
     @contextmanager
     def validating(self) -> Iterator[None]:
@@ -83,7 +87,7 @@ class Terminal:
 
 def losses_table(
     first: Mapping[str, float], last: Mapping[str, float], best: Mapping[str, float], best_step: int
-) -> Any:
+) -> Table:
     """Returns the table at the end of a run: per task the first, last and best validation loss (nats per
     token)."""
 

@@ -15,7 +15,8 @@ from mft.training.state import State
 
 
 def newest_sound(run_dir: Path, engine: Engine | None = None) -> tuple[Path | None, dict[str, str]]:
-    """Returns the newest checkpoint of a run that is as it was written, or None, and what is wrong with newer ones.
+    """Returns the newest checkpoint of a run that is as it was written, or None, and what is wrong with newer
+    ones.
 
     engine: its ranks divide the reading and agree; all of them call it. None: this process is alone.
     """
@@ -34,7 +35,8 @@ def newest_sound(run_dir: Path, engine: Engine | None = None) -> tuple[Path | No
 
 
 def trouble(folder: Path, part: tuple[int, int] = (0, 1)) -> str:
-    """Returns what is wrong with a checkpoint, "" if a run can be resumed from it. part: see `checksums.damage`."""
+    """Returns what is wrong with a checkpoint, "" if a run can be resumed from it. part: see
+    `checksums.damage`."""
     if problem := damage(folder, COMPLETE, part):
         return problem
     try:  # nothing but this tells of a damaged one that was written without checksums
@@ -50,7 +52,8 @@ def trouble(folder: Path, part: tuple[int, int] = (0, 1)) -> str:
 
 
 def set_aside(folder: Path, why: str) -> Path:
-    """Renames a checkpoint, so that it no longer counts as one; returns the folder. why: how its name begins."""
+    """Renames a checkpoint, so that it no longer counts as one; returns the folder. why: how its name
+    begins."""
     new, number = folder.with_name(f"{why}-{folder.name}"), 1
     while new.exists():
         number += 1
@@ -63,8 +66,8 @@ def all_damaged(run_dir: Path, damaged: Mapping[str, str]) -> UserError:
     """Returns the error of a run without a sound checkpoint. damaged: what is wrong with each."""
     problems = "; ".join(f"{name}: {problem}" for name, problem in damaged.items())
     return UserError(
-        f"No checkpoint in {run_dir / 'checkpoints'} is sound, so there is nothing to resume from. {problems}. Copy "
-        "them again, or start anew: with another output_dir, or after removing the damaged checkpoints."
+        f"No checkpoint in {run_dir / 'checkpoints'} is sound: {problems}. Copy them again, or start anew: "
+        "with another output_dir, or after removing the damaged checkpoints."
     )
 
 

@@ -21,6 +21,7 @@ from mft.training.trainer import Trainer
 
 def summarise(t: Trainer, status: str, run_dir: Path, seconds: float) -> dict[str, Any]:
     """Returns the content of summary.json. All ranks call it (peak memory is the largest of all)."""
+    # the named steps may have been pruned since: a path is given only if it is there
     best, checkpoints = t.state.best, run_dir / "checkpoints"
     rows, _ = run_folder.metric_rows(run_dir / "metrics.jsonl")
     logged = [row["train/loss"] for row in rows if "train/loss" in row]

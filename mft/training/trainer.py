@@ -1,4 +1,7 @@
-"""What the training loop works on, and the single actions of a step; `mft.run` puts it together."""
+"""What the training loop works on, and the single actions of a step; `mft.run` puts it together.
+
+Shapes, besides those of `mft.batch`: `x_K` one value for each task, `x_2K` the rows [sum of token losses,
+trained tokens] of each task, S the sums that a loss asks for."""
 
 from __future__ import annotations
 
@@ -78,13 +81,15 @@ class Trainer:
 
     def set_learning_rate(self, step: int) -> float:
         """Sets the learning rate of a step's update and returns it."""
+        # a function of the step, not a torch scheduler: there is no state to save and resume
         lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
 
     def loss_statistics(self, batches: Sequence[Batch]) -> torch.Tensor | None:
-        """Returns sums [K, S] over the whole step, for losses that are not linear in a task's loss; else None."""
+        """Returns sums [K, S] over the whole step, for losses that are not linear in a task's loss; else
+        None."""
         if not self.loss.needs_statistics:
             return None
         return self._second_pass(self.loss.statistics, batches)
@@ -97,6 +102,7 @@ class Trainer:
     def learn_after(self, step: int, batches: Sequence[Batch]) -> None:
         """Lets an adaptive loss learn from the losses of an applied step, before and after its update."""
         if self.loss.wants_train(step):
+            # sums of this step alone, which the meter has anyway
             losses_K = task_means(self.engine.sum(self.meter.step_sums_2K)).cpu()
             self.state.learned |= self.loss.learn(step, train_K=losses_K)
         if self.loss.wants_repeat(step):
@@ -122,7 +128,7 @@ class Trainer:
         """Logs what was measured since the last logged row."""
         state = self.state
         values = self.meter.read(self.engine) | state.learned | {"lr": lr, "epoch": state.epochs_done}
-        state.learned = {}
+        state.learned = {}  # a row holds what was learned since the row before
         self.tracker.log(state.step, values)
         self.progress.report(state.step, values)
 
@@ -144,11 +150,10 @@ class Trainer:
             values |= {f"valid/loss/{name}": loss, f"valid/perplexity/{name}": perplexity(loss)}
         self.tracker.log(step, values)
         self.progress.validated(step, losses)
+        # after logging, so that the record shows where it diverged
         if not any(math.isfinite(loss) for loss in losses.values()):
-            raise UserError(
-                f"The validation after step {step} has no finite loss for any task: training diverged; these weights "
-                f"were not saved. {ADVICE}."
-            )
+            problem = f"The validation after step {step} has no finite loss for any task: training diverged"
+            raise UserError(f"{problem}; these weights were not saved. {ADVICE}.")
         return self.state.best.update(step, losses, value)
 
     def patience_exhausted(self) -> bool:
@@ -158,6 +163,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Saves a checkpoint of the current step; its time does not count as training."""
+        # first: the state in the checkpoint says that this step has one
         self.state.best.mark_saved(self.state.step)
         with self.meter.paused():
             self.state.meter = self.meter.state(self.engine)

@@ -1,4 +1,7 @@
-"""Per-task validation loss: token-weighted over all ranks, over a fixed selection of samples."""
+"""Per-task validation loss: token-weighted over all ranks, over a fixed selection of samples.
+
+Shapes: `x_K` one value for each task, `sums_2K` the rows [sum of token losses, trained tokens].
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,7 @@ class Evaluator:
 
         training = module.training
         module.eval()
+        # float64 sums stay on the device; one all-reduce at the end makes the mean exact over all ranks
         sums_2K = torch.zeros(2, len(self.names), dtype=torch.float64, device=self.engine.device)
         with torch.no_grad():
             for batch in self.batches():
