@@ -192,6 +192,6 @@ def _same_shard(
             return part
     kind = type(optimizer).__name__
     raise UserError(
-        f"{folder} was written on another number of ranks, and {kind} keeps its state in blocks that cannot be "
-        "resharded; resume with the same number of ranks, or train with dist=ddp"
+        f"{folder} was written on another number of ranks, and {kind} keeps its state in blocks that cannot "
+        "be resharded; resume with the same number of ranks, or train with dist=ddp"
     )

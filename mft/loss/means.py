@@ -40,7 +40,7 @@ def sample_tokens(slot_BT: torch.Tensor) -> torch.Tensor:
     """Returns int64 [n]: trained tokens of each sample slot."""
     import torch
 
-    # Sized by B * T: reading N, the number of samples, off the tensor would make the host wait for the device.
+    # Sized by B * T: reading N off the tensor would make the host wait for the device.
     slot_m = slot_BT.flatten()
     count_n = torch.zeros(slot_m.numel() + 1, dtype=torch.int64, device=slot_m.device)
     return count_n.scatter_add_(0, slot_m, torch.ones_like(slot_m))
