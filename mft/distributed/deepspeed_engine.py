@@ -103,10 +103,10 @@ class DeepSpeedEngine(Engine):
 
         frozen_part = hasattr(tensor, "ds_id") and not tensor.requires_grad
         with deepspeed.zero.GatheredParameters([tensor], enabled=frozen_part):
-            whole: torch.Tensor = tensor.detach()
+            full: torch.Tensor = tensor.detach()
             if tensor.requires_grad:
-                whole = safe_get_full_fp32_param(tensor)
-            return whole.to("cpu", copy=True) if self.is_main else whole.new_empty(0)
+                full = safe_get_full_fp32_param(tensor)
+            return full.to("cpu", copy=True) if self.is_main else full.new_empty(0)
 
     def _shards(self) -> list[Shard]:
         """Returns the runs of each trained parameter in this rank's part of DeepSpeed's flat fp32 buffers."""

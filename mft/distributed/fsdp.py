@@ -118,9 +118,9 @@ class FsdpEngine(Engine):
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         from torch.distributed.tensor import DTensor
 
-        whole = tensor.detach()
-        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-        return whole.cpu() if self.is_main else whole.new_empty(0)
+        full = tensor.detach()
+        full = full.full_tensor() if isinstance(full, DTensor) else full
+        return full.cpu() if self.is_main else full.new_empty(0)
 
     def _reshard(self) -> None:
         """Gives back what a forward without a backward, as in an evaluation, has left gathered.

@@ -46,8 +46,6 @@ def sample_means(nll_BT: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torc
 
     Slots without a trained token have P = Q = 0 (and task 0), so that they add nothing to any sum.
     """
-    import torch
-
     trained_BT = batch.target_BT != IGNORE
     slot_BT = sample_slots(batch)
     slot_m, size = slot_BT.flatten(), slot_BT.numel() + 1
@@ -56,8 +54,7 @@ def sample_means(nll_BT: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torc
     log_m = (-nll_BT * trained_BT).flatten()
     P_n = zero_n.scatter_add(0, slot_m, log_m.exp() * trained_BT.flatten()) / tokens_n
     Q_n = zero_n.scatter_add(0, slot_m, log_m) / tokens_n
-    task_n = torch.zeros(size, dtype=torch.int64, device=nll_BT.device)
-    task_n.scatter_(0, slot_m, torch.where(trained_BT, batch.task_BT, 0).flatten())
+    task_n = slot_m.new_zeros(size).scatter_(0, slot_m, (batch.task_BT * trained_BT).flatten())
     return P_n, Q_n, task_n
 
 
@@ -127,12 +124,12 @@ class TaskFocal(Focal):
 
     def statistics(self, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Returns float64 [K, 2]: sum_j P_ij and sum_j Q_ij."""
-        import torch
-
         # float64, since these sums over many ranks and micro-batches set the slopes of the whole step
         P_n, Q_n, task_n = sample_means(nll_BT.detach().double(), batch)
-        both_n2 = torch.stack([P_n, Q_n], dim=1)
-        return both_n2.new_zeros(len(self.names), 2).index_add(0, task_n, both_n2)
+        sums_K2 = P_n.new_zeros(len(self.names), 2)
+        for column, value_n in enumerate((P_n, Q_n)):
+            sums_K2[:, column].index_add_(0, task_n, value_n)
+        return sums_K2
 
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None

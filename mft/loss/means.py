@@ -31,19 +31,15 @@ if TYPE_CHECKING:
 
 def sample_slots(batch: Batch) -> torch.Tensor:
     """Returns int64 [B, T]: the sample's number at trained tokens, B * T (the last slot) elsewhere."""
-    import torch
-
-    return torch.where(batch.target_BT != IGNORE, batch.sample_BT, batch.target_BT.numel())
+    return batch.sample_BT.masked_fill(batch.target_BT == IGNORE, batch.target_BT.numel())
 
 
 def sample_tokens(slot_BT: torch.Tensor) -> torch.Tensor:
     """Returns int64 [n]: trained tokens of each sample slot."""
-    import torch
-
     # Sized by B * T: reading N off the tensor would make the host wait for the device.
     slot_m = slot_BT.flatten()
-    count_n = torch.zeros(slot_m.numel() + 1, dtype=torch.int64, device=slot_m.device)
-    return count_n.scatter_add_(0, slot_m, torch.ones_like(slot_m))
+    count_n = slot_m.new_zeros(slot_m.numel() + 1)
+    return count_n.scatter_add_(0, slot_m, slot_m.new_ones(slot_m.numel()))
 
 
 def weighted_sum(
@@ -64,15 +60,12 @@ def weighted_sum(
 
 
 def present_weights(weight_K: torch.Tensor, present_K: torch.Tensor) -> torch.Tensor:
-    """Returns float64 [K] on the CPU: weights of the tasks present, scaled to sum to 1, and 0 for the absent
+    """Returns float64 [K] on the CPU: weights of the tasks present, scaled to sum to 1; 0 for the absent
     ones.
 
     All zeros where no task is present, or none with a weight above 0: such a step has the loss 0.
     """
-    import torch
-
-    weight_K, present_K = weight_K.double().cpu(), present_K.cpu()
-    weight_K = torch.where(present_K, weight_K, torch.zeros_like(weight_K))
+    weight_K = weight_K.double().cpu() * present_K.cpu()
     if float(weight_K.max()) > 0:
         weight_K = weight_K / weight_K.max()  # first: the sum of the largest numbers there are would be inf
         return weight_K / weight_K.sum()
@@ -81,11 +74,8 @@ def present_weights(weight_K: torch.Tensor, present_K: torch.Tensor) -> torch.Te
 
 def inverse(count_K: torch.Tensor) -> torch.Tensor:
     """Returns 1 / count as float64 on the CPU, 0 where the count is 0."""
-    import torch
-
     count_K = count_K.double().cpu()
-    # clamped, because `where` computes both branches; counts are 0 or at least 1
-    return torch.where(count_K > 0, 1.0 / count_K.clamp(min=1.0), torch.zeros_like(count_K))
+    return (count_K > 0) / count_K.clamp(min=1.0)
 
 
 class Mean(TaskLoss):

@@ -22,7 +22,7 @@ def fit(t: Trainer) -> RunStatus:
     or gradient.
     """
     state, settings = t.state, t.settings
-    if validate_where_it_stands(t):
+    if validate_before_training(t):
         return RunStatus.finished
     t.module.train()
     t.meter.resume(state.meter, t.engine)
@@ -69,7 +69,7 @@ def fit(t: Trainer) -> RunStatus:
     return RunStatus.finished
 
 
-def validate_where_it_stands(t: Trainer) -> bool:
+def validate_before_training(t: Trainer) -> bool:
     """Makes the validation before the first step, or the one that a stopped run left out.
 
     Returns whether it ends the run.

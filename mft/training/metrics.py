@@ -38,10 +38,8 @@ def task_means(sums_2K: torch.Tensor) -> torch.Tensor:
 
     So NaN always means absent, and a loss that overflowed stays visible and is never the best.
     """
-    import torch
-
     mean_K = sums_2K[0] / sums_2K[1]
-    return torch.where((sums_2K[1] > 0) & ~torch.isfinite(mean_K), torch.inf, mean_K)
+    return mean_K.masked_fill((sums_2K[1] > 0) & ~mean_K.isfinite(), math.inf)
 
 
 class Meter:
@@ -83,15 +81,13 @@ class Meter:
 
         On another number of ranks the first one takes the sums of all: what is read is a sum over ranks.
         """
-        import torch
-
         self.restart()
         if not saved:
             return
         own = saved if engine.is_main else ()
         for part in [saved[engine.rank]] if len(saved) == engine.world else own:
-            self.sums_2K += torch.tensor(part["sums"], dtype=torch.float64, device=self.sums_2K.device)
-            self.losses_2 += torch.tensor(part["losses"], dtype=torch.float64, device=self.sums_2K.device)
+            self.sums_2K += self.sums_2K.new_tensor(part["sums"])
+            self.losses_2 += self.losses_2.new_tensor(part["losses"])
             self.tokens, self.padding = self.tokens + part["tokens"], self.padding + part["padding"]
         # the same on every rank
         for name in ("steps", "skipped", "grad_norm"):
@@ -121,11 +117,10 @@ class Meter:
 
         nll_BT: token losses, detached; share, router: the micro-batch's part of the objective and the
         router's loss."""
-        import torch
-
         # nothing here reads a value of the device, so that it never waits
         self.step_sums_2K += task_sums(nll_BT, batch, len(self.names))
-        self.step_losses_2 += torch.stack([share.detach(), router.detach()])
+        self.step_losses_2[0] += share.detach()
+        self.step_losses_2[1] += router.detach()
 
     def commit(self, counts: StepCounts, grad_norm: float, batches: Sequence[Batch]) -> None:
         """Counts the present step, which was applied. counts: of all ranks; batches: this rank's, on the
@@ -162,7 +157,7 @@ class Meter:
         if not steps:
             return {}
         seconds = time.perf_counter() - self.started
-        local = torch.tensor([self.tokens, self.padding], dtype=torch.float64, device=self.sums_2K.device)
+        local = self.losses_2.new_tensor([self.tokens, self.padding])
         # one all-reduce for everything
         summed = engine.sum(torch.cat([self.sums_2K.flatten(), self.losses_2, local])).cpu()
         sums_2K = summed[:-4].reshape(2, -1)

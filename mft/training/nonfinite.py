@@ -59,11 +59,9 @@ def _nonfinite_samples(
 ) -> list[tuple[int, int]]:
     """Returns (task, index) of samples whose loss is not finite, of all ranks; all ranks call it and get the
     same."""
-    import torch
-
     samples: dict[tuple[int, int], None] = {}  # an ordered set
     for batch, nll_BT in zip(batches, nll, strict=True):
-        for number in torch.unique(batch.sample_BT[~torch.isfinite(nll_BT)]).tolist():
+        for number in batch.sample_BT[~nll_BT.isfinite()].unique().tolist():
             samples[batch.samples[number]] = None
     by_rank = t.engine.gather(list(samples)[:SAMPLES_NAMED])
     return [sample for own in by_rank for sample in own]
