@@ -55,8 +55,7 @@ def grouped(precision: str, cpu: bool | None, *handlers: KwargsHandler) -> tuple
 
 
 def forget_foreign_settings() -> None:
-    """Removes accelerate's settings from the environment, which would overrule conf/dist, with one
-    warning."""
+    """Removes accelerate's settings from the environment, since conf/dist decides; warns of them once."""
     foreign = sorted(name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_")))
     foreign = [name for name in foreign if name != "ACCELERATE_DEBUG_MODE"]
     for name in foreign:

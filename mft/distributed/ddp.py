@@ -44,8 +44,7 @@ class Single(Backend):
 
 @dataclass
 class Ddp(Backend):
-    """torch's DistributedDataParallel. Works with one rank too: a process group of one, the same code
-    path."""
+    """torch's DistributedDataParallel. One rank is a process group of one, with the same code path."""
 
     public_name: ClassVar[str] = "ddp"
 

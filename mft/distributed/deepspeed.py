@@ -78,8 +78,7 @@ class Zero(Backend):
     """Further keys of DeepSpeed's JSON, merged over ours."""
 
     def check(self) -> None:
-        """Raises UserError for keys of `config` that another setting decides or that DeepSpeed does not
-        have."""
+        """Raises UserError for keys of `config` that another setting decides or that DeepSpeed lacks."""
         refuse_decided(self.config or {})
         refuse_unknown(self.config or {})
 

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedEngine(Engine):
-    """Drives a DeepSpeed engine. From stage 2 on every micro-batch exchanges gradients: no rank keeps whole
-    ones."""
+    """Drives a DeepSpeed engine. From stage 2 on each micro-batch exchanges gradients: no rank keeps all."""
 
     kinds = ("MULTI_CPU", "MULTI_GPU")
     wrapper = "DeepSpeedEngine"
@@ -38,8 +37,7 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Under ZeRO-3 transformers divides each weight as it is loaded: rank 0 reads it, a rank keeps its
-        part.
+        """Under ZeRO-3 transformers divides each weight as rank 0 reads it; every rank keeps its part.
 
         A model quantised while loading is divided in `prepare` instead.
         """

@@ -27,8 +27,7 @@ T = TypeVar("T")
 
 
 class Backend(ABC):
-    """What conf/dist chooses: a subclass is a dataclass of plain values, whose `start` returns the live
-    engine."""
+    """What conf/dist chooses: a dataclass of plain values, whose `start` returns the live engine."""
 
     divides_on_load: ClassVar[bool] = False
     """Whether a rank never holds a whole weight, not even while the model is loaded."""
@@ -57,11 +56,9 @@ class Engine:
     wrapper: str | None = None
     """Class name of the module that `prepare` returns; None: the module itself."""
     parameters = "whole"
-    """What a rank holds of the model's parameters: they are whole, DTensors (FSDP2) or partitioned
-    (ZeRO-3)."""
+    """What a rank holds of the model: parameters that are whole, DTensors (FSDP2) or partitioned (ZeRO-3)."""
     divided = False
-    """Whether each rank keeps its own part of the optimizer's state, and so writes a file of the resume
-    state."""
+    """Whether each rank keeps its part of the optimizer's state, and writes a file of the resume state."""
     gather_on_save = True
     """Whether checkpoints hold the whole model besides the sharded state."""
 
@@ -77,8 +74,7 @@ class Engine:
         self.local_rank: int = max(accelerator.local_process_index, 0)
         self.world: int = accelerator.num_processes
         self.skipped = False
-        """Whether the fp16 loss scaler skipped the last `step` (an overflow it has answered; not an
-        error)."""
+        """Whether the fp16 loss scaler skipped the last `step`: an overflow it has answered, no error."""
         self.model: torch.nn.Module
         """The module given to `prepare`."""
         # Any: the wrappers of DDP and DeepSpeed have methods of their own
@@ -127,8 +123,7 @@ class Engine:
     def prepare(
         self, module: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """Returns module and optimizer, placed on the device and wrapped; call the returned module, not its
-        parts.
+        """Returns module and optimizer, on the device and wrapped; call the returned module, not its parts.
 
         Raises UserError when what came back is not what the backend stands for.
         """
@@ -156,13 +151,11 @@ class Engine:
         return module, optimizer
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Context around forward and backward of a micro-batch; ranks exchange gradients only in the last
-        one."""
+        """Context around forward and backward of a micro-batch; only the last exchanges gradients."""
         return nullcontext() if last else self.accelerator.no_sync(self._module)
 
     def backward(self, share: torch.Tensor) -> None:
-        """Adds the gradient of this micro-batch's share (a scalar). Times `world`: DDP's mean becomes a
-        sum."""
+        """Adds the gradient of a micro-batch's share (a scalar), times `world`: DDP's mean becomes a sum."""
         self.accelerator.backward(share * self.world)
 
     def step(self, max_norm: float | None = None) -> float:
@@ -192,8 +185,7 @@ class Engine:
         return norm
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the sum over all ranks, on this rank's device and of the same type; the argument is
-        kept."""
+        """Returns the sum over all ranks, a new tensor of the same type on this rank's device."""
         import torch
 
         total = tensor.detach().to(self.device, copy=True)
@@ -216,8 +208,7 @@ class Engine:
             self.accelerator.wait_for_everyone()
 
     def full_state(self, trainable: bool = False) -> dict[str, torch.Tensor]:
-        """Returns whole tensors by name, for saving; complete on rank 0, on other ranks a backend may return
-        {}.
+        """Returns whole tensors by name, for saving; complete on rank 0, a backend may return {} on others.
 
         All ranks call it. trainable: only parameters that are trained (an adapter), else the whole state
         dict."""
@@ -235,13 +226,11 @@ class Engine:
         return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns a parameter or buffer for saving; all ranks call it. A sharded one need not be on other
-        ranks."""
+        """Returns a whole parameter or buffer, for saving; all ranks call it, for rank 0."""
         return tensor.detach()
 
     def save_state(self, folder: Path) -> None:
-        """Writes what an exact resume needs: trained parameters, optimizer, loss scaler, each rank's random
-        states.
+        """Writes what an exact resume needs: trained parameters, optimizer, loss scaler, random states.
 
         All ranks call it, after `prepare`. Layout: engine.json, shard-<rank>.safetensors by each rank that
         keeps a part of the optimizer (see `sharded_state`), rng-<rank>.pt by each rank. Parameters that are
@@ -301,8 +290,7 @@ class Engine:
             self.accelerator.scaler.load_state_dict(state)
 
     def close(self) -> None:
-        """Ends the process group if it was made here and frees memory; the process may start another
-        engine."""
+        """Ends the process group if made here, and frees memory; another engine may then start."""
         import torch
         from accelerate.state import AcceleratorState, GradientState
 
@@ -317,8 +305,7 @@ class Engine:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Returns engine.json of a resume state; UserError when it is damaged, or a file that it names is
-    missing."""
+    """Returns engine.json of a resume state; UserError if it is damaged or a file it names is missing."""
     path = folder / "engine.json"
     try:
         saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

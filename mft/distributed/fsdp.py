@@ -1,5 +1,4 @@
-"""PyTorch's fully sharded data parallel, version 2: each rank holds its part of parameters, gradients and
-optimizer.
+"""PyTorch's FSDP2, fully sharded data parallel: a rank holds its part of parameters, gradients, optimizer.
 
 `fully_shard` is called here and not by accelerate, which on a CPU silently turns an FSDP plugin into plain
 DDP, and under bf16 casts the losses that the model returns to bf16 (steps of 0.03).
@@ -35,8 +34,7 @@ class FsdpEngine(Engine):
         self.gather_on_save = settings.gather_on_save
 
     def loading(self) -> AbstractContextManager[None]:
-        """Only the first rank of each machine reads the weights; the others have no memory for them until
-        `prepare`."""
+        """Only the first rank of each machine reads the weights; the others get theirs in `prepare`."""
         from accelerate.utils import patch_environment
 
         # by which transformers leaves the weights of all but the first rank on the meta device
@@ -66,8 +64,7 @@ class FsdpEngine(Engine):
         return module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
     def _units(self, module: torch.nn.Module) -> list[torch.nn.Module]:
-        """Returns the decoder layers. A model may lack some of the class names that its family has for
-        them."""
+        """Returns the decoder layers. A model may lack some of its family's class names for them."""
         classes: list[str] = getattr(module, "layer_classes", list)()
         units = [part for part in module.modules() if type(part).__name__ in classes]
         if not units:
@@ -106,8 +103,7 @@ class FsdpEngine(Engine):
         return torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Exchanges gradients in the last micro-batch only, or in each, which keeps just a part of them on a
-        rank."""
+        """Exchanges gradients in the last micro-batch only, or in each: then no rank keeps whole ones."""
         self._module.set_requires_gradient_sync(last or self.settings.reduce_every_micro_batch)
         return nullcontext()
 

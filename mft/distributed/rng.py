@@ -1,5 +1,4 @@
-"""The random states of this rank: seeded, saved and restored. Nothing in the file is executed when it is
-read."""
+"""The random states of this rank: seeded, saved, and restored without executing what a file holds."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The resume state of any backend on any number of ranks: each rank's shards of the flattened trained
-parameters.
+"""The resume state of any backend on any number of ranks: shards of the flattened trained parameters.
 
 However a backend divides a parameter (whole, by rows, by a run of a flat buffer), what a rank keeps of it is
 a run of consecutive elements. Each rank writes its runs with the optimizer's numbers for them into
@@ -98,8 +97,7 @@ class _Saved:
     """Whether those tensors are kept in blocks, not a number per element."""
 
     def tensor(self, key: str) -> Any:
-        """Returns a tensor, unread: a slice of it reads what it covers. key: "" for the elements
-        themselves."""
+        """Returns an unread tensor: a slice of it reads what it covers. key: "" for the elements."""
         return self.file.get_slice(f"{self.number}/{key}" if key else f"{self.number}")
 
 
@@ -185,8 +183,7 @@ def _load_scalars(shard: Shard, optimizer: torch.optim.Optimizer, saved: _Saved)
 def _same_shard(
     shard: Shard, optimizer: torch.optim.Optimizer, parts: Sequence[_Saved], folder: Path
 ) -> _Saved:
-    """Returns the saved shard with the same elements: an owner's blocks are taken over as a whole or not at
-    all."""
+    """Returns the saved shard with the same elements; an owner's blocks cannot be divided."""
     for part in parts:
         if (part.start, part.numel) == (shard.start, shard.values.numel()):
             return part

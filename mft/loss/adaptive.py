@@ -1,5 +1,4 @@
-"""What the adaptive modes have in common: moving weights, a memory of probes, straight-line fits, a small
-Adam.
+"""What adaptive modes have in common: moving weights, a memory of probes, straight-line fits, an Adam.
 
 Shapes: `x_K` one value for each of the K tasks, `x_p` one for each probe remembered, oldest first; a probe is
 a small validation. All of it is float64 numpy on the CPU and fed only with sums over all ranks, so that every
@@ -31,8 +30,7 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 def line_slope(x: np.ndarray, y: np.ndarray) -> float:
-    """Returns the least-squares slope of y over x; NaN with fewer than two points, 0 for a rise within
-    rounding.
+    """Returns the least-squares slope of y over x; NaN below two points, 0 for a rise within rounding.
 
     slope = sum (x - mean x)(y - mean y) / sum (x - mean x)^2
     """
@@ -46,8 +44,7 @@ def line_slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 class History:
-    """The last `length` probes: the number of updates before each, and a value per column (NaN = not
-    measured)."""
+    """The last `length` probes: the updates before each, and a value per column (NaN = not measured)."""
 
     def __init__(self, columns: Sequence[str], length: int | None = None):
         self.columns, self.length = columns, length
@@ -65,8 +62,7 @@ class History:
         return np.stack(self.values_p)
 
     def slopes(self) -> np.ndarray:
-        """Returns float64 [columns]: slope per optimizer step over the values measured, NaN with fewer than
-        two."""
+        """Returns float64 [columns]: slope per optimizer step over the measured values, NaN below two."""
         update_p = np.asarray(self.update_p, dtype=np.float64)
         slopes = []
         for value_p in self.array().T:
@@ -215,8 +211,7 @@ class Adaptive(TaskTokenMean):
         return self.public_name or type(self).__name__.lower()
 
     def check_probes(self, valid_samples: Sequence[int]) -> None:
-        """Raises UserError when no task has a validation sample to probe; warns of the tasks that have
-        none."""
+        """Raises UserError when no task has a validation sample; warns of the tasks that have none."""
         without = [name for name, count in zip(self.names, valid_samples, strict=True) if not count]
         if len(without) == len(self.names):
             reason = f"loss={self.mode} learns its weights from validation samples, and no task has any"
@@ -251,16 +246,14 @@ class Adaptive(TaskTokenMean):
 
 
 class Probing(Adaptive):
-    """Learns from a probe every u = update_interval steps, after W = warmup_steps, from the last N of
-    them."""
+    """Learns from the last N probes, one every u = update_interval steps, after W = warmup_steps."""
 
     warmup_steps: int
     history_length: int
     update_interval: int
 
     def __post_init__(self) -> None:
-        """Raises UserError unless W >= 3u (two probes after the first make a line), W % u == 0 and N >= W /
-        u."""
+        """Raises UserError unless W >= 3u (two probes make a line), u divides W, and N >= W / u."""
         super().__post_init__()
         w, n, u = self.warmup_steps, self.history_length, self.update_interval
         if w < 3 * u:

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 
 def task_sums(nll_BT: torch.Tensor, batch: Batch, tasks: int) -> torch.Tensor:
-    """Returns float64 [2, K] on the device of `nll_BT`: per task the sum of token losses and the trained
-    tokens."""
+    """Returns float64 [2, K], on the device of `nll_BT`: sum of token losses and trained tokens per task."""
     import torch
 
     # What is not trained goes to a task of its own, K, that is cut off: selecting positions by a mask would
@@ -54,8 +53,7 @@ class TaskLoss(ABC):
     names: Sequence[str] = ()
     """Of the K tasks, once `setup` was called."""
     weight_K: Any
-    """float64 [K], the weights of the tasks; Any, because OmegaConf reads annotations where torch is not
-    imported."""
+    """float64 [K], weights of the tasks. Any: OmegaConf reads annotations where torch is not imported."""
     takes_weights: ClassVar[bool] = True
     """Whether `task.<name>.weight` means something to it."""
     needs_statistics: ClassVar[bool] = False
@@ -66,8 +64,7 @@ class TaskLoss(ABC):
     """Samples of each task that one probe reads, all ranks together; 0: the mode makes no probes."""
 
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        """Receives the K task names and the user's static weights (`task.<name>.weight`), once, before
-        training.
+        """Receives the K task names and the static weights (`task.<name>.weight`), once, before training.
 
         Raises UserError for a weight that is negative or not finite; warns of weights that do nothing.
         """
@@ -94,8 +91,7 @@ class TaskLoss(ABC):
 
     @property
     def needs_validation(self) -> bool:
-        """Whether the mode cannot work without validation samples (then a run without any is refused
-        early)."""
+        """Whether the mode needs validation samples: a run without any is then refused early."""
         return False
 
     def set_initial_losses(self, valid_K: torch.Tensor) -> None:
@@ -122,8 +118,7 @@ class TaskLoss(ABC):
         raise NotImplementedError
 
     def wants_probe(self, step: int) -> bool:
-        """Whether a small validation is to be made before step `step` (its per-task losses arrive in
-        `learn`)."""
+        """Whether `learn` wants the per-task losses of a small validation before step `step`."""
         return False
 
     def wants_train(self, step: int) -> bool:

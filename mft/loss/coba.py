@@ -77,11 +77,9 @@ class Coba(Probing):
     warmup_steps: int = ranged(100, min=1)
     """Optimizer steps W before the weights move; a multiple of update_interval and at least 3 of them."""
     history_length: int = ranged(40, min=1)
-    """Probes N that slopes look back on; at least W / update_interval. Long is steady, short reacts
-    sooner."""
+    """Probes N that slopes look back on, at least W / update_interval; fewer react sooner."""
     tau: float = ranged(5.0, above=0)
-    """Sharpness of the divergence factor DF, above 1 in the paper; larger holds diverging tasks back
-    sooner."""
+    """Sharpness of the divergence factor DF, above 1 in the paper; larger slows diverging tasks sooner."""
     update_interval: int = ranged(5, min=1)
     """Optimizer steps u from one probe to the next; 1 in the original, larger costs less."""
     probe_samples: int = ranged(2, min=1)
@@ -100,8 +98,7 @@ class Coba(Probing):
         self.largest = History(("largest",), length)
 
     def set_initial_losses(self, valid_K: torch.Tensor) -> None:
-        """Takes L_i^val(0), the unit of the ratios, as in the original; else the first probe of a task is
-        it."""
+        """Takes L_i^val(0), the unit of the ratios, as in the original; else it is the first probe."""
         self.first_K = self.finite(valid_K)
 
     def learn_valid(self, step: int, loss_K: np.ndarray) -> dict[str, float]:

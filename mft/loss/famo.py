@@ -123,8 +123,7 @@ class Famo(Adaptive):
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns the linearisation at the step's losses: sum_i dL/dL_i * (this micro-batch's part of L_i) +
-        rest.
+        """Returns the linearisation at the step's losses: sum_i dL/dL_i * (micro-batch's part of L_i) + rest.
 
         The constant rest, spread over the tokens, makes the values of the shares add up to the objective; it
         has no gradient."""

@@ -45,8 +45,7 @@ def sample_tokens(slot_BT: torch.Tensor) -> torch.Tensor:
 def weighted_sum(
     nll_BT: torch.Tensor, batch: Batch, weight_K: torch.Tensor, by_sample: bool = False
 ) -> torch.Tensor:
-    """Returns sum of weight_K[task] * nll over trained tokens; each is divided by its sample's n_s if
-    `by_sample`.
+    """Returns the sum of weight_K[task] * nll over trained tokens, each over its n_s if `by_sample`.
 
     weight_K: float64 [K] on any device. The result is a scalar of nll's dtype, 0 (with a graph) without
     trained tokens."""
@@ -60,8 +59,7 @@ def weighted_sum(
 
 
 def present_weights(weight_K: torch.Tensor, present_K: torch.Tensor) -> torch.Tensor:
-    """Returns float64 [K] on the CPU: weights of the tasks present, scaled to sum to 1; 0 for the absent
-    ones.
+    """Returns float64 [K] on the CPU: weights of the tasks present, scaled to sum to 1; 0 for others.
 
     All zeros where no task is present, or none with a weight above 0: such a step has the loss 0.
     """
@@ -83,8 +81,7 @@ class Mean(TaskLoss):
 
     @abstractmethod
     def unit_weights(self, counts: StepCounts) -> torch.Tensor:
-        """Returns float64 [K]: the weight of a trained token of each task, or of a sample with
-        `by_sample`."""
+        """Returns float64 [K]: the weight of a token of each task, or of a sample if `by_sample`."""
 
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
@@ -105,8 +102,7 @@ class TokenMean(Mean):
 
 @dataclass
 class SampleMean(Mean):
-    """Every sample of the step counts the same, however long: mean over samples of the sample's token
-    mean."""
+    """Every sample of the step counts the same, however long: mean of the samples' token means."""
 
     public_name: ClassVar[str] = "sample_mean"
     takes_weights: ClassVar[bool] = False

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 def groups(named_parameters: Named, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns the trained parameters as a group with and a group without weight decay; empty groups are left
-    out.
+    """Returns the trained parameters as a group with and one without weight decay, unless it is empty.
 
     Decay is for matrices, LoRA's A and B among them; norms and biases (one dimension) have none, since
     pulling them to 0 takes away what they are for. Raises UserError when nothing is trained."""
@@ -47,13 +46,11 @@ class Optimizer(ABC):
 
     @abstractmethod
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
-        """Returns the optimizer of the parameters that require a gradient. default_lr: used when `lr` is
-        null."""
+        """Returns the optimizer of the parameters that require a gradient. default_lr: where `lr` is null."""
 
 
 class Library(Optimizer):
-    """An optimizer of torch or bitsandbytes, named in a yaml by its own class, with that class's
-    arguments."""
+    """An optimizer of torch or bitsandbytes, named by its own class, with that class's arguments."""
 
     def __init__(self, kind: type[torch.optim.Optimizer], values: dict[str, Any]):
         self.kind, self.values = kind, dict(values)
@@ -133,8 +130,7 @@ class AdamW8bit(Adam):
     """Its kernels mix parameters divided by fsdp with plain states, and fail."""
 
     def check(self) -> None:
-        """Raises UserError where bitsandbytes is not installed; whether it loads is known on the ranks
-        only."""
+        """Raises UserError where bitsandbytes is not installed; whether it loads is known on a rank only."""
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("optimizer=adamw8bit: bitsandbytes is not installed; use optimizer=adamw")
 

@@ -27,16 +27,14 @@ class Warmup(Schedule):
     warmup: float
 
     def __post_init__(self) -> None:
-        """Raises UserError for a number out of its range, and for `warmup` between two whole numbers of
-        steps."""
+        """Raises UserError for a number out of its range, and for `warmup` between whole numbers of steps."""
         check_ranges(self, "scheduler")
         if self.warmup > 1 and self.warmup != int(self.warmup):
             allowed = "a fraction of all steps below 1, or a whole number of steps"
             raise UserError(f"scheduler.warmup={self.warmup} must be {allowed}.")
 
     def peak_step(self, total: int) -> int:
-        """Returns the first step with the peak: a fraction of `total` below 1, else the number itself; at
-        least 1.
+        """Returns the first step with the peak: `warmup` of `total` if below 1, else `warmup`; at least 1.
 
         So that without a warm-up step 1 has the peak, and no step trains with a learning rate of 0.
         """
@@ -50,8 +48,7 @@ class Constant(Warmup):
     public_name: ClassVar[str] = "constant"
 
     warmup: float = ranged(0.0, min=0)
-    """Warm-up from 0 to the peak: below 1 a fraction of all steps, else a number of steps; 0 switches it
-    off."""
+    """Warm-up from 0 to the peak: a fraction of all steps below 1, else a number of steps; 0: none."""
 
     def lr(self, step: int, total: int, base_lr: float) -> float:
         return base_lr * min(1.0, step / self.peak_step(total))
@@ -62,8 +59,7 @@ class Decay(Warmup):
     """A linear warm-up to the peak, then a fall along the subclass's curve; the last step has `min_lr`."""
 
     warmup: float = ranged(0.03, min=0)
-    """Warm-up from 0 to the peak: below 1 a fraction of all steps, else a number of steps; 0 switches it
-    off."""
+    """Warm-up from 0 to the peak: a fraction of all steps below 1, else a number of steps; 0: none."""
     min_lr: float | None = ranged(None, min=0)
     """Learning rate at the last step; null: a tenth of optimizer.lr, so that it follows a sweep."""
 

@@ -24,8 +24,7 @@ from mft.training.state import State
 
 @dataclass
 class Checkpoints:
-    """The `checkpoints/step-N` folders of one run. All ranks call `save`; rank 0 alone renames and
-    removes."""
+    """The `checkpoints/step-N` folders of one run. All ranks call `save`; rank 0 renames and removes."""
 
     run_dir: Path
     engine: Engine
@@ -77,8 +76,7 @@ class Checkpoints:
 
 
 def write_final(run_dir: Path, engine: Engine, export: Callable[[Path], None]) -> None:
-    """Writes the trained model to final/. All ranks call it; so do they `export`, which writes it to a
-    folder."""
+    """Writes the trained model to final/. All ranks call it, and `export`, which writes it to a folder."""
     with written(run_dir / "final", run_dir, engine) as temporary:
         export(temporary)
         if engine.is_main:
@@ -87,8 +85,7 @@ def write_final(run_dir: Path, engine: Engine, export: Callable[[Path], None]) -
 
 @contextmanager
 def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
-    """Context in which all ranks write the temporary folder that becomes `final`, which is complete or
-    absent.
+    """Context in which all ranks write what becomes the folder `final`, which is complete or absent.
 
     On a full disk the temporary folder is removed and a UserError raised.
     """

@@ -123,8 +123,7 @@ class Meter:
         self.step_losses_2[1] += router.detach()
 
     def commit(self, counts: StepCounts, grad_norm: float, batches: Sequence[Batch]) -> None:
-        """Counts the present step, which was applied. counts: of all ranks; batches: this rank's, on the
-        CPU."""
+        """Counts a step that was applied. counts: of all ranks; batches: of this one, on the CPU."""
         self.steps += 1
         self.grad_norm = grad_norm
         self.samples_K = [a + b for a, b in zip(self.samples_K, counts.samples_K.tolist(), strict=True)]
@@ -149,8 +148,7 @@ class Meter:
             self.padding += batch.sample_BT.numel() - filled
 
     def read(self, engine: Engine) -> dict[str, float]:
-        """Returns the metrics since the last read, summed over ranks, and starts again. All ranks must call
-        it."""
+        """Returns the metrics since the last read, summed over ranks, and starts again. All ranks call it."""
         import torch
 
         steps = self.steps + self.skipped

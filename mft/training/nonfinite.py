@@ -1,5 +1,4 @@
-"""Steps with a non-finite loss or gradient: never applied, skipped or fatal, and which samples are to
-blame."""
+"""Steps with a non-finite loss or gradient: never applied, skipped or fatal; which samples caused it."""
 
 from __future__ import annotations
 
@@ -57,8 +56,7 @@ def update_applied(
 def _nonfinite_samples(
     t: Trainer, batches: Sequence[Batch], nll: Sequence[torch.Tensor]
 ) -> list[tuple[int, int]]:
-    """Returns (task, index) of samples whose loss is not finite, of all ranks; all ranks call it and get the
-    same."""
+    """Returns (task, index) of the samples whose loss is not finite, of all ranks; all of them call it."""
     samples: dict[tuple[int, int], None] = {}  # an ordered set
     for batch, nll_BT in zip(batches, nll, strict=True):
         for number in batch.sample_BT[~nll_BT.isfinite()].unique().tolist():

@@ -1,4 +1,4 @@
-"""Figures of equal panels, in colours that tell things apart; for the pictures of runs and of sweeps."""
+"""Figures of equal panels and their colours, for the plots of runs and of sweeps."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 
 MOST = 24
-"""Panels of a figure, and lines of one panel that have a name: what one can look through, drawn within
-seconds."""
+"""Panels of a figure, and named lines of a panel: what one can look through, drawn within seconds."""
 
 
 def most(names: Sequence[str], rank: Mapping[str, float], room: int = MOST) -> list[str]:
-    """Returns the names with the highest rank, at most `room`, in their own order; those without a rank come
-    last."""
+    """Returns the `room` names with the highest rank, in their own order; those without a rank come last."""
     if len(names) <= room:
         return list(names)
     chosen = set(sorted(names, key=lambda name: rank.get(name, -math.inf), reverse=True)[:room])

@@ -142,8 +142,7 @@ def _lines(
     named: Sequence[str],
     colored: Sequence[str],
 ) -> None:
-    """Draws a line for each of `names`, in the colour it has among `colored`; those not in `named` thin and
-    grey."""
+    """Draws a line for each of `named` in its colour among `colored`; others of `names` are thin and grey."""
     from matplotlib.collections import LineCollection
 
     others = [list(zip(*_series(rows, prefix + name), strict=True)) for name in names if name not in colored]
@@ -186,8 +185,7 @@ def _panel(axis: Axes, train: Series, valid: Series, color: Color) -> None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Returns the exponential moving mean over about a twentieth of the points, exact from the first one
-    on."""
+    """Returns the exponential moving mean over about a twentieth of the points, without a bias at first."""
     # both sums start at 0 and decay alike, so that their ratio has no bias towards 0 (as in Adam)
     keep = 1 - 1 / max(5, len(values) / 20)
     total = weight = 0.0

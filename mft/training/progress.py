@@ -20,8 +20,7 @@ NAMED = 12
 
 
 class Terminal:
-    """Step, loss, loss of every task, tokens/s and time left; a live bar only where the output is a
-    terminal."""
+    """Step, loss, loss of every task, tokens/s and time left; a live bar only on a terminal."""
 
     def __init__(self, names: Sequence[str], quiet: bool = False):
         """quiet: shows nothing, as on the ranks other than 0."""
@@ -88,8 +87,7 @@ class Terminal:
 def losses_table(
     first: Mapping[str, float], last: Mapping[str, float], best: Mapping[str, float], best_step: int
 ) -> Table:
-    """Returns the table at the end of a run: per task the first, last and best validation loss (nats per
-    token)."""
+    """Returns the table at the end of a run: each task's first, last and best loss (nats/token)."""
 
     def row(name: str, a: float, b: float, c: float) -> list[str]:
         return [name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{c:.3f}"]

@@ -21,8 +21,7 @@ PACKAGES = (
 
 
 def tags() -> dict[str, str]:
-    """Returns git commit and dirty flag of the working directory, package versions, python, host; never
-    raises."""
+    """Returns git commit and dirty flag of the working directory, versions and host. Never raises."""
     values = {"host": socket.gethostname(), "python": platform.python_version(), "mft": _version("mft")}
     values |= {f"version.{name}": _version(name) for name in PACKAGES}
     if commit := _git("rev-parse", "HEAD"):

@@ -1,5 +1,4 @@
-"""Which checkpoint a run is resumed from: the newest whose files are as they were written, or the one asked
-for."""
+"""Which checkpoint a run is resumed from: the newest with undamaged files, or the requested one."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ from mft.training.state import State
 
 
 def newest_sound(run_dir: Path, engine: Engine | None = None) -> tuple[Path | None, dict[str, str]]:
-    """Returns the newest checkpoint of a run that is as it was written, or None, and what is wrong with newer
-    ones.
+    """Returns the newest undamaged checkpoint of a run, or None, and what is wrong with the newer ones.
 
     engine: its ranks divide the reading and agree; all of them call it. None: this process is alone.
     """
@@ -35,8 +33,7 @@ def newest_sound(run_dir: Path, engine: Engine | None = None) -> tuple[Path | No
 
 
 def trouble(folder: Path, part: tuple[int, int] = (0, 1)) -> str:
-    """Returns what is wrong with a checkpoint, "" if a run can be resumed from it. part: see
-    `checksums.damage`."""
+    """Returns what is wrong with a checkpoint, "" if nothing is. part: see `checksums.damage`."""
     if problem := damage(folder, COMPLETE, part):
         return problem
     try:  # nothing but this tells of a damaged one that was written without checksums
@@ -52,8 +49,7 @@ def trouble(folder: Path, part: tuple[int, int] = (0, 1)) -> str:
 
 
 def set_aside(folder: Path, why: str) -> Path:
-    """Renames a checkpoint, so that it no longer counts as one; returns the folder. why: how its name
-    begins."""
+    """Renames a checkpoint so that it no longer counts; returns the folder. why: how its name begins."""
     new, number = folder.with_name(f"{why}-{folder.name}"), 1
     while new.exists():
         number += 1

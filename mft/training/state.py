@@ -56,8 +56,7 @@ class State:
 
 
 def _filled(target: T, values: object, path: str) -> T:
-    """Sets the fields of `target` to the values of their names, which must be of the types of their
-    defaults."""
+    """Sets the fields of `target` to the values, which must have the types of the fields' defaults."""
     if not isinstance(values, dict):
         raise ValueError(f"{path.rstrip('.')} is {values!r}")
     for name, default in vars(target).items():

@@ -88,8 +88,7 @@ class Trainer:
         return lr
 
     def loss_statistics(self, batches: Sequence[Batch]) -> torch.Tensor | None:
-        """Returns sums [K, S] over the whole step, for losses that are not linear in a task's loss; else
-        None."""
+        """Returns sums [K, S] of the step for modes that are not linear in a task's loss, else None."""
         if not self.loss.needs_statistics:
             return None
         return self._second_pass(self.loss.statistics, batches)

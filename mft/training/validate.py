@@ -35,8 +35,7 @@ class Evaluator:
         self.engine, self.names, self.batches = engine, list(names), batches
 
     def losses(self, module: torch.nn.Module) -> torch.Tensor:
-        """Returns token-mean losses, float64 [K] on the CPU: NaN for a task without tokens, inf where not
-        finite.
+        """Returns token means, float64 [K] on the CPU: NaN for a task without tokens, inf where not finite.
 
         All ranks must call it. The module comes back in the mode it was in; no random number is drawn.
         """
