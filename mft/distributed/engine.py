@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from mft.distributed import rng, sharded_state
+from mft.distributed.sharded_state import read_state as read_state  # part of the contract, for floor 2
 from mft.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class Backend(ABC):
         """Returns the engine of this rank, read from the environment (RANK, WORLD_SIZE, ...).
 
         precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one. Raises UserError when the
-        device cannot do the precision, or when the process group is not the configured one."""
+        device cannot do the precision, or when the process group is not the configured one.
+        """
 
 
 class Engine:
@@ -163,7 +165,8 @@ class Engine:
 
         A non-finite norm means that nothing was updated: on fp16 with `skipped` True when the loss scaler
         answered an overflow (training continues), else it is an error for the loop to report. All ranks
-        return the same norm, so that they decide alike."""
+        return the same norm, so that they decide alike.
+        """
         import torch
         from torch.distributed.tensor import DTensor
 
@@ -211,7 +214,8 @@ class Engine:
         """Returns whole tensors by name, for saving; complete on rank 0, a backend may return {} on others.
 
         All ranks call it. trainable: only parameters that are trained (an adapter), else the whole state
-        dict."""
+        dict.
+        """
         if trainable:
             tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         else:
@@ -235,7 +239,8 @@ class Engine:
         All ranks call it, after `prepare`. Layout: engine.json, shard-<rank>.safetensors by each rank that
         keeps a part of the optimizer (see `sharded_state`), rng-<rank>.pt by each rank. Parameters that are
         not trained are not written: they come from the base model. Not atomic: the caller writes into a
-        temporary folder and renames it after all ranks have returned."""
+        temporary folder and renames it after all ranks have returned.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         if self.divided or self.is_main:
             path = folder / f"shard-{self.rank}.safetensors"
@@ -259,7 +264,8 @@ class Engine:
         states. Returns whether the layout is the same, so that the run continues bit-identically; with
         another one the losses are equal to rounding, and ranks without a saved random state keep the one they
         have. Raises UserError when the state is not complete, is of another model, or does not fit another
-        layout."""
+        layout.
+        """
         saved = read_state(folder)
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         sharded_state.load(self._shards(), self._optimizer.optimizer, folder, trained)
@@ -302,22 +308,3 @@ class Engine:
         # private of accelerate (read in 1.15); tests/distributed/test_private_apis.py holds it
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """Returns engine.json of a resume state; UserError if it is damaged or a file it names is missing."""
-    path = folder / "engine.json"
-    try:
-        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        shards = [f"shard-{rank}.safetensors" for rank in range(saved["shards"])]
-        files = [*shards, *(f"rng-{rank}.pt" for rank in range(saved["world"]))]
-        if not (shards and isinstance(saved["dist"], str) and isinstance(saved["scaler"], dict)):
-            raise ValueError("values of another shape")
-    except FileNotFoundError:
-        files = [path.name]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    for name in files:
-        if not (folder / name).exists():
-            raise UserError(f"{folder} is not a complete resume state: {name} is missing")
-    return saved

@@ -192,3 +192,22 @@ def _same_shard(
         f"{folder} was written on another number of ranks, and {kind} keeps its state in blocks that cannot "
         "be resharded; resume with the same number of ranks, or train with dist=ddp"
     )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Returns engine.json of a resume state; UserError if it is damaged or a file it names is missing."""
+    path = folder / "engine.json"
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        shards = [f"shard-{rank}.safetensors" for rank in range(saved["shards"])]
+        files = [*shards, *(f"rng-{rank}.pt" for rank in range(saved["world"]))]
+        if not (shards and isinstance(saved["dist"], str) and isinstance(saved["scaler"], dict)):
+            raise ValueError("values of another shape")
+    except FileNotFoundError:
+        files = [path.name]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    for name in files:
+        if not (folder / name).exists():
+            raise UserError(f"{folder} is not a complete resume state: {name} is missing")
+    return saved

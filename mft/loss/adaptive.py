@@ -2,7 +2,8 @@
 
 Shapes: `x_K` one value for each of the K tasks, `x_p` one for each probe remembered, oldest first; a probe is
 a small validation. All of it is float64 numpy on the CPU and fed only with sums over all ranks, so that every
-rank holds the same weights without exchanging them."""
+rank holds the same weights without exchanging them.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +163,8 @@ class Adaptive(TaskTokenMean):
         """Hands the losses that came to `learn_valid`, `learn_train`, `learn_repeat`, in this order.
 
         A mode overrides those it learns from. They get float64 numpy [K], NaN where a task is absent or its
-        loss is not finite (see `finite`), and return values to log."""
+        loss is not finite (see `finite`), and return values to log.
+        """
         values: dict[str, float] = {}
         hooks = ((self.learn_valid, valid_K), (self.learn_train, train_K), (self.learn_repeat, repeat_K))
         for hook, loss_K in hooks:
@@ -224,7 +226,8 @@ class Adaptive(TaskTokenMean):
         """Warns when the weights would not move in a run of `steps` steps.
 
         first_step: the first with new weights; key: the field that sets it; largest: its largest value by
-        which they would move, below 1 if there is none."""
+        which they would move, below 1 if there is none.
+        """
         if steps < first_step:
             reason = f"loss.{key} is {getattr(self, key)} and the run has {steps} steps"
             advice = f"set loss.{key} to {largest} or less" if largest >= 1 else "train longer"

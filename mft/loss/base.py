@@ -5,7 +5,8 @@ objective. The shares of all ranks and all micro-batches of an optimizer step ad
 objective does not depend on the number of ranks, on accumulation or on how samples are packed into rows.
 
 Shapes, besides those of `mft.batch`: `x_m` one value for each of the B * T positions, flattened; `x_2K` the
-two rows [sum of token losses, trained tokens] of each task."""
+two rows [sum of token losses, trained tokens] of each task.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ probe, since those windows grow.
 
 Shapes: `x_K` one value for each task, `x_k` for the tasks with a known slope alone, `x_p` one for each probe
 remembered, the newest last. In the code alpha_i is `slope_K`, alpha_i(j) is `slope_pK`, alpha_max(j)
-`largest_p`."""
+`largest_p`.
+"""
 
 from __future__ import annotations
 

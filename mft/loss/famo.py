@@ -126,7 +126,8 @@ class Famo(Adaptive):
         """Returns the linearisation at the step's losses: sum_i dL/dL_i * (micro-batch's part of L_i) + rest.
 
         The constant rest, spread over the tokens, makes the values of the shares add up to the objective; it
-        has no gradient."""
+        has no gradient.
+        """
         import torch
 
         assert statistics is not None, "famo needs the statistics of the step"

@@ -14,7 +14,8 @@ present, which is the same when they are equal. The factor (1 - P)^gamma is diff
 alpha = 1 is sample_mean and task_sample_mean.
 
 Shapes, as in `loss.means`: `x_m` one value for each position, flattened, `x_n` one for each sample slot; P_n
-and Q_n are the P_ij and Q_ij of a micro-batch, P_K and Q_K the P_i and Q_i of the step."""
+and Q_n are the P_ij and Q_ij of a micro-batch, P_K and Q_K the P_i and Q_i of the step.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@
 
 The authors take L_i(0) anew at the first batch of each epoch and L_i of the batch at hand; here L_i is the
 training loss of the last step that held the task, which spares a forward pass, and `reset_every` counts
-steps. In the code L_i is `last_K`, L_i(0) is `first_K`."""
+steps. In the code L_i is `last_K`, L_i(0) is `first_K`.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ def weighted_sum(
     """Returns the sum of weight_K[task] * nll over trained tokens, each over its n_s if `by_sample`.
 
     weight_K: float64 [K] on any device. The result is a scalar of nll's dtype, 0 (with a graph) without
-    trained tokens."""
+    trained tokens.
+    """
     # padding has the task -1; any index will do there, since the next line gives it the weight 0
     weight_BT = weight_K.to(nll_BT.dtype).to(nll_BT.device)[batch.task_BT.clamp(min=0)]
     weight_BT = weight_BT * (batch.target_BT != IGNORE)

@@ -21,7 +21,8 @@ def groups(named_parameters: Named, weight_decay: float) -> list[dict[str, Any]]
     """Returns the trained parameters as a group with and one without weight decay, unless it is empty.
 
     Decay is for matrices, LoRA's A and B among them; norms and biases (one dimension) have none, since
-    pulling them to 0 takes away what they are for. Raises UserError when nothing is trained."""
+    pulling them to 0 takes away what they are for. Raises UserError when nothing is trained.
+    """
     trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     if not trained:
         raise UserError("no parameter of the model is trained; check peft.targets, or what peft=full freezes")

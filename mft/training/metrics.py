@@ -1,7 +1,8 @@
 """Metrics of a training run: per-task sums kept on the device, reduced over ranks only when they are read.
 
 Shapes, besides those of `mft.batch`: `sums_2K` the rows [sum of token losses in nats, trained tokens] of each
-task, `losses_2` [objective, router's loss], both summed over steps."""
+task, `losses_2` [objective, router's loss], both summed over steps.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class Meter:
     """Sums what happened since the last `read`. Adding to it costs no device synchronisation.
 
     A step is collected by `add`, micro-batch by micro-batch, and counts once it is committed; one that was
-    not applied is skipped."""
+    not applied is skipped.
+    """
 
     def __init__(
         self,
@@ -116,7 +118,8 @@ class Meter:
         """Collects a micro-batch of the present step, on the device.
 
         nll_BT: token losses, detached; share, router: the micro-batch's part of the objective and the
-        router's loss."""
+        router's loss.
+        """
         # nothing here reads a value of the device, so that it never waits
         self.step_sums_2K += task_sums(nll_BT, batch, len(self.names))
         self.step_losses_2[0] += share.detach()
@@ -197,7 +200,8 @@ def flops_per_token(model: torch.nn.Module) -> float:
     """Returns the matrix work of one token in one training step, in FLOPs.
 
     2 N forward, 2 N back through the activations, and 2 more for every trained weight (Kaplan et al. 2020,
-    section 2.1). N leaves out the embedding table, attention's quadratic part and recomputation."""
+    section 2.1). N leaves out the embedding table, attention's quadratic part and recomputation.
+    """
     # an embedding is a look-up, unless it is tied to the head, which multiplies by it
     looked_up, multiplied = set(), set()
     for part in model.modules():

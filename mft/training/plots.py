@@ -26,7 +26,8 @@ def loss_curves(rows: Sequence[Row], folder: Path) -> Path | None:
 
     Of many tasks those with the highest last loss have a panel and a name; the others are thin grey lines in
     the first one. rows: of metrics.jsonl (`{"step": 10, "train/loss/<task>": 1.2, ...}`), losses in
-    nats/token. Returns the file, or None where no loss was logged."""
+    nats/token. Returns the file, or None where no loss was logged.
+    """
     names = _tasks(rows, "train/loss/", "valid/loss/")
     tasks = most(names, _last(rows, "train/loss/", "valid/loss/"), MOST - 2)
     panels = [(task, f"train/loss/{task}", f"valid/loss/{task}") for task in tasks]

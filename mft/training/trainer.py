@@ -1,7 +1,8 @@
 """What the training loop works on, and the single actions of a step; `mft.run` puts it together.
 
 Shapes, besides those of `mft.batch`: `x_K` one value for each task, `x_2K` the rows [sum of token losses,
-trained tokens] of each task, S the sums that a loss asks for."""
+trained tokens] of each task, S the sums that a loss asks for.
+"""
 
 from __future__ import annotations
 
