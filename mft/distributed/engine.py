@@ -246,13 +246,8 @@ class Engine:
             path = folder / f"shard-{self.rank}.safetensors"
             sharded_state.save(self._shards(), self._optimizer.optimizer, path)
         if self.is_main:
-            shards = self.world if self.divided else 1
-            values = {
-                "dist": self.name,
-                "world": self.world,
-                "shards": shards,
-                "scaler": self._scaler_state(),
-            }
+            shards, scaler = self.world if self.divided else 1, self._scaler_state()
+            values = {"dist": self.name, "world": self.world, "shards": shards, "scaler": scaler}
             (folder / "engine.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         rng.save(folder / f"rng-{self.rank}.pt")
         self.barrier()

@@ -44,7 +44,7 @@ def loss_curves(rows: Sequence[Row], folder: Path) -> Path | None:
     figure, axes = panel_grid(first + len(panels), title)
     if first:
         axes[0].set_title("validation, every task", fontsize=10)
-        _lines(axes[0], rows, "valid/loss/", names, validated, tasks)
+        _lines(axes[0], rows, "valid/loss/", names, tasks)
         _legend(axes[0], len(validated))
     for axis, (name, train, valid) in zip(axes[first:], panels, strict=True):
         axis.set_title(name, fontsize=10)
@@ -61,15 +61,14 @@ def task_weights(rows: Sequence[Row], folder: Path) -> Path | None:
     weighted = _tasks(rows, "train/weight/")
     if not weighted:
         return None
-    tasks = _tasks(rows, "train/loss/", "valid/loss/") or weighted
+    tasks = _tasks(rows, "train/loss/", "valid/loss/") or weighted  # few tasks have the colours of losses.png
     if len(tasks) > MOST - 2:
         tasks = most(weighted, _last(rows, "train/weight/"))
-    named = [task for task in weighted if task in tasks]  # few tasks have the colours of losses.png
     title = "Weights of the tasks in the loss"
-    if len(named) < len(weighted):
-        title += f"; the {len(named)} largest of {len(weighted)}"
+    if len(tasks) < len(weighted):
+        title += f"; the {len(tasks)} largest of {len(weighted)}"
     figure, axes = panel_grid(1, title, size=(7.2, 4.0))
-    _lines(axes[0], rows, "train/weight/", weighted, named, tasks)
+    _lines(axes[0], rows, "train/weight/", weighted, tasks)
     axes[0].set_ylim(bottom=0)
     axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
     label_axes(axes, "weight")
@@ -135,27 +134,23 @@ def _last(rows: Iterable[Row], *prefixes: str) -> dict[str, float]:
     return last
 
 
-def _lines(
-    axis: Axes,
-    rows: Sequence[Row],
-    prefix: str,
-    names: Sequence[str],
-    named: Sequence[str],
-    colored: Sequence[str],
-) -> None:
-    """Draws a line for each of `named` in its colour among `colored`; others of `names` are thin and grey."""
+def _lines(axis: Axes, rows: Sequence[Row], prefix: str, names: Sequence[str], named: Sequence[str]) -> None:
+    """Draws a line for each task that has values; those not in `named` are thin and grey."""
     from matplotlib.collections import LineCollection
 
-    others = [list(zip(*_series(rows, prefix + name), strict=True)) for name in names if name not in colored]
-    if others := [points for points in others if points]:
+    others = []
+    for name in names:
+        steps, values = _series(rows, prefix + name)
+        if steps and name in named:
+            marker = "o" if len(steps) < MANY else None
+            axis.plot(steps, values, marker=marker, markersize=3, color=color_of(name, named), label=name)
+        elif steps:
+            others.append(list(zip(steps, values, strict=True)))
+    if others:
         # one collection: hundreds of plot calls would take seconds
         grey: Any = {"colors": "#999999", "linewidths": 0.5, "alpha": 0.4, "label": "other tasks"}
-        axis.add_collection(LineCollection(others, **grey))
+        axis.add_collection(LineCollection(others, zorder=1, **grey))
         axis.autoscale_view()
-    for name in named:
-        steps, values = _series(rows, prefix + name)
-        marker = "o" if len(steps) < MANY else None
-        axis.plot(steps, values, marker=marker, markersize=3, color=color_of(name, colored), label=name)
 
 
 def _panel(axis: Axes, train: Series, valid: Series, color: Color) -> None:

@@ -66,9 +66,7 @@ class Terminal:
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
         self._line(step, f"valid {sum(losses.values()) / len(losses):.3f}", losses, "", "bold")
 
-    def _line(
-        self, step: int, numbers: str, losses: Mapping[str, float], prefix: str, style: str = ""
-    ) -> None:
+    def _line(self, step: int, text: str, losses: Mapping[str, float], prefix: str, style: str = "") -> None:
         from rich.text import Text
 
         by_task = [(name, losses[prefix + name]) for name in self.names if prefix + name in losses]
@@ -78,7 +76,7 @@ class Terminal:
         listed = " · ".join(f"{name} {loss:.3f}" for name, loss in by_task)
         listed = f"highest: {listed} · {others} more tasks" if others > 1 else listed
         at = f"step {step:>{len(str(self.total))}}/{self.total}  "
-        self.console.print(Text.assemble(at, (numbers, style), "  ", (listed, "dim")))
+        self.console.print(Text.assemble(at, (text, style), "  ", (listed, "dim")))
 
     def close(self) -> None:
         self.bar.stop()
