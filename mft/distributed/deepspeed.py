@@ -98,7 +98,7 @@ class Zero(Backend):
         self.check()
         accelerator, owns_group = grouped(precision, cpu)
         gpu = accelerator.device.type != "cpu"
-        # else DeepSpeed looks for a GPU itself, and may find one that dist=… is told not to use
+        # else DeepSpeed takes a GPU it finds, also where the engine is started with cpu=True
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
         if not gpu:
             build_lock.load()

@@ -93,7 +93,7 @@ def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
     if engine.is_main:
         for leftover in final.parent.glob(f".{final.name}*.tmp"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)
     engine.barrier()
     try:
         yield temporary
@@ -125,7 +125,7 @@ def restore(folder: Path, state: State, engine: Engine, loss: TaskLoss) -> bool:
     values = json.loads((folder / "state" / "loop.json").read_text(encoding="utf-8"))
     if unknown := set(values) - set(state.as_dict()):
         raise UserError(f"{folder} is of another version of mft: unknown {', '.join(sorted(unknown))}.")
-    # in place: the trainer and the meter hold this object
+    # in place: the trainer holds this object
     vars(state).update(vars(State.from_dict(values)))
     loss.load_state_dict(torch.load(folder / "state" / "loss.pt", weights_only=True))
     # last: it restores the random states, and nothing may draw from them before training does
