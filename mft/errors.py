@@ -181,3 +181,16 @@ def _described(value: float, bounds: Mapping[str, float]) -> str:
 
 def _listed(bounds: Mapping[str, float]) -> list[str]:
     return [f"{words} {bounds[name]}" for name, (words, _) in BOUNDS.items() if name in bounds]
+
+
+def check_choice(key: str, value: object, allowed: Iterable[object]) -> None:
+    """Raises UserError unless a value is one of those allowed, as they are written in yaml (None is null)."""
+    names = ["null" if option is None else str(option) for option in allowed]
+    text = "null" if value is None else str(value)
+    if text not in names:
+        raise UserError(f"{key}={value!r} is not one of {', '.join(names)}{nearest(text, names)}")
+
+
+def nearest_sibling(path: Path) -> str:
+    """Returns "; did you mean X?" for what lies beside a path that does not exist, or ""."""
+    return nearest(path, path.parent.iterdir() if path.parent.is_dir() else ())
