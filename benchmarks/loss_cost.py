@@ -73,7 +73,7 @@ def main(rounds: int, modes: list[str]) -> None:
     from mft.tracking.base import Tracker
     from mft.training.loop import fit
     from mft.training.metrics import Meter
-    from mft.training.progress import Silent
+    from mft.training.progress import Terminal
     from mft.training.state import State
     from mft.training.trainer import Trainer
     from mft.training.validate import Evaluator
@@ -102,7 +102,7 @@ def main(rounds: int, modes: list[str]) -> None:
             save=lambda state: Path(),
             meter=Meter(names, engine.device),
             tracker=Tracker(),
-            progress=Silent(),
+            progress=Terminal((), quiet=True),
             settings=settings,
             total_steps=0,
             stop_requested=lambda: False,

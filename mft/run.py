@@ -29,7 +29,7 @@ from mft.tracking.base import FanOut, Jsonl, Tracker
 from mft.training import metrics, provenance, resume, summary
 from mft.training.checkpoint import Checkpoints, restore, write_final
 from mft.training.loop import fit
-from mft.training.progress import Silent, Terminal
+from mft.training.progress import Terminal
 from mft.training.sample_answers import Answers
 from mft.training.settings import TrainSettings
 from mft.training.trainer import Trainer
@@ -57,7 +57,7 @@ class Run:
     data_settings: DataSettings
     data: datasets.Dataset
     engine: Engine
-    progress: Silent
+    progress: Terminal
     first_here: bool
     """Whether this is the first rank of its machine: it tokenises and checks for all."""
 
@@ -91,7 +91,7 @@ def start(cfg: DictConfig, folder: Path) -> Run:
     data = datasets.dataset(parts.named_tasks, data_settings, tokenizer, cfg.cache_dir, splits, first)
     require_unchanged(cfg, folder, parts, data.fingerprints)
     engine = parts.dist.start(settings.precision.value)
-    progress = Terminal(data.names) if engine.is_main else Silent()
+    progress = Terminal(data.names, quiet=not engine.is_main)
     return Run(cfg, folder, parts, settings, data_settings, data, engine, progress, first)
 
 
@@ -152,15 +152,15 @@ def make_trainer(
 
     def export(folder: Path) -> None:
         # the base below an adapter is not saved, so it need not be gathered
-        weights = engine.full_state(module, trainable=base_of(model) is not model)
+        weights = engine.full_state(trainable=base_of(model) is not model)
         if engine.is_main:
-            save_final(engine.unwrap(module), r.data.tokenizer, folder, state_dict=weights)
+            save_final(token_loss, r.data.tokenizer, folder, state_dict=weights)
 
     def probe(step: int) -> torch.Tensor:
         return Evaluator(engine, names, lambda: loader.probe(step, loss.probe_samples)).losses(module)
 
     total, base_lr, scheduler = loader.total_steps(), r.parts.base_lr, r.parts.scheduler
-    flops = metrics.flops_per_token(engine.unwrap(module))
+    flops = metrics.flops_per_token(token_loss)
     keep = settings.keep if settings.keep is not None else r.parts.peft.default_checkpoint_limit
     # without gathering a checkpoint holds the sharded state alone
     write_model: Export = export if engine.gather_on_save else lambda folder: None

@@ -1,5 +1,4 @@
-"""The op that DeepSpeed compiles for CPUs when its first group is made, under a lock that a killed process
-lets go."""
+"""Builds the op that DeepSpeed compiles for CPUs, under a lock that a killed process releases."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mft.distributed.accelerator import accelerator, environment, grouped
+from mft.distributed.accelerator import accelerator, grouped
 from mft.distributed.engine import Backend, Engine
 from mft.errors import UserError
 
@@ -33,21 +33,18 @@ class Single(Backend):
             raise UserError(f"dist=single with {world} ranks: choose dist=ddp, or launch.nproc=1")
 
     def start(self, precision: str, cpu: bool | None = None) -> Engine:
-        """Returns the engine. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there is one.
-
-        Raises UserError when there is more than one rank, or when the device cannot do the precision.
-        """
         self.check_ranks(int(os.environ.get("WORLD_SIZE", 1)))
-        with environment(
-            dict.fromkeys(RANK_VARIABLES)
-        ):  # with them, accelerate would make a process group of one
+        # with a launcher's variables accelerate would make a process group of one
+        removed = {name: os.environ.pop(name) for name in RANK_VARIABLES if name in os.environ}
+        try:
             return Engine(accelerator(precision, cpu), owns_group=False)
+        finally:
+            os.environ.update(removed)
 
 
 @dataclass
 class Ddp(Backend):
-    """torch's DistributedDataParallel. Works with one rank too: a process group of one, the same code
-    path."""
+    """torch's DistributedDataParallel. One rank is a process group of one, with the same code path."""
 
     public_name: ClassVar[str] = "ddp"
 
@@ -55,16 +52,10 @@ class Ddp(Backend):
     """Look for parameters that took no part in a step, at the cost of a walk over the graph."""
 
     def start(self, precision: str, cpu: bool | None = None) -> DdpEngine:
-        """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there
-        is one.
-
-        Ranks are read from the environment (RANK, WORLD_SIZE, ...); without them this is a group of one.
-        Raises UserError when the device cannot do the precision or the group is not what was asked.
-        """
         from accelerate import DistributedDataParallelKwargs
 
-        # the buffers of a language model are constants: broadcasting them before every forward would be
-        # wasted; and gradients as views of the exchange buffers save one copy of all gradients
+        # The buffers of a language model are constants: no need to broadcast them before every forward.
+        # Gradients that are views of the exchange buffers save one copy of all gradients.
         options = DistributedDataParallelKwargs(
             broadcast_buffers=False,
             gradient_as_bucket_view=True,

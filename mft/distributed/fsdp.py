@@ -1,5 +1,4 @@
-"""PyTorch's fully sharded data parallel, version 2: each rank holds its part of parameters, gradients and
-optimizer.
+"""PyTorch's FSDP2, fully sharded data parallel: a rank holds its part of parameters, gradients, optimizer.
 
 `fully_shard` is called here and not by accelerate, which on a CPU silently turns an FSDP plugin into plain
 DDP, and under bf16 casts the losses that the model returns to bf16 (steps of 0.03).
@@ -7,13 +6,12 @@ DDP, and under bf16 casts the losses that the model returns to bf16 (steps of 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mft.distributed.accelerator import environment, grouped
-from mft.distributed.engine import Backend, Engine, T
+from mft.distributed.accelerator import grouped
+from mft.distributed.engine import Backend, Engine
 from mft.distributed.sharded_state import Shard, local
 from mft.errors import UserError, nearest
 
@@ -27,7 +25,7 @@ class FsdpEngine(Engine):
 
     name = "fsdp"
     kinds = ("MULTI_CPU", "MULTI_GPU")
-    sharded = True
+    parameters = "DTensors"
     divided = True
 
     def __init__(self, accelerator: Accelerator, owns_group: bool, settings: Fsdp):
@@ -36,61 +34,49 @@ class FsdpEngine(Engine):
         self.gather_on_save = settings.gather_on_save
 
     def loading(self) -> AbstractContextManager[None]:
-        """Only the first rank of each machine reads the weights; on the others they have no memory until
-        `prepare`."""
-        return self._first_rank_loading()
+        """Only the first rank of each machine reads the weights; the others get theirs in `prepare`."""
+        from accelerate.utils import patch_environment
 
-    @contextmanager
-    def _first_rank_loading(self) -> Iterator[None]:
-        with environment({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}):
-            yield
+        # by which transformers leaves the weights of all but the first rank on the meta device
+        variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+        return patch_environment(**variables)  # type: ignore[no-any-return]
 
-    def prepare(self, module: torch.nn.Module, optimizer: Any) -> tuple[torch.nn.Module, Any]:
-        """Returns the module, sharded in place layer by layer, and the optimizer over its shards."""
-        from torch.distributed.fsdp import FSDPModule, fully_shard
+    def _wrap(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Shards the module in place, layer by layer, so that one layer at a time is whole on the device."""
+        from torch.distributed.fsdp import fully_shard
 
-        self._require_trained(module)
+        # `fully_shard` replaces parameters by DTensors: the optimizer's groups find theirs again by name
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        grouped_names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        names_by_group = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["params"] = []  # the whole parameters are freed one by one below
-        del names
+            group["params"] = []  # the optimizer must not keep the whole parameters alive
         options = self.settings.options(self.accelerator.mixed_precision, self.device)
-        units = self._units(module)
         done: set[int] = set()
-        for unit in [*units, module]:
+        for unit in [*self._units(module), module]:
             self._fill(unit, done)
-            fully_shard(
-                unit, reshard_after_forward=None if unit is module else self.settings.reshard, **options
-            )
+            # None: the root stays gathered between its forward and its backward, which follow each other
+            reshard = None if unit is module else self.settings.reshard
+            fully_shard(unit, reshard_after_forward=reshard, **options)
             done |= {id(p) for p in unit.parameters()}
         parameters = dict(module.named_parameters())
-        for group, group_names in zip(optimizer.param_groups, grouped_names, strict=True):
+        for group, group_names in zip(optimizer.param_groups, names_by_group, strict=True):
             group["params"] = [parameters[name] for name in group_names]
-        if not isinstance(module, FSDPModule):
-            raise UserError("dist=fsdp did not start as configured: the model is not sharded")
-        self._verify_sharding(next(module.parameters()))
-        self._module, self._optimizer = (
-            module,
-            self.accelerator.prepare_optimizer(optimizer, device_placement=False),
-        )
-        return module, self._optimizer
+        return module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
     def _units(self, module: torch.nn.Module) -> list[torch.nn.Module]:
-        """Returns the decoder layers. Of the class names that transformers has for a family a model may lack
-        some."""
-        asked: list[str] = getattr(module, "layer_classes", list)()
-        units = [part for part in module.modules() if type(part).__name__ in asked]
+        """Returns the decoder layers. A model may lack some of its family's class names for them."""
+        classes: list[str] = getattr(module, "layer_classes", list)()
+        units = [part for part in module.modules() if type(part).__name__ in classes]
         if not units:
-            hint = nearest(asked[0], {type(part).__name__ for part in module.modules()}) if asked else ""
+            hint = nearest(classes[0], {type(part).__name__ for part in module.modules()}) if classes else ""
             raise UserError(
-                f"dist=fsdp finds no decoder layer to divide the model by: model.shard_layers={asked}, and "
-                f"none of its modules is of such a class{hint}"
+                f"model.shard_layers={classes}: the model has no such layer, which dist=fsdp needs{hint}"
             )
         return units
 
     def _fill(self, unit: torch.nn.Module, done: set[int]) -> None:
         """Gives what is not sharded yet in `unit` its place on the device and rank 0's values."""
+        # only rank 0 has read the weights (see `loading`): it sends each unit to the others
         filled: dict[int, torch.nn.Parameter] = {}  # tied parameters stay one
         for part in unit.modules():
             for name, parameter in list(part._parameters.items()):
@@ -104,6 +90,7 @@ class FsdpEngine(Engine):
                     part._buffers[name] = self._of_rank_0(buffer)
 
     def _of_rank_0(self, tensor: Any) -> Any:
+        """Returns rank 0's tensor, on the device; a parameter as a parameter."""
         import torch
 
         if tensor.device.type == "meta":
@@ -115,83 +102,46 @@ class FsdpEngine(Engine):
             return value
         return torch.nn.Parameter(value, requires_grad=tensor.requires_grad)
 
-    def _verify_sharding(self, first: torch.nn.Parameter) -> None:
-        from torch.distributed.tensor import DTensor
-
-        if not isinstance(first, DTensor):
-            raise UserError(
-                f"dist=fsdp did not start as configured: the first parameter is a {type(first).__name__}"
-            )
-
-    def run_as_forward(self, call: Callable[[], T]) -> T:
-        """See `Engine.inside`; gathered parameters come in the run's precision."""
-        return self._in_place_of_forward(call)
-
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Exchanges gradients in the last micro-batch only, or in each, which keeps just a part of them on a
-        rank."""
-        assert self._module is not None, "prepare first"
-        self._module.set_requires_gradient_sync(last or self.settings.reduce_every_micro_batch)  # type: ignore[operator]
+        """Exchanges gradients in the last micro-batch only, or in each: then no rank keeps whole ones."""
+        self._module.set_requires_gradient_sync(last or self.settings.reduce_every_micro_batch)
         return nullcontext()
 
-    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        import torch
+    def full_state(self, trainable: bool = False) -> dict[str, torch.Tensor]:
+        self._reshard()  # else a validation has left the root's parameters whole
+        return super().full_state(trainable)
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         from torch.distributed.tensor import DTensor
 
-        total = torch.nn.utils.get_total_norm(gradients)
-        return total.full_tensor() if isinstance(total, DTensor) else total
+        full = tensor.detach()
+        full = full.full_tensor() if isinstance(full, DTensor) else full
+        return full.cpu() if self.is_main else full.new_empty(0)
 
-    def unwrap(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Returns the module itself: it was sharded in place."""
-        return module
+    def _reshard(self) -> None:
+        """Gives back what a forward without a backward, as in an evaluation, has left gathered.
 
-    def full_state(
-        self, module: torch.nn.Module, trainable: bool = False, prefix: str = ""
-    ) -> dict[str, torch.Tensor]:
-        """One parameter after the other is gathered; rank 0 copies it to the CPU, the others return
-        nothing."""
-        from torch.distributed.tensor import DTensor
-
-        self._reshard(module)
-        state: dict[str, torch.Tensor] = {}
-        copies: dict[int, torch.Tensor] = {}  # a tied weight stays tied
-        if trainable:
-            values: dict[str, Any] = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        else:
-            values = module.state_dict(keep_vars=True)
-        for name, value in values.items():
-            if not name.startswith(prefix):
-                continue
-            if id(value) not in copies:
-                whole = value.detach()
-                whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-                copies[id(value)] = whole.cpu() if self.is_main else whole.new_empty(0)
-            if self.is_main:
-                state[name.removeprefix(prefix)] = copies[id(value)]
-        return state
-
-    def _reshard(self, module: torch.nn.Module) -> None:
-        """Gives back what a forward without a backward, as in an evaluation, has left gathered: the root's
-        parameters would be the whole ones, whose memory fsdp frees later."""
+        The root's parameters would be the whole ones, whose memory fsdp frees later.
+        """
         from torch.distributed.fsdp import FSDPModule
 
-        for part in module.modules():
+        for part in self.model.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
 
     def _shards(self) -> list[Shard]:
         """Returns the rows of each trained parameter that this rank keeps."""
-        assert self._module is not None, "prepare first"
-        self._reshard(self._module)
-        found = []
-        for name, parameter in self._module.named_parameters():
+        self._reshard()
+        shards = []
+        for name, parameter in self.model.named_parameters():
             mine = local(parameter)
             if not parameter.requires_grad or not mine.numel():
                 continue
-            rows = -(-parameter.shape[0] // self.world)  # the last ranks may have fewer, or none
-            start = self.rank * rows * (parameter.numel() // parameter.shape[0])
-            found.append(Shard(name, start, mine.view(-1), parameter, 0))
-        return found
+            # FSDP2 divides dimension 0 as torch.chunk does: the last ranks may have fewer rows, or none
+            rows_per_rank = -(-parameter.shape[0] // self.world)
+            start = self.rank * rows_per_rank * (parameter.numel() // parameter.shape[0])
+            shards.append(Shard(name, start, mine.view(-1), parameter, 0))
+        return shards
 
 
 @dataclass
@@ -213,16 +163,10 @@ class Fsdp(Backend):
     """Whether checkpoints also hold the model as transformers or peft load it; `final/` does in any case."""
 
     def start(self, precision: str, cpu: bool | None = None) -> FsdpEngine:
-        """Returns the engine of this rank. precision: bf16, fp16 or fp32; cpu: None takes a GPU where there
-        is one.
-
-        Raises UserError when the device cannot do the precision or the group is not what was asked.
-        """
         import torch
         from accelerate import InitProcessGroupKwargs
 
-        # NCCL cannot add up parts in the CPU's memory; a group on a CPU is gloo's, and accelerate takes no
-        # other
+        # NCCL cannot add up parts in the CPU's memory; on a CPU accelerate takes no other group than gloo's
         gpu = torch.cuda.is_available() and not cpu
         both = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if self.offload and gpu else []
         return FsdpEngine(*grouped(precision, cpu, *both), self)
@@ -235,9 +179,8 @@ class Fsdp(Backend):
 
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
         # inputs and outputs keep their type: the losses are float32
-        policy = MixedPrecisionPolicy(
-            half, torch.float32 if half else None, output_dtype=None, cast_forward_inputs=False
-        )
+        sums = torch.float32 if half else None  # gradients are added up in fp32
+        policy = MixedPrecisionPolicy(half, sums, output_dtype=None, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if self.offload else OffloadPolicy()
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         return {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}

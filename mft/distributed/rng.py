@@ -1,5 +1,4 @@
-"""The random states of this rank: seeded, saved and restored. Nothing in the file is executed when it is
-read."""
+"""The random states of this rank: seeded, saved, and restored without executing what a file holds."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ def save(path: Path) -> None:
 
     kind, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
+    # lists and numbers: what torch.load takes with weights_only=True
     torch.save(
         {
             "python": [version, list(internal), gauss],

@@ -1,5 +1,4 @@
-"""The resume state of any backend on any number of ranks: each rank's shards of the flattened trained
-parameters.
+"""The resume state of any backend on any number of ranks: shards of the flattened trained parameters.
 
 However a backend divides a parameter (whole, by rows, by a run of a flat buffer), what a rank keeps of it is
 a run of consecutive elements. Each rank writes its runs with the optimizer's numbers for them into
@@ -20,22 +19,23 @@ from mft.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from safetensors import safe_open
 
 
 @dataclass
 class Shard:
-    """A run of consecutive elements of one flattened parameter, on the rank that updates them.
-
-    name: of the parameter; start: its first element there; values: the elements themselves, a 1-D view of
-    what the optimizer updates; owner: the tensor by which the optimizer knows them; offset: their place in
-    the flattened owner.
-    """
+    """A run of consecutive elements of one flattened parameter, on the rank that updates them."""
 
     name: str
+    """Of the parameter."""
     start: int
+    """Its first element in the flattened parameter."""
     values: torch.Tensor
+    """The elements themselves, a 1-D view of what the optimizer updates."""
     owner: torch.Tensor
+    """The tensor by which the optimizer knows them: the parameter, or ZeRO's flat buffer."""
     offset: int
+    """Their first element in the flattened owner."""
 
     def of(self, state: torch.Tensor) -> torch.Tensor:
         """Returns this shard's part of a tensor of the optimizer that has the owner's shape, as a view."""
@@ -57,46 +57,47 @@ def save(shards: Sequence[Shard], optimizer: torch.optim.Optimizer, path: Path) 
     tensors: dict[str, torch.Tensor] = {}
     index = []
     for number, shard in enumerate(shards):
-        tensors[f"{number}"] = shard.values
+        tensors[f"{number}"] = shard.values  # without the optimizer's tensors, which are number/key
         scalars: dict[str, Any] = {}
-        blocks = _in_blocks(shard.owner, optimizer)
-        for key, value in optimizer.state.get(shard.owner, {}).items():
-            if _is_scalar(value):
+        state = optimizer.state.get(shard.owner, {})
+        kept = {key: value for key, value in state.items() if not _is_scalar(value)}
+        # 8-bit states are kept in blocks with a scale each, not as a number per element
+        blocks = any(value.shape != shard.owner.shape for value in kept.values())
+        for key, value in state.items():
+            if key not in kept:
                 scalars[key] = {"value": value.item()} if hasattr(value, "item") else value
             elif not blocks:
                 tensors[f"{number}/{key}"] = shard.of(value)
             elif shard.offset == 0:  # all that is kept for the owner, once
                 tensors[f"{number}/{key}"] = local(value)
         index.append({"name": shard.name, "start": shard.start, "scalars": scalars, "blocks": blocks})
+    # copies: safetensors refuses views that share memory, and shards are views of one flat buffer
     copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     save_file(copies, path, metadata={"pieces": json.dumps(index)})
 
 
-def _is_scalar(value: Any) -> bool:
+def _is_scalar(value: torch.Tensor | float) -> bool:
     return not hasattr(value, "dim") or value.dim() == 0
-
-
-def _in_blocks(owner: torch.Tensor, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer keeps something for the owner that is not a number per element, as 8-bit states
-    are."""
-    values = optimizer.state.get(owner, {}).values()
-    return any(not _is_scalar(value) and value.shape != owner.shape for value in values)
 
 
 @dataclass
 class _Saved:
-    """A shard in a file: numel elements from `start` on; keys: tensors that the optimizer kept for it."""
+    """A shard in a file."""
 
-    file: Any
+    file: safe_open
     number: int
-    start: int
+    """Of the shard in the file: the tensors' names begin with it."""
     numel: int
-    scalars: dict[str, Any]
-    blocks: bool
     keys: list[str]
+    """Of the tensors that the optimizer kept for it."""
+    start: int
+    scalars: dict[str, Any]
+    """What else the optimizer kept, such as the number of steps."""
+    blocks: bool
+    """Whether those tensors are kept in blocks, not a number per element."""
 
     def tensor(self, key: str) -> Any:
-        """Returns the tensor, unread: a slice of it reads what it covers."""
+        """Returns an unread tensor: a slice of it reads what it covers. key: "" for the elements."""
         return self.file.get_slice(f"{self.number}/{key}" if key else f"{self.number}")
 
 
@@ -112,22 +113,24 @@ def load(shards: Sequence[Shard], optimizer: torch.optim.Optimizer, folder: Path
     saved = _read(folder)
     if set(saved) != trained:
         only = sorted(set(saved) ^ trained)
-        raise UserError(
-            f"{folder} does not fit the model: {len(only)} parameters are only in one of them, e.g. {only[0]}"
-        )
+        difference = f"{len(only)} parameters are only in one of them, e.g. {only[0]}"
+        raise UserError(f"{folder} does not fit the model: {difference}")
     with torch.no_grad():
         for shard in shards:
-            found = saved[shard.name]
-            _fill(shard.values, shard, found, "", folder)
-            if any(other.blocks for other in found):
-                _load_blocks(shard, optimizer, found, folder)
-                continue
-            state = optimizer.state[shard.owner]
-            for key in found[0].keys:
-                if key not in state:  # the optimizer has not stepped yet
-                    state[key] = torch.zeros_like(shard.owner, dtype=found[0].tensor(key)[:0].dtype)
-                _fill(shard.of(state[key]), shard, found, key, folder)
-            _load_scalars(shard, optimizer, found[0])
+            parts = saved[shard.name]
+            _fill(shard.values, shard, parts, "", folder)
+            source = parts[0]
+            if any(part.blocks for part in parts):
+                source = _same_shard(shard, optimizer, parts, folder)
+                for key in source.keys:
+                    optimizer.state[shard.owner][key] = source.tensor(key)[:].to(shard.owner.device)
+            else:
+                state = optimizer.state[shard.owner]
+                for key in source.keys:
+                    if key not in state:  # the optimizer has not stepped yet
+                        state[key] = torch.zeros_like(shard.owner, dtype=source.tensor(key)[:0].dtype)
+                    _fill(shard.of(state[key]), shard, parts, key, folder)
+            _load_scalars(shard, optimizer, source)
 
 
 def _read(folder: Path) -> dict[str, list[_Saved]]:
@@ -136,34 +139,32 @@ def _read(folder: Path) -> dict[str, list[_Saved]]:
 
     saved: dict[str, list[_Saved]] = {}
     for path in sorted(folder.glob("shard-*.safetensors")):
+        # stays open: `_Saved.tensor` reads slices of it, so that no rank holds another one's shards
         file = safe_open(str(path), framework="pt")
         keys: dict[int, list[str]] = {}
         for name in list(file.keys()):
             number, _, key = name.partition("/")
             keys.setdefault(int(number), []).extend([key] if key else [])
         for number, entry in enumerate(json.loads(file.metadata()["pieces"])):
-            numel = file.get_slice(f"{number}").get_shape()[0]
-            shard = _Saved(
-                file, number, entry["start"], numel, entry["scalars"], entry["blocks"], keys[number]
-            )
-            saved.setdefault(entry["name"], []).append(shard)
+            name, numel = entry.pop("name"), file.get_slice(f"{number}").get_shape()[0]
+            saved.setdefault(name, []).append(_Saved(file, number, numel, keys[number], **entry))
     return saved
 
 
-def _fill(target: torch.Tensor, shard: Shard, found: Sequence[_Saved], key: str, folder: Path) -> None:
-    """Copies what the saved shards share with this one."""
+def _fill(target: torch.Tensor, shard: Shard, parts: Sequence[_Saved], key: str, folder: Path) -> None:
+    """Copies the elements that the saved parts and this shard have in common."""
     done = 0
-    for other in found:
-        first = max(shard.start, other.start)
-        last = min(shard.start + shard.values.numel(), other.start + other.numel)
+    for part in parts:
+        first = max(shard.start, part.start)
+        last = min(shard.start + shard.values.numel(), part.start + part.numel)
         if first < last:
-            values = other.tensor(key)[first - other.start : last - other.start]
+            values = part.tensor(key)[first - part.start : last - part.start]
             target[first - shard.start : last - shard.start].copy_(values)
             done += last - first
     if done != target.numel():
         raise UserError(
-            f"{folder} does not fit the model: {done} of the {target.numel()} elements of {shard.name} "
-            f"from number {shard.start} on are in its files"
+            f"{folder} does not fit the model: its files hold {done} of the {target.numel()} elements of "
+            f"{shard.name} from number {shard.start} on"
         )
 
 
@@ -179,17 +180,34 @@ def _load_scalars(shard: Shard, optimizer: torch.optim.Optimizer, saved: _Saved)
         optimizer.state[shard.owner][key] = value
 
 
-def _load_blocks(
-    shard: Shard, optimizer: torch.optim.Optimizer, found: Sequence[_Saved], folder: Path
-) -> None:
-    """Takes over an owner's state as a whole, which works only where the same shard was saved."""
-    same = [other for other in found if (other.start, other.numel) == (shard.start, shard.values.numel())]
-    if not same:
-        raise UserError(
-            f"{folder} was written on another number of ranks, and {type(optimizer).__name__} keeps its "
-            f"state in "
-            "blocks that cannot be resharded; resume with the same number of ranks, or train with dist=ddp"
-        )
-    for key in same[0].keys:
-        optimizer.state[shard.owner][key] = same[0].tensor(key)[:].to(shard.owner.device)
-    _load_scalars(shard, optimizer, same[0])
+def _same_shard(
+    shard: Shard, optimizer: torch.optim.Optimizer, parts: Sequence[_Saved], folder: Path
+) -> _Saved:
+    """Returns the saved shard with the same elements; an owner's blocks cannot be divided."""
+    for part in parts:
+        if (part.start, part.numel) == (shard.start, shard.values.numel()):
+            return part
+    kind = type(optimizer).__name__
+    raise UserError(
+        f"{folder} was written on another number of ranks, and {kind} keeps its state in blocks that cannot "
+        "be resharded; resume with the same number of ranks, or train with dist=ddp"
+    )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Returns engine.json of a resume state; UserError if it is damaged or a file it names is missing."""
+    path = folder / "engine.json"
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        shards = [f"shard-{rank}.safetensors" for rank in range(saved["shards"])]
+        files = [*shards, *(f"rng-{rank}.pt" for rank in range(saved["world"]))]
+        if not (shards and isinstance(saved["dist"], str) and isinstance(saved["scaler"], dict)):
+            raise ValueError("values of another shape")
+    except FileNotFoundError:
+        files = [path.name]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    for name in files:
+        if not (folder / name).exists():
+            raise UserError(f"{folder} is not a complete resume state: {name} is missing")
+    return saved

@@ -3,11 +3,15 @@
 The loop computes per-token losses once; a mode turns them into this micro-batch's *share* of the step's
 objective. The shares of all ranks and all micro-batches of an optimizer step add up to the objective, so the
 objective does not depend on the number of ranks, on accumulation or on how samples are packed into rows.
+
+Shapes, besides those of `mft.batch`: `x_m` one value for each of the B * T positions, flattened; `x_2K` the
+two rows [sum of token losses, trained tokens] of each task.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,15 +24,16 @@ if TYPE_CHECKING:
 
 
 def task_sums(nll_BT: torch.Tensor, batch: Batch, tasks: int) -> torch.Tensor:
-    """Returns float64 [2, K] on the device of `nll_BT`: per task the sum of token losses and the trained
-    tokens."""
+    """Returns float64 [2, K], on the device of `nll_BT`: sum of token losses and trained tokens per task."""
     import torch
 
+    # What is not trained goes to a task of its own, K, that is cut off: selecting positions by a mask would
+    # make the host wait for the device to know how many there are.
     trained_BT = batch.target_BT != IGNORE
-    task_n = torch.where(trained_BT, batch.task_BT, tasks).flatten()
-    value_2n = torch.stack([nll_BT.detach().flatten().double(), torch.ones_like(task_n, dtype=torch.float64)])
+    task_m = torch.where(trained_BT, batch.task_BT, tasks).flatten()
+    value_2m = torch.stack([nll_BT.detach().flatten().double(), torch.ones_like(task_m, dtype=torch.float64)])
     sums_2K = torch.zeros(2, tasks + 1, dtype=torch.float64, device=nll_BT.device)
-    return sums_2K.scatter_add_(1, task_n.expand(2, -1), value_2n)[:, :tasks]
+    return sums_2K.scatter_add_(1, task_m.expand(2, -1), value_2m)[:, :tasks]
 
 
 class TaskLoss(ABC):
@@ -37,12 +42,10 @@ class TaskLoss(ABC):
     Subclasses are dataclasses of plain values. Steps are numbered from 1: a probe before step s measures the
     model after s - 1 updates, and the weights learned from it hold from step s on. Order of calls:
 
-    1. `setup` and `check_schedule`, once; `set_initial_losses` if there is a validation before the first
-    step.
+    1. `setup` and `check_schedule`, once; `set_initial_losses` after a validation before the first step.
     2. In every optimizer step: `learn(valid_K=...)` if `wants_probe`; `statistics` for each micro-batch if
        `needs_statistics`; `share` for each micro-batch; after the update `learn(train_K=...)` if
-       `wants_train`, then
-       `learn(repeat_K=...)` if `wants_repeat`.
+       `wants_train`, then `learn(repeat_K=...)` if `wants_repeat`.
     3. `state_dict` for every checkpoint.
     """
 
@@ -51,8 +54,9 @@ class TaskLoss(ABC):
     names: Sequence[str] = ()
     """Of the K tasks, once `setup` was called."""
     weight_K: Any
-    """float64 [K], the weights of the tasks; Any, because OmegaConf reads annotations where torch is not
-    imported."""
+    """float64 [K], weights of the tasks. Any: OmegaConf reads annotations where torch is not imported."""
+    takes_weights: ClassVar[bool] = True
+    """Whether `task.<name>.weight` means something to it."""
     needs_statistics: ClassVar[bool] = False
     """Whether the mode has `statistics`."""
     by_sample: ClassVar[bool] = False
@@ -61,18 +65,22 @@ class TaskLoss(ABC):
     """Samples of each task that one probe reads, all ranks together; 0: the mode makes no probes."""
 
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        """Receives the K task names and the user's static weights (`task.<name>.weight`). Called once, before
-        training.
+        """Receives the K task names and the static weights (`task.<name>.weight`), once, before training.
 
-        Raises UserError for a weight that is negative or not finite.
+        Raises UserError for a weight that is negative or not finite; warns of weights that do nothing.
         """
         import torch
 
         for name, weight in zip(names, weights, strict=True):
             if not (weight >= 0 and math.isfinite(weight)):
-                raise UserError(
-                    f"task.{name}.weight is {weight}; a weight in the loss is a finite number, 0 or larger"
-                )
+                raise UserError(f"task.{name}.weight={weight} must be at least 0 and finite")
+        if not self.takes_weights and len(set(weights)) > 1:
+            mode = type(self).__name__
+            pairs = zip(names, weights, strict=True)
+            listed = ", ".join(f"task.{name}.weight={weight:g}" for name, weight in pairs)
+            warnings.warn(f"loss={mode} has no task weights; these do nothing: {listed}", stacklevel=2)
+        # equal weights, so that an adaptive mode without task weights starts from 1/K each
+        weights = weights if self.takes_weights else [1.0] * len(names)
         self.names = tuple(names)
         self.weight_K = torch.tensor(list(weights), dtype=torch.float64)
 
@@ -84,13 +92,11 @@ class TaskLoss(ABC):
 
     @property
     def needs_validation(self) -> bool:
-        """Whether the mode cannot work without validation samples (then a run without any is refused
-        early)."""
+        """Whether the mode needs validation samples: a run without any is then refused early."""
         return False
 
     def set_initial_losses(self, valid_K: torch.Tensor) -> None:
-        """Takes the per-task losses of the validation before the first step, if there is one
-        (train.eval_at_start)."""
+        """Takes the losses of the validation before the first step, if there is one (train.eval_at_start)."""
 
     @abstractmethod
     def share(
@@ -113,8 +119,7 @@ class TaskLoss(ABC):
         raise NotImplementedError
 
     def wants_probe(self, step: int) -> bool:
-        """Whether a small validation is to be made before step `step` (its per-task losses arrive in
-        `learn`)."""
+        """Whether `learn` wants the per-task losses of a small validation before step `step`."""
         return False
 
     def wants_train(self, step: int) -> bool:

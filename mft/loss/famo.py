@@ -4,27 +4,30 @@ With z = softmax(xi) over the tasks present, D_i = L_i - b_i + eps and c = sum_i
 constant),
 
     objective = sum_i z_i log(D_i) / c,   so dL/dL_i = z_i / (c D_i), coefficients that sum to 1
-    after the update, on the same batch: delta_i = log D_i(old) - log D_i(new),  gradient of xi = J_softmax(xi)^T delta
+    delta_i = log D_i(old) - log D_i(new)     after the update, on the same batch
+    gradient of xi = J_softmax(xi)^T delta
 
 and one step of Adam on xi (the paper writes a plain gradient step; the authors' code has Adam with coupled
 weight decay). `source=valid` takes delta from successive validation probes instead, our practical form of
 MFTCoder's Eq. 4 (from memory of that paper, not in its public code): noisier, since two probes read different
 samples, and without the repeated forward pass.
+
+Shapes: `x_K` one value for each task, `x_k` for the tasks present alone. In the code b is `min_loss_K`, D is
+`D_k` and dL/dL_i is `slope_K`.
 """
 
 from __future__ import annotations
 
 import enum
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from mft.batch import Batch, StepCounts
-from mft.errors import check_ranges, ranged
-from mft.loss.adaptive import Adam, Adaptive, arrays, by_task, check_probes, chosen, softmax
+from mft.errors import ranged
+from mft.loss.adaptive import Adam, Adaptive, softmax
 from mft.loss.base import task_sums
 from mft.loss.focal import values_of
 from mft.loss.means import inverse, weighted_sum
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 EPS = 1e-8
+"""The eps of D_i, the authors' value: a loss at its lower bound keeps a finite logarithm."""
 
 
 class Source(enum.Enum):
@@ -51,6 +55,9 @@ class Famo(Adaptive):
     """
 
     public_name: ClassVar[str] = "famo"
+    takes_weights: ClassVar[bool] = False
+    arrays: ClassVar[tuple[str, ...]] = ("xi", "before")
+    parts: ClassVar[tuple[str, ...]] = ("adam",)
     needs_statistics: ClassVar[bool] = True
 
     source: Source = Source.train
@@ -67,21 +74,15 @@ class Famo(Adaptive):
     """Validation samples of each task that one probe reads, over all ranks (source=valid)."""
 
     def __post_init__(self) -> None:
-        self.source = chosen(Source, self.source, "loss.source")
-        check_ranges(self, "loss")
+        self.source = Source(self.source)
+        super().__post_init__()
 
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        if len(set(weights)) > 1:
-            warnings.warn(
-                "loss=famo starts from equal task weights; task.<name>.weight does nothing", stacklevel=2
-            )
-        super().setup(names, [1.0] * len(names))
-        self.min_loss_K = values_of(
-            "loss.min_loss", self.names, self.min_loss, self.min_loss_by_task or {}
-        ).numpy()
+        super().setup(names, weights)
+        self.min_loss_K = values_of(self.names, self.min_loss, self.min_loss_by_task).numpy()
         self.xi_K = np.zeros(len(self.names))
         self.before_K = np.full(len(self.names), np.nan)
-        self.adam = Adam(len(self.names), self.lr, self.weight_decay)
+        self.adam = Adam(self.names, self.lr, self.weight_decay)
 
     @property
     def needs_validation(self) -> bool:
@@ -89,7 +90,7 @@ class Famo(Adaptive):
 
     def check_schedule(self, steps: int, valid_samples: Sequence[int]) -> None:
         if self.source is Source.valid:
-            check_probes("famo with loss.source=valid", self.names, valid_samples)
+            self.check_probes(valid_samples)
 
     def wants_probe(self, step: int) -> bool:
         return self.source is Source.valid
@@ -105,26 +106,28 @@ class Famo(Adaptive):
         return task_sums(nll_BT, batch, len(self.names)).T
 
     def distance(self, loss_K: np.ndarray) -> np.ndarray:
-        """Returns D: how far each loss is above its lower bound, at least eps."""
-        above_K: np.ndarray = np.maximum(loss_K - self.min_loss_K + EPS, EPS)
-        return above_K
+        """Returns D_K: how far each loss is above its lower bound, at least eps."""
+        return np.asarray(np.maximum(loss_K - self.min_loss_K + EPS, EPS))
 
     def coefficients(self, loss_K: np.ndarray) -> tuple[np.ndarray, float]:
         """Returns dL/dL_i (float64 [K], 0 for tasks whose loss is NaN) and the value of the objective."""
-        here_K = np.isfinite(loss_K)
+        present_K = np.isfinite(loss_K)
         slope_K = np.zeros(len(loss_K))
-        if not here_K.any():
+        if not present_K.any():
             return slope_K, 0.0
-        z_k, distance_k = softmax(self.xi_K[here_K]), self.distance(loss_K)[here_K]
-        c = (z_k / distance_k).sum()
-        slope_K[here_K] = z_k / (c * distance_k)
-        return slope_K, float((z_k * np.log(distance_k)).sum() / c)
+        z_k, D_k = softmax(self.xi_K[present_K]), self.distance(loss_K)[present_K]
+        c = (z_k / D_k).sum()
+        slope_K[present_K] = z_k / (c * D_k)
+        return slope_K, float((z_k * np.log(D_k)).sum() / c)
 
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The linearisation at the step's losses; each token carries its part of what makes the values add
-        up."""
+        """Returns the linearisation at the step's losses: sum_i dL/dL_i * (micro-batch's part of L_i) + rest.
+
+        The constant rest, spread over the tokens, makes the values of the shares add up to the objective; it
+        has no gradient.
+        """
         import torch
 
         assert statistics is not None, "famo needs the statistics of the step"
@@ -133,10 +136,11 @@ class Famo(Adaptive):
         slope_K, objective = self.coefficients(loss_K)
         rest = objective - float((slope_K * np.nan_to_num(loss_K, nan=0.0)).sum())
         linear = weighted_sum(nll_BT, batch, torch.from_numpy(slope_K) * inverse(counts.tokens_K))
-        every_K = inverse(counts.tokens_K.sum()).expand(len(slope_K))
-        return linear + rest * weighted_sum(torch.ones_like(nll_BT), batch, every_K)
+        per_token_K = inverse(counts.tokens_K.sum()).expand(len(slope_K))
+        return linear + rest * weighted_sum(torch.ones_like(nll_BT), batch, per_token_K)
 
     def learn_train(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
+        # weight_K is for the log only: `share` takes its coefficients from the step's statistics
         if np.isfinite(loss_K).any():
             self.weigh(self.coefficients(loss_K)[0])
         if self.source is Source.train:
@@ -145,33 +149,23 @@ class Famo(Adaptive):
 
     def learn_repeat(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
         if self.source is Source.train:
-            self.progress(loss_K)
+            self.step_xi(loss_K)
         return {}
 
     def learn_valid(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
         if self.source is Source.valid:
-            self.progress(loss_K)
+            self.step_xi(loss_K)
+            self.before_K = np.where(np.isfinite(loss_K), loss_K, self.before_K)
         return {}
 
-    def progress(self, after_K: np.ndarray) -> None:
+    def step_xi(self, after_K: np.ndarray) -> None:
         """One step of Adam on xi from the losses before and after an update, for the tasks that have both."""
-        here_K = np.isfinite(self.before_K) & np.isfinite(after_K)
-        if here_K.sum() > 1:
-            delta_K = np.log(self.distance(self.before_K)) - np.log(self.distance(after_K))
-            z_k = softmax(self.xi_K[here_K])
-            gradient_K = np.zeros(len(here_K))
-            gradient_K[here_K] = z_k * (delta_K[here_K] - z_k @ delta_K[here_K])
-            self.xi_K = self.adam.stepped(self.xi_K, gradient_K, here_K)
-        if self.source is Source.valid:
-            self.before_K = np.where(np.isfinite(after_K), after_K, self.before_K)
-
-    def state_dict(self) -> dict[str, Any]:
-        own = by_task(self.names, xi=self.xi_K, before=self.before_K) | {
-            "adam": self.adam.state_dict(self.names)
-        }
-        return super().state_dict() | own
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.xi_K, self.before_K = arrays(state, self.names, "xi", "before")
-        self.adam.load_state_dict(state["adam"], self.names)
+        both_K = np.isfinite(self.before_K) & np.isfinite(after_K)
+        if both_K.sum() < 2:  # the softmax of a single task is 1 whatever its logit
+            return
+        delta_K = np.log(self.distance(self.before_K)) - np.log(self.distance(after_K))
+        z_k = softmax(self.xi_K[both_K])
+        gradient_K = np.zeros(len(both_K))
+        # J_softmax^T delta = z * (delta - z . delta): a task that fell more than the mean gets less weight
+        gradient_K[both_K] = z_k * (delta_K[both_K] - z_k @ delta_K[both_K])
+        self.xi_K = self.adam.stepped(self.xi_K, gradient_K, both_K)

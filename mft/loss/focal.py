@@ -12,6 +12,9 @@ where v_i = 1 / (tasks present) in the paper; here v are the static task weights
 present, which is the same when they are equal. The factor (1 - P)^gamma is differentiated, as in Lin et al.
 2017. P is a mean of token probabilities, not the exponential of the mean log-probability. gamma = 0 with
 alpha = 1 is sample_mean and task_sample_mean.
+
+Shapes, as in `loss.means`: `x_m` one value for each position, flattened, `x_n` one for each sample slot; P_n
+and Q_n are the P_ij and Q_ij of a micro-batch, P_K and Q_K the P_i and Q_i of the step.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mft.batch import IGNORE, Batch, StepCounts
-from mft.errors import UserError, nearest, ranged
+from mft.errors import check_ranges, ranged
 from mft.loss.base import TaskLoss
-from mft.loss.means import Unweighted, inverse, present_weights, sample_slots, sample_tokens
+from mft.loss.means import inverse, present_weights, sample_slots, sample_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -32,48 +35,34 @@ CERTAIN = 1e-6
 """Smallest 1 - P: below it float32 has no digits left, and for gamma < 1 the derivative would be infinite."""
 
 
-def values_of(key: str, names: Sequence[str], default: float, values: Mapping[str, float]) -> torch.Tensor:
-    """Returns float64 [K]: the value of each task, `default` where `values` has none.
-
-    Raises UserError naming `key` for an unknown task and for a value that is negative.
-    """
+def values_of(names: Sequence[str], default: float, values: Mapping[str, float] | None) -> torch.Tensor:
+    """Returns float64 [K]: the value of each task, `default` where `values` has none."""
     import torch
 
-    for name, value in [(None, default), *values.items()]:
-        where = key if name is None else f"{key}_by_task.{name}"
-        if name is not None and name not in names:
-            raise UserError(f"{where}: no such task; the tasks are {', '.join(names)}{nearest(name, names)}")
-        if not value >= 0:
-            raise UserError(f"{where} is {value}; it must be 0 or larger")
-    return torch.tensor([float(values.get(name, default)) for name in names], dtype=torch.float64)
+    return torch.tensor([float((values or {}).get(name, default)) for name in names], dtype=torch.float64)
 
 
 def sample_means(nll_BT: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns P_n, Q_n (dtype of nll, differentiable) and the int64 task_n of each sample slot, n up to B * T
-    + 1.
+    """Returns P_n, Q_n (dtype of nll, differentiable) and the int64 task_n of each sample slot.
 
     Slots without a trained token have P = Q = 0 (and task 0), so that they add nothing to any sum.
     """
-    import torch
-
     trained_BT = batch.target_BT != IGNORE
     slot_BT = sample_slots(batch)
     slot_m, size = slot_BT.flatten(), slot_BT.numel() + 1
-    tokens_n = sample_tokens(slot_BT).clamp(min=1)
+    tokens_n = sample_tokens(slot_BT).clamp(min=1)  # of slots without a sample; their sums are 0
     zero_n = nll_BT.new_zeros(size)
     log_m = (-nll_BT * trained_BT).flatten()
     P_n = zero_n.scatter_add(0, slot_m, log_m.exp() * trained_BT.flatten()) / tokens_n
     Q_n = zero_n.scatter_add(0, slot_m, log_m) / tokens_n
-    task_n = torch.zeros(size, dtype=torch.int64, device=nll_BT.device)
-    task_n.scatter_(0, slot_m, torch.where(trained_BT, batch.task_BT, 0).flatten())
+    task_n = slot_m.new_zeros(size).scatter_(0, slot_m, (batch.task_BT * trained_BT).flatten())
     return P_n, Q_n, task_n
 
 
 @dataclass
-class SampleFocal(Unweighted):
-    """Samples that the model already predicts well count less (Eq. 2, from memory of the paper)."""
+class Focal(TaskLoss):
+    """The settings of both focal losses: an exponent and a factor for each task."""
 
-    public_name: ClassVar[str] = "sample_focal"
     by_sample: ClassVar[bool] = True
 
     gamma: float = ranged(2.0, min=0)
@@ -85,10 +74,21 @@ class SampleFocal(Unweighted):
     alpha_by_task: dict[str, float] | None = None
     """Factors of single tasks; other tasks take alpha."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self, "loss")
+
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().setup(names, weights)
-        self.gamma_K = values_of("loss.gamma", self.names, self.gamma, self.gamma_by_task or {})
-        self.alpha_K = values_of("loss.alpha", self.names, self.alpha, self.alpha_by_task or {})
+        self.gamma_K = values_of(self.names, self.gamma, self.gamma_by_task)
+        self.alpha_K = values_of(self.names, self.alpha, self.alpha_by_task)
+
+
+@dataclass
+class SampleFocal(Focal):
+    """Samples that the model already predicts well count less (Eq. 2, from memory of the paper)."""
+
+    public_name: ClassVar[str] = "sample_focal"
+    takes_weights: ClassVar[bool] = False
 
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
@@ -101,7 +101,7 @@ class SampleFocal(Unweighted):
 
 
 @dataclass
-class TaskFocal(TaskLoss):
+class TaskFocal(Focal):
     """Tasks that the model already predicts well count less (Eq. 3, from memory of the paper).
 
     P_i and Q_i are those of the whole step over all ranks. The objective is not linear in them, so they must
@@ -121,42 +121,33 @@ class TaskFocal(TaskLoss):
     """
 
     public_name: ClassVar[str] = "task_focal"
-    by_sample: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
-
-    gamma: float = ranged(2.0, min=0)
-    """Exponent of (1 - P); 0 switches the focus off, 2 is the value of Lin et al."""
-    alpha: float = ranged(1.0, min=0)
-    """Factor of every task; alone it only scales the loss."""
-    gamma_by_task: dict[str, float] | None = None
-    """Exponents of single tasks; other tasks take gamma."""
-    alpha_by_task: dict[str, float] | None = None
-    """Factors of single tasks; other tasks take alpha."""
-
-    def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        super().setup(names, weights)
-        self.gamma_K = values_of("loss.gamma", self.names, self.gamma, self.gamma_by_task or {})
-        self.alpha_K = values_of("loss.alpha", self.names, self.alpha, self.alpha_by_task or {})
 
     def statistics(self, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Returns float64 [K, 2]: sum_j P_ij and sum_j Q_ij."""
+        # float64, since these sums over many ranks and micro-batches set the slopes of the whole step
         P_n, Q_n, task_n = sample_means(nll_BT.detach().double(), batch)
-        both_n2 = P_n.new_zeros(P_n.numel(), 2)
-        both_n2[:, 0], both_n2[:, 1] = P_n, Q_n
-        return both_n2.new_zeros(len(self.names), 2).index_add(0, task_n, both_n2)
+        sums_K2 = P_n.new_zeros(len(self.names), 2)
+        for column, value_n in enumerate((P_n, Q_n)):
+            sums_K2[:, column].index_add_(0, task_n, value_n)
+        return sums_K2
 
     def share(
         self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         assert statistics is not None, "task_focal needs the statistics of the step"
+        # P_i, Q_i and their slopes dL/dq_i, dL/dp_i: K numbers, on the CPU in float64
         present_K, per_sample_K = counts.samples_K > 0, inverse(counts.samples_K)
         P_K, Q_K = (statistics.double().cpu() * per_sample_K[:, None]).unbind(1)
         scale_K = present_weights(self.weight_K, present_K) * self.alpha_K * per_sample_K
         miss_K = (1 - P_K).clamp(min=CERTAIN)
         slope_q_K = -scale_K * miss_K**self.gamma_K
         slope_p_K = scale_K * self.gamma_K * miss_K ** (self.gamma_K - 1) * Q_K
-        slope_p_K = slope_p_K * (1 - P_K > CERTAIN)
+        slope_p_K = slope_p_K * (
+            1 - P_K > CERTAIN
+        )  # where the clamp holds, the objective does not depend on P
         P_n, Q_n, task_n = sample_means(nll_BT, batch)
         slope_q_n = slope_q_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
         slope_p_n = slope_p_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
+        # P - P.detach() is 0 with the gradient of P: the values of the shares add up to L, too
         return (slope_q_n * Q_n + slope_p_n * (P_n - P_n.detach())).sum()

@@ -4,22 +4,22 @@ A probe gives each task's validation loss. With alpha_i its slope over the last 
 
     a_i = K alpha_i / sum_j |alpha_j|,   q_i = -a_i softmax(a)_i,   w = softmax(s q)
 
-so a task whose loss rises (a > 0) gets a weight near 0, and among falling ones the score is highest at a =
--1. There is no floor: weights below 1e-5 are usual. Unlike the original, fits use real step numbers and
+so a task whose loss rises (a > 0) gets a weight near 0, and among falling ones the score is highest at
+a = -1. There is no floor: weights below 1e-5 are usual. Unlike the original, fits use real step numbers and
 float64 (its float32 fit is 50 % off at step 100,000), an absent task is not a zero, and the history is part
-of the checkpoint.
+of the checkpoint. In the code alpha is `slope_K`, q the argument of the last softmax.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from mft.errors import check_ranges, ranged
-from mft.loss.adaptive import Adaptive, History, check_probes, check_probing, softmax, warn_of_a_short_run
+from mft.errors import ranged
+from mft.loss.adaptive import History, Probing, softmax
 
 
 def self_paced_weights(slope_K: np.ndarray, scale: float) -> np.ndarray:
@@ -28,16 +28,17 @@ def self_paced_weights(slope_K: np.ndarray, scale: float) -> np.ndarray:
     total = np.abs(slope_K).sum()
     if total == 0:
         return np.full(len(slope_K), 1 / len(slope_K))
+    # the softmax is over tasks of the whole run; an unknown slope counts as flat, not as absent
     a_K = len(slope_K) * slope_K / total
     return softmax(scale * -a_K * softmax(a_K))
 
 
 @dataclass
-class SelfPaced(Adaptive):
-    """Weights from the slopes of the validation losses; the fields are explained in
-    conf/loss/self_paced.yaml."""
+class SelfPaced(Probing):
+    """Weights from the slopes of the validation losses."""
 
     public_name: ClassVar[str] = "self_paced"
+    parts: ClassVar[tuple[str, ...]] = ("history",)
 
     scale: float = ranged(50.0, min=0)
     """Sharpness s of w = softmax(s q); 50 in the original, 10 is mild, 0 makes all weights equal."""
@@ -50,39 +51,14 @@ class SelfPaced(Adaptive):
     probe_samples: int = ranged(2, min=1)
     """Validation samples of each task that one probe reads, over all ranks; more is less noisy and dearer."""
 
-    def __post_init__(self) -> None:
-        check_ranges(self, "loss")
-        check_probing("self_paced", self.warmup_steps, self.history_length, self.update_interval)
-
     def setup(self, names: Sequence[str], weights: Sequence[float]) -> None:
         super().setup(names, weights)
-        self.history = History(self.history_length)
-
-    @property
-    def needs_validation(self) -> bool:
-        return True
-
-    def check_schedule(self, steps: int, valid_samples: Sequence[int]) -> None:
-        check_probes("self_paced", self.names, valid_samples)
-        still, u = self.warmup_steps - self.update_interval, self.update_interval
-        largest = (steps - 1 + u) // u * u
-        largest = largest if largest >= 3 * u else 0
-        warn_of_a_short_run("self_paced", steps, still, "loss.warmup_steps", self.warmup_steps, largest)
-
-    def wants_probe(self, step: int) -> bool:
-        return (step - 1) % self.update_interval == 0
+        self.history = History(self.names, self.history_length)
 
     def learn_valid(self, step: int, loss_K: np.ndarray) -> dict[str, float]:
         self.history.append(step - 1, loss_K)
-        if step - 1 + self.update_interval < self.warmup_steps:
+        if not self.warm(step - 1):
             return self.logged()
         slope_K = self.history.slopes()
         self.weigh(self_paced_weights(slope_K, self.scale))
         return self.logged(slope=slope_K)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"history": self.history.state_dict(self.names)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.history.load_state_dict(state["history"], self.names)

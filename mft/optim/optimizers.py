@@ -18,22 +18,21 @@ if TYPE_CHECKING:
 
 
 def groups(named_parameters: Named, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns the trained parameters as a group with and a group without weight decay; empty groups are left
-    out.
+    """Returns the trained parameters as a group with and one without weight decay, unless it is empty.
 
     Decay is for matrices, LoRA's A and B among them; norms and biases (one dimension) have none, since
     pulling them to 0 takes away what they are for. Raises UserError when nothing is trained.
     """
-    trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    trained = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     if not trained:
-        raise UserError(
-            "no parameter of the model is trained; check peft.targets (LoRA, QLoRA) or what peft=full freezes"
-        )
-    # Under ZeRO-3 a parameter here is an empty placeholder; ds_shape is its true shape.
-    flat = {name: len(getattr(parameter, "ds_shape", parameter.shape)) < 2 for name, parameter in trained}
-    decayed = [parameter for name, parameter in trained if not flat[name]]
-    spared = [parameter for name, parameter in trained if flat[name]]
-    both = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+        raise UserError("no parameter of the model is trained; check peft.targets, or what peft=full freezes")
+    matrices: list[torch.nn.Parameter] = []
+    vectors: list[torch.nn.Parameter] = []
+    for parameter in trained:
+        # Under ZeRO-3 a parameter is an empty placeholder here; ds_shape is its true shape.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (matrices if len(shape) > 1 else vectors).append(parameter)
+    both = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in both if group["params"]]
 
 
@@ -48,36 +47,34 @@ class Optimizer(ABC):
 
     @abstractmethod
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
-        """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is
-        null."""
+        """Returns the optimizer of the parameters that require a gradient. default_lr: where `lr` is null."""
 
 
 class Library(Optimizer):
-    """An optimizer of torch or bitsandbytes, named in a yaml by its own class, with that class's
-    arguments."""
+    """An optimizer of torch or bitsandbytes, named by its own class, with that class's arguments."""
 
     def __init__(self, kind: type[torch.optim.Optimizer], values: dict[str, Any]):
         self.kind, self.values = kind, dict(values)
-        known = {
-            name: p.default for name, p in inspect.signature(kind).parameters.items() if name != "params"
-        }
+        arguments = dict(inspect.signature(kind).parameters)
+        del arguments["params"]
         for key in values:
-            if key not in known:
-                raise UserError(
-                    f"optimizer.{key}: {kind.__name__} has no such argument{nearest(key, known) or '.'} "
-                    f"Its arguments: {', '.join(known)}."
-                )
+            if key not in arguments:
+                hint = f"{nearest(key, arguments) or '.'} Its arguments: {', '.join(arguments)}."
+                raise UserError(f"optimizer.{key}: {kind.__name__} has no such argument{hint}")
+        # these two are decided per run and per group, the others go to the constructor as they are
         self.lr = self.values.pop("lr", None)
-        self.decay = self.values.pop("weight_decay", known.get("weight_decay", 0.0))
+        default = arguments["weight_decay"].default if "weight_decay" in arguments else 0.0
+        self.weight_decay = self.values.pop("weight_decay", default)
 
     def check(self) -> None:
         """Raises UserError for values that the optimizer itself refuses."""
         import torch
 
+        # one weight is enough: constructors judge their arguments, not the parameters
         self.build([("weight", torch.nn.Parameter(torch.zeros(1, 1)))], 1e-4)
 
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
-        parameters = groups(named_parameters, self.decay)
+        parameters = groups(named_parameters, self.weight_decay)
         try:
             return self.kind(parameters, **{"lr": self.base_lr(default_lr), **self.values})
         except (TypeError, ValueError) as error:
@@ -116,8 +113,6 @@ class AdamW(Adam):
     """One kernel for all parameters; false for a device that lacks it."""
 
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
-        """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is
-        null."""
         import torch
 
         parameters = groups(named_parameters, self.weight_decay)
@@ -126,31 +121,26 @@ class AdamW(Adam):
 
 @dataclass
 class AdamW8bit(Adam):
-    """bitsandbytes.optim.AdamW8bit: states in 8 bits, block by block (tensors below 4,096 values keep 32
-    bits)."""
+    """bitsandbytes.optim.AdamW8bit (Dettmers et al. 2022): states in blocks of 8 bits.
+
+    Tensors below 4,096 values keep 32 bits.
+    """
 
     public_name: ClassVar[str] = "adamw8bit"
     takes_dtensors: ClassVar[bool] = False
     """Its kernels mix parameters divided by fsdp with plain states, and fail."""
 
     def check(self) -> None:
-        """Raises UserError where bitsandbytes is not installed."""
+        """Raises UserError where bitsandbytes is not installed; whether it loads is known on a rank only."""
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError(
-                "optimizer=adamw8bit needs bitsandbytes, which is not installed; use optimizer=adamw"
-            )
+            raise UserError("optimizer=adamw8bit: bitsandbytes is not installed; use optimizer=adamw")
 
     def build(self, named_parameters: Named, default_lr: float) -> torch.optim.Optimizer:
-        """Returns the optimizer over the parameters that require a gradient. default_lr: used when `lr` is
-        null.
-
-        Raises UserError when bitsandbytes cannot be loaded on this machine.
-        """
+        """Also raises UserError when bitsandbytes cannot be loaded on this machine."""
         try:
             from bitsandbytes.optim import AdamW8bit as Optimizer
+        # OSError, RuntimeError: a library of CUDA that is missing or of another version
         except (ImportError, OSError, RuntimeError) as error:
-            raise UserError(
-                f"optimizer=adamw8bit needs bitsandbytes, which cannot be loaded here ({error}); use "
-                f"optimizer=adamw"
-            ) from error
+            reason = f"bitsandbytes cannot be loaded here ({error})"
+            raise UserError(f"optimizer=adamw8bit: {reason}; use optimizer=adamw") from error
         return Optimizer(groups(named_parameters, self.weight_decay), **self.arguments(default_lr))

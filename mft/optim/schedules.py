@@ -1,5 +1,4 @@
-"""Learning-rate schedules: plain functions of the step; nothing to save, nothing to multiply by the world
-size."""
+"""Learning-rate schedules: functions of the step; nothing to save, nothing to multiply by the world size."""
 
 from __future__ import annotations
 
@@ -22,52 +21,47 @@ class Schedule(ABC):
         """Returns the learning rate of optimizer step `step` of 1..`total`; base_lr: the peak."""
 
 
-def check(schedule: Constant | Decay) -> None:
-    """Raises UserError for a number out of its range, and for `warmup` between two whole numbers of steps."""
-    check_ranges(schedule, "scheduler")
-    if schedule.warmup > 1 and schedule.warmup != int(schedule.warmup):
-        raise UserError(
-            f"scheduler.warmup={schedule.warmup} must be a fraction of all steps below 1, or a whole "
-            f"number of steps."
-        )
+class Warmup(Schedule):
+    """A linear warm-up from 0 to the peak; subclasses have the field `warmup`."""
 
+    warmup: float
 
-def warmup_steps(warmup: float, total: int) -> int:
-    """Returns the number of warm-up steps: a fraction of `total` (rounded) below 1, else the number
-    itself."""
-    return round(warmup * total) if warmup < 1 else int(warmup)
+    def __post_init__(self) -> None:
+        """Raises UserError for a number out of its range, and for `warmup` between whole numbers of steps."""
+        check_ranges(self, "scheduler")
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            allowed = "a fraction of all steps below 1, or a whole number of steps"
+            raise UserError(f"scheduler.warmup={self.warmup} must be {allowed}.")
+
+    def peak_step(self, total: int) -> int:
+        """Returns the first step with the peak: `warmup` of `total` if below 1, else `warmup`; at least 1.
+
+        So that without a warm-up step 1 has the peak, and no step trains with a learning rate of 0.
+        """
+        return max(1, round(self.warmup * total) if self.warmup < 1 else int(self.warmup))
 
 
 @dataclass
-class Constant(Schedule):
+class Constant(Warmup):
     """The peak in every step after an optional linear warm-up."""
 
     public_name: ClassVar[str] = "constant"
 
     warmup: float = ranged(0.0, min=0)
-    """Warm-up from 0 to the peak: below 1 a fraction of all steps, else a number of steps; 0 switches it
-    off."""
-
-    def __post_init__(self) -> None:
-        check(self)
+    """Warm-up from 0 to the peak: a fraction of all steps below 1, else a number of steps; 0: none."""
 
     def lr(self, step: int, total: int, base_lr: float) -> float:
-        # Step `warm` has the peak, so that with no warm-up the first step has it, and no step trains with 0.
-        return base_lr * min(1.0, step / max(1, warmup_steps(self.warmup, total)))
+        return base_lr * min(1.0, step / self.peak_step(total))
 
 
 @dataclass
-class Decay(Schedule):
+class Decay(Warmup):
     """A linear warm-up to the peak, then a fall along the subclass's curve; the last step has `min_lr`."""
 
     warmup: float = ranged(0.03, min=0)
-    """Warm-up from 0 to the peak: below 1 a fraction of all steps, else a number of steps; 0 switches it
-    off."""
+    """Warm-up from 0 to the peak: a fraction of all steps below 1, else a number of steps; 0: none."""
     min_lr: float | None = ranged(None, min=0)
     """Learning rate at the last step; null: a tenth of optimizer.lr, so that it follows a sweep."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     @abstractmethod
     def curve(self, progress: float) -> float:
@@ -78,18 +72,18 @@ class Decay(Schedule):
         if self.min_lr is None:
             return FLOOR * base_lr
         if self.min_lr > base_lr:
-            raise UserError(
-                f"scheduler.min_lr is {self.min_lr:g}, above the learning rate {base_lr:g} (optimizer.lr); "
-                "lower it, or set it to null for a tenth of the learning rate"
+            problem = (
+                f"scheduler.min_lr is {self.min_lr:g}, above the learning rate {base_lr:g} (optimizer.lr)"
             )
+            raise UserError(f"{problem}; lower it, or set it to null for a tenth of the learning rate")
         return self.min_lr
 
     def lr(self, step: int, total: int, base_lr: float) -> float:
-        lowest = self.lowest(base_lr)
-        peak = max(1, warmup_steps(self.warmup, total))
+        lowest = self.lowest(base_lr)  # also judged in the warm-up: a mistake ends the run at its first step
+        peak = self.peak_step(total)
         if step <= peak:
             return base_lr * (step / peak)
-        if step >= total:
+        if step >= total:  # also where the warm-up is as long as the run: nothing is divided by 0 below
             return lowest
         return lowest + (base_lr - lowest) * self.curve((step - peak) / (total - peak))
 
@@ -111,7 +105,7 @@ class Cosine(Decay):
     public_name: ClassVar[str] = "cosine"
 
     def curve(self, progress: float) -> float:
-        return 0.5 * (1 + math.cos(math.pi * progress))
+        return 0.5 * (1 + math.cos(math.pi * progress))  # Loshchilov and Hutter 2017, Eq. 5
 
 
 @dataclass

@@ -45,6 +45,7 @@ class BestTracker:
         for name, loss in losses.items():
             if loss < self.task_loss.get(name, math.inf):
                 self.task_loss[name], self.task_step[name] = loss, step
+        # strictly: a plateau stalls, and NaN and inf never improve
         if value < self.value:
             self.losses, self.step, self.value, self.stalled = dict(losses), step, value, 0
             return True
@@ -57,6 +58,7 @@ class BestTracker:
 
     def mark_saved(self, step: int) -> None:
         """Notes that a checkpoint of this step is being written; it counts only if the step was validated."""
+        # saved_* rather than the best of all: what matters afterwards is which weights can still be had
         if self.last_step != step or not self.last:
             return
         if self.last_value < self.saved_value:

@@ -1,17 +1,17 @@
-"""The order of events in a training step. Everything the loop calls is named here; there are no callbacks."""
+"""The order of events in a training step. Everything the loop calls is named here; there are no callbacks.
+
+Shapes as in `mft.batch`: nll_BT are the token losses of a micro-batch, in nats.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TypeVar
 
 from mft.run_folder import RunStatus
 from mft.training.nonfinite import propagate_nonfinite, update_applied
 from mft.training.trainer import Trainer
-
-T = TypeVar("T")
+from mft.training.validate import forward
 
 
 def fit(t: Trainer) -> RunStatus:
@@ -22,12 +22,14 @@ def fit(t: Trainer) -> RunStatus:
     or gradient.
     """
     state, settings = t.state, t.settings
-    if validate_where_it_stands(t):
+    if validate_before_training(t):
         return RunStatus.finished
     t.module.train()
-    t.meter.restart(state.meter, t.engine)
+    t.meter.resume(state.meter, t.engine)
+    # the loader yields steps without end, over as many epochs as it takes
     for data in islice(t.loader.steps(state.epoch, state.rows_consumed), t.total_steps - state.step):
         step = state.step + 1
+        # before the first backward: a share has the denominators of the whole step, over all ranks
         counts = t.count(data)
         batches = [batch.to(t.engine.device) for batch in data.batches]
         t.learn_before(step)
@@ -35,10 +37,11 @@ def fit(t: Trainer) -> RunStatus:
         lr = t.set_learning_rate(step)
         t.meter.begin_step()
         nll = []
-        for batch, last in mark_last(batches):
-            with t.engine.accumulating(last=last):
-                nll_BT, router = t.forward(batch)
+        for number, batch in enumerate(batches, start=1):
+            with t.engine.accumulating(last=number == len(batches)):
+                nll_BT, router = forward(t.module, batch)
                 share = t.loss.share(nll_BT, batch, counts, statistics)
+                # not linear in a batch, unlike the token losses: its mean over the step's micro-batches
                 router = router / max(1.0, counts.micro_batches)
                 t.engine.backward(propagate_nonfinite(share + router))
             nll.append(nll_BT.detach())
@@ -46,11 +49,12 @@ def fit(t: Trainer) -> RunStatus:
         grad_norm = t.engine.step(settings.max_grad_norm)
         if update_applied(t, step, grad_norm, batches, nll):
             t.meter.commit(counts, grad_norm, data.batches)
-            t.learn_after(step, batches)
+            t.learn_after(step, batches)  # never from a step that changed nothing
         else:
             t.meter.skip(data.batches)
         state.advance(data)
         t.progress.advance(step)
+        # counts.stop is a sum over ranks: all of them end after the same step, whichever was asked to stop
         complete, stopping = step == t.total_steps, bool(counts.stop)
         if complete or every(step, settings.log_every):  # a stopped run logs what it has when it is resumed
             t.log(lr)
@@ -65,7 +69,7 @@ def fit(t: Trainer) -> RunStatus:
     return RunStatus.finished
 
 
-def validate_where_it_stands(t: Trainer) -> bool:
+def validate_before_training(t: Trainer) -> bool:
     """Makes the validation before the first step, or the one that a stopped run left out.
 
     Returns whether it ends the run.
@@ -75,6 +79,7 @@ def validate_where_it_stands(t: Trainer) -> bool:
     state, settings = t.state, t.settings
     if state.step == 0:
         if settings.eval_at_start and t.validate():
+            # NaN: a task without validation samples
             losses = [state.best.last.get(name, math.nan) for name in t.names]
             t.loss.set_initial_losses(torch.tensor(losses, dtype=torch.float64))
         return False
@@ -89,14 +94,10 @@ def validate_where_it_stands(t: Trainer) -> bool:
 def worth_keeping(t: Trainer, improved: bool) -> bool:
     """Whether the step is saved for what its validation found, though no checkpoint is due."""
     a_tasks_best = t.settings.keep_task_best and t.state.best.is_a_tasks_best(t.state.step)
+    # after early stopping the best weights are what one wants, and `final/` has the last ones
     return (improved and t.settings.early_stopping) or a_tasks_best
 
 
 def every(step: int, interval: int | None) -> bool:
     """Whether something done every `interval` steps (null: never) is due."""
     return interval is not None and step % interval == 0
-
-
-def mark_last(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
-    """Yields each item, and whether it is the last one."""
-    return ((item, number == len(items)) for number, item in enumerate(items, start=1))

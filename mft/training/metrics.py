@@ -1,5 +1,8 @@
-"""Numbers of a training run: per-task sums kept on the device and reduced over ranks only when they are
-read."""
+"""Metrics of a training run: per-task sums kept on the device, reduced over ranks only when they are read.
+
+Shapes, besides those of `mft.batch`: `sums_2K` the rows [sum of token losses in nats, trained tokens] of each
+task, `losses_2` [objective, router's loss], both summed over steps.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from mft.batch import Batch, StepCounts
+    from mft.distributed.engine import Engine
 
 PEAK_BF16_TFLOPS = {
     "H200": 989,
@@ -31,15 +35,12 @@ PEAK_BF16_TFLOPS = {
 
 
 def task_means(sums_2K: torch.Tensor) -> torch.Tensor:
-    """Returns token means [K] of ([nll sums, token counts]): NaN where a task has no token, inf where not
-    finite.
+    """Returns token means [K]: NaN where a task has no token, inf where not finite.
 
     So NaN always means absent, and a loss that overflowed stays visible and is never the best.
     """
-    import torch
-
     mean_K = sums_2K[0] / sums_2K[1]
-    return torch.where((sums_2K[1] > 0) & ~torch.isfinite(mean_K), torch.inf, mean_K)
+    return mean_K.masked_fill((sums_2K[1] > 0) & ~mean_K.isfinite(), math.inf)
 
 
 class Meter:
@@ -52,67 +53,59 @@ class Meter:
     def __init__(
         self,
         names: Sequence[str],
-        device: Any,
+        device: torch.device | str,
         flops_per_token: float = 0.0,
         peak_tflops: float | None = None,
     ):
         import torch
 
         self.names = list(names)
+        # float64: float32 sums over thousands of steps would lose the digits that are compared
         self.sums_2K = torch.zeros(2, len(names), dtype=torch.float64, device=device)
-        # the objective and the router's loss
         self.losses_2 = torch.zeros(2, dtype=torch.float64, device=device)
-        self.step_sums_2K, self.step_losses_2 = (
-            torch.zeros_like(self.sums_2K),
-            torch.zeros_like(self.losses_2),
-        )
+        self.step_sums_2K = torch.zeros_like(self.sums_2K)
+        self.step_losses_2 = torch.zeros_like(self.losses_2)
         self.flops_per_token = flops_per_token
         self.peak_flops = (peak_tflops or known_peak(device) or 0.0) * 1e12
         self.restart()
 
-    def restart(self, saved: Sequence[Mapping[str, Any]] = (), engine: Any = None) -> None:
-        """Forgets what was summed, or takes up what `state` gave of every rank; the time counts from now on.
+    def restart(self) -> None:
+        """Forgets what was summed; the time counts from now on."""
+        self.sums_2K.zero_()
+        self.losses_2.zero_()
+        self.steps, self.skipped, self.tokens, self.padding = 0, 0, 0, 0
+        self.grad_norm = math.nan
+        self.samples_K = [0.0] * len(self.names)
+        self.started = time.perf_counter()
+
+    def resume(self, saved: Sequence[Mapping[str, Any]], engine: Engine) -> None:
+        """Takes up what `state` returned before the checkpoint; the time counts from now on.
 
         On another number of ranks the first one takes the sums of all: what is read is a sum over ranks.
         """
-        import torch
+        self.restart()
+        if not saved:
+            return
+        own = saved if engine.is_main else ()
+        for part in [saved[engine.rank]] if len(saved) == engine.world else own:
+            self.sums_2K += self.sums_2K.new_tensor(part["sums"])
+            self.losses_2 += self.losses_2.new_tensor(part["losses"])
+            self.tokens, self.padding = self.tokens + part["tokens"], self.padding + part["padding"]
+        # the same on every rank
+        for name in ("steps", "skipped", "grad_norm"):
+            setattr(self, name, saved[0][name])
+        self.samples_K = list(saved[0]["samples"])
 
-        self.sums_2K.zero_()
-        self.losses_2.zero_()
-        self.steps, self.tokens, self.padding, self.skipped = 0, 0, 0, 0
-        self.grad_norm = math.nan
-        self.samples_K = [0.0] * len(self.names)
-        if saved:
-            same = len(saved) == engine.world
-            for part in [saved[engine.rank]] if same else saved if engine.is_main else ():
-                self.sums_2K += torch.tensor(part["sums"], dtype=torch.float64, device=self.sums_2K.device)
-                self.losses_2 += torch.tensor(part["losses"], dtype=torch.float64, device=self.sums_2K.device)
-                self.tokens, self.padding = self.tokens + part["tokens"], self.padding + part["padding"]
-            self.steps, self.skipped, self.grad_norm = (
-                saved[0][name] for name in ("steps", "skipped", "grad_norm")
-            )
-            self.samples_K = list(saved[0]["samples"])
-        self.started = time.perf_counter()
-
-    def state(self, engine: Any) -> list[dict[str, Any]]:
-        """Returns plain values of every rank from which `restart` continues, [] where nothing is summed.
+    def state(self, engine: Engine) -> list[dict[str, Any]]:
+        """Returns plain values of every rank from which `resume` continues, [] where nothing is summed.
 
         All ranks call it. The time is left out: speeds are those of the process that logs them.
         """
         if not self.steps + self.skipped:
             return []
-        mine = {
-            "sums": self.sums_2K.tolist(),
-            "losses": self.losses_2.tolist(),
-            "tokens": self.tokens,
-            "padding": self.padding,
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "grad_norm": self.grad_norm,
-            "samples": self.samples_K,
-        }
-        gathered: list[dict[str, Any]] = engine.gather(mine)
-        return gathered
+        names = ("steps", "skipped", "tokens", "padding", "grad_norm")
+        own = {name: getattr(self, name) for name in names} | {"samples": self.samples_K}
+        return engine.gather(own | {"sums": self.sums_2K.tolist(), "losses": self.losses_2.tolist()})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -124,17 +117,16 @@ class Meter:
     def add(self, batch: Batch, nll_BT: torch.Tensor, share: torch.Tensor, router: torch.Tensor) -> None:
         """Collects a micro-batch of the present step, on the device.
 
-        nll_BT: token losses, detached; share: the micro-batch's part of the objective; router: of the
+        nll_BT: token losses, detached; share, router: the micro-batch's part of the objective and the
         router's loss.
         """
-        import torch
-
+        # nothing here reads a value of the device, so that it never waits
         self.step_sums_2K += task_sums(nll_BT, batch, len(self.names))
-        self.step_losses_2 += torch.stack([share.detach(), router.detach()])
+        self.step_losses_2[0] += share.detach()
+        self.step_losses_2[1] += router.detach()
 
     def commit(self, counts: StepCounts, grad_norm: float, batches: Sequence[Batch]) -> None:
-        """Counts the present step, which was applied. counts: of all ranks; batches: this rank's, on the
-        CPU."""
+        """Counts a step that was applied. counts: of all ranks; batches: of this one, on the CPU."""
         self.steps += 1
         self.grad_norm = grad_norm
         self.samples_K = [a + b for a, b in zip(self.samples_K, counts.samples_K.tolist(), strict=True)]
@@ -158,40 +150,34 @@ class Meter:
             self.tokens += filled
             self.padding += batch.sample_BT.numel() - filled
 
-    def read(self, engine: Any) -> dict[str, float]:
-        """Returns the metrics since the last read, summed over ranks, and starts again. All ranks must call
-        it."""
+    def read(self, engine: Engine) -> dict[str, float]:
+        """Returns the metrics since the last read, summed over ranks, and starts again. All ranks call it."""
         import torch
 
-        done = self.steps + self.skipped
-        if not done:
+        steps = self.steps + self.skipped
+        if not steps:
             return {}
         seconds = time.perf_counter() - self.started
-        local = torch.tensor([self.tokens, self.padding], dtype=torch.float64, device=self.sums_2K.device)
+        local = self.losses_2.new_tensor([self.tokens, self.padding])
+        # one all-reduce for everything
         summed = engine.sum(torch.cat([self.sums_2K.flatten(), self.losses_2, local])).cpu()
-        tasks = len(self.names)
-        sums_2K, (objective, router, tokens, padding) = (
-            summed[: 2 * tasks].reshape(2, tasks),
-            summed[2 * tasks :].tolist(),
-        )
-        values = {
-            "train/loss": objective / self.steps if self.steps else math.nan,
-            "grad_norm": self.grad_norm,
-        }
+        sums_2K = summed[:-4].reshape(2, -1)
+        objective, router, tokens, padding = summed[-4:].tolist()
+        values = {"train/loss": math.nan, "grad_norm": self.grad_norm}
+        if self.steps:
+            values["train/loss"] = objective / self.steps
         if router:
             values["train/router"] = router / self.steps
         if self.skipped:
             values["train/skipped_steps"] = float(self.skipped)
-        means_K = task_means(sums_2K).tolist()
-        for name, mean, trained, samples in zip(
-            self.names, means_K, sums_2K[1].tolist(), self.samples_K, strict=True
-        ):
+        mean_K, trained_K = task_means(sums_2K).tolist(), sums_2K[1].tolist()
+        for name, mean, trained, samples in zip(self.names, mean_K, trained_K, self.samples_K, strict=True):
             if trained:
                 values[f"train/loss/{name}"] = mean
             values[f"train/tokens/{name}"] = trained
             values[f"train/samples/{name}"] = samples
         values["speed/tokens_per_second"] = tokens / seconds
-        values["speed/seconds_per_step"] = seconds / done
+        values["speed/seconds_per_step"] = seconds / steps
         values["data/fill"] = tokens / max(1.0, tokens + padding)
         if self.peak_flops and self.flops_per_token:
             values["speed/mfu"] = tokens / seconds * self.flops_per_token / (self.peak_flops * engine.world)
@@ -200,7 +186,7 @@ class Meter:
         return values
 
 
-def known_peak(device: Any) -> float | None:
+def known_peak(device: torch.device | str) -> float | None:
     """Returns the bf16 peak of this rank's GPU in TFLOP/s, or None for a CPU or an unknown GPU."""
     import torch
 
@@ -211,24 +197,22 @@ def known_peak(device: Any) -> float | None:
 
 
 def flops_per_token(model: torch.nn.Module) -> float:
-    """Returns the matrix work of one token in one training step.
+    """Returns the matrix work of one token in one training step, in FLOPs.
 
-    2 N forward, 2 N back through the activations, and 2 more for every trained weight. N leaves out the
-    embedding table, attention's quadratic part and recomputation.
+    2 N forward, 2 N back through the activations, and 2 more for every trained weight (Kaplan et al. 2020,
+    section 2.1). N leaves out the embedding table, attention's quadratic part and recomputation.
     """
-    embeddings = {
-        id(p) for m in model.modules() if type(m).__name__ == "Embedding" for p in m.parameters(recurse=False)
-    }
-    tied = {id(p) for m in model.modules() if hasattr(m, "out_features") for p in m.parameters(recurse=False)}
-    total = 0.0
-    for parameter in model.parameters():
-        if parameter.dim() < 2 or (id(parameter) in embeddings and id(parameter) not in tied):
-            continue
-        total += (6.0 if parameter.requires_grad else 4.0) * parameter.numel()
-    return total
+    # an embedding is a look-up, unless it is tied to the head, which multiplies by it
+    looked_up, multiplied = set(), set()
+    for part in model.modules():
+        own = {id(parameter) for parameter in part.parameters(recurse=False)}
+        looked_up |= own if type(part).__name__ == "Embedding" else set()
+        multiplied |= own if hasattr(part, "out_features") else set()
+    matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in looked_up - multiplied]
+    return sum(((6.0 if p.requires_grad else 4.0) * p.numel() for p in matrices), 0.0)
 
 
-def peak_memory_gib(device: Any) -> float:
+def peak_memory_gib(device: torch.device | str) -> float:
     """Returns the peak memory of this process: allocated on its GPU, or resident on a CPU."""
     import torch
 

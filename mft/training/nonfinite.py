@@ -1,5 +1,4 @@
-"""Steps with a non-finite loss or gradient: never applied, skipped or fatal, and which samples are to
-blame."""
+"""Steps with a non-finite loss or gradient: never applied, skipped or fatal; which samples caused it."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mft.errors import UserError
-from mft.training.trainer import Trainer
+from mft.training.trainer import ADVICE, Trainer
 
 if TYPE_CHECKING:
     import torch
@@ -49,40 +48,27 @@ def update_applied(
         raise UserError(message)
     t.state.skipped += 1
     if t.engine.is_main:
-        warnings.warn(
-            f"{message} Skipped, {t.state.skipped} of {t.settings.skip_nonfinite_steps}.", stacklevel=2
-        )
+        allowed = t.settings.skip_nonfinite_steps
+        warnings.warn(f"{message} Skipped, {t.state.skipped} of {allowed}.", stacklevel=2)
     return False
 
 
 def _nonfinite_samples(
     t: Trainer, batches: Sequence[Batch], nll: Sequence[torch.Tensor]
 ) -> list[tuple[int, int]]:
-    """Returns (task, index) of samples whose loss is not finite, of all ranks; all ranks call it and get the
-    same."""
-    import torch
-
+    """Returns (task, index) of the samples whose loss is not finite, of all ranks; all of them call it."""
     samples: dict[tuple[int, int], None] = {}  # an ordered set
     for batch, nll_BT in zip(batches, nll, strict=True):
-        for number in torch.unique(batch.sample_BT[~torch.isfinite(nll_BT)]).tolist():
+        for number in batch.sample_BT[~nll_BT.isfinite()].unique().tolist():
             samples[batch.samples[number]] = None
-    # A sum over ranks stands for a gather: each rank fills its own rows, counting tasks from 1 so that 0 is
-    # empty.
-    table = torch.zeros(t.engine.world, SAMPLES_NAMED, 2, dtype=torch.float64)
-    for row, (task, index) in enumerate(list(samples)[:SAMPLES_NAMED]):
-        table[t.engine.rank, row] = torch.tensor([task + 1, index])
-    return [(task - 1, index) for task, index in t.engine.sum(table).flatten(0, 1).long().tolist() if task]
+    by_rank = t.engine.gather(list(samples)[:SAMPLES_NAMED])
+    return [sample for own in by_rank for sample in own]
 
 
 def _message(t: Trainer, step: int, culprits: Sequence[tuple[int, int]]) -> str:
-    named = "; ".join(f"task {t.names[task]}, {t.origin((task, index))}" for task, index in culprits)
-    reason = (
-        f"the loss is not finite for: {named}"
-        if named
-        else "every loss is finite, the gradient is not (an overflow)"
-    )
-    return (
-        f"Step {step} has a non-finite loss or gradient and was not applied: {reason}. A lower "
-        "optimizer.lr, longer scheduler.warmup or train.precision=fp32 often helps; the last checkpoint "
-        "is intact."
-    )
+    reason = "every loss is finite, the gradient is not (an overflow)"
+    if culprits:
+        named = "; ".join(f"task {t.names[task]}, {t.origin((task, index))}" for task, index in culprits)
+        reason = f"the loss is not finite for: {named}"
+    problem = f"Step {step} has a non-finite loss or gradient and was not applied: {reason}"
+    return f"{problem}. {ADVICE}; the last checkpoint is intact."

@@ -1,34 +1,34 @@
-"""Figures of equal panels, in colours that tell things apart; for the pictures of runs and of sweeps."""
+"""Figures of equal panels and their colours, for the plots of runs and of sweeps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Color = str | tuple[float, float, float, float]
 
 # Okabe and Ito: distinguishable for the colour-blind and in grey; yellow, invisible as a line, left out.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 MOST = 24
-"""Panels of a figure, and lines of one panel that have a name: what one can look through, drawn within
-seconds."""
+"""Panels of a figure, and named lines of a panel: what one can look through, drawn within seconds."""
 
 
 def most(names: Sequence[str], rank: Mapping[str, float], room: int = MOST) -> list[str]:
-    """Returns the names with the highest rank, at most `room`, in their own order; those without a rank come
-    last."""
+    """Returns the `room` names with the highest rank, in their own order; those without a rank come last."""
     if len(names) <= room:
         return list(names)
     chosen = set(sorted(names, key=lambda name: rank.get(name, -math.inf), reverse=True)[:room])
     return [name for name in names if name in chosen]
 
 
-def color_of(name: str, names: Sequence[str]) -> Any:
+def color_of(name: str, names: Sequence[str]) -> Color:
     """Returns the colour of a name among all that are drawn; a name that is none of them is grey."""
     if name not in names:
         return "#444444"

@@ -6,66 +6,42 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mft.console.screen import console
 from mft.console.tables import table
 from mft.objective import mean_of_tasks
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 NAMED = 12
 """Tasks that a line names; of more it names those with the highest loss."""
 
 
-class Silent:
-    """The progress of ranks other than 0: says nothing."""
+class Terminal:
+    """Step, loss, loss of every task, tokens/s and time left; a live bar only on a terminal."""
 
-    def show(self, renderable: Any) -> None: ...
-
-    def start(self, done: int, total: int) -> None: ...
-
-    def advance(self, step: int) -> None: ...
-
-    def report(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    @contextmanager
-    def validating(self) -> Iterator[None]:
-        yield
-
-    def validated(self, step: int, losses: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Terminal(Silent):
-    """Step, loss, loss of every task, tokens/s and time left; a live bar only where the output is a
-    terminal."""
-
-    def __init__(self, names: Sequence[str]):
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+    def __init__(self, names: Sequence[str], quiet: bool = False):
+        """quiet: shows nothing, as on the ranks other than 0."""
+        from rich import progress as rich
 
         self.names, self.total = list(names), 0
-        self.console = console(file=sys.stdout)
-        self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+        self.console = console(file=sys.stdout, quiet=quiet)
+        self.bar = rich.Progress(
+            rich.TextColumn("[bold]{task.description}"),
+            rich.BarColumn(bar_width=24),
+            rich.MofNCompleteColumn(),
+            rich.TextColumn("{task.fields[numbers]}"),
+            rich.TimeElapsedColumn(),
+            rich.TextColumn("left"),
+            rich.TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self.task = self.bar.add_task("training", total=None, numbers="")
 
-    def show(self, renderable: Any) -> None:
+    def show(self, renderable: object) -> None:
         self.console.print(renderable, markup=False)
 
     def start(self, done: int, total: int) -> None:
@@ -79,7 +55,7 @@ class Terminal(Silent):
     def report(self, step: int, values: Mapping[str, float]) -> None:
         numbers = f"loss {values['train/loss']:.3f} · {values['speed/tokens_per_second']:,.0f} tokens/s"
         self.bar.update(self.task, numbers=numbers)
-        self._line(step, numbers, values, "train/loss/")
+        self._line(step, numbers, values, "train/loss/")  # kept in the log, unlike the bar
 
     @contextmanager
     def validating(self) -> Iterator[None]:
@@ -90,22 +66,17 @@ class Terminal(Silent):
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
         self._line(step, f"valid {sum(losses.values()) / len(losses):.3f}", losses, "", "bold")
 
-    def _line(
-        self, step: int, numbers: str, losses: Mapping[str, float], prefix: str, style: str = ""
-    ) -> None:
+    def _line(self, step: int, text: str, losses: Mapping[str, float], prefix: str, style: str = "") -> None:
         from rich.text import Text
 
-        known = {name: losses[prefix + name] for name in self.names if prefix + name in losses}
-        shown = (
-            sorted(known, key=lambda name: known[name], reverse=True)[:NAMED]
-            if len(known) > NAMED + 1
-            else known
-        )
-        by_task = " · ".join(f"{name} {known[name]:.3f}" for name in shown)
-        if len(shown) < len(known):
-            by_task = f"highest: {by_task} · {len(known) - len(shown)} more tasks"
+        by_task = [(name, losses[prefix + name]) for name in self.names if prefix + name in losses]
+        others = len(by_task) - NAMED
+        if others > 1:  # one more has room
+            by_task = sorted(by_task, key=lambda item: item[1], reverse=True)[:NAMED]
+        listed = " · ".join(f"{name} {loss:.3f}" for name, loss in by_task)
+        listed = f"highest: {listed} · {others} more tasks" if others > 1 else listed
         at = f"step {step:>{len(str(self.total))}}/{self.total}  "
-        self.console.print(Text.assemble(at, (numbers, style), "  ", (by_task, "dim")))
+        self.console.print(Text.assemble(at, (text, style), "  ", (listed, "dim")))
 
     def close(self) -> None:
         self.bar.stop()
@@ -113,9 +84,8 @@ class Terminal(Silent):
 
 def losses_table(
     first: Mapping[str, float], last: Mapping[str, float], best: Mapping[str, float], best_step: int
-) -> Any:
-    """Returns the table at the end of a run: per task the first, last and best validation loss (nats per
-    token)."""
+) -> Table:
+    """Returns the table at the end of a run: each task's first, last and best loss (nats/token)."""
 
     def row(name: str, a: float, b: float, c: float) -> list[str]:
         return [name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{c:.3f}"]

@@ -21,15 +21,13 @@ PACKAGES = (
 
 
 def tags() -> dict[str, str]:
-    """Returns git commit and dirty flag of the working directory, package versions, python and host. Never
-    raises."""
-    found = {"host": socket.gethostname(), "python": platform.python_version(), "mft": _version("mft")}
-    found |= {f"version.{name}": _version(name) for name in PACKAGES}
-    commit = _git("rev-parse", "HEAD")
-    if commit:
-        found["git_commit"] = commit
-        found["git_dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
-    return found
+    """Returns git commit and dirty flag of the working directory, versions and host. Never raises."""
+    values = {"host": socket.gethostname(), "python": platform.python_version(), "mft": _version("mft")}
+    values |= {f"version.{name}": _version(name) for name in PACKAGES}
+    if commit := _git("rev-parse", "HEAD"):
+        values["git_commit"] = commit
+        values["git_dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
+    return values
 
 
 def fingerprint_tag(name: str) -> str:

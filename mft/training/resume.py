@@ -1,42 +1,39 @@
-"""Which checkpoint a run is resumed from: the newest whose files are as they were written, or the one asked
-for."""
+"""Which checkpoint a run is resumed from: the newest with undamaged files, or the requested one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from mft.distributed.engine import read_state
+from mft.distributed.engine import Engine, read_state
 from mft.errors import UserError
 from mft.files.checksums import COMPLETE, damage
 from mft.training.checkpoint import marked_steps
 from mft.training.state import State
 
 
-def newest_sound(run_dir: Path, engine: Any = None) -> tuple[Path | None, dict[str, str]]:
-    """Returns the newest checkpoint of a run of which every file is as it was written, None where there is
-    none; and the newer ones by name, with what is wrong with each.
+def newest_sound(run_dir: Path, engine: Engine | None = None) -> tuple[Path | None, dict[str, str]]:
+    """Returns the newest undamaged checkpoint of a run, or None, and what is wrong with the newer ones.
 
-    engine: its ranks share the reading and agree; all of them call it. None: this process is alone.
+    engine: its ranks divide the reading and agree; all of them call it. None: this process is alone.
     """
     part = (engine.rank, engine.world) if engine else (0, 1)
     steps = marked_steps(run_dir / "checkpoints")
-    passed: dict[str, str] = {}
-    for step in reversed(engine.broadcast_object(steps) if engine else steps):
+    damaged: dict[str, str] = {}
+    # the ranks may see a shared disk at different ages: they take the list of the first one
+    for step in reversed(engine.gather(steps)[0] if engine else steps):
         folder = run_dir / "checkpoints" / f"step-{step}"
         problem = trouble(folder, part)
         problem = next(filter(None, engine.gather(problem)), "") if engine else problem
         if not problem:
-            return folder, passed
-        passed[folder.name] = problem
-    return None, passed
+            return folder, damaged
+        damaged[folder.name] = problem
+    return None, damaged
 
 
 def trouble(folder: Path, part: tuple[int, int] = (0, 1)) -> str:
-    """Returns what is wrong with a checkpoint, "" when a run can be resumed from it. part: see
-    `checksums.damage`."""
+    """Returns what is wrong with a checkpoint, "" if nothing is. part: see `checksums.damage`."""
     if problem := damage(folder, COMPLETE, part):
         return problem
     try:  # nothing but this tells of a damaged one that was written without checksums
@@ -52,8 +49,7 @@ def trouble(folder: Path, part: tuple[int, int] = (0, 1)) -> str:
 
 
 def set_aside(folder: Path, why: str) -> Path:
-    """Renames a checkpoint, so that it no longer counts as one; returns the folder. why: the first part of
-    its name."""
+    """Renames a checkpoint so that it no longer counts; returns the folder. why: how its name begins."""
     new, number = folder.with_name(f"{why}-{folder.name}"), 1
     while new.exists():
         number += 1
@@ -62,38 +58,32 @@ def set_aside(folder: Path, why: str) -> Path:
     return new
 
 
-def all_damaged(run_dir: Path, passed: Mapping[str, str]) -> UserError:
-    """Returns the sentence for a run without a sound checkpoint."""
-    named = "; ".join(f"{name}: {problem}" for name, problem in passed.items())
+def all_damaged(run_dir: Path, damaged: Mapping[str, str]) -> UserError:
+    """Returns the error of a run without a sound checkpoint. damaged: what is wrong with each."""
+    problems = "; ".join(f"{name}: {problem}" for name, problem in damaged.items())
     return UserError(
-        f"No checkpoint in {run_dir / 'checkpoints'} is sound, so there is nothing to resume from. "
-        f"{named}. Copy them "
-        "again, or start anew: with another output_dir, or after removing the damaged checkpoints."
+        f"No checkpoint in {run_dir / 'checkpoints'} is sound: {problems}. Copy them again, or start anew: "
+        "with another output_dir, or after removing the damaged checkpoints."
     )
 
 
 def rewind(run_dir: Path, step: int) -> str:
-    """Makes the checkpoint of a step the newest one of its run; returns what was done, a sentence.
+    """Makes the checkpoint of a step the newest one of its run; returns a sentence that says what was done.
 
     Newer ones are set aside. Raises UserError when it is missing or damaged.
     """
-    steps, folder = marked_steps(run_dir / "checkpoints"), run_dir / "checkpoints" / f"step-{step}"
+    checkpoints = run_dir / "checkpoints"
+    steps, folder = marked_steps(checkpoints), checkpoints / f"step-{step}"
     if step not in steps:
-        there = ", ".join(f"step-{other}" for other in steps) or "none"
-        raise UserError(
-            f"train.resume={folder} does not exist or was not written to its end. Allowed: {there}."
-        )
+        allowed = ", ".join(f"step-{other}" for other in steps) or "none"
+        raise UserError(f"train.resume={folder} does not exist or is incomplete. Allowed: {allowed}.")
     if problem := trouble(folder):
-        raise UserError(
-            f"train.resume={folder} is damaged: {problem}. Choose another step, or train.resume={run_dir}."
-        )
-    aside = [
-        set_aside(run_dir / "checkpoints" / f"step-{newer}", "newer").name for newer in steps if newer > step
-    ]
-    (run_dir / "summary.json").unlink(missing_ok=True)  # the run is not finished any more
-    moved = (
-        f"; set aside, and yours to remove: {', '.join(f'checkpoints/{name}' for name in aside)}"
-        if aside
-        else ""
-    )
-    return f"resuming from step-{step}: metrics.jsonl is cut back to it, final/ is written anew{moved}"
+        mend = f"Choose another step, or train.resume={run_dir}."
+        raise UserError(f"train.resume={folder} is damaged: {problem}. {mend}")
+    newer = [set_aside(checkpoints / f"step-{other}", "newer").name for other in steps if other > step]
+    (run_dir / "summary.json").unlink(missing_ok=True)  # the run is no longer finished
+    sentence = f"resuming from step-{step}: metrics.jsonl is cut back to it, final/ is written anew"
+    if newer:
+        listed = ", ".join(f"checkpoints/{name}" for name in newer)
+        sentence += f"; set aside, and yours to remove: {listed}"
+    return sentence

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mft.batch import Prompt
 from mft.console.tables import table
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 class Answers:
-    """Asks the model twice and writes what it said to report/answers.md."""
+    """Has the model answer twice and writes the answers to report/answers.md."""
 
     def __init__(self, prompts: Sequence[Prompt], answer: Callable[[list[list[dict[str, str]]]], list[str]]):
         """answer: maps conversations to answers with the model as it is now."""
@@ -23,15 +26,13 @@ class Answers:
         if self.prompts:
             self.answers[when] = self.answer([prompt.messages for prompt in self.prompts])
 
-    def table(self) -> Any:
+    def table(self) -> Table:
         """Returns a rich table, a row per prompt: the question's end, the answers, the expected one."""
         rows = []
         for number, prompt in enumerate(self.prompts):
-            cells = [
-                prompt.messages[-1]["content"][-240:],
-                *(answers[number] for answers in self.answers.values()),
-            ]
-            rows.append([prompt.task, *map(_first_lines, [*cells, prompt.expected])])
+            answers = [texts[number] for texts in self.answers.values()]
+            cells = [prompt.messages[-1]["content"][-240:], *answers, prompt.expected]
+            rows.append([prompt.task, *map(_first_lines, cells)])
         columns = ["task", "asked (its end)", *self.answers, "expected"]
         return table("One answer per task", columns, rows, lines=True)
 
@@ -41,14 +42,13 @@ class Answers:
         for number, prompt in enumerate(self.prompts):
             parts.append(f"## {prompt.task}\n")
             parts += [f"**{m['role']}**\n\n```\n{m['content']}\n```\n" for m in prompt.messages]
-            parts += [
-                f"**{when}**\n\n```\n{answers[number]}\n```\n" for when, answers in self.answers.items()
-            ]
-            parts.append(f"**expected**\n\n```\n{prompt.expected}\n```\n")
+            texts = {when: answers[number] for when, answers in self.answers.items()}
+            texts["expected"] = prompt.expected
+            parts += [f"**{title}**\n\n```\n{text}\n```\n" for title, text in texts.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(parts), encoding="utf-8")
 
 
 def _first_lines(text: str, lines: int = 12) -> str:
-    rows = text.strip("\n").splitlines()
-    return "\n".join(rows[:lines]) + ("\n…" if len(rows) > lines else "")
+    first = text.strip("\n").splitlines()
+    return "\n".join(first[:lines]) + ("\n…" if len(first) > lines else "")

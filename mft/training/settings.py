@@ -63,8 +63,7 @@ class TrainSettings:
     early_stopping_stall_num: int = ranged(3, min=1)
     """Validations without improvement that end the run."""
     resume: str = "auto"
-    """auto: the newest unfinished run of the same identity; never; a run folder; or
-    RUN/checkpoints/step-N."""
+    """auto (the newest unfinished run of this identity), never, a run folder, or RUN/checkpoints/step-N."""
     prompts: str | None = None
     """JSONL file of held-out conversations, answered before and after training."""
     prompts_max_new_tokens: int = ranged(64, min=1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from mft.batch import StepBatches
 from mft.training.best import BestTracker
+
+T = TypeVar("T", BestTracker, "State")
 
 
 @dataclass
@@ -39,31 +41,29 @@ class State:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Any) -> State:
+    def from_dict(cls, values: object) -> State:
         """Inverse of `as_dict`; a field that an earlier version did not write has its default.
 
         Raises ValueError for values of another shape, and where it is not said where the run stands.
         """
         if not isinstance(values, dict):
             raise ValueError(f"a {type(values).__name__} where an object is expected")
-        if missing := [
-            name for name in ("step", "epoch", "rows_consumed", "epochs_done") if name not in values
-        ]:
-            raise ValueError(f"{missing[0]} is missing")
+        for name in ("step", "epoch", "rows_consumed", "epochs_done"):
+            if name not in values:
+                raise ValueError(f"{name} is missing")
         best = _filled(BestTracker(), values.get("best", {}), "best.")
-        state: State = _filled(cls(), values | {"best": best}, "")
-        return state
+        return _filled(cls(), values | {"best": best}, "")
 
 
-def _filled(target: Any, values: Any, path: str) -> Any:
-    """Sets the fields of `target` to the values of their names, which must be of the types of their
-    defaults."""
+def _filled(target: T, values: object, path: str) -> T:
+    """Sets the fields of `target` to the values, which must have the types of the fields' defaults."""
     if not isinstance(values, dict):
         raise ValueError(f"{path.rstrip('.')} is {values!r}")
     for name, default in vars(target).items():
         value = values.get(name, default)
+        # json writes 1.0 and 1 alike; every other field has exactly the type of its default
         kinds = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        if not isinstance(value, kinds) or isinstance(value, bool):  # to Python, True is an int
             raise ValueError(f"{path}{name} is {value!r}")
         setattr(target, name, value)
     return target

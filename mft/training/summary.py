@@ -1,4 +1,4 @@
-"""What a run leaves when it ends: summary.json, pictures, and the tables a person reads."""
+"""What a run leaves when it ends: summary.json, the plots of report/, and the tables in the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from mft.console.tables import settings_table
 from mft.files.json_file import write_json
 from mft.objective import mean_of_tasks
 from mft.training import plots
-from mft.training.best import BestTracker
 from mft.training.metrics import peak_memory_gib
 from mft.training.progress import losses_table
 from mft.training.trainer import Trainer
@@ -22,37 +21,38 @@ from mft.training.trainer import Trainer
 
 def summarise(t: Trainer, status: str, run_dir: Path, seconds: float) -> dict[str, Any]:
     """Returns the content of summary.json. All ranks call it (peak memory is the largest of all)."""
-    import torch
-
-    state = t.state
-    peaks = torch.zeros(t.engine.world, dtype=torch.float64)
-    peaks[t.engine.rank] = peak_memory_gib(t.engine.device)
-    peak = float(t.engine.sum(peaks).max())
-    last_train = _last_logged(run_dir / "metrics.jsonl", "train/loss")
+    # the named steps may have been pruned since: a path is given only if it is there
+    best, checkpoints = t.state.best, run_dir / "checkpoints"
+    rows, _ = run_folder.metric_rows(run_dir / "metrics.jsonl")
+    logged = [row["train/loss"] for row in rows if "train/loss" in row]
+    by_task = {}
+    for name, loss in best.task_loss.items():
+        checkpoint = _existing(checkpoints / f"step-{best.task_saved_step.get(name)}")
+        by_task[name] = {"valid/loss": loss, "step": best.task_step[name], "checkpoint": checkpoint}
+    judged = {"step": best.step, "by": t.settings.best, "value": best.value} if best.losses else {}
     return {
         "status": status,
-        "steps": state.step,
+        "steps": t.state.step,
         "total_steps": t.total_steps,
-        "epochs": round(state.epochs_done, 4),
+        "epochs": round(t.state.epochs_done, 4),
         "seconds": round(seconds, 1),
-        "peak_memory_gib": round(peak, 3),
-        "first": _losses(state.best.first),
-        "last": _losses(state.best.last),
-        "best": _losses(state.best.losses) | _best(t),
-        "best_by_task": {
-            name: _task_best(state.best, name, run_dir) for name in t.names if name in state.best.task_loss
-        },
-        "skipped_steps": state.skipped,
-        "train/loss": last_train,
-        "best_checkpoint": _existing(run_dir / "checkpoints" / f"step-{state.best.saved_step}"),
+        "peak_memory_gib": round(max(t.engine.gather(peak_memory_gib(t.engine.device))), 3),
+        "first": _losses(best.first),
+        "last": _losses(best.last),
+        "best": _losses(best.losses) | judged,
+        "best_by_task": {name: by_task[name] for name in t.names if name in by_task},
+        "skipped_steps": t.state.skipped,
+        "train/loss": logged[-1] if logged else None,
+        "best_checkpoint": _existing(checkpoints / f"step-{best.saved_step}"),
         "final": _existing(run_dir / "final"),
     }
 
 
 def write(summary: dict[str, Any], run_dir: Path) -> None:
     """Writes summary.json and the pictures of report/."""
-    plots.loss_curves(run_dir / "metrics.jsonl", run_dir / "report")
-    plots.task_weights(run_dir / "metrics.jsonl", run_dir / "report")
+    rows = run_folder.metric_rows(run_dir / "metrics.jsonl")[0]
+    plots.loss_curves(rows, run_dir / "report")
+    plots.task_weights(rows, run_dir / "report")
     write_json(run_dir / "summary.json", summary, durable=True)
 
 
@@ -70,10 +70,9 @@ def show(summary: dict[str, Any], t: Trainer, run_dir: Path) -> None:
     folder = _shown(run_dir)
     rows = [("run folder", folder)]
     if summary["final"]:
+        prompt = "Write a function that reverses a list."
         rows.append(("model", f"{folder}/final"))
-        rows.append(
-            ("ask it", f'mft generate {shlex.quote(folder)} "Write a function that reverses a list."')
-        )
+        rows.append(("ask it", f'mft generate {shlex.quote(folder)} "{prompt}"'))
         if (run_dir / "final" / "adapter_config.json").exists():
             rows.append(("merge it", f"mft merge {shlex.quote(folder)}"))
     if summary["best_checkpoint"]:
@@ -90,29 +89,9 @@ def _losses(by_task: dict[str, float]) -> dict[str, float | None]:
     """Returns the losses by the names they have in metrics.jsonl; null where one is not finite, as there."""
     if not by_task:
         return {}
-    named = {"valid/loss": mean_of_tasks(by_task)} | {
-        f"valid/loss/{name}": value for name, value in by_task.items()
-    }
+    named = {"valid/loss": mean_of_tasks(by_task)}
+    named |= {f"valid/loss/{name}": loss for name, loss in by_task.items()}
     return {name: value if math.isfinite(value) else None for name, value in named.items()}
-
-
-def _best(t: Trainer) -> dict[str, Any]:
-    best = t.state.best
-    return {"step": best.step, "by": t.settings.best, "value": best.value} if best.losses else {}
-
-
-def _task_best(best: BestTracker, name: str, run_dir: Path) -> dict[str, Any]:
-    """Returns a task's best validation, and its best checkpoint among those whose step was validated."""
-    saved = best.task_saved_step.get(name)
-    checkpoint = _existing(run_dir / "checkpoints" / f"step-{saved}")
-    return {"valid/loss": best.task_loss[name], "step": best.task_step[name], "checkpoint": checkpoint}
-
-
-def _last_logged(path: Path, key: str) -> float | None:
-    found = None
-    for row in run_folder.metric_rows(path)[0]:
-        found = row.get(key, found)
-    return found
 
 
 def _existing(path: Path) -> str | None:

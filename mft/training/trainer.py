@@ -1,11 +1,15 @@
-"""What the training loop works on, and the single actions of a step; `mft.run` puts it together."""
+"""What the training loop works on, and the single actions of a step; `mft.run` puts it together.
+
+Shapes, besides those of `mft.batch`: `x_K` one value for each task, `x_2K` the rows [sum of token losses,
+trained tokens] of each task, S the sums that a loss asks for.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +20,7 @@ from mft.loss.base import TaskLoss, task_sums
 from mft.objective import criterion, mean_of_tasks, perplexity
 from mft.tracking.base import Tracker
 from mft.training.metrics import Meter, task_means
-from mft.training.progress import Silent
+from mft.training.progress import Terminal
 from mft.training.settings import TrainSettings
 from mft.training.state import State
 from mft.training.validate import Evaluator, forward
@@ -31,6 +35,10 @@ class StepSource(Protocol):
     def steps(self, epoch: int, rows_consumed: int) -> Iterator[StepBatches]:
         """Yields this rank's micro-batches of every step from a place in the data on, without end."""
         ...
+
+
+ADVICE = "A lower optimizer.lr, longer scheduler.warmup or train.precision=fp32 often helps"
+"""What to do about a run that diverges."""
 
 
 @dataclass
@@ -55,7 +63,7 @@ class Trainer:
     save: Callable[[State], Path]
     meter: Meter
     tracker: Tracker
-    progress: Silent
+    progress: Terminal
     settings: TrainSettings
     total_steps: int
     stop_requested: Callable[[], bool]
@@ -63,10 +71,6 @@ class Trainer:
     origin: Callable[[tuple[int, int]], str]
     """(task, index) of a sample → file:line."""
     state: State = field(default_factory=State)
-
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (nll_BT, router loss) of the model on one micro-batch."""
-        return forward(self.module, batch)
 
     def count(self, data: StepBatches) -> StepCounts:
         """Returns the denominators of a step's losses over all ranks, and how many ranks were asked to stop.
@@ -78,19 +82,17 @@ class Trainer:
 
     def set_learning_rate(self, step: int) -> float:
         """Sets the learning rate of a step's update and returns it."""
+        # a function of the step, not a torch scheduler: there is no state to save and resume
         lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
 
     def loss_statistics(self, batches: Sequence[Batch]) -> torch.Tensor | None:
-        """Returns sums [K, S] over the whole step, for losses that are non-linear in a task's loss; else
-        None."""
+        """Returns sums [K, S] of the step for modes that are not linear in a task's loss, else None."""
         if not self.loss.needs_statistics:
             return None
-        return self._without_gradient(
-            lambda batch: self.loss.statistics(self.forward(batch)[0], batch), batches
-        )
+        return self._second_pass(self.loss.statistics, batches)
 
     def learn_before(self, step: int) -> None:
         """Lets an adaptive loss learn from a small validation before a step, where it wants one."""
@@ -98,36 +100,35 @@ class Trainer:
             self.state.learned |= self.loss.learn(step, valid_K=self.probe(step))
 
     def learn_after(self, step: int, batches: Sequence[Batch]) -> None:
-        """Lets an adaptive loss learn from a step that was applied: from its losses before and after the
-        update."""
+        """Lets an adaptive loss learn from the losses of an applied step, before and after its update."""
         if self.loss.wants_train(step):
+            # sums of this step alone, which the meter has anyway
             losses_K = task_means(self.engine.sum(self.meter.step_sums_2K)).cpu()
             self.state.learned |= self.loss.learn(step, train_K=losses_K)
         if self.loss.wants_repeat(step):
-            sums_2K = self._without_gradient(
-                lambda batch: task_sums(self.forward(batch)[0], batch, len(self.names)), batches
-            )
+            sums_2K = self._second_pass(partial(task_sums, tasks=len(self.names)), batches)
             self.state.learned |= self.loss.learn(step, repeat_K=task_means(sums_2K).cpu())
 
-    def _without_gradient(
-        self, sums_of: Callable[[Batch], torch.Tensor], batches: Sequence[Batch]
+    def _second_pass(
+        self, sums_of: Callable[[torch.Tensor, Batch], torch.Tensor], batches: Sequence[Batch]
     ) -> torch.Tensor:
-        """Returns sums over the micro-batches of all ranks; the random numbers of training stay as they were.
+        """Returns sums_of(nll_BT, batch) without gradient, added up over the micro-batches of all ranks.
 
-        So a second pass sees the dropout masks of the first one, and training none of its own.
+        The random numbers of training stay as they were: the pass sees the dropout masks that the step has.
         """
         import torch
 
         devices = [self.engine.device] if self.engine.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
-            local = reduce(torch.add, map(sums_of, batches))  # in the order of the micro-batches, to the bit
+            sums = [sums_of(forward(self.module, batch)[0], batch) for batch in batches]
+            local = reduce(torch.add, sums)  # in the order of the micro-batches, to the bit
         return self.engine.sum(local)
 
     def log(self, lr: float) -> None:
         """Logs what was measured since the last logged row."""
         state = self.state
         values = self.meter.read(self.engine) | state.learned | {"lr": lr, "epoch": state.epochs_done}
-        state.learned = {}
+        state.learned = {}  # a row holds what was learned since the row before
         self.tracker.log(state.step, values)
         self.progress.report(state.step, values)
 
@@ -149,22 +150,20 @@ class Trainer:
             values |= {f"valid/loss/{name}": loss, f"valid/perplexity/{name}": perplexity(loss)}
         self.tracker.log(step, values)
         self.progress.validated(step, losses)
+        # after logging, so that the record shows where it diverged
         if not any(math.isfinite(loss) for loss in losses.values()):
-            raise UserError(
-                f"The validation after step {step} has no finite loss for any task: training diverged; "
-                "these weights were not saved. A lower optimizer.lr, longer scheduler.warmup or "
-                "train.precision=fp32 often helps."
-            )
+            problem = f"The validation after step {step} has no finite loss for any task: training diverged"
+            raise UserError(f"{problem}; these weights were not saved. {ADVICE}.")
         return self.state.best.update(step, losses, value)
 
     def patience_exhausted(self) -> bool:
         """Whether early stopping ends the run."""
-        return (
-            self.settings.early_stopping and self.state.best.stalled >= self.settings.early_stopping_stall_num
-        )
+        settings = self.settings
+        return settings.early_stopping and self.state.best.stalled >= settings.early_stopping_stall_num
 
     def save_checkpoint(self) -> None:
         """Saves a checkpoint of the current step; its time does not count as training."""
+        # first: the state in the checkpoint says that this step has one
         self.state.best.mark_saved(self.state.step)
         with self.meter.paused():
             self.state.meter = self.meter.state(self.engine)

@@ -1,10 +1,13 @@
-"""Per-task validation loss: token-weighted over all ranks, over a fixed selection of samples."""
+"""Per-task validation loss: token-weighted over all ranks, over a fixed selection of samples.
+
+Shapes: `x_K` one value for each task, `sums_2K` the rows [sum of token losses, trained tokens].
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mft.loss.base import task_sums
 from mft.training.metrics import task_means
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from mft.batch import Batch
+    from mft.distributed.engine import Engine
 
 
 def forward(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,12 +31,11 @@ class Evaluator:
     batches: makes this rank's micro-batches (all ranks have equally many; fillers hold only empty rows).
     """
 
-    def __init__(self, engine: Any, names: Sequence[str], batches: Callable[[], Sequence[Batch]]):
+    def __init__(self, engine: Engine, names: Sequence[str], batches: Callable[[], Sequence[Batch]]):
         self.engine, self.names, self.batches = engine, list(names), batches
 
     def losses(self, module: torch.nn.Module) -> torch.Tensor:
-        """Returns token-mean losses, float64 [K] on the CPU: NaN for a task without tokens, inf where not
-        finite.
+        """Returns token means, float64 [K] on the CPU: NaN for a task without tokens, inf where not finite.
 
         All ranks must call it. The module comes back in the mode it was in; no random number is drawn.
         """
@@ -40,6 +43,7 @@ class Evaluator:
 
         training = module.training
         module.eval()
+        # float64 sums stay on the device; one all-reduce at the end makes the mean exact over all ranks
         sums_2K = torch.zeros(2, len(self.names), dtype=torch.float64, device=self.engine.device)
         with torch.no_grad():
             for batch in self.batches():

@@ -129,6 +129,10 @@ def test_what_hydra_answers_with_a_traceback_or_in_its_own_words(override: str, 
         ("peft.alpha=nan", ["peft.alpha"]),
         ("optimizer.lr=1e400", ["optimizer.lr=inf must be greater than 0 and finite"]),
         (
+            "loss=coba loss.variant=papr",
+            ["loss.variant='papr': must be one of paper, mftcoder", "did you mean paper?"],
+        ),
+        (
             "loss=task_focal loss.gamma_by_task={nope: 1}",
             ["loss.gamma_by_task.nope: unknown task", "Allowed: task"],
         ),

@@ -72,7 +72,7 @@ def refusal(work: Path, *overrides: str, yaml: str = "") -> str:
         ("mft.loss.meen.TokenMean", "did you mean means?"),
         ("mft.loss.means.TokenMeen", "did you mean TokenMean?"),
         ("mft.loss.base.TaskLoss", "does not define share"),
-        ("mft.loss.means.Unweighted", "does not define share"),
+        ("mft.loss.means.Mean", "does not define unit_weights"),
         ("torch.optim.AdamW", "--plugin torch"),
         ("torch.load", "--plugin torch"),
         ("os.system", "--plugin os"),

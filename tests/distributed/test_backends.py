@@ -6,7 +6,7 @@ import pytest
 
 from mft.config.build import component
 from mft.config.compose import compose_resolved
-from mft.distributed.deepspeed import Zero2, Zero3, merged
+from mft.distributed.deepspeed import Zero2, Zero3
 from mft.errors import UserError
 from tests.distributed.equality import MATRIX, differences, play_beside_single
 from tests.distributed.runs import BACKENDS, LAYOUTS, Tree, logged
@@ -55,11 +55,6 @@ def test_two_ranks_of_any_backend_do_what_one_process_does(tree: Tree, backend: 
 
 
 def test_raw_config_is_merged_over_ours_and_may_not_say_what_a_setting_says() -> None:
-    base = {"zero_optimization": {"stage": 2, "overlap_comm": True}}
-    assert merged(base, {"zero_optimization": {"overlap_comm": False}, "x": 1}) == {
-        "zero_optimization": {"stage": 2, "overlap_comm": False},
-        "x": 1,
-    }
     one = compose_resolved(["dist=zero2", "dist.config={zero_optimization: {round_robin_gradients: true}}"])
     other = compose_resolved(["dist=zero3", "+dist.config.zero_optimization.zero_hpz_partition_size=8"])
     assert component(one, "dist").config == {"zero_optimization": {"round_robin_gradients": True}}

@@ -11,8 +11,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from accelerate.utils import patch_environment
 
-from mft.distributed.accelerator import environment
 from mft.distributed.ddp import Ddp, DdpEngine, Single
 from mft.distributed.engine import Engine
 from mft.errors import UserError
@@ -65,20 +65,20 @@ def train(
     return norms
 
 
-def trained(engine: Engine, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in engine.full_state(module, trainable=True).items()}
+def trained(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in engine.full_state(trainable=True).items()}
 
 
 def partition(backend: Single | Ddp, clip: float | None) -> tuple[list[float], dict[str, torch.Tensor]]:
     engine = backend.start("fp32", cpu=True)
     module, optimizer = prepared(engine)
     norms = train(engine, module, optimizer, range(3), clip)
-    state = trained(engine, module)
+    state = trained(engine)
     engine.close()
     return norms, state
 
 
-def interrupted(backend: Single | Ddp, folder: str) -> dict[str, Any]:
+def interrupted(backend: Single | Ddp, folder: Path) -> dict[str, Any]:
     """Six steps with dropout, saved after three; then again from what was saved."""
     engine = backend.start("fp32", cpu=True)
     random.seed(engine.rank)
@@ -89,7 +89,7 @@ def interrupted(backend: Single | Ddp, folder: str) -> dict[str, Any]:
     engine.save_state(folder)
     draws = [random.random(), float(numpy.random.rand()), float(torch.rand(1))]
     norms = train(engine, module, optimizer, range(3, 6), 1.0)
-    state = trained(engine, module)
+    state = trained(engine)
     engine.close()
 
     engine = backend.start("fp32", cpu=True)
@@ -100,7 +100,7 @@ def interrupted(backend: Single | Ddp, folder: str) -> dict[str, Any]:
     exact = engine.load_state(folder)
     draws_again = [random.random(), float(numpy.random.rand()), float(torch.rand(1))]
     norms_again = train(engine, module, optimizer, range(3, 6), 1.0)
-    state_again = trained(engine, module)
+    state_again = trained(engine)
     engine.close()
     same = all(torch.equal(state[name], state_again[name]) for name in state)
     return {"exact": exact, "same": same, "draws": (draws, draws_again), "norms": (norms, norms_again)}
@@ -111,11 +111,11 @@ def poisoned(backend: Any, kind: type[Model] = Model) -> dict[str, Any]:
     engine = backend.start("fp32", cpu=True)
     module, optimizer = prepared(engine, kind=kind)
     train(engine, module, optimizer, range(1), None)
-    before = trained(engine, module)
+    before = trained(engine)
     share = module(micro_batches(1)[0]).sum()
     engine.backward(share * (float("nan") if engine.rank == engine.world - 1 else 1.0))
     norm = engine.step(1.0)
-    after = trained(engine, module)
+    after = trained(engine)
     unchanged = all(torch.equal(before[name], after[name]) for name in before)
     zeroed = all(parameter.grad is None for parameter in module.parameters())
     (clean,) = train(engine, module, optimizer, range(1, 2), None)
@@ -131,7 +131,7 @@ def facts() -> dict[str, Any]:
         "rank": (engine.rank, engine.local_rank, engine.world, engine.is_main),
         "sum": engine.sum(ones + engine.rank),
         "kept": ones,
-        "broadcast": engine.broadcast_object({"folder": f"of rank {engine.rank}"}),
+        "gathered": engine.gather({"rank": engine.rank}),
         "single": refusal(lambda: Single().start("fp32")),
         "closed": engine.close(),
     }
@@ -145,7 +145,7 @@ def refusal(call: Any) -> str:
     return ""
 
 
-def cases(folder: str) -> dict[str, Any]:
+def cases(folder: Path) -> dict[str, Any]:
     """Everything that is tested in two ranks, in one start."""
     return {
         "facts": facts(),
@@ -169,7 +169,7 @@ def short(backend: Single | Ddp, precision: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(2, cases, str(tmp_path_factory.mktemp("state") / "two"))
+    return run_ranks(2, cases, tmp_path_factory.mktemp("state") / "two")
 
 
 def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -213,7 +213,7 @@ def test_ranks_know_themselves_and_add_up(two: list[dict[str, Any]]) -> None:
         assert found["rank"] == (rank, rank, 2, rank == 0)
         assert found["sum"].tolist() == [3.0, 3.0] and found["sum"].dtype == torch.float64
         assert found["kept"].tolist() == [1.0, 1.0]
-        assert found["broadcast"] == {"folder": "of rank 0"}
+        assert found["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert "dist=single with 2 ranks" in found["single"]
 
 
@@ -243,7 +243,7 @@ def test_two_ranks_resume_bit_for_bit(two: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("backend", [Single(), Ddp()])
 def test_resumed_is_uninterrupted(tmp_path: Path, backend: Single | Ddp) -> None:
-    check_resumed(interrupted(backend, str(tmp_path / "state")))
+    check_resumed(interrupted(backend, tmp_path / "state"))
 
 
 def check_resumed(found: dict[str, Any]) -> None:
@@ -253,7 +253,7 @@ def check_resumed(found: dict[str, Any]) -> None:
 
 
 def test_another_layout_is_restored_but_not_called_exact(tmp_path: Path) -> None:
-    interrupted(Single(), str(tmp_path))
+    interrupted(Single(), tmp_path)
     engine = Ddp().start("fp32", cpu=True)
     prepared(engine)
     assert engine.load_state(tmp_path) is False
@@ -275,9 +275,8 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_what_is_saved_has_no_wrapper_in_its_names() -> None:
     engine = Ddp().start("fp32", cpu=True)
     module, _ = prepared(engine)
-    assert type(engine.unwrap(module)) is Model
-    assert "base.weight" in engine.full_state(module)
-    assert set(engine.full_state(module, prefix="head.")) == {"weight", "bias"}
+    assert type(module).__name__ == "DistributedDataParallel"
+    assert set(engine.full_state()) == set(Model().state_dict())
     engine.close()
 
 
@@ -307,11 +306,9 @@ def test_an_overflow_that_the_loss_scaler_answers_is_skipped_and_no_error() -> N
     engine.close()
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf61"])
-def test_a_precision_that_cannot_be_is_refused(precision: str) -> None:
-    with pytest.raises(UserError, match=f"train.precision={precision}"):
-        Single().start(precision, cpu=True)
-    assert "did you mean bf16?" in refusal(lambda: Single().start("bf61", cpu=True))
+def test_a_precision_that_a_cpu_does_not_have_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.precision=fp16 needs a GPU"):
+        Single().start("fp16", cpu=True)
 
 
 def test_single_refuses_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,8 +318,9 @@ def test_single_refuses_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_single_is_single_also_where_a_launcher_left_its_variables() -> None:
-    with environment({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}):
+    with patch_environment(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1):
         engine = Single().start("fp32", cpu=True)
+        assert os.environ["WORLD_SIZE"] == "1"
         module, _ = prepared(engine)
         assert type(module) is Model and not torch.distributed.is_initialized()
         engine.close()
@@ -341,14 +339,6 @@ def test_an_engine_proves_what_it_is() -> None:
     engine.wrapper = "DistributedDataParallel"
     with pytest.raises(UserError, match="the model is a Model, not a DistributedDataParallel"):
         prepared(engine)
-    engine.close()
-
-
-def test_a_model_without_trained_parameters_is_refused() -> None:
-    engine = Single().start("fp32", cpu=True)
-    model = Model().requires_grad_(False)
-    with pytest.raises(UserError, match="nothing to train"):
-        engine.prepare(model, torch.optim.AdamW(Model().parameters()))
     engine.close()
 
 

@@ -3,13 +3,13 @@ rank."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 
 from mft.config.build import build
-from mft.distributed.accelerator import environment
 from mft.distributed.deepspeed import Zero2
 from mft.distributed.engine import Engine
 from mft.errors import UserError
@@ -79,8 +79,9 @@ def facts(name: str) -> dict[str, Any]:
     """Returns what a live engine is like, after two steps."""
     engine = backend(name).start("fp32", cpu=True)
     module: Any
-    with environment({"LOCAL_RANK": None}):  # as under launch=inline
-        module, optimizer = prepared(engine, kind=Layered)
+    local_rank = os.environ.pop("LOCAL_RANK")  # as under launch=inline
+    module, optimizer = prepared(engine, kind=Layered)
+    os.environ["LOCAL_RANK"] = local_rank
     found: dict[str, Any] = {
         "exchanges": [exchanges(engine, module, number) for number in (1, 3)],
         "gathers": engine.gather_on_save,
@@ -110,7 +111,7 @@ def facts(name: str) -> dict[str, Any]:
             module.zero_prefetch_bucket_size(),
             module.zero_max_live_parameters(),
         )
-        found["whole"] = sorted(n for n, p in engine.unwrap(module).named_parameters() if p.ds_persist)
+        found["whole"] = sorted(n for n, p in engine.model.named_parameters() if p.ds_persist)
     engine.close()
     return found
 

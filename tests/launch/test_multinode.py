@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from mft.config.schema import Launch, LaunchMode
-from mft.distributed.accelerator import free_port
 from mft.errors import UserError
 from mft.launch import node_group
 from mft.launch.failures import WorkerError
@@ -24,6 +23,7 @@ from mft.launch.multinode import join
 from mft.launch.node_group import NodeGroup
 from mft.launch.spawn import spawn
 from tests.launch import entries
+from tests.tracking.server import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 FACTS = {"launch.nnodes": 2, "data": "a"}

@@ -35,7 +35,7 @@ from mft.tracking.base import Tracker
 from mft.training.checkpoint import Checkpoints
 from mft.training.loop import fit
 from mft.training.metrics import Meter
-from mft.training.progress import Silent
+from mft.training.progress import Terminal
 from mft.training.settings import TrainSettings
 from mft.training.state import State
 from mft.training.trainer import Trainer
@@ -191,7 +191,7 @@ class Stage:
             save=Checkpoints(run_dir or self.root / "run", engine, loss, lambda folder: None, keep=None).save,
             meter=Meter(names, engine.device),
             tracker=recorder,
-            progress=Silent(),
+            progress=Terminal((), quiet=True),
             settings=copy.copy(self.settings),
             total_steps=steps,
             stop_requested=lambda: False,
@@ -201,7 +201,7 @@ class Stage:
 
     def parameters(self, t: Trainer) -> torch.Tensor:
         """Returns all trained parameters as one vector (on rank 0; whatever the others have elsewhere)."""
-        state = self.engine.full_state(t.module, trainable=True)
+        state = self.engine.full_state(trainable=True)
         return torch.cat(
             [value.detach().double().flatten().cpu() for _, value in sorted(state.items())]
             or [torch.zeros(0)]

@@ -147,11 +147,6 @@ def test_impossible_windows_name_the_number_to_change(kind, values, told):
         kind(**values)
 
 
-def test_unknown_variant_is_told():
-    with pytest.raises(UserError, match=r"loss\.variant is 'papr'; .*did you mean paper"):
-        Coba(variant="papr")
-
-
 def test_famo_leaves_absent_tasks_alone_and_favours_the_slower_ones():
     loss = started(Famo(), 3)
     for number in range(1, 4):

@@ -64,7 +64,7 @@ def test_a_step_whose_tasks_all_have_weight_zero_has_the_loss_zero_and_no_gradie
 
 
 def test_negative_weight_is_refused():
-    with pytest.raises(UserError, match=r"task\.b\.weight is -1"):
+    with pytest.raises(UserError, match=r"task\.b\.weight=-1 must be at least 0"):
         TaskTokenMean().setup(["a", "b"], [1, -1])
 
 

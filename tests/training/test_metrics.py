@@ -65,7 +65,7 @@ def test_sums_are_taken_up_where_a_run_was_interrupted() -> None:
     one, other = batch([[0, 0, 0, -1]]), batch([[1, 0, -1, -1]])
     for meter in (whole, first):
         stepped(meter, [one], nll=2.0)
-    second.restart(first.state(ALONE), ALONE)
+    second.resume(first.state(ALONE), ALONE)
     for meter in (whole, second):
         stepped(meter, [other], nll=5.0)
     rows = [meter.read(ALONE) for meter in (whole, second)]

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from mft import run_folder
 from mft.training.panels import MOST
 from mft.training.plots import length_histogram, loss_curves, task_weights
 from mft.training.progress import Terminal
@@ -27,7 +28,7 @@ def rows(tasks, steps):
 
 @pytest.mark.parametrize(("tasks", "steps"), [(0, 2), (1, 1), (2, 2), (5, 200), (12, 3)])
 def test_losses_and_weights_of_any_number_of_tasks(tmp_path, tasks, steps):
-    path = loss_curves(rows(tasks, steps), tmp_path / "report", title="x")
+    path = loss_curves(rows(tasks, steps), tmp_path / "report")
     assert path == tmp_path / "report" / "losses.png"
     assert size(path)[0] >= 400
     weights = task_weights(rows(tasks, steps), tmp_path / "report")
@@ -37,7 +38,7 @@ def test_losses_and_weights_of_any_number_of_tasks(tmp_path, tasks, steps):
 def test_from_the_file_of_a_run_that_was_killed(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows(2, 3)) + '{"step": 9, "tr')
-    assert loss_curves(file, tmp_path).exists()
+    assert loss_curves(run_folder.metric_rows(file)[0], tmp_path).exists()
 
 
 def test_no_losses_no_picture(tmp_path):
