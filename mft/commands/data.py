@@ -149,7 +149,7 @@ def show(overrides: Sequence[str], config_dirs: Sequence[Path], samples_per_task
 
     from mft.data import report as account
     from mft.data.cache.store import Samples
-    from mft.data.preview import chosen, spans
+    from mft.data.sampler import spread
 
     names, stores, terminal = data.dataset.names, data.dataset.stores, console()
     if only and only not in names:
@@ -158,7 +158,7 @@ def show(overrides: Sequence[str], config_dirs: Sequence[Path], samples_per_task
         )
     samples = Samples(stores, "train", data.settings.limit)
     coloured = terminal.is_terminal
-    for i in chosen(samples, samples_per_task):
+    for i in spread(samples, samples_per_task).tolist():
         sample = samples.sample(i)
         name = names[sample.task]
         if only and name != only:
@@ -167,7 +167,7 @@ def show(overrides: Sequence[str], config_dirs: Sequence[Path], samples_per_task
         title = f"{name}: {samples.origin(i)}: {len(sample.ids_S)} tokens, {trained} trained"
         terminal.print(Text(title, style="bold"), soft_wrap=True)
         body = Text()
-        for text, learned in spans(sample.ids_S, sample.trained_S, data.dataset.tokenizer):
+        for text, learned in account.spans(sample.ids_S, sample.trained_S, data.dataset.tokenizer):
             if not learned:
                 body.append(text, style="dim")
             else:

@@ -9,9 +9,9 @@ from mft.batch import Message
 from mft.data.cache.store import prepare
 from mft.data.formats import KNOWN, Auto, Format, RowError
 from mft.data.report import as_json, notes
+from mft.data.row_fields import carries
 from mft.data.settings import DataSettings
 from mft.data.task import Task
-from mft.data.unread import carries
 from mft.errors import UserError
 from tests.data.conftest import chat, write
 
@@ -103,7 +103,7 @@ def test_answers_whose_loss_is_unclear_are_refused(fields, field):
 
 @pytest.mark.parametrize("fields", [{"train": False}, {"loss_mask": 0}, {"loss_mask": False}])
 def test_a_conversation_that_asks_for_no_loss_beside_its_turns_is_refused(fields):
-    with pytest.raises(RowError, match=f"{next(iter(fields))}: stands beside messages, where it is not read"):
+    with pytest.raises(RowError, match=f"{next(iter(fields))}: is not read beside messages"):
         KNOWN["messages"].messages({"messages": talk()} | fields)
     assert not KNOWN["prompt_answer"].messages(pair("prompt", "answer", **fields))[-1].train
 
