@@ -42,8 +42,6 @@ class Jinja(Template):
     begins an answer.
     """
 
-    NAME = "jinja"
-
     def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, name: str):
         """name: how `data.template` calls it."""
         super().__init__()
@@ -58,9 +56,7 @@ class Jinja(Template):
         except RowError as error:
             raise UserError(f"data.template={name}: {error.problem}") from error
 
-    def segments(self, messages: Sequence[Message], generation: bool = False) -> list[Segment]:
-        if messages and messages[0].role == "text":
-            return self._plain(messages)
+    def _turns(self, messages: Sequence[Message], generation: bool) -> list[Segment]:
         text = self._render(messages, generation)
         eos = str(self.tokenizer.eos_token or "")
         segments, done = [], 0
@@ -96,10 +92,9 @@ class Jinja(Template):
         """Returns where answer i begins in the rendered text, where its loss begins, and where both end."""
         prompt = self._render(messages[:i], True)
         if not text.startswith(prompt):
+            end = shortened(prompt[-30:])
             raise RowError(
-                "",
-                f"the generation prompt (it ends in {shortened(prompt[-30:])}) is not how the chat template "
-                "begins an answer in training, so the model would be asked in another form than it was taught",
+                "", f"the chat template does not begin answers with its generation prompt (…{end})"
             )
         until = self._render(messages[: i + 1], False)
         content = messages[i].content
@@ -114,10 +109,8 @@ class Jinja(Template):
             # Some templates write an earlier answer shorter than the last one, e.g. without an empty thought.
             answer_start = text.find(form + self.closing, len(prompt))
             if answer_start < 0:
-                problem = (
-                    f"the chat template writes the answer {shortened(form)} differently once turns follow"
-                )
-                raise RowError("", problem)
+                shown = shortened(form)
+                raise RowError("", f"the chat template changes the answer {shown} once turns follow")
             stop = answer_start + len(form) + len(self.closing)
         return len(prompt), _behind_thought(prompt, text, answer_start), stop
 
@@ -133,19 +126,15 @@ class Jinja(Template):
         longest_first = sorted(filter(None, special), key=len, reverse=True)
         match = re.search("|".join(map(re.escape, longest_first)), tail) if longest_first else None
         if match is None:
-            raise RowError(
-                "",
-                "it writes no end-of-turn token after an answer, so answers would never end; add {{ eos_token }}",
-            )
+            raise RowError("", "it writes no end-of-turn token after an answer; add {{ eos_token }}")
         return tail, tail[: match.end()], match.group()
 
     def _render(self, messages: Sequence[Message], generation: bool) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
+            render = self.tokenizer.apply_chat_template
             return str(
-                self.tokenizer.apply_chat_template(
-                    turns, chat_template=self.source, tokenize=False, add_generation_prompt=generation
-                )
+                render(turns, chat_template=self.source, tokenize=False, add_generation_prompt=generation)
             )
         except TooMuch as error:  # ends the run: the next rows would take as long to be refused
             owner = self.tokenizer.name_or_path if self.name == OWN else ""
@@ -159,8 +148,8 @@ class Jinja(Template):
 
 
 def _behind_thought(prompt: str, text: str, answer_start: int) -> int:
-    """Returns where the loss begins: behind an empty thought, if that is all that stands before the answer's own
-    text (the prompt may have opened its tag); else where the prompt ends."""
+    """Returns where the loss begins: behind an empty thought, if that is all that stands before the answer's
+    own text (the prompt may have opened its tag); else where the prompt ends."""
     opened = OPENED.search(prompt[-80:])
     before = text[len(prompt) : answer_start]
     empty = EMPTY_THOUGHT.fullmatch(before) or (opened and EMPTY_THOUGHT.fullmatch(opened.group() + before))

@@ -45,7 +45,7 @@ def mark_duplicates(stores: Sequence[Store], duplicates: Duplicates) -> None:
 
 
 def _repeated(store: Store) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bool [N], whether a sample's row repeats an earlier one, and int [N], the first sample of that."""
+    """Returns bool [N], whether a sample's row repeats an earlier one, and int [N], its first sample."""
     begins_N = store.begins_N()
     row_N = np.cumsum(begins_N) - 1
     first_R = np.flatnonzero(begins_N)

@@ -60,6 +60,4 @@ def _parts(name: str) -> tuple[str, str | None, str | None, str | None]:
     match = FORM.fullmatch(name)
     if match is None:
         raise UserError(f"{name}: not a valid dataset name; expected {EXPECTED}")
-    path, *rest = match.groups()
-    revision, split, config = (part or None for part in rest)
-    return path, revision, split, config
+    return match[1], match[2], match[3] or None, match[4]

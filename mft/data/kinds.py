@@ -24,8 +24,9 @@ MAGIC = {
     b"BZh": "bzip2 data; unpack it, or compress it as *.jsonl.gz or *.jsonl.zst",
     b"\xfd7zXZ": "xz data; unpack it, or compress it as *.jsonl.gz or *.jsonl.zst",
     b"ARROW1": "an Arrow file; convert it, e.g. with datasets: Dataset.from_file(…).to_json(…)",
-    codecs.BOM_UTF16_LE: "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8",
-    codecs.BOM_UTF16_BE: "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8",
+    **dict.fromkeys(
+        (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8"
+    ),
 }
 """First bytes of a file → what it is and what to do."""
 
@@ -35,8 +36,7 @@ def refuse_other_kinds(file: Path, start: bytes) -> None:
     if (ending := file.suffix.lower()) in (".csv", ".tsv"):
         delimiter = ", delimiter='\\t'" if ending == ".tsv" else ""
         raise UserError(
-            f"{file}: is a table ({ending[1:].upper()}); rows are JSON, one object a line. To convert it: "
-            f"python -c "
+            f"{file}: is a table ({ending[1:].upper()}), not JSON, one object a line. To convert it: python -c "
             f'"import csv, json, sys; [print(json.dumps(r)) for r in csv.DictReader(sys.stdin{delimiter})]" '
             f"< {file.name} > {file.stem}.jsonl"
         )

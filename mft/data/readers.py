@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -68,7 +66,7 @@ class Rows:
                     yield from self._parquet(file, before, size)
                 else:
                     yield from self._lines(file, before)
-            except (OSError, EOFError, zlib.error) as error:
+            except OSError as error:
                 raise UserError(f"{file}: cannot be read to its end: {error}") from error
             before += size
             self.done = before
@@ -140,16 +138,13 @@ def row_text(row: Any) -> str:
 
 def _decompressed(file: Path, raw: io.BufferedReader) -> Any:
     """Returns the bytes of a file as a buffered stream that can `peek`."""
-    name = file.name.lower()
-    if name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    if name.endswith(".zst"):
-        import pyarrow
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())
+    if codec is None:
+        return raw
+    import pyarrow
 
-        # zstandard's own reader takes a file that was cut for a short one; pyarrow's raises OSError
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
-        return io.BufferedReader(stream, 1 << 17)
-    return raw
+    # The package zstandard takes a file that was cut for a short one; pyarrow raises OSError.
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), codec), 1 << 17)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=object_of)

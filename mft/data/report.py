@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from mft.console.tables import table
 from mft.data.cache.store import Store
 from mft.data.cache.writer import CUTS
 from mft.data.duplicates import HELD_OUT, REPEATED
-from mft.data.row_fields import LABEL, LOSS_VALUES, UNCLEAR_LOSS
+from mft.data.row_fields import LABEL, says_loss
 from mft.data.split import SPLITS
 from mft.errors import shortened
 
@@ -28,7 +29,7 @@ FIELDS_NAMED, FILES_NAMED = 12, 6
 
 
 def as_json(stores: Sequence[Store], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns each task's report (see Store), its lengths in tokens, and the files held out by their names."""
+    """Returns each task's report (see Store), its lengths in tokens, and the files held out by name."""
     return {
         name: store.report | {"length": _lengths(store), "held_out_files": store.held_out_files()}
         for store, name in zip(stores, names, strict=True)
@@ -101,7 +102,7 @@ def unread_notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
         lessons = {field: n for field, n in counts.items() if field not in labels}
         if lessons:
             lines.append(f"{name}: not read: {_fields(lessons)}")
-        if loss := [field for field in _ordered(lessons) if field in (*LOSS_VALUES, *UNCLEAR_LOSS)]:
+        if loss := [field for field in _ordered(lessons) if says_loss(field)]:
             lines.append(
                 f"{name}: {', '.join(loss)} may say what carries loss, but is not read there: all answers of "
                 'these rows are trained unless a turn says "train": false'
@@ -176,19 +177,15 @@ def spans(
     trained_S = np.array(trained_S)
     trained_S[:1] = False
     borders = [0, *(np.flatnonzero(np.diff(trained_S)) + 1).tolist(), len(ids_S)]
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     stretches: list[tuple[str, bool]] = []
     before = ""
     for start, stop in pairwise(borders):
         # What decoding gains by the stretch: alone, sentencepiece tokenizers leave out a blank at its start.
-        text = _decoded(ids_S[:stop], tokenizer)
+        text = str(decode(ids_S[:stop].tolist()))
         # Bytes of one character on both sides of a border decode to another character than alone.
         continues = text.startswith(before)
-        stretch = text.removeprefix(before) if continues else _decoded(ids_S[start:stop], tokenizer)
+        stretch = text.removeprefix(before) if continues else str(decode(ids_S[start:stop].tolist()))
         stretches.append((stretch, bool(trained_S[start])))
         before = text
     return stretches
-
-
-def _decoded(ids_S: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
-    ids = ids_S.tolist()
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

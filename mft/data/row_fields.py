@@ -19,8 +19,8 @@ UNCLEAR_LOSS = ("mask", "loss", "loss_scale", "loss_weight")
 """Fields that say so, too, but mean different things in different programs; they are not read."""
 
 LABEL = re.compile(
-    r"_?id|uu?id|idx|index|(row|prompt|conversation|question|task)_id|data_name|dataset(_name)?|source|category"
-    r"|subset|split|tags?|url|lang(uage)?|license|created(_at)?|date|timestamp"
+    r"_?id|uu?id|idx|index|(row|prompt|conversation|question|task)_id|data_name|dataset(_name)?|source"
+    r"|category|subset|split|tags?|url|lang(uage)?|license|created(_at)?|date|timestamp"
 )
 """Fields that say what a row is, not what it teaches; the report names them last, in a line of their own."""
 
@@ -96,17 +96,14 @@ def carries_loss(fields: Mapping[str, object], names: Iterable[str] = LOSS_VALUE
 def refuse_unclear_loss(turn: Mapping[str, object], place: str) -> None:
     """Raises RowError where an answer would be trained though a field that is not read may say otherwise."""
     for name in UNCLEAR_LOSS:
-        value = turn.get(name)
-        if value is not None and (name == "mask" or value != 1):
-            problem = (
-                f"{shortened(value)} is not read, so the answer would be trained whatever it says; write "
-                '"train": false into turns without loss, and remove this field'
-            )
-            raise RowError(f"{place}{name}", problem)
+        if _takes_out(name, turn.get(name)):
+            problem = f"{shortened(turn[name])} is not read, so the answer would be trained whatever it says"
+            mend = 'write "train": false into turns without loss, and remove this field'
+            raise RowError(f"{place}{name}", f"{problem}; {mend}")
 
 
 def carries(value: object) -> bool:
-    """Whether a value holds text, a list, an object or bytes; numbers, null and what is empty carry nothing."""
+    """Whether a value holds text, a list, an object or bytes; numbers, null and empty values do not count."""
     return not isinstance(value, bool | int | float) and not _empty(value)
 
 
@@ -125,13 +122,19 @@ def left_over(fields: Mapping[str, object], read: Iterable[str], prefix: str = "
     Beside a conversation (prefix "") a plain number counts where its name says what carries loss; in a turn
     `carries_loss` has read it, or `refuse_unclear_loss` refused it.
     """
-    return {
-        f"{prefix}{name}"
-        for name in fields.keys() - read
-        if carries(fields[name]) or (not prefix and _may_say_loss(name, fields[name]))
-    }
+    rest = set()
+    for name in fields.keys() - read:
+        value = fields[name]
+        if carries(value) or (not prefix and says_loss(name) and _takes_out(name, value)):
+            rest.add(f"{prefix}{name}")
+    return rest
 
 
-def _may_say_loss(name: str, value: object) -> bool:
-    names = (*LOSS_VALUES, *UNCLEAR_LOSS)
-    return name in names and value is not None and (name == "mask" or value != 1)
+def says_loss(name: str) -> bool:
+    """Whether a field of this name may say what carries loss."""
+    return name in LOSS_VALUES or name in UNCLEAR_LOSS
+
+
+def _takes_out(name: str, value: object) -> bool:
+    # a mask of 1 takes out of the loss in some programs and keeps in it in others
+    return value is not None and (name == "mask" or value != 1)

@@ -44,9 +44,7 @@ class Sampler:
         """rows_per_step: rows of one optimizer step, over all ranks and micro-batches. count_K: samples of
         each task in an epoch, None = each sample once. Raises UserError where there are no samples."""
         if not len(samples):
-            raise UserError(
-                "data.split: no sample is left for training; give train a larger part, e.g. [95,5,0]"
-            )
+            raise UserError("data.split: no sample is left for training; enlarge its part, e.g. [95,5,0]")
         self.samples, self.builder, self.seq_length = samples, rows, seq_length
         self.rows_per_step, self.seed, self.window = rows_per_step, seed, window
         self.streams = Streams(samples.totals()[0], count_K, seed)
@@ -146,7 +144,7 @@ def deal(
 
 
 def spread(samples: Samples, per_task: int | None) -> np.ndarray:
-    """Returns the numbers of at most `per_task` samples of each task (0, None: all), evenly spaced in its files.
+    """Returns the numbers of at most `per_task` samples of each task (0, None: all), evenly spaced over it.
 
     Evenly, because files are often sorted: the first ones would stand for one source only.
     """

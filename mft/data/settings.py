@@ -70,7 +70,7 @@ class DataSettings:
     template: str = "mft"
     """How a conversation is written: mft, mftcoder, tokenizer (its own chat template), or a file *.jinja."""
     role_markers: Any = None
-    """Role → marker, in place of the template's own (untyped: a typed dict takes no key from the command line)."""
+    """Role → marker, in place of the template's own (a typed dict takes no key from the command line)."""
     seq_length: int = ranged(1024, min=2, max=2**31 - 1)
     """Tokens of the longest sample, and of a row under data=pack and data=concat."""
     long_samples: LongSamples = LongSamples.drop
@@ -102,14 +102,10 @@ class DataSettings:
         """Raises UserError for values that types alone cannot refuse."""
         check_ranges(self, "data")
         if self.role_markers is not None and not isinstance(self.role_markers, dict):
-            example = '{system: "...", user: "...", assistant: "..."}'
-            raise UserError(
-                f"data.role_markers={shortened(self.role_markers)} must be a mapping such as {example}, or null"
-            )
+            value, example = shortened(self.role_markers), '{user: "...", assistant: "..."}'
+            raise UserError(f"data.role_markers={value} must be a mapping such as {example}, or null")
         template_choice.check(self.template, self.role_markers)
         parts = list(self.split)
         if len(parts) != 3 or any(not math.isfinite(p) or p < 0 for p in parts) or sum(parts) <= 0:
-            raise UserError(
-                f"data.split={shortened(parts)} must be three proportions for train, valid and test, none "
-                "negative and not all zero, e.g. [95,5,0]"
-            )
+            numbers = "three numbers for train, valid and test, none negative and not all zero"
+            raise UserError(f"data.split={shortened(parts)} must be {numbers}, e.g. [95,5,0]")

@@ -7,7 +7,9 @@ are laid out: test-00000-of-00002.jsonl.
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import PurePath
 
 import xxhash
@@ -31,14 +33,9 @@ def split_of(digest: int, proportions: Sequence[float]) -> int:
 
     Equal conversations get the same one, so that a duplicate of a training row never validates it.
     """
-    point = digest / 2**64 * sum(proportions)
-    border = 0.0
-    for index, proportion in enumerate(proportions):
-        border += proportion
-        if point < border:
-            return index
+    index = bisect(list(accumulate(proportions)), digest / 2**64 * sum(proportions))
     # rounding may leave the last border a little below the largest point
-    return max(index for index, proportion in enumerate(proportions) if proportion > 0)
+    return min(index, max(i for i, proportion in enumerate(proportions) if proportion > 0))
 
 
 KEYWORDS = {

@@ -59,10 +59,8 @@ class Task:
         if not (self.weight >= 0 and math.isfinite(self.weight)):
             raise UserError(f"task.{name}.weight={self.weight} must be at least 0 and finite.")
         if not name.isprintable() or len(name) > NAME_CHARACTERS:
-            raise UserError(
-                f"task.{name[:40]!r}.name: must be at most {NAME_CHARACTERS} printable characters; metrics "
-                "are named after it."
-            )
+            limit = f"must be at most {NAME_CHARACTERS} printable characters"
+            raise UserError(f"task.{name[:40]!r}.name: {limit}; metrics are named after it.")
         for key, paths in (("paths", self.paths), ("valid", self.valid)):
             if not all(path and isinstance(path, str) for path in paths):
                 raise UserError(f"task.{name}.{key}={paths}: every entry must be the text of a path.")
@@ -93,7 +91,7 @@ class Task:
         return [file.split for file in self.data_files]
 
     def proportions(self, split: Sequence[float]) -> list[float]:
-        """Returns data.split for the files that train; a split with files of its own takes no part of them."""
+        """Returns data.split for the files that train: a split with files of its own takes none of them."""
         train, valid, test = split
         own = set(self.splits())
         moved = (valid if "valid" in own else 0.0) + (test if "test" in own else 0.0)

@@ -46,20 +46,17 @@ class Template:
     def __init__(self, role_markers: Mapping[str, object] | None = None):
         """role_markers replaces markers by role (system, user or human, assistant or bot)."""
         self.markers = dict(self.MARKERS)
-        key_of_role: dict[str, str] = {}
+        keys: dict[str, str] = {}
         for key, marker in (role_markers or {}).items():
             if key not in ROLES:
                 problem = f"unknown role {key!r}; allowed: {', '.join(ROLES)}{nearest(key, ROLES)}"
                 raise UserError(f"data.role_markers: {problem}")
             if not isinstance(marker, str):
                 raise UserError(f"data.role_markers.{key}: {shortened(marker)} is not text")
-            role = ROLES[key]
-            if role in key_of_role:
-                same = f"{key_of_role[role]} and {key} are the same role"
-                raise UserError(f"data.role_markers: {same}; give one of them")
-            key_of_role[role] = key
+            if (other := keys.setdefault(ROLES[key], key)) != key:
+                raise UserError(f"data.role_markers: {other} and {key} are the same role; give one of them")
             # Hydra's command line has no escape for a line break
-            self.markers[role] = marker.replace("\\n", "\n")
+            self.markers[ROLES[key]] = marker.replace("\\n", "\n")
 
     def segments(self, messages: Sequence[Message], generation: bool = False) -> list[Segment]:
         """Returns the text in segments, with a border at the start of each bot target and after it.
@@ -69,7 +66,13 @@ class Template:
         generation: the text ends where the next answer is to begin.
         """
         if messages and messages[0].role == "text":
-            return self._plain(messages)
+            return [Segment(self._content(message), message.train, eos=True) for message in messages]
+        return self._turns(messages, generation)
+
+    def _content(self, message: Message) -> str:
+        return message.content
+
+    def _turns(self, messages: Sequence[Message], generation: bool) -> list[Segment]:
         segments = []
         text = ""
         for message in messages:
@@ -82,9 +85,6 @@ class Template:
         if generation:
             text += self.markers["assistant"]
         return [*segments, Segment(text)] if text else segments
-
-    def _plain(self, messages: Sequence[Message]) -> list[Segment]:
-        return [Segment(message.content, message.train, eos=True) for message in messages]
 
     def jinja(self) -> str:
         """Returns the chat template to save in the tokenizer; it renders the same text.
@@ -138,13 +138,14 @@ class MftCoder(Template):
 
     NAME = "mftcoder"
 
-    def segments(self, messages: Sequence[Message], generation: bool = False) -> list[Segment]:
-        if messages and messages[0].role == "text":
-            return self._plain(messages)
+    def _content(self, message: Message) -> str:
+        return message.content.replace("\u202f", " ").replace("\u00a0", " ") + "\n"
+
+    def _turns(self, messages: Sequence[Message], generation: bool) -> list[Segment]:
         segments: list[Segment] = []
         text = ""
         for message in messages:
-            content = _blanks(message.content) + "\n"
+            content = self._content(message)
             if message.role == "assistant":
                 segments.append(Segment(content, message.train, eos=True))
                 if not message.pair:
@@ -159,9 +160,6 @@ class MftCoder(Template):
             segments.append(Segment(self.markers["assistant"]))
         return [segment for segment in segments if segment.text or segment.eos]
 
-    def _plain(self, messages: Sequence[Message]) -> list[Segment]:
-        return [Segment(_blanks(message.content) + "\n", message.train, eos=True) for message in messages]
-
     def jinja(self) -> str:
         system, user, bot = (_literal(self.markers[role]) for role in ("system", "user", "assistant"))
         content = "message['content'] | replace('\u202f', ' ') | replace('\u00a0', ' ') + '\\n'"
@@ -173,10 +171,6 @@ class MftCoder(Template):
             assistant=f"{content} + eos_token + '\\n'",
             generation=f"{{%- if {no_marker_yet} -%}}{{{{ {bot} }}}}{{%- endif -%}}",
         )
-
-
-def _blanks(text: str) -> str:
-    return text.replace("\u202f", " ").replace("\u00a0", " ")
 
 
 def _literal(text: str) -> str:

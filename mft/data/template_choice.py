@@ -36,7 +36,7 @@ def check(name: str, role_markers: Mapping[str, object] | None = None) -> None:
         raise UserError(f"data.template: no such file {name}")
     if role_markers:
         raise UserError(
-            f"data.role_markers: does nothing with data.template={name}, which writes its own markers"
+            f"data.role_markers: does nothing with data.template={name}, which has its own markers"
         )
 
 
@@ -71,9 +71,9 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
     if isinstance(source, dict):  # some models bring one for tools, too
         source = source.get("default")
     if not source:
+        others = ", ".join(TEMPLATES)
         raise UserError(
-            "data.template=tokenizer: the tokenizer has no chat template; allowed: mft, mftcoder, or a "
-            "file of yours, e.g. data.template=my.jinja"
+            f"data.template=tokenizer: it has no chat template; choose {others}, or a file *.jinja"
         )
     if source.startswith(NOTE):  # one of ours: its segments are known, not only its text
         about = json.loads(source[len(NOTE) : source.index(" -#}")])

@@ -42,8 +42,7 @@ class Encoder:
                 "model.eos_token: the tokenizer has no end-of-sequence token, so answers would never end; "
                 "name one of its tokens, e.g. model.eos_token='<|endoftext|>'"
             )
-        self.tokenizer = tokenizer
-        self.template = template
+        self.tokenizer, self.template = tokenizer, template
         self.eos_id = int(tokenizer.eos_token_id)
         # Ids may have gaps, and len() counts what was added: the largest id decides the width of the cache.
         largest_id = max(tokenizer.get_vocab().values(), default=0)
@@ -130,13 +129,11 @@ def fit_to_length(
     limit = settings.seq_length
     if len(ids_S) <= limit or settings.long_samples == LongSamples.keep:
         return FittedRow([encoded])
-    if settings.long_samples == LongSamples.truncate_right:
-        return FittedRow([(ids_S[:limit], trained_S[:limit])])
-    if settings.long_samples == LongSamples.truncate_left:
-        return FittedRow([(ids_S[-limit:], trained_S[-limit:])])
     if settings.long_samples == LongSamples.split_turns:
         return _split(messages, encoder, limit)
-    return FittedRow([])
+    kept = {LongSamples.truncate_right: slice(limit), LongSamples.truncate_left: slice(-limit, None)}
+    part = kept.get(settings.long_samples)
+    return FittedRow([(ids_S[part], trained_S[part])] if part else [])
 
 
 def _split(messages: Sequence[Message], encoder: Encoder, limit: int) -> FittedRow:

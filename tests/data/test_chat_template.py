@@ -41,7 +41,7 @@ def test_templates_that_cannot_teach_are_refused(kinds, tmp_path):
     file.write_text(
         CHATML.replace("assistant\n{% endif", "assistant\nThink: {% endif").replace("{{ bos_token }}", "")
     )
-    with pytest.raises(UserError, match=r"generation prompt .* is not how"):
+    with pytest.raises(UserError, match="does not begin answers with its generation prompt"):
         named(str(file), None, tokenizer)
     with pytest.raises(UserError, match="no such file"):
         named("gone.jinja", None, tokenizer)

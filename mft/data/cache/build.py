@@ -7,33 +7,31 @@ import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
+from mft.batch import Message
 from mft.console import screen
 from mft.data.cache.writer import BAD_ROW, Place, Writer, damage
+from mft.data.formats import Format
 from mft.data.readers import Rows
 from mft.data.row_fields import SKIP_ADVICE, RowError
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS, digest_of, split_of
-from mft.data.tokenize import Encoded, fit_to_length
+from mft.data.task import Task
+from mft.data.template import Segment
+from mft.data.tokenize import Encoded, Encoder, fit_to_length
 from mft.errors import UserError
 
-if TYPE_CHECKING:
-    from mft.batch import Message
-    from mft.data.formats import Format
-    from mft.data.task import Task
-    from mft.data.template import Segment
-    from mft.data.tokenize import Encoder
-
-BATCH_ROWS = 1024  # conversations given to the tokenizer at once ...
-BATCH_CHARACTERS = 4_000_000  # ... or fewer, when they are long
-AHEAD = 2  # batches being tokenised while the next one is read; each is a call that uses all cores by itself
+BATCH_ROWS, BATCH_CHARACTERS = 1024, 4_000_000
+"""Conversations given to the tokenizer at once, or fewer when they are long."""
+AHEAD = 2
+"""Batches tokenised while the next one is read; each is a call that uses all cores by itself."""
 
 
 class ParsedRow(NamedTuple):
@@ -64,10 +62,7 @@ def build(
         try:
             locked = lock.acquire(timeout=2)
         except Timeout:
-            print(
-                f"waiting for another process that tokenises task {task.name} ({lock.lock_file})",
-                file=sys.stderr,
-            )
+            print(f"waiting for the process that tokenises {task.name} ({lock.lock_file})", file=sys.stderr)
             locked = lock.acquire()
         with locked:
             if damage(folder) is None:
@@ -79,17 +74,14 @@ def build(
                 temporary.mkdir()
                 write(temporary, task, encoder, settings)
                 if task.fingerprint(cache_dir) != contents:  # the store would bear the name of other rows
-                    raise UserError(
-                        f"task.{task.name}: its files have changed while they were read "
-                        f"({', '.join(task.paths)}); start again once they are written"
-                    )
+                    paths = ", ".join(task.paths)
+                    raise UserError(f"task.{task.name}: {paths} changed while being read; start again")
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise UserError(
-            f"cache_dir: cannot write the tokens of task {task.name} to {folder}: {error.strerror}"
-        ) from error
+        problem = f"cannot write the tokens of task {task.name} to {folder}: {error.strerror}"
+        raise UserError(f"cache_dir: {problem}") from error
 
 
 def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) -> None:
@@ -102,25 +94,21 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
     format_name, row_format = task.find_format()
     rows = task.rows()
 
-    with (
-        Writer(folder, encoder.vocab_size, settings.seq_length) as writer,
-        _progress(task.name, rows) as show,
-        ThreadPoolExecutor(AHEAD) as pool,
-    ):
+    writer = Writer(folder, encoder.vocab_size, settings.seq_length)
+    with _progress(task.name, rows) as show, ThreadPoolExecutor(AHEAD) as pool:
 
         def keep(batch: list[ParsedRow], encoding: Future[list[Encoded]]) -> None:
             for (place, row, messages, _), encoded in zip(batch, encoding.result(), strict=True):
                 length, limit = len(encoded[0]), settings.seq_length
                 if length > limit and settings.long_samples == LongSamples.error:
                     raise UserError(
-                        f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is {limit}; choose a larger "
-                        "one, or data.long_samples = drop, truncate_left, truncate_right, split_turns"
+                        f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is {limit}; enlarge "
+                        "it, or set data.long_samples to drop, truncate_left, truncate_right or split_turns"
                     )
                 digest, of_file = digest_of(messages), splits[place[0]]
                 split = SPLITS.index(of_file) if of_file else split_of(digest, proportions)
-                writer.add(
-                    place, row, fit_to_length(messages, encoded, encoder, settings), length, split, digest
-                )
+                fitted = fit_to_length(messages, encoded, encoder, settings)
+                writer.add(place, row, fitted, length, split, digest)
             writer.flush()
             show(writer.account["rows"])
 
@@ -129,8 +117,7 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
         # Or the collector walks over everything imported again and again, for the objects of the rows.
         gc.freeze()
         try:
-            numbers = {file: number for number, file in enumerate(files)}
-            for batch in _batches(rows, row_format, encoder, settings, writer, numbers):
+            for batch in _batches(rows, row_format, encoder, settings, writer):
                 segments = [parsed.segments for parsed in batch]
                 waiting.append((batch, pool.submit(encoder.encode_segments, segments)))
                 if len(waiting) > AHEAD:
@@ -141,18 +128,14 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
             if not frozen_before:
                 gc.unfreeze()
             pool.shutdown(cancel_futures=True)
-        writer.finish({"task": task.name, "format": format_name})
+    writer.finish({"task": task.name, "format": format_name})
 
 
 def _batches(
-    rows: Rows,
-    row_format: Format,
-    encoder: Encoder,
-    settings: DataSettings,
-    writer: Writer,
-    numbers: Mapping[Path, int],
+    rows: Rows, row_format: Format, encoder: Encoder, settings: DataSettings, writer: Writer
 ) -> Iterator[list[ParsedRow]]:
     """Yields the rows that can be understood, many at a time; the others are dropped, or end it."""
+    numbers = {file: number for number, file in enumerate(rows.files)}
     batch: list[ParsedRow] = []
     advice = ""
     characters = 0
@@ -184,17 +167,11 @@ def _batches(
 @contextmanager
 def _progress(name: str, rows: Rows) -> Iterator[Callable[[int], None]]:
     """Yields a function of the rows written so far that moves the bar, by the bytes that are read."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.table import Column
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-    # no_wrap: in a narrow terminal the bar alone gets shorter
-    columns = (
-        TextColumn("tokenising {task.description}", table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[written]:,} rows, left", table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True)),
-    )
+    # rich does not wrap columns that are plain text: in a narrow terminal the bar alone gets shorter
+    before, after = "tokenising {task.description}", "{task.fields[written]:,} rows, left"
+    columns = (before, BarColumn(bar_width=24), TaskProgressColumn(), after, TimeRemainingColumn())
     console = screen.console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(name, total=rows.total or None, written=0)

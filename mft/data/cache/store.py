@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -23,12 +23,10 @@ from mft.data.cache.build import build
 from mft.data.row_fields import SKIP_ADVICE
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS
+from mft.data.task import Task
+from mft.data.task_files import DataFile
+from mft.data.tokenize import Encoder
 from mft.errors import UserError
-
-if TYPE_CHECKING:
-    from mft.data.task import Task
-    from mft.data.task_files import DataFile
-    from mft.data.tokenize import Encoder
 
 WAIT_SECONDS = 24 * 3600.0
 """The last resort: when the building rank fails, the waiting ones are ended with it."""
@@ -50,10 +48,9 @@ class Store:
         self.files, self._named_splits = [file.path for file in files], [file.named_split for file in files]
         dtypes = meta["dtypes"]
         column = {name: mapped(folder / f"{name}.bin", dtypes[name]) for name in writer.COLUMNS}
-        self._ids, self._trained = (
-            Blocks(folder / f"{name}.bin", dtypes[name], meta["blocks"][f"{name}.bin"])
-            for name in writer.TOKENS
-        )
+        sums = meta["blocks"]
+        self._ids = Blocks(folder / "ids.bin", dtypes["ids"], sums["ids.bin"])
+        self._trained = Blocks(folder / "trained.bin", dtypes["trained"], sums["trained.bin"])
         self._start_N, self._stop_N = column["offsets"][:-1], column["offsets"][1:]
         self._file_N, self._line_N, self.split_N = column["file"], column["line"], column["split"]
         self.trained_N, self.digest_N = column["trained_counts"], column["digest"]
@@ -84,9 +81,7 @@ class Store:
                 yield dropped | {"file": str(self.files[dropped["file"]])}
         for reason, rows in self._left_out:
             for file, line, same_file, same_line in rows.tolist():
-                same = (
-                    self._place(same_file, same_line) if same_line else "a row of a validation or test part"
-                )
+                same = self._place(same_file, same_line) if same_line else "a validation or test row"
                 about = {
                     "file": str(self.files[file]),
                     "line": line,
@@ -94,7 +89,7 @@ class Store:
                     "field": "",
                     "row": "",
                 }
-                yield about | {"problem": f"says the same as {same}"}
+                yield about | {"problem": f"repeats {same}"}
 
     def held_out_files(self) -> list[dict[str, Any]]:
         """Returns the files held out by their names: file, split (valid or test), number of kept rows."""
@@ -111,11 +106,9 @@ class Store:
         out_N: bool, equal for all samples of a row; same_N: a sample of the row that says the same.
         """
         first_N = np.flatnonzero(out_N & self.begins_N())
-        places = np.stack([self._file_N[first_N], self._line_N[first_N]], axis=1)
-        same = np.zeros_like(places)
-        if same_N is not None:
-            same = np.stack([self._file_N[same_N[first_N]], self._line_N[same_N[first_N]]], axis=1)
-        self._left_out.append((reason, np.hstack([places, same])))
+        place_N = np.stack([self._file_N, self._line_N], axis=1)
+        same = np.zeros_like(place_N[first_N]) if same_N is None else place_N[same_N[first_N]]
+        self._left_out.append((reason, np.hstack([place_N[first_N], same])))
         report = self.report
         report["dropped"][reason] = len(first_N)
         report["kept"] -= len(first_N)
@@ -209,16 +202,15 @@ def prepare(
     settings.check()
     contents = task.fingerprint(cache_dir)
     folder = Path(cache_dir) / "tokens" / _store_fingerprint(task, contents, encoder, settings)
-    if first:
-        if (problem := writer.damage(folder)) is not None:
-            if problem:
-                message = (
-                    f"task.{task.name}: the token cache {folder} is damaged: {problem}. It is made anew."
-                )
-                print(message, file=sys.stderr)
-            build(folder, task, contents, encoder, settings, cache_dir)
-    else:
+    if not first:
         _wait(folder, task)
+    elif (problem := writer.damage(folder)) is not None:
+        if problem:
+            print(
+                f"Rebuilding task.{task.name}: the token cache {folder} is damaged: {problem}",
+                file=sys.stderr,
+            )
+        build(folder, task, contents, encoder, settings, cache_dir)
     store = Store(folder, task.data_files, contents)
     dropped = store.report["dropped"]
     if settings.bad_rows == BadRows.error and dropped[writer.BAD_ROW]:  # built by a run that skipped them
@@ -246,8 +238,7 @@ def _wait(folder: Path, task: Task) -> None:
     start = time.monotonic()
     while writer.damage(folder) is not None:
         if time.monotonic() - start > WAIT_SECONDS:
-            hours = WAIT_SECONDS / 3600
             raise UserError(
-                f"task.{task.name}: waited {hours:.0f} hours for the first rank to write {folder}"
+                f"task.{task.name}: the first rank has not written {folder} in {WAIT_SECONDS:.0f} s"
             )
         time.sleep(0.1)

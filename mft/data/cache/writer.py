@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +61,7 @@ Place = tuple[int, int]
 
 
 class Writer:
-    """The files of a store in the making, as a context manager.
+    """The files of a store in the making, in an empty folder.
 
     `add` and `drop` account for every row; `finish` writes meta.json, last. account: rows = kept + the sum of
     dropped; split_turns makes several samples of a row. vocab_size: decides the width of an id; seq_length:
@@ -73,7 +72,8 @@ class Writer:
         self.folder, self.seq_length = folder, seq_length
         # uint16 halves file and page cache for the usual small vocabularies
         self.dtypes = COLUMNS | {"ids": "uint16" if vocab_size < 65536 else "uint32", "trained": "uint8"}
-        self.pending: dict[str, list[Any]] = {name: [] for name in self.dtypes}
+        self.pending: dict[str, list[Any]] = {name: [] for name in self.dtypes} | {"offsets": [0]}
+        self.pending_dropped: list[str] = []
         self.account: dict[str, Any] = {
             **dict.fromkeys(("rows", "kept", "samples"), 0),
             "splits": dict.fromkeys(SPLITS, 0),
@@ -84,16 +84,6 @@ class Writer:
             **dict.fromkeys(("answers_without_loss", "empty_thoughts"), 0),
         }
 
-    def __enter__(self) -> Writer:
-        self.stack = ExitStack()
-        self.files = {n: self.stack.enter_context((self.folder / f"{n}.bin").open("wb")) for n in self.dtypes}
-        self.dropped = self.stack.enter_context((self.folder / DROPPED).open("w", encoding="utf-8"))
-        self.files["offsets"].write(np.zeros(1, self.dtypes["offsets"]).tobytes())
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stack.close()
-
     def drop(self, place: Place, row: object, reason: str, problem: str, field: str = "") -> None:
         """Counts a row without a sample, and writes it down."""
         self.account["rows"] += 1
@@ -101,7 +91,9 @@ class Writer:
         about = {"file": place[0], "line": place[1], "reason": reason, "field": field, "problem": problem}
         if len(self.account["first_dropped"]) < DROPPED_NAMED:
             self.account["first_dropped"].append(about)
-        self.dropped.write(json.dumps(about | {"row": row_text(row)}) + "\n")
+        self.pending_dropped.append(json.dumps(about | {"row": row_text(row)}) + "\n")
+        if len(self.pending_dropped) == 1000:  # where no row is kept, nobody else flushes
+            self.flush()
 
     def count_unread(self, fields: Iterable[str] | None) -> None:
         """Counts the fields of a row that its format does not read; None: it does not say which."""
@@ -135,18 +127,9 @@ class Writer:
                 continue
             self._count({"samples": 1, "tokens": len(ids_S), "trained_tokens": trained})
             self.account["splits"][SPLITS[split]] += 1
-            columns = {
-                "offsets": self.account["tokens"],
-                "trained_counts": trained,
-                "split": split,
-                "file": place[0],
-                "line": place[1],
-                "digest": digest,
-                **lost,
-                "ids": ids_S,
-                "trained": trained_S,
-            }
-            for name, value in columns.items():
+            of_row = {"split": split, "file": place[0], "line": place[1], "digest": digest, **lost}
+            of_sample = {"offsets": self.account["tokens"], "trained_counts": trained}
+            for name, value in (of_row | of_sample | {"ids": ids_S, "trained": trained_S}).items():
                 self.pending[name].append(value)
             lost = dict.fromkeys(CUTS, 0)
 
@@ -155,18 +138,22 @@ class Writer:
             self.account[name] += count
 
     def flush(self) -> None:
-        """Writes what is pending."""
+        """Appends what is pending to the files."""
         for name, values in self.pending.items():
-            if values:
-                dtype = self.dtypes[name]
-                array = np.concatenate(values).astype(dtype) if name in TOKENS else np.array(values, dtype)
-                self.files[name].write(array.tobytes())
-                values.clear()
+            dtype = self.dtypes[name]  # numpy would take a list of large digests for floats
+            array = (
+                np.concatenate(values).astype(dtype) if values and name in TOKENS else np.array(values, dtype)
+            )
+            with (self.folder / f"{name}.bin").open("ab") as file:
+                file.write(array.tobytes())
+            values.clear()
+        with (self.folder / DROPPED).open("a", encoding="utf-8") as lines:
+            lines.writelines(self.pending_dropped)
+        self.pending_dropped.clear()
 
     def finish(self, about: dict[str, Any]) -> None:
-        """Closes the files and writes meta.json, whose presence says that the store is complete."""
+        """Writes meta.json, whose presence says that the store is complete."""
         self.flush()
-        self.stack.close()
         paths = [self.folder / name for name in (*(f"{name}.bin" for name in self.dtypes), DROPPED)]
         meta = about | {
             "version": VERSION,
