@@ -57,6 +57,7 @@ class Jinja(Template):
             raise UserError(f"data.template={name}: {error.problem}") from error
 
     def _turns(self, messages: Sequence[Message], generation: bool) -> list[Segment]:
+        # The whole conversation is rendered once; each answer is found in it by rendering what comes before.
         text = self._render(messages, generation)
         eos = str(self.tokenizer.eos_token or "")
         segments, done = [], 0
@@ -84,7 +85,7 @@ class Jinja(Template):
         if self.end == before:
             return
         text = self._render(PROBE, False)
-        tokenizer.eos_token = self.end
+        tokenizer.eos_token = self.end  # a template may write {{ eos_token }}, so it is tried
         if self._render(PROBE, False) != text:  # the template writes its EOS elsewhere; then both must stay
             tokenizer.eos_token = before
 

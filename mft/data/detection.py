@@ -19,9 +19,9 @@ def recognise(row: object, task: str) -> tuple[str, Format] | None:
 
     Raises UserError, which names the task, for a row that this format would misread.
     """
+    # Names are tried in the order of KNOWN: a row with messages and a text rendered of them is messages.
     for name, row_format in KNOWN.items():
         if row_format.fits(row):
-            assert isinstance(row, Mapping)
             if reason := _misread(name, row):
                 raise UserError(f"task.{task}: {reason}.")
             return name, row_format

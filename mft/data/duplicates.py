@@ -27,6 +27,7 @@ def mark_duplicates(stores: Sequence[Store], duplicates: Duplicates) -> None:
     one task trains on and another one trains on as well is no duplicate. Memory: about 40 bytes a sample of
     the largest task.
     """
+    # Over all tasks: a training row of one that validates another would flatter that validation.
     held_out = [np.unique(store.digest_N[store.split_N != TRAIN]) for store in stores]
     held_out_U = np.unique(np.concatenate([*held_out, np.empty(0, np.uint64)]))
     for store in stores:

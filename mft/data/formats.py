@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from mft.batch import Message
 from mft.data import row_fields
@@ -53,7 +53,7 @@ class Turns(Format):
     USER: ClassVar[Sequence[str]] = ("user",)
     ASSISTANT: ClassVar[Sequence[str]] = ("assistant",)
 
-    def fits(self, row: object) -> bool:
+    def fits(self, row: object) -> TypeGuard[dict[str, Any]]:
         """Whether a row has the field that marks this format, whatever stands in it."""
         return isinstance(row, dict) and isinstance(row.get(self.FIELD), list)
 
@@ -78,6 +78,7 @@ class Turns(Format):
         if not isinstance(role, str):
             raise must_be(f"{place}.{self.ROLE}", "text", role)
         text = self._text(content, f"{place}.{self.CONTENT}")
+        # Turns alternate, so the turn before decides what this one must be, whatever it calls itself.
         answers = bool(before) and before[-1].role == "user"
         expected = self.ASSISTANT if answers else self.USER
         allowed = expected if before else (*self.SYSTEM, *expected)
@@ -88,6 +89,7 @@ class Turns(Format):
             else:
                 hint = nearest(role, allowed)
             raise RowError(f"{place}.{self.ROLE}", problem + hint)
+        # Loss fields are checked in every turn, but only an answer is trained, and only it may be refused.
         trained = carries_loss(turn, place=f"{place}.")
         if answers and trained:
             row_fields.refuse_unclear_loss(turn, f"{place}.")
@@ -192,7 +194,7 @@ class Pair(Format):
     def describe(self) -> str:
         return f"{self.prompt}/{self.answer}"
 
-    def fits(self, row: object) -> bool:
+    def fits(self, row: object) -> TypeGuard[dict[str, Any]]:
         """See `Turns.fits`."""
         return isinstance(row, dict) and self.prompt in row and self.answer in row
 
@@ -203,6 +205,7 @@ class Pair(Format):
             raise RowError(self.answer, "is empty; an answer needs text to learn")
         if self.input and (further := optional_text(row, self.input)):
             question = f"{question}\n{further}" if question else further
+        # `weight` is a field of OpenAI's turns; beside a pair it may mean anything, so it is left unread.
         trained = carries_loss(row, ["train"]) and carries_loss(row, ["loss_mask"])
         turns = [Message("user", question, pair=True), Message("assistant", answer, trained, pair=True)]
         system = optional_text(row, self.system) if self.system else ""
@@ -221,7 +224,7 @@ class Text(Format):
     field: str = "text"
     """Field of the text."""
 
-    def fits(self, row: object) -> bool:
+    def fits(self, row: object) -> TypeGuard[dict[str, Any]]:
         """See `Turns.fits`."""
         return isinstance(row, dict) and self.field in row
 

@@ -47,7 +47,7 @@ def load(name: str) -> Dataset:
 
 def digest(name: str) -> str:
     """Returns the hash of a data set's content as `datasets` keeps it."""
-    return f"hub:{load(name)._fingerprint}"
+    return f"hub:{load(name)._fingerprint}"  # private in datasets (as of 5.2), which keys its own cache by it
 
 
 def task_name(name: str) -> str:

@@ -36,7 +36,7 @@ def refuse_other_kinds(file: Path, start: bytes) -> None:
     if (ending := file.suffix.lower()) in (".csv", ".tsv"):
         delimiter = ", delimiter='\\t'" if ending == ".tsv" else ""
         raise UserError(
-            f"{file}: is a table ({ending[1:].upper()}), not JSON, one object a line. To convert it: python -c "
+            f"{file}: is a table ({ending[1:].upper()}); rows are JSON lines. To convert it: python -c "
             f'"import csv, json, sys; [print(json.dumps(r)) for r in csv.DictReader(sys.stdin{delimiter})]" '
             f"< {file.name} > {file.stem}.jsonl"
         )

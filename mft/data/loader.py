@@ -82,6 +82,7 @@ class BatchLoader:
         for rows, (epoch, rows_consumed) in self.sampler.steps(epoch, rows_consumed):  # noqa: B020
             length = self.train_samples.row_length if self.rows.by_length else None
             dealt = deal(rows, self.rank, self.sizes.world, self.sizes.accumulation, length)
+            # (epoch, rows_consumed) stands after the step, which is what a checkpoint resumes from
             epochs_done = epoch + rows_consumed / max(1, self.sampler.rows_in_epoch(epoch))
             yield StepBatches(self._batches(self.train_samples, dealt), epoch, rows_consumed, epochs_done)
 

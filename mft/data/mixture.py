@@ -67,6 +67,7 @@ class Streams:
         size = int(self.size_K[task])
         if stop <= start or not size:
             return np.empty(0, np.int64)
+        # Seeded by block, so that any stretch of the endless stream is made without what comes before it.
         passes = max(1, BLOCK // size)
         block = passes * size
         numbers = []
@@ -83,6 +84,7 @@ def spaced(label_N: np.ndarray, random: np.random.Generator) -> np.ndarray:
     The i-th of the n things of a label stands at (i + offset) / n. So a stretch of M things of L labels holds
     a label that makes up a part p of all at least p (M - 2 L) - 1 times; a plain shuffle may leave it out.
     """
+    # Shuffled first: equal positions, and the things of one label, then come in random order.
     order_N = random.permutation(len(label_N))
     shuffled_N = np.asarray(label_N)[order_N]
     position_N = np.empty(len(order_N))
@@ -109,6 +111,7 @@ def counts_per_epoch(samples: Samples, shares: Sequence[float | None], settings:
         part_K = np.array([1.0 if share is None else share for share in shares]) * (size_K > 0)
     if not part_K.sum() > 0:
         raise UserError("task.<name>.share: no task with a share above 0 has a training sample")
+    # An epoch keeps the size of the natural one, so that epochs and steps mean the same under any mixture.
     wanted_K = part_K / part_K.sum() * amount_K.sum()
     # samples of a task = its tokens over its tokens per sample
     return wanted_K * size_K / np.maximum(amount_K, 1) if by_tokens else wanted_K

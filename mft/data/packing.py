@@ -94,6 +94,7 @@ class Pad(RowBuilder):
     def groups(self, rows: list[Row], lengths: Sequence[int] | np.ndarray) -> list[list[Row]]:
         if not self._grouped:
             return super().groups(rows, lengths)
+        # Sorted inside a window only: over all samples the groups would be the same in every epoch.
         ordered = sorted(rows, key=lambda row: int(lengths[row[0]]), reverse=True)  # type: ignore[index]
         return [ordered[i : i + self.length_group] for i in range(0, len(ordered), self.length_group)]
 
@@ -115,6 +116,8 @@ class Pack(RowBuilder):
     public_name: ClassVar[str] = "pack"
 
     def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[Row]:
+        # Best-fit decreasing: the longest first, each into the fullest row that still takes it. The sorted
+        # list of free spaces makes it n log n in comparisons.
         lengths = np.asarray(lengths)
         assert not (lengths > seq_length).any(), "the store deals with samples longer than seq_length"
         rows: list[Row] = []
@@ -158,4 +161,4 @@ class Concat(RowBuilder):
                 rows[-1].append(Span(i, start, stop))
                 free -= stop - start
                 start = stop
-        return rows if rows[-1] else []
+        return rows if rows[-1] else []  # a window without samples

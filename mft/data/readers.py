@@ -25,11 +25,6 @@ SHOWN_CHARACTERS = 2000
 """Characters of an unreadable line that are kept to show it."""
 
 
-def is_data(name: str) -> bool:
-    """Whether a file of this name is read when its folder is given."""
-    return name.lower().endswith(SUFFIXES)
-
-
 def stem(path: Path) -> str:
     """Returns the name of a data file without its suffixes."""
     suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
@@ -129,7 +124,7 @@ def _rows_of(batch: RecordBatch) -> Iterator[dict[str, Any] | RowError]:
             yield row
 
 
-def row_text(row: Any) -> str:
+def row_text(row: object) -> str:
     """Returns a row to be shown, at most SHOWN_CHARACTERS of it."""
     if isinstance(row, RowError):
         return row.text

@@ -68,16 +68,15 @@ def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
     lines = unread_notes(stores, names)
     for store, name in zip(stores, names, strict=True):
         if files := store.held_out_files():
-            named = [f"{_printable(Path(f['file']).name)} ({f['split']}, {f['rows']:,} rows)" for f in files]
+            named = [
+                f"{_printable(Path(str(f['file'])).name)} ({f['split']}, {f['rows']:,} rows)" for f in files
+            ]
             lines.append(f"{name}: held out, never trained: {_listed(named, FILES_NAMED)}")
+        what = {REPEATED: "repeat an earlier row of the task", HELD_OUT: "train and are held out, too"}
         kept = []
-        for reason, what in (
-            (REPEATED, "repeat an earlier row of the task"),
-            (HELD_OUT, "train and are held out, too"),
-        ):
-            count = store.report.get("duplicates", {}).get(reason)
+        for reason, count in store.report.get("duplicates", {}).items():
             if count and reason not in store.report["dropped"]:
-                kept.append(f"{count:,} rows {what}")
+                kept.append(f"{count:,} rows {what[reason]}")
         if kept:
             lines.append(f"{name}: {', '.join(kept)} (data.duplicates=drop leaves them out)")
         if n := store.report["empty_thoughts"]:
@@ -174,7 +173,7 @@ def spans(
 
     The first token never does: nothing comes before it to predict it.
     """
-    trained_S = np.array(trained_S)
+    trained_S = np.array(trained_S)  # a copy
     trained_S[:1] = False
     borders = [0, *(np.flatnonzero(np.diff(trained_S)) + 1).tolist(), len(ids_S)]
     decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)

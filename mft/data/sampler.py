@@ -6,7 +6,6 @@ Shapes: N samples, K tasks, G groups of rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import numpy as np
 
@@ -15,8 +14,6 @@ from mft.data.cache.store import Samples
 from mft.data.mixture import Streams, spaced
 from mft.data.packing import RowBuilder
 from mft.errors import UserError
-
-T = TypeVar("T")
 
 EVAL_WINDOW = 4096
 """Samples of a validation that are made into rows together; data.window is tuned for training."""
@@ -66,11 +63,11 @@ class Sampler:
         epochs: the last one of an epoch is filled with empty rows, and the state after it is (epoch + 1, 0).
         """
         while True:
-            waiting: list[Row] = []
+            waiting: list[Row] = []  # rows of a window that do not fill a step yet
             counts = self._counts(epoch)
             total, skip = sum(counts), position
             for number, part in enumerate(self._windows(epoch)):
-                if skip >= counts[number]:
+                if skip >= counts[number]:  # windows before the position are counted, not made into rows
                     skip -= counts[number]
                     continue
                 waiting += self._rows(epoch, number, part)[skip:]
@@ -85,6 +82,8 @@ class Sampler:
 
     def _counts(self, epoch: int) -> list[int]:
         """Returns the number of rows of each window."""
+        # Making rows is the only way to count them under packing; the numbers are kept for a resumed position
+        # and for the length of the run.
         if epoch not in self._rows_of_windows:
             lengths_N = self.samples.lengths_N
             rows = [self.builder.rows(lengths_N[part], self.seq_length) for part in self._windows(epoch)]
@@ -94,6 +93,7 @@ class Sampler:
     def _windows(self, epoch: int) -> list[np.ndarray]:
         order_N = self.streams.epoch(epoch)
         size = self.builder.window(self.window)
+        # The last window takes the rest, so that none is smaller than `size`: small ones fill rows badly.
         return np.split(order_N, range(size, len(order_N) - size + 1, size))
 
     def _rows(self, epoch: int, number: int, part: np.ndarray) -> list[Row]:
@@ -123,8 +123,8 @@ def _renumbered(rows: list[Row], number_N: np.ndarray) -> list[Row]:
 
 
 def deal(
-    rows: list[T], rank: int, world: int, accumulation: int, length: Callable[[T], int] | None = None
-) -> list[list[T]]:
+    rows: list[Row], rank: int, world: int, accumulation: int, length: Callable[[Row], int] | None = None
+) -> list[list[Row]]:
     """Returns the micro-batches of one rank: `accumulation` lists of equally many rows.
 
     Over all ranks and micro-batches every row is dealt exactly once; len(rows) is a multiple of world ×
@@ -139,6 +139,7 @@ def deal(
     )
     if length is None:
         return [rows[micro * world + rank :: hands] for micro in range(accumulation)]
+    # hand h goes to rank h % world: the ranks' micro-batches of one round are neighbours in length
     ordered, size = sorted(rows, key=length, reverse=True), len(rows) // hands
     return [ordered[hand * size : (hand + 1) * size] for hand in range(rank, hands, world)]
 

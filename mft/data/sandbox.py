@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 from jinja2 import Template, nodes, pass_context, pass_environment
@@ -44,8 +44,8 @@ class TooMuch(TemplateRuntimeError):
 class Budget:
     """What one rendering may still take; messages: what the template is given."""
 
-    def __init__(self, messages: Any):
-        self.passes, self.characters, self.messages = PASSES, CHARACTERS, messages
+    def __init__(self, messages: Iterable[object] | None):
+        self.passes, self.characters, self.messages = PASSES, CHARACTERS, messages or ()
         self.until = time.monotonic() + SECONDS
 
     def spend(self, passes: int, characters: int = 0) -> None:
@@ -124,7 +124,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         budget.spend(0, _size(result))
         return result
 
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> object:
         """See jinja2."""
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
             self.budget.spend(1, len(left) + len(right))
@@ -187,7 +187,7 @@ def _text_in(node: nodes.Node) -> int:
 
 
 @pass_environment
-def _output(environment: Any, value: Any) -> Any:
+def _output(environment: Bounded, value: object) -> object:
     budget = environment.budget
     if type(value) is str:  # not through `spend`: outputs are by far the most frequent
         budget.characters -= len(value)
@@ -199,24 +199,24 @@ def _output(environment: Any, value: Any) -> Any:
 
 
 @pass_context
-def _pass(context: Any, items: Any, text: int) -> Any:
+def _pass(context: Any, items: Iterable[object], text: int) -> Iterable[object]:
     """Pays for the passes of a loop over the items; text: characters that each writes by itself."""
     budget = context.environment.budget
     budget.judge()
-    if hasattr(items, "__len__") and len(items) <= AT_ONCE:
+    if isinstance(items, Sized) and len(items) <= AT_ONCE:
         budget.spend(len(items), len(items) * text)
         return items
     return _counted(budget, items, text)
 
 
-def _counted(budget: Budget, items: Iterable[Any], text: int) -> Iterator[Any]:
+def _counted(budget: Budget, items: Iterable[object], text: int) -> Iterator[object]:
     for item in items:
         budget.spend(1, text)
         yield item
 
 
 @pass_context
-def _join(context: Any, parts: list[Any]) -> str:
+def _join(context: Any, parts: list[object]) -> str:
     budget, size = context.environment.budget, 0
     for part in parts:
         if isinstance(part, str):
@@ -239,7 +239,7 @@ def _apply(context: Any, value: Any, name: str, *args: Any, **kwargs: Any) -> An
     return result
 
 
-def _grow(budget: Budget, name: str, value: Any, arguments: Sequence[Any]) -> None:
+def _grow(budget: Budget, name: str, value: object, arguments: Sequence[object]) -> None:
     """Pays for the result of a function or filter that could be much larger than what it is given."""
     if not arguments:
         return

@@ -140,13 +140,13 @@ class Task:
             return self.format.describe(), self.format
         first: dict[str, Any] | None = None
         for _, _, row in self.rows():
-            if not isinstance(row, RowError) and (match := recognise(row, self.name)):
+            if match := recognise(row, self.name):
                 return match
             if first is None and isinstance(row, dict):
                 first = row
         if first is not None:
             raise unrecognised(first, self.name)
-        return next(iter(KNOWN.items()))
+        return next(iter(KNOWN.items()))  # any will do: every row is refused with what is wrong with it
 
     def fingerprint(self, cache_dir: str | os.PathLike[str]) -> str:
         """Returns a hash of the contents of all files in order and of their splits, not of their names."""

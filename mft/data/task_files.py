@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mft.data import hub
-from mft.data.readers import SUFFIXES, is_data
+from mft.data.readers import SUFFIXES
 from mft.data.split import split_named
 from mft.errors import UserError, nearest
 
@@ -85,8 +85,11 @@ def _files_of(name: str, key: str, hint: str) -> list[Path]:
             folders.clear()
             continue
         visited.add(real)
-        files += [Path(folder, name) for name in names if is_data(name)]
-        other_endings |= {os.path.splitext(name)[1].lower() or name for name in names if not is_data(name)}
+        for name in names:
+            if name.lower().endswith(SUFFIXES):
+                files.append(Path(folder, name))
+            else:
+                other_endings.add(os.path.splitext(name)[1].lower() or name)
     if not files:
         content = f"it holds: {', '.join(sorted(other_endings)[:8])}" if other_endings else "it is empty"
         arrays = "; to read a .json file with an array of rows, give the file itself"

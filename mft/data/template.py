@@ -37,15 +37,10 @@ class Template:
     """
 
     NAME: ClassVar[str] = "mft"
-    MARKERS: ClassVar[Mapping[str, str]] = {
-        "system": "<s>system\n",
-        "user": "<s>human\n",
-        "assistant": "<s>bot\n",
-    }
 
     def __init__(self, role_markers: Mapping[str, object] | None = None):
         """role_markers replaces markers by role (system, user or human, assistant or bot)."""
-        self.markers = dict(self.MARKERS)
+        self.markers = {"system": "<s>system\n", "user": "<s>human\n", "assistant": "<s>bot\n"}
         keys: dict[str, str] = {}
         for key, marker in (role_markers or {}).items():
             if key not in ROLES:
@@ -78,6 +73,7 @@ class Template:
         for message in messages:
             text += self.markers[message.role]
             if message.role == "assistant":
+                # marker and answer apart: a tokenizer would merge the marker's line break with blanks behind
                 segments += [Segment(text), Segment(message.content, message.train, eos=True)]
                 text = "\n"
             else:

@@ -67,6 +67,7 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """Returns a hash of all that decides the ids: tokenizer, its special tokens, template."""
+        # The Rust tokenizer's own state, since files of the same name and version may differ.
         if self.tokenizer.is_fast:
             state = self._backend().to_str()
         else:
@@ -138,6 +139,7 @@ def fit_to_length(
 
 def _split(messages: Sequence[Message], encoder: Encoder, limit: int) -> FittedRow:
     """Returns the rounds in order, as many to a sample as fit, the system text before each."""
+    # The system text is repeated, since it may decide how every round is answered.
     system = [message for message in messages if message.role == "system"]
     rounds: list[list[Message]] = []
     for message in messages[len(system) :]:

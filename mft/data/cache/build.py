@@ -39,8 +39,11 @@ class ParsedRow(NamedTuple):
 
     place: Place
     row: object
+    """The parsed JSON, to be shown should the row be dropped later."""
     messages: list[Message]
+    """What `row` means, by the task's format."""
     segments: list[Segment]
+    """What is to be tokenised of it."""
 
 
 def build(
@@ -65,7 +68,7 @@ def build(
             print(f"waiting for the process that tokenises {task.name} ({lock.lock_file})", file=sys.stderr)
             locked = lock.acquire()
         with locked:
-            if damage(folder) is None:
+            if damage(folder) is None:  # another process was faster
                 return
             temporary = Path(f"{folder}.tmp")
             for stale in (folder, temporary):  # damaged, and left by a process that was killed
@@ -118,9 +121,8 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
         gc.freeze()
         try:
             for batch in _batches(rows, row_format, encoder, settings, writer):
-                segments = [parsed.segments for parsed in batch]
-                waiting.append((batch, pool.submit(encoder.encode_segments, segments)))
-                if len(waiting) > AHEAD:
+                waiting.append((batch, pool.submit(encoder.encode_segments, [row.segments for row in batch])))
+                if len(waiting) > AHEAD:  # the oldest first: samples are written in the order of the rows
                     keep(*waiting.popleft())
             while waiting:
                 keep(*waiting.popleft())

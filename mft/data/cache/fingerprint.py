@@ -34,7 +34,7 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
     for file in files:
         key = str(file.absolute())
         try:
-            stat = file.stat()
+            stat = file.stat()  # before reading: a change meanwhile is then seen at the next start
             stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
             remembered = memo.get(key)
             if isinstance(remembered, list) and remembered[:-1] == stamp:

@@ -57,7 +57,7 @@ class Store:
         self._lost_N = {name: column[name] for name in writer.CUTS}
         self.lengths_N = (self._stop_N - self._start_N).astype(np.int32)
         self.report: dict[str, Any] = meta["report"] | {"format": meta["format"]}
-        self.report["first_dropped"] = [self._dropped_row(row) for row in self.report["first_dropped"]]
+        self.report["first_dropped"] = [self._shown(row) for row in self.report["first_dropped"]]
         self._dropped = folder / writer.DROPPED
         self._left_out: list[tuple[str, np.ndarray]] = []
         """Reason → int64 [rows, 4]: file and line of each row, then of one that says the same (or 0, 0)."""
@@ -91,7 +91,7 @@ class Store:
                 }
                 yield about | {"problem": f"repeats {same}"}
 
-    def held_out_files(self) -> list[dict[str, Any]]:
+    def held_out_files(self) -> list[dict[str, str | int]]:
         """Returns the files held out by their names: file, split (valid or test), number of kept rows."""
         rows_F = np.bincount(self._file_N[self.begins_N()], minlength=len(self.files))
         return [
@@ -128,10 +128,11 @@ class Store:
 
     def begins_N(self) -> np.ndarray:
         """Returns bool: whether a sample is the first one of its row."""
+        # Samples are in the order of their rows, so a row begins where file or line change.
         return (np.diff(self._line_N, prepend=-1) != 0) | (np.diff(self._file_N, prepend=-1) != 0)
 
-    def _dropped_row(self, dropped: dict[str, Any]) -> dict[str, str]:
-        problem = f"{dropped['field']}: {dropped['problem']}" if dropped["field"] else dropped["problem"]
+    def _shown(self, dropped: dict[str, Any]) -> dict[str, str]:
+        problem = ": ".join(filter(None, (dropped["field"], dropped["problem"])))
         where = self._place(dropped["file"], dropped["line"])
         return {"where": where, "reason": dropped["reason"], "problem": problem}
 
@@ -169,6 +170,7 @@ class Samples:
         number, start, stop = i if isinstance(i, Span) else (i, 0, None)
         task, index = int(self.task_N[number]), int(self.index_N[number])
         ids_S, trained_S = self.stores[task].sample(index)
+        # The span's last token predicts the first one after it, which the next row holds.
         goes_on = stop is not None and stop < len(ids_S) and trained_S[stop]
         following = int(ids_S[stop]) if goes_on else IGNORE
         return Sample(ids_S[start:stop], trained_S[start:stop], task, index, following)

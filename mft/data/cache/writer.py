@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,9 +121,10 @@ class Writer:
             return self.drop(place, row, UNTRAINED, f"no token that carries loss{cut}")
         truncated = int(length > limit >= max(len(ids_S) for ids_S, _ in fitted.parts))
         lost = dict(zip(CUTS, (truncated, fitted.dropped_rounds, trained_counts.count(0)), strict=True))
+        # The row's losses stand with its first sample alone, so that sums over samples are sums over rows.
         self._count({"rows": 1, "kept": 1, **lost})
         for (ids_S, trained_S), trained in zip(fitted.parts, trained_counts, strict=True):
-            if not trained:
+            if not trained:  # e.g. a part of split_turns whose answers all carry no loss
                 continue
             self._count({"samples": 1, "tokens": len(ids_S), "trained_tokens": trained})
             self.account["splits"][SPLITS[split]] += 1
@@ -151,11 +152,12 @@ class Writer:
             lines.writelines(self.pending_dropped)
         self.pending_dropped.clear()
 
-    def finish(self, about: dict[str, Any]) -> None:
+    def finish(self, about: Mapping[str, object]) -> None:
         """Writes meta.json, whose presence says that the store is complete."""
         self.flush()
         paths = [self.folder / name for name in (*(f"{name}.bin" for name in self.dtypes), DROPPED)]
-        meta = about | {
+        meta = {
+            **about,
             "version": VERSION,
             "dtypes": self.dtypes,
             "sizes": {path.name: path.stat().st_size for path in paths},
@@ -173,7 +175,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _sum_of(meta: dict[str, Any]) -> str:
+def _sum_of(meta: Mapping[str, object]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(meta, sort_keys=True).encode())
 
 
