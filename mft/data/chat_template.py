@@ -94,9 +94,7 @@ class Jinja(Template):
         prompt = self._render(messages[:i], True)
         if not text.startswith(prompt):
             end = shortened(prompt[-30:])
-            raise RowError(
-                "", f"the chat template does not begin answers with its generation prompt (…{end})"
-            )
+            raise RowError("", f"the chat template begins answers without its generation prompt (…{end})")
         until = self._render(messages[: i + 1], False)
         content = messages[i].content
         # templates often strip an answer

@@ -104,9 +104,8 @@ class Turns(Format):
         fields = left_over(row, (self.FIELD, *self.BESIDE))
         for turn in row[self.FIELD]:
             if len(turn) > 2:  # most turns hold a role and content alone, and nothing is to be looked for
-                fields |= left_over(
-                    turn, (self.ROLE, self.CONTENT, *row_fields.LOSS_VALUES), f"{self.FIELD}[]."
-                )
+                read = (self.ROLE, self.CONTENT, *row_fields.LOSS_VALUES)
+                fields |= left_over(turn, read, f"{self.FIELD}[].")
             if isinstance(turn[self.CONTENT], list):
                 for part in turn[self.CONTENT]:
                     fields |= left_over(part, ("type", "text"), f"{self.FIELD}[].{self.CONTENT}[].")

@@ -49,9 +49,8 @@ class BatchLoader:
         self.train_samples = Samples(stores, "train", data.limit)
         self.valid_samples = Samples(stores, "valid")
         count_K = counts_per_epoch(self.train_samples, shares, data)
-        self.sampler = Sampler(
-            self.train_samples, rows, data.seq_length, sizes.total, train.seed, data.window, count_K
-        )
+        samples, seq_length = self.train_samples, data.seq_length
+        self.sampler = Sampler(samples, rows, seq_length, sizes.total, train.seed, data.window, count_K)
 
     def total_steps(self) -> int:
         """Returns the optimizer steps of the run: train.epochs passes, at most train.max_steps."""

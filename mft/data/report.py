@@ -80,9 +80,7 @@ def notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
         if kept:
             lines.append(f"{name}: {', '.join(kept)} (data.duplicates=drop leaves them out)")
         if n := store.report["empty_thoughts"]:
-            lines.append(
-                f"{name}: the template puts an empty thought before {n:,} answers; it carries no loss"
-            )
+            lines.append(f"{name}: the template puts an empty thought before {n:,} answers, without loss")
     return lines
 
 
@@ -93,9 +91,7 @@ def unread_notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
     for store, name in zip(stores, names, strict=True):
         counts = store.report["unread"]
         if counts is None:
-            lines.append(
-                f"{name}: its format does not say which fields of a row it leaves unread (Format.unread)"
-            )
+            lines.append(f"{name}: its format does not say which fields it leaves unread (Format.unread)")
             continue
         labels.update({field: n for field, n in counts.items() if LABEL.fullmatch(field)})
         lessons = {field: n for field, n in counts.items() if field not in labels}
@@ -107,9 +103,7 @@ def unread_notes(stores: Sequence[Store], names: Sequence[str]) -> list[str]:
                 'these rows are trained unless a turn says "train": false'
             )
         if n := store.report["answers_without_loss"]:
-            lines.append(
-                f"{name}: {n:,} answers carry no loss, as their rows ask (train, weight or loss_mask)"
-            )
+            lines.append(f"{name}: {n:,} answers carry no loss, by their train, weight or loss_mask")
     if labels:
         lines.append(f"labels that are not read: {_fields(labels)}")
     return lines
@@ -121,9 +115,8 @@ def _ordered(counts: Mapping[str, int]) -> list[str]:
 
 
 def _fields(counts: Mapping[str, int]) -> str:
-    return _listed(
-        [f"{_printable(field)} ({counts[field]:,} rows)" for field in _ordered(counts)], FIELDS_NAMED
-    )
+    named = [f"{_printable(field)} ({counts[field]:,} rows)" for field in _ordered(counts)]
+    return _listed(named, FIELDS_NAMED)
 
 
 def _listed(items: Sequence[str], most: int) -> str:

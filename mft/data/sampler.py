@@ -134,9 +134,7 @@ def deal(
     neighbours.
     """
     hands = world * accumulation
-    assert len(rows) % hands == 0, (
-        f"{len(rows)} rows do not divide into {world} ranks × {accumulation} micro-batches"
-    )
+    assert len(rows) % hands == 0, f"{len(rows)} rows for {world} ranks × {accumulation} micro-batches"
     if length is None:
         return [rows[micro * world + rank :: hands] for micro in range(accumulation)]
     # hand h goes to rank h % world: the ranks' micro-batches of one round are neighbours in length

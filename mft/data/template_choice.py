@@ -35,9 +35,7 @@ def check(name: str, role_markers: Mapping[str, object] | None = None) -> None:
     if is_file(name) and not Path(name).expanduser().is_file():
         raise UserError(f"data.template: no such file {name}")
     if role_markers:
-        raise UserError(
-            f"data.role_markers: does nothing with data.template={name}, which has its own markers"
-        )
+        raise UserError(f"data.role_markers: has no effect with data.template={name}, which has its own")
 
 
 def named(
@@ -72,9 +70,7 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
         source = source.get("default")
     if not source:
         others = ", ".join(TEMPLATES)
-        raise UserError(
-            f"data.template=tokenizer: it has no chat template; choose {others}, or a file *.jinja"
-        )
+        raise UserError(f"data.template=tokenizer: has no chat template; choose {others} or a file *.jinja")
     if source.startswith(NOTE):  # one of ours: its segments are known, not only its text
         about = json.loads(source[len(NOTE) : source.index(" -#}")])
         template = TEMPLATES[about["template"]]()

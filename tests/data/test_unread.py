@@ -129,7 +129,7 @@ def test_the_report_names_fields_and_counts_rows(make_store):
     assert "messages[].thinking (1 rows)" in said[0]
     assert said[1].startswith("a: loss_mask may say what carries loss, but is not read there")
     assert said[2:] == [
-        "a: 1 answers carry no loss, as their rows ask (train, weight or loss_mask)",
+        "a: 1 answers carry no loss, by their train, weight or loss_mask",
         "labels that are not read: id (9 rows), source (1 rows)",
     ]
 

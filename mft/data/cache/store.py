@@ -154,9 +154,8 @@ class Samples:
         self.index_N = np.concatenate([*chosen, np.empty(0, np.int64)]).astype(np.int64)
         lengths = [store.lengths_N[c] for store, c in zip(self.stores, chosen, strict=True)]
         self.lengths_N = np.concatenate([*lengths, np.empty(0, np.int32)]).astype(np.int32)
-        self._trained_K = np.array(
-            [s.trained_N[c].sum(dtype=np.int64) for s, c in zip(self.stores, chosen, strict=True)]
-        )
+        trained = [store.trained_N[c] for store, c in zip(self.stores, chosen, strict=True)]
+        self._trained_K = np.array([part.sum(dtype=np.int64) for part in trained])
 
     def __len__(self) -> int:
         return len(self.index_N)
@@ -240,7 +239,5 @@ def _wait(folder: Path, task: Task) -> None:
     start = time.monotonic()
     while writer.damage(folder) is not None:
         if time.monotonic() - start > WAIT_SECONDS:
-            raise UserError(
-                f"task.{task.name}: the first rank has not written {folder} in {WAIT_SECONDS:.0f} s"
-            )
+            raise UserError(f"task.{task.name}: after {WAIT_SECONDS:.0f} s no rank has written {folder}")
         time.sleep(0.1)

@@ -142,9 +142,8 @@ class Writer:
         """Appends what is pending to the files."""
         for name, values in self.pending.items():
             dtype = self.dtypes[name]  # numpy would take a list of large digests for floats
-            array = (
-                np.concatenate(values).astype(dtype) if values and name in TOKENS else np.array(values, dtype)
-            )
+            flat = np.concatenate(values) if values and name in TOKENS else values
+            array = np.asarray(flat, dtype)
             with (self.folder / f"{name}.bin").open("ab") as file:
                 file.write(array.tobytes())
             values.clear()
