@@ -52,7 +52,7 @@ class Jinja(Template):
         self.source, self.tokenizer, self.name = source, tokenizer, name
         try:
             self.tail, self.closing, self.end = self._ending()
-            self.segments(PROBE)
+            self.segments(PROBE)  # raises where the prompt is not how an answer begins
         except RowError as error:
             raise UserError(f"data.template={name}: {error.problem}") from error
 
@@ -119,6 +119,7 @@ class Jinja(Template):
         answer = PROBE[-1].content
         if answer not in text:
             raise RowError("", "it does not write out the answer of an assistant's turn")
+        # What may end an answer is a special token: text, such as a line break, may stand inside one.
         tail = text[text.rindex(answer) + len(answer) :]
         special = {*map(str, self.tokenizer.get_added_vocab()), *map(str, self.tokenizer.all_special_tokens)}
         # Longest first: a regular expression takes the first alternative that matches, not the longest.

@@ -68,7 +68,7 @@ def dataset(
     `prepare` does, and for conversations that would be cut: an answer would lose its question.
     """
     template = named(settings.template, settings.role_markers, tokenizer)
-    adopt(tokenizer, template)
+    adopt(tokenizer, template)  # before the encoder, which takes the EOS that the template may change
     chosen = all_tasks(tasks, settings.paths)
     for task in chosen if splits_samples else ():
         name, row_format = task.find_format()

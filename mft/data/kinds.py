@@ -33,6 +33,7 @@ MAGIC = {
 
 def refuse_other_kinds(file: Path, start: bytes) -> None:
     """Raises UserError for a file that its name or its first bytes show to hold no JSON."""
+    # By its name: the first bytes of a table look like any text.
     if (ending := file.suffix.lower()) in (".csv", ".tsv"):
         delimiter = ", delimiter='\\t'" if ending == ".tsv" else ""
         raise UserError(
@@ -52,6 +53,7 @@ def is_array(start: bytes) -> bool:
     text = start.removeprefix(codecs.BOM_UTF8).lstrip()
     if not text.startswith(b"["):
         return False
+    # JSON lines of which the first is a list begin with a line that is JSON by itself, and go on.
     line, _, following = text.partition(b"\n")
     try:
         json.loads(line)

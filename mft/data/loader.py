@@ -46,11 +46,10 @@ class BatchLoader:
     ):
         self.rows, self.sizes, self.rank, self.pad_id = rows, sizes, rank, pad_id
         self.settings, self.data = train, data
-        self.train_samples = Samples(stores, "train", data.limit)
-        self.valid_samples = Samples(stores, "valid")
-        count_K = counts_per_epoch(self.train_samples, shares, data)
-        samples, seq_length = self.train_samples, data.seq_length
-        self.sampler = Sampler(samples, rows, seq_length, sizes.total, train.seed, data.window, count_K)
+        samples = Samples(stores, "train", data.limit)
+        self.train_samples, self.valid_samples = samples, Samples(stores, "valid")
+        count_K = counts_per_epoch(samples, shares, data)
+        self.sampler = Sampler(samples, rows, data.seq_length, sizes.total, train.seed, data.window, count_K)
 
     def total_steps(self) -> int:
         """Returns the optimizer steps of the run: train.epochs passes, at most train.max_steps."""
@@ -67,6 +66,7 @@ class BatchLoader:
 
     def mixture(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Returns what the run takes of each task, see `mixture.account`."""
+        # max_steps may end the run inside an epoch: the whole epochs, and the fraction of the last one.
         left, epoch = self.total_steps(), 0
         while left > (steps := self.sampler.steps_in_epoch(epoch)):
             left, epoch = left - steps, epoch + 1

@@ -75,6 +75,7 @@ class Streams:
             random = np.random.default_rng([self.seed, 0, task, b])
             order = random.permuted(np.tile(np.arange(size), (passes, 1)), axis=1).ravel()
             numbers.append(order[max(0, start - b * block) : stop - b * block])
+        # numbered through task after task, as in `Samples`
         return self.first_K[task] + np.concatenate(numbers)
 
 

@@ -20,6 +20,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise UserError(f"train.prompts={path} is not a file.")
     prompts = []
     try:
+        # Read as training rows are: what training would refuse is refused here, too.
         for file, line, row in Rows([path]):
             try:
                 if isinstance(row, RowError):

@@ -68,7 +68,7 @@ class Rows:
 
     def _lines(self, file: Path, before: int) -> Iterator[tuple[Path, int, Any]]:
         with file.open("rb") as raw, _decompressed(file, raw) as lines:
-            start = lines.peek(1 << 12)
+            start = lines.peek(1 << 12)  # of what is decompressed, so that *.gz of another kind shows, too
             refuse_other_kinds(file, start)
             if is_array(start):
                 for number, row in enumerate(array(lines, file), start=1):
@@ -154,6 +154,7 @@ def _parsed(line: bytes, file: Path, number: int) -> Any:
     except json.JSONDecodeError as error:
         around = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
         problem = f"is not JSON: {error.msg} at character {error.pos}, near {around!r}"
+        # a first line that opens an object and breaks off is most often JSON that was written with indents
         if number == 1 and error.doc.strip()[:1] == "{":
             problem += f"; if its objects span several lines: jq -c . {file.name} > {file.name}.jsonl"
     except RecursionError:

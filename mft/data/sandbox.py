@@ -88,6 +88,7 @@ class BoundedTemplate(Template):
 
     def render(self, *args: Any, **kwargs: Any) -> str:
         """See jinja2."""
+        # All templates of a process share the environment, so every rendering brings its own budget.
         self.environment.budget = Budget(kwargs.get("messages"))  # type: ignore[attr-defined]
         return super().render(*args, **kwargs)
 
@@ -117,6 +118,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         """See jinja2."""
         budget = __self.budget
         budget.spend(1, __self.text if isinstance(__obj, Macro) else 0)
+        # Jinja's sandbox hands out str.format wrapped; name and text are those of the method inside.
         method = getattr(__obj, "__wrapped__", __obj)
         name, value = getattr(method, "__name__", ""), getattr(method, "__self__", None)
         _grow(budget, name, value, (*args, *kwargs.values()))
@@ -243,6 +245,7 @@ def _grow(budget: Budget, name: str, value: object, arguments: Sequence[object])
     """Pays for the result of a function or filter that could be much larger than what it is given."""
     if not arguments:
         return
+    # Any number may be a width, an indent or a batch size: none that is sensible is this large.
     for number in arguments:
         if isinstance(number, int) and abs(number) > LARGEST:
             raise TooMuch(f"it gives {name or 'a function'} a number of more than {LARGEST:,}")

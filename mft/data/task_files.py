@@ -38,6 +38,7 @@ def task_files(
     if not paths:
         raise UserError(f"{key}: is empty; allowed: folders with {ENDINGS} files, or such files")
     to_validate = [file for path in valid for file in _files_of(path, valid_key, hint)]
+    # Compared by real paths: links and other spellings name the same file.
     real_valid = {os.path.realpath(file) for file in to_validate}
     files = []
     for path in paths:

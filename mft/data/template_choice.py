@@ -71,7 +71,7 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
     if not source:
         others = ", ".join(TEMPLATES)
         raise UserError(f"data.template=tokenizer: has no chat template; choose {others} or a file *.jinja")
-    if source.startswith(NOTE):  # one of ours: its segments are known, not only its text
+    if source.startswith(NOTE):  # one of ours: its segments are known, with no need to render prefixes
         about = json.loads(source[len(NOTE) : source.index(" -#}")])
         template = TEMPLATES[about["template"]]()
         template.markers = about["role_markers"]

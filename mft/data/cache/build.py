@@ -98,6 +98,7 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
     rows = task.rows()
 
     writer = Writer(folder, encoder.vocab_size, settings.seq_length)
+    # Threads suffice: the tokenizer in Rust releases the interpreter's lock.
     with _progress(task.name, rows) as show, ThreadPoolExecutor(AHEAD) as pool:
 
         def keep(batch: list[ParsedRow], encoding: Future[list[Encoded]]) -> None:

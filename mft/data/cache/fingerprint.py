@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from mft.errors import UserError
 from mft.files.atomic import write_text
+from mft.files.json_file import read_json
 
 YOUNG_SECONDS = 2.0
 """Hashes of files younger than this are not remembered (the rule git uses for its index): one that changes
@@ -28,7 +29,7 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
     may share it. Raises UserError for a file that cannot be read.
     """
     memo_path = cache_dir / "fingerprints.json"
-    memo = _read(memo_path)
+    memo = read_json(memo_path)  # empty where it is absent or damaged: the files are then hashed again
     fresh: dict[str, list[int | str]] = {}
     digests = []
     for file in files:
@@ -50,18 +51,10 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
         with suppress(OSError):
             memo_path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(memo_path.with_suffix(".lock")):
-                write_text(memo_path, json.dumps(_read(memo_path) | fresh))
+                write_text(memo_path, json.dumps(read_json(memo_path) | fresh))
     return digests
 
 
 def _digest(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, xxhash.xxh3_128).hexdigest()
-
-
-def _read(memo_path: Path) -> dict[str, list[int | str]]:
-    try:
-        memo = json.loads(memo_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # absent or damaged: it is only a memory, the files are hashed again
-    return memo if isinstance(memo, dict) else {}

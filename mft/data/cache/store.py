@@ -51,6 +51,7 @@ class Store:
         sums = meta["blocks"]
         self._ids = Blocks(folder / "ids.bin", dtypes["ids"], sums["ids.bin"])
         self._trained = Blocks(folder / "trained.bin", dtypes["trained"], sums["trained.bin"])
+        # Views of the mapped file: starting reads no more of it than the checksums need.
         self._start_N, self._stop_N = column["offsets"][:-1], column["offsets"][1:]
         self._file_N, self._line_N, self.split_N = column["file"], column["line"], column["split"]
         self.trained_N, self.digest_N = column["trained_counts"], column["digest"]
