@@ -12,20 +12,22 @@ from typing import Any
 from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.config_store import ConfigStore
 from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext
+from omegaconf import DictConfig
 
 
 class Grid(basic_sweeper.BasicSweeper):
     """Every combination. Jobs are checked by `mft.sweep.jobs`, also where the launcher of another package
     runs them."""
 
-    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+    def setup(self, *, hydra_context: HydraContext, task_function: Any, config: DictConfig) -> None:
         from mft.sweep.external_launcher import ExternalLauncher
+        from mft.sweep.folder import SweepContext
 
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         if config.hydra.runtime.choices["hydra/launcher"] != "mft":
-            self.launcher = ExternalLauncher(
-                self.launcher, config, hydra_context.config_loader, task_function.dry_run
-            )
+            context = SweepContext(config, hydra_context.config_loader, task_function.dry_run)
+            self.launcher = ExternalLauncher(self.launcher, context)
 
     def validate_batch_is_legal(self, batch: Any) -> None:
         """Does nothing: composing every job twice would double the time, and `mft.sweep.jobs` explains
@@ -38,13 +40,15 @@ class Optuna(Sweeper):
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
-    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
-        self.hydra_context, self.config, self.dry_run = hydra_context, config, task_function.dry_run
+    def setup(self, *, hydra_context: HydraContext, task_function: Any, config: DictConfig) -> None:
+        from mft.sweep.folder import SweepContext
 
-    def sweep(self, arguments: list[str]) -> Any:
+        self.context = SweepContext(config, hydra_context.config_loader, task_function.dry_run)
+
+    def sweep(self, arguments: list[str]) -> dict[str, Any]:
         from mft.sweep.optuna_search import run
 
-        return run(self.config, self.hydra_context.config_loader, arguments, self.settings, self.dry_run)
+        return run(self.context, arguments, self.settings)
 
 
 # a plain dict: Hydra executes this module without registering it, and dataclasses look their module up

@@ -1,4 +1,4 @@
-"""One run, top to bottom: data, engine, model, trainer, final model, summary. Every rank executes it."""
+"""One run, top to bottom: data, engine, loader, model, training. Every rank executes it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft.batch import BatchSizes
-from mft.config import inputs
-from mft.config.build import Components, build_components
-from mft.config.identity import CONTENTS, identity_of
-from mft.config.schema import batch_sizes, plain, typed
-from mft.config.validate import check_validation
+from mft.config import build, identity, inputs, schema, validate
 from mft.console.tables import settings_table
-from mft.data import mixture, report
-from mft.data.datasets import Dataset, dataset
+from mft.data import datasets, mixture, report
 from mft.data.loader import BatchLoader
 from mft.data.prompts import read_prompts
 from mft.data.settings import DataSettings
@@ -32,13 +26,10 @@ from mft.files.json_file import read_json, write_json
 from mft.hardware import quiet_libraries
 from mft.run_folder import RunStatus
 from mft.tracking.base import FanOut, Jsonl, Tracker
-from mft.training import summary
+from mft.training import metrics, provenance, resume, summary
 from mft.training.checkpoint import Checkpoints, restore, write_final
 from mft.training.loop import fit
-from mft.training.metrics import Meter, flops_per_token
 from mft.training.progress import Silent, Terminal
-from mft.training.provenance import fingerprint_tag, tags
-from mft.training.resume import all_damaged, newest_sound, set_aside
 from mft.training.sample_answers import Answers
 from mft.training.settings import TrainSettings
 from mft.training.trainer import Trainer
@@ -49,21 +40,26 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    Model = PreTrainedModel | PeftModel
 
-@dataclass
+    Export = Callable[[Path], None]
+    """Writes the model to a folder; all ranks call it."""
+
+
+@dataclass(frozen=True)
 class Run:
-    """What the steps of a run hand on to one another."""
+    """What all steps of a run work with."""
 
     cfg: DictConfig
     folder: Path
-    parts: Components
-    train: TrainSettings
+    parts: build.Components
+    settings: TrainSettings
     data_settings: DataSettings
-
-    @property
-    def first_here(self) -> bool:
-        """Whether this is the first rank of its machine: known before any process group is up."""
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+    data: datasets.Dataset
+    engine: Engine
+    progress: Silent
+    first_here: bool
+    """Whether this is the first rank of its machine: it tokenises and checks for all."""
 
 
 def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool]) -> RunStatus:
@@ -73,213 +69,190 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool]) -> RunStatus:
     """
     started = time.perf_counter()
     quiet_libraries()
-    cfg = typed(cfg)
-    train, data_settings = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)
-    assert isinstance(train, TrainSettings) and isinstance(data_settings, DataSettings)
-    r = Run(cfg, run_dir, build_components(cfg), train, data_settings)
+    r = start(schema.typed(cfg), run_dir)
+    loader = make_loader(r)
+    model = load_model(r)
+    trainer, export = make_trainer(r, loader, model, stop)
+    status = train_and_record(r, trainer, export, make_answers(r, model), started)
+    r.engine.close()
+    return status
 
-    data = load_data(r)
-    engine = r.parts.dist.start(train.precision.value)
+
+def start(cfg: DictConfig, folder: Path) -> Run:
+    """Reads, or tokenises, the data, then starts the engine; UserError where the data has changed.
+
+    In this order: the ranks that wait for the tokens would wait in a collective otherwise, and time out.
+    """
+    parts = build.build_components(cfg)
+    settings, data_settings = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)
+    assert isinstance(settings, TrainSettings) and isinstance(data_settings, DataSettings)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine; no process group says it yet
+    tokenizer, splits = parts.model.tokenizer(), parts.rows.splits_samples
+    data = datasets.dataset(parts.named_tasks, data_settings, tokenizer, cfg.cache_dir, splits, first)
+    require_unchanged(cfg, folder, parts, data.fingerprints)
+    engine = parts.dist.start(settings.precision.value)
     progress = Terminal(data.names) if engine.is_main else Silent()
-    loader = make_loader(r, data, engine, progress)
-    model = load_model(r, engine)
-    trainer, export = make_trainer(r, data, loader, model, engine, progress, stop)
-    answers = make_answers(r, data, model, engine)
-    answers.ask("before")
-    resume(r, trainer)
-    result = train_and_record(r, trainer, export, answers, started)
-    if answers.prompts:
-        progress.show(answers.table())
-    summary.show(result, trainer, run_dir)
-    engine.close()
-    return RunStatus(result["status"])
+    return Run(cfg, folder, parts, settings, data_settings, data, engine, progress, first)
 
 
-def load_data(r: Run) -> Dataset:
-    """Reads, or tokenises, the data; raises UserError where it is not what the run's identity records."""
-    data = dataset(
-        r.parts.named_tasks,
-        r.data_settings,
-        r.parts.model.tokenizer(),
-        r.cfg.cache_dir,
-        r.parts.rows.splits_samples,
-        first=r.first_here,  # one rank of each machine tokenises
-    )
-    require_unchanged(r, data.fingerprints)
-    return data
-
-
-def make_loader(r: Run, data: Dataset, engine: Engine, progress: Silent) -> BatchLoader:
-    """Returns what deals the micro-batches to this rank; shows and writes what the run will take of each
-    task."""
-    if engine.is_main:
-        data.write_report(r.folder / "report")
-    for renderable in (*report.tables(data.stores, data.names), *report.notes(data.stores, data.names)):
-        progress.show(renderable)
-    sizes, shares = batch_sizes(r.train, engine.world), [task.share for task in data.tasks]
+def make_loader(r: Run) -> BatchLoader:
+    """Returns the loader of this rank's micro-batches; shows and writes what the run takes of each task."""
+    data, tasks, names, loss = r.data, r.data.tasks, r.data.names, r.parts.loss
+    for renderable in (*report.tables(data.stores, names), *report.notes(data.stores, names)):
+        r.progress.show(renderable)
     pad_id: Any = data.tokenizer.pad_token_id
+    sizes, shares = schema.batch_sizes(r.settings, r.engine.world), [task.share for task in tasks]
     loader = BatchLoader(
-        data.stores, r.parts.rows, sizes, engine.rank, pad_id, r.train, r.data_settings, shares
+        data.stores, r.parts.rows, sizes, r.engine.rank, pad_id, r.settings, r.data_settings, shares
     )
-    total, mixed = loader.total_steps(), loader.mixture(data.names)
-    progress.show(mixture.table(mixed, r.data_settings))
+    total, mixed = loader.total_steps(), loader.mixture(names)
+    r.progress.show(mixture.table(mixed, r.data_settings))
     if (warmup := getattr(r.parts.scheduler, "warmup", 0)) >= 1 and warmup > total:
-        progress.show(
-            f"scheduler.warmup={warmup:g}: the learning rate does not reach its peak in {total:,} steps"
-        )
-    if engine.is_main:
+        r.progress.show(f"scheduler.warmup={warmup:g}: lr does not reach its peak in {total:,} steps")
+    if r.engine.is_main:
+        data.write_report(r.folder / "report")
         write_json(r.folder / "report" / "mixture.json", mixed)
-        write_json(r.folder / "plan.json", {"total_steps": total, "tasks": data.names})
-    valid_counts = loader.valid_counts(len(data.tasks))
-    check_validation(r.train, r.parts.loss, dict(zip(data.names, valid_counts, strict=True)))
-    r.parts.loss.setup(data.names, [task.weight for task in data.tasks])
-    r.parts.loss.check_schedule(total, valid_counts)
+        write_json(r.folder / "plan.json", {"total_steps": total, "tasks": names})
+    valid_counts = loader.valid_counts(len(tasks))
+    validate.check_validation(r.settings, loss, dict(zip(names, valid_counts, strict=True)))
+    loss.setup(names, [task.weight for task in tasks])
+    loss.check_schedule(total, valid_counts)
     return loader
 
 
-def load_model(r: Run, engine: Engine) -> PreTrainedModel | PeftModel:
-    """Returns the model with what the peft mode adds to it, on every rank the same."""
+def load_model(r: Run) -> Model:
+    """Returns the model with what the peft mode adds to it, the same on every rank."""
     from mft.model.peft.full import compute_dtype
 
-    family, peft, precision = r.parts.model, r.parts.peft, r.train.precision.value
-    seed_everything(r.train.seed)  # the same first adapters on every rank
+    family, peft, precision = r.parts.model, r.parts.peft, r.settings.precision.value
+    seed_everything(r.settings.seed)  # equal initial adapters on every rank
     computing = compute_dtype(precision)
-    if r.first_here and Path(family.source()).is_dir():  # a model that mft wrote; of others nothing is known
+    if r.first_here and Path(family.source()).is_dir():  # passes folders that mft did not write
         require_sound(Path(family.source()))
-    model: Any
-    with engine.loading():
-        model = family.model(peft.dtype(precision), peft.quantization(computing), compute_dtype=computing)
-    model = peft.attach(model, family)
-    require_unchanged(r, {})
+    with r.engine.loading():
+        base = family.model(peft.dtype(precision), peft.quantization(computing), compute_dtype=computing)
+    model: Any = peft.attach(base, family)
+    require_unchanged(r.cfg, r.folder, r.parts)
     return model  # type: ignore[no-any-return]
 
 
 def make_trainer(
-    r: Run,
-    data: Dataset,
-    loader: BatchLoader,
-    model: Any,
-    engine: Engine,
-    progress: Silent,
-    stop: Callable[[], bool],
-) -> tuple[Trainer, Callable[[Path], None]]:
-    """Returns what the loop works on, and a function that writes the model to a folder (all ranks call
-    it)."""
+    r: Run, loader: BatchLoader, model: Model, stop: Callable[[], bool]
+) -> tuple[Trainer, Export]:
+    """Returns what the loop works on, and what writes the model to a folder."""
     from mft.model.export import save_final
     from mft.model.introspect import base_of
     from mft.model.token_loss import TokenLoss
 
-    family, peft, loss, train = r.parts.model, r.parts.peft, r.parts.loss, r.train
-    checkpointing = family.checkpoint(model)
-    token_loss = TokenLoss(model, family)
-    module, optimizer = engine.prepare(
-        token_loss, r.parts.optimizer.build(token_loss.named_parameters(), r.parts.base_lr)
-    )
+    engine, names, loss, settings = r.engine, r.data.names, r.parts.loss, r.settings
+    checkpointing = r.parts.model.checkpoint(model)
+    token_loss = TokenLoss(model, r.parts.model)
+    optimizer = r.parts.optimizer.build(token_loss.named_parameters(), r.parts.base_lr)
+    module, optimizer = engine.prepare(token_loss, optimizer)
 
     def export(folder: Path) -> None:
-        # of an adapter's run the base is not gathered: it is not saved
+        # the base below an adapter is not saved, so it need not be gathered
         weights = engine.full_state(module, trainable=base_of(model) is not model)
         if engine.is_main:
-            save_final(engine.unwrap(module), data.tokenizer, folder, state_dict=weights)
+            save_final(engine.unwrap(module), r.data.tokenizer, folder, state_dict=weights)
 
     def probe(step: int) -> torch.Tensor:
-        return Evaluator(engine, data.names, lambda: loader.probe(step, loss.probe_samples)).losses(module)
+        return Evaluator(engine, names, lambda: loader.probe(step, loss.probe_samples)).losses(module)
 
     total, base_lr, scheduler = loader.total_steps(), r.parts.base_lr, r.parts.scheduler
-    keep = train.keep if train.keep is not None else peft.default_checkpoint_limit
-    write_model = export if engine.gather_on_save else ignore
+    flops = metrics.flops_per_token(engine.unwrap(module))
+    keep = settings.keep if settings.keep is not None else r.parts.peft.default_checkpoint_limit
+    # without gathering a checkpoint holds the sharded state alone
+    write_model: Export = export if engine.gather_on_save else lambda folder: None
     trainer = Trainer(
         engine=engine,
         module=module,
         optimizer=optimizer,
         loss=loss,
-        names=data.names,
-        weights=[task.weight for task in data.tasks],
+        names=names,
+        weights=[task.weight for task in r.data.tasks],
         loader=loader,
         learning_rate=lambda step: scheduler.lr(step, total, base_lr),
-        evaluator=Evaluator(engine, data.names, loader.validation),
+        evaluator=Evaluator(engine, names, loader.validation),
         probe=probe,
-        save=Checkpoints(r.folder, engine, loss, write_model, keep, train.keep_task_best).save,
-        meter=Meter(data.names, engine.device, flops_per_token(engine.unwrap(module)), train.peak_tflops),
+        save=Checkpoints(r.folder, engine, loss, write_model, keep, settings.keep_task_best).save,
+        meter=metrics.Meter(names, engine.device, flops, settings.peak_tflops),
         tracker=FanOut([Jsonl(), *r.parts.trackers]) if engine.is_main else Tracker(),
-        progress=progress,
-        settings=train,
+        progress=r.progress,
+        settings=settings,
         total_steps=total,
         stop_requested=stop,
-        origin=lambda sample: data.stores[sample[0]].origin(sample[1]),
+        origin=lambda sample: r.data.stores[sample[0]].origin(sample[1]),
     )
-    show_model(r, trainer, model, loader.sizes, checkpointing)
+    show_model(r, loader, model, checkpointing)
     return trainer, export
 
 
-def show_model(r: Run, t: Trainer, model: Any, sizes: BatchSizes, checkpointing: bool) -> None:
+def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: bool) -> None:
     """Shows which weights are trained, and how."""
     from mft.model.attention import described
     from mft.model.introspect import base_of
     from mft.model.peft import summary as trained_weights
 
     trained = r.parts.peft.audit(model)
-    if t.engine.is_main:
+    if r.engine.is_main:
         write_json(r.folder / "report" / "trained.json", trained_weights.as_json(trained))
-    t.progress.show(trained_weights.table(trained))
+    r.progress.show(trained_weights.table(trained))
+    sizes, attention = loader.sizes, described(base_of(model))
+    micro_batches = f"{sizes.per_device} x {sizes.accumulation} micro-batches x {sizes.world} ranks"
     facts = {
-        "steps": f"{t.total_steps:,}",
-        "a step": f"{sizes.total} rows = {sizes.per_device} x {sizes.accumulation} micro-batches x {sizes.world} ranks",
-        "loss": type(t.loss).__name__,
+        "steps": f"{loader.total_steps():,}",
+        "a step": f"{sizes.total} rows = {micro_batches}",
+        "loss": type(r.parts.loss).__name__,
         "learning rate": f"{r.parts.base_lr:g}, {type(r.parts.scheduler).__name__}",
-        "precision": f"{r.train.precision.value} on {t.engine.device}, attention {described(base_of(model))}",
+        "precision": f"{r.settings.precision.value} on {r.engine.device}, attention {attention}",
         "gradient checkpointing": "on" if checkpointing else "off",
     }
-    t.progress.show(settings_table(list(facts.items()), "training"))
+    r.progress.show(settings_table(facts.items(), "training"))
 
 
-def make_answers(r: Run, data: Dataset, model: Any, engine: Engine) -> Answers:
-    """Returns what asks the model the prompts of train.prompts; a sharded model answers with all ranks
-    together."""
+def make_answers(r: Run, model: Model) -> Answers:
+    """Returns what asks the model the prompts of train.prompts; a sharded model needs all ranks to answer."""
     from mft.model import generate
+
+    engine, encoder = r.engine, r.data.encoder
+    options: dict[str, Any] = {"max_new_tokens": r.settings.prompts_max_new_tokens, "do_sample": False}
+    options["together"] = engine.sharded
 
     def answer(conversations: list[list[dict[str, str]]]) -> list[str]:
         model.eval()
-        options: dict[str, Any] = {
-            "do_sample": False,
-            "max_new_tokens": r.train.prompts_max_new_tokens,
-            "together": engine.sharded,
-        }
-        texts = engine.run_as_forward(lambda: generate.answer(model, data.encoder, conversations, **options))
+        texts = engine.run_as_forward(lambda: generate.answer(model, encoder, conversations, **options))
         model.train()
         return texts
 
-    prompts = read_prompts(Path(r.train.prompts)) if r.train.prompts else []
+    prompts = read_prompts(Path(r.settings.prompts)) if r.settings.prompts else []
     return Answers(prompts if engine.is_main or engine.sharded else [], answer)
 
 
-def resume(r: Run, t: Trainer) -> None:
-    """Takes up the newest checkpoint that is as it was written; the damaged ones newer than it are set
-    aside."""
-    checkpoint, damaged = newest_sound(r.folder, t.engine)
+def restore_newest(r: Run, t: Trainer) -> None:
+    """Restores the newest sound checkpoint; renames the damaged ones that are newer."""
+    checkpoint, damaged = resume.newest_sound(r.folder, t.engine)
     if checkpoint is None and damaged:
-        raise all_damaged(r.folder, damaged)
+        raise resume.all_damaged(r.folder, damaged)
     for name, problem in damaged.items() if t.engine.is_main else ():
-        moved = set_aside(r.folder / "checkpoints" / name, "damaged")
+        moved = resume.set_aside(r.folder / "checkpoints" / name, "damaged")
         t.progress.show(f"{name} is damaged and passed over: {problem}; it is now checkpoints/{moved.name}")
     if checkpoint is None:
-        seed_everything(r.train.seed + 1 + t.engine.rank)  # dropout differs from rank to rank
+        seed_everything(r.settings.seed + 1 + t.engine.rank)  # dropout differs from rank to rank
         return
     exact = restore(checkpoint, t.state, t.engine, t.loss)
-    other = (
-        "" if exact else ", written on another number of ranks: the same samples, losses equal to rounding"
-    )
-    t.progress.show(f"resuming from {checkpoint.name}{other}")
+    note = "" if exact else ", saved by another number of ranks: same samples, losses equal to rounding"
+    t.progress.show(f"resuming from {checkpoint.name}{note}")
 
 
-def train_and_record(
-    r: Run, t: Trainer, export: Callable[[Path], None], answers: Answers, started: float
-) -> dict[str, Any]:
-    """Trains, writes the final model, and leaves the summary and the record of the trackers; returns the
-    summary."""
+def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, started: float) -> RunStatus:
+    """Resumes, trains, and writes the final model, the summary and the record of the trackers. started: a
+    time.perf_counter()."""
     engine, folder = t.engine, r.folder
+    answers.ask("before")
+    restore_newest(r, t)
     status = RunStatus.failed
-    t.tracker.open(folder, plain(r.cfg), run_tags(r.cfg, folder), t.state.step)
+    t.tracker.open(folder, schema.plain(r.cfg), run_tags(r.cfg, folder), t.state.step)
     try:
         t.progress.start(t.state.step, t.total_steps)
         status = fit(t)
@@ -290,7 +263,7 @@ def train_and_record(
         result = summary.summarise(t, status, folder, time.perf_counter() - started)
         if engine.is_main:
             summary.write(result, folder)
-        engine.barrier()  # the other ranks leave with the code that the summary's status stands for
+        engine.barrier()  # the other ranks exit with the code that the status in the summary stands for
         if engine.is_main:
             answers.write(folder / "report" / "answers.md")
             for path in ("config.yaml", "summary.json", "report"):
@@ -306,40 +279,40 @@ def train_and_record(
     finally:
         t.progress.close()
         t.tracker.close(status)
-    return result
+    if answers.prompts:
+        t.progress.show(answers.table())
+    summary.show(result, t, folder)
+    return status
 
 
-def require_unchanged(r: Run, read: Mapping[str, str]) -> None:
+def require_unchanged(
+    cfg: DictConfig, folder: Path, parts: build.Components, of_tasks: Mapping[str, str] | None = None
+) -> None:
     """Raises UserError where what was read is not what the folder's identity records.
 
-    read: fingerprints of what was read; the other files are looked at here. It is called after each reading,
-    since files may change between the check of a run, or of a sweep, and its start.
+    of_tasks: fingerprints of the tasks as they were read; the other files are hashed here. It is called after
+    each reading, since files may change between the check of a run, or of a sweep, and its start.
     """
-    if (recorded := identity_of(r.folder)) is not None:
-        recorded.require({**read, **inputs.files(r.cfg, r.parts.model, r.parts.peft)}, plain(r.cfg))
-
-
-def ignore(folder: Path) -> None:
-    """Exports nothing: the checkpoints of this engine hold the sharded state alone."""
+    if recorded := identity.identity_of(folder):
+        of_files = inputs.files(cfg, parts.model, parts.peft)
+        recorded.require({**(of_tasks or {}), **of_files}, schema.plain(cfg))
 
 
 def run_tags(cfg: DictConfig, run_dir: Path) -> dict[str, str]:
-    """Returns what a tracker keeps beside the config: what ran, in which sweep, on which data, versions,
-    host."""
-    record, identity = read_json(run_dir / "overrides.json"), identity_of(run_dir)
-    kept = tags() | {
-        "overrides": " ".join(record.texts("overrides")),
-        "identity": identity.extended if identity else "",
+    """Returns what a tracker keeps beside the config: command, sweep, data, versions, host."""
+    record, recorded = read_json(run_dir / "overrides.json"), identity.identity_of(run_dir)
+    overrides = " ".join(record.texts("overrides"))
+    tags = provenance.tags() | {
+        "overrides": overrides,
+        "identity": recorded.extended if recorded else "",
         "data_fingerprint": record.text("data"),
         "run_folder": str(run_dir),
     }
-    if identity:
-        contents = {name: value for name, value in identity.fingerprints.items() if name in CONTENTS}
-        kept |= {fingerprint_tag(name): value for name, value in contents.items()}
-        kept |= {"tasks": json.dumps(identity.tasks)}
-    kept |= {
-        group: option for group, option in cfg.choices.items() if group in ("model", "peft", "dist", "loss")
-    }
+    if recorded:
+        tags["tasks"] = json.dumps(recorded.tasks)
+        for name in recorded.fingerprints.keys() & set(identity.CONTENTS):
+            tags[provenance.fingerprint_tag(name)] = recorded.fingerprints[name]
+    tags |= {group: cfg.choices[group] for group in ("model", "peft", "dist", "loss") if group in cfg.choices}
     if record.text("sweep"):
-        kept |= {"sweep": record.text("sweep"), "job": record.text("label") or kept["overrides"]}
-    return kept
+        tags |= {"sweep": record.text("sweep"), "job": record.text("label") or overrides}
+    return tags

@@ -59,7 +59,7 @@ def train(tmp_path: Path, cache_dir: Path, *overrides: str, out: str = "run") ->
     checked = job.checked(cfg, given)
     chosen, _ = checked.choose(dated=False)
     gc.freeze()  # what is imported by now, or the collector walks over it at the end of every run
-    return launch(checked, chosen, say=lambda text: None), chosen
+    return launch(checked, chosen), chosen
 
 
 def logged(run_dir: Path) -> list[dict[str, Any]]:

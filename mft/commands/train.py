@@ -109,8 +109,8 @@ def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) ->
     from mft.config.inert import given_keys, without_effect
     from mft.config.overrides import key_of, of_hydra, replaced, with_output_dir
     from mft.launch import job, resume_choice
-    from mft.launch.launch import follow_rank0, launch_command, refusing_for_all
-    from mft.launch.placement import detect_rank
+    from mft.launch.launch import follow_rank0, launch_command
+    from mft.launch.placement import detect_rank, refusing_for_all
 
     if (placed := detect_rank()) is not None and placed.rank > 0:
         if not dry_run:

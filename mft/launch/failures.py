@@ -11,22 +11,19 @@ import shutil
 import signal
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mft.console.credentials import hidden
-from mft.console.screen import shown
+from mft.console import credentials, screen
 from mft.errors import UserError
-from mft.files.json_file import read_json, write_json
-
-if TYPE_CHECKING:
-    from mft.launch.multinode import NodeGroup
+from mft.files.json_file import Values, read_json, write_json
 
 FULL = 2**16
-"""Bytes free on a disk below which a rank that left no report is taken to have found it full."""
+"""Bytes free on a disk below which a rank without a report is assumed to have found the disk full."""
 
 CAUSE_SECONDS = 5.0
-"""How long to wait for the report of the cause, where all that is known are broken connections."""
+"""How long to wait for the report of the cause, while all reports are of broken connections."""
 
 ROOT, HOST_GONE, LOST_CONNECTION = 0, 1, 2
 """How far a failure is from the cause: a rank's own failure; a host that is gone, whose ranks cannot report
@@ -36,7 +33,15 @@ BROKEN = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|failed to connect|remote process exited|NCCL|Gloo",
     re.IGNORECASE,
 )
-"""What errors of a lost connection say."""
+"""The texts of errors that mean a lost connection."""
+
+
+class HostGone(UserError):
+    """Other hosts of the run have stopped sending heartbeats."""
+
+
+LostHosts = Callable[[float], HostGone | None]
+"""Seconds → the error about the hosts that were silent for so long."""
 
 
 class WorkerError(Exception):
@@ -51,20 +56,18 @@ class WorkerError(Exception):
         return f"{self.traceback.rstrip()}\n\n{self.sentence}" if self.traceback else self.sentence
 
 
-def write_report(path: Path, error: BaseException, rank: int) -> None:
+def write_report(path: Path, error: BaseException, rank: int, **more: Any) -> None:
     """Writes what failed as JSON: type, message, traceback, rank, time (seconds since 1970), user (a
     UserError)."""
-    write_json(
-        path,
-        {
-            "rank": rank,
-            "time": time.time(),
-            "type": type(error).__name__,
-            "message": hidden(str(error)),
-            "user": isinstance(error, UserError),
-            "traceback": hidden("".join(traceback.format_exception(error))),
-        },
-    )
+    report = {
+        "rank": rank,
+        "time": time.time(),
+        "type": type(error).__name__,
+        "message": credentials.hidden(str(error)),
+        "user": isinstance(error, UserError),
+        "traceback": credentials.hidden("".join(traceback.format_exception(error))),
+    }
+    write_json(path, report | more)
 
 
 def forget_failures(reports: Path) -> None:
@@ -75,57 +78,53 @@ def forget_failures(reports: Path) -> None:
 
 
 def render_failure(error: BaseException, rank: int) -> str:
-    """Returns what a person reads about a rank's failure: a UserError's sentence, or a traceback and whose it
-    is."""
+    """Returns the text for the terminal: a UserError's sentence, or a traceback and the rank's number."""
     if isinstance(error, UserError):
-        return shown(f"mft: {error}")
-    return shown(WorkerError(_sentence(rank, error), "".join(traceback.format_exception(error))))
+        return screen.shown(f"mft: {error}")
+    return screen.shown(WorkerError(_sentence(rank, error), "".join(traceback.format_exception(error))))
 
 
 def is_root_cause(report: Path, since: float) -> bool:
     """Whether a rank's report is of a cause, and no other rank has reported one since then."""
-    others = [
-        path
-        for path in report.parent.glob("*.error.json")
-        if path != report and path.stat().st_mtime >= since
-    ]
+    others = [path for path in report.parent.glob("*.error.json") if path != report]
     own = _read(report)
-    return not others and bool(own) and causal_distance(own) == ROOT
+    return bool(own) and causal_distance(own) == ROOT and all(p.stat().st_mtime < since for p in others)
 
 
 def cause_elsewhere(report: Path, since: float) -> Exception | None:
-    """Returns what another rank failed of, if this one (with its report) only lost its connection; else
+    """Returns the error of another rank where this one (with its report) only lost its connection, else
     None."""
+    # the connection may break before the failed rank has written its report
     own, deadline = _read(report), time.monotonic() + CAUSE_SECONDS
     while own and causal_distance(own) == LOST_CONNECTION and time.monotonic() < deadline:
-        first = next(
-            (r for r in reports_in(report.parent) if r["time"] >= since and r["rank"] != own["rank"]), None
-        )
-        if first and causal_distance(first) < LOST_CONNECTION:
-            return _error_of(first)
+        for other in reports_in(report.parent):
+            if other["time"] >= since and causal_distance(other) < LOST_CONNECTION:
+                return _error_of(other)
         time.sleep(0.2)
     return None
 
 
-def failure_of(log: Path, ranks: range, codes: dict[int, int], nodes: NodeGroup | None = None) -> Exception:
+def failure_of(
+    log: Path, ranks: range, codes: dict[int, int], host: int | None = None, lost: LostHosts | None = None
+) -> Exception:
     """Returns the error of the rank that failed first, from its report, or from its exit code when it left
     none.
 
-    ranks: those of this machine. With several hosts the cause may be on another one, and its report takes a
-    moment.
+    ranks: those of this machine; codes: exit codes of those that failed; host, lost: with several hosts, the
+    number of this one and what is known of the others.
     """
-    own_rank = nodes.rank if nodes else None
-    reports = reports_in(log, own_rank)
+    reports = reports_in(log, host)
+    # a rank may exit with a code but no report: killed by a signal, or on a full disk
     silent = sorted(set(ranks) - {report["rank"] for report in reports})
-    if nodes is not None and not any(codes.get(rank, 0) < 0 for rank in silent):
-        # no rank was killed here: the cause is in a report, here or on its way from another host, or that
-        # host is gone
+    if lost is not None and not any(codes.get(rank, 0) < 0 for rank in silent):
+        # no rank was killed here, so the cause is in a report, possibly still on its way from another host,
+        # or that host is gone
         deadline = time.monotonic() + CAUSE_SECONDS
         while _only_lost(reports) and time.monotonic() < deadline:
             time.sleep(0.2)
-            reports = reports_in(log, own_rank)
-        if _only_lost(reports) and (gone := nodes.gone(CAUSE_SECONDS - 1)):
-            return UserError(nodes.lost(gone))
+            reports = reports_in(log, host)
+        if _only_lost(reports) and (gone := lost(CAUSE_SECONDS - 1)):
+            return gone
     # a rank without a report was killed: it, not a report of a lost connection, is the cause
     if reports and not (silent and _only_lost(reports)):
         return _error_of(reports[0])
@@ -133,64 +132,60 @@ def failure_of(log: Path, ranks: range, codes: dict[int, int], nodes: NodeGroup 
     return _silent_death(log, rank, codes.get(rank), len(ranks))
 
 
-def _only_lost(reports: list[dict[str, Any]]) -> bool:
+def _only_lost(reports: list[Values]) -> bool:
     return not reports or causal_distance(reports[0]) == LOST_CONNECTION
 
 
 def _silent_death(log: Path, rank: int, code: int | None, ranks: int) -> Exception:
-    """Returns the error of a rank that left an exit code (negative: a signal; None: not even that) and no
-    report."""
+    """Returns the error of a rank that left no report. code: its exit code, negative for a signal, None
+    where it is unknown."""
     if code is None or code == -signal.SIGKILL:
         return UserError(
             f"Rank {rank} was killed from outside, probably because the machine's memory ran out. Lower "
-            f"train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now "
+            "train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now "
             f"{ranks})."
         )
-    if code > 0 and (left := shutil.disk_usage(log).free) < FULL:
+    if code > 0 and (free := shutil.disk_usage(log).free) < FULL:
         return UserError(
-            f"The disk is full: rank {rank} could not even write what it failed of into {log} ({left:,} "
-            "bytes were free). Make room; the same command then resumes."
+            f"The disk is full: rank {rank} could not even write its error report to {log} ({free:,} bytes "
+            "free). Make room; the same command then resumes."
         )
     how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     return WorkerError(f"rank {rank} {how} without a report; its output is in {log}.")
 
 
-def reports_in(log: Path, host: int | None = None) -> list[dict[str, Any]]:
+def reports_in(log: Path, host: int | None = None) -> list[Values]:
     """Returns the error reports of ranks and hosts, the one nearest to the cause first, then the oldest.
 
-    host: this host's number; reports that take this very host for gone are left out: it was cut off, and
-    knows better.
+    host: this host's number; reports that declare this very host gone are left out: they come from the other
+    side of a broken cable.
     """
     reports = [_read(path) for path in sorted(log.glob("*.error.json"))]
     reports = [report for report in reports if report and host not in report.get("gone", ())]
     return sorted(reports, key=lambda report: (causal_distance(report), report["time"]))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Values:
     """Returns an error report, {} for one that is incomplete."""
     report = read_json(path)
-    complete = (
-        report.text("type")
-        and report.number("time") is not None
-        and {"rank", "message", "user"} <= set(report)
-    )
-    return report if complete else {}
+    complete = report.text("type") and report.number("time") and {"rank", "message", "user"} <= set(report)
+    return report if complete else Values()
 
 
-def causal_distance(report: dict[str, Any]) -> int:
+def causal_distance(report: Values) -> int:
     """Returns ROOT, HOST_GONE or LOST_CONNECTION."""
-    if report["type"] == "HostGone":
+    if report["type"] == HostGone.__name__:
         return HOST_GONE
     # torch's DistBackendError, DistNetworkError, …; gloo and MPI raise a bare RuntimeError
     return LOST_CONNECTION if report["type"].startswith("Dist") or BROKEN.search(report["message"]) else ROOT
 
 
-def _error_of(report: dict[str, Any]) -> Exception:
+def _error_of(report: Values) -> Exception:
     if report["user"]:
         return UserError(report["message"])
     return WorkerError(_sentence(report["rank"], report["message"], report["type"]), report["traceback"])
 
 
 def _sentence(rank: int, error: object, kind: str = "") -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
-    return f"rank {rank} failed: {kind or type(error).__name__}: {line}"
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return f"rank {rank} failed: {kind or type(error).__name__}: {first_line}"

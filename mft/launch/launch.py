@@ -8,44 +8,47 @@ from __future__ import annotations
 import copy
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
-from mft import run_folder
 from mft.config.schema import Launch, LaunchMode, freeze
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
-from mft.files.json_file import read_json, write_json
-from mft.launch import multinode, worker
-from mft.launch.failures import forget_failures
+from mft.files.json_file import Values, read_json, write_json
+from mft.launch import failures, multinode, placement, rank_log, resume_choice, signals, worker
 from mft.launch.job import Job
-from mft.launch.multinode import NodeGroup
-from mft.launch.placement import broadcast_from_rank0, broadcasts, detect_rank
-from mft.launch.rank_log import written_to
-from mft.launch.resume_choice import is_finished, step_of
-from mft.launch.signals import SAVED, Stopped, exit_code, handlers
+from mft.launch.node_group import NodeGroup
 from mft.launch.spawn import spawn
-from mft.run_folder import RunStatus
+from mft.run_folder import RunStatus, lock, status
 from mft.training.resume import rewind
 
 
-def launch_command(job: Job, dated: bool, say: Callable[[str], None] = say) -> None:
+def launch_command(job: Job, dated: bool) -> None:
     """Launches the job of one `mft train`: in the folder it chooses, on this machine or on several.
 
-    dated: whether output_dir was made up from the date, see `Job.choose`.
+    dated: whether output_dir is the default, named by the date, see `Job.choose`.
     """
-    with joined(job) as nodes:
-        if nodes is None or nodes.rank == 0:
-            launch(job, job.choose(dated)[0], say, nodes)
+    settings = OmegaConf.to_object(job.cfg.launch)
+    assert isinstance(settings, Launch)
+    if settings.nnodes == 1:
+        launch(job, job.choose(dated)[0])
+        return
+    facts = {"launch.nnodes": settings.nnodes, "ranks": job.world // settings.nnodes, "data": job.data}
+    fingerprints = job.identity.fingerprints.items()
+    facts |= {name: value[:10] for name, value in fingerprints if not name.startswith("task.")}
+    # last: what differs in the others makes the config differ, and says it better
+    nodes = multinode.join(settings, facts | {"config": job.identity.extended[:10]})
+    try:
+        if nodes.rank == 0:
+            launch(job, job.choose(dated)[0], nodes)
         elif (folder := nodes.share_folder()) is None:
             say("this run is already finished.")
         else:
             say(f"run folder {folder}, host {nodes.rank} of {len(nodes.names)}")
             _run_ranks(job, folder, nodes)
+    finally:
+        nodes.close()
 
 
 def follow_rank0() -> None:
@@ -53,29 +56,14 @@ def follow_rank0() -> None:
 
     Exits with 2 where rank 0 refused the command line: it prints its sentence, once for all.
     """
-    folder = broadcast_from_rank0(None)
+    folder = placement.broadcast_from_rank0(None)
     if folder is None:
         raise SystemExit(2)
-    if folder:  # else the run is finished already
-        worker.placed_rank_main(Path(folder) / "log", worker.run_job, (folder,))
+    if folder:  # "" where the run is already finished
+        worker.placed_rank_main(Path(folder))
 
 
-@contextmanager
-def refusing_for_all() -> Iterator[None]:
-    """Context of rank 0: what fails before it has named the folder is announced to the ranks that wait for
-    it."""
-    before = broadcasts()
-    try:
-        yield
-    except Exception:
-        if broadcasts() == before:
-            broadcast_from_rank0(None)
-        raise
-
-
-def launch(
-    job: Job, folder: Path, say: Callable[[str], None] = say, nodes: NodeGroup | None = None
-) -> dict[str, Any]:
+def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
     """Runs the job in `folder`, resumes it or skips it when it is finished; returns its summary.
 
     nodes: the machines of the run, of which this is number 0. Raises UserError for a mistake found in a rank
@@ -83,80 +71,58 @@ def launch(
     ended the run.
     """
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-    if is_finished(folder, job.identity, job.cfg.train.resume):
-        broadcast_from_rank0("")
+    if resume_choice.is_finished(folder, job.identity, job.cfg.train.resume):
+        placement.broadcast_from_rank0("")
         if nodes:
             nodes.share_folder(None)
         say(f"{shown}: this run is already finished; see summary.json.")
         return read_json(folder / "summary.json")
-    lock = run_folder.lock(folder)
+    held = lock(folder)
     try:
         say(f"run folder {shown}")
-        resumed, step = step_of(job.cfg.train.resume)
+        resumed, step = resume_choice.step_of(job.cfg.train.resume)
         if resumed == folder and step is not None:
             say(rewind(folder, step))
         cfg = copy.deepcopy(job.cfg)
         cfg.output_dir = str(folder)
         freeze(cfg, folder / "config.yaml")
+        # after the config: a folder with an identity holds a run, whose config differences are shown
         write_json(folder / "identity.json", job.identity.as_json(), durable=True)
         write_json(folder / "overrides.json", job.describe())
-        broadcast_from_rank0(str(folder))
+        # last: from here on the other ranks and hosts read the folder
+        placement.broadcast_from_rank0(str(folder))
         if nodes:
-            forget_failures(folder / "log")
+            failures.forget_failures(folder / "log")
             nodes.share_folder(folder)
         _run_ranks(job, folder, nodes)
     except OSError as error:
         raise full_disk(error, folder) or error from error
     finally:
-        lock.release()
+        held.release()
     return read_json(folder / "summary.json")
 
 
-def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None = None) -> None:
+def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None) -> None:
     """Runs this machine's ranks of the run in `folder`. Raises what ended it, also a signal to another
     machine."""
-    settings, log, arguments = job.cfg.launch, folder / "log", (str(folder),)
+    settings, log = job.cfg.launch, folder / "log"
     try:
-        if detect_rank() is not None:
-            worker.placed_rank_main(log, worker.run_job, arguments)
+        if placement.detect_rank() is not None:
+            worker.placed_rank_main(folder)
         elif settings.mode is LaunchMode.inline:
-            _run_inline(folder)
+            log.mkdir(parents=True, exist_ok=True)
+            with signals.handlers(worker.stop.request), rank_log.written_to(log / "rank0.log", 0):
+                worker.run_job(str(folder))
+            if worker.stop():
+                raise signals.Stopped(worker.stop.signal, signals.exit_code(folder, worker.stop.signal))
         else:
-            nproc = job.world // settings.nnodes
+            nproc, seconds = job.world // settings.nnodes, settings.shutdown_seconds
             try:
-                spawn(worker.run_job, arguments, nproc, log, settings.shutdown_seconds, nodes)
-            except Stopped as stopped:
-                raise Stopped(stopped.signum, exit_code(folder, stopped.signum)) from None
+                spawn(worker.run_job, (str(folder),), nproc, log, seconds, nodes)
+            except signals.Stopped as stopped:
+                raise signals.Stopped(stopped.signum, signals.exit_code(folder, stopped.signum)) from None
     except UserError as error:
         error.exit_code = 1  # the run had started
         raise
-    if nodes and run_folder.status(folder) == RunStatus.stopped:  # by a signal to another machine
-        raise Stopped(signal.SIGTERM, SAVED)
-
-
-def _run_inline(folder: Path) -> None:
-    log = folder / "log"
-    log.mkdir(parents=True, exist_ok=True)
-    with handlers(worker.stop.request), written_to(log / "rank0.log", 0):
-        worker.run_job(str(folder))
-    if worker.stop():
-        raise Stopped(worker.stop.signal, exit_code(folder, worker.stop.signal))
-
-
-@contextmanager
-def joined(job: Job) -> Iterator[NodeGroup | None]:
-    """The machines of the job, which have met and agree on what they run; None: it has one machine."""
-    if job.cfg.launch.nnodes == 1:
-        yield None
-        return
-    settings = OmegaConf.to_object(job.cfg.launch)
-    assert isinstance(settings, Launch)
-    facts = {"launch.nnodes": settings.nnodes, "ranks": job.world // settings.nnodes, "data": job.data}
-    facts |= {
-        name: value[:10] for name, value in job.identity.fingerprints.items() if not name.startswith("task.")
-    }
-    nodes = multinode.join(settings, facts | {"config": job.identity.extended[:10]})
-    try:
-        yield nodes
-    finally:
-        nodes.close()
+    if nodes and status(folder) == RunStatus.stopped:  # by a signal to another machine
+        raise signals.Stopped(signal.SIGTERM, signals.SAVED)

@@ -1,4 +1,4 @@
-"""How a run hears that it is to stop, and the exit codes that say how it stopped.
+"""How a run is asked to stop, and the exit codes that say how it stopped.
 
 Ctrl-C (SIGINT), SIGTERM (schedulers, `kill`) and SIGHUP (a closed terminal) ask for a stop: the current step
 is finished, a checkpoint saved, and the process exits with one of the codes below.
@@ -6,15 +6,14 @@ is finished, a checkpoint saved, and the process exits with one of the codes bel
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from mft import run_folder
-from mft.run_folder import RunStatus
+from mft.run_folder import RunStatus, status
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that ask a run to stop."""
@@ -38,23 +37,22 @@ class Stop:
         return bool(self.signal)
 
     def request(self, signum: int, frame: FrameType | None = None) -> None:
-        """The signal handler. Later signals change nothing: Ctrl-C reaches a rank twice, by terminal and
-        parent."""
+        """The signal handler. Later signals change nothing: Ctrl-C reaches a rank twice, from the terminal
+        and from its parent."""
         self.signal = self.signal or signum
 
     def listen(self) -> None:
-        """From now on SIGNALS ask this process to stop; one that is ignored (nohup) stays ignored."""
+        """Makes SIGNALS ask this process to stop; one that is ignored (nohup) stays ignored."""
         self.signal = 0
-        for name in SIGNALS:
-            if signal.getsignal(name) != signal.SIG_IGN:
-                signal.signal(name, self.request)
+        for name in _handled():
+            signal.signal(name, self.request)
 
 
 class Stopped(KeyboardInterrupt):
     """A signal ended the run; the process is to exit with `code` (see `exit_code`).
 
-    A KeyboardInterrupt, not an Exception, so that nothing on the way (Hydra) mistakes it for one failed job
-    of a sweep and starts the next.
+    A KeyboardInterrupt, not an Exception, so that Hydra does not take it for one failed job of a sweep and
+    start the next.
     """
 
     def __init__(self, signum: int, code: int):
@@ -67,19 +65,14 @@ def exit_code(run_dir: Path, signum: int) -> int:
     """Returns the exit code after a signal: 130 after Ctrl-C, else 75 with and 143 without a checkpoint."""
     if signum == signal.SIGINT:
         return INTERRUPTED
-    return SAVED if run_folder.status(run_dir) in (RunStatus.stopped, RunStatus.finished) else UNSAVED
+    return SAVED if status(run_dir) in (RunStatus.stopped, RunStatus.finished) else UNSAVED
 
 
 @contextmanager
-def handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Handles SIGNALS by `handler` inside the block; does nothing outside the main thread.
-
-    A signal that is ignored stays ignored: nohup ignores SIGHUP on purpose.
-    """
+def handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handles SIGNALS by `handler` inside the block; does nothing outside the main thread."""
     try:
-        before = {
-            name: signal.signal(name, handler) for name in SIGNALS if signal.getsignal(name) != signal.SIG_IGN
-        }
+        before = {name: signal.signal(name, handler) for name in _handled()}
     except ValueError:  # signal only works in main thread
         before = {}
     quit_before = signal.getsignal(signal.SIGQUIT)
@@ -89,4 +82,28 @@ def handlers(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
         for name, old in before.items():
             signal.signal(name, old)
         if before:
-            signal.signal(signal.SIGQUIT, quit_before)  # elastic leaves its own behind
+            signal.signal(signal.SIGQUIT, quit_before)  # elastic's agent does not restore it
+
+
+@contextmanager
+def first_signal(act: Callable[[int], None]) -> Iterator[list[int]]:
+    """Inside the block the first of SIGNALS calls act(signum), a second one ends this process at once.
+
+    At once is safe for a process whose children watch it: they end when it is gone. Yields the signals so
+    far.
+    """
+    received: list[int] = []
+
+    def receive(signum: int, frame: FrameType | None) -> None:
+        if received:
+            os._exit(128 + signum)
+        received.append(signum)
+        act(signum)
+
+    with handlers(receive):
+        yield received
+
+
+def _handled() -> list[signal.Signals]:
+    """Returns SIGNALS without those that are ignored: nohup ignores SIGHUP on purpose."""
+    return [name for name in SIGNALS if signal.getsignal(name) != signal.SIG_IGN]

@@ -7,27 +7,22 @@ second.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mft.hardware import DRIVERS, quiet_without_gpu
-from mft.launch import worker
-from mft.launch.failures import failure_of, forget_failures, write_report
-from mft.launch.multinode import INTERFACE_VARIABLES, NodeGroup
-from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, handlers
-from mft.launch.store import listening_store
+from mft.launch import failures, network, torch_private, worker
+from mft.launch.node_group import NodeGroup
+from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, first_signal
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo
+    from torch.distributed.elastic.rendezvous import RendezvousInfo
 
 PRELOAD = (
     "mft.launch.worker",
@@ -50,8 +45,8 @@ SET_BY_ELASTIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 """Variables that every rank gets from elastic; a batch script may have exported its own."""
 
 EXIT_BARRIER_SECONDS = 1.0
-"""How long elastic's agent waits for other hosts once its ranks are done; `NodeGroup.close` knows who has
-left."""
+"""How long elastic's agent waits for other hosts once its ranks are done; `NodeGroup.close` waits longer, and
+knows which of them have left."""
 
 
 def spawn(
@@ -69,33 +64,33 @@ def spawn(
     as `launch`.
     """
     if nodes is None:
-        forget_failures(log)
-    else:
-        nodes.watch(log)
+        failures.forget_failures(log)
+    else:  # host 0 removes them, once for all
+        nodes.log = log
     start_fork_server()  # first, so that its imports run beside our own
     from torch.distributed.elastic.agent.server import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
     info = loopback() if nodes is None else nodes.rendezvous()
     spec = WorkerSpec(
         role="default",
         local_world_size=nproc,
-        rdzv_handler=finished(info),
+        rdzv_handler=torch_private.completed_rendezvous(info),
         entrypoint=worker.rank_main,
         args=(str(log), function, tuple(arguments), environment(nodes)),
-        max_restarts=0,
+        max_restarts=0,  # the same command resumes a failed run, the agent never does
     )
-    silence_elastic()
+    torch_private.quiet_agent()
+    no_logs = DefaultLogsSpecs(log_dir=os.devnull)  # each rank writes its own
+
+    def end_workers(signum: int) -> None:  # elastic passes the signal of this exception on, and waits
+        raise SignalException(f"signal {signum}", signal.Signals(signum))
+
     try:
-        with signals_end_workers(SignalException):
+        with first_signal(end_workers):
             result = LocalElasticAgent(
-                spec,
-                DefaultLogsSpecs(log_dir=os.devnull),
-                start_method(),
-                EXIT_BARRIER_SECONDS,
-                shutdown_timeout=shutdown_seconds,
+                spec, no_logs, start_method(), EXIT_BARRIER_SECONDS, shutdown_timeout=shutdown_seconds
             ).run()
     except SignalException as error:
         raise Stopped(error.sigval, 128 + error.sigval) from None
@@ -105,28 +100,30 @@ def spawn(
     if stopped := {code for code in codes.values() if code in (SAVED, INTERRUPTED, UNSAVED)}:
         # the ranks were signalled, this process was not
         raise Stopped(signal.SIGINT if INTERRUPTED in stopped else signal.SIGTERM, max(stopped))
-    first = info.rank * nproc
-    ranks = range(first, first + nproc)
-    failure = failure_of(log, ranks, codes, nodes)
-    died = [
-        rank for rank in ranks if codes.get(rank, 0) < 0 and not (log / f"rank{rank}.error.json").exists()
-    ]
-    if nodes is not None and died:  # the other hosts look for the cause, too
-        write_report(log / f"rank{died[0]}.error.json", failure, died[0])
+    ranks = range(info.rank * nproc, (info.rank + 1) * nproc)
+    if nodes is None:
+        raise failures.failure_of(log, ranks, codes)
+    failure = failures.failure_of(log, ranks, codes, nodes.rank, nodes.lost)
+    for rank in ranks:
+        report = log / f"rank{rank}.error.json"
+        if codes.get(rank, 0) < 0 and not report.exists():  # the other hosts look for the cause, too
+            failures.write_report(report, failure, rank)
+            break
     raise failure
 
 
 def start_fork_server(preload: Sequence[str] = PRELOAD) -> None:
-    """Starts the fork server if there is none yet, without waiting for its imports. Its environment is
-    today's."""
+    """Starts the fork server if there is none yet, without waiting for its imports. It keeps today's
+    environment."""
     if start_method() == "fork":
         return
+    # before the server starts: it reads the environment and the list of modules once
     gpu = any(path.exists() for path in DRIVERS)
     quiet_without_gpu()
     multiprocessing.set_forkserver_preload([name for name in preload if not (gpu and name in TOUCHES_CUDA)])
-    # torch then counts GPUs without initialising CUDA; and does not warn about every host name it cannot look
-    # up
+    # makes torch count GPUs without initialising CUDA
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    # torch warns about every host name it cannot look up
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     multiprocessing.forkserver.ensure_running()
 
@@ -135,8 +132,8 @@ def start_method() -> str:
     """Returns how this process starts ranks: from the fork server, or, where it came from that itself, by
     plain fork.
 
-    Such a process (the supervisor of a job) has the imports already; a fork server of its own would do them
-    again.
+    Such a process (the supervisor of a job) has the imports already; a fork server of its own would repeat
+    them.
     """
     return "forkserver" if multiprocessing.parent_process() is None else "fork"
 
@@ -146,42 +143,17 @@ def environment(nodes: NodeGroup | None = None) -> dict[str, str]:
 
     With several hosts they talk over the interface that leads to the others. What is set already stays.
     """
+    # elastic sets both kinds for each rank; those of an outer torchrun or batch script would win
     inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("TORCHELASTIC_") and name not in SET_BY_ELASTIC
     }
-    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    interface = nodes.interface if nodes else loopback
-    return (dict.fromkeys(INTERFACE_VARIABLES, interface) if interface else {}) | inherited
-
-
-@contextmanager
-def signals_end_workers(exception: type[Exception]) -> Iterator[None]:
-    """The first SIGINT, SIGTERM or SIGHUP lets elastic pass it on to the workers and wait; a second one ends
-    at once.
-
-    At once is safe: each worker's watchdog sees this process gone.
-    """
-    received: list[int] = []
-
-    def receive(signum: int, frame: FrameType | None) -> None:
-        if received:
-            os._exit(128 + signum)
-        received.append(signum)
-        raise exception(f"signal {signum}", signal.Signals(signum))
-
-    with handlers(receive):
-        yield
-
-
-def silence_elastic() -> None:
-    """Keeps elastic's own account of a failure off the terminal: the rank's report says it better."""
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith(
-            ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
-        ):
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    if nodes is None:
+        interface = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    else:
+        interface = nodes.interface
+    return (dict.fromkeys(network.INTERFACE_VARIABLES, interface) if interface else {}) | inherited
 
 
 def loopback() -> RendezvousInfo:
@@ -190,16 +162,5 @@ def loopback() -> RendezvousInfo:
     from torch.distributed import PrefixStore
     from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
-    store = listening_store("127.0.0.1")
+    store = network.serve_store("127.0.0.1")
     return RendezvousInfo(PrefixStore("mft", store), 0, 1, RendezvousStoreInfo("127.0.0.1", store.port))
-
-
-def finished(info: RendezvousInfo) -> RendezvousHandler:
-    """Returns a handler for elastic's agent of a rendezvous that has taken place."""
-    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
-
-    class Finished(StaticTCPRendezvous):
-        def next_rendezvous(self) -> RendezvousInfo:
-            return info
-
-    return Finished("", 0, info.rank, info.world_size, "mft", timeout=0)

@@ -1,8 +1,8 @@
 """One rank of a run: `torchrun -m mft.launch.worker RUN_DIR` replays a run, `spawn` calls `rank_main` in each
 process.
 
-A rank never outlives the process that started it, reports what it failed of, and does not wait forever for a
-rank that failed.
+A rank never outlives the process that started it, reports its failure, and does not wait forever for a rank
+that failed.
 """
 
 from __future__ import annotations
@@ -18,23 +18,20 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mft import run_folder
 from mft.config import plugins
 from mft.console.screen import guard_logs, say
 from mft.errors import UserError, full_disk
 from mft.hardware import quiet_without_gpu
-from mft.launch.failures import cause_elsewhere, is_root_cause, render_failure, write_report
-from mft.launch.placement import detect_rank
-from mft.launch.rank_log import written_to
-from mft.launch.signals import SAVED, SIGNALS, UNSAVED, Stop, exit_code
+from mft.launch import failures, placement, rank_log, signals, torch_private
 
 FAILED_PEER_SECONDS = 5.0
-"""How long a rank lives after another one failed: it may be waiting for it in a collective that never
-ends."""
+"""How long a rank lives after another one failed: it may wait for that one in a collective that never ends,
+but should first get the chance to report an error of its own."""
 
-stop = Stop()
+stop = signals.Stop()
 """Whether this rank was asked to stop."""
 
 quiet_without_gpu()  # here, because the fork server imports this module before all others
@@ -46,8 +43,6 @@ def run_job(run_dir: str) -> None:
     Raises UserError for mistakes and for memory that ran out. A signal lets it stop in good order; the caller
     looks at `stop` afterwards.
     """
-    from omegaconf import OmegaConf
-
     from mft.config.interpolations import check_variables
     from mft.config.schema import read
     from mft.launch.out_of_memory import explain
@@ -64,19 +59,13 @@ def run_job(run_dir: str) -> None:
     try:
         run(cfg, folder, stop)
     except Exception as error:
-        explained = explain(error, cast("dict[str, Any]", OmegaConf.to_container(cfg))) or full_disk(
-            error, folder
-        )
-        if explained is None:
-            raise
-        raise explained from error
+        if explained := explain(error, cfg) or full_disk(error, folder):
+            raise explained from error
+        raise
 
 
 def rank_main(
-    log: str,
-    function: Callable[..., Any],
-    arguments: Sequence[Any] = (),
-    variables: Mapping[str, str] | None = None,
+    log: str, function: Callable[..., Any], arguments: Sequence[Any], variables: Mapping[str, str] | None
 ) -> Any:
     """Calls function(*arguments) as one rank of a group; returns its result.
 
@@ -93,82 +82,76 @@ def rank_main(
     report.unlink(missing_ok=True)
     started = time.time()
     guard_logs()
-    with written_to(report.with_name(f"rank{rank}.log"), rank) as terminal:
+    with rank_log.written_to(report.with_name(f"rank{rank}.log"), rank) as terminal:
         _limit_threads()
-        gc.freeze()  # else an engine that ends makes the collector walk over all that was imported: 0.3 to 0.5 s
+        gc.freeze()  # else closing an engine makes the collector walk over all imports: 0.3 to 0.5 s
         threading.Thread(target=_watch, args=(report, started), daemon=True, name="watchdog").start()
         try:
-            _require_untouched_gpu()
+            # else no rank could use a GPU
+            assert not torch_private.forked_after_cuda(), "a preloaded module initialised CUDA"
             result = function(*arguments)
         except Exception as error:
-            with suppress(OSError):  # of a full disk the parent learns by the room that is left
-                write_report(report, error, rank)
+            # a full disk takes neither report nor traceback; the launching process looks at the free space
+            with suppress(OSError):
+                failures.write_report(report, error, rank)
             if rank > 0:
                 with suppress(OSError):
                     traceback.print_exc()
-                if variables is None and is_root_cause(report, started):  # nobody else would show it
-                    os.write(terminal, f"{render_failure(error, rank)}\n".encode())
+                # a placed rank has no launching process of ours to show it
+                if variables is None and failures.is_root_cause(report, started):
+                    os.write(terminal, f"{failures.render_failure(error, rank)}\n".encode())
             raise
-    for name in SIGNALS:  # what is left is to wait for the others; nobody would look at `stop` any more
-        signal.signal(name, lambda signum, frame: os._exit(SAVED))
+    # only waiting for the other ranks is left, and nothing looks at `stop` any more
+    for name in signals.SIGNALS:
+        signal.signal(name, lambda signum, frame: os._exit(signals.SAVED))
     if stop():
-        raise SystemExit(exit_code(Path(log).parent, stop.signal))
+        raise SystemExit(signals.exit_code(Path(log).parent, stop.signal))
     return result
 
 
-def placed_rank_main(log: Path, function: Callable[..., Any], arguments: Sequence[Any] = ()) -> None:
-    """Calls function(*arguments) as the rank that this process was placed as (torchrun, accelerate launch,
+def placed_rank_main(run_dir: Path) -> None:
+    """Runs the run of a folder as the rank that this process was placed as (torchrun, accelerate launch,
     srun).
 
-    Rank 0, which speaks to the person, raises what another rank failed of where it only lost its connection
-    to it.
+    Only rank 0 is sure to be seen by a person: where it lost its connection to a rank that failed, it raises
+    the error of that rank.
     """
-    since = time.time()
+    since, log = time.time(), run_dir / "log"
     try:
-        rank_main(str(log), function, arguments)
+        rank_main(str(log), run_job, (str(run_dir),), None)
     except Exception:
-        placed = detect_rank()
-        if (placed is None or placed.rank == 0) and (
-            cause := cause_elsewhere(log / "rank0.error.json", since)
-        ):
+        placed = placement.detect_rank()
+        first = placed is None or placed.rank == 0
+        if first and (cause := failures.cause_elsewhere(log / "rank0.error.json", since)):
             raise cause from None
         raise
 
 
 def _limit_threads() -> None:
-    """Divides the cores among the ranks of this machine, unless OMP_NUM_THREADS says otherwise.
-
-    A forked rank has OpenMP loaded already, which reads the variable only once: so torch is told, too.
-    """
+    """Divides the cores among the ranks of this machine, unless OMP_NUM_THREADS says otherwise."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # a forked rank has OpenMP loaded already, which reads the variable only once
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
-
-
-def _require_untouched_gpu() -> None:
-    import torch
-
-    assert not torch.cuda._is_in_bad_fork(), "a preloaded module initialised CUDA: no worker could use a GPU"
 
 
 def _watch(report: Path, started: float) -> None:
     """Ends this rank when the launching process is gone (kill -9 leaves no other trace), or a peer has
     failed."""
-    parent = multiprocessing.parent_process()
+    parent = multiprocessing.parent_process()  # the process that asked the fork server, not the server
     started_by = os.getppid()
     failed_since: float | None = None
     while True:
         if parent is not None:
-            # waits for the process that asked the fork server for this one, not for the fork server
             parent.join(0.5)
             gone = not parent.is_alive()
-        else:
+        else:  # placed from outside
             time.sleep(0.5)
             gone = os.getppid() != started_by
         if gone:
-            os._exit(UNSAVED)
+            os._exit(signals.UNSAVED)
         others = (path for path in report.parent.glob("*.error.json") if path != report)
         if any(path.stat().st_mtime >= started for path in others):  # an older one is of an earlier attempt
             failed_since = failed_since or time.monotonic()
@@ -176,21 +159,18 @@ def _watch(report: Path, started: float) -> None:
                 os._exit(1)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """`python -m mft.launch.worker RUN_DIR`, alone, under torchrun or under srun."""
-    folders = list(sys.argv[1:] if arguments is None else arguments)
-    if len(folders) != 1:
-        raise SystemExit(
-            "usage: python -m mft.launch.worker RUN_DIR   (or torchrun --nproc-per-node N -m "
-            "mft.launch.worker RUN_DIR)"
-        )
-    detect_rank()  # translates SLURM's variables
+    if len(arguments) != 1:
+        command = "-m mft.launch.worker RUN_DIR"
+        raise SystemExit(f"usage: python {command}   (or torchrun --nproc-per-node N {command})")
+    placement.detect_rank()  # translates SLURM's variables
     try:
-        placed_rank_main(Path(folders[0]) / "log", run_job, (folders[0],))
+        placed_rank_main(Path(arguments[0]))
     except UserError as error:
         say(error, sys.stderr)
         raise SystemExit(1) from None
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

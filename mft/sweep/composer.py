@@ -7,24 +7,16 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mft.config.compose import absolute_paths
-from mft.config.hydra_compose import without_hydra
-from mft.config.inert import given_keys, without_effect
-from mft.config.interpolations import replaced
-from mft.config.messages import explain, refusals
+from mft.config import compose, hydra_compose, inert, interpolations, messages, schema, yaml_file
 from mft.config.overrides import check_overrides, key_of
-from mft.config.schema import typed
-from mft.config.yaml_file import circle
 from mft.console.screen import say
 from mft.errors import UserError
-from mft.launch.job import Job
-from mft.launch.job import checked as check_job
-from mft.sweep.folder import is_sweep
+from mft.launch.job import Job, checked
+from mft.sweep.folder import SweepContext, is_sweep
 
 VALUE = re.compile(r"[A-Za-z_]\w*(\.[\w-]+)+=")
 """An override of a value, not of a group: `optimizer.lr=…`."""
@@ -36,43 +28,41 @@ NEWS_SECONDS = 5.0
 class Composer:
     """Composes and checks the jobs of one sweep. Hydra composes once what differs by plain values alone."""
 
-    def __init__(self, cfg: DictConfig, loader: Any, starts: bool = True):
-        """cfg: the sweep's own config with Hydra's node; loader: Hydra's config loader; starts: see
-        `job.checked`."""
-        self.cfg, self.loader, self.starts = cfg, loader, starts
-        # keys: Hydra writes true as True
+    def __init__(self, context: SweepContext, starts: bool = True):
+        """starts: whether this process is about to run the jobs."""
+        cfg = context.cfg
+        self.cfg, self.loader, self.starts = cfg, context.loader, starts and not context.dry_run
+        # keys of the overrides that are not swept: keys, since Hydra writes true as True
         self.fixed = {key_of(o) for o in cfg.hydra.overrides.task if not is_sweep(o)}
         self.bases: dict[tuple[str, ...], DictConfig] = {}
         folders = [Path(str(folder).removeprefix("file://")) for folder in cfg.hydra.searchpath]
-        self.given = given_keys(cfg.hydra.overrides.task, folders)
-        self.notes: list[str] | None = None  # settings without effect in every job so far
-
-    def label(self, overrides: Sequence[str]) -> str:
-        """Returns what distinguishes a job from the others of its sweep."""
-        return " ".join(o for o in overrides if key_of(o) not in self.fixed) or "(all as given)"
+        self.given_keys = inert.given_keys(cfg.hydra.overrides.task, folders)
+        self.notes: list[str] | None = None
+        """Settings without effect in every job so far."""
 
     def job(self, overrides: Sequence[str]) -> Job:
         """Returns the checked job of these overrides; UserError that names it if it cannot run."""
-        label = self.label(overrides)
+        label = " ".join(o for o in overrides if key_of(o) not in self.fixed) or "(all as given)"
         try:
             check_overrides(overrides)
-            composed = self.composed(overrides)
+            composed = self._composed(overrides)
             if composed.launch.get("nnodes", 1) > 1:
                 raise UserError("a sweep runs on one machine; launch.nnodes is for one run on several.")
             own = [o for o in overrides if key_of(o) != "sweep"]
-            job = check_job(absolute_paths(typed(replaced(composed))), own, label, self.starts)
-            notes = without_effect(job.cfg, job.world, self.given, sweep=True)
+            cfg = compose.absolute_paths(schema.typed(interpolations.replaced(composed)))
+            job = checked(cfg, own, label, self.starts)
+            notes = inert.without_effect(job.cfg, job.world, self.given_keys, sweep=True)
             self.notes = notes if self.notes is None else [note for note in self.notes if note in notes]
             return job
         except RecursionError:
-            raise UserError(f"job {label}: {circle()}") from None
-        except refusals() as error:
+            raise UserError(f"job {label}: {yaml_file.circle()}") from None
+        except messages.refusals() as error:
             search = [o for o in self.cfg.hydra.overrides.hydra if key_of(o) == "hydra.searchpath"]
-            raise UserError(f"job {label}: {explain(error, search, overrides)}") from error
+            raise UserError(f"job {label}: {messages.explain(error, search, overrides)}") from error
         except UserError as error:
             raise UserError(f"job {label}: {error}") from error
 
-    def composed(self, overrides: Sequence[str]) -> DictConfig:
+    def _composed(self, overrides: Sequence[str]) -> DictConfig:
         """Returns what Hydra composes of these overrides (150 ms), or sets swept values in a copy of that."""
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -85,8 +75,8 @@ class Composer:
                     OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
                 return cfg
             except OmegaConfBaseException:
-                pass  # Hydra says it with the names that `explain` looks for
-        cfg = without_hydra(self.loader.load_sweep_config(self.cfg, list(overrides)))
+                pass  # composing the job in full raises it with the names that `explain` looks for
+        cfg = hydra_compose.without_hydra(self.loader.load_sweep_config(self.cfg, list(overrides)))
         self.bases.setdefault(rest, copy.deepcopy(cfg))
         return cfg
 

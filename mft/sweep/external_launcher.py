@@ -11,55 +11,52 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft import run_folder
-from mft.config import plugins
-from mft.config.compose import absolute_paths
-from mft.config.hydra_compose import with_choices
-from mft.config.interpolations import replaced
+from mft.config import compose, hydra_compose, interpolations, plugins, schema
 from mft.config.overrides import key_of
-from mft.config.schema import register, typed
 from mft.console.screen import say
 from mft.files.json_file import read_json
+from mft.launch import launch, signals
 from mft.launch.job import checked, objective
-from mft.launch.launch import launch
-from mft.launch.signals import INTERRUPTED, Stopped
-from mft.run_folder import RunStatus
-from mft.sweep import display, pool
-from mft.sweep.folder import RECORD, folder_of, is_sweep, job_folder, taken
-from mft.sweep.jobs import finish, plan_jobs, require_success
+from mft.run_folder import RunStatus, plugins_of, state
+from mft.sweep import pool
+from mft.sweep.folder import RECORD, SweepContext, is_sweep, job_folder
+from mft.sweep.jobs import carry_out, plan_jobs
 from mft.sweep.pool import SweepJob
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+    from hydra.plugins.launcher import Launcher
 
 
 class ExternalLauncher:
-    """Stands between Hydra's sweeper and a launcher: hands it the jobs that are left, and reads results in
-    folders."""
+    """Stands between Hydra's sweeper and a launcher: passes on the unfinished jobs, and reads their results
+    from their folders."""
 
-    def __init__(self, launcher: Any, cfg: DictConfig, loader: Any, dry_run: bool):
-        self.launcher, self.cfg, self.loader, self.dry_run = launcher, cfg, loader, dry_run
+    def __init__(self, launcher: Launcher, context: SweepContext):
+        self.launcher, self.context = launcher, context
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
-        """Returns nothing for Hydra to look at; UserError if any job failed, Stopped after Ctrl-C."""
-        jobs = plan_jobs(self.cfg, self.loader, job_overrides, self.dry_run, starts=False)
-        waiting = [job for job in jobs if job.state == RunStatus.waiting]
-        folder = folder_of(self.cfg)
-        with taken(self.cfg, folder):
-            display.start(jobs, folder)
-            if waiting:
-                try:
-                    self.launcher.launch([job_overrides[job.number - 1] for job in waiting], initial_job_idx)
-                except KeyboardInterrupt:
-                    print("\nsubmitted jobs are left to their launcher (scancel ends them)", file=sys.stderr)
-                    raise Stopped(signal.SIGINT, INTERRUPTED) from None
-                except Exception as error:  # a job ended by its scheduler; how each ended is in its folder
-                    say(f"{type(self.launcher).__name__}: {type(error).__name__}: {error}")
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Returns nothing, so Hydra has nothing to check; UserError if any job failed, Stopped after
+        Ctrl-C."""
+
+        def submit(waiting: Sequence[SweepJob]) -> int:
+            # job_overrides as they came: a launcher composes each job itself, on the machine that runs it
+            try:
+                self.launcher.launch([job_overrides[job.number - 1] for job in waiting], initial_job_idx)
+            except KeyboardInterrupt:
+                print("\nsubmitted jobs are left to their launcher (scancel ends them)", file=sys.stderr)
+                raise signals.Stopped(signal.SIGINT, signals.INTERRUPTED) from None
+            except Exception as error:  # a job ended by its scheduler; how each ended is in its folder
+                say(f"{type(self.launcher).__name__}: {type(error).__name__}: {error}")
             for job in waiting:
                 collect_result(job)
-            finish(jobs, folder, 0)
-        require_success(jobs)
+            return 0
+
+        carry_out(self.context, plan_jobs(self.context, job_overrides, starts=False), submit)
         return []
 
 
@@ -68,32 +65,33 @@ def collect_result(job: SweepJob) -> None:
     job.update()
     if not job.folder.exists():
         return
-    state = run_folder.state(job.folder)
-    job.state = {RunStatus.killed: RunStatus.failed, RunStatus.running: RunStatus.stopped}.get(state, state)
+    how = state(job.folder)
+    # running: its launcher returned without waiting for it
+    job.state = {RunStatus.killed: RunStatus.failed, RunStatus.running: RunStatus.stopped}.get(how, how)
     if job.state == RunStatus.failed:
         sentence = read_json(job.folder / "log" / "failure.json").text("sentence")
         job.error = sentence or "the process was killed from outside; its launcher's log may show why"
 
 
 def one_job(cfg: DictConfig) -> float:
-    """Runs one job where a launcher has put it; returns its objective. A failure is left in its folder, then
-    raised."""
+    """Runs one job where a launcher has put it; returns its objective. A failure is written to its folder,
+    then raised."""
     from hydra.core.hydra_config import HydraConfig
 
-    register()
+    schema.register()
     hydra = HydraConfig.get()
     folder = Path(hydra.sweep.dir).absolute()
-    plugins.name(run_folder.plugins_of(folder, RECORD))
+    plugins.name(plugins_of(folder, RECORD))
     fixed = {key_of(o) for o in read_json(folder / RECORD).texts("overrides") if not is_sweep(o)}
-    # variables stay as they are written
-    given: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
-    overrides = [o for o in given if key_of(o) != "sweep"]
+    # unresolved, as in `taken`: they are written to the run folder
+    of_job: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    overrides = [o for o in of_job if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)
-    composed = with_choices(cfg, hydra.runtime.choices)
-    job = checked(absolute_paths(typed(replaced(composed))), overrides, label)
+    composed = hydra_compose.with_choices(cfg, hydra.runtime.choices)
+    job = checked(compose.absolute_paths(schema.typed(interpolations.replaced(composed))), overrides, label)
     run_dir = job_folder(job, folder)
     try:
-        return objective(launch(job, run_dir))
+        return objective(launch.launch(job, run_dir))
     except Exception as error:
         pool.leave_failure(run_dir, error)
         raise

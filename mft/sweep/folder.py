@@ -1,5 +1,4 @@
-"""A sweep's folder: which one a command has, what names its jobs' folders, its lock, and the command kept in
-it.
+"""A sweep's folder: its id, the names of its jobs' folders, its lock, and the command recorded in it.
 
 `multirun/<name>/<sweep id>/` holds sweep.json, jobs.txt, a run folder for every job, and the report.
 """
@@ -11,8 +10,9 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,12 +25,15 @@ from mft.errors import UserError
 from mft.files.json_file import write_json
 from mft.launch.job import Job
 
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
+
 IDENTITY_DIGITS = 10
 """Digits of an identity that name a folder: in a million jobs two collide with a probability below one
 half."""
 
 RECORD = "sweep.json"
-"""In the sweep's folder: the command that made it, so that it can be resumed."""
+"""In the sweep's folder: the command that created it, so that it can be resumed."""
 
 IN_THE_ID = ("batch_size", "gradient_accumulation_steps")
 """Parts of keys that name a sweep though they are not, as such, part of a run's identity."""
@@ -40,9 +43,21 @@ class DryRunDone(Exception):
     """Raised by a dry run when everything is printed, through Hydra, to its caller."""
 
 
-def folder_of(cfg: DictConfig) -> Path:
-    """Returns the folder of a sweep. cfg: its own config with Hydra's node."""
-    return Path(cfg.hydra.sweep.dir).absolute()
+@dataclass(frozen=True)
+class SweepContext:
+    """A sweep as Hydra passes it to our plugins."""
+
+    cfg: DictConfig
+    """The sweep's own config, with Hydra's node."""
+    loader: ConfigLoader
+    """Composes the jobs."""
+    dry_run: bool
+    """Whether to stop once all jobs are checked, and print what would run."""
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's folder."""
+        return Path(self.cfg.hydra.sweep.dir).absolute()
 
 
 def job_folder(job: Job, folder: Path) -> Path:
@@ -51,36 +66,33 @@ def job_folder(job: Job, folder: Path) -> Path:
 
 
 def find_sweep(folder: Path) -> Path:
-    """Returns the sweep folder meant by `multirun/<name>/<id>` or, with one sweep in it, by
+    """Returns the sweep folder meant by `multirun/<name>/<id>` or, where it is the only one, by
     `multirun/<name>`."""
-    if (folder / RECORD).exists():
-        return folder
-    sweeps = sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
-    if len(sweeps) == 1:
-        return sweeps[0]
+    inside = sorted(path.parent for path in folder.glob(f"*/{RECORD}"))
+    sweeps = [folder] if (folder / RECORD).exists() else inside
     if not sweeps:
         raise UserError(f"{folder} is not a sweep: it has no {RECORD}.")
-    raise UserError(f"{folder} holds {len(sweeps)} sweeps; name one of them: {', '.join(map(str, sweeps))}.")
+    if len(sweeps) > 1:
+        raise UserError(f"{folder} holds {len(sweeps)} sweeps; name one of: {', '.join(map(str, sweeps))}.")
+    return sweeps[0]
 
 
 def sweep_id(overrides: Sequence[str]) -> str:
     """Returns the hash of what is not swept, so that values can be added to an axis and all jobs keep their
     folders.
 
-    What only says how jobs run (launch, tracking, logging) has no part in it.
+    Overrides of how jobs run (launch, tracking, logging) do not enter.
     """
-    kept = [o for o in overrides if not _says_how(key_of(o))]
+    kept = []
+    for override in overrides:
+        name = key_of(override)
+        how = name.startswith("hydra.") or name == "hydra/launcher" or under(name, CANNOT_CHANGE_THE_RESULT)
+        if not how or any(part in name for part in IN_THE_ID):
+            kept.append(override)
+    # sorted: the order of a command line means nothing
     fixed = sorted(o for o in kept if not is_sweep(o))
     axes = sorted(key_of(o) for o in kept if is_sweep(o))
     return hashlib.sha1(repr((fixed, axes)).encode()).hexdigest()[:IDENTITY_DIGITS]
-
-
-def _says_how(name: str) -> bool:
-    if any(part in name for part in IN_THE_ID):
-        return False
-    if name.startswith("hydra.") or name == "hydra/launcher":
-        return True
-    return under(name, CANNOT_CHANGE_THE_RESULT)
 
 
 def is_sweep(override: str) -> bool:
@@ -90,10 +102,12 @@ def is_sweep(override: str) -> bool:
     return OverridesParser.create().parse_override(override).is_sweep_override()
 
 
-def require_this_version(folder: Path) -> None:
-    """Raises UserError for a sweep whose jobs another version of mft wrote.
+@contextmanager
+def checking(folder: Path) -> Iterator[None]:
+    """Context of all that precedes the first job; removes what Hydra leaves of a sweep that does not start.
 
-    Their folders are named by another identity, so finished jobs would run again beside them.
+    Raises UserError for a sweep whose jobs another version of mft wrote: their folders are named by another
+    identity, so finished jobs would run again beside them.
     """
     for run in run_folder.runs_under(folder) if folder.is_dir() else ():
         identity = identity_of(run)
@@ -101,30 +115,31 @@ def require_this_version(folder: Path) -> None:
             raise UserError(
                 f"{os.path.relpath(folder)} holds jobs that another version of mft wrote "
                 f"{identity.numbers()}, so this sweep cannot be resumed; mft runs, show, compare, merge "
-                "and generate still read them. Add sweep=NAME to its command to run it anew beside them."
+                "and generate still read them. Add sweep=NAME to the command to run it anew beside them."
             )
+    try:
+        yield
+    except (UserError, DryRunDone):
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"multirun.yaml"}:
+            shutil.rmtree(folder)
+        raise
 
 
 @contextmanager
 def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
-    """Holds a sweep's folder for this process and keeps its command there: the newest one, when values were
+    """Holds a sweep's folder for this process and records the command there: the newest one, when values were
     added."""
     try:
         lock = run_folder.lock(folder)
     except UserError:
         raise UserError(f"{folder}: this sweep is already running, in another process.") from None
     try:
-        # variables stay as they are written
-        given: Any = OmegaConf.to_container(cfg.hydra.overrides, resolve=False)
-        hydra = [o for o in given["hydra"] if key_of(o) != "hydra.mode"]
-        values = {"overrides": [*given["task"], *hydra], "folder": str(Path.cwd()), "sweep_dir": str(folder)}
-        write_json(folder / RECORD, {"id": cfg.sweep, "plugins": list(plugins.named())} | values)
+        # unresolved: what ${oc.env:…} stands for, a password perhaps, is not written
+        overrides: Any = OmegaConf.to_container(cfg.hydra.overrides, resolve=False)
+        of_hydra = [o for o in overrides["hydra"] if key_of(o) != "hydra.mode"]
+        record = {"id": cfg.sweep, "plugins": list(plugins.named()), "folder": str(Path.cwd())}
+        record |= {"overrides": [*overrides["task"], *of_hydra], "sweep_dir": str(folder)}
+        write_json(folder / RECORD, record)
         yield
     finally:
         lock.release()
-
-
-def remove_if_unused(folder: Path) -> None:
-    """Removes what Hydra leaves of a sweep that did not start."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"multirun.yaml"}:
-        shutil.rmtree(folder)

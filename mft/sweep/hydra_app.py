@@ -8,18 +8,14 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from mft import run_folder
-from mft.config import plugins
-from mft.config.hydra_compose import check_sweep, search_path, without_search_path
-from mft.config.messages import explain, of_defaults, refusals
+from mft.config import hydra_compose, messages, plugins, schema, yaml_file
 from mft.config.overrides import check_overrides, key_of, of_hydra, replaced, with_moved_keys
-from mft.config.schema import config_dir, register
-from mft.config.yaml_file import circle
 from mft.console.credentials import as_written
 from mft.console.screen import say
 from mft.errors import UserError
@@ -40,52 +36,47 @@ def through_hydra(
 
         return one_job(cfg)
 
-    run_one.dry_run = dry_run  # type: ignore[attr-defined]  # Hydra hands this function to our plugins, which look
+    # Hydra passes this function to our plugins, and nothing else of ours
+    run_one.dry_run = dry_run  # type: ignore[attr-defined]
     check_overrides(overrides)
     for override in overrides:
         if key_of(override) == "hydra/launcher":
             require_launcher(override.partition("=")[2])
-    register()
-    Plugins.instance()  # Hydra's own are registered first
+    schema.register()
+    Plugins.instance()  # registers Hydra's own sweeper, which ours is to replace
     use_own_grid()
     search: list[str] = []
-    kept_argv, kept_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # Hydra raises instead of printing and exiting, so that we can say it better
-    )
+    argv = sys.argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
     try:
-        search = search_path(config_dirs, overrides)
-        overrides = without_search_path(overrides)
-        check_sweep([*search, *overrides])
+        search = hydra_compose.search_path(config_dirs, overrides)
+        overrides = hydra_compose.without_search_path(overrides)
+        hydra_compose.check_sweep([*search, *overrides])
         own: list[str] = []
-        if "-m" in flags or "--multirun" in flags:
+        if "-m" in flags:
             for note in [*replaced(overrides), *of_hydra(overrides, sweep=True)]:
                 say(f"mft: {note}", sys.stderr)
             own = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
         sys.argv = ["mft train", *flags, *search, *overrides, *own]
-        application = hydra.main(
-            version_base="1.3", config_path=str(config_dir().resolve()), config_name="config"
-        )
-        if "--resolve" in flags:  # what is printed then has the values of environment variables in it
-            with redirect_stdout(io.StringIO()) as printed:
-                application(run_one)()
-            sys.stdout.write(as_written(printed.getvalue()))
-        else:
+        folder = str(schema.config_dir().resolve())
+        application = hydra.main(version_base="1.3", config_path=folder, config_name="config")
+        printed = io.StringIO()
+        # replaced interpolations may show passwords of the environment
+        with redirect_stdout(printed) if "--resolve" in flags else nullcontext():
             application(run_one)()
+        sys.stdout.write(as_written(printed.getvalue()))
     except DryRunDone:
         pass
     except RecursionError:
-        raise UserError(circle()) from None
-    except refusals() as error:
-        raise UserError(explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
+        raise UserError(yaml_file.circle()) from None
+    except messages.refusals() as error:
+        raise UserError(messages.explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        if (sentence := of_defaults(error)) is None:
+        if (sentence := messages.of_defaults(error)) is None:
             raise
         raise UserError(sentence) from error
     finally:
-        sys.argv = kept_argv
-        if kept_full is None:
-            del os.environ["HYDRA_FULL_ERROR"]
+        sys.argv = argv
 
 
 def use_own_grid() -> None:
@@ -101,37 +92,30 @@ def require_launcher(launcher: str) -> None:
     """Raises UserError for a launcher that is known not to work, or whose package is missing."""
     if launcher.startswith("ray"):
         raise UserError(
-            f"hydra/launcher={launcher}: Ray puts jobs on machines where the run folder and the data need "
-            "not be, and hides GPUs from them; use launch.jobs on one machine, or "
-            "hydra/launcher=submitit_slurm on a cluster."
+            f"hydra/launcher={launcher}: Ray puts jobs on machines without the run folder or the data, and "
+            "hides GPUs from them; use launch.jobs, or hydra/launcher=submitit_slurm on a cluster."
         )
-    if (
-        launcher.startswith("submitit")
-        and importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None
-    ):
-        raise UserError(
-            f'hydra/launcher={launcher} needs a package that is not installed: pip install "mft[slurm]"'
-        )
+    submitit = "hydra_plugins.hydra_submitit_launcher"
+    if launcher.startswith("submitit") and importlib.util.find_spec(submitit) is None:
+        raise UserError(f'hydra/launcher={launcher} needs pip install "mft[slurm]"')
 
 
-def resume(place: Path, overrides: Sequence[str], dry_run: bool = False) -> None:
+def resume(path: Path, overrides: Sequence[str], dry_run: bool = False) -> None:
     """Runs the command of a sweep's folder again, with further overrides, from the folder it was started in.
 
-    place: the sweep's folder, or `multirun/<name>` where it is the only one there.
+    path: the sweep's folder, or `multirun/<name>` where it is the only one there.
     """
-    folder = find_sweep(place)
+    folder = find_sweep(path)
     record = read_json(folder / RECORD)
-    given, started, sweep_dir = (
-        with_moved_keys(record.texts("overrides")),
-        record.text("folder"),
-        record.text("sweep_dir"),
-    )
-    if not (given and started and sweep_dir):
-        raise UserError(f"{folder / RECORD} is damaged, so the sweep's command is not known; run it by hand.")
+    command = with_moved_keys(record.texts("overrides"))
+    started, sweep_dir = record.text("folder"), record.text("sweep_dir")
+    if not (command and started and sweep_dir):
+        raise UserError(f"{folder / RECORD} is damaged, so the sweep's command is unknown; run it by hand.")
     plugins.name(run_folder.plugins_of(folder, RECORD))
-    say(f"resuming: mft train -m {' '.join(given)}")
+    say(f"resuming: mft train -m {' '.join(command)}")
     if not Path(started).is_dir():
         raise UserError(f"{folder} was started in {started}, which is gone; run its command by hand.")
-    os.chdir(started)
+    # before the change of folder, since `path` may be relative
     moved = [] if Path(sweep_dir).resolve() == folder.resolve() else [f"hydra.sweep.dir={folder.resolve()}"]
-    through_hydra([*given, *overrides, *moved], [], ["-m"], dry_run)
+    os.chdir(started)
+    through_hydra([*command, *overrides, *moved], [], ["-m"], dry_run)

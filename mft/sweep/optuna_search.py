@@ -1,7 +1,7 @@
 """`hydra/sweeper=optuna`: a sweep whose values Optuna proposes from what earlier jobs have reached.
 
-The study lies in the sweep's folder (`search.journal`), so the same command resumes it: finished trials are
-kept, interrupted ones resume from their checkpoint, failed ones are tried again. A job's folder is its
+The study is stored in the sweep's folder (`search.journal`), so the same command resumes it: finished trials
+are kept, interrupted ones resume from their checkpoint, failed ones are tried again. A job's folder is its
 identity, as in grids.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mft.config.overrides import key_of
 from mft.console.screen import say
@@ -23,56 +23,60 @@ from mft.launch.placement import detect_rank
 from mft.run_folder import RunStatus
 from mft.sweep import display
 from mft.sweep.composer import Composer, check_all
-from mft.sweep.folder import DryRunDone, folder_of, is_sweep, remove_if_unused, require_this_version, taken
+from mft.sweep.folder import DryRunDone, SweepContext, checking, is_sweep, taken
 from mft.sweep.jobs import finish, require_success, run_side_by_side, sweep_job
 from mft.sweep.pool import SweepJob
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial, Trial
 
 JOURNAL = "search.journal"
 SAMPLERS = ("tpe", "random")
 DIGITS = 4
-"""Significant digits of a proposed value: what a person can read and repeat; the difference is far below the
-noise."""
+"""Significant digits of a proposed value: readable and repeatable, and far finer than the noise."""
 
 RETRIES = "retries"
 """A trial's attribute: the number of the failed trial that it repeats."""
 
 
-def run(
-    cfg: DictConfig, loader: Any, arguments: Sequence[str], settings: Mapping[str, Any], dry_run: bool
-) -> Any:
-    """Runs the trials that are left; returns (values, objective) of the best. UserError if any failed."""
-    optuna = import_optuna()
-    folder = folder_of(cfg)
-    require_this_version(folder)
+def run(context: SweepContext, arguments: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs the trials that are left; returns the content of search.json. UserError if any failed.
+
+    arguments: the overrides of the command line; settings: of hydra.sweeper.
+    """
     try:
+        import optuna
+    except ImportError as error:
+        raise UserError(f'hydra/sweeper=optuna needs pip install "mft[search]" ({error})') from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder = context.folder
+    with checking(folder):
         fixed, space = split(arguments, settings.get("params") or {})
-        check_settings(cfg, settings, space)
-        composer = Composer(cfg, loader, starts=not dry_run)
+        check_settings(context.cfg, settings, space)
+        composer = Composer(context)
         boundary = check_all(composer, [[*fixed, *trial] for trial in boundary_trials(space)])
-    except UserError:
-        remove_if_unused(folder)
-        raise
-    if dry_run:
-        done = len(read_json(folder / "search.json").get("trials") or ())
-        say(f"search {os.path.relpath(folder)}: {settings['n_trials']} trials, {done} of them done")
-        for name, distribution in space.items():
-            say(f"  {name:<24} {distribution}")
-        say(f"{len(boundary)} jobs at the boundary of this space were checked; nothing was started")
-        remove_if_unused(folder)
-        raise DryRunDone
-    with taken(cfg, folder):
-        job_cfg = boundary[0].cfg
-        search = Search(optuna, folder, space, fixed, composer, settings, job_cfg.launch.jobs)
-        display.start(search.jobs, folder)
-        signum = run_side_by_side(
-            search.waiting(), search.jobs, folder, job_cfg, job_cfg.launch.jobs, search.total, search.on_end
-        )
-        finish(search.jobs, folder, signum)
-        best = search.write_results()
-    require_success(search.jobs)
+        if context.dry_run:
+            done = len(read_json(folder / "search.json").get("trials") or ())
+            say(f"search {os.path.relpath(folder)}: {settings['n_trials']} trials, {done} of them done")
+            for name, values in space.items():
+                say(f"  {name:<24} {values}")
+            say(f"{len(boundary)} jobs at the boundary of this space were checked; nothing was started")
+            raise DryRunDone
+    job_cfg = boundary[0].cfg
+    at_once = job_cfg.launch.jobs
+    with taken(context.cfg, folder):
+        search = Search(folder, space, fixed, composer, settings, at_once)
+        jobs = search.jobs
+        display.start(jobs, folder)
+        waiting, total = search.waiting(), search.total
+        signum = run_side_by_side(waiting, jobs, folder, job_cfg, at_once, total, search.on_end)
+        finish(jobs, folder, signum)
+        results = search.write_results()
+    require_success(jobs)
     if search.refused:
         raise UserError("\n".join(search.refused))
-    return best
+    return results
 
 
 class Search:
@@ -80,48 +84,51 @@ class Search:
 
     def __init__(
         self,
-        optuna: Any,
         folder: Path,
-        space: Mapping[str, Any],
+        space: Mapping[str, BaseDistribution],
         fixed: Sequence[str],
         composer: Composer,
         settings: Mapping[str, Any],
         at_once: int,
     ):
-        self.optuna, self.folder, self.space, self.fixed = optuna, folder, dict(space), list(fixed)
+        """Opens the study in the folder, adds its finished trials as jobs and queues its failed ones."""
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+
+        self.folder, self.space, self.fixed = folder, dict(space), fixed
         self.composer, self.total = composer, int(settings["n_trials"])
         self.jobs: list[SweepJob] = []
-        self.trial_numbers: dict[int, int] = {}  # by the number of the job
+        self.trial_numbers: dict[int, int] = {}
+        """Number of a job → number of its trial."""
         self.refused: list[str] = []
-        journal = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
-        storage = optuna.storages.JournalStorage(journal)
+        """Why a proposed combination could not run."""
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
         self.study = optuna.create_study(study_name="search", storage=storage, load_if_exists=True)
-        # a fixed seed would draw again, after a restart, what it drew before
+        # with a fixed seed a restarted search would draw the values of its first trials again
         seed = None if settings["seed"] is None else int(settings["seed"]) + len(self.study.trials)
         if settings["sampler"] == "random":
             self.study.sampler = optuna.samplers.RandomSampler(seed=seed)
         else:
-            first = int(settings["startup_trials"])
+            # constant_liar: jobs side by side are not to get the same values
             self.study.sampler = optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=first, constant_liar=at_once > 1
+                seed=seed, n_startup_trials=int(settings["startup_trials"]), constant_liar=at_once > 1
             )
+        self.failed = optuna.trial.TrialState.FAIL
         self._require_same_space()
         for trial in self._newest():
             if trial.state.name == "COMPLETE":
-                self._add(trial.number, trial.params)
+                self._add(trial)
             elif trial.state.name == "FAIL":
                 root = trial.user_attrs.get(RETRIES, trial.number)
                 self.study.enqueue_trial(trial.params, user_attrs={RETRIES: root})
 
     def waiting(self) -> Iterator[SweepJob]:
-        """Yields jobs: those that were interrupted, those that failed before, then new ones until there are
-        enough."""
+        """Yields jobs: the interrupted ones, those that failed before, then new ones up to n_trials."""
         for trial in self._newest():
             if trial.state.name == "RUNNING":
-                yield from self._next(trial.number, trial.params)
-        while self._queued() or len(self._newest()) < self.total:
-            trial = self.study.ask(self.space)
-            yield from self._next(trial.number, trial.params)
+                yield from self._next(trial)
+        while len(self._newest()) < self.total or any(t.state.name == "WAITING" for t in self.study.trials):
+            yield from self._next(self.study.ask(self.space))  # a queued trial, if there is one
 
     def on_end(self, job: SweepJob) -> None:
         """Tells the study how a job ended; a stopped one stays open and is resumed by the next command."""
@@ -129,104 +136,87 @@ class Search:
         if job.state in (RunStatus.finished, RunStatus.skipped):
             self.study.tell(number, objective(read_json(job.folder / "summary.json")))
         elif job.state in (RunStatus.pruned, RunStatus.same) and job.best is not None:
-            self.study.tell(number, job.best)  # one that was ended early counts with the best it had
+            self.study.tell(number, job.best)  # one that ended early counts with the best it had
         elif job.state == RunStatus.failed:
-            self.study.tell(number, state=self.optuna.trial.TrialState.FAIL)
+            self.study.tell(number, state=self.failed)
 
     def write_results(self) -> dict[str, Any]:
-        """Writes search.json, the values and the objective of every trial, and says which was the best."""
-        rows = [
+        """Writes search.json, the values and the objective of every trial, and prints which was the best."""
+        trials: list[dict[str, Any]] = [
             {"trial": t.number, "state": t.state.name.lower(), "objective": t.value, "values": t.params}
             for t in self._newest()
         ]
-        done = sorted((row for row in rows if row["objective"] is not None), key=lambda row: row["objective"])
-        results = {"best": done[0] if done else None, "trials": rows}
+        done = [trial for trial in trials if trial["objective"] is not None]
+        best_trial = min(done, key=lambda trial: float(trial["objective"]), default=None)
+        results = {"best": best_trial, "trials": trials}
         write_json(self.folder / "search.json", results)
         best = display.best_of(self.jobs)
         if best is not None:
-            where = os.path.relpath(best.folder)
-            say(f"best of {len(done)} trials: {best.best:.4f} with {best.checked.label}  ({where})")
+            path = os.path.relpath(best.folder)
+            say(f"best of {len(done)} trials: {best.best:.4f} with {best.checked.label}  ({path})")
             say("one seed a trial: repeat the best few with train.seed=1,2,3 before trusting their ranking")
         return results
 
-    def _next(self, number: int, params: Mapping[str, Any]) -> Iterator[SweepJob]:
+    def _next(self, trial: Trial | FrozenTrial) -> Iterator[SweepJob]:
         """Yields the job of a trial if it has to run."""
         try:
-            job = self._add(number, params)
-        except UserError as error:  # a combination that the boundary did not show
+            job = self._add(trial)
+        except UserError as error:  # a combination inside the boundary that was checked
             self.refused.append(str(error))
             say(str(error))
-            self.study.tell(number, state=self.optuna.trial.TrialState.FAIL)
+            self.study.tell(trial.number, state=self.failed)
             return
         if job.state == RunStatus.waiting:
             yield job
-        else:  # the values of an earlier trial again, or finished before its end was noted
+        else:  # the values of an earlier trial again, or killed between its end and `on_end`
             self.on_end(job)
 
-    def _add(self, number: int, params: Mapping[str, Any]) -> SweepJob:
-        checked = self.composer.job([*self.fixed, *to_overrides(params)])
+    def _add(self, trial: Trial | FrozenTrial) -> SweepJob:
+        checked = self.composer.job([*self.fixed, *to_overrides(trial.params)])
         job = sweep_job(checked, self.folder, len(self.jobs) + 1, self.jobs)
         self.jobs.append(job)
-        self.trial_numbers[job.number] = number
+        self.trial_numbers[job.number] = trial.number
         return job
 
-    def _newest(self) -> list[Any]:
+    def _newest(self) -> list[FrozenTrial]:
         """Returns every trial, of one that was repeated the newest repetition."""
-        by_root = {}
-        for trial in self.study.trials:
-            by_root[trial.user_attrs.get(RETRIES, trial.number)] = trial
-        return list(by_root.values())
-
-    def _queued(self) -> bool:
-        return any(trial.state.name == "WAITING" for trial in self.study.trials)
+        return list({t.user_attrs.get(RETRIES, t.number): t for t in self.study.trials}.values())
 
     def _require_same_space(self) -> None:
-        before = next(
-            (trial.distributions for trial in reversed(self.study.trials) if trial.distributions), self.space
-        )
+        from optuna.distributions import check_distribution_compatibility
+
+        earlier = [trial.distributions for trial in self.study.trials if trial.distributions]
+        before = earlier[-1] if earlier else self.space
         for name in sorted({*before, *self.space}):
             try:
-                self.optuna.distributions.check_distribution_compatibility(before[name], self.space[name])
+                check_distribution_compatibility(before[name], self.space[name])
             except (KeyError, ValueError):
-                raise UserError(
-                    f"{os.path.relpath(self.folder)} holds a search over other values of {name}; "
-                    "sweep=NAME starts another."
-                ) from None
+                folder = os.path.relpath(self.folder)
+                raise UserError(f"{folder} searches other values of {name}; add sweep=NAME.") from None
 
 
-def import_optuna() -> Any:
-    """Returns optuna; UserError with the command that installs it."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise UserError(
-            f'hydra/sweeper=optuna needs a package that is not installed ({error}): pip install "mft[search]"'
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
-def split(arguments: Sequence[str], params: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
-    """Returns (overrides of every job, {key: distribution}); what the command line sweeps stands above
+def split(
+    arguments: Sequence[str], params: Mapping[str, Any]
+) -> tuple[list[str], dict[str, BaseDistribution]]:
+    """Returns (overrides of every job, {key: distribution}); the command line takes precedence over
     `params`."""
-    given = {key_of(o): o for o in arguments}
-    swept = {name: f"{name}={text}" for name, text in flat(params) if name not in given}
-    swept |= {name: override for name, override in given.items() if is_sweep(override)}
-    fixed = [override for name, override in given.items() if name not in swept]
+    by_key = {key_of(o): o for o in arguments}
+    swept = {name: f"{name}={text}" for name, text in _flat(params) if name not in by_key}
+    swept |= {name: override for name, override in by_key.items() if is_sweep(override)}
+    fixed = [override for name, override in by_key.items() if name not in swept]
     return fixed, {name: distribution(override) for name, override in swept.items()}
 
 
-def flat(params: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, text) of hydra.sweeper.params, written with dots or nested."""
-    plain: Any = OmegaConf.to_container(params) if OmegaConf.is_config(params) else params
-    for name, value in plain.items():
+    for name, value in params.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
-def distribution(override: str) -> Any:
+def distribution(override: str) -> BaseDistribution:
     """Returns the distribution of `key=interval(1,2)`, `range(1,9)`, `choice(a,b)` or `a,b`, with tag(log,
     …)."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -242,8 +232,9 @@ def distribution(override: str) -> Any:
                 return IntDistribution(value.start, value.end, log=log)
             return FloatDistribution(value.start, value.end, log=log)
         if parsed.is_range_sweep() and all(isinstance(v, int) for v in (value.start, value.stop, value.step)):
-            values = list(value.range())
+            values = list(value.range())  # its last one is inside, value.stop is not
             return IntDistribution(values[0], values[-1], step=abs(value.step))
+        # as text, as Hydra's own sweeper passes values on
         if parsed.is_sweep_override():
             return CategoricalDistribution(tuple(parsed.sweep_string_iterator()))
     except (HydraException, ValueError, IndexError) as error:
@@ -257,38 +248,27 @@ def distribution(override: str) -> Any:
 def check_settings(cfg: DictConfig, settings: Mapping[str, Any], space: Mapping[str, Any]) -> None:
     """Raises UserError for what cannot be searched."""
     if not space:
-        raise UserError(
-            "hydra/sweeper=optuna has nothing to search: name values, as "
-            "optimizer.lr='tag(log, interval(1e-5, 1e-3))', or take experiment=search."
-        )
-    if settings["sampler"] not in SAMPLERS:
-        raise UserError(
-            f"hydra.sweeper.sampler={settings['sampler']}: unknown sampler"
-            f"{nearest(str(settings['sampler']), SAMPLERS) or '.'} Allowed: {', '.join(SAMPLERS)}."
-        )
+        example = "optimizer.lr='tag(log, interval(1e-5, 1e-3))'"
+        raise UserError(f"hydra/sweeper=optuna has nothing to search: add {example} or experiment=search.")
+    if (sampler := settings["sampler"]) not in SAMPLERS:
+        close = nearest(sampler, SAMPLERS)
+        raise UserError(f"hydra.sweeper.sampler={sampler} must be one of {', '.join(SAMPLERS)}{close or '.'}")
     for name in ("n_trials", "startup_trials"):
         if not str(settings[name]).isdigit() or int(settings[name]) < 1:
             raise UserError(f"hydra.sweeper.{name}={settings[name]} must be at least 1.")
     if (launcher := cfg.hydra.runtime.choices["hydra/launcher"]) != "mft" or detect_rank() is not None:
-        raise UserError(
-            f"hydra/sweeper=optuna runs its jobs on this machine, through hydra/launcher=mft, not {launcher} "
-            "(launch.jobs=2: two side by side)."
-        )
+        raise UserError(f"hydra/sweeper=optuna needs hydra/launcher=mft (launch.jobs=2), not {launcher}.")
 
 
 def boundary_trials(space: Mapping[str, Any]) -> list[list[str]]:
     """Returns overrides that touch both ends of every interval and every choice at least once."""
-    boundary = {name: extremes(values) for name, values in space.items()}
-    count = max(map(len, boundary.values()))
-    return [
-        to_overrides({name: values[min(at, len(values) - 1)] for name, values in boundary.items()})
-        for at in range(count)
-    ]
-
-
-def extremes(values: Any) -> list[Any]:
-    """Returns the choices of a distribution, or its two ends."""
-    return list(values.choices) if hasattr(values, "choices") else [values.low, values.high]
+    extremes = {name: getattr(v, "choices", None) or (v.low, v.high) for name, v in space.items()}
+    trials = []
+    for number in range(max(map(len, extremes.values()))):
+        # a key with fewer values repeats its last one
+        trial = {name: values[min(number, len(values) - 1)] for name, values in extremes.items()}
+        trials.append(to_overrides(trial))
+    return trials
 
 
 def to_overrides(params: Mapping[str, Any]) -> list[str]:

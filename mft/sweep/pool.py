@@ -14,29 +14,33 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from statistics import median
+from typing import TypeVar
 
-from mft import run_folder
+from omegaconf import DictConfig
+
 from mft.console.credentials import hidden
 from mft.console.screen import say
 from mft.errors import UserError, full_disk
 from mft.files.json_file import read_json, write_json
+from mft.hardware import visible_gpus
+from mft.launch import launch, rank_log, spawn
 from mft.launch.job import Job
-from mft.launch.launch import launch
-from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, handlers
-from mft.launch.spawn import environment, start_fork_server
-from mft.run_folder import RunStatus
+from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, first_signal
+from mft.run_folder import RunStatus, metric_rows
 
 LOOK_SECONDS = 0.5
 """How often the running jobs' metrics are read."""
 
-Supervisor = Any
-"""A process of multiprocessing's forkserver context."""
+OTHERS = 3
+"""Jobs that must have come as far as one that is to be pruned by the median rule (launch.prune)."""
+
+Device = TypeVar("Device", int, str)
 
 
 @dataclass
@@ -57,12 +61,8 @@ class SweepJob:
     """The newest logged step."""
     total_steps: int = 0
     """Steps of the run, 0 while they are not known."""
-    value: float | None = None
-    """The objective (train.best) at the newest validation."""
-    best: float | None = None
-    """The lowest objective so far."""
     values: dict[int, float] = field(default_factory=dict)
-    """Step → objective, of every validation."""
+    """Step → objective (train.best), of every validation, in the order of the steps."""
     started: float = 0.0
     """Seconds since 1970."""
     seconds: float = 0.0
@@ -72,159 +72,167 @@ class SweepJob:
     prune_reason: str = ""
     """Why it was asked to end early, in a sentence."""
 
-    def update(self) -> bool:
-        """Reads what the job has logged since the last time; returns whether a validation is among it."""
-        validated = False
-        if not self.total_steps:
-            plan = read_json(self.folder / "plan.json")
-            self.total_steps = int(plan.number("total_steps") or 0)
-        rows, self.offset = run_folder.metric_rows(self.folder / "metrics.jsonl", self.offset)
-        for row in rows:
-            self.step = max(self.step, int(row["step"]))
-            value = self.checked.judged(row)
-            if value is not None:
-                self.value, validated = value, True
-                self.values[int(row["step"])] = value
-                self.best = value if self.best is None else min(self.best, value)
-        return validated
+    @property
+    def best(self) -> float | None:
+        """The lowest objective so far, None before the first validation."""
+        return min(self.values.values(), default=None)
 
-    def best_until(self, step: int) -> float | None:
-        """Returns the best objective at or before a step, None where the job was not validated by then."""
-        return min((value for at, value in self.values.items() if at <= step), default=None)
+    def update(self) -> bool:
+        """Reads the rows logged since the last call; returns whether a validation is among them."""
+        if not self.total_steps:
+            self.total_steps = int(read_json(self.folder / "plan.json").number("total_steps") or 0)
+        rows, self.offset = metric_rows(self.folder / "metrics.jsonl", self.offset)
+        validated = False
+        for row in rows:
+            self.step = max(self.step, row["step"])
+            if (value := self.checked.judged(row)) is not None:
+                self.values[row["step"]] = value
+                validated = True
+        return validated
 
 
 def run(
     waiting: Iterator[SweepJob],
+    jobs: Sequence[SweepJob],
     side_by_side: int,
-    fail_fast: bool,
+    settings: DictConfig,
     on_change: Callable[[SweepJob], None],
-    should_prune: Callable[[SweepJob], str],
 ) -> int:
-    """Runs the jobs that `waiting` yields, at most so many at a time; returns the signal that ended it, 0:
+    """Runs the jobs that `waiting` yields, at most so many side by side; returns the signal that ended it, 0:
     none.
 
-    The next job is asked for when a place is free, so that a search can learn from those that have ended.
-    on_change: called with every job that starts, was validated or ends; should_prune: returns why a job is to
-    end early, or "".
+    The next job is requested when a part of the machine is free, so that a search can learn from those that
+    have ended. jobs: all of the sweep, may grow; settings: `launch`; on_change: called with every job that
+    starts, was validated or ends.
     """
-    places = partition_devices(side_by_side)
-    running: dict[int, tuple[Supervisor, SweepJob]] = {}  # by place
-    over = False  # no further job is started
-    start_fork_server()
-    with forwarded(running) as signals:
+    parts = partition_devices(side_by_side)
+    running: dict[int, tuple[BaseProcess, SweepJob]] = {}  # by the number of its part of the machine
+    closed = False  # no further job is started
+
+    def forward(signum: int) -> None:  # supervisors have sessions of their own, so no terminal reaches them
+        print("\nStopping: saving checkpoints. Press Ctrl-C again to quit immediately.", file=sys.stderr)
+        for process, _ in list(running.values()):
+            _send(process, signum)
+
+    spawn.start_fork_server()
+    with first_signal(forward) as signals:
         while True:
-            for place in (p for p in range(len(places)) if p not in running):
-                over = over or bool(signals)
-                job = None if over else next(waiting, None)
+            for part in (n for n in range(len(parts)) if n not in running):
+                # between two jobs: a search takes long to propose one, and a signal may come meanwhile
+                closed = closed or bool(signals)
+                job = None if closed else next(waiting, None)
                 if job is None:
-                    over = True
+                    closed = True
                     break
-                running[place] = (_start(job, *places[place]), job)
+                running[part] = (_start(job, *parts[part]), job)
                 on_change(job)
             if not running:
                 return signals[0] if signals else 0
-            multiprocessing.connection.wait(
-                [process.sentinel for process, _ in running.values()], LOOK_SECONDS
-            )
-            for place, (process, job) in list(running.items()):
+            sentinels = [process.sentinel for process, _ in running.values()]
+            multiprocessing.connection.wait(sentinels, LOOK_SECONDS)
+            for part, (process, job) in list(running.items()):
                 if job.update():
                     on_change(job)
-                    if not job.prune_reason and job.step < job.total_steps and (reason := should_prune(job)):
-                        job.prune_reason = reason
-                        os.kill(process.pid, signal.SIGTERM)
+                    if settings.prune and not job.prune_reason and job.step < job.total_steps:
+                        job.prune_reason = should_prune(job, jobs, settings.prune_after)
+                        if job.prune_reason:
+                            _send(process, signal.SIGTERM)
                 if process.exitcode is not None:
-                    del running[place]
+                    del running[part]
                     _ended(job, process.exitcode)
-                    over = over or (fail_fast and job.state == RunStatus.failed)
+                    closed = closed or (settings.fail_fast and job.state == RunStatus.failed)
                     on_change(job)
+
+
+def should_prune(job: SweepJob, jobs: Sequence[SweepJob], validations: int) -> str:
+    """Returns why a job is to be pruned, "" while it is not: its best objective is worse than the median.
+
+    The median is of the best that the others had at the same step: those that have come as far, at least
+    OTHERS of them. validations: how many the job gets before it may be pruned (launch.prune_after); the one
+    before the first step does not count.
+    """
+    steps = [step for step in job.values if step > 0]
+    if len(steps) < validations:
+        return ""
+    step, own = max(steps), min(job.values.values())
+    bests = []
+    for other in jobs:
+        until = [value for at, value in other.values.items() if at <= step]
+        if other is not job and other.state != RunStatus.same and until and max(other.values) >= step:
+            bests.append(min(until))
+    if len(bests) < OTHERS or own <= median(bests):
+        return ""
+    return f"at step {step} its best is {own:.4f}, the median of {len(bests)} others {median(bests):.4f}"
 
 
 def partition_devices(jobs: int) -> list[tuple[list[int], list[str]]]:
     """Returns (cores, GPUs) of each of so many jobs side by side; two empty lists stand for all of them."""
     if jobs == 1:
         return [([], [])]
-    from mft.hardware import visible_gpus
-
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    gpus = named or [str(number) for number in range(visible_gpus())]
+    # names as CUDA_VISIBLE_DEVICES has them (numbers or UUIDs): a job gets a part of that list
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    gpus = names or [str(number) for number in range(visible_gpus())]
     if gpus and len(gpus) < jobs:
-        raise UserError(
-            f"launch.jobs={jobs}, but {len(gpus)} GPUs are visible; a job needs at least one of its own."
-        )
+        raise UserError(f"launch.jobs={jobs}, but {len(gpus)} GPUs are visible; each job needs its own.")
 
-    def part(devices: list[Any], number: int) -> list[Any]:
-        size = len(devices) // jobs
-        return devices[number * size : (number + 1) * size] if size else devices[number % len(devices) :][:1]
+    def part(devices: list[Device], number: int) -> list[Device]:
+        if size := len(devices) // jobs:
+            return devices[number * size : (number + 1) * size]
+        return [devices[number % len(devices)]] if devices else []  # more jobs than cores
 
-    return [(part(cores, n) if cores else [], part(gpus, n) if gpus else []) for n in range(jobs)]
-
-
-@contextmanager
-def forwarded(running: dict[int, tuple[Supervisor, SweepJob]]) -> Iterator[list[int]]:
-    """Forwards signals to the supervisors, which have their own sessions; a second signal ends everything at
-    once."""
-    received: list[int] = []
-
-    def forward(signum: int, frame: FrameType | None) -> None:
-        if received:
-            os._exit(128 + signum)  # the supervisors and their ranks see this process gone
-        received.append(signum)
-        print("\nStopping: saving checkpoints. Press Ctrl-C again to quit immediately.", file=sys.stderr)
-        for process, _ in list(running.values()):
-            if process.exitcode is None:
-                os.kill(process.pid, signum)
-
-    with handlers(forward):
-        yield received
+    return [(part(cores, number), part(gpus, number)) for number in range(jobs)]
 
 
-def _start(job: SweepJob, cores: list[int], gpus: list[str]) -> Supervisor:
-    job.state, job.started, job.offset, job.values, job.best = RunStatus.running, time.time(), 0, {}, None
+def _send(process: BaseProcess, signum: int) -> None:
+    if process.exitcode is None and process.pid is not None:
+        os.kill(process.pid, signum)
+
+
+def _start(job: SweepJob, cores: list[int], gpus: list[str]) -> BaseProcess:
+    # what an earlier attempt logged is read again: a resumed run cuts off the rows after its checkpoint
+    job.state, job.started, job.offset, job.values = RunStatus.running, time.time(), 0, {}
     job.update()
-    job.folder.joinpath("log").mkdir(parents=True, exist_ok=True)
-    job.folder.joinpath("log", "traceback.txt").unlink(missing_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=supervise, args=(job.checked, job.folder, cores, gpus, environment()))
+    log = job.folder / "log"
+    log.mkdir(parents=True, exist_ok=True)
+    (log / "traceback.txt").unlink(missing_ok=True)
+    context, arguments = multiprocessing.get_context("forkserver"), (job.checked, job.folder, cores, gpus)
+    process = context.Process(target=supervise, args=(*arguments, spawn.environment()))
     process.start()
     return process
 
 
 def _ended(job: SweepJob, code: int) -> None:
-    """Notes how a job ended. code: of its supervisor, negative for a signal."""
+    """Notes how a job ended. code: exit code of its supervisor, negative for a signal."""
     job.seconds = time.time() - job.started
     summary = read_json(job.folder / "summary.json")
+    # first: a job may finish in the moment it is to be pruned
     if code == 0 and summary.get("status") == RunStatus.finished:
         job.state, job.prune_reason = RunStatus.finished, ""
     elif job.prune_reason and code in (SAVED, UNSAVED):
         job.state = RunStatus.pruned
         write_json(job.folder / "pruned.json", {"reason": job.prune_reason, "step": job.step})
+    # negative: the signal came before the supervisor had handlers
     elif code in (SAVED, INTERRUPTED, UNSAVED, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
         job.state = RunStatus.stopped
     else:
         job.state = RunStatus.failed
         sentence = read_json(job.folder / "log" / "failure.json").text("sentence")
-        job.error = (
-            sentence or f"the process exited unexpectedly (code {code}); its output is in {job.folder}/log"
-        )
+        job.error = sentence or f"the process exited unexpectedly (code {code}); see {job.folder}/log"
 
 
 def supervise(job: Job, folder: Path, cores: list[int], gpus: list[str], environment: dict[str, str]) -> None:
-    """Runs one job in ranks of this process; leaves with 0, 1 (failed: log/failure.json) or a worker's
-    code."""
-    os.setsid()  # a Ctrl-C of the terminal reaches the sweep alone, which hands it on once
-    os.environ.update(environment)
-    log = folder / "log"
-    output = os.open(log / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    """Runs one job in ranks of this process; exits with 0, 1 (failed: log/failure.json) or a rank's code."""
+    os.setsid()  # a Ctrl-C of the terminal reaches the sweep alone, which forwards it once
+    os.environ.update(environment)  # the fork server has that of the sweep's start
+    rank_log.redirect(folder / "log" / "output.txt")
     if cores:
         os.sched_setaffinity(0, cores)
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    threading.Thread(target=_end_with_parent, daemon=True, name="watchdog").start()
+    threading.Thread(target=_end_with_sweep, daemon=True, name="watchdog").start()
     try:
-        launch(job, folder)
+        launch.launch(job, folder)
     except Stopped as stopped:
         raise SystemExit(stopped.code) from None
     except KeyboardInterrupt:  # before the ranks were up
@@ -235,8 +243,9 @@ def supervise(job: Job, folder: Path, cores: list[int], gpus: list[str], environ
 
 
 def leave_failure(folder: Path, error: Exception) -> None:
-    """Leaves what ended a job in its folder: log/failure.json (a sentence), log/traceback.txt, and status
+    """Writes why a job failed to its folder: log/failure.json (a sentence), log/traceback.txt, and status
     failed."""
+    # a WorkerError has both; the traceback of this process shows nothing of the rank's
     trace = getattr(error, "traceback", "") or "".join(traceback.format_exception(error))
     sentence = getattr(error, "sentence", "") or (
         str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -252,8 +261,8 @@ def leave_failure(folder: Path, error: Exception) -> None:
     say(f"mft: this job failed: {error}", sys.stderr)
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _end_with_sweep() -> None:
+    sweep = multiprocessing.parent_process()
+    assert sweep is not None
+    sweep.join()
     os._exit(UNSAVED)

@@ -81,8 +81,8 @@ def test_a_run_trains_on_what_was_checked_or_not_at_all(
     content = changed.read_bytes()
     changed.write_bytes(content + b"\n")
     with pytest.raises(UserError, match=sentence):
-        launch(later, tmp_path / "later", say=lambda text: None)
+        launch(later, tmp_path / "later")
     assert not (tmp_path / "later" / "report" / "data.json").exists()
     assert not (tmp_path / "later" / "metrics.jsonl").exists()
     changed.write_bytes(content)
-    assert launch(later, tmp_path / "later", say=lambda text: None)["status"] == "finished"
+    assert launch(later, tmp_path / "later")["status"] == "finished"

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from mft import cli
+from mft.launch import worker
 from mft.launch.placement import detect_rank
-from mft.launch.worker import placed_rank_main
 from tests.launch import entries
 
 
@@ -18,7 +18,8 @@ def command(arguments: list[str]) -> None:
     """A command of `mft`, so that errors are rendered the way they are there."""
     run_dir, entry = arguments
     detect_rank()
-    placed_rank_main(Path(run_dir) / "log", getattr(entries, entry), (run_dir,))
+    worker.run_job = getattr(entries, entry)
+    worker.placed_rank_main(Path(run_dir))
 
 
 if __name__ == "__main__":

@@ -6,17 +6,17 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mft.errors import UserError
-from mft.files.json_file import read_json, write_json
+from mft.files.json_file import Values, read_json, write_json
 from mft.launch import failures
 from mft.launch.failures import (
     HOST_GONE,
     LOST_CONNECTION,
     ROOT,
+    HostGone,
     WorkerError,
     causal_distance,
     cause_elsewhere,
@@ -33,10 +33,6 @@ LOST = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:3000")
 
 class DistBackendError(RuntimeError):
     """Named as torch's own."""
-
-
-def reported(error: BaseException) -> dict[str, Any]:
-    return {"type": type(error).__name__, "message": str(error)}
 
 
 def write(log: Path, rank: int, error: BaseException, seconds: float = 0.0) -> Path:
@@ -59,8 +55,10 @@ def write(log: Path, rank: int, error: BaseException, seconds: float = 0.0) -> P
     ],
 )
 def test_a_lost_connection_is_further_from_the_cause_than_a_failure(error: Exception, distance: int) -> None:
-    assert causal_distance(reported(error)) == distance
-    assert ROOT < causal_distance({"type": "HostGone", "message": ""}) == HOST_GONE < LOST_CONNECTION
+    assert ROOT < HOST_GONE < LOST_CONNECTION
+    for kind, expected in ((error, distance), (HostGone("host 1 is gone"), HOST_GONE)):
+        report = Values({"type": type(kind).__name__, "message": str(kind)})
+        assert causal_distance(report) == expected
 
 
 def test_reports_are_ordered_by_their_distance_and_then_by_time(tmp_path: Path) -> None:
@@ -72,18 +70,9 @@ def test_reports_are_ordered_by_their_distance_and_then_by_time(tmp_path: Path) 
 
 
 def test_a_host_that_was_cut_off_does_not_take_itself_for_gone(tmp_path: Path) -> None:
-    report = {
-        "rank": -1,
-        "time": 1.0,
-        "type": "HostGone",
-        "message": "host 1 is gone",
-        "user": True,
-        "gone": [1],
-    }
-    write_json(tmp_path / "host0.error.json", report)
-    assert len(reports_in(tmp_path, host=0)) == len(reports_in(tmp_path)) == 1 and not reports_in(
-        tmp_path, host=1
-    )
+    write_report(tmp_path / "host0.error.json", HostGone("host 1 is gone"), rank=-1, time=1.0, gone=[1])
+    assert len(reports_in(tmp_path, host=0)) == len(reports_in(tmp_path)) == 1
+    assert not reports_in(tmp_path, host=1)
 
 
 def test_the_rank_that_failed_first_is_the_failure_of_all(tmp_path: Path) -> None:

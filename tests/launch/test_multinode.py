@@ -18,9 +18,10 @@ import pytest
 from mft.config.schema import Launch, LaunchMode
 from mft.distributed.accelerator import free_port
 from mft.errors import UserError
-from mft.launch import multinode
+from mft.launch import node_group
 from mft.launch.failures import WorkerError
-from mft.launch.multinode import NodeGroup, join
+from mft.launch.multinode import join
+from mft.launch.node_group import NodeGroup
 from mft.launch.spawn import spawn
 from tests.launch import entries
 
@@ -87,13 +88,13 @@ def test_hosts_that_run_different_things_are_refused_on_each() -> None:
 def test_a_number_given_twice_is_refused() -> None:
     port = free_port()
     calls = [lambda: join(static(port, 0), FACTS), *[lambda: join(static(port, 1), FACTS)] * 2]
-    assert sum("launch.node_rank=1 was given on two hosts" in str(result) for result in both(*calls)) == 1
+    assert sum("launch.node_rank=1 is set on two hosts" in str(result) for result in both(*calls)) == 1
 
 
 def test_a_folder_that_only_host_0_sees_is_refused_on_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(multinode, "VISIBLE_SECONDS", 1.0)
+    monkeypatch.setattr(node_group, "VISIBLE_SECONDS", 1.0)
     zero, one = two()
     there, here = tmp_path / "there", tmp_path / "here"
     here.mkdir()
@@ -108,14 +109,14 @@ def test_a_folder_that_only_host_0_sees_is_refused_on_all(
         return [[str(here), values[0][1]], values[1]] if key == "folder" else values
 
     errors = both(lambda: zero.share_folder(there), share)
-    assert all("must lie on a file system that all hosts share" in str(error) for error in errors)
+    assert all("must be on a file system that all hosts share" in str(error) for error in errors)
     both(zero.close, one.close)
 
 
 def test_a_host_that_ends_or_falls_silent_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multinode, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(node_group, "BEAT_SECONDS", 0.1)
     zero, one = two(lost_seconds=2)
-    zero.watch(tmp_path)
+    zero.log = tmp_path
     one._closed.set()  # its threads stop without a word
     end = time.monotonic() + 10
     while not (tmp_path / "host0.error.json").exists():
@@ -142,7 +143,7 @@ def test_a_host_that_ends_or_falls_silent_is_noticed(tmp_path: Path, monkeypatch
         (Launch(nnodes=2, node_rank=0, main_address="192.0.2.1"), "must be an address of host 0"),
         (
             Launch(nnodes=2, node_rank=1, main_address="nowhere.invalid"),
-            "this machine knows no host nowhere.invalid",
+            "unknown host nowhere.invalid",
         ),
         (
             Launch(nnodes=2, node_rank=1, main_address="127.0.0.1", main_port=1),
@@ -165,7 +166,7 @@ def test_a_host_that_ends_or_falls_silent_is_noticed(tmp_path: Path, monkeypatch
             Launch(
                 nnodes=2, node_rank=0, main_address="127.0.0.1", main_port=free_port(), local_addr="192.0.2.1"
             ),
-            "launch.local_addr=192.0.2.1: must be an address of this machine",
+            "launch.local_addr=192.0.2.1 must be an address of this machine",
         ),
     ],
 )

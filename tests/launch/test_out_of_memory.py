@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from mft.launch.out_of_memory import explain
 
-CFG = {
-    "train": {"per_device_batch_size": 8, "per_device_eval_batch_size": 16},
-    "data": {"seq_length": 4096},
-    "model": {"gradient_checkpointing": "true"},
-    "peft": {"_target_": "mft.model.peft.qlora.QLora"},
-    "dist": {"_target_": "mft.distributed.ddp.Single"},
-}
+CFG = OmegaConf.create(
+    {
+        "train": {"per_device_batch_size": 8, "per_device_eval_batch_size": 16},
+        "data": {"seq_length": 4096},
+        "model": {"gradient_checkpointing": "true"},
+        "peft": {"_target_": "mft.model.peft.qlora.QLora"},
+        "dist": {"_target_": "mft.distributed.ddp.Single"},
+    }
+)
 
 
 def from_the_allocator() -> RuntimeError:

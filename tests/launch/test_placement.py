@@ -11,13 +11,7 @@ from mft import hardware
 from mft.errors import UserError
 from mft.launch.placement import RankInfo, detect_rank, ranks
 
-
-@pytest.fixture(autouse=True)
-def not_placed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [
-        name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    ]:
-        monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("not_placed")
 
 
 def test_a_process_knows_where_it_was_placed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,9 +27,9 @@ def test_a_process_knows_where_it_was_placed(monkeypatch: pytest.MonkeyPatch) ->
     for name, value in (slurm | {"STEP_TASKS_PER_NODE": "4(x2)"}).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     try:
-        assert detect_rank() == RankInfo(5, 1, 8) and ranks(3) == 8
+        assert detect_rank() == RankInfo(5, 8) and ranks(3) == 8
         assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu03", "22345")
-        assert os.environ["LOCAL_WORLD_SIZE"] == "4"
+        assert (os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("1", "4")
     finally:
         for name in (
             set(os.environ) - set(before) - {f"SLURM_{key}" for key in (*slurm, "STEP_TASKS_PER_NODE")}

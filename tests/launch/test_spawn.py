@@ -20,14 +20,7 @@ from mft.launch.spawn import loopback, spawn
 from tests.launch import entries
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def not_placed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [
-        name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    ]:
-        monkeypatch.delenv(name)
+pytestmark = pytest.mark.usefixtures("not_placed")
 
 
 def run(folder: Path, entry: Callable[[str], None], nproc: int = 2) -> None:

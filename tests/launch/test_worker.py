@@ -1,20 +1,13 @@
-"""One rank: what it relies on in torch, and what it refuses."""
+"""One rank: what it refuses."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 
 from mft.errors import UserError
 from mft.launch.worker import main, run_job
-
-
-def test_the_private_part_of_torch_that_a_rank_asks_is_there() -> None:
-    assert torch.cuda._is_in_bad_fork() is False, (
-        "mft.launch.worker: torch has moved it; see its release notes"
-    )
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

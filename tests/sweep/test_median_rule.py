@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.run_folder import RunStatus
-from mft.sweep.median_rule import should_prune
-from mft.sweep.pool import SweepJob
+from mft.sweep.pool import SweepJob, should_prune
 
 
 def job(number: int, values: dict[int, float], state: RunStatus = RunStatus.running) -> SweepJob:

@@ -45,9 +45,9 @@ def test_a_job_reads_what_was_logged_since_the_last_time(tmp_path: Path) -> None
         {"step": 10, "valid/loss": 2.0},
     ]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert job.update() and (job.step, job.total_steps, job.value, job.best) == (10, 30, 2.0, 2.0)
+    assert job.update() and (job.step, job.total_steps, job.best) == (10, 30, 2.0)
     assert not job.update()
     with metrics.open("a") as file:
         file.write('{"step": 20, "valid/loss": 2.5}\n{"step": 30, "val')  # the last row is not written yet
-    assert job.update() and (job.step, job.value, job.best) == (20, 2.5, 2.0)
-    assert [job.best_until(step) for step in (-1, 0, 15, 30)] == [None, 3.0, 2.0, 2.0]
+    assert job.update() and (job.step, job.best) == (20, 2.0)
+    assert job.values == {0: 3.0, 10: 2.0, 20: 2.5}

@@ -1,14 +1,34 @@
-"""The store that the hosts and ranks of a run share: torch's TCPStore, served by one process of them."""
+"""Network addresses of this machine, and the TCPStore that the hosts and ranks of a run share."""
 
 from __future__ import annotations
 
 import socket
 import time
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import Store, TCPStore
+
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Variables that name the network interface over which ranks talk."""
 
 
-def listening_store(address: str, port: int = 0) -> Any:
+def interfaces() -> dict[str, str]:
+    """Returns {address: name of its network interface} of this machine."""
+    import psutil
+
+    return {item.address: name for name, items in psutil.net_if_addrs().items() for item in items}
+
+
+def route(address: str, port: int) -> str:
+    """Returns the address from which this machine reaches another one; sends nothing."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, port))
+        return str(probe.getsockname()[0])
+
+
+def serve_store(address: str, port: int = 0) -> TCPStore:
     """Returns a TCPStore that listens on this one address; torch by itself would listen on every interface.
 
     port: 0 for one that the kernel picks. Raises OSError where it cannot listen there.
@@ -23,14 +43,15 @@ def listening_store(address: str, port: int = 0) -> Any:
     except OSError:
         listener.close()
         raise
-    port, minutes = listener.getsockname()[1], timedelta(minutes=15)
-    descriptor = listener.detach()
+    port = listener.getsockname()[1]
+    descriptor = listener.detach()  # the store closes it, so the socket object must not
+    minutes = timedelta(minutes=15)
     return TCPStore(
         address, port, is_master=True, wait_for_workers=False, timeout=minutes, master_listen_fd=descriptor
     )
 
 
-def connect(address: tuple[str, int]) -> Any:
+def connect(address: tuple[str, int]) -> Store:
     """Returns a connection to the store that another process, or this one, serves."""
     from torch.distributed import PrefixStore, TCPStore
 
@@ -39,10 +60,9 @@ def connect(address: tuple[str, int]) -> Any:
 
 
 def await_listener(address: str, port: int, seconds: float) -> OSError | None:
-    """Waits until somebody listens there; returns what connecting failed of where nobody does in time.
+    """Waits until a process listens there; returns the last refusal where none does in time.
 
-    torch's own wait for a store is not interrupted by Ctrl-C, and prints a page of C++ frames when it is
-    over.
+    torch's own wait for a store does not react to Ctrl-C, and prints a page of C++ frames when it times out.
     """
     deadline = time.monotonic() + seconds
     while True:
