@@ -78,7 +78,9 @@ def build(
                 write(temporary, task, encoder, settings)
                 if task.fingerprint(cache_dir) != contents:  # the store would bear the name of other rows
                     paths = ", ".join(task.paths)
-                    raise UserError(f"task.{task.name}: {paths} changed while being read; start again")
+                    raise UserError(
+                        f"task.{task.name}: its files have changed while they were read ({paths}); start again"
+                    )
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
