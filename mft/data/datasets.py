@@ -74,8 +74,8 @@ def dataset(
         name, row_format = task.find_format()
         if not isinstance(row_format, Text):
             raise UserError(
-                f"task.{task.name}: data=concat would cut its conversations ({name}) anywhere; it is for "
-                "plain text (the field `text`). Choose data=pack or data=pad."
+                f"task.{task.name}: its rows are conversations ({name}), which data=concat would cut; "
+                "it is for plain text (the field `text`). Choose data=pack or data=pad."
             )
     encoder = Encoder(tokenizer, template)
     stores = [prepare(task, encoder, settings, cache_dir, first) for task in chosen]

@@ -77,10 +77,8 @@ def build(
                 temporary.mkdir()
                 write(temporary, task, encoder, settings)
                 if task.fingerprint(cache_dir) != contents:  # the store would bear the name of other rows
-                    paths = ", ".join(task.paths)
-                    raise UserError(
-                        f"task.{task.name}: its files have changed while they were read ({paths}); start again"
-                    )
+                    changed = f"its files have changed while they were read ({', '.join(task.paths)})"
+                    raise UserError(f"task.{task.name}: {changed}; start again")
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
