@@ -28,7 +28,7 @@ def setting() -> tuple[Callable[[str], None], int]:
     from mft.batch import StepCounts
     from mft.config.build import build
     from mft.config.compose import compose_resolved
-    from mft.config.schema import fast_precision
+    from mft.config.schema import resolve_precision
     from mft.data.cache.store import Samples, prepare
     from mft.data.packing import Pack
     from mft.data.sampler import Sampler
@@ -42,7 +42,7 @@ def setting() -> tuple[Callable[[str], None], int]:
     from mft.model.token_loss import TokenLoss
 
     cfg = compose_resolved(["experiment=demo"])
-    precision = fast_precision().value
+    precision = resolve_precision("auto").value
     family, peft = build(cfg.model), build(cfg.peft)
     tokenizer = family.tokenizer()
     tasks = all_tasks({name: build(cfg.task[name]) for name in cfg.task}, [])

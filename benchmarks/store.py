@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 SEQ_LENGTH = 1024
-ROUNDS, COPIES = 3, 6  # of the demo's 4,244 rows: 6 million tokens a round and encoder
+ROUNDS, COPIES = 3, 6  # of the demo's rows: 6 million tokens a round and encoder
 MIXTURE_TASKS, MIXTURE_SAMPLES = 5, 200_000
 SHORT_SAMPLES = 2_000_000
 
@@ -32,10 +32,9 @@ SHORT_SAMPLES = 2_000_000
 def demo() -> Path:
     """Returns the demo's folder; its tokenizer and rows are the input."""
     from mft.config.schema import default_cache_dir
-    from mft.demo import folder, made
+    from mft.demo import make
 
-    made(Path(default_cache_dir()))
-    return folder(Path(default_cache_dir()))
+    return make(Path(default_cache_dir()), print)
 
 
 def resident() -> float:

@@ -1,4 +1,23 @@
-"""The `mft` command: its verbs, and how errors are printed. A verb is imported when it is typed."""
+"""mft: fine-tune large language models on several tasks at once
+
+commands:
+  mft train [KEY=VALUE …]         compose a run from conf/, check it, run it   (-m sweeps, --cfg job prints)
+  mft data report [KEY=VALUE …]   what becomes of every task's rows (also: show, prepare)
+  mft sweep resume DIR            resume an interrupted sweep
+  mft runs [DIR …]                runs and sweeps: state, age, best loss, folder
+  mft show RUN                    a run's config beside the defaults, its losses, its files
+  mft compare DIR                 ranked table and HTML report of a sweep (or of an MLflow experiment)
+  mft tracking sync [DIR …]       send what MLflow has missed; mark runs that were killed
+  mft merge RUN                   merge a run's adapter into its base model, and check the logits
+  mft merge --base … --adapter … --out …
+  mft convert FOLDER              write a model's pickled weights as safetensors
+  mft convert model=qwen model.path=… --out …  write an original checkpoint as a native folder
+  mft generate RUN "a question"   answer a prompt, encoded as in training
+  mft demo                        make the demo's model and its five code tasks, once, in the cache folder
+  mft completion bash|zsh|fish    print a script that completes all of this on the Tab key
+
+mft COMMAND --help explains every flag. Start here: mft demo && mft train experiment=demo
+"""
 
 from __future__ import annotations
 
@@ -13,26 +32,8 @@ from mft.console.screen import guard_logs, say
 from mft.console.streams import steady, unread
 from mft.errors import UserError, full_disk, nearest, no_path, shortened
 
-HELP = """\
-mft: fine-tune large language models on several tasks at once
-
-  mft train [KEY=VALUE …]         compose a run from conf/, check it, run it   (-m sweeps, --cfg job prints)
-  mft data report [KEY=VALUE …]   what becomes of every task's rows (also: show, the samples; prepare, tokenise now)
-  mft sweep resume DIR            resume an interrupted sweep
-  mft runs [DIR …]                runs and sweeps: state, age, best loss, folder
-  mft show RUN                    a run's config beside the defaults, its losses, its files
-  mft compare DIR                 ranked table and HTML report of a sweep (or of an MLflow experiment)
-  mft tracking sync [DIR …]       send what MLflow has missed; mark runs that were killed
-  mft merge RUN                   merge a run's adapter into its base model, and check the logits
-  mft merge --base … --adapter … --out …
-  mft convert FOLDER              write a model's pickled weights as safetensors
-  mft convert model=qwen model.path=… --out …  write an original checkpoint as a native folder
-  mft generate RUN "a question"   answer a prompt, encoded as in training
-  mft demo                        make the demo's model and its five code tasks, once, in the cache folder
-  mft completion bash|zsh|fish    print a script that completes all of this on the Tab key
-
-  mft COMMAND --help explains every flag. Start here: mft demo && mft train experiment=demo
-"""
+HELP = __doc__ or ""
+"""What `mft --help` prints. The verbs below are imported when they are typed, so that it waits for none."""
 
 COMMANDS = {
     "train": "mft.commands.train:command",
@@ -80,11 +81,8 @@ def dispatch(args: list[str]) -> None:
     except FileNotFoundError:
         fail("The current folder no longer exists; change to another one.", 2)
     if args[0] not in COMMANDS:
-        fail(
-            f"unknown command {shortened(args[0])}{nearest(args[0], COMMANDS) or '.'} Commands: "
-            f"{', '.join(COMMANDS)}.",
-            2,
-        )
+        hint = nearest(args[0], COMMANDS) or "."
+        fail(f"unknown command {shortened(args[0])}{hint} Commands: {', '.join(COMMANDS)}.", 2)
     module, _, function = COMMANDS[args[0]].partition(":")
     try:
         getattr(importlib.import_module(module), function)(args[1:])
@@ -95,9 +93,8 @@ def dispatch(args: list[str]) -> None:
     except Exception as error:
         if refusal := full_disk(error) or no_path(error):
             fail(str(refusal), refusal.exit_code)
-        if (
-            type(error).__name__ != "WorkerError"
-        ):  # which carries the traceback of the rank that failed, not ours
+        # A WorkerError carries the traceback of the rank that failed; that of this process would hide it.
+        if type(error).__name__ != "WorkerError":
             raise
         fail(str(error))
     except KeyboardInterrupt as stopped:

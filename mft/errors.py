@@ -47,35 +47,6 @@ def nearest(value: object, allowed: Iterable[object]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-REFUSALS = (
-    (r"could not be converted to Integer", "must be an integer"),
-    (r"could not be converted to Float", "must be a number"),
-    (r"is not a valid bool", "must be true or false"),
-    (r"(Cannot convert '\w+' to string|could not be converted to String)", "must be a string"),
-    (
-        r"(Invalid value assigned|DictConfig with ListConfig|Cannot assign \w+ to ListConfig)",
-        "must be a list, such as [a,b]",
-    ),
-    (
-        r"(is not a DictConfig|Cannot assign \w+ to DictConfig|to DictConfig)",
-        "must be a mapping, such as {a: 1}",
-    ),
-    (r"(is not Optional|None to non-optional)", "must not be null"),
-    (r"is not a subclass of str", "must be a string"),
-    (r"(is not a subclass of [A-Z]|to Dict\[)", "must be a mapping, such as {a: 1}"),
-    (r"does not support deletion", "a setting cannot be removed; leave it as it is, or give it a value"),
-)
-"""What the config's schema says of a value that it refuses → how a person reads it."""
-
-
-def plainly(refusal: str) -> str:
-    """Returns what the config's schema says of a value, as a person reads it: "must be an integer"."""
-    if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", refusal):
-        given, options = match.groups()
-        return f"must be one of {options}{nearest(given, options.split(', '))}"
-    return next((said for pattern, said in REFUSALS if re.search(pattern, refusal)), refusal)
-
-
 def writable(folder: Path, key: str) -> Path:
     """Returns a folder, made where it is not there; UserError names its config key where nothing can be
     written."""
@@ -103,21 +74,16 @@ def full_disk(error: BaseException, folder: Path | None = None) -> UserError | N
     already."""
     if isinstance(error, UserError) or not is_full_disk(error):
         return None
-    what = getattr(error, "filename", None) or (f"a file in {folder}" if folder else "a file")
-    refusal = UserError(
-        f"The disk is full: {what} could not be written. Make room; the same command then resumes."
-    )
+    file = getattr(error, "filename", None) or (f"a file in {folder}" if folder else "a file")
+    refusal = UserError(f"The disk is full: {file} cannot be written. Make room; the same command resumes.")
     refusal.exit_code = 1
     return refusal
 
 
-UNREACHABLE = (errno.ENAMETOOLONG, errno.ELOOP)
-"""What the system says of paths that lead nowhere, on any machine."""
-
-
 def no_path(error: BaseException) -> UserError | None:
-    """Returns the sentence for a path that no file system takes, None for any other error."""
-    if not isinstance(error, OSError) or error.errno not in UNREACHABLE:
+    """Returns the sentence for a path that no file system accepts, None for any other error."""
+    # What the system says of paths that lead nowhere, on any machine.
+    if not isinstance(error, OSError) or error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
         return None
     return UserError(f"{shortened(str(error.filename or ''))[1:-1] or 'a path'}: {error.strerror}.")
 
@@ -132,7 +98,7 @@ def shortened(value: object, limit: int = 80) -> str:
 
 
 LARGEST = 2**63 - 1
-"""What counters, seeds and offsets hold."""
+"""Largest integer: counters, seeds and offsets have 64 bits."""
 
 BOUNDS = {
     "min": ("at least", lambda value, bound: value >= bound),
@@ -153,18 +119,15 @@ def check_ranges(settings: Any, path: str) -> None:
     config."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and not _within(value, field.metadata)
-        ):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not _within(value, field.metadata):
             null = ", or null" if "None" in str(field.type) or "Optional" in str(field.type) else ""
-            shown = shortened(value, 40)
-            raise UserError(f"{path}.{field.name}={shown} must be {_described(value, field.metadata)}{null}.")
+            described = _described(value, field.metadata)
+            raise UserError(f"{path}.{field.name}={shortened(value, 40)} must be {described}{null}.")
 
 
 def _within(value: float, bounds: Mapping[str, float]) -> bool:
-    if isinstance(value, int) and abs(value) > LARGEST:
+    if isinstance(value, int) and abs(value) > LARGEST:  # first, since a float does not hold all integers
         return False
     return math.isfinite(value) and all(BOUNDS[name][1](value, bound) for name, bound in bounds.items())
 
@@ -172,12 +135,22 @@ def _within(value: float, bounds: Mapping[str, float]) -> bool:
 def _described(value: float, bounds: Mapping[str, float]) -> str:
     """Returns "at least 0 and less than 1"; of a number that nothing takes also that it must be finite, or
     smaller."""
-    if not math.isfinite(value):
-        return " and ".join([*_listed(bounds), "finite"])
-    too_large = isinstance(value, int) and value > LARGEST and not {"max", "below"} & set(bounds)
-    listed = _listed({**bounds, "max": LARGEST} if too_large else bounds)
-    return " and ".join(listed) or f"between -{LARGEST} and {LARGEST}"
+    if isinstance(value, int) and value > LARGEST and not {"max", "below"} & set(bounds):
+        bounds = {**bounds, "max": LARGEST}
+    phrases = [f"{words} {bounds[name]}" for name, (words, _) in BOUNDS.items() if name in bounds]
+    if isinstance(value, float) and not math.isfinite(value):
+        phrases.append("finite")
+    return " and ".join(phrases) or f"between -{LARGEST} and {LARGEST}"
 
 
-def _listed(bounds: Mapping[str, float]) -> list[str]:
-    return [f"{words} {bounds[name]}" for name, (words, _) in BOUNDS.items() if name in bounds]
+def check_choice(key: str, value: object, allowed: Iterable[object]) -> None:
+    """Raises UserError unless a value is one of those allowed, as they are written in yaml (None is null)."""
+    names = ["null" if option is None else str(option) for option in allowed]
+    text = "null" if value is None else str(value)
+    if text not in names:
+        raise UserError(f"{key}={value!r} is not one of {', '.join(names)}{nearest(text, names)}")
+
+
+def nearest_sibling(path: Path) -> str:
+    """Returns "; did you mean X?" for what lies beside a path that does not exist, or ""."""
+    return nearest(path, path.parent.iterdir() if path.parent.is_dir() else ())

@@ -1,6 +1,6 @@
-"""What this machine has: GPUs, and whether it computes in bf16; and libraries that talk about what it lacks.
+"""GPUs and bf16 support of this machine, and silencing of library warnings about hardware it lacks.
 
-torch is imported only where there is a GPU.
+Imports torch only on machines with a GPU.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ AVX2."""
 
 
 def quiet_without_gpu() -> None:
-    """Keeps libraries, while they are imported, from warning of what they could use on another machine."""
-    # of a package with CPU kernels
+    """Keeps libraries from warning on import about hardware that this machine lacks."""
+    # it recommends a package with CPU kernels
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not any(path.exists() for path in DRIVERS):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed says that it found nothing better
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no accelerator
 
 
 def quiet_libraries() -> None:
-    """Silences what libraries print on every start and a person can do nothing about; errors stay."""
+    """Silences library messages that appear on every start and that users cannot act on; errors stay."""
     quiet_without_gpu()
     import transformers
 
@@ -38,7 +38,7 @@ def quiet_libraries() -> None:
 
 
 def visible_gpus() -> int:
-    """Returns the number of GPUs that CUDA would show; CUDA_VISIBLE_DEVICES counts."""
+    """Returns the number of GPUs that CUDA shows, honouring CUDA_VISIBLE_DEVICES."""
     if not any(path.exists() for path in DRIVERS) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return 0
     import torch
@@ -47,7 +47,7 @@ def visible_gpus() -> int:
 
 
 def computes_in_bf16() -> bool:
-    """Whether the GPUs, or without any the CPU, have bf16 arithmetic of their own."""
+    """Whether the GPUs, or the CPU if there are none, have native bf16 arithmetic."""
     if visible_gpus():
         import torch
 

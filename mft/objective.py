@@ -1,5 +1,5 @@
-"""How a validation is judged: the number by which `train.best`, early stopping, sweeps and `mft compare`
-go."""
+"""The objective: the number by which `train.best`, early stopping, sweeps and `mft compare` rank
+validations."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def criterion(losses: Mapping[str, float], best: str, weights: Mapping[str, floa
         total = sum(weights[name] for name in losses)
         if not total > 0:
             raise UserError(
-                "train.best=weighted: every task with validation samples has weight 0; use train.best=mean."
+                "train.best=weighted: all tasks with validation samples have weight 0; use train.best=mean."
             )
+        # A task of weight 0 is left out, since its loss may be infinite, and 0 x inf is NaN.
         return sum(weights[name] * loss for name, loss in losses.items() if weights[name]) / total
     if best not in losses:
         raise UserError(
@@ -58,4 +59,5 @@ def criterion(losses: Mapping[str, float], best: str, weights: Mapping[str, floa
 
 def perplexity(loss: float) -> float:
     """Returns exp(loss in nats per token), inf where that is beyond a float."""
+    # math.exp raises OverflowError above 709.78.
     return math.exp(loss) if loss < 709 else math.inf

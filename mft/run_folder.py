@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -45,19 +46,15 @@ class RunStatus(StrEnum):
 
 def plugins_of(folder: Path, record: str = "overrides.json") -> list[str]:
     """Returns the packages that were named with --plugin for a run, or with its record for a sweep."""
-    found = read_json(folder / record).get("plugins", [])
-    return [package for package in found if isinstance(package, str)] if isinstance(found, list) else []
+    return read_json(folder / record).texts("plugins")
 
 
 def status(run_dir: Path) -> RunStatus:
     """Returns the status that a run wrote into its summary: finished, stopped or failed; unfinished without
     one."""
     written = read_json(run_dir / "summary.json").text("status")
-    return (
-        RunStatus(written)
-        if written in (RunStatus.finished, RunStatus.stopped, RunStatus.failed)
-        else RunStatus.unfinished
-    )
+    by_itself = (RunStatus.finished, RunStatus.stopped, RunStatus.failed)
+    return RunStatus(written) if written in by_itself else RunStatus.unfinished
 
 
 def state(run_dir: Path) -> RunStatus:
@@ -65,6 +62,7 @@ def state(run_dir: Path) -> RunStatus:
     if is_locked(run_dir):
         return RunStatus.running
     written = status(run_dir)
+    # Written by the sweep once the job has ended; the job's own summary says `stopped`.
     if written is not RunStatus.finished and (run_dir / "pruned.json").exists():
         return RunStatus.pruned
     return RunStatus.killed if written is RunStatus.unfinished else written
@@ -84,33 +82,30 @@ def metric_rows(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]
     except OSError:
         return [], 0
     rows = []
-    whole = text[: text.rfind(b"\n") + 1]
-    for line in whole.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
-    return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int], offset + len(
-        whole
-    )
+    lines = text[: text.rfind(b"\n") + 1]  # the last one may be half written
+    for line in lines.splitlines():
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
+    return rows, offset + len(lines)
 
 
 def runs_under(folder: Path) -> list[Path]:
     """Returns the run folders in a folder and below it (or the folder itself), oldest first."""
-    if (folder / "identity.json").exists():
-        return [folder]
-    found = []
+    runs = []
     for path, folders, files in os.walk(folder):
         if "identity.json" in files:
-            found.append(Path(path))
-            folders.clear()
+            runs.append(Path(path))
+            folders.clear()  # a run has none below it
         else:
             folders[:] = [name for name in folders if not name.startswith(".")]
-    return sorted(found, key=lambda run: (run / "identity.json").stat().st_mtime)
+    return sorted(runs, key=lambda run: (run / "identity.json").stat().st_mtime)
 
 
 def lock(run_dir: Path) -> FileLock:
     """Takes the run folder for this process; UserError when another process is writing it, or none can."""
+    # The system releases it when the process ends, however it ends: no stale lock is left.
     taken = FileLock(writable(run_dir, "output_dir") / LOCK)
     try:
         taken.acquire(timeout=0)
@@ -123,12 +118,10 @@ def lock(run_dir: Path) -> FileLock:
 
 def is_locked(folder: Path) -> bool:
     """Whether a process is writing the run folder."""
-    if not (folder / LOCK).exists():
+    if not (folder / LOCK).exists():  # to try it would make the file
         return False
-    probe = FileLock(folder / LOCK)
     try:
-        probe.acquire(timeout=0)
+        with FileLock(folder / LOCK, timeout=0):
+            return False
     except Timeout:
         return True
-    probe.release()
-    return False

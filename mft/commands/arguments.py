@@ -7,12 +7,14 @@ config. A word after `--` is taken as it is, so that `mft generate RUN -- --help
 from __future__ import annotations
 
 import argparse
+import functools
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mft.console.screen import say
 from mft.errors import UserError, nearest, shortened
@@ -38,17 +40,18 @@ class Value:
     """Its place in the help: N, DIR, …"""
 
     read: Callable[[str], Any] = str
-    """Turns the text into the value; ValueError where it cannot."""
+    """Turns the text into the value; ValueError or KeyError where it cannot."""
 
     allowed: tuple[str, ...] = ()
     """All values, where they are few; () for any."""
 
+    # argparse calls it as `type`; it keeps the words of an ArgumentTypeError, and of no other error.
     def __call__(self, text: str) -> Any:
         try:
             if self.allowed and text not in self.allowed:
                 raise ValueError
             return self.read(text)
-        except ValueError:
+        except (ValueError, KeyError):
             hint = nearest(text, self.allowed) or "."
             raise argparse.ArgumentTypeError(f"needs {self.expects}, got {shortened(text)}{hint}") from None
 
@@ -56,12 +59,6 @@ class Value:
 def one_of(metavar: str, *allowed: str) -> Value:
     """Returns the value that is one of a few words."""
     return Value(f"one of {', '.join(allowed)}", metavar, allowed=allowed)
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
 
 
 def _count(text: str) -> int:
@@ -76,120 +73,93 @@ FILE = Value("a file", "FILE", Path)
 INTEGER = Value("a whole number such as 4", "N", int)
 COUNT = Value("a whole number from 1", "N", _count)
 NUMBER = Value("a number such as 0.5", "X", float)
-BOOLEAN = Value("true or false", "true|false", _boolean)
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    columns = min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns)
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=columns)
+BOOLEAN = Value("true or false", "true|false", lambda text: {"true": True, "false": False}[text.lower()])
+PLUGIN = Value("the name of a Python package, for example --plugin mypkg", "PACKAGE")
 
 
 class Parser(argparse.ArgumentParser):
     """The command line of one verb.
 
-    words: what stands beside the flags, for the usage line; examples: commands with what they do; overrides:
-    whether words are overrides of the config, so that a mistaken flag may have been meant as one; actions:
-    the verb's own subcommands, of which the first word is one.
+    words: what stands beside the flags, for the usage line; story: the help text, by custom the docstring of
+    the verb's module, whose last paragraph may be "examples:"; overrides: whether words are overrides of the
+    config, so that a mistaken flag may have been meant as one; actions: the verb's own subcommands, of which
+    the first word is one.
     """
 
     def __init__(
-        self,
-        verb: str,
-        words: str,
-        story: str,
-        examples: str = "",
-        overrides: bool = False,
-        actions: Sequence[str] = (),
+        self, verb: str, words: str, story: str | None, overrides: bool = False, actions: Sequence[str] = ()
     ):
+        description, examples, commands = (story or "").partition("\n\nexamples:\n")
+        columns = min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns)
+        layout = argparse.RawDescriptionHelpFormatter
         super().__init__(
             prog=f"mft {verb}",
             usage=f"mft {verb} {words}".rstrip(),
-            description=story,
-            epilog=f"examples:\n{examples}" if examples else None,
-            formatter_class=_formatter,
+            description=description,
+            epilog=(examples + commands).strip("\n"),
+            formatter_class=functools.partial(layout, max_help_position=30, width=columns),
             add_help=False,
-            allow_abbrev=False,  # a flag that is added later must not change what a script's abbreviation means
-            exit_on_error=False,
+            allow_abbrev=False,  # a flag added later must not change what a script's abbreviation means
+            exit_on_error=False,  # an error is raised, and gets our words in `_read`
         )
-        self.overrides = overrides
-        self.actions = tuple(actions)
-        self.flags: dict[str, argparse.Action] = {}
+        self.overrides, self.actions = overrides, tuple(actions)
+        # argparse's own table of actions by flag; private, but a copy would have to be kept in step with it.
+        self.flags: dict[str, argparse.Action] = self._option_string_actions
         self._formerly: set[str] = set()
         self.switch(*HELP_FLAGS, help="print this text")
 
     def switch(self, *names: str, help: str) -> None:
-        """Adds a flag without a value, False unless it is given."""
-        self._keep(self.add_argument(*names, action="store_true", help=help))
+        """Adds a flag without a value, False unless it is set."""
+        self.add_argument(*names, action="store_true", help=help)
 
     def option(
-        self, *names: str, takes: Value, help: str, default: Any = None, formerly: bool = False, **more: Any
+        self, names: str, takes: Value, help: str, default: Any = None, formerly: bool = False, **more: Any
     ) -> None:
-        """Adds a flag with a value. formerly: whether it was written key=value, which is still understood."""
+        """Adds a flag with a value.
+
+        names: separated by a space; formerly: whether it was written key=value, which is still understood.
+        """
         if takes.allowed:
             help += f": {takes.expects}"
         if default not in (None, ""):
             help += f" (default: {str(default).lower() if isinstance(default, bool) else default})"
-        action = self.add_argument(
-            *names, type=takes, default=default, metavar=takes.metavar, help=help.replace("%", "%%"), **more
-        )
-        self._keep(action)
+        help = help.replace("%", "%%")  # argparse fills in what follows a %, as printf does
+        more |= {"type": takes, "metavar": takes.metavar, "default": default}
+        self.add_argument(*names.split(), help=help, **more)
         if formerly:
-            self._formerly.add(action.dest)
-
-    def _keep(self, action: argparse.Action) -> None:
-        self.flags |= dict.fromkeys(action.option_strings, action)
+            self._formerly.add(names)
 
     def composing(self) -> None:
-        """Adds the flags of verbs that compose a config, or load what plug-ins bring."""
-        self.option(
-            "--config-dir",
-            "-cd",
-            takes=FOLDER,
-            action="append",
-            help="a folder of your own yaml files beside conf/ (task/mine.yaml, experiment/mine.yaml, …); repeatable",
-        )
+        """Adds the flags of verbs that compose a config."""
+        meaning = "a folder of your own yaml files beside conf/ (such as task/mine.yaml); repeatable"
+        self.option("--config-dir -cd", FOLDER, meaning, action="append")
         self.plugins()
 
     def plugins(self) -> None:
         """Adds --plugin."""
-        self.option(
-            "--plugin",
-            takes=Value("the name of a Python package, for example --plugin mypkg", "PACKAGE"),
-            action="append",
-            help="a Python package of your own components, which yaml files may then name; repeatable",
-        )
+        meaning = "a Python package of your own components, which yaml files may then name; repeatable"
+        self.option("--plugin", PLUGIN, meaning, action="append")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Returns the values of the flags, with what else was given as `words`.
+        """Returns the values of the flags, and all other arguments as `words`.
 
         Starts the plug-ins of --plugin. Raises HelpPrinted after --help, UserError for a mistake.
         """
-        at = arguments.index("--") if "--" in arguments else len(arguments)
-        before, after = list(arguments[:at]), list(arguments[at + 1 :])
+        # argparse hands out what follows -- among the words, where it cannot be told from a mistaken flag.
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        before, after = arguments[:end], arguments[end + 1 :]
         if set(HELP_FLAGS) & set(before):
             print(self.format_help(), end="")
             raise HelpPrinted
         parsed, rest = self._read([self._dashed(word) for word in before])
-        words: list[str] = []
-        former: list[str] = []
-        for word in rest:
-            if (
-                word.startswith("-")
-                and " " not in word
-                and not word.lstrip("-")[:1].isdigit()
-                and word != "-"
-            ):
-                raise UserError(self._unknown(word))
-            (former if self._is_former(word) else words).append(word)
+        former = {word: flag for word in rest if (flag := self._former_flag(word))}
         if former:
-            flags = [
-                f"--{key.replace('_', '-')}={value}"
-                for key, _, value in (word.partition("=") for word in former)
-            ]
-            note = f"{' '.join(former)}: the options of {self.prog} are flags now; write {' '.join(flags)}."
+            flags = " ".join(former.values())
+            note = f"{' '.join(former)}: the options of {self.prog} are flags now; write {flags}."
             say(f"mft: {note} The old spelling will be refused in a later release.", sys.stderr)
-            parsed, _ = self._read(flags, parsed)
-        parsed.words = [*words, *after]
+            parsed, _ = self._read(list(former.values()), parsed)
+        parsed.words = [word for word in rest if word not in former] + list(after)
+        # Before anything is composed or loaded: a yaml file, or a run's record, may name their classes.
         if "--plugin" in self.flags:
             from mft.config import plugins
 
@@ -200,20 +170,22 @@ class Parser(argparse.ArgumentParser):
         self, words: list[str], values: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         try:
-            return self.parse_known_args(words, values)
+            parsed, rest = self.parse_known_args(words, values)
         except argparse.ArgumentError as error:
-            flag = next(
-                (name for name in (error.argument_name or "").split("/") if name.startswith("--")), ""
-            )
-            takes = self.flags[flag].type if flag in self.flags else None
+            names = (error.argument_name or "").split("/")
+            flag = next((name for name in names if name.startswith("--")), "")
             message = error.message
-            if message.startswith("expected") and isinstance(
-                takes, Value
-            ):  # argparse's own words: no value was given
-                message = f"needs {takes.expects}."
-            elif message.startswith("ignored explicit argument"):  # argparse's own words: --dry-run=yes
+            # argparse's own words for a missing value, and for --dry-run=yes.
+            if message.startswith("expected"):
+                message = f"needs {getattr(self.flags[flag].type, 'expects', 'a value')}."
+            elif message.startswith("ignored explicit argument"):
                 message = f"takes no value, got{message.removeprefix('ignored explicit argument')}."
             raise UserError(f"{flag} {message}") from None
+        for word in rest:
+            # Neither a negative number nor a prompt such as "- a list".
+            if re.fullmatch(r"-+[^-\d ][^ ]*", word):
+                raise UserError(self._unknown(word))
+        return parsed, rest
 
     def _dashed(self, word: str) -> str:
         """Returns --max_new_tokens as --max-new-tokens, where that is a flag."""
@@ -221,19 +193,17 @@ class Parser(argparse.ArgumentParser):
         dashed = name.replace("_", "-")
         return f"{dashed}{equals}{value}" if dashed in self.flags else word
 
-    def _is_former(self, word: str) -> bool:
-        """Whether a word is an option in the former spelling; UserError for one that is nearly that."""
-        key, equals, _ = word.partition("=")
-        if not equals or not key.isidentifier() or not self._formerly:
-            return False
-        if key not in self._formerly and not self.overrides and (hint := nearest(key, self._flag_names())):
-            raise UserError(
-                f"{shortened(word)}: unknown option{hint} A word that is meant as it stands follows --."
-            )
-        return key in self._formerly
-
-    def _flag_names(self) -> list[str]:
-        return [f"--{dest.replace('_', '-')}" for dest in sorted(self._formerly)]
+    def _former_flag(self, word: str) -> str:
+        """Returns --top-p=0.5 for top_p=0.5, its former spelling, else ""; UserError for a typo."""
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            return ""
+        flag = f"--{key.replace('_', '-')}"
+        if flag in self._formerly:
+            return f"{flag}={value}"
+        if not self.overrides and (hint := nearest(key, sorted(self._formerly))):
+            raise UserError(f"{shortened(word)}: unknown option{hint} Put -- before a word to pass it as is.")
+        return ""
 
     def _unknown(self, flag: str) -> str:
         names = [name for name in self.flags if name.startswith("--") or name == "-m"]
@@ -244,7 +214,7 @@ class Parser(argparse.ArgumentParser):
         hint = nearest(flag, names) or "."
         return f"{self.prog} has no flag {shortened(flag)[1:-1]}{hint} Flags: {', '.join(names)}."
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         """Raises what argparse would print."""
         raise UserError(f"{self.prog}: {message}")
 
@@ -255,12 +225,10 @@ def action_of(parser: Parser, words: Sequence[str]) -> tuple[str, list[str]]:
     if not words:
         raise UserError(f"{parser.prog} needs a subcommand. Subcommands: {actions}.")
     if words[0] not in parser.actions:
-        hint = nearest(words[0], parser.actions)
-        if not hint and len(parser.actions) == 1:
-            hint = f"; did you mean {parser.prog} {actions} …?"
-        raise UserError(
-            f"{parser.prog}: unknown subcommand {shortened(words[0])}{hint or '.'} Subcommands: {actions}."
-        )
+        only = f"; did you mean {parser.prog} {actions} …?" if len(parser.actions) == 1 else "."
+        hint = nearest(words[0], parser.actions) or only
+        unknown = f"{parser.prog}: unknown subcommand {shortened(words[0])}{hint}"
+        raise UserError(f"{unknown} Subcommands: {actions}.")
     return words[0], list(words[1:])
 
 

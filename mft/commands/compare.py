@@ -1,4 +1,16 @@
-"""`mft compare`: runs of folders or of an MLflow experiment, ranked, in a table and an HTML report."""
+"""Rank runs by their lowest validation loss, and write a report with pictures.
+
+The runs are those in folders (multirun/<name>, one sweep, outputs/<name>) or of an MLflow experiment. Runs
+that differ by their seed alone are one setting; the spread between seeds says how far to trust the ranking.
+
+Of metrics called accuracy, f1, pass@1, tokens_per_second and the like the highest value is the best; --better
+decides for names that do not tell.
+
+examples:
+  mft compare multirun/demo
+  mft compare multirun/demo --metric worst --group-by loss,optimizer.lr --csv table.csv
+  mft compare my_experiment --uri sqlite:///mlflow.db
+"""
 
 from __future__ import annotations
 
@@ -11,41 +23,18 @@ from mft.console.screen import console, say
 from mft.console.tables import table
 from mft.errors import UserError
 
-STORY = """\
-Rank the runs in folders (multirun/<name>, one sweep, outputs/<name>) or of an MLflow experiment by their lowest
-validation loss, and write a report with pictures. Runs that differ by their seed alone are one setting; the spread
-between seeds says how far to trust the ranking.
-
-Of metrics called accuracy, f1, pass@1, tokens_per_second and the like the highest value is the best; --better decides
-for names that do not tell."""
-
-EXAMPLES = """\
-  mft compare multirun/demo
-  mft compare multirun/demo --metric worst --group-by loss,optimizer.lr --csv table.csv
-  mft compare my_experiment --uri sqlite:///mlflow.db"""
-
 
 def parser() -> Parser:
     """Returns the command line of `mft compare`."""
-    made = Parser(
-        "compare", "DIR [DIR …] | EXPERIMENT [--metric NAME] [--group-by KEY,KEY] …", STORY, EXAMPLES
-    )
-    made.option(
-        "--metric",
-        takes=TEXT,
-        default="mean",
-        help="mean, worst, a task, or the name of any metric that was logged",
-    )
-    made.option(
-        "--better", takes=one_of("WHICH", "lower", "higher"), help="which value of the metric is better"
-    )
-    made.option(
-        "--group-by", takes=TEXT, default="", help="keys that make a setting, KEY,KEY; else all that differ"
-    )
-    made.option("--csv", takes=FILE, help="write the table to this file, too")
-    made.option("--out", takes=FILE, help="where the report goes; else report.html in the (first) folder")
-    made.option("--uri", takes=TEXT, default="", help="address of the MLflow store; else ./mlflow.db")
-    return made
+    words = "DIR [DIR …] | EXPERIMENT [--metric NAME] [--group-by KEY,KEY] …"
+    line = Parser("compare", words, __doc__)
+    line.option("--metric", TEXT, "mean, worst, a task, or the name of any metric that was logged", "mean")
+    line.option("--better", one_of("WHICH", "lower", "higher"), "which value of the metric is better")
+    line.option("--group-by", TEXT, "keys that make a setting, KEY,KEY; else all that differ", "")
+    line.option("--csv", FILE, "write the table to this file, too")
+    line.option("--out", FILE, "where the report goes; else report.html in the (first) folder")
+    line.option("--uri", TEXT, "address of the MLflow store; else ./mlflow.db", "")
+    return line
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -66,7 +55,7 @@ def command(arguments: Sequence[str]) -> None:
     console().print(table(f"{len(runs)} runs, {len(groups)} settings", head, rows))
     say(verdicts(groups)[1])
     unfinished = [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]
-    if unfinished:
+    if unfinished:  # they may still improve, or have seen less data than the others
         say(f"unfinished runs, ranked by their results so far: {', '.join(unfinished)}")
     if parsed.csv:
         with parsed.csv.open("w", newline="", encoding="utf-8") as file:

@@ -1,24 +1,25 @@
-"""`mft completion bash|zsh|fish`: a script that completes verbs, flags, and options of config groups.
+"""Print a script that completes verbs, flags and, for train and data, config groups with their options.
 
-The lists are written into the script when it is made, so that the Tab key starts no Python. They are made by
-hand and not by a package: `peft=lora` is one word for mft and three for bash, which the generators of
-completions (shtab, argcomplete) do not join again.
+The Tab key starts no Python: the script holds all words, and is to be written again after an upgrade.
+
+examples:
+  bash    echo 'eval "$(mft completion bash)"' >> ~/.bashrc
+  zsh     echo 'eval "$(mft completion zsh)"' >> ~/.zshrc          below compinit
+  fish    mft completion fish > ~/.config/fish/completions/mft.fish
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import shlex
 from collections.abc import Sequence
 
 from mft import commands
 from mft.commands.arguments import Parser, action_of
 
-HOW = """\
-  bash    echo 'eval "$(mft completion bash)"' >> ~/.bashrc
-  zsh     echo 'eval "$(mft completion zsh)"' >> ~/.zshrc          below compinit
-  fish    mft completion fish > ~/.config/fish/completions/mft.fish"""
-
+# Written by hand, not by a package: `peft=lora` is one word for mft and three for bash, which shtab does not
+# join again, and argcomplete would start Python at every Tab.
 BASH = """\
 _mft() {{
     local line=${{COMP_LINE:0:COMP_POINT}} words reply
@@ -48,71 +49,51 @@ compdef _mft mft
 """
 
 
+CASES = {"bash": "        {verb}) words='{words}' ;;", "zsh": "        {verb}) offered=({words}) ;;"}
+"""The line of a verb in a script; fish takes a line for each word."""
+
+
 def parser() -> Parser:
     """Returns the command line of `mft completion`."""
-    return Parser(
-        "completion",
-        "bash|zsh|fish",
-        "Print a script that completes verbs, flags and, for train and data, config groups with their "
-        "options.",
-        HOW,
-        actions=("bash", "zsh", "fish"),
-    )
+    return Parser("completion", "bash|zsh|fish", __doc__, actions=("bash", "zsh", "fish"))
 
 
 def command(arguments: Sequence[str]) -> None:
     """Prints the script of a shell."""
     line = parser()
     shell, _ = action_of(line, line.parse(arguments or ["--help"]).words)
-    print({"bash": bash, "zsh": zsh, "fish": fish}[shell](parsers()), end="")
-
-
-def parsers() -> dict[str, Parser]:
-    """Returns the parser of every verb: of all modules of this folder that have one."""
-    modules = [
-        importlib.import_module(f"{commands.__name__}.{m.name}")
-        for m in pkgutil.iter_modules(commands.__path__)
-    ]
-    return {
-        module.__name__.rpartition(".")[2]: module.parser() for module in modules if hasattr(module, "parser")
-    }
+    names = [module.name for module in pkgutil.iter_modules(commands.__path__)]
+    modules = {name: importlib.import_module(f"{commands.__name__}.{name}") for name in names}
+    lines = {verb: module.parser() for verb, module in modules.items() if hasattr(module, "parser")}
+    if shell == "fish":  # it has descriptions, and needs no function that looks at the line
+        print(fish(lines))
+        return
+    cases = [CASES[shell].format(verb=verb, words=" ".join(offered(verb, lines[verb]))) for verb in lines]
+    template = BASH if shell == "bash" else ZSH
+    print(template.format(verbs=" ".join(lines), cases="\n".join(cases)), end="")
 
 
 def offered(verb: str, line: Parser) -> list[str]:
     """Returns the words that are offered behind a verb."""
     from mft.commands.train import group_table
 
+    # Options of conf/ alone: no folder of --config-dir is known when the script is written.
     groups = group_table() if verb in ("train", "data") else {}
     choices = [f"{group}={option}" for group, options in groups.items() for option in options]
     return [*line.actions, *(flag for flag in line.flags if flag.startswith("--")), *choices]
-
-
-def bash(lines: dict[str, Parser]) -> str:
-    """Returns the script for bash."""
-    cases = [f"        {verb}) words='{' '.join(offered(verb, line))}' ;;" for verb, line in lines.items()]
-    return BASH.format(verbs=" ".join(lines), cases="\n".join(cases))
-
-
-def zsh(lines: dict[str, Parser]) -> str:
-    """Returns the script for zsh."""
-    cases = [f"        {verb}) offered=({' '.join(offered(verb, line))}) ;;" for verb, line in lines.items()]
-    return ZSH.format(verbs=" ".join(lines), cases="\n".join(cases))
 
 
 def fish(lines: dict[str, Parser]) -> str:
     """Returns the script for fish, which shows what a flag is for."""
     written = []
     for verb, line in lines.items():
-        story = (line.description or "").split("\n")[0]
-        written.append(f"complete -c mft -n __fish_use_subcommand -a {verb} -d {_quoted(story)}")
+        story = shlex.quote((line.description or "").split("\n")[0])
+        written.append(f"complete -c mft -n __fish_use_subcommand -a {verb} -d {story}")
         seen = f"complete -c mft -n '__fish_seen_subcommand_from {verb}'"
-        for flag, action in line.flags.items():
-            if flag.startswith("--"):
-                written.append(f"{seen} -l {flag[2:]} -d {_quoted((action.help or '').replace('%%', '%'))}")
-        words = [word for word in offered(verb, line) if not word.startswith("--")]
-        written += [f"{seen} -a {_quoted(' '.join(words))}"] if words else []
-    return "\n".join(written) + "\n"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        for word in offered(verb, line):
+            if word.startswith("--"):
+                meaning = (line.flags[word].help or "").replace("%%", "%")
+                written.append(f"{seen} -l {word[2:]} -d {shlex.quote(meaning)}")
+            else:
+                written.append(f"{seen} -a {shlex.quote(word)}")
+    return "\n".join(written)

@@ -1,4 +1,21 @@
-"""`mft convert`: pickled weights as safetensors, and original or quantised checkpoints as native folders."""
+"""Write pickled weights as safetensors, and original or quantised checkpoints as native folders.
+
+With a folder alone: write its pytorch_model*.bin files as model*.safetensors beside them. They are read as
+tensors and plain containers only: a file that would run code is refused.
+
+With a family of an original format (chatglm2, chatglm3, codegeex2, qwen, baichuan, aquila2, …; see
+conf/model): write the checkpoint as a native folder that transformers loads by itself. Adapters trained on
+the one work on the other. A run needs no such step: it converts into the cache when it first uses the
+checkpoint.
+
+With a checkpoint that is quantised (fp8, mxfp4, bitsandbytes, compressed-tensors): write its weights
+dequantised, in the dtype that its config.json names.
+
+examples:
+  mft convert FOLDER
+  mft convert model=FAMILY model.path=FOLDER --out NATIVE
+  mft convert model.path=QUANTISED --out PLAIN
+"""
 
 from __future__ import annotations
 
@@ -9,31 +26,14 @@ from mft.commands.arguments import FOLDER, Parser
 from mft.console.screen import say
 from mft.errors import UserError
 
-STORY = """\
-With a folder alone: write its pytorch_model*.bin files as model*.safetensors beside them. They are read as tensors and
-plain containers only: a file that would run code is refused.
-
-With a family of an original format (chatglm2, chatglm3, codegeex2, qwen, baichuan, aquila2, …; see conf/model):
-write the checkpoint as a native folder that transformers loads by itself. Adapters trained on the one work on the
-other. A run needs no such step: it converts into the cache when the checkpoint is first used.
-
-With a checkpoint that is quantised (fp8, mxfp4, bitsandbytes, compressed-tensors): write its weights dequantised, in
-the dtype that its config.json names."""
-
-EXAMPLES = """\
-  mft convert FOLDER
-  mft convert model=FAMILY model.path=FOLDER --out NATIVE
-  mft convert model.path=QUANTISED --out PLAIN"""
-
 
 def parser() -> Parser:
     """Returns the command line of `mft convert`."""
-    made = Parser(
-        "convert", "FOLDER   or   mft convert [model=FAMILY] model.path=FOLDER --out DIR", STORY, EXAMPLES
-    )
-    made.option("--out", takes=FOLDER, formerly=True, help="the folder to write; it must not exist yet")
-    made.plugins()
-    return made
+    words = "FOLDER   or   mft convert [model=FAMILY] model.path=FOLDER --out DIR"
+    line = Parser("convert", words, __doc__)
+    line.option("--out", FOLDER, "the folder to write; it must not exist yet", formerly=True)
+    line.plugins()
+    return line
 
 
 def command(arguments: Sequence[str]) -> None:
@@ -49,9 +49,8 @@ def command(arguments: Sequence[str]) -> None:
 
     other = [word for word in parsed.words if "=" not in word or key_of(word).partition(".")[0] != "model"]
     if other or not parsed.words or not parsed.out:
-        raise UserError(
-            f"mft convert takes a folder alone, or model=…, model.… and --out DIR, got {' '.join(arguments)}."
-        )
+        typed = " ".join(arguments)
+        raise UserError(f"mft convert takes a folder alone, or model=…, model.… and --out DIR, got {typed}.")
     write_native(parsed.words, parsed.out)
 
 
@@ -65,9 +64,7 @@ def write_native(overrides: Sequence[str], out: Path) -> None:
     family = component(compose_resolved(overrides), "model")
     family.check()
     if not isinstance(family, Original) and not family.weight_format().method:
-        raise UserError(
-            f"{' '.join(overrides)} is neither quantised nor in an original format, so there is nothing to "
-            "convert: its checkpoints are native already."
-        )
+        model = " ".join(overrides)
+        raise UserError(f"{model} is native already: neither quantised nor in an original format.")
     save_native(family, out.expanduser())
     say(f"written to {out}")

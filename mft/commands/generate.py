@@ -1,4 +1,10 @@
-"""`mft generate`: the answers of a trained model, to prompts encoded as in training."""
+"""Answer prompts with a run's model, encoded as in training. RUN: a run, checkpoint or model folder.
+
+examples:
+  mft generate outputs/demo/… "Write a function that reverses a list."
+  mft generate outputs/demo/… --do-sample false --max-new-tokens 64 "def quick_sort(" "def merge_sort("
+  mft generate outputs/demo/… -- "--help"                   after -- every word is a prompt
+"""
 
 from __future__ import annotations
 
@@ -9,21 +15,10 @@ from mft.commands.arguments import BOOLEAN, INTEGER, NUMBER, TEXT, Parser
 from mft.commands.trained_model import final_folder, import_family
 from mft.errors import UserError, printable
 
-EXAMPLES = """\
-  mft generate outputs/demo/… "Write a function that reverses a list."
-  mft generate outputs/demo/… --do-sample false --max-new-tokens 64 "def quick_sort(" "def merge_sort("
-  mft generate outputs/demo/… -- "--help"                   after -- every word is a prompt"""
-
 
 def parser() -> Parser:
     """Returns the command line of `mft generate`."""
-    made = Parser(
-        "generate",
-        'RUN "PROMPT" ["PROMPT" …] [--max-new-tokens N] [--system TEXT] …',
-        "Answer prompts with a run's model, encoded as in training. RUN: a run folder, a checkpoint or a "
-        "model folder.",
-        EXAMPLES,
-    )
+    line = Parser("generate", 'RUN "PROMPT" ["PROMPT" …] [--max-new-tokens N] [--system TEXT] …', __doc__)
     for name, takes, default, meaning in (
         ("--max-new-tokens", INTEGER, 512, "tokens of an answer at most"),
         ("--do-sample", BOOLEAN, True, "draw the tokens; false: take the most likely one"),
@@ -36,18 +31,16 @@ def parser() -> Parser:
         ("--base", TEXT, None, "where the base model of an adapter is, if it has moved since the training"),
         ("--trust-remote-code", BOOLEAN, False, "run Python code that comes with the model"),
     ):
-        made.option(name, takes=takes, default=default, help=meaning, formerly=True)
-    made.plugins()
-    return made
+        line.option(name, takes, meaning, default, formerly=True)
+    line.plugins()
+    return line
 
 
 def command(arguments: Sequence[str]) -> None:
     """Prints the answers; with several prompts each under its prompt."""
     parsed = parser().parse(arguments or ["--help"])
     if len(parsed.words) < 2:
-        raise UserError(
-            'mft generate needs a run folder and at least one prompt: mft generate outputs/demo/… "def quick_sort(".'
-        )
+        raise UserError('mft generate needs a run and at least one prompt: mft generate RUN "def sort(".')
     from mft.data.tokenize import Encoder
     from mft.hardware import quiet_libraries
     from mft.model.generate import Answerer, check_options
@@ -55,15 +48,13 @@ def command(arguments: Sequence[str]) -> None:
     run, *prompts = parsed.words
     names = ("max_new_tokens", "top_p", "temperature", "num_beams", "repetition_penalty")
     options = {name: getattr(parsed, name) for name in names}
-    check_options(**options)
+    check_options(**options)  # before a model loads
     quiet_libraries()
-    import_family(run)
-    answerer = Answerer(
-        final_folder(run), Encoder.saved, base=parsed.base or None, trust_remote_code=parsed.trust_remote_code
-    )
-    answers = answerer.answer(
-        prompts, do_sample=parsed.do_sample, system=parsed.system or None, seed=parsed.seed, **options
-    )
+    import_family(run)  # first: the family of a plug-in may register the architecture that is loaded below
+    base, trust = parsed.base or None, parsed.trust_remote_code
+    answerer = Answerer(final_folder(run), Encoder.saved, base=base, trust_remote_code=trust)
+    options |= {"do_sample": parsed.do_sample, "system": parsed.system or None, "seed": parsed.seed}
+    answers = answerer.answer(prompts, **options)
     for prompt, answer in zip(prompts, answers, strict=True):
         text = printable(answer) if sys.stdout.isatty() else answer  # a file or a program gets it as it is
         print(f"── {prompt}\n{text}" if len(prompts) > 1 else text)

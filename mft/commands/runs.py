@@ -1,4 +1,11 @@
-"""`mft runs`: the runs and sweeps in folders, one line each."""
+"""List runs and sweeps (in outputs/ and multirun/, or in DIR) with state, age, best losses and folder.
+
+A sweep has one line; its jobs are listed by naming its folder.
+
+examples:
+  mft runs
+  mft runs multirun/demo/…                                  the jobs of one sweep
+"""
 
 from __future__ import annotations
 
@@ -24,20 +31,10 @@ WRITTEN_BY_RUNS = ("metrics.jsonl", "summary.json", "identity.json")
 
 COLUMNS = ("folder", "state", "age", "steps", "best", "of each task", "changed")
 
-EXAMPLES = """\
-  mft runs
-  mft runs multirun/demo/…                                  the jobs of one sweep"""
-
 
 def parser() -> Parser:
     """Returns the command line of `mft runs`."""
-    return Parser(
-        "runs",
-        "[DIR …]",
-        "List runs and sweeps (in outputs/ and multirun/) with state, age, best losses and folder.\n"
-        "A sweep has one line; its jobs are listed by naming its folder.",
-        EXAMPLES,
-    )
+    return Parser("runs", "[DIR …]", __doc__)
 
 
 def run_folders(places: Sequence[str]) -> list[Path]:
@@ -57,12 +54,10 @@ def command(arguments: Sequence[str]) -> None:
     named = {Path(place).resolve() for place in places}
     sweeps: dict[Path, list[Path]] = {}
     for folder in folders:
+        # The jobs of a sweep share one line, unless the sweep itself was named.
         in_sweep = (folder.parent / RECORD).exists() and folder.parent.resolve() not in named
         sweeps.setdefault(folder.parent if in_sweep else folder, []).append(folder)
-    rows = [
-        run_row(folder) if members == [folder] else sweep_row(folder, members)
-        for folder, members in sweeps.items()
-    ]
+    rows = [run_row(path) if jobs == [path] else sweep_row(path, jobs) for path, jobs in sweeps.items()]
     console().print(table(f"{len(rows)} runs and sweeps", COLUMNS, rows))
 
 
@@ -103,6 +98,7 @@ def best_losses(run: Run) -> list[str]:
 def age(folders: Sequence[Path]) -> str:
     """Returns how long ago runs last wrote something."""
     files = [folder / name for folder in folders for name in WRITTEN_BY_RUNS]
+    # Not the time of the folder: removing an old checkpoint changes that.
     seconds = time.time() - max(file.stat().st_mtime for file in files if file.exists())
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:

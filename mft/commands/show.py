@@ -1,4 +1,8 @@
-"""`mft show`: one run: its state, its losses, what its config changes of the defaults, and its files."""
+"""Print a run's state and losses, what its config changes of the defaults, and where its files are.
+
+examples:
+  mft show outputs/demo/…
+"""
 
 from __future__ import annotations
 
@@ -27,24 +31,17 @@ FILES = {
 
 def parser() -> Parser:
     """Returns the command line of `mft show`."""
-    return Parser(
-        "show",
-        "RUN",
-        "Print a run's state and losses, what its config changes of the defaults, and where its files are.",
-        "  mft show outputs/demo/…",
-    )
+    return Parser("show", "RUN", __doc__)
 
 
 def command(arguments: Sequence[str]) -> None:
     """Prints what a run folder holds."""
     words = parser().parse(arguments or ["--help"]).words
     if len(words) != 1:
-        raise UserError(
-            f"mft show takes one run folder, got {' '.join(words) or 'none'} (mft runs lists the runs)."
-        )
+        raise UserError(f"mft show takes one run folder, got {' '.join(words) or 'none'} (see mft runs).")
     folder = Path(words[0])
     if not (folder / "config.yaml").exists():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml (mft runs lists the runs).")
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml (see mft runs).")
     from rich.text import Text
 
     from mft.console.tables import settings_table
@@ -60,11 +57,11 @@ def command(arguments: Sequence[str]) -> None:
     first, last, best = (losses_in(summary, part) for part in ("first", "last", "best"))
     if last:
         terminal.print(losses_table(first, last, best, int(summary.part("best").number("step") or 0)))
-    rows: list[tuple[str, object]] = [
-        (name, folder / file) for name, file in FILES.items() if (folder / file).exists()
-    ]
-    rows += [("error", summary.text("error"))] if summary.text("error") else []
-    terminal.print(settings_table([*rows, ("again", run.command)], "files, and the command"), soft_wrap=True)
+    files = [(name, folder / file) for name, file in FILES.items()]
+    shown = [(name, path) for name, path in files if path.exists()]
+    error = [("error", summary.text("error"))] if summary.text("error") else []
+    rows = [*shown, *error, ("again", run.command)]
+    terminal.print(settings_table(rows, "files, and the command"), soft_wrap=True)
 
 
 def losses_in(summary: Values, part: str) -> dict[str, float]:
@@ -86,14 +83,14 @@ def changes(run: Run) -> list[tuple[str, str, str]]:
         return flat(plain(compose_resolved(overrides)))
 
     defaults = composed([])
-    options = {
-        k: v for k, v in run.values.items() if "." not in k and k in defaults and k not in ("task", "train")
-    }
-    taken = [(key, value, defaults[key]) for key, value in options.items() if value != defaults[key]]
+    tops = [key for key in run.values if "." not in key and key in defaults]
+    groups = [key for key in tops if key not in ("task", "train")]
+    options = [(key, run.values[key], defaults[key]) for key in groups if run.values[key] != defaults[key]]
+    # A value is a change beside the options that were chosen: peft=lora brings peft.rank=16 with it.
     try:
-        base = composed([f"{key}={value}" for key, value, _ in taken])
+        base = composed([f"{key}={value}" for key, value, _ in options])
     except UserError:  # an option of the user's own folder, which --config-dir named then
         base = defaults
-    others = {k: v for k, v in run.values.items() if k not in options and not k.endswith("cache_dir")}
-    given = [(k, v, base.get(k, "-")) for k, v in others.items() if base.get(k) != v]
-    return [*taken, *given]
+    others = [key for key in run.values if key not in groups and not key.endswith("cache_dir")]
+    values = [(key, run.values[key], base.get(key, "-")) for key in others]
+    return options + [change for change in values if change[1] != base.get(change[0])]

@@ -1,4 +1,11 @@
-"""`mft tracking sync`: sends what a tracker has missed of the runs in folders."""
+"""Send what runs (in outputs/ and multirun/, or in DIR) recorded and their MLflow store has not received.
+
+A run that was killed is marked as failed; once resumed it continues as the same run of the store.
+
+examples:
+  mft tracking sync
+  mft tracking sync multirun/demo --uri http://127.0.0.1:5000
+"""
 
 from __future__ import annotations
 
@@ -11,34 +18,19 @@ from mft.console.screen import say
 from mft.errors import UserError
 from mft.sweep.folder import RECORD
 
-STORY = """\
-Send what runs (in outputs/ and multirun/) recorded and their MLflow store has not received. A run that was killed is
-marked as failed; once resumed it continues as the same run of the store."""
-
-EXAMPLES = """\
-  mft tracking sync
-  mft tracking sync multirun/demo --uri http://127.0.0.1:5000"""
-
 
 def parser() -> Parser:
     """Returns the command line of `mft tracking`."""
-    made = Parser("tracking", "sync [DIR …] [--uri ADDRESS]", STORY, EXAMPLES, actions=("sync",))
-    made.option(
-        "--uri", takes=TEXT, default="", help="address of the MLflow store; else the one of each run's config"
-    )
-    return made
+    line = Parser("tracking", "sync [DIR …] [--uri ADDRESS]", __doc__, actions=("sync",))
+    line.option("--uri", TEXT, "address of the MLflow store; else the one of each run's config", "")
+    return line
 
 
 def command(arguments: Sequence[str]) -> None:
-    """Syncs the runs of the named folders."""
+    """Sends what the stores of runs have missed; UserError with all failures, and where no run is tracked."""
     line = parser()
     parsed = line.parse(arguments or ["--help"])
     _, places = action_of(line, parsed.words)
-    sync_all(places, parsed.uri)
-
-
-def sync_all(places: Sequence[str], uri: str) -> None:
-    """Sends what the stores of runs have missed; UserError with all failures, and where no run is tracked."""
     from mft.tracking.record import NAME
     from mft.tracking.sender import sync
 
@@ -53,7 +45,7 @@ def sync_all(places: Sequence[str], uri: str) -> None:
             say(f"{folder}: still running, it sends its metrics itself")
             continue
         try:
-            count, killed = sync(folder, uri)
+            count, killed = sync(folder, parsed.uri)
             say(f"{folder}: {count} points and files sent{', marked as failed' if killed else ''}")
         except UserError as error:
             failures.append(str(error))

@@ -1,4 +1,10 @@
-"""`mft train`: compose a config, check it, run it; or hand it to Hydra for a sweep or to print it."""
+"""Compose a run from conf/ and the overrides, check it, and run it. The same command resumes it.
+
+examples:
+  mft train model.path=… data.paths=[dir1,dir2] peft=lora optimizer.lr=2e-4
+  mft train experiment=demo train.max_steps=20
+  mft train -m experiment=demo loss=token_mean,task_token_mean optimizer.lr=1e-4,2e-4      a sweep
+"""
 
 from __future__ import annotations
 
@@ -13,57 +19,30 @@ from mft.config import plugins
 from mft.console.screen import say
 from mft.errors import UserError
 
-EXAMPLES = """\
-  mft train model.path=… data.paths=[dir1,dir2] peft=lora optimizer.lr=2e-4
-  mft train experiment=demo train.max_steps=20
-  mft train -m experiment=demo loss=token_mean,task_token_mean optimizer.lr=1e-4,2e-4      a sweep: every combination
-
-config groups (GROUP=OPTION) and their options:
-{groups}
-
-Every key of an option can be set: `mft train peft=lora --cfg job` shows them, conf/ explains them."""
+KEYS = "Every key of an option can be set: `mft train peft=lora --cfg job` shows them, conf/ explains them."
 
 
 def parser() -> Parser:
     """Returns the command line of `mft train`."""
-    made = Parser(
-        "train",
-        "[KEY=VALUE …] [-m] [--cfg job] [--config-dir DIR]",
-        "Compose a run from conf/ and the overrides, check it, and run it. The same command resumes it.",
-        EXAMPLES.format(groups=config_groups()),
-        overrides=True,
-    )
-    made.switch(
-        "-m", "--multirun", help="a sweep: comma-separated values are swept, every combination is a job"
-    )
-    made.switch("--dry-run", help="print what would run, with all jobs checked, and start nothing")
-    made.option(
-        "--cfg", "-c", takes=one_of("PART", "job", "hydra", "all"), help="print the composed config and stop"
-    )
-    made.switch("--resolve", help="with --cfg: interpolations replaced by their values")
-    made.option(
-        "--package", "-p", takes=Value("a package, such as train", "KEY"), help="with --cfg: this part only"
-    )
-    made.option(
-        "--info",
-        "-i",
-        takes=one_of("PART", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
-        nargs="?",
-        const="all",
-        help="print how Hydra composes the config and stop",
-    )
-    made.switch("--hydra-help", help="print Hydra's own help")
-    made.composing()
-    return made
-
-
-def config_groups() -> str:
-    """Returns a line per config group with its options."""
-    return "\n".join(f"  {group:<11} {' · '.join(options)}" for group, options in group_table().items())
+    line = Parser("train", "[KEY=VALUE …] [-m] [--cfg job] [--config-dir DIR]", __doc__, overrides=True)
+    groups = [f"  {group:<11} {' · '.join(options)}" for group, options in group_table().items()]
+    title = f"{line.epilog}\n\nconfig groups (GROUP=OPTION) and their options:"
+    line.epilog = "\n".join([title, *groups, "", KEYS])
+    line.switch("-m", "--multirun", help="a sweep: every combination of comma-separated values is a job")
+    line.switch("--dry-run", help="print what would run, with all jobs checked, and start nothing")
+    line.option("--cfg -c", one_of("PART", "job", "hydra", "all"), "print the composed config and stop")
+    line.switch("--resolve", help="with --cfg: interpolations replaced by their values")
+    line.option("--package -p", Value("a package, such as train", "KEY"), "with --cfg: this part only")
+    parts = one_of("PART", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+    line.option("--info -i", parts, "print how Hydra composes the config and stop", nargs="?", const="all")
+    line.switch("--hydra-help", help="print Hydra's own help")
+    line.composing()
+    return line
 
 
 def group_table() -> dict[str, list[str]]:
     """Returns {config group: its options}, read from the folder names of conf/."""
+    # The names of files say it: help and completion need not wait for Hydra.
     from mft.config.overrides import group_options
     from mft.config.schema import config_dir
 
@@ -75,6 +54,7 @@ def command(arguments: Sequence[str]) -> None:
     """Trains, sweeps, or prints what was composed."""
     parsed = parser().parse(arguments)
     overrides, config_dirs = overrides_in(parsed.words), parsed.config_dir or []
+    # Hydra's own application serves sweeps and what it prints; one run needs nothing but a composed config.
     if flags := hydra_flags(parsed):
         from mft.sweep.hydra_app import through_hydra
 
@@ -86,8 +66,8 @@ def command(arguments: Sequence[str]) -> None:
 def hydra_flags(parsed: argparse.Namespace) -> list[str]:
     """Returns the flags that Hydra's own application serves; UserError where they do not go together."""
     serving = [f"--{name}={value}" for name in ("cfg", "info") if (value := getattr(parsed, name))]
-    serving += ["--hydra-help"] if parsed.hydra_help else []
-    changing = ["--resolve"] if parsed.resolve else []
+    serving += ["--hydra-help"] * parsed.hydra_help
+    changing = ["--resolve"] * parsed.resolve
     changing += [f"--package={parsed.package}"] if parsed.package else []
     if changing and not serving and not parsed.multirun:
         raise UserError(f"{changing[0]} needs --cfg job, whose output it changes.")
@@ -99,7 +79,7 @@ def hydra_flags(parsed: argparse.Namespace) -> list[str]:
                 "A sweep (-m) starts the ranks of its jobs itself: run `mft train -m …` without torchrun, "
                 "accelerate launch or srun, or one job at a time with them."
             )
-    return [*(["-m"] if parsed.multirun else []), *serving, *changing]
+    return ["-m"] * parsed.multirun + serving + changing
 
 
 def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) -> None:
@@ -116,9 +96,10 @@ def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) ->
         if not dry_run:
             follow_rank0()
         return
+    # The other ranks wait for a run folder: whatever is refused from here on has to be refused for them, too.
     with nullcontext() if dry_run else refusing_for_all():
         overrides = with_output_dir(overrides)
-        plugins.name(recorded_plugins(overrides))
+        plugins.name(recorded_plugins(overrides))  # a resumed run needs no --plugin again
         cfg = compose_resolved(overrides, config_dirs)
         checked = job.checked(cfg, overrides, starts=not dry_run)
         inert = without_effect(checked.cfg, checked.world, given_keys(overrides, config_dirs))
@@ -138,6 +119,6 @@ def recorded_plugins(overrides: Sequence[str]) -> list[str]:
     """Returns the packages recorded in the run folder that the command line names to be resumed."""
     from mft import run_folder
 
-    given = [override.partition("=") for override in overrides]
-    folders = [Path(value).expanduser() for key, _, value in given if key in ("output_dir", "train.resume")]
+    pairs = [override.partition("=") for override in overrides]
+    folders = [Path(value).expanduser() for key, _, value in pairs if key in ("output_dir", "train.resume")]
     return [package for folder in folders for package in run_folder.plugins_of(folder)]

@@ -1,4 +1,4 @@
-"""Where the model of a run is, and the code of its family: for the verbs that read a trained model."""
+"""Finds the model of a run and imports the code of its family, for the verbs that read a trained model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,16 @@ def final_folder(run: str) -> Path:
     """
     from mft.files.checksums import require_sound
     from mft.model.generate import model_folder
-
-    folder = existing_folder(run)
     from mft.training.resume import all_damaged, newest_sound
 
+    folder = existing_folder(run)
     if (folder / "final").is_dir():
         try:
             require_sound(folder / "final")
         except UserError as error:
             checkpoint, _ = newest_sound(folder)
-            other = (
-                f" {checkpoint} is sound; train.resume={checkpoint} writes final/ anew." if checkpoint else ""
-            )
-            raise UserError(f"{error}{other}") from error
+            mend = f" {checkpoint} is sound; train.resume={checkpoint} writes final/ anew."
+            raise UserError(f"{error}{mend if checkpoint else ''}") from error
         return model_folder(folder)
     checkpoint, damaged = newest_sound(folder)
     if checkpoint is None and damaged:

@@ -30,41 +30,36 @@ COMPONENTS = ("data.rows", "model", "peft", "dist", "loss", "optimizer", "schedu
 
 def component_paths(cfg: DictConfig) -> list[str]:
     """Returns the yaml paths of all component nodes, tasks first."""
-    return (
-        [f"task.{name}" for name in cfg.task]
-        + list(COMPONENTS)
-        + [f"tracking.{name}" for name in cfg.tracking]
-    )
+    tasks, trackers = [f"task.{name}" for name in cfg.task], [f"tracking.{name}" for name in cfg.tracking]
+    return [*tasks, *COMPONENTS, *trackers]
 
 
 def refuse_special_keys(node: DictConfig, path: str) -> None:
     """Raises UserError for Hydra's other keys of a component, which nothing here reads."""
     for key in map(str, node):
         if key.startswith("_") and key != "_target_":
-            raise UserError(
-                f"{path}.{key}: unexpected; a component has _target_ and the fields of its class."
-            )
+            raise UserError(f"{path}.{key}: unexpected; a component has _target_ and its class's fields.")
 
 
 def build(node: DictConfig, path: str = "component", **runtime: Any) -> Any:
     """Makes a component of its node; those inside it are built first. `runtime` values override the
     node's."""
     cls = component_class(node, path)
-    refuse_special_keys(node, path)
+    refuse_special_keys(node, path)  # _args_, _partial_, … of hydra.utils.instantiate
     values = {str(key): _value(node[key], f"{path}.{key!s}") for key in node if key != "_target_"} | runtime
     if is_of_a_library(cls, path):
         return Library(cls, values)
-    given = [key for key in values if key in node and OmegaConf.is_interpolation(node, key)]
-    texts = [key for key in given if isinstance(values[key], str)]
-    if texts:  # what the environment holds is text; the node keeps it as it is written
-        schema = OmegaConf.structured(cls)
-        for key in texts:
+    # What the environment holds is text; the node keeps it as it is written, the class gets it typed.
+    from_environment = [key for key in values if key in node and OmegaConf.is_interpolation(node, key)]
+    schema: Any = OmegaConf.structured(cls) if from_environment else None
+    for key in from_environment:
+        if isinstance(values[key], str):
             OmegaConf.update(schema, key, values[key], merge=False)
             values[key] = schema[key]
     return cls(**values)
 
 
-def _value(value: Any, path: str) -> Any:
+def _value(value: object, path: str) -> Any:
     """Returns a setting as a plain value, with the components in it built."""
     if isinstance(value, DictConfig):
         if "_target_" in value:
@@ -88,13 +83,17 @@ class Components:
     tasks: list[Task]
     """All tasks in the order of their numbers: the named ones, then one for each of data.paths."""
     rows: RowBuilder
+    """How samples become rows of a batch: data.rows."""
     model: CausalLM
     peft: Full
+    """Full fine-tuning, or a subclass that adds adapters."""
     dist: Backend
     loss: TaskLoss
     optimizer: Optimizer | Library
+    """Library: a class of torch or bitsandbytes, which has no contract of ours."""
     scheduler: Schedule
     trackers: list[Tracker]
+    """Those of the config group `tracking`, in the order in which they were chosen."""
     by_path: dict[str, Any]
     """The same by yaml path, e.g. `task.docs`, `data.rows`, `tracking.mlflow`."""
 
@@ -108,20 +107,20 @@ class Components:
 def build_components(cfg: DictConfig) -> Components:
     """Makes all components of a config. Raises UserError where two tasks have one name or there is no
     task."""
-    made = {path: component(cfg, path) for path in component_paths(cfg)}
-    named_tasks = {str(name): made[f"task.{name}"] for name in cfg.task}
+    by_path = {path: component(cfg, path) for path in component_paths(cfg)}
+    named_tasks = {str(name): by_path[f"task.{name}"] for name in cfg.task}
     return Components(
         named_tasks=named_tasks,
         tasks=all_tasks(named_tasks, list(cfg.data.paths)),
-        rows=made["data.rows"],
-        model=made["model"],
-        peft=made["peft"],
-        dist=made["dist"],
-        loss=made["loss"],
-        optimizer=made["optimizer"],
-        scheduler=made["scheduler"],
-        trackers=[made[f"tracking.{name}"] for name in cfg.tracking],
-        by_path=made,
+        rows=by_path["data.rows"],
+        model=by_path["model"],
+        peft=by_path["peft"],
+        dist=by_path["dist"],
+        loss=by_path["loss"],
+        optimizer=by_path["optimizer"],
+        scheduler=by_path["scheduler"],
+        trackers=[by_path[f"tracking.{name}"] for name in cfg.tracking],
+        by_path=by_path,
     )
 
 

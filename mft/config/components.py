@@ -1,4 +1,4 @@
-"""Which class a `_target_` may name: of an allowed package, defined there, and a subclass of its group's
+"""Which class a `_target_` may name: one that an allowed package defines and that implements its group's
 contract."""
 
 from __future__ import annotations
@@ -6,8 +6,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import pkgutil
 import re
-from typing import Any
+import traceback
 
 from omegaconf import DictConfig
 
@@ -15,18 +16,18 @@ from mft.config import plugins
 from mft.errors import UserError, nearest, shortened
 
 CONTRACTS = {
-    "task": "mft.data.task:Task",
-    "format": "mft.data.formats:Format",
-    "data": "mft.data.packing:RowBuilder",
-    "model": "mft.model.causal_lm:CausalLM",
-    "peft": "mft.model.peft.full:Full",
-    "dist": "mft.distributed.engine:Backend",
-    "loss": "mft.loss.base:TaskLoss",
-    "optimizer": "mft.optim.optimizers:Optimizer",
-    "scheduler": "mft.optim.schedules:Schedule",
-    "tracking": "mft.tracking.base:Tracker",
+    "task": ("mft.data.task:Task", "mft.data.task.Task"),
+    "format": ("mft.data.formats:Format", "mft.data.formats.Chat"),
+    "data": ("mft.data.packing:RowBuilder", "mft.data.packing.Pack"),
+    "model": ("mft.model.causal_lm:CausalLM", "mft.model.causal_lm.CausalLM"),
+    "peft": ("mft.model.peft.full:Full", "mft.model.peft.lora.Lora"),
+    "dist": ("mft.distributed.engine:Backend", "mft.distributed.ddp.Ddp"),
+    "loss": ("mft.loss.base:TaskLoss", "mft.loss.means.TokenMean"),
+    "optimizer": ("mft.optim.optimizers:Optimizer", "mft.optim.optimizers.AdamW"),
+    "scheduler": ("mft.optim.schedules:Schedule", "mft.optim.schedules.Cosine"),
+    "tracking": ("mft.tracking.base:Tracker", "mft.tracking.mlflow.Mlflow"),
 }
-"""Config group → module:class that its components subclass. Resolved when asked for, since some import
+"""Config group → (module:class that its components subclass, an example). Imported on demand: some need
 numpy."""
 
 LIBRARIES = {"optimizer": ("torch.optim", "bitsandbytes.optim")}
@@ -47,42 +48,56 @@ MOVED = {
     "mft.optim": "mft.optim.optimizers",
     "mft.schedule": "mft.optim.schedules",
 }
-"""Old module, or class → the module of its components now: yaml files of users and configs of older runs name
-these."""
+"""Former module or class → current module; users' yaml files and the configs of older runs name the
+former."""
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 
 
-def component_class(node: Any, path: str) -> type:
+def component_class(node: object, path: str) -> type:
     """Returns the class that the component node at a yaml path names in `_target_`.
 
     The package is judged by its name before anything is imported. Raises UserError for a node without a
     target, a package that is not allowed, a module that cannot be imported, and for what is not a component
     of this group.
     """
-    target = node._get_node("_target_") if isinstance(node, DictConfig) else None
-    target = node["_target_"] if target is not None else None
+    target = node["_target_"] if isinstance(node, DictConfig) and node._get_node("_target_") else None
+    group = group_of(path)
     if not isinstance(target, str):
-        raise UserError(
-            f"{path} has no _target_: it names a component to build, got {shortened(node)}. {_choose(path)}"
-        )
-    given = f"{path}._target_={target}"
+        raise UserError(f"{path} has no _target_, the class to build; got {shortened(node)}. {_choose(path)}")
+    setting = f"{path}._target_={target}"
     if not _NAME.fullmatch(target):
-        raise UserError(f"{given}: expected package.module.Class, for example {_example(path)}.")
-    package = _package(target, path)
-    return _judged(imported(moved(target), given), package, path, given)
+        raise UserError(f"{setting}: expected package.module.Class, for example {_example(group)}.")
+    libraries = LIBRARIES.get(group, ())
+    # What is ours is looked for in mft alone, whatever packages a plug-in brings.
+    allowed = ["mft"] if inside(target, "mft") else ["mft", *libraries, *plugins.allowed()]
+    package = package_of(target, allowed, setting)
+    return _judged(imported(moved(target), setting), package, group, setting)
+
+
+def package_of(target: str, allowed: list[str], setting: str) -> str:
+    """Returns the allowed package that a target lies in; raises UserError if there is none."""
+    for package in allowed:
+        if target.startswith(f"{package}."):
+            return package
+    top = target.partition(".")[0]
+    raise UserError(
+        f"{setting}: {top} is not a package that a config may name{nearest(top, allowed) or '.'} Allowed: "
+        f"{', '.join(allowed)}. One of your own is named with --plugin {top} on the command line, or by "
+        f"its installed entry point of the group {plugins.GROUP} (docs/plugins.md)."
+    )
 
 
 def moved(target: str) -> str:
-    """Returns the target under its present name."""
+    """Returns the current name of a target."""
     module, _, name = target.rpartition(".")
     now = MOVED.get(target) or MOVED.get(module)
     return f"{now}.{name}" if now and name[:1].isupper() else target
 
 
 def group_of(path: str) -> str:
-    """Returns the config group of a component at a yaml path, "" for one inside another, where any kind may
-    stand."""
+    """Returns the config group of a component at a yaml path; "" for one inside another, which may be of any
+    kind."""
     parts = path.split(".")
     if parts[0] == "task":
         return "task" if len(parts) == 2 else "format" if parts[2:] == ["format"] else ""
@@ -91,128 +106,80 @@ def group_of(path: str) -> str:
     return ""
 
 
-def contract(group: str) -> type:
-    """Returns the class that the components of a group subclass."""
-    module, _, name = CONTRACTS[group].partition(":")
-    found: type = getattr(importlib.import_module(module), name)
-    return found
-
-
 def inside(name: str, package: str) -> bool:
-    """Whether a dotted name is a package or lies below it."""
+    """Whether a dotted name is a package or lies in it."""
     return name == package or name.startswith(f"{package}.")
 
 
-def unknown_package(given: str, target: str, allowed: list[str]) -> UserError:
-    """Returns the refusal of a target outside of the packages that may be named."""
-    top = target.partition(".")[0]
-    return UserError(
-        f"{given}: {top} is not a package that a config may name{nearest(top, allowed) or '.'} Allowed: "
-        f"{', '.join(allowed)}. One of your own is named with --plugin {top} on the command line, or by "
-        f"its installed entry point of the group {plugins.GROUP} (docs/plugins.md)."
-    )
-
-
-def _package(target: str, path: str) -> str:
-    libraries = LIBRARIES.get(group_of(path), ())
-    allowed = ["mft", *libraries, *plugins.allowed()] if not inside(target, "mft") else ["mft"]
-    for package in allowed:
-        if inside(target, package) and target != package:
-            return package
-    raise unknown_package(f"{path}._target_={target}", target, allowed)
-
-
-def imported(target: str, given: str) -> Any:
-    """Imports the module of a target and returns what it has by that name; UserError that begins with
-    `given`."""
+def imported(target: str, setting: str) -> object:
+    """Imports the module of a target and returns its attribute; UserErrors start with `setting`."""
     module_name, _, name = target.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = str(error.name)
+        reason = f"{module_name} needs the module {missing}, which is not installed."
+        # The module itself, or one on the way to it; any other is imported by it.
         if inside(module_name, missing):
-            raise UserError(f"{given}: there is no module {missing}{_neighbour(missing)}") from error
-        raise UserError(
-            f"{given}: {module_name} needs the module {missing}, which is not installed."
-        ) from error
-    except (Exception, SystemExit) as error:
-        place = _line_of(error, module_name)
-        raise UserError(
-            f"{given}: {module_name} cannot be imported: {type(error).__name__}: {error}{place}"
-        ) from error
+            reason = f"there is no module {missing}{_nearest_module(missing)}"
+        raise UserError(f"{setting}: {reason}") from error
+    except (Exception, SystemExit) as error:  # whatever the code of a plug-in raises
+        reason = f"{type(error).__name__}: {error}{_line_of(error, module_name)}"
+        raise UserError(f"{setting}: {module_name} cannot be imported: {reason}") from error
+    # vars, not getattr: a module can make attributes up
     if name not in vars(module):
-        raise UserError(f"{given}: {module_name} has no {name}{nearest(name, _public(module)) or '.'}")
+        classes = [n for n, value in vars(module).items() if isinstance(value, type) and n[0] != "_"]
+        raise UserError(f"{setting}: {module_name} has no {name}{nearest(name, classes) or '.'}")
     return vars(module)[name]
 
 
-def _judged(found: Any, package: str, path: str, given: str) -> type:
-    group = group_of(path)
-    contracts = [contract(g) for g in ([group] if group else CONTRACTS)]
-    if package in LIBRARIES.get(group, ()):
+def _judged(cls: object, package: str, group: str, setting: str) -> type:
+    """Returns what was imported, if it is a component of the group."""
+    of_library = package in LIBRARIES.get(group, ())
+    paths = [CONTRACTS[name][0].partition(":") for name in ([group] if group else CONTRACTS)]
+    contracts = [getattr(importlib.import_module(module), name) for module, _, name in paths]
+    if of_library:
         from torch.optim import Optimizer
 
         contracts = [Optimizer]
-    expected = " or ".join(f"{kind.__module__}.{kind.__name__}" for kind in contracts)
-    expected = expected if group else "a component"
-    if not isinstance(found, type):
-        kind = "a module" if inspect.ismodule(found) else "a function" if callable(found) else "a value"
-        raise UserError(f"{given}: is {kind}; expected a subclass of {expected}{_others(path)}")
-    if not inside(found.__module__, package):
-        raise UserError(f"{given}: the class is defined in {found.__module__}, outside of {package}.")
-    if not issubclass(found, tuple(contracts)):
-        raise UserError(f"{given}: expected a subclass of {expected}{_others(path)}")
-    if missing := sorted(getattr(found, "__abstractmethods__", ())):
-        raise UserError(
-            f"{given}: the class does not define {', '.join(missing)}, so nothing can be built of it."
-        )
-    if package not in LIBRARIES.get(group, ()) and not dataclasses.is_dataclass(found):
-        raise UserError(f"{given}: the class is not a dataclass; the fields of a component are its settings.")
-    if package in LIBRARIES.get(group, ()) and found is contracts[0]:
-        raise UserError(
-            f"{given}: is the base of all optimizers; name one of them, for example torch.optim.AdamW."
-        )
-    return found
+    expected = "expected a subclass of a component."
+    if group:
+        names = " or ".join(f"{kind.__module__}.{kind.__name__}" for kind in contracts)
+        expected = f"expected a subclass of {names}, for example {_example(group)}."
+    if not isinstance(cls, type):
+        kind = "a module" if inspect.ismodule(cls) else "a function" if callable(cls) else "a value"
+        problem = f"is {kind}; {expected}"
+    elif not inside(cls.__module__, package):  # what a module merely imports is not its to offer
+        problem = f"the class is defined in {cls.__module__}, outside of {package}."
+    elif not issubclass(cls, tuple(contracts)):
+        problem = expected
+    elif missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        problem = f"the class does not define {', '.join(missing)}, so nothing can be built of it."
+    elif of_library and cls is contracts[0]:
+        problem = "is the base of all optimizers; name one of them, for example torch.optim.AdamW."
+    elif not of_library and not dataclasses.is_dataclass(cls):
+        problem = "the class is not a dataclass; the fields of a component are its settings."
+    else:
+        return cls
+    raise UserError(f"{setting}: {problem}")
 
 
-def _others(path: str) -> str:
-    """Returns what may stand there instead: the options of the group."""
-    group = group_of(path)
-    return f", for example {_example(path)}." if group else "."
-
-
-def _example(path: str) -> str:
-    examples = {
-        "task": "mft.data.task.Task",
-        "format": "mft.data.formats.Chat",
-        "data": "mft.data.packing.Pack",
-        "peft": "mft.model.peft.lora.Lora",
-        "dist": "mft.distributed.ddp.Ddp",
-        "loss": "mft.loss.means.TokenMean",
-        "optimizer": "mft.optim.optimizers.AdamW",
-        "scheduler": "mft.optim.schedules.Cosine",
-        "tracking": "mft.tracking.mlflow.Mlflow",
-    }
-    return examples.get(group_of(path), "mft.model.causal_lm.CausalLM")
+def _example(group: str) -> str:
+    return CONTRACTS[group or "model"][1]
 
 
 def _choose(path: str) -> str:
     group = path.partition(".")[0]
     if group == "task":
-        return "The yaml of a task begins with the line `# @package task.NAME` and holds _target_: mft.data.task.Task."
+        return (
+            "A task's yaml begins with the line `# @package task.NAME` and has _target_: mft.data.task.Task."
+        )
     option = f"/{group}: NAME" if group != "tracking" else "/tracking: [NAME]"
     return f"Choose one with {group}=NAME, or in a yaml with `defaults: [override {option}]`."
 
 
-def _public(module: Any) -> list[str]:
-    return [
-        name for name, value in vars(module).items() if isinstance(value, type) and not name.startswith("_")
-    ]
-
-
-def _neighbour(missing: str) -> str:
-    """Returns the nearest module beside one that does not exist."""
-    import pkgutil
-
+def _nearest_module(missing: str) -> str:
+    """Returns "; did you mean X?" for a module that does not exist, or "."."""
     parent, _, name = missing.rpartition(".")
     try:
         places = importlib.import_module(parent).__path__ if parent else []
@@ -222,13 +189,13 @@ def _neighbour(missing: str) -> str:
 
 
 def _line_of(error: BaseException, module_name: str) -> str:
-    """Returns the place in the plug-in where its import failed."""
+    """Returns the last line of the plug-in that ran before its import failed."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}:{error.lineno})"
-    own, trace = "", error.__traceback__
-    while trace is not None:
-        file, name = trace.tb_frame.f_code.co_filename, str(trace.tb_frame.f_globals.get("__name__", ""))
-        if inside(name, module_name.partition(".")[0]) and module_name.partition(".")[0] != "mft":
-            own = f" ({file}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    return own
+    top = module_name.partition(".")[0]
+    lines = [
+        f" ({frame.f_code.co_filename}:{line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if top != "mft" and inside(str(frame.f_globals.get("__name__", "")), top)
+    ]
+    return lines[-1] if lines else ""

@@ -1,21 +1,21 @@
 """Hydra's own composition, its search path and its node in the config.
 
 Used of Hydra 1.3 without being public: `GlobalHydra.instance().hydra`, `Hydra.compose_config`, and the
-override parser;
-`tests/config/test_hydra_compose.py` fails where one of them is gone.
+override parser; `tests/config/test_hydra_compose.py` fails where one of them is gone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, open_dict
 
 from mft.config import hydra_node, plugins
+from mft.config.components import package_of
 from mft.config.interpolations import bound
-from mft.config.overrides import credentials_in, key_of
+from mft.config.overrides import IN_PLAIN_TEXT, key_of
 from mft.config.schema import config_dir
 from mft.console import credentials
 from mft.errors import UserError
@@ -23,34 +23,32 @@ from mft.errors import UserError
 
 def search_path(config_dirs: Sequence[Path], overrides: Sequence[str] = ()) -> list[str]:
     """Returns the override that adds folders of yaml files, and those of plug-ins, to conf/ and what
-    `overrides` add.
-
-    Of several such overrides Hydra reads the first alone. Raises UserError for one that is not a folder.
-    """
+    `overrides` add: Hydra reads only the first of several. Raises UserError for one that is not a folder."""
     for folder in config_dirs:
         if not folder.is_dir():
             raise UserError(f"--config-dir {folder} is not a folder.")
     places = [place for o in overrides if key_of(o) == "hydra.searchpath" for place in places_of(o)]
     places += [f"file://{folder.resolve()}" for folder in (*config_dirs, *plugins.yaml_folders())]
+    # Quoted, since the names of folders may hold commas, brackets and equals signs.
     quoted = ",".join("'" + place.replace("'", "\\'") + "'" for place in dict.fromkeys(places))
     return [f"hydra.searchpath=[{quoted}]"] if places else []
 
 
 def places_of(search: str) -> list[str]:
     """Returns the folders and packages of an override of Hydra's search path; UserError for a package not
-    named."""
+    named, which Hydra would import."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    value = OverridesParser.create().parse_override(search).value()
-    hydra_node.check_searchpath(value)
-    if not (isinstance(value, list) and all(isinstance(place, str) for place in value)):
+    places: Any = OverridesParser.create().parse_override(search).value()
+    if not (isinstance(places, list) and all(isinstance(place, str) for place in places)):
         raise UserError(f"{search}: expected a list of folders, hydra.searchpath=['file:///my/folder'].")
-    for place in value:
-        if not place.startswith("pkg://") and not Path(place.removeprefix("file://")).is_dir():
-            raise UserError(
-                f"hydra.searchpath: {place} is not a folder; --config-dir DIR adds a folder of yamls."
-            )
-    return cast("list[str]", value)
+    for place in places:
+        if place.startswith("pkg://"):
+            package = place.removeprefix("pkg://").replace("/", ".")
+            package_of(f"{package}.", ["mft", "hydra", *plugins.allowed()], f"hydra.searchpath={place}")
+        elif not Path(place.removeprefix("file://")).is_dir():
+            raise UserError(f"hydra.searchpath: {place} is not a folder; --config-dir DIR adds one.")
+    return places
 
 
 def without_search_path(overrides: Sequence[str]) -> list[str]:
@@ -97,8 +95,8 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
     """Takes Hydra's own node, once judged, out of a composed config; the options taken stay in `choices`."""
     bound(cfg)
     hydra_node.check(cfg.hydra)
-    refuse_credentials(cfg)
-    with open_dict(cfg):
+    _refuse_credentials(cfg)
+    with open_dict(cfg):  # the schema allows no key to be removed
         hydra = cfg.pop("hydra")
     folder = hydra.run._get_node("dir")._value()
     if folder != "${output_dir}" and not any(key_of(o) == "output_dir" for o in hydra.overrides.task):
@@ -112,12 +110,13 @@ def with_choices(cfg: DictConfig, groups: Mapping[str, Any]) -> DictConfig:
     return cfg
 
 
-def refuse_credentials(node: Any, path: str = "") -> None:
+def _refuse_credentials(node: DictConfig | ListConfig, path: str = "") -> None:
     """Raises UserError for a password or key that an address in a config has written out."""
     for key in list(node) if isinstance(node, DictConfig) else range(len(node)):
-        child = node._get_node(key)
+        child: Any = node._get_node(key)
         value, here = child._value(), f"{path}.{key}" if path else str(key)
+        # an item of a list is judged by the name of the list
         if isinstance(value, str) and credentials.written_out(value, path if isinstance(key, int) else here):
-            raise UserError(credentials_in(here))
+            raise UserError(IN_PLAIN_TEXT.format(here))
         if isinstance(child, DictConfig | ListConfig) and isinstance(value, dict | list):
-            refuse_credentials(child, here)
+            _refuse_credentials(child, here)

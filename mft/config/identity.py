@@ -1,5 +1,4 @@
-"""Which experiment a run is: a hash of its inputs, kept in parts, so that what differs between two can be
-named.
+"""Which experiment a run is: a hash of its inputs, stored in parts so that differences can be named.
 
 `mft.config.inputs` says what the parts are; `mft.run_folder` keeps them as identity.json.
 """
@@ -8,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mft.errors import UserError, shortened
 from mft.files.json_file import read_json
+
+Nested = Mapping[str, Any]
+"""A config as nested mappings of plain values."""
 
 VERSION = 2
 """Raised by every change of what enters an identity, and by every changed default or public name of a
@@ -28,10 +30,10 @@ EXTENDABLE = ("train.max_steps", "train.epochs")
 """A run with larger values of these is the same run, trained further."""
 
 LONGEST = 300
-"""Characters of a value that a sentence shows whole, enough for a path."""
+"""Longest value, in characters, that a sentence shows in full; enough for a path."""
 
 SHOWN = 6
-"""Differences that a sentence names at most."""
+"""Most differences that a sentence lists."""
 
 CONTENTS = {
     "base model": ("the base model (its weights or config.json)", "model.path"),
@@ -66,41 +68,39 @@ class Identity:
         cls,
         tasks: Sequence[str],
         choices: Mapping[str, str],
-        values: Mapping[str, Any],
+        values: Mapping[str, object],
         fingerprints: Mapping[str, str],
     ) -> Identity:
         """Returns the identity of these inputs; values: plain, as JSON takes them."""
+        # Ten digits are enough, since hashes are compared key by key.
         hashed = {key: _hash(value)[:10] for key, value in values.items()}
         shorter = {key: value for key, value in hashed.items() if key not in EXTENDABLE}
-        whole, base = (
-            _hash([VERSION, list(tasks), choices, part, fingerprints]) for part in (hashed, shorter)
-        )
-        return cls(whole, base, tuple(tasks), dict(choices), hashed, dict(fingerprints))
+        extended = _hash([VERSION, list(tasks), choices, hashed, fingerprints])
+        base = _hash([VERSION, list(tasks), choices, shorter, fingerprints])
+        return cls(extended, base, tuple(tasks), dict(choices), hashed, dict(fingerprints))
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Returns what identity.json holds."""
-        parts = {"tasks": list(self.tasks), "choices": self.choices, "values": self.values}
-        hashes = {"version": self.version, "identity": self.extended, "base": self.base}
+        parts: dict[str, object] = {"tasks": list(self.tasks), "choices": self.choices, "values": self.values}
+        hashes: dict[str, object] = {"version": self.version, "identity": self.extended, "base": self.base}
         return hashes | parts | {"fingerprints": self.fingerprints}
 
     @classmethod
-    def from_json(cls, values: Any) -> Identity | None:
+    def from_json(cls, values: object) -> Identity | None:
         """Inverse of `as_json`; None for values of another shape. An identity without a version has hashes
         only."""
-        if not isinstance(values, dict) or not all(
-            isinstance(values.get(key), str) for key in ("identity", "base")
-        ):
+        kinds: dict[str, type] = {"identity": str, "base": str}
+        version = values.get("version", 1) if isinstance(values, dict) else 0
+        if version == VERSION:
+            kinds |= {"tasks": list, "choices": dict, "values": dict, "fingerprints": dict}
+        if not isinstance(values, dict) or not all(isinstance(values.get(k), t) for k, t in kinds.items()):
             return None
-        version = values.get("version", 1)
+        extended, base, *parts = (values[key] for key in kinds)
         if version != VERSION:
-            return cls(values["identity"], values["base"], version=version if isinstance(version, int) else 0)
-        kinds = {"tasks": list, "choices": dict, "values": dict, "fingerprints": dict}
-        if not all(isinstance(values.get(key), kind) for key, kind in kinds.items()):
-            return None
-        parts = [values[key] for key in ("choices", "values", "fingerprints")]
-        return cls(values["identity"], values["base"], tuple(values["tasks"]), *parts)
+            return cls(extended, base, version=version if isinstance(version, int) else 0)
+        return cls(extended, base, tuple(parts[0]), *parts[1:])
 
-    def require(self, read: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    def require(self, read: Mapping[str, str], config: Nested) -> None:
         """Raises UserError where what a run has read is not what this identity records.
 
         read: some of the fingerprints, made after reading; config: the run's, to say where the contents lie.
@@ -118,30 +118,48 @@ class Identity:
             )
 
     def numbers(self) -> str:
-        """Returns which version this identity is of, beside the one that is written."""
+        """Returns the version of this identity and the one that is written now."""
         return f"(identity {self.version}; this one writes identity {VERSION})"
 
 
 def identity_of(run_dir: Path) -> Identity | None:
-    """Returns the identity of the run in a folder, None where there is none or it is damaged."""
+    """Returns the identity of the run in a folder, None if it is missing or damaged."""
     return Identity.from_json(read_json(run_dir / "identity.json"))
 
 
-def differences(
-    there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]
-) -> tuple[str, str]:
-    """Returns in words how a run that is there differs from the one here: (in contents, in config), "" for
-    not at all.
+def differences(there: Identity, here: Identity, then: Nested, now: Nested) -> tuple[str, str]:
+    """Returns in words how an earlier run differs from this one: (in contents, in config), "" for not at all.
 
-    then, now: their configs, nested, as they may be shown.
+    then, now: their configs, as they may be shown.
     """
-    contents = list(_contents(there, here, then, now))
-    config = list(_config(there, here, then, now))
+    contents: list[str] = []
+    config: list[str] = []
+    if set(there.tasks) != set(here.tasks):
+        config.append(f"the tasks are {', '.join(there.tasks)} there and {', '.join(here.tasks)} here")
+    elif there.tasks != here.tasks:
+        order = f"{', '.join(there.tasks)} there, {', '.join(here.tasks)} here"
+        contents.append(f"the order of the tasks has changed ({order})")
+    for name in sorted({*there.fingerprints, *here.fingerprints}):
+        old, new = there.fingerprints.get(name), here.fingerprints.get(name)
+        # a task that only one of them has is named as such
+        if old != new and not (name.startswith("task.") and None in (old, new)):
+            contents.append(changed_content(name, then, now))
+    # What lies below a task or component that differs as such would only repeat that.
+    named = [f"task.{name}" for name in set(there.tasks) ^ set(here.tasks)]
+    for key in sorted({*there.choices, *here.choices}):
+        if there.choices.get(key) != here.choices.get(key) and not _below(key, named):
+            config.append(
+                f"{key}={there.choices.get(key, 'none')} there, {here.choices.get(key, 'none')} here"
+            )
+            named.append(key)
+    for key in sorted({*there.values, *here.values}):
+        if there.values.get(key) != here.values.get(key) and not _below(key, named):
+            config.append(f"{key}={_at(then, key)} there, {_at(now, key)} here")
     return _listed(contents), _listed(config)
 
 
-def changed_content(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Returns in words that the content behind a fingerprint is another one, and where it lies."""
+def changed_content(name: str, then: Nested, now: Nested) -> str:
+    """Returns in words that the content behind a fingerprint has changed, and where it is."""
     if name.startswith("task."):
         task = name.removeprefix("task.")
         what, old, new = f"the data of task {task}", _paths(task, then), _paths(task, now)
@@ -151,38 +169,7 @@ def changed_content(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) 
     return f"{what} has changed ({new})" if old == new else f"{what} differs ({old} there, {new} here)"
 
 
-def _contents(
-    there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]
-) -> Iterator[str]:
-    if set(there.tasks) == set(here.tasks) and there.tasks != here.tasks:
-        yield f"the order of the tasks has changed ({', '.join(there.tasks)} there, {', '.join(here.tasks)} here)"
-    for name in sorted({*there.fingerprints, *here.fingerprints}):
-        old, new = there.fingerprints.get(name), here.fingerprints.get(name)
-        if old == new or (name.startswith("task.") and None in (old, new)):
-            continue  # a task that only one of them has is named as such
-        yield changed_content(name, then, now)
-
-
-def _config(
-    there: Identity, here: Identity, then: Mapping[str, Any], now: Mapping[str, Any]
-) -> Iterator[str]:
-    if set(there.tasks) != set(here.tasks):
-        yield f"the tasks are {', '.join(there.tasks)} there and {', '.join(here.tasks)} here"
-    others = [
-        key
-        for key in sorted({*there.choices, *here.choices})
-        if there.choices.get(key) != here.choices.get(key)
-    ]
-    one_sided = {f"task.{name}" for name in set(there.tasks) ^ set(here.tasks)}
-    for key in others:
-        if not _below(key, one_sided):
-            yield f"{key}={there.choices.get(key, 'none')} there, {here.choices.get(key, 'none')} here"
-    for key in sorted({*there.values, *here.values}):
-        if there.values.get(key) != here.values.get(key) and not _below(key, [*others, *one_sided]):
-            yield f"{key}={_at(then, key)} there, {_at(now, key)} here"
-
-
-def _below(key: str, paths: Any) -> bool:
+def _below(key: str, paths: Iterable[str]) -> bool:
     return any(key == path or key.startswith(f"{path}.") for path in paths)
 
 
@@ -191,7 +178,7 @@ def _listed(sentences: Sequence[str]) -> str:
     return "; ".join(sentences[:SHOWN]) + more
 
 
-def _at(config: Mapping[str, Any], key: str) -> str:
+def _at(config: Nested, key: str) -> str:
     """Returns the value of a dotted key as text; `default` where the config does not name it."""
     node: Any = config
     for part in key.split("."):
@@ -202,17 +189,15 @@ def _at(config: Mapping[str, Any], key: str) -> str:
     return text if len(text) <= LONGEST else shortened(text, LONGEST)
 
 
-def _paths(task: str, config: Mapping[str, Any]) -> str:
-    """Returns where the rows of a task lie."""
-    node = config.get("task") or {}
-    own = next((n for key, n in node.items() if task in (key, n.get("name"))), None) if node else None
-    if own is not None:
-        return ", ".join([*own.get("paths", []), *(own.get("valid") or [])])
+def _paths(task: str, config: Nested) -> str:
+    """Returns where the rows of a task are."""
+    for key, node in (config.get("task") or {}).items():
+        if task in (key, node.get("name")):
+            return ", ".join([*node.get("paths", []), *(node.get("valid") or [])])
     paths = [str(path) for path in (config.get("data") or {}).get("paths", [])]
-    return next(
-        (path for path in paths if Path(path).name.split(".")[0] == task.split(".")[0]), ", ".join(paths)
-    )
+    same_name = [path for path in paths if Path(path).name.split(".")[0] == task.split(".")[0]]
+    return same_name[0] if same_name else ", ".join(paths)
 
 
-def _hash(value: Any) -> str:
+def _hash(value: object) -> str:
     return hashlib.sha1(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,11 +1,10 @@
-"""Settings that a person gave and that have no effect beside the others: a table of rules, each with its
-reason."""
+"""Settings that a person set but that have no effect in this run: a table of rules with their reasons."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,97 +12,55 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft.config.inputs import under
+from mft.config.inputs import SETTINGS, under
 from mft.config.overrides import key_of
-from mft.config.schema import Launch, config_dir
-from mft.data.settings import DataSettings
+from mft.config.schema import config_dir
 from mft.errors import shortened
-from mft.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the rules look at. cfg: resolved; world: ranks; sweep: whether it is a job of one."""
+    """What the rules look at."""
 
     cfg: DictConfig
+    """Resolved and typed."""
     world: int
-    sweep: bool = False
+    """Number of ranks."""
+    sweep: bool
+    """Whether it is a job of a sweep."""
 
     def value(self, key: str) -> Any:
-        """Returns the value of a key, None where there is no such key."""
-        value = OmegaConf.select(self.cfg, key)
-        return value.value if isinstance(value, Enum) else value
-
-    @property
-    def tasks(self) -> int:
-        return len(self.cfg.task) + len(self.cfg.data.paths)
-
-    @property
-    def validates(self) -> bool:
-        return self.cfg.data.split[1] > 0 or any(task.get("valid") for task in self.cfg.task.values())
+        """Returns the value of a key, None if there is no such key."""
+        return OmegaConf.select(self.cfg, key)
 
 
 Reason = Callable[[Run], str]
 """Returns why a setting has no effect in a run, "" where it has one."""
 
 
-def unless(key: str, *wanted: Any) -> Reason:
+def where(holds: Callable[[Run], object], words: str) -> Reason:
+    """A setting that is not read in some runs."""
+    return lambda run: words if holds(run) else ""
+
+
+def where_value(key: str, holds: Callable[[object], bool]) -> Reason:
+    """A setting that is not read where another one has some values, which the sentence shows."""
+    return lambda run: f"{key} is {shown(run.value(key))}" if holds(run.value(key)) else ""
+
+
+def unless(key: str, *values: object) -> Reason:
     """A setting that is read only where another one has one of these values."""
-    return lambda run: "" if run.value(key) in wanted else f"{key} is {shown(run.value(key))}"
+    return where_value(key, lambda value: value not in values)
 
 
-def when(key: str, *values: Any) -> Reason:
+def when(key: str, *values: object) -> Reason:
     """A setting that is not read where another one has one of these values."""
-    return lambda run: f"{key} is {shown(run.value(key))}" if run.value(key) in values else ""
-
-
-def where_null(key: str) -> Reason:
-    """A setting that is read only where another one is given."""
-    return lambda run: f"{key} is null" if run.value(key) is None else ""
+    return where_value(key, lambda value: value in values)
 
 
 def where_given(key: str) -> Reason:
     """A setting that another one stands in for."""
-    return lambda run: f"{key} is given" if run.value(key) else ""
-
-
-def rows_are_not(name: str) -> Reason:
-    """A setting that one way of making rows reads."""
-    return lambda run: (
-        ""
-        if str(run.value("data.rows._target_")).endswith(name.capitalize())
-        else f"it is read by data={name}"
-    )
-
-
-def in_a_sweep(run: Run) -> str:
-    return "the jobs of a sweep have folders of their own" if run.sweep else ""
-
-
-def outside_a_sweep(run: Run) -> str:
-    return "" if run.sweep else "this is one run, not a sweep (-m)"
-
-
-def without_validation(run: Run) -> str:
-    return "" if run.validates else "no task has validation samples"
-
-
-def one_task(run: Run) -> str:
-    return "there is one task" if run.tasks == 1 else ""
-
-
-def one_machine(run: Run) -> str:
-    return "launch.nnodes is 1" if run.cfg.launch.nnodes == 1 else ""
-
-
-def one_rank(run: Run) -> str:
-    return "the run has one rank" if run.world == 1 else ""
-
-
-def one_micro_batch(run: Run) -> str:
-    train = run.cfg.train
-    one = train.global_batch_size is None and train.gradient_accumulation_steps in (None, 1)
-    return "a step has one micro-batch" if one else ""
+    return where(lambda run: run.value(key), f"{key} is given")
 
 
 def ends_before(key: str) -> Reason:
@@ -116,90 +73,84 @@ def ends_before(key: str) -> Reason:
     return reason
 
 
-def grouped(run: Run) -> str:
-    groups = (
-        not rows_are_not("pad")(run)
-        and run.value("data.pad_to") == "longest"
-        and run.cfg.data.length_group > 1
-    )
-    return "data=pad makes windows of 50 x data.length_group samples" if groups else ""
+def validates(run: Run) -> bool:
+    return run.cfg.data.split[1] > 0 or any(task.get("valid") for task in run.cfg.task.values())
 
 
-def local_folder(run: Run) -> str:
-    return (
-        "model.path is a folder" if run.value("model.path") and Path(run.value("model.path")).is_dir() else ""
-    )
+def pads(run: Run) -> bool:
+    return str(run.value("data.rows._target_")).endswith("Pad")
 
 
-def tracking_uri_in_environment(run: Run) -> str:
-    return "MLFLOW_TRACKING_URI names the store" if os.environ.get("MLFLOW_TRACKING_URI") else ""
+def in_length_groups(run: Run) -> bool:
+    return pads(run) and run.value("data.pad_to") == "longest" and run.cfg.data.length_group > 1
 
 
-def no_new_tokens(run: Run) -> str:
-    new = run.value("model.add_tokens") or run.value("model.add_special_tokens")
-    return "" if new else "model.add_tokens is empty"
+def one_micro_batch(run: Run) -> bool:
+    train = run.cfg.train
+    return train.global_batch_size is None and train.gradient_accumulation_steps in (None, 1)
 
 
-EIGHT_BITS = when("peft.bits", 8)
+def reads_a_folder(run: Run) -> bool:
+    path = run.value("model.path")
+    return bool(path) and Path(path).is_dir()
+
+
+def adds_no_tokens(run: Run) -> bool:
+    return not (run.value("model.add_tokens") or run.value("model.add_special_tokens"))
+
+
+IN_A_SWEEP = where(lambda run: run.sweep, "the jobs of a sweep have folders of their own")
+OUTSIDE_A_SWEEP = where(lambda run: not run.sweep, "this is one run, not a sweep (-m)")
+WITHOUT_VALIDATION = where(lambda run: not validates(run), "no task has validation samples")
+ONE_TASK = where(lambda run: len(run.cfg.task) + len(run.cfg.data.paths) == 1, "there is one task")
+ONE_MACHINE = when("launch.nnodes", 1)
+ONE_RANK = where(lambda run: run.world == 1, "the run has one rank")
+INLINE = when("launch.mode", "inline")
+TRACKING_URI = where(lambda run: os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI names the store")
+NOT_PADDED = where(lambda run: not pads(run), "it is read by data=pad")
 
 RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
     ("train.early_stopping_stall_num", (unless("train.early_stopping", True),)),
-    ("train.prompts_max_new_tokens", (where_null("train.prompts"),)),
-    ("launch.prune", (outside_a_sweep, without_validation)),
-    ("launch.prune_after", (outside_a_sweep, unless("launch.prune", True), without_validation)),
-    ("launch.fail_fast", (outside_a_sweep,)),
-    ("train.resume", (in_a_sweep,)),
-    ("train.eval_every", (without_validation, ends_before("train.eval_every"))),
-    ("train.eval_at_start", (without_validation,)),
-    ("train.eval_samples", (without_validation,)),
-    ("train.per_device_eval_batch_size", (without_validation,)),
-    ("train.best", (without_validation,)),
-    ("train.keep_task_best", (without_validation,)),
+    ("train.prompts_max_new_tokens", (when("train.prompts", None),)),
+    ("launch.prune", (OUTSIDE_A_SWEEP, WITHOUT_VALIDATION)),
+    ("launch.prune_after", (OUTSIDE_A_SWEEP, unless("launch.prune", True), WITHOUT_VALIDATION)),
+    ("launch.fail_fast sweep", (OUTSIDE_A_SWEEP,)),
+    ("train.resume output_dir", (IN_A_SWEEP,)),
+    ("train.eval_every", (WITHOUT_VALIDATION, ends_before("train.eval_every"))),
+    ("train.eval_at_start train.eval_samples train.per_device_eval_batch_size", (WITHOUT_VALIDATION,)),
+    ("train.best train.keep_task_best", (WITHOUT_VALIDATION,)),
     ("train.save_every", (ends_before("train.save_every"),)),
     ("train.log_every", (ends_before("train.log_every"),)),
-    ("launch.jobs", (outside_a_sweep, when("launch.mode", "inline"))),
-    ("launch.shutdown_seconds", (when("launch.mode", "inline"),)),
-    ("launch.main_address", (one_machine,)),
-    ("launch.main_port", (one_machine, where_null("launch.main_address"))),
-    ("launch.node_rank", (one_machine,)),
-    ("launch.rdzv_endpoint", (one_machine,)),
-    ("launch.local_addr", (one_machine,)),
-    ("launch.join_seconds", (one_machine,)),
-    ("launch.lost_seconds", (one_machine,)),
-    ("data.pad_to", (rows_are_not("pad"),)),
-    ("data.length_group", (rows_are_not("pad"), when("data.pad_to", "seq_length"))),
-    ("data.window", (grouped,)),
-    ("data.mixture", (one_task,)),
+    ("launch.jobs", (OUTSIDE_A_SWEEP, INLINE)),
+    ("launch.shutdown_seconds", (INLINE,)),
+    ("launch.main_address launch.node_rank launch.rdzv_endpoint launch.local_addr", (ONE_MACHINE,)),
+    ("launch.join_seconds launch.lost_seconds", (ONE_MACHINE,)),
+    ("launch.main_port", (ONE_MACHINE, when("launch.main_address", None))),
+    ("data.pad_to", (NOT_PADDED,)),
+    ("data.length_group", (NOT_PADDED, when("data.pad_to", "seq_length"))),
+    ("data.window", (where(in_length_groups, "data=pad makes windows of 50 x data.length_group samples"),)),
+    ("data.mixture task.*.weight", (ONE_TASK,)),
     ("data.mixture_by", (when("data.mixture", "natural"),)),
     ("data.mixture_temperature", (unless("data.mixture", "temperature"),)),
-    ("task.*.weight", (one_task,)),
-    ("model.revision", (local_folder,)),
-    ("model.pad_to_multiple_of", (no_new_tokens,)),
-    *(
-        (f"peft.{name}", (where_given("peft.path"),))
-        for name in (
-            *("rank", "alpha", "dropout", "targets", "experts", "router"),
-            *("modules_to_save", "use_dora", "use_rslora", "init"),
-        )
+    ("model.revision", (where(reads_a_folder, "model.path is a folder"),)),
+    ("model.pad_to_multiple_of", (where(adds_no_tokens, "model.add_tokens is empty"),)),
+    (
+        "peft.rank peft.alpha peft.dropout peft.targets peft.experts peft.router peft.modules_to_save "
+        "peft.use_dora peft.use_rslora peft.init",
+        (where_given("peft.path"),),
     ),
-    *(
-        (f"peft.{name}", (EIGHT_BITS,))
-        for name in ("quant_type", "double_quant", "compute_dtype", "storage_dtype")
-    ),
+    ("peft.quant_type peft.double_quant peft.compute_dtype peft.storage_dtype", (when("peft.bits", 8),)),
     ("loss.probe_samples", (when("loss.source", "train"),)),
-    ("dist.find_unused_parameters", (one_rank,)),
-    ("dist.reduce_every_micro_batch", (one_rank, one_micro_batch)),
-    ("dist.overlap_comm", (one_rank,)),
-    ("dist.reduce_bucket_size", (one_rank,)),
-    ("dist.allgather_bucket_size", (one_rank,)),
-    ("dist.prefetch_bucket_size", (one_rank,)),
-    ("dist.persistence_threshold", (one_rank,)),
-    ("tracking.mlflow.store", (where_given("tracking.mlflow.uri"), tracking_uri_in_environment)),
-    ("output_dir", (in_a_sweep,)),
-    ("sweep", (outside_a_sweep,)),
-    ("choices", (lambda run: "it is filled in by mft",)),
+    (
+        "dist.find_unused_parameters dist.overlap_comm dist.reduce_bucket_size dist.allgather_bucket_size "
+        "dist.prefetch_bucket_size dist.persistence_threshold",
+        (ONE_RANK,),
+    ),
+    ("dist.reduce_every_micro_batch", (ONE_RANK, where(one_micro_batch, "a step has one micro-batch"))),
+    ("tracking.mlflow.store", (where_given("tracking.mlflow.uri"), TRACKING_URI)),
+    ("choices", (where(lambda _: True, "it is filled in by mft"),)),
 )
-"""Key (`*`: every task) → reasons for which it may have no effect; the first that holds is reported."""
+"""Keys (`*`: every task) → reasons for which they may have no effect; the first that holds is reported."""
 
 
 def without_effect(cfg: DictConfig, world: int, given: Sequence[str], sweep: bool = False) -> list[str]:
@@ -210,42 +161,44 @@ def without_effect(cfg: DictConfig, world: int, given: Sequence[str], sweep: boo
     of one.
     """
     run, notes = Run(cfg, world, sweep), []
-    for key, reasons in _rules(run):
+    for key, reasons in rules(cfg.task):
+        # Whoever repeats a default asks for nothing.
         if not under(key, given) or OmegaConf.select(cfg, key) is None or _is_default(cfg, key):
             continue
-        if reason := next((said for reason in reasons if (said := reason(run))), ""):
+        if reason := next(filter(None, (reason(run) for reason in reasons)), ""):
             notes.append(f"{key}={shown(run.value(key))} has no effect: {reason}.")
     if not sweep and (note := _peak_not_reached(run)) and under("scheduler.warmup", given):
         notes.append(note)
     return notes
 
 
-def _rules(run: Run) -> Iterator[tuple[str, tuple[Reason, ...]]]:
-    for key, reasons in RULES:
-        names = run.cfg.task if "*" in key else ("",)
-        for name in names:
-            yield key.replace("*", str(name)), reasons
+def rules(tasks: Iterable[object]) -> Iterator[tuple[str, tuple[Reason, ...]]]:
+    """Yields every key that may have no effect, those of each task included, with its reasons."""
+    for keys, reasons in RULES:
+        for key in keys.split():
+            for name in tasks if "*" in key else ("",):
+                yield key.replace("*", str(name)), reasons
 
 
 def _peak_not_reached(run: Run) -> str:
     warmup, last = run.value("scheduler.warmup"), run.cfg.train.max_steps
     if not (warmup and last and warmup >= 1 and warmup > last):
         return ""
-    return f"scheduler.warmup={warmup:g}: the learning rate does not reach its peak in train.max_steps={last} steps."
+    return (
+        f"scheduler.warmup={warmup:g}: the learning rate does not reach its peak by train.max_steps={last}."
+    )
 
 
 def _is_default(cfg: DictConfig, key: str) -> bool:
     """Whether a value is what it is without anybody setting it: of a settings class, or of the chosen
     option's yaml."""
     group, _, name = key.partition(".")
-    settings = {"train": TrainSettings, "launch": Launch, "data": DataSettings}.get(group)
     value = OmegaConf.select(cfg, key)
-    if settings is not None:
-        default = next(field.default for field in dataclasses.fields(settings) if field.name == name)
-        return value == default or (isinstance(value, Enum) and value.value == default)
-    option = cfg.choices.get(group)
-    path = config_dir() / group / f"{option}.yaml"
-    return path.is_file() and name != "" and OmegaConf.select(_with_bases(path), name) == value
+    if group in SETTINGS:
+        default = next(field.default for field in dataclasses.fields(SETTINGS[group]) if field.name == name)
+        return bool(value == default)
+    path = config_dir() / group / f"{cfg.choices.get(group)}.yaml"
+    return path.is_file() and name != "" and bool(OmegaConf.select(_with_bases(path), name) == value)
 
 
 def _with_bases(path: Path) -> DictConfig:
@@ -280,13 +233,13 @@ def _keys_of_yaml(path: Path, group: str) -> list[str]:
     return keys if prefix == "_global_" else [f"{prefix}.{key}" for key in keys]
 
 
-def _leaves(values: Any, prefix: str = "") -> list[str]:
+def _leaves(values: object, prefix: str = "") -> list[str]:
     if not isinstance(values, Mapping):
         return [prefix.removesuffix(".")]
     return [leaf for key, value in values.items() for leaf in _leaves(value, f"{prefix}{key}.")]
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Returns a value as it is written on the command line."""
     if OmegaConf.is_config(value):
         return shortened(OmegaConf.to_container(value), 40)

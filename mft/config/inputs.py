@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,32 +25,30 @@ from mft.data.task import Task
 from mft.data.template_choice import is_file
 from mft.training.settings import TrainSettings
 
-CANNOT_CHANGE_THE_RESULT: dict[str, str] = {
-    "name": "groups runs",
-    "sweep": "groups runs",
-    "choices": "the components that were chosen enter",
-    "output_dir": "a place",
-    "cache_dir": "a place",
-    "launch": "who starts ranks and jobs; their number enters through the global batch, a pruned run is unfinished",
-    "tracking": "records",
-    "train.resume": "which folder is continued",
-    "train.keep": "which checkpoints stay",
-    "train.keep_task_best": "which checkpoints stay",
-    "train.skip_nonfinite_steps": "a run that ends without a skipped step is the same for all values",
-    "train.log_every": "records",
-    "train.save_every": "saving draws no random number",
-    "train.prompts": "answered without random numbers",
-    "train.prompts_max_new_tokens": "answered without random numbers",
-    "train.peak_tflops": "a speed is divided by it",
-    "train.per_device_batch_size": "enters as the global batch",
-    "train.gradient_accumulation_steps": "enters as the global batch",
-    "train.global_batch_size": "enters as the global batch",
-    "train.per_device_eval_batch_size": "a validation counts tokens, however they are batched",
-    "data.bad_rows": "a run either stops at a bad row or has none of it",
-    "task.*.hint": "words",
-    "model.hint": "words",
-    "model.cache_dir": "a place",
+if TYPE_CHECKING:
+    from mft.model.causal_lm import CausalLM
+    from mft.model.peft.full import Full
+
+_WHY_LEFT_OUT = {
+    "groups runs": "name sweep",
+    "the components that were chosen enter": "choices",
+    "a place": "output_dir cache_dir model.cache_dir",
+    "who starts ranks; their number enters as the global batch, and a pruned run is unfinished": "launch",
+    "records": "tracking train.log_every",
+    "which folder is continued": "train.resume",
+    "which checkpoints stay": "train.keep train.keep_task_best",
+    "a run that ends without a skipped step is the same for all values": "train.skip_nonfinite_steps",
+    "saving draws no random number": "train.save_every",
+    "answered without random numbers": "train.prompts train.prompts_max_new_tokens",
+    "a speed is divided by it": "train.peak_tflops",
+    "enters as the global batch": "train.per_device_batch_size train.gradient_accumulation_steps "
+    "train.global_batch_size",
+    "a validation counts tokens, however they are batched": "train.per_device_eval_batch_size",
+    "a run either stops at a bad row or has none of it": "data.bad_rows",
+    "words": "task.*.hint model.hint",
 }
+
+CANNOT_CHANGE_THE_RESULT = {path: why for why, paths in _WHY_LEFT_OUT.items() for path in paths.split()}
 """Config path (* = any name) → why it is left out of a run's identity."""
 
 FINGERPRINTED: dict[str, str] = {
@@ -75,8 +73,8 @@ def under(path: str, prefixes: Iterable[str]) -> bool:
     """Whether a dotted path is one of `prefixes` or lies below one; `*` in a prefix is any one name."""
     parts = path.split(".")
     for prefix in prefixes:
-        wanted = prefix.split(".")
-        if len(wanted) <= len(parts) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=False)):
+        names = prefix.split(".")
+        if len(names) <= len(parts) and all(n in ("*", p) for n, p in zip(names, parts, strict=False)):
             return True
     return False
 
@@ -91,7 +89,7 @@ def identity(cfg: DictConfig, world: int, tasks: Sequence[str], fingerprints: Ma
     return Identity.of(tasks, choices, values, fingerprints)
 
 
-def fingerprints(cfg: DictConfig, tasks: Sequence[Task], family: Any, peft: Any) -> dict[str, str]:
+def fingerprints(cfg: DictConfig, tasks: Sequence[Task], family: CausalLM, peft: Full) -> dict[str, str]:
     """Returns the hashes of all that a run of this config reads besides the config: name → hash.
 
     tasks, family, peft: the built components. Raises UserError for files that cannot be read.
@@ -99,45 +97,46 @@ def fingerprints(cfg: DictConfig, tasks: Sequence[Task], family: Any, peft: Any)
     return {f"task.{task.name}": task.fingerprint(cfg.cache_dir) for task in tasks} | files(cfg, family, peft)
 
 
-def files(cfg: DictConfig, family: Any, peft: Any) -> dict[str, str]:
+def files(cfg: DictConfig, family: CausalLM, peft: Full) -> dict[str, str]:
     """Returns the part of `fingerprints` that is not about the rows of tasks; quick enough to be made
     again."""
-    found = dict(family.fingerprints())
+    hashes = dict(family.fingerprints())
     if is_file(cfg.data.template):
-        found["template"] = file_digests([Path(cfg.data.template).expanduser()], Path(cfg.cache_dir))[0]
+        hashes["template"] = file_digests([Path(cfg.data.template).expanduser()], Path(cfg.cache_dir))[0]
     if adapter := peft.files():
         digests = file_digests(adapter, Path(cfg.cache_dir))
         named = [[file.name, digest] for file, digest in zip(adapter, digests, strict=True)]
-        found["adapter"] = hashlib.sha1(repr(named).encode()).hexdigest()
-    return found
+        hashes["adapter"] = hashlib.sha1(repr(named).encode()).hexdigest()
+    return hashes
 
 
-def config_parts(cfg: DictConfig) -> tuple[dict[str, str], dict[str, Any]]:
+def config_parts(cfg: DictConfig) -> tuple[dict[str, str], dict[str, object]]:
     """Returns ({component path: public name}, {dotted key: value}) of all that enters an identity as a
     value."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     choices: dict[str, str] = {}
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
 
-    def enter(path: str, value: Any, default: Any) -> None:
+    def enter(path: str, value: Any, default: object) -> None:
         if under(path, CANNOT_CHANGE_THE_RESULT) or under(path, FINGERPRINTED):
             return
         if isinstance(value, dict) and "_target_" in value:
+            # By public name, so that moving a class changes no identity.
             cls = component_class(OmegaConf.select(cfg, path), path)
             if default != Named(name := public_name(cls, value["_target_"])):
                 choices[path] = name
-            enter_fields(path, value, defaults(cls) if name != value["_target_"] else {})
+            default_values = defaults(cls) if name != value["_target_"] else {}
         elif path in SETTINGS:
-            enter_fields(path, value, defaults(SETTINGS[path]))
-        elif path in ("task", "tracking"):
-            enter_fields(path, value, {})
-        elif (value := canonical(value)) != default:
-            values[path] = value
-
-    def enter_fields(path: str, node: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-        for key, value in node.items():
+            default_values = defaults(SETTINGS[path])
+        elif path in ("task", "tracking"):  # of what is chosen, not of a class
+            default_values = {}
+        else:
+            if (value := canonical(value)) != default:
+                values[path] = value
+            return
+        for key, item in value.items():
             if key != "_target_":
-                enter(f"{path}.{key}", value, known.get(key, dataclasses.MISSING))
+                enter(f"{path}.{key}", item, default_values.get(key, dataclasses.MISSING))
 
     for key, value in plain.items():
         enter(key, value, dataclasses.MISSING)
@@ -161,22 +160,22 @@ def public_name(cls: type, target: str) -> str:
     return target
 
 
-def defaults(cls: type) -> dict[str, Any]:
+def defaults(cls: type) -> dict[str, object]:
     """Returns the defaults of a dataclass's fields that have one, as `canonical` values."""
-    found: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
         if field.default is not dataclasses.MISSING:
-            found[field.name] = canonical(field.default)
+            values[field.name] = canonical(field.default)
         elif field.default_factory is not dataclasses.MISSING:
-            found[field.name] = canonical(field.default_factory())
-    return found
+            values[field.name] = canonical(field.default_factory())
+    return values
 
 
-def canonical(value: Any) -> Any:
+def canonical(value: object) -> object:
     """Returns a value as JSON takes it, the same for 1 and 1.0 and for a choice and its name."""
     if isinstance(value, Enum):
         return value.name
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer():  # 1 on a command line, 1.0 in a yaml
         return int(value)
     if isinstance(value, Mapping):
         return {str(key): canonical(item) for key, item in value.items()}

@@ -1,8 +1,8 @@
-"""Interpolations of a composed config: bounded before any is resolved, then replaced, but for the
-environment's values.
+"""Interpolations of a composed config: their size is bounded before any is resolved, then all but those of
+the
+environment are replaced.
 
-`${oc.env:NAME}` stays as it is written, so that no password is kept with a run, and is read again in every
-rank.
+`${oc.env:NAME}` is kept as written, so that no password is stored with a run, and read again in every rank.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.grammar_parser import parse
+from omegaconf.resolvers import oc
 
 from mft.console import credentials
 from mft.errors import UserError
 
 LARGEST = 1_000_000
-"""Characters and values that all interpolations together may come to."""
+"""Characters and values that all interpolations may expand to, together."""
 
 _REFERENCE = re.compile(r"\$\{\s*(\.*[^${}:,\s]+)\s*\}")
 _WORD = re.compile(r"[A-Za-z_][\w.\[\]]*")
 
 _read: list[str] = []
-"""Variables that were read since it was emptied last."""
+"""Environment variables that OmegaConf has read since the list was last cleared."""
 
 
 def register() -> None:
@@ -33,22 +35,18 @@ def register() -> None:
     OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
 
 
-def _variable(name: str, *default: Any) -> Any:
+def _variable(name: str, *default: object) -> str | None:
+    """OmegaConf's own resolver, with the name and the value remembered."""
     _read.append(name)
-    if name not in os.environ and not default:
-        raise KeyError(f"Environment variable '{name}' not found")
-    if name not in os.environ:
-        return default[0] if default[0] is None else str(default[0])
-    credentials.remember(os.environ[name], name)
-    return os.environ[name]
+    if name in os.environ:
+        credentials.remember(os.environ[name], name)
+    return oc.env(name, *default)
 
 
 def replaced(cfg: DictConfig) -> DictConfig:
-    """Returns the config with every interpolation replaced, but values from the environment as they are
-    written.
+    """Returns the config with every interpolation replaced, except those of the environment.
 
-    Raises UserError that names the one that cannot be resolved, that leads back to itself, or that is too
-    large.
+    Raises UserError that names an interpolation that cannot be resolved, is circular, or is too large.
     """
     bound(cfg)
     try:
@@ -62,34 +60,30 @@ def replaced(cfg: DictConfig) -> DictConfig:
 
 
 def check_variables(cfg: DictConfig) -> None:
-    """Raises UserError for a variable of the environment that a frozen config reads and that is not set
-    here."""
-    for key in _keys(cfg):
-        try:
-            value = cfg[key]
-        except OmegaConfBaseException as error:
-            if "nvironment variable" in str(error):
-                raise UserError(_refusal(error)) from error
-            continue
-        if OmegaConf.is_config(value):
-            check_variables(value)
+    """Raises UserError for an environment variable that a frozen config reads and that is not set here."""
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_refusal(error)) from error
 
 
 def bound(cfg: DictConfig) -> None:
-    """Raises UserError for interpolations that lead back to themselves or multiply to more than LARGEST."""
+    """Raises UserError for interpolations that are circular or expand to more than LARGEST."""
     try:
         size = _size(cfg, cfg, {}, {})
     except RecursionError:
-        raise UserError("The interpolations of the config lead too deep; write the values.") from None
+        raise UserError("The config's interpolations are nested too deeply; write the values.") from None
     if size > LARGEST:
-        raise UserError(
-            "The interpolations of the config come to more than a million characters; write the values."
-        )
+        raise UserError("The config's interpolations make more than a million characters; write the values.")
 
 
 def _size(node: Any, root: DictConfig, sizes: dict[int, int], opened: dict[int, str]) -> int:
-    """Returns what a node comes to when resolved; each node is looked at once. opened: nodes on the way to
-    it."""
+    """Returns the size of a node when resolved; each node is visited once.
+
+    sizes: of the nodes visited so far, by id; opened: the nodes that lead to this one and their keys.
+    """
+    # OmegaConf resolves a node again wherever it is referenced, in exponential time; adding sizes up is
+    # linear.
     if id(node) in sizes:
         return sizes[id(node)]
     value = node._value()
@@ -110,14 +104,15 @@ def _size(node: Any, root: DictConfig, sizes: dict[int, int], opened: dict[int, 
     elif isinstance(node, DictConfig | ListConfig) and isinstance(value, dict | list):
         total += sum(_size(node._get_node(key), root, sizes, opened) for key in _keys(node))
     del opened[id(node)]
+    # cut off, since a chain of doublings would otherwise make integers of thousands of digits
     sizes[id(node)] = min(total, LARGEST + 1)
     return sizes[id(node)]
 
 
 def _references(text: str) -> Iterator[tuple[str, bool]]:
-    """Yields the keys that a text refers to, and whether it surely does.
+    """Yields the keys that a text refers to, and whether that is certain.
 
-    Arguments of resolvers, and keys that are put together of others, may refer to what they look like.
+    Arguments of resolvers, and keys that are built from other keys, are only possible references.
     """
     for match in _REFERENCE.finditer(text):
         yield match[1], True
@@ -129,23 +124,22 @@ def _references(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _target(node: Any, root: DictConfig, key: str) -> Any:
-    """Returns the node that a key leads to, or the interpolation on the way to it; None for one that is not
-    there."""
+    """Returns the node that a key leads to, or the interpolation on the way to it; None where there is
+    none."""
     name = key.lstrip(".")
-    found: Any = root if name == key else node
+    target: Any = root if name == key else node
     for _ in range(len(key) - len(name)):
-        found = found._get_parent() if found is not None else None
+        target = target._get_parent() if target is not None else None
     for part in re.split(r"[.\[]", name) if name else ():
         part = part.rstrip("]")
-        if isinstance(found, DictConfig) and isinstance(found._value(), dict):
-            found = found._get_node(part, validate_access=False)
-        elif isinstance(found, ListConfig) and isinstance(found._value(), list) and part.isdigit():
-            found = found._get_node(int(part)) if int(part) < len(found._value()) else None
+        value = target._value() if target is not None else None
+        if isinstance(value, dict):
+            target = target._get_node(part, validate_access=False)
+        elif isinstance(value, list) and part.isdigit():
+            target = target._get_node(int(part)) if int(part) < len(value) else None
         else:
-            return found if found is not None and isinstance(found._value(), str) else None
-        if found is None:
-            return None
-    return found
+            return target if isinstance(value, str) else None
+    return target
 
 
 def _keys(node: Any) -> list[Any]:
@@ -158,20 +152,23 @@ def _plain(node: Any) -> Any:
     return dict(zip(_keys(node), values, strict=True)) if isinstance(node, DictConfig) else values
 
 
-def _leaf(node: Any, key: Any) -> Any:
+def _leaf(node: Any, key: str | int) -> Any:
     if not OmegaConf.is_interpolation(node, key):
         if OmegaConf.is_missing(node, key):
             return "???"
         return _plain(node[key]) if OmegaConf.is_config(node[key]) else node[key]
     _read.clear()
-    value = node[key]
+    value = node[key]  # `_variable` notes in _read what this reads of the environment
     if OmegaConf.is_config(value):
         return _plain(value)
     if not _read:
         return _escaped(value)
+    # A text such as ${data_dir}/${oc.env:RUN}: what does not come from the environment is replaced alone, by
+    # setting the node to one part after the other.
     child = node._get_node(key)
     written = child._value()
-    parts = _parts(written)
+    # OmegaConf's own grammar: the outermost interpolations, and what stands between them
+    parts = [part.getText() for part in parse(written).getChild(0).getChildren()]
     if len(parts) == 1:
         return written
     try:
@@ -180,48 +177,31 @@ def _leaf(node: Any, key: Any) -> Any:
         child._set_value(written)
 
 
-def _part(node: Any, key: Any, child: Any, part: str) -> str:
-    """Returns a piece of a text that reads the environment elsewhere: its value, unless it does so itself."""
+def _part(node: Any, key: str | int, child: Any, part: str) -> str:
+    """Returns the value of one part of a text, or the part as written if it reads the environment itself."""
     if not part.startswith("${"):
         return part
     _read.clear()
     child._set_value(part)
     try:
         value = node[key]
-    except OmegaConfBaseException:  # a part of a number, which alone is none
+    except OmegaConfBaseException:  # part of a number, which alone is not one
         return part
     return part if _read else str(_escaped(value))
 
 
-def _parts(text: str) -> list[str]:
-    """Splits a text into its outermost interpolations and what stands between them."""
-    parts, start, at = [], 0, 0
-    while (at := text.find("${", at)) >= 0:
-        if text[:at].endswith("\\"):
-            at += 2
-            continue
-        depth, end = 0, at
-        while end < len(text):
-            depth += (text[end] == "{") - (text[end] == "}")
-            end += 1
-            if text[end - 1] == "}" and not depth:
-                break
-        parts += [text[start:at], text[at:end]]
-        start = at = end
-    return [part for part in (*parts, text[start:]) if part]
-
-
-def _escaped(value: Any) -> Any:
-    """Returns a value that stays as it is when read again; text could look like an interpolation."""
+def _escaped(value: object) -> object:
+    """Returns a value that is not resolved again when the config is read back."""
     if not isinstance(value, str) or "${" not in value:
         return value
     return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
 
 
 def _refusal(error: OmegaConfBaseException) -> str:
+    reason = _first_line(error)
     if match := re.search(r"nvironment variable '([^']+)' not found", str(error)):
-        return f"{error.full_key}: the environment variable {match[1]} is not set, and ${{oc.env:{match[1]}}} reads it."
-    return f"{error.full_key}: {_first_line(error)}"
+        reason = f"the environment variable {match[1]} is not set, and ${{oc.env:{match[1]}}} reads it."
+    return f"{error.full_key}: {reason}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,6 @@
-"""The packages beside mft whose classes a config may name: installed plug-ins, and those named on the command
-line.
+"""The packages besides mft whose classes a config may name: installed plug-ins, and those of --plugin.
 
-No yaml can add one. What was named is recorded in the run folder, so that ranks and later commands know it.
+No yaml can add one. What was named is recorded in the run folder for ranks and later commands.
 """
 
 from __future__ import annotations
@@ -32,8 +31,19 @@ def name(packages: Iterable[str]) -> None:
     """Adds packages to those whose classes a config may name; raises UserError for one that cannot be a
     plug-in."""
     for package in packages:
-        _check(package)
-        _named[package] = None
+        flag = f"--plugin {package}"
+        if not isinstance(package, str) or not all(part.isidentifier() for part in package.split(".")):
+            raise UserError(f"{flag}: expected the name of a Python package, for example --plugin mypkg.")
+        top = package.partition(".")[0]
+        if top in (*sys.stdlib_module_names, "mft"):
+            owner = "mft" if top == "mft" else "Python"
+            raise UserError(f"{flag}: {top} is not a plug-in, but part of {owner}.")
+        if _spec(top) is None:
+            raise UserError(
+                f"{flag}: there is no package {top!r} in this environment; install it, or put the folder "
+                "that holds it into PYTHONPATH."
+            )
+        _named[package] = None  # a dict keeps the order and drops repetitions
 
 
 def named() -> tuple[str, ...]:
@@ -48,30 +58,14 @@ def allowed() -> list[str]:
 
 def yaml_folders() -> list[Path]:
     """Returns the folders `conf` of plug-ins, whose yaml files stand beside those of mft."""
-    found = []
+    folders = []
     for package in allowed():
         spec = _spec(package.partition(".")[0])
         for place in (spec.submodule_search_locations or ()) if spec else ():
             folder = Path(place, *package.split(".")[1:], "conf")
             if folder.is_dir():
-                found.append(folder)
-    return found
-
-
-def _check(package: object) -> None:
-    given = f"--plugin {package}"
-    if not isinstance(package, str) or not all(part.isidentifier() for part in package.split(".")):
-        raise UserError(f"{given}: expected the name of a Python package, for example --plugin mypkg.")
-    top = package.partition(".")[0]
-    if top in (*sys.stdlib_module_names, "mft"):
-        raise UserError(
-            f"{given}: {top} is not a plug-in, but part of {'mft' if top == 'mft' else 'Python'}."
-        )
-    if _spec(top) is None:
-        raise UserError(
-            f"{given}: there is no package {top!r} in this environment; install it, or put the folder that "
-            "holds it into PYTHONPATH."
-        )
+                folders.append(folder)
+    return folders
 
 
 def _spec(top: str) -> importlib.machinery.ModuleSpec | None:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from mft.batch import BatchSizes
 from mft.config import interpolations, yaml_file
@@ -82,13 +82,9 @@ class Launch:
         if self.rdzv_endpoint is not None:
             host, _, port = self.rdzv_endpoint.rpartition(":")
             if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
-                raise UserError(
-                    f"launch.rdzv_endpoint={self.rdzv_endpoint}: write host:port, for example node0:29400."
-                )
-        if self.nnodes > 1:
-            self._check_hosts()
-
-    def _check_hosts(self) -> None:
+                raise UserError(f"launch.rdzv_endpoint={self.rdzv_endpoint}: write host:port (node0:29400).")
+        if self.nnodes == 1:
+            return
         if self.mode is LaunchMode.inline:
             raise UserError(f"launch.nnodes={self.nnodes} needs launch=processes; launch=inline is one rank.")
         if (self.main_address is None) == (self.rdzv_endpoint is None):
@@ -104,20 +100,26 @@ class Launch:
         if self.rdzv_endpoint is not None and self.node_rank is not None:
             raise UserError(
                 f"launch.node_rank={self.node_rank}: with launch.rdzv_endpoint machines are numbered as "
-                "they come; leave it out, or give launch.main_address instead."
+                "they come; remove it, or use launch.main_address instead."
             )
 
 
 @dataclass
 class Config:
-    """The whole config. Component groups are checked against their classes by `mft.config.build.check`."""
+    """The whole config. Component groups are checked against their classes by `mft.config.validate.check`."""
 
     name: str = "mft"
+    """Groups runs: outputs/<name>/, multirun/<name>/, MLflow's experiment."""
     sweep: str | None = None
+    """Id and folder of a sweep; null: a hash of everything that is not swept."""
     choices: dict[str, str] = field(default_factory=dict)
+    """Config group → option chosen; filled in while composing."""
     output_dir: str = MISSING
+    """The run folder."""
     cache_dir: str = MISSING
+    """Token caches and converted models; may be shared by all runs of a machine."""
     task: dict[str, Any] = field(default_factory=dict)
+    """Key → component, typed by `mft.data.task.Task`; the groups below likewise, by their contracts."""
     data: DataSettings = field(default_factory=DataSettings)
     model: Any = MISSING
     peft: Any = MISSING
@@ -133,8 +135,8 @@ class Config:
 def config_dir() -> Path:
     """Returns the folder of the yaml tree: `mft/conf` in an installed wheel, else the repository's `conf`."""
     package = Path(__file__).parents[1]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
+    in_wheel = package / "conf"
+    return in_wheel if in_wheel.is_dir() else package.parent / "conf"
 
 
 def register() -> None:
@@ -183,35 +185,30 @@ def read(path: Path) -> Any:
     return cfg
 
 
-def typed(cfg: Any) -> DictConfig:
+def typed(cfg: DictConfig | ListConfig | dict[str, Any]) -> DictConfig:
     """Returns a plain config under the schema, so that choices are enums again."""
     merged = OmegaConf.merge(OmegaConf.structured(Config), cfg)
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def fast_precision() -> Precision:
-    """Returns bf16 where the machine computes in it, else fp16 on a GPU and fp32 on a CPU."""
+def resolve_precision(precision: Precision | str) -> Precision:
+    """Returns train.precision with auto resolved for this machine: bf16 where it computes in that, else fp16
+    on a GPU and fp32 on a CPU."""
+    if precision != Precision.auto:
+        return Precision(precision)
     if computes_in_bf16():
         return Precision.bf16
     return Precision.fp16 if visible_gpus() else Precision.fp32
 
 
-def resolve_precision(precision: Precision | str) -> Precision:
-    """Returns train.precision with auto resolved for this machine."""
-    return fast_precision() if precision == Precision.auto else Precision(precision)
-
-
-def batch_sizes(train: Any, world: int) -> BatchSizes:
+def batch_sizes(train: TrainSettings | DictConfig, world: int) -> BatchSizes:
     """Derives accumulation from the global batch or the other way round.
 
     Raises UserError when both are given or when the global batch does not divide.
     """
-    per_device, accumulation, total = (
-        train.per_device_batch_size,
-        train.gradient_accumulation_steps,
-        train.global_batch_size,
-    )
+    per_device, total = train.per_device_batch_size, train.global_batch_size
+    accumulation = train.gradient_accumulation_steps
     if total is None:
         return BatchSizes(per_device, accumulation or 1, world)
     if accumulation is not None:
@@ -222,9 +219,8 @@ def batch_sizes(train: Any, world: int) -> BatchSizes:
     unit = per_device * world
     if total % unit:
         below, above = total // unit * unit, (total // unit + 1) * unit
-        values = f"{below} or {above}" if below else f"{above}"
         raise UserError(
-            f"train.global_batch_size={total} must be a multiple of "
-            f"train.per_device_batch_size={per_device} x {world} ranks. Nearest values: {values}."
+            f"train.global_batch_size={total} must be a multiple of train.per_device_batch_size={per_device} "
+            f"x {world} ranks. Nearest values: {f'{below} or ' if below else ''}{above}."
         )
     return BatchSizes(per_device, total // unit, world)

@@ -1,5 +1,4 @@
-"""What can be judged of a config before a process starts or a model loads: fields, values, what must fit
-together."""
+"""Checks of a config before any process starts or model loads: fields, values, and what must fit together."""
 
 from __future__ import annotations
 
@@ -7,31 +6,31 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, ValidationError
 
-from mft.config.build import (
-    Components,
-    build_components,
-    component_paths,
-    is_of_a_library,
-    refuse_special_keys,
-)
+from mft.config import build
 from mft.config.components import component_class
-from mft.config.other_trainers import here
+from mft.config.messages import plainly
+from mft.config.other_trainers import setting_here
 from mft.config.schema import batch_sizes, resolve_precision
 from mft.data.prompts import read_prompts
 from mft.data.settings import BadRows, LongSamples, Mixture
 from mft.data.task import Task
 from mft.distributed.accelerator import refuse_fp16
-from mft.errors import UserError, check_ranges, nearest, plainly, shortened
+from mft.errors import UserError, check_ranges, nearest, shortened
 from mft.hardware import visible_gpus
 from mft.objective import BEST
 
+if TYPE_CHECKING:
+    from mft.data.packing import RowBuilder
+    from mft.loss.base import TaskLoss
+    from mft.training.settings import TrainSettings
 
-def check(cfg: DictConfig, world: int) -> Components:
+
+def check(cfg: DictConfig, world: int) -> build.Components:
     """Judges a resolved, typed config before any process starts or model loads, and returns its components.
 
     Raises UserError with a sentence for the first thing that is wrong.
@@ -40,17 +39,17 @@ def check(cfg: DictConfig, world: int) -> Components:
     methods: missing paths, an attention that cannot run here), then what only the whole can tell.
     """
     nodes: list[tuple[str, DictConfig]] = []
-    for path in component_paths(cfg):
+    for path in build.component_paths(cfg):
         node = OmegaConf.select(cfg, path)
-        component_class(node, path)  # a group that was taken out or set to a value has no node below
+        component_class(node, path)  # raises for a group that was removed or set to a plain value
         nodes += _nodes(node, path)
+    # All names and types before any missing value: a misspelt key is the likely cause of a missing one.
     for path, node in nodes:
-        refuse_special_keys(node, path)
-        cls = component_class(node, path)
-        if not is_of_a_library(cls, path):
-            _check_fields(node, cls, path)
+        _check_fields(node, path)
     for path, node in nodes:
-        _check_nothing_missing(node, path)
+        for key in map(str, node):
+            if OmegaConf.is_missing(node, key):
+                raise UserError(f"{path}.{key} is missing; write {path}.{key}=…, or set it in a yaml.")
     if not cfg.task and not cfg.data.paths:
         raise UserError(
             "No task is chosen. Choose from conf/task with task=[completion,docstring] (`mft demo` makes "
@@ -61,7 +60,7 @@ def check(cfg: DictConfig, world: int) -> Components:
     if cfg.train.prompts:
         read_prompts(Path(cfg.train.prompts))
     batch_sizes(cfg.train, world)
-    components = build_components(cfg)
+    components = build.build_components(cfg)
     for path, component in components.by_path.items():
         if dataclasses.is_dataclass(component):
             check_ranges(component, path)
@@ -73,7 +72,9 @@ def check(cfg: DictConfig, world: int) -> Components:
         task.check_rows(stops=cfg.data.bad_rows is BadRows.error)
     _check_something_trains(components.tasks, cfg.data.mixture)
     names = [task.name for task in components.tasks]
-    _check_best(cfg.train.best, names)
+    if (best := cfg.train.best) not in (allowed := [*BEST, *names]):
+        hint = nearest(best, allowed) or "."
+        raise UserError(f"train.best={best}: not a criterion or a task{hint} Allowed: {', '.join(allowed)}.")
     _check_by_task(components.loss, names)
     # How many samples validate is known once they are cut; where none can be, it is known now.
     may_validate = {
@@ -85,7 +86,7 @@ def check(cfg: DictConfig, world: int) -> Components:
     return components
 
 
-def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+def _nodes(node: object, path: str) -> Iterator[tuple[str, DictConfig]]:
     """Yields a component node and the component nodes inside it."""
     if isinstance(node, DictConfig):
         if "_target_" in node:
@@ -97,15 +98,20 @@ def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
             yield from _nodes(node._get_node(number), f"{path}[{number}]")
 
 
-def _check_fields(node: DictConfig, cls: type, path: str) -> None:
+def _check_fields(node: DictConfig, path: str) -> None:
     """Merges the node into its class, so that unknown keys and wrong types are reported by yaml path."""
+    build.refuse_special_keys(node, path)
+    cls = component_class(node, path)
+    if build.is_of_a_library(cls, path):
+        return
     fields = [f.name for f in dataclasses.fields(cls) if f.init]
     schema = OmegaConf.structured(cls)
     for key in (str(key) for key in node if not str(key).startswith("_")):
         if key not in fields:
+            ours = setting_here(key)
+            hint = nearest(key, fields) or (f"; did you mean {ours}?" if ours else ".")
             raise UserError(
-                f"{path}.{key}: {cls.__name__} has no such field{nearest(key, fields) or here(key) or '.'} "
-                f"Fields: {', '.join(fields) or 'none'}."
+                f"{path}.{key}: {cls.__name__} has no such field{hint} Fields: {', '.join(fields) or 'none'}."
             )
         if OmegaConf.is_missing(node, key):
             continue
@@ -116,37 +122,14 @@ def _check_fields(node: DictConfig, cls: type, path: str) -> None:
             value = OmegaConf.to_container(value)
         try:
             OmegaConf.update(schema, key, value, merge=False)
-            if isinstance(schema[key], str) and isinstance(value, int | float):
-                node[key] = schema[key]  # text that looks like a number, run_name=2026
         except (ValidationError, ConfigKeyError) as error:
-            raise UserError(
-                f"{path}.{key}={shortened(value)}: {plainly(_first_line(error)).rstrip('.')}."
-            ) from error
+            reason = plainly(str(error).strip().splitlines()[0]).rstrip(".")
+            raise UserError(f"{path}.{key}={shortened(value)}: {reason}.") from error
         if isinstance(value, int | float) and type(schema[key]) is str:
-            node[key] = schema[key]  # a name of digits, which yaml reads as a number
+            node[key] = schema[key]  # a name of digits, such as run_name=2026, which yaml reads as a number
 
 
-def _check_nothing_missing(node: DictConfig, path: str) -> None:
-    for key in map(str, node):
-        if OmegaConf.is_missing(node, key):
-            raise UserError(
-                f"{path}.{key} is missing: give it on the command line, {path}.{key}=…, or in a yaml."
-            )
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().splitlines()[0]
-    return "must be a list, e.g. [a,b]" if "is not a ListConfig" in line else line
-
-
-def _check_best(best: str, names: Sequence[str]) -> None:
-    allowed = [*BEST, *names]
-    if best not in allowed:
-        hint = nearest(best, allowed) or "."
-        raise UserError(f"train.best={best}: not a criterion or a task. Allowed: {', '.join(allowed)}{hint}")
-
-
-def _check_by_task(loss: Any, names: Sequence[str]) -> None:
+def _check_by_task(loss: TaskLoss, names: Sequence[str]) -> None:
     """Values of single tasks, such as loss.gamma_by_task: of tasks that exist, and numbers of at least 0."""
     for key in vars(loss):
         for name, value in (getattr(loss, key) or {}).items() if key.endswith("_by_task") else ():
@@ -159,64 +142,65 @@ def _check_by_task(loss: Any, names: Sequence[str]) -> None:
                 raise UserError(f"loss.{key}.{name}={value} must be at least 0 and finite.")
 
 
-def check_validation(train: Any, loss: Any, counts: Mapping[str, int]) -> None:
+def check_validation(train: TrainSettings, loss: TaskLoss, counts: Mapping[str, int]) -> None:
     """Raises UserError for settings that need validation samples where there are none.
 
     counts: validation samples of each task, by name.
     """
-    without = (
-        "; give data.split a validation part, e.g. data.split=[95,5,0], or a task its own rows with "
-        "task.NAME.valid"
-    )
-    if not any(counts.values()):
-        if loss.needs_validation:
-            name = loss.public_name or type(loss).__name__
-            raise UserError(
-                f"loss={name} learns its weights from validation samples, and no task has any{without}"
-            )
-        if train.early_stopping:
-            raise UserError(
-                f"train.early_stopping=true needs validation samples, and no task has any{without}"
-            )
+    problem = ""
     if train.best in counts and train.best not in BEST and not counts[train.best]:
-        raise UserError(f"train.best={train.best}: this task has no validation samples{without}")
+        problem = f"train.best={train.best}: this task has no validation samples"
+    if train.early_stopping and not any(counts.values()):
+        problem = "train.early_stopping=true needs validation samples, and no task has any"
+    if loss.needs_validation and not any(counts.values()):
+        name = loss.public_name or type(loss).__name__
+        problem = f"loss={name} learns its weights from validation samples, and no task has any"
+    if problem:
+        raise UserError(
+            f"{problem}; give data.split a validation part, such as data.split=[95,5,0], or a task its "
+            "own rows with task.NAME.valid"
+        )
 
 
-def _check_together(cfg: DictConfig, c: Components) -> None:
+def _check_together(cfg: DictConfig, c: build.Components) -> None:
     """Cross-component checks: what no single component can judge."""
     c.scheduler.lr(1, 2, c.base_lr)  # a min_lr above the learning rate is refused here
-    whole = "model.add_tokens" if c.model.new_tokens() else c.peft.full_weights_reason
-    if whole and c.dist.divides_on_load:
+    reads_all_of = "model.add_tokens" if c.model.new_tokens() else c.peft.full_weights_reason
+    if reads_all_of and c.dist.divides_on_load:
         raise UserError(
-            f"{whole} reads whole weights of the base, of which every rank has a part only under "
+            f"{reads_all_of} reads whole weights of the base, of which every rank has a part only under "
             "dist=zero3; choose dist=fsdp, zero2 or ddp."
         )
     precision = resolve_precision(cfg.train.precision).value
-    _check_dist(c.dist, c.optimizer, c.peft, precision)
+    _check_dist(c, precision)
     _check_rows(c.rows, c.loss, cfg.data.long_samples)
     c.model.check_rows(c.rows.packs_samples)
     refuse_fp16(precision, cpu=not visible_gpus())
     c.peft.check_against(c.model, precision)
     c.model.check_precision(precision)
     for name, task in c.named_tasks.items():
-        _check_share(name, task.share, cfg.data.mixture)
+        if task.share is not None and cfg.data.mixture is not Mixture.shares:
+            raise UserError(
+                f"task.{name}.share={task.share:g} does nothing with data.mixture={cfg.data.mixture.value}; "
+                "choose data.mixture=shares."
+            )
 
 
-def _check_dist(dist: Any, optimizer: Any, peft: Any, precision: str) -> None:
-    if getattr(dist, "divides_into_dtensors", False) and not getattr(optimizer, "takes_dtensors", True):
+def _check_dist(c: build.Components, precision: str) -> None:
+    if getattr(c.dist, "divides_into_dtensors", False) and not getattr(c.optimizer, "takes_dtensors", True):
         raise UserError(
             "optimizer=adamw8bit: bitsandbytes cannot update what dist=fsdp divides over ranks; choose "
             "optimizer=adamw, or dist=ddp"
         )
-    stored = getattr(peft, "storage_dtype", "uint8")
-    if getattr(dist, "casts_weights", False) and precision != "fp32" and stored not in ("uint8", precision):
+    stored = getattr(c.peft, "storage_dtype", "uint8")
+    if getattr(c.dist, "casts_weights", False) and precision != "fp32" and stored not in ("uint8", precision):
         raise UserError(
             f"peft.storage_dtype={stored}: this dist casts weights to {precision}, packed ones by value, "
             f"which would destroy them; choose peft.storage_dtype={precision} or uint8"
         )
 
 
-def _check_rows(rows: Any, loss: Any, long_samples: LongSamples) -> None:
+def _check_rows(rows: RowBuilder, loss: TaskLoss, long_samples: LongSamples) -> None:
     if rows.splits_samples and loss.by_sample:
         raise UserError(
             f"loss: {type(loss).__name__} counts whole samples, but the rows of data=concat cut them; "
@@ -232,21 +216,6 @@ def _check_rows(rows: Any, loss: Any, long_samples: LongSamples) -> None:
 def _check_something_trains(tasks: Sequence[Task], mixture: Mixture) -> None:
     """Raises UserError where every task has a share or a weight of 0."""
     trained = [task for task in tasks if mixture is not Mixture.shares or task.share != 0]
-    if not trained:
-        keys = ", ".join(f"task.{task.name}.share" for task in tasks)
-        raise UserError(f"{keys}: all are 0, so no task would be trained; one must be above 0.")
     if not any(task.weight for task in trained):
-        keys = ", ".join(f"task.{task.name}.weight" for task in trained)
-        raise UserError(f"{keys}: all are 0, so nothing would be trained; one must be above 0.")
-
-
-def _check_share(name: str, share: float | None, mixture: Mixture) -> None:
-    if share is None:
-        return
-    if not (share >= 0 and math.isfinite(share)):
-        raise UserError(f"task.{name}.share={share} must be at least 0 and finite, or null.")
-    if mixture is not Mixture.shares:
-        raise UserError(
-            f"task.{name}.share={share:g} does nothing with data.mixture={mixture.value}; choose "
-            f"data.mixture=shares."
-        )
+        keys = [f"task.{task.name}.weight" for task in trained] or [f"task.{t.name}.share" for t in tasks]
+        raise UserError(f"{', '.join(keys)}: all are 0, so nothing would be trained; one must be above 0.")

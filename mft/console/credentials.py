@@ -46,8 +46,7 @@ def remember(value: str, variable: str) -> None:
 def hidden(text: str) -> str:
     """Returns text with credentials of the addresses in it as ***, and values of the environment as
     written."""
-    for value in sorted(_remembered, key=len, reverse=True):
-        text = text.replace(value, _remembered[value])
+    text = as_written(text)
     for pattern in (_USERINFO, _NO_SCHEME):
         text = pattern.sub(lambda match: match[0] if _of_environment(match[0][:-1]) else "***@", text)
     return _PARAMETER.sub(
@@ -63,7 +62,7 @@ def _of_environment(user: str) -> bool:
 
 def as_written(text: str) -> str:
     """Returns text with values that came from the environment as they are written in the config."""
-    for value in sorted(_remembered, key=len, reverse=True):
+    for value in sorted(_remembered, key=len, reverse=True):  # one value may be part of a longer one
         text = text.replace(value, _remembered[value])
     return text
 
@@ -103,12 +102,10 @@ def written_out(text: str, key: str = "") -> bool:
 
 def _in_plain(text: str, address: bool) -> bool:
     """text: with \\0 for what comes from the environment."""
-    local = re.match(r"(sqlite|file)(\+\w+)?:/", text, re.IGNORECASE)
-    if not local:
-        for before in re.findall(r"://([^\s'\"]*)@", text) or (
-            re.findall(r"(\S*)@", text) if address else []
-        ):
-            password = before.partition(":")[2] if "\0" in before else before
+    if not re.match(r"(sqlite|file)(\+\w+)?:/", text, re.IGNORECASE):  # an @ in a local path is part of it
+        users = re.findall(r"://([^\s'\"]*)@", text) or (re.findall(r"(\S*)@", text) if address else [])
+        for user in users:
+            password = user.partition(":")[2] if "\0" in user else user
             if password.replace("\0", ""):
                 return True
     if not address and "://" not in text:
@@ -116,13 +113,10 @@ def _in_plain(text: str, address: bool) -> bool:
     for part in re.split(r"[?&;#]", text)[1:]:
         name, _, value = part.partition("=")
         value = value.replace("\0", "")
-        if re.search(rf"({SECRET}|^key$)", name, re.IGNORECASE) and value:
+        if value and re.search(rf"({SECRET}|^key$)", name, re.IGNORECASE):
             return True
-        if (
-            address
-            and part.replace("\0", "")
-            and not (HARMLESS.fullmatch(name))
-            and (value or "=" not in part)
-        ):
+        # An address may be any program's: what is not known to be harmless counts, and what has no value.
+        unknown = not HARMLESS.fullmatch(name) and part.replace("\0", "")
+        if address and unknown and (value or "=" not in part):
             return True
     return False

@@ -13,7 +13,7 @@ from mft.console.credentials import hidden
 from mft.errors import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 
 def shown(text: object) -> str:
@@ -47,8 +47,9 @@ def _screen() -> type[Console]:
     from rich.segment import Segment
 
     class Screen(Console):
-        def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        def render(self, renderable: RenderableType, options: Any = None) -> Iterable[Segment]:
             for segment in super().render(renderable, options):
+                # Most segments are plain text, for which the patterns of `shown` would only cost time.
                 plain = segment.control or (segment.text.isascii() and segment.text.isprintable())
                 yield (
                     segment
@@ -69,6 +70,7 @@ def guard_logs() -> None:
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Shown())
     plain = warnings.formatwarning
+    # Every command calls this, and tests run several in one process: it is wrapped once.
     if getattr(plain, "__name__", "") != "_formatted":
 
         def _formatted(*arguments: Any, **options: Any) -> str:

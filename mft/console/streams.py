@@ -1,5 +1,5 @@
-"""Standard output and error that end no command: characters a terminal lacks are replaced, a closed one is
-left."""
+"""Standard output and error that never end a command: characters that a terminal lacks are replaced, a closed
+stream is ignored."""
 
 from __future__ import annotations
 

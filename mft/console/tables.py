@@ -1,21 +1,21 @@
-"""The one style of every table: a title on the left, text that folds, numbers on the right that never
-break."""
+"""The style of every table: title on the left, text that folds, right-aligned numbers that never break."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 def table(
     title: str,
     columns: Sequence[str],
-    rows: Iterable[Sequence[Any]] = (),
+    rows: Iterable[Sequence[object]] = (),
     numbers: Collection[str] = (),
-    total: Sequence[Any] | None = None,
+    total: Sequence[object] | None = None,
     styles: Iterable[str | None] = (),
     lines: bool = False,
 ) -> Table:
@@ -42,7 +42,7 @@ def table(
     return result
 
 
-def settings_table(rows: Iterable[tuple[str, Any]], title: str) -> Table:
+def settings_table(rows: Iterable[tuple[str, object]], title: str) -> Table:
     """Returns two columns without lines: names and values, which may be rich Texts."""
     from rich.table import Table
 
@@ -54,7 +54,8 @@ def settings_table(rows: Iterable[tuple[str, Any]], title: str) -> Table:
     return result
 
 
-def _cell(value: Any, style: str = "") -> Any:
+def _cell(value: object, style: str = "") -> Text:
     from rich.text import Text
 
+    # A Text has no markup, so that brackets in names of tasks and files are shown as they are.
     return value if isinstance(value, Text) else Text(str(value), style=style)

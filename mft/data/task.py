@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from mft.data.formats import KNOWN, Auto, Format
 from mft.data.readers import Rows, stem
 from mft.data.row_fields import SKIP_ADVICE, RowError
 from mft.data.task_files import DataFile, task_files
-from mft.errors import UserError, nearest, shortened
+from mft.errors import UserError, check_ranges, nearest, ranged, shortened
 
 FIRST_ROWS = 8
 """Rows of each file that are read before a run starts."""
@@ -42,9 +41,9 @@ class Task:
     named for validation or test are not trained (`split.split_named`); a file that is given itself is."""
     valid: list[str] = field(default_factory=list)
     """The same for rows that only validate, whatever their names."""
-    weight: float = 1.0
+    weight: float = ranged(1.0, min=0)
     """Weight in the loss."""
-    share: float | None = None
+    share: float | None = ranged(None, min=0)
     """Part of the mixture under data.mixture=shares, relative to the other tasks; null = 1."""
     format: Any = field(default_factory=Auto)
     """A Format, or the name of one of conf/format."""
@@ -56,8 +55,7 @@ class Task:
 
         Raises UserError for values that types alone cannot refuse.
         """
-        if not (self.weight >= 0 and math.isfinite(self.weight)):
-            raise UserError(f"task.{name}.weight={self.weight} must be at least 0 and finite.")
+        check_ranges(self, f"task.{name}")
         if not name.isprintable() or len(name) > NAME_CHARACTERS:
             limit = f"must be at most {NAME_CHARACTERS} printable characters"
             raise UserError(f"task.{name[:40]!r}.name: {limit}; metrics are named after it.")

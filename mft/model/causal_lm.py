@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mft.errors import UserError, check_ranges, nearest, ranged
+from mft.errors import UserError, check_choice, check_ranges, ranged
 from mft.files.checksums import require_sound
-from mft.model import gradient_checkpointing, model_folder
+from mft.model import model_folder
 from mft.model.attention_kernel import Attention, choose_kernel, refuse_flash
-from mft.model.introspect import base_of, logits, plain_head, recurrent
+from mft.model.introspect import base_of, logits, parameter_count, plain_head, recurrent
 from mft.model.loading import Pretrained, load_model
 from mft.model.model_folder import read_config
 from mft.model.quantised_checkpoint import WeightFormat, refuse_quantised, weight_format
@@ -26,9 +26,12 @@ from mft.model.transformers_private import model_class, unsplit_layers
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+CHECKPOINTING_ABOVE = 1_000_000_000
+"""Parameters above which gradient_checkpointing=auto is on: a third of the memory, 0.7 of the speed."""
 
 
 @dataclass
@@ -36,6 +39,7 @@ class CausalLM:
     """Any causal LM of transformers."""
 
     public_name: ClassVar[str] = "causal_lm"
+    code_notice: ClassVar[str] = "model.trust_remote_code=true: Python code that comes with %s will be run"
 
     path: str
     """Folder with config.json, *.safetensors and tokenizer, or hub name owner/name."""
@@ -82,32 +86,25 @@ class CausalLM:
     # ── checks, before anything is loaded ──
 
     def check(self) -> None:
-        """Raises UserError for what can be known without loading: the path, the attention, gradient
-        checkpointing."""
-        self.checkpointing(parameters=0)
+        """Raises UserError for what can be known without loading: settings, path, headers of weights."""
+        check_choice("model.gradient_checkpointing", self._checkpointing, ("auto", "true", "false"))
+        check_choice("model.attention", self.attention, Attention.__members__)
         check_ranges(self, "model")
         check_new_tokens(self.add_tokens, self.add_special_tokens)
-        if self.attention not in Attention.__members__:
-            raise UserError(
-                f"model.attention={self.attention!r} is not one of {', '.join(Attention.__members__)}"
-                f"{nearest(self.attention, Attention.__members__)}"
-            )
         refuse_flash(self.attention)
         if self.trust_remote_code:
-            self._warn_of_code()
+            log.warning(self.code_notice, self.path)
         self._check_path()
 
     def _check_path(self) -> None:
         model_folder.check_path(self.path, self.hint)
-        if type(self) is CausalLM:
+        if type(self) is CausalLM:  # subclasses read model types that transformers does not have
             model_folder.check_type(self.path, self.trust_remote_code)
-        if Path(self.location()).is_dir():
+        folder = Path(self.location())
+        if folder.is_dir():
             self.weight_format()
-            # the rest where the weights are read anyway
-            require_sound(Path(self.location()), small_only=True)
-
-    def _warn_of_code(self) -> None:
-        log.warning("model.trust_remote_code=true: Python code that comes with %s will be run", self.path)
+            # Large files are verified later, where their weights are read anyway.
+            require_sound(folder, small_only=True)
 
     def check_precision(self, precision: str) -> None:
         """Raises UserError for an attention that has no kernel in this precision (fp32, bf16 or fp16)."""
@@ -116,10 +113,14 @@ class CausalLM:
     def check_rows(self, several: bool) -> None:
         """Raises UserError for rows of several samples where the model's layers would mix them, as far as the
         config.json of a folder tells."""
-        if several and self.path and (what := recurrent(read_config(Path(self.path).expanduser()))):
-            raise UserError(model_folder.no_packing(self.path, what))
+        if several and (layers := recurrent(self._folder_config())):
+            raise UserError(model_folder.no_packing(self.path, layers))
 
     # ── where it comes from ──
+
+    def _folder_config(self) -> dict[str, Any]:
+        """Returns config.json of a local folder unchanged, {} for a hub name or an empty path."""
+        return read_config(Path(self.path).expanduser()) if self.path else {}
 
     def location(self) -> str:
         """Returns where the checkpoint lies: an absolute folder, or the hub name."""
@@ -131,8 +132,7 @@ class CausalLM:
         return self.location()
 
     def conversion(self) -> str:
-        """Returns the words for `mft convert` that make `source` of `location`, "" where they are the
-        same."""
+        """Returns the arguments of `mft convert` that make `source` of `location`, "" where both are one."""
         return ""
 
     def fingerprint(self) -> str:
@@ -156,16 +156,16 @@ class CausalLM:
 
     def width(self) -> int | None:
         """Returns the hidden size, as far as the config.json of a folder tells."""
-        size = read_config(Path(self.path).expanduser()).get("hidden_size") if self.path else None
+        size = self._folder_config().get("hidden_size")
         return size if isinstance(size, int) else None
 
     def weight_format(self) -> WeightFormat:
         """Returns how the weights are stored, judged without loading any: a folder by its config.json and the
         headers of its files, a hub name by its config. Raises UserError for what cannot be read."""
-        folder = Path(self.location())
+        folder, who = Path(self.location()), f"model.path={self.path}"
         if folder.is_dir():
-            return weight_format(f"model.path={self.path}", read_config(folder), folder)
-        return weight_format(f"model.path={self.path}", self.config().to_dict(), None)
+            return weight_format(who, read_config(folder), folder)
+        return weight_format(who, self.config().to_dict(), None)
 
     def _pretrained(self, source: str) -> Pretrained:
         return Pretrained(self.path, source, self.revision, self.trust_remote_code)
@@ -173,14 +173,13 @@ class CausalLM:
     # ── tokenizer and config ──
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Returns the tokenizer with its EOS and pad token set (see `set_special_tokens`).
+        """Returns the tokenizer with its new tokens, EOS and pad token (see `set_special_tokens`).
 
         Raises UserError when no EOS is known.
         """
         tokenizer = self.read_tokenizer()
         self._add_tokens(tokenizer)
-        config_ids = lambda: getattr(self.config(), "eos_token_id", None)  # noqa: E731
-        set_special_tokens(tokenizer, self.eos_token, self.pad_token, config_ids, self.path)
+        set_special_tokens(tokenizer, self.eos_token, self.pad_token, self.config, self.path)
         return tokenizer
 
     def _add_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -188,7 +187,7 @@ class CausalLM:
         return add_new_tokens(tokenizer, self.add_tokens, self.add_special_tokens)
 
     def new_tokens(self) -> dict[str, Any] | None:
-        """Returns the settings of new tokens, None where there are none."""
+        """Returns the settings of new tokens, None without any."""
         names = ("add_tokens", "add_special_tokens", "pad_to_multiple_of")
         added = self.add_tokens or self.add_special_tokens
         return {name: getattr(self, name) for name in names} if added else None
@@ -198,10 +197,9 @@ class CausalLM:
         from transformers import AutoTokenizer
 
         model_folder.check_vocabulary(self.path, Path(self.location()))
-        tokenizer: PreTrainedTokenizerBase = self._pretrained(self.location()).read(AutoTokenizer)
-        return tokenizer
+        return self._pretrained(self.location()).read(AutoTokenizer)
 
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """Returns the transformers config of the model."""
         from transformers import AutoConfig
 
@@ -213,70 +211,63 @@ class CausalLM:
         self,
         dtype: torch.dtype,
         quantization: BitsAndBytesConfig | None = None,
-        device_map: Any = None,
         compute_dtype: torch.dtype | None = None,
+        dequantise: bool = False,
     ) -> PreTrainedModel:
         """Returns the model in train mode, its weights in `dtype` or quantised.
 
         compute_dtype: what autocast will compute in, where that differs from dtype (float32 master weights
         under bf16); attention=auto needs it, since flash attention has no float32 kernel. Raises UserError
         for a checkpoint that is quantised already, unless by bitsandbytes to the bits that `quantization`
-        asks for.
+        asks for. dequantise: turns its weights into real values instead.
         """
-        bits = (8 if quantization.load_in_8bit else 4) if quantization else 0
-        refuse_quantised(self.path, self.weight_format(), bits)
-        return self._load(dtype, quantization, device_map, compute_dtype)
-
-    def dequantised(self, dtype: torch.dtype) -> PreTrainedModel:
-        """Returns the model of a quantised checkpoint with the values that its numbers stand for, in
-        `dtype`."""
-        return self._load(dtype, dequantise=True)
-
-    def _load(
-        self,
-        dtype: torch.dtype,
-        quantization: BitsAndBytesConfig | None = None,
-        device_map: Any = None,
-        compute_dtype: torch.dtype | None = None,
-        dequantise: bool = False,
-    ) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        attention: str | None = self.attention_for(compute_dtype or dtype, AutoModelForCausalLM)
-        if attention == "sdpa" and self.attention == "auto":
-            # sdpa where the model can (gemma 2's soft cap and the sinks of gpt-oss cannot), else eager
-            attention = None
         weights = self.weight_format()
+        bits = (8 if quantization.load_in_8bit else 4) if quantization else 0
+        if not dequantise:
+            refuse_quantised(self.path, weights, bits)
+        attention: str | None = self.attention_for(compute_dtype or dtype)
+        if attention == "sdpa" and self.attention == "auto":
+            # None leaves it to transformers: sdpa where the model can, else eager (gemma 2's soft cap, the
+            # sinks of gpt-oss).
+            attention = None
         config = self.config() if weights.method else None
         pretrained = self._pretrained(self.source())
-        model = load_model(
-            pretrained, weights, config, dtype, quantization, attention, device_map, dequantise
-        )
+        model = load_model(pretrained, weights, config, dtype, quantization, attention, dequantise)
         if self.new_tokens():
             widen_embeddings(model, self._add_tokens(self.read_tokenizer()), self.pad_to_multiple_of)
         model.train()
         return model
 
-    def attention_for(self, dtype: torch.dtype, factory: Any) -> str:
-        """Returns the attention implementation for computing in `dtype`, with auto resolved; factory: the
-        class of the model, or AutoModelForCausalLM. Raises UserError where flash attention is asked for and
-        cannot run."""
-        return choose_kernel(self.attention, str(dtype), lambda: self._model_class(factory))
+    def attention_for(self, dtype: torch.dtype) -> str:
+        """Returns the attention implementation for computing in `dtype`, with auto resolved.
 
-    def _model_class(self, factory: Any) -> Any:
-        """Returns the class of the model; None where it comes with code of its own."""
-        if not hasattr(factory, "_model_mapping"):
-            return factory
-        return model_class(self.config())
+        Raises UserError where flash attention is set and cannot run.
+        """
+        return choose_kernel(self.attention, str(dtype), lambda: model_class(self.config()))
 
-    def checkpointing(self, parameters: int) -> bool:
-        """Returns gradient_checkpointing with auto resolved for a model of that many parameters."""
-        return gradient_checkpointing.resolve(self.gradient_checkpointing, parameters)
+    @property
+    def _checkpointing(self) -> str:
+        """gradient_checkpointing as yaml writes it: it may be a string, or a bool."""
+        return str(self.gradient_checkpointing).lower()
 
     def checkpoint(self, model: nn.Module) -> bool:
-        """Turns gradient checkpointing on where asked, on a plain or peft model, and returns whether it is
-        on."""
-        return gradient_checkpointing.turn_on(model, self.gradient_checkpointing)
+        """Turns gradient checkpointing (recompute activations in backward instead of keeping them) on where
+        the setting says so, on a plain or peft model, and returns whether it is on.
+
+        Raises UserError where true demands it of a model that cannot; auto warns.
+        """
+        base, setting = base_of(model), self._checkpointing
+        if setting == "false" or (setting == "auto" and parameter_count(model) <= CHECKPOINTING_ABOVE):
+            return False
+        if base.supports_gradient_checkpointing:
+            # The reentrant kind loses gradients of adapters behind a frozen embedding and breaks DDP.
+            base.activation_checkpointing_enable({"use_reentrant": False})
+            return True
+        name = type(base).__name__
+        if setting == "true":
+            raise UserError(f"model.gradient_checkpointing=true: {name} does not support it; choose false")
+        log.warning("model.gradient_checkpointing=auto is off: %s does not support it", name)
+        return False
 
     def layer_classes(self, model: nn.Module) -> list[str]:
         """Returns the class names of the decoder layers, the unit of sharding; model: plain or peft."""
@@ -288,20 +279,19 @@ class CausalLM:
         """Returns the logits [n, V] of final hidden states [n, H], as the model's own forward makes them."""
         return logits(base_of(model), hidden_nH)
 
-    def plain_head(self, base: Any) -> bool:
-        """Whether the logits are `hidden @ weight.T` and nothing else, so that the fused cross entropy may be
-        used."""
+    def plain_head(self, base: PreTrainedModel) -> bool:
+        """Whether the logits are `hidden @ weight.T` and nothing else, as the fused cross entropy takes for
+        granted."""
         return plain_head(base)
 
-    def router_weight(self, base: Any) -> float:
+    def router_weight(self, base: PreTrainedModel) -> float:
         """Returns the coefficient of the router's auxiliary loss: router_coef, else the config's, else 0.
 
-        Raises UserError for a router_coef where there is no router.
+        Raises UserError for a router_coef if the model has no router.
         """
-        if not routed(base):
-            if self.router_coef:
-                raise UserError(
-                    f"model.router_coef={self.router_coef}: {type(base).__name__} has no router; remove it"
-                )
-            return 0.0
-        return coefficient(base) if self.router_coef is None else float(self.router_coef)
+        if routed(base):
+            return coefficient(base) if self.router_coef is None else float(self.router_coef)
+        if self.router_coef:
+            name = type(base).__name__
+            raise UserError(f"model.router_coef={self.router_coef}: {name} has no router; remove it")
+        return 0.0

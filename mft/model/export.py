@@ -17,45 +17,35 @@ if TYPE_CHECKING:
 
 
 def save_final(
-    model: Any,
+    module: Any,
     tokenizer: PreTrainedTokenizerBase,
-    folder: Path | str,
+    folder: Path,
     state_dict: dict[str, torch.Tensor] | None = None,
-    origin: Origin | None = None,
-    dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes an adapter folder (peft) or a model folder (transformers), safetensors, with the tokenizer and
-    its chat template.
+    """Writes an adapter folder (peft) or a model folder (transformers), safetensors, with the tokenizer, its
+    chat template and mft.json.
 
-    model: a TokenLoss, or the plain or peft model inside it; state_dict: of `model`, as gathered by the
-    engine from all ranks (default: its own); origin: goes into mft.json (default: known from a TokenLoss,
-    else none is written); dtype: of a full model's weights on disk (default: as they are). Rank 0 calls it:
-    inside a process group transformers writes nothing on the others, without an error.
+    module: a TokenLoss; state_dict: its own, as gathered by the engine from all ranks where it is sharded.
+    Rank 0 calls it: inside a process group transformers writes nothing on the others, without an error.
     """
     from mft.model.introspect import base_of, with_ties
     from mft.model.legacy.native import plain_rows
     from mft.model.peft.init import relative_to_base
-    from mft.model.token_loss import TokenLoss
 
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, TokenLoss):
-        origin = origin or Origin.of(base_of(model.model), model.family)
-        model = model.model
-        if state_dict is not None:
-            state_dict = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
-    base = base_of(model)
-    if base is not model:
-        # Without this peft asks the hub for the base's config, to see whether its vocabulary was resized.
+    model, base = module.model, base_of(module.model)
+    if state_dict is not None:
+        state_dict = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+    if base is model:
+        write_model(model, folder, state_dict)
+    else:
         weights = plain_rows(base, model.state_dict() if state_dict is None else with_ties(model, state_dict))
         weights, changed = relative_to_base(model, weights)
+        # By default peft would ask the hub for the base's config, to see whether its vocabulary was resized.
         model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
         edit_json(folder / "adapter_config.json", lambda values: values | changed)
-    else:
-        write_model(model, folder, state_dict, dtype)
     write_tokenizer(tokenizer, folder)
-    if origin is not None:
-        write_note(folder, "full" if base is model else "adapter", origin)
+    write_note(folder, "full" if base is model else "adapter", Origin.of(base, module.family))
 
 
 def save_native(family: CausalLM, out: Path) -> None:
@@ -72,7 +62,8 @@ def save_native(family: CausalLM, out: Path) -> None:
         dtype = json.loads((part / "config.json").read_text(encoding="utf-8"))["dtype"]
         origin = Origin(family.location(), family.revision, family.fingerprint(), dtype)
     else:
-        model = family.dequantised(family.config().dtype or torch.bfloat16)
+        config: Any = family.config()
+        model = family.model(config.dtype or torch.bfloat16, dequantise=True)
         write_model(model, part)
         origin = Origin.of(model, family)
     write_tokenizer(family.tokenizer(), part)

@@ -1,4 +1,4 @@
-"""Generates answers with a trained model, prompted with exactly the token ids it was trained on."""
+"""Generates answers with a trained model, from prompts encoded exactly as in training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mft.batch import ROLES, Message
-from mft.errors import UserError, shortened
+from mft.errors import UserError, check_choice, shortened
 from mft.files.checksums import require_sound
 from mft.model.causal_lm import CausalLM
 from mft.model.model_folder import read_config
 from mft.model.origin import Origin
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 Conversation = str | Sequence[Message | Mapping[str, str]]
@@ -42,8 +41,8 @@ class Answerer:
 
     encoder: makes the prompt encoder of a saved tokenizer, `Encoder.saved`; tokenizer: instead of the
     folder's own, to ask an untrained base in the form of a fine-tuned one; base: where the adapter's base
-    model is, if not where mft.json says; device: default cuda if there is one; dtype: of a full model's
-    weights (default: as saved). An adapter runs on the base as it was trained: same dtype, same quantisation.
+    model is, if not where mft.json says. An adapter runs on the base as it was trained: same dtype, same
+    quantisation.
     """
 
     def __init__(
@@ -52,8 +51,6 @@ class Answerer:
         encoder: Callable[[PreTrainedTokenizerBase], PromptEncoder],
         tokenizer: PreTrainedTokenizerBase | None = None,
         base: str | None = None,
-        device: str | None = None,
-        dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ):
         import torch
@@ -61,17 +58,15 @@ class Answerer:
         self.folder = model_folder(Path(folder))
         require_sound(self.folder)
         if trust_remote_code:
-            log.warning(
-                "trust_remote_code=true: Python code that comes with the model of %s will be run", self.folder
-            )
-        self.tokenizer = (
-            tokenizer or CausalLM(str(self.folder), trust_remote_code=trust_remote_code).tokenizer()
-        )
+            log.warning("trust_remote_code=true: Python code of the model of %s will be run", self.folder)
+        # Not AutoTokenizer: the family also finds an EOS that only config.json names.
+        own = CausalLM(str(self.folder), trust_remote_code=trust_remote_code)
+        self.tokenizer = tokenizer or own.tokenizer()
         if self.tokenizer.chat_template is None:
-            raise UserError(f"the tokenizer in {self.folder} has no chat template, so it cannot be asked")
+            raise UserError(f"the tokenizer in {self.folder} has no chat template, so it cannot answer")
         self.encoder = encoder(self.tokenizer)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load(self.folder, base, dtype, trust_remote_code).to(device).eval()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load(self.folder, base, trust_remote_code).to(device).eval()
 
     def answer(self, conversations: Sequence[Conversation], **options: Any) -> list[str]:
         """Returns one answer for each conversation; the options are those of `answer`."""
@@ -102,12 +97,12 @@ def answer(
     import torch
 
     check_options(max_new_tokens, top_p, temperature, num_beams, repetition_penalty)
-
     if not conversations:
         return []
     device, tokenizer = next(model.parameters()).device, encoder.tokenizer
     prompts = [encoder.encode_prompt(messages(conversation, system)) for conversation in conversations]
-    inputs = padded(tokenizer, prompts).to(device)
+    # Padded on the left, the answers of all rows start in the same column.
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if do_sample else {}
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None):
@@ -134,24 +129,16 @@ def check_options(
     max_new_tokens: int, top_p: float, temperature: float, num_beams: int, repetition_penalty: float
 ) -> None:
     """Raises UserError for values of these options of `answer` with which nothing can be generated."""
-    for name, count in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
-        if count < 1:
-            raise UserError(f"{name}={count} must be at least 1")
-    for name, factor in (("temperature", temperature), ("repetition_penalty", repetition_penalty)):
-        if not 0 < factor < math.inf:
-            more = "; do_sample=false takes the likeliest token" if name == "temperature" else ""
-            raise UserError(f"{name}={factor} must be greater than 0{more}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p} must be greater than 0 and at most 1")
-
-
-def padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]) -> Any:
-    """Returns ids and mask, padded on the left so that the answers of all rows start in the same column."""
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    try:
-        return tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt")
-    finally:
-        tokenizer.padding_side = side
+    greedy = "; do_sample=false takes the likeliest token"
+    for name, value, valid, allowed in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("num_beams", num_beams, num_beams >= 1, "at least 1"),
+        ("temperature", temperature, 0 < temperature < math.inf, f"greater than 0{greedy}"),
+        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "greater than 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "greater than 0 and at most 1"),
+    ):
+        if not valid:
+            raise UserError(f"{name}={value} must be {allowed}")
 
 
 def messages(conversation: Conversation, system: str | None = None) -> list[Message]:
@@ -160,49 +147,39 @@ def messages(conversation: Conversation, system: str | None = None) -> list[Mess
     turns = [Message("user", conversation)] if isinstance(conversation, str) else list(conversation)
     parsed = []
     for turn in turns:
-        if isinstance(turn, Message):
-            parsed.append(turn)
-            continue
-        missing = [key for key in ("role", "content") if not isinstance(turn.get(key), str)]
-        if missing:
-            raise UserError(f"a turn to be answered needs the text {missing[0]}: {shortened(dict(turn))}")
-        if turn["role"] not in ROLES:
-            allowed = ", ".join(ROLES)
-            raise UserError(f"a turn to be answered has the role {turn['role']!r}. Allowed: {allowed}")
-        parsed.append(Message(ROLES[turn["role"]], turn["content"]))
+        if not isinstance(turn, Message):
+            for key in ("role", "content"):
+                if not isinstance(turn.get(key), str):
+                    raise UserError(f"a turn to be answered needs the text {key}: {shortened(dict(turn))}")
+            check_choice("role", turn["role"], ROLES)
+            turn = Message(ROLES[turn["role"]], turn["content"])
+        parsed.append(turn)
     if system and not (parsed and parsed[0].role == "system"):
         parsed.insert(0, Message("system", system))
     return parsed
 
 
-def load(folder: Path, base: str | None, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
-    """Returns the model of a folder, adapters on their base."""
+def load(folder: Path, base: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Returns the model of a folder in the dtype it was saved in (float32 where its config names none), an
+    adapter on its base."""
+    import torch
+
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
         return PeftModel.from_pretrained(Origin.read(folder, base).load(trust_remote_code), str(folder))
     if base:
-        raise UserError(
-            f"base={base}: {folder} holds a full model, not an adapter, and needs no base; leave it out"
-        )
-    return CausalLM(str(folder), trust_remote_code=trust_remote_code).model(dtype or saved_dtype(folder))
+        raise UserError(f"base={base}: {folder} holds a full model, which needs no base; leave it out")
+    config = read_config(folder)
+    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    return CausalLM(str(folder), trust_remote_code=trust_remote_code).model(dtype)
 
 
 def model_folder(folder: Path) -> Path:
-    """Returns the folder with the weights: the one given, or the final/ or model/ inside a run or checkpoint
-    folder."""
+    """Returns the folder with the weights: itself, or the final/ or model/ in a run or checkpoint folder."""
     for candidate in (folder, folder / "final", folder / "model"):
         if any((candidate / name).exists() for name in ("adapter_config.json", "config.json")):
             return candidate
     raise UserError(
-        f"{folder} holds no model: no complete checkpoint, and neither it nor its final/ has a config.json "
-        "or an adapter_config.json"
+        f"{folder} holds no model: neither it nor its final/ has a config.json or adapter_config.json"
     )
-
-
-def saved_dtype(folder: Path) -> torch.dtype:
-    """Returns the dtype a model folder's config names, float32 if none."""
-    import torch
-
-    config = read_config(folder)
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -12,19 +12,13 @@ from mft.model.peft_private import new_rows
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedModel
 
 
-RECURRENT = {
-    "falcon_h1",
-    "falcon_mamba",
-    "jamba",
-    "mamba",
-    "mamba2",
-    "minimax",
-    "nemotron_h",
-    "recurrent_gemma",
-}
-RECURRENT |= {"bamba", "rwkv", "xlstm", "zamba", "zamba2"}
+RECURRENT = (
+    *("bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "minimax", "nemotron_h"),
+    *("recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2"),
+)
 """Model types with recurrent layers whose config.json may not list its layers."""
 
 
@@ -33,24 +27,24 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def decoder_of(base: Any) -> Any:
+def decoder_of(base: PreTrainedModel) -> Any:
     """Returns what makes the hidden states of a transformers model: the model without its head."""
     decoder = base.get_decoder()
     # llama 4 keeps it under a name that get_decoder does not try
     return base.model if decoder is base else decoder
 
 
-def head_quirks(base: Any) -> dict[str, float]:
+def head_quirks(base: PreTrainedModel) -> dict[str, float]:
     """Returns what a config does to the logits after the head: granite divides, cohere multiplies, gemma 2
     caps softly."""
-    names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     config = base.config.get_text_config()  # a part of it in models that also see: gemma 4
-    values = {name: getattr(config, name, None) for name in names}
-    return {
-        n: float(v)
-        for n, v in values.items()
-        if isinstance(v, int | float) and not (v == 1 and n != names[2])
-    }
+    quirks = {}
+    for name in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
+        value = getattr(config, name, None)
+        # a factor of 1 changes nothing, a soft cap at 1 does
+        if isinstance(value, int | float) and (value != 1 or name == "final_logit_softcapping"):
+            quirks[name] = float(value)
+    return quirks
 
 
 def head_logits(head: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
@@ -59,8 +53,7 @@ def head_logits(head: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
     peft's adapter of new rows would copy the whole weight at each call; here only their logits are put in.
     """
     if (trained := new_rows(head)) is None:
-        plain_nV: torch.Tensor = head(hidden_nH)
-        return plain_nV
+        return head(hidden_nH)
     import torch
 
     layer, rows, weight_RH = trained
@@ -70,7 +63,7 @@ def head_logits(head: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
     return logits_nV.index_copy(1, index_R, new_nR.to(logits_nV.dtype))
 
 
-def logits(base: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
+def logits(base: PreTrainedModel, hidden_nH: torch.Tensor) -> torch.Tensor:
     """Returns the logits [n, V] of final hidden states [n, H], as the model's own forward makes them."""
     import torch
 
@@ -85,7 +78,7 @@ def logits(base: Any, hidden_nH: torch.Tensor) -> torch.Tensor:
     return logits_nV
 
 
-def plain_head(base: Any) -> bool:
+def plain_head(base: PreTrainedModel) -> bool:
     """Whether the logits are `hidden @ weight.T` and nothing else, so that the fused cross entropy may be
     used."""
     from torch import nn
@@ -103,18 +96,11 @@ def full_shape(parameter: Any) -> tuple[int, ...]:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Returns the number of parameters; a 4-bit weight holds two in a byte, a weight sharded by ZeRO-3 counts
-    in full."""
-    return sum(weight_count(parameter) for parameter in model.parameters())
+    """Returns the number of weights; those packed to 4 bits or sharded by ZeRO-3 count in full."""
+    return sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
 
 
-def weight_count(parameter: Any) -> int:
-    """Returns how many weights a parameter stands for, also when it is packed to 4 bits or sharded by
-    ZeRO-3."""
-    return math.prod(full_shape(parameter))
-
-
-def is_tied(base: Any) -> bool:
+def is_tied(base: PreTrainedModel) -> bool:
     """Whether the output layer of a transformers model shares its weight with the embedding."""
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
@@ -123,13 +109,15 @@ def is_tied(base: Any) -> bool:
 def with_ties(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns a state dict with every name of a tied parameter, of which it has one: an engine gathers it
     once."""
+    # peft looks for each name that it expects; transformers drops the second of a tied pair on its own
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     complete = dict(state_dict)
-    for same in names.values():
-        given = next((name for name in same if name in state_dict), None)
-        complete |= {name: state_dict[given] for name in same if given and name not in state_dict}
+    for tied in names.values():
+        present = [state_dict[name] for name in tied if name in state_dict]
+        for name in tied if present else ():
+            complete.setdefault(name, present[0])
     return complete
 
 
@@ -139,9 +127,8 @@ def recurrent(config: Mapping[str, Any]) -> str:
     samples."""
     config = config.get("text_config") or config  # of a model that also sees
     kinds = [kind for key in ("layer_types", "layers_block_type") for kind in config.get(key) or ()]
-    other = sorted(
-        {str(kind) for kind in kinds if not str(kind).endswith("attention") or kind == "linear_attention"}
-    )
+    # linear attention is a recurrence by another name
+    other = {str(k) for k in kinds if not str(k).endswith("attention") or k == "linear_attention"}
     if other:
-        return f"layers of the kind {' and '.join(other)}"
+        return f"layers of the kind {' and '.join(sorted(other))}"
     return f"the layers of {config['model_type']}" if config.get("model_type") in RECURRENT else ""

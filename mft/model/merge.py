@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mft.errors import UserError
 from mft.files.checksums import require_sound
@@ -14,7 +14,7 @@ from mft.model.save import check_out, new_folder, put, write_model, write_tokeni
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Merged:
     """Result of a merge; the numbers are in logits, measured on a few sequences."""
 
     folder: Path
+    """The merged model."""
+
     difference: float
     """Largest absolute difference to base + adapter."""
 
@@ -34,7 +36,7 @@ class Merged:
     def __str__(self) -> str:
         return (
             f"largest difference of its logits to base + adapter: {self.difference:.2g} "
-            f"(allowed: {self.bound:.2g}; the adapter's full effect: {self.effect:.2g})"
+            f"(limit: {self.bound:.2g}; the adapter's full effect: {self.effect:.2g})"
         )
 
 
@@ -55,16 +57,10 @@ PROBES = (
 )
 
 
-def merge(
-    adapter: Path | str,
-    out: Path | str,
-    base: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    trust_remote_code: bool = False,
-) -> Merged:
+def merge(adapter: Path, out: Path, base: str | None = None, trust_remote_code: bool = False) -> Merged:
     """Writes base + adapter as one plain Hugging Face folder and compares its logits with theirs.
 
-    base: where the base model is, if not where mft.json says; tokenizer: default is the adapter folder's own.
+    base: where the base model is, if not where mft.json says.
     The adapter of a 4-bit base is merged into the dequantised 4-bit weights, which it was trained to correct:
     on the original weights it would be slightly off, and merged into 4 bits most of it would be rounded away.
     Raises UserError for an empty or untrained adapter, an existing `out`, and logits beyond the bound.
@@ -72,15 +68,13 @@ def merge(
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    adapter, out = Path(adapter), Path(out)
     check_out(out)
     require_sound(adapter)
     refuse_untrained(adapter)
     origin = Origin.read(adapter, base)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(adapter))
-    probes = [
-        tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[:, :64] for text in PROBES
-    ]
+    tokenizer = AutoTokenizer.from_pretrained(str(adapter))
+    options = {"add_special_tokens": False, "return_tensors": "pt"}
+    probes = [tokenizer(text, **options).input_ids[:, :64] for text in PROBES]
 
     model = PeftModel.from_pretrained(origin.load(trust_remote_code), str(adapter)).eval()
     expected = _logits(model, probes)
@@ -90,19 +84,21 @@ def merge(
 
     plain = origin.load(trust_remote_code)
     held = getattr(plain.config, "quantization_config", None)
+    # What merge_and_unload makes of packed weights would be packed again.
     if held is not None:
         plain = plain.dequantize(origin.torch_dtype())
-    # safe_merge: refuses an adapter whose weights are not finite
+    # safe_merge refuses an adapter whose weights are not finite
     plain = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload(safe_merge=True)
     part = new_folder(out)
     write_model(plain, part)
     write_tokenizer(tokenizer, part)
     del plain
 
+    # Read from the disk: this is what will be used, and saving may have changed it.
     written = CausalLM(str(part), trust_remote_code=trust_remote_code).model(origin.torch_dtype()).eval()
     difference = _difference(expected, _logits(written, probes))
     rounding = TOLERANCE_8_BIT if getattr(held, "load_in_8bit", False) else 0.0
-    bound = max(TOLERANCE[origin.dtype], rounding) * max(logits.abs().max().item() for logits in expected)
+    bound = max(TOLERANCE[origin.dtype], rounding) * expected.abs().max().item()
     if not difference <= bound:  # also for NaN
         raise UserError(
             f"the merged model differs from base + adapter by {difference:.3g} in its logits, more than "
@@ -123,28 +119,23 @@ def refuse_untrained(adapter: Path) -> None:
     with safe_open(str(file), "pt") as tensors:
         names = list(tensors.keys())
         if not names or any(0 in tensors.get_slice(name).get_shape() for name in names):
-            raise UserError(
-                f"the adapter in {adapter} is empty: it was saved without gathering its weights from all "
-                f"ranks"
-            )
+            reason = "was saved without gathering its weights from all ranks"
+            raise UserError(f"the adapter in {adapter} is empty: it {reason}")
         outputs = [name for name in names if "lora_B" in name or "lora_embedding_B" in name]
         if outputs and not any(tensors.get_tensor(name).any() for name in outputs):
-            raise UserError(
-                f"the adapter in {adapter} is untrained: all its B matrices are zero, so merging changes "
-                f"nothing"
-            )
+            raise UserError(f"the adapter in {adapter} is untrained: all its B matrices are zero")
 
 
-def _logits(model: Any, probes: list[torch.Tensor]) -> list[torch.Tensor]:
+def _logits(model: nn.Module, probes: list[torch.Tensor]) -> torch.Tensor:
+    """Returns the float32 logits [n, V] of all positions of the probes, on the CPU."""
     import torch
 
     device = next(model.parameters()).device
     with torch.no_grad():
-        return [model(input_ids=ids.to(device), use_cache=False).logits.float().cpu() for ids in probes]
+        logits = [model(input_ids=ids.to(device), use_cache=False).logits[0] for ids in probes]
+    return torch.cat(logits).float().cpu()
 
 
-def _difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     # torch's max, unlike Python's, lets a NaN through
-    import torch
-
-    return torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()
+    return (one - other).abs().max().item()

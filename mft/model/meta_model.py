@@ -1,7 +1,7 @@
 """The model that a config.json describes, on the meta device: settings are checked against it before weights
 load.
 
-Building one takes a tenth of a second, whatever the model's size; the imports before the first take a few
+Building one takes a tenth of a second for a model of any size; the imports before the first take a few
 seconds.
 """
 
@@ -36,7 +36,7 @@ def on_meta_device(
     try:
         config = family.config()
     except UserError:
-        return None  # the run says what is wrong with it
+        return None  # loading the model reports it
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if quantization:

@@ -7,59 +7,52 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mft.errors import UserError, nearest, shortened
+from mft.errors import UserError, nearest, nearest_sibling, shortened
 from mft.model.safetensors_header import check_files
 from mft.model.transformers_private import known_model_type, model_types
+
+if TYPE_CHECKING:
+    import xxhash
 
 
 def check_path(path: str, hint: str = "") -> None:
     """Raises UserError unless `path` is a model folder or may be a hub name; hint: what to do when a folder
     is missing."""
-    folder = Path(path).expanduser()
+    folder, who = Path(path).expanduser(), f"model.path={path}"
+    # Meant as a folder, not a hub name: anchored, deeper than owner/name, or inside an existing folder.
+    local = path.startswith(("/", "./", "../", "~", "\\")) or path.count("/") > 1
     if folder.is_dir():
-        _check_folder(path, folder)
+        _check_folder(who, folder)
     elif folder.exists():
-        raise UserError(f"model.path={path} is a file; give the folder that holds config.json")
-    elif looks_local(path):
-        parent = folder.parent
-        siblings = [str(parent / p.name) for p in parent.iterdir()] if parent.is_dir() else []
-        raise UserError(
-            f"model.path={path} does not exist{f'; {hint}' if hint else nearest(folder, siblings)}"
-        )
+        raise UserError(f"{who} is a file; give the folder that holds config.json")
+    elif local or ("/" in path and Path(path).parent.is_dir()):
+        raise UserError(f"{who} does not exist{f'; {hint}' if hint else nearest_sibling(folder)}")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(f"model.path={shortened(path)} is neither a folder nor a hub name such as owner/name")
 
 
-def _check_folder(path: str, folder: Path) -> None:
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+def _check_folder(who: str, folder: Path) -> None:
+    config, adapter = ((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    if adapter and not config:
+        raise UserError(f"{who} holds an adapter; give its base model, and the adapter as peft.path")
+    if not config:
+        raise UserError(f"{who} has no config.json, so it is not a Hugging Face model folder")
+    if adapter:  # transformers would load the base that it names
         raise UserError(
-            f"model.path={path} holds an adapter; give its base model, and the adapter as peft.path"
-        )
-    if not (folder / "config.json").exists():
-        raise UserError(f"model.path={path} has no config.json, so it is not a Hugging Face model folder")
-    if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"model.path={path} holds an adapter_config.json beside its config.json, for which "
-            f"transformers would load "
+            f"{who} holds an adapter_config.json beside its config.json, for which transformers would load "
             "another base; move the adapter's files elsewhere, and give that folder as peft.path"
         )
     read_config(folder)
     if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"model.path={path} has no *.safetensors file"
-            + (
-                f"; pickled weights are not loaded: run mft convert {path}"
-                if any(folder.glob("*.bin"))
-                else ""
-            )
-        )
+        pickled = f"; pickled weights are not loaded: run mft convert {folder}"
+        raise UserError(f"{who} has no *.safetensors file{pickled if any(folder.glob('*.bin')) else ''}")
     check_files(folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns config.json of a folder, {} where there is none; UserError unless it holds a JSON object."""
+    """Returns config.json of a folder, {} if absent; UserError unless it holds a JSON object."""
     file = folder / "config.json"
     if not file.is_file():
         return {}
@@ -79,10 +72,8 @@ VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.js
 def check_vocabulary(path: str, folder: Path) -> None:
     """Raises UserError for a model folder without any vocabulary."""
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in VOCABULARIES):
-        raise UserError(
-            f"model.path={path} has no tokenizer, no file called {', '.join(VOCABULARIES[:-1])} or "
-            f"{VOCABULARIES[-1]}; copy those of the model's release into it"
-        )
+        names = f"{', '.join(VOCABULARIES[:-1])} or {VOCABULARIES[-1]}"
+        raise UserError(f"model.path={path} has no tokenizer: no {names}; copy the files of its release")
 
 
 ORIGINAL_FORMATS = {
@@ -98,42 +89,35 @@ def check_type(path: str, own_code: bool) -> None:
     """Raises UserError for a folder whose model type is missing or unknown, and for one in an original
     format, with the choice that reads it; own_code: whether code of the folder may be run, which may bring a
     type of its own."""
-    folder = Path(path).expanduser()
-    values = read_config(folder)
+    values = read_config(Path(path).expanduser())
     if not values:  # a hub name
         return
     kind = values.get("model_type")
     if not isinstance(kind, str):
-        raise UserError(
-            f"model.path={path}: its config.json has no model_type, which says what kind of model it is"
-        )
-    exists = kind in ORIGINAL_FORMATS or kind.startswith("mft_") or own_code or known_model_type(kind)
-    if not exists and kind not in model_types():  # which has types without a folder of their name
-        code = "; it comes with code of its own, which model.trust_remote_code=true would run"
-        raise UserError(
-            f"model.path={path}: transformers has no model type {kind!r}, which its config.json names"
-            f"{code if 'auto_map' in values else ''}{nearest(kind, model_types())}"
-        )
+        raise UserError(f"model.path={path}: its config.json has no model_type")
     if kind in ORIGINAL_FORMATS:
         raise UserError(
             f"model.path={path} is a {kind} checkpoint in its original format, which transformers cannot "
             f"read; choose {ORIGINAL_FORMATS[kind]} with the same model.path"
         )
+    # By a look at the folders of transformers first: the full list takes its import, and has some types more.
+    known = kind.startswith("mft_") or own_code or known_model_type(kind) or kind in model_types()
+    if not known:
+        code = "; it comes with code of its own, which model.trust_remote_code=true would run"
+        raise UserError(
+            f"model.path={path}: transformers has no model type {kind!r}, which its config.json names"
+            f"{code if 'auto_map' in values else ''}{nearest(kind, model_types())}"
+        )
 
 
-def no_packing(path: str, what: str) -> str:
-    """Returns the sentence that refuses rows of several samples for such a model."""
-    return (
-        f"model.path={path}: {what} carry a state from token to token, so samples of one row would see "
-        "each other; choose data=pad, which gives every sample a row of its own"
-    )
-
-
-def looks_local(path: str) -> bool:
-    """Whether a path that does not exist was meant as a folder rather than as a hub name `owner/name`."""
-    if path.startswith(("/", "./", "../", "~", "\\")) or path.count("/") > 1:
-        return True
-    return "/" in path and Path(path).parent.is_dir()
+def no_packing(path: str, layers: str, model: str = "") -> str:
+    """Returns the sentence that refuses rows of several samples, for recurrent layers or for a class whose
+    attention ignores positions."""
+    if layers:
+        reason = f"{layers} carry a state from token to token, so samples of one row would see each other"
+    else:
+        reason = f"{model} lets the samples of one row see each other"
+    return f"model.path={path}: {reason}; choose data=pad, which gives every sample a row of its own"
 
 
 TOKENIZER_FILES = (
@@ -176,10 +160,14 @@ def folder_fingerprint(folder: Path) -> str:
         with file.open("rb") as stream:
             header = int.from_bytes(stream.read(8), "little")
             digest.update(stream.read(header))
-            for i in range(64):
-                stream.seek(8 + header + (size - 8 - header) * i // 64)
-                digest.update(stream.read(4096))
+            _update_with_samples(digest, stream, 8 + header, size)
     return digest.hexdigest()
+
+
+def _update_with_samples(digest: xxhash.xxh3_128, stream: BinaryIO, start: int, end: int) -> None:
+    for i in range(64):
+        stream.seek(start + (end - start) * i // 64)
+        digest.update(stream.read(4096))
 
 
 SMALL = 64 << 20
@@ -187,20 +175,11 @@ SMALL = 64 << 20
 
 
 def fingerprints(folder: Path, fingerprint: str, own_code: bool) -> dict[str, str]:
-    """Returns the hashes of all that a run reads of a model folder, by name; fingerprint:
-    `folder_fingerprint` of it; own_code: whether code in it is run."""
-    hashes = {
-        "base model": weights_fingerprint(folder, fingerprint),
-        "tokenizer": contents_fingerprint(folder, TOKENIZER_FILES),
-    }
-    return hashes | ({"code": contents_fingerprint(folder, ("**/*.py",))} if own_code else {})
+    """Returns the hashes of all that a run reads of a model folder, by name.
 
-
-def weights_fingerprint(folder: Path, fingerprint: str) -> str:
-    """Returns a hash over what `folder_fingerprint` returned and over the weight files, pickled ones too.
-
-    The samples alone, which adapters record in their mft.json, miss the change of a single value, also in a
-    file that is read in no time.
+    own_code: whether code in it is run; fingerprint: `folder_fingerprint` of it, which adapters record in
+    their mft.json. Its samples miss the change of a single value, also in a file that is read in no time:
+    here small weight files count in full, and pickled ones too.
     """
     import xxhash
 
@@ -212,7 +191,6 @@ def weights_fingerprint(folder: Path, fingerprint: str) -> str:
             if size <= SMALL:
                 digest.update(stream.read())
             else:
-                for i in range(64):
-                    stream.seek(size * i // 64)
-                    digest.update(stream.read(4096))
-    return digest.hexdigest()
+                _update_with_samples(digest, stream, 0, size)
+    hashes = {"base model": digest.hexdigest(), "tokenizer": contents_fingerprint(folder, TOKENIZER_FILES)}
+    return hashes | ({"code": contents_fingerprint(folder, ("**/*.py",))} if own_code else {})

@@ -15,7 +15,7 @@ from mft.model.quantised_checkpoint import refuse_quantised
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 NOTE = "mft.json"
 CONVERTED = "converted"
@@ -54,20 +54,14 @@ class Origin:
     others."""
 
     @classmethod
-    def of(cls, base: Any, family: CausalLM) -> Origin:
+    def of(cls, base: PreTrainedModel, family: CausalLM) -> Origin:
         """Returns the origin of what is trained from `base`, a loaded transformers model of that family."""
         # The first parameter belongs to the embedding, which is neither quantised nor an adapter's.
         dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
-        quantization = quantization_settings(getattr(base.config, "quantization_config", None))
-        return cls(
-            family.source(),
-            family.revision,
-            family.fingerprint(),
-            dtype,
-            quantization,
-            family.new_tokens(),
-            family.conversion(),
-        )
+        bits = quantization_settings(getattr(base.config, "quantization_config", None))
+        source, fingerprint = family.source(), family.fingerprint()
+        added, words = family.new_tokens(), family.conversion()
+        return cls(source, family.revision, fingerprint, dtype, bits, added, words)
 
     @classmethod
     def read(cls, folder: Path, base: str | None = None) -> Origin:
@@ -78,47 +72,44 @@ class Origin:
         config = folder / "adapter_config.json"
         if note := read_note(folder):
             values = note["origin"]
+            if former := values.get("original"):  # earlier versions wrote the options of the family itself
+                words = {"": FORMER_CLASSES.get(former.pop("class"), "auto")}
+                words |= {".path": values["path"], ".revision": values["revision"]}
+                words |= {f".{name}": value for name, value in former.items()}
+                values["converted_from"] = convert_words(words)
             origin = cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
-            if former := values.get("original"):
-                origin = replace(
-                    origin, converted_from=_former_conversion(values["path"], values["revision"], former)
-                )
         elif config.exists():
             values = json.loads(config.read_text(encoding="utf-8"))
             origin = cls(values.get("base_model_name_or_path") or "", values.get("revision"))
         else:
-            raise UserError(
-                f"{folder} holds neither {NOTE} nor adapter_config.json, so its base model is unknown"
-            )
+            raise UserError(f"{folder} has no {NOTE} and no adapter_config.json: its base is unknown")
         return replace(origin, path=base) if base else origin
 
     def family(self, trust_remote_code: bool = False) -> CausalLM:
-        """Returns the base model; raises UserError when it is missing or is not the one that was trained
-        on."""
-        where = {"path": self.path, "revision": self.revision, **(self.tokens or {})}
-        family = CausalLM(**where, trust_remote_code=trust_remote_code)
+        """Returns the base model; UserError when it is missing or is not the one that was trained on."""
+        tokens = self.tokens or {}
+        family = CausalLM(self.path, self.revision, trust_remote_code=trust_remote_code, **tokens)
         folder = Path(family.location())
         if self.converted_from and read_config(folder).get("model_type") in (None, *ORIGINAL_FORMATS):
             raise UserError(
                 f"the base model of this adapter, {self.path}, is not a native folder, or is gone from the "
-                f"cache: "
-                f"write one with `mft convert {self.converted_from} --out FOLDER`, and give --base FOLDER"
+                f"cache: write one with `mft convert {self.converted_from} --out FOLDER`; give --base FOLDER"
             )
+        # Any quantisation of its own is fine here (weights.bits): the adapter was trained beside it.
         try:
             family.check()
             weights = family.weight_format()
             refuse_quantised(self.path, weights, weights.bits)
         except UserError as error:
-            raise UserError(
-                f"the base model of this adapter cannot be used: {error}; give another with --base"
-            ) from error
-        # a converted folder is as good as the checkpoint that it was made of
-        note = read_note(folder)
+            message = f"the base model of this adapter cannot be used: {error}; give another with --base"
+            raise UserError(message) from error
+        # A converted folder is as good as the checkpoint that it was made of.
+        note, fingerprint = read_note(folder), family.fingerprint()
         source = note["origin"]["fingerprint"] if note.get("kind") == CONVERTED else ""
-        if self.fingerprint and self.fingerprint not in (source, family.fingerprint()):
+        if self.fingerprint and self.fingerprint not in (source, fingerprint):
             raise UserError(
                 f"the base model {self.path} is not the one the adapter was trained on: its fingerprint is "
-                f"{source or family.fingerprint()}, not {self.fingerprint}; give the right one with --base"
+                f"{source or fingerprint}, not {self.fingerprint}; give the right one with --base"
             )
         return family
 
@@ -127,7 +118,7 @@ class Origin:
 
         return getattr(torch, self.dtype)
 
-    def load(self, trust_remote_code: bool = False) -> Any:
+    def load(self, trust_remote_code: bool = False) -> PreTrainedModel:
         """Returns the base model in the dtype and quantisation it was trained in.
 
         Whether its own code may run is for the person at hand to say, never for the folder of the adapter.
@@ -142,23 +133,15 @@ class Origin:
         return family.model(self.torch_dtype(), BitsAndBytesConfig(**settings) if settings else None)
 
 
-def _former_conversion(path: str, revision: str | None, options: dict[str, Any]) -> str:
-    """Returns `converted_from` for a note of an earlier version."""
-    words = {"": FORMER_CLASSES.get(options["class"], "auto"), ".path": path, ".revision": revision}
-    words |= {f".{name}": value for name, value in options.items() if name != "class"}
-    return convert_words(words)
-
-
 def convert_words(words: dict[str, Any]) -> str:
     """Returns the arguments of `mft convert`, quoted for a shell, of {"": "qwen", ".path": "/a folder"}."""
     return " ".join(shlex.quote(f"model{key}={value}") for key, value in words.items() if value is not None)
 
 
 def read_note(folder: Path) -> dict[str, Any]:
-    """Returns mft.json of a folder, {} where there is none."""
+    """Returns mft.json of a folder, {} if absent."""
     file = folder / NOTE
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return values
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def write_note(folder: Path, kind: str, origin: Origin) -> None:

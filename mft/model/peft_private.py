@@ -1,4 +1,4 @@
-"""What is read of peft beside its public interface, as it was in 0.21.2.
+"""Non-public parts of peft that mft uses, as of 0.21.2.
 
 A release that changes one of these fails in tests/model/test_peft_private.py, which says which.
 """

@@ -14,9 +14,6 @@ from mft.model.safetensors_header import FLOATS, Tensor
 from mft.model.weights import and_others
 
 BNB = "bitsandbytes"
-READ = (BNB, "fp8", "mxfp8", "mxfp4", "compressed-tensors")
-"""Values of quant_method whose weights can be turned into real values, on any machine."""
-
 WAY_OUT = "give the release of this model that is not quantised (peft=qlora holds it in 4 bits)"
 
 OLD_CONFIGS = ("quantize_config.json", "quant_config.json")
@@ -29,10 +26,12 @@ NO_WEIGHT = re.compile(r"(bias|ids?|mask|idx|index|indices|weight_format)$")
 ids."""
 
 Tensors = Mapping[str, Tensor]
+Settings = Mapping[str, Any]
+"""quantization_config of a config.json."""
 
 
-def check_tensors(who: str, method: str, settings: Mapping[str, Any], stored: Tensors, folder: Path) -> None:
-    """Raises UserError for tensors that do not agree with how the checkpoint is said to be stored.
+def check_tensors(who: str, method: str, settings: Settings, stored: Tensors, folder: Path) -> None:
+    """Raises UserError for tensors that contradict the quantisation named in config.json.
 
     who: begins the sentence; method, settings: quant_method and the rest of config.json's
     quantization_config, "" and nothing for plain weights; stored: all tensors of the checkpoint, by name;
@@ -40,35 +39,32 @@ def check_tensors(who: str, method: str, settings: Mapping[str, Any], stored: Te
     """
     if adapter := [name for name in stored if ADAPTER.search(name)]:
         raise UserError(
-            f"{who} holds weights of an adapter among the model's own "
-            f"({adapter[0]}{and_others(len(adapter))}); give "
-            "the plain base as model.path, and the adapter's own folder as peft.path"
+            f"{who} holds weights of an adapter among its own ({adapter[0]}{and_others(len(adapter))}); "
+            "give the plain base as model.path, and the adapter's own folder as peft.path"
         )
-    odd = {name: tensor for name, tensor in stored.items() if _quantised(name, tensor)}
-    if not method and odd:
-        name = min(odd, key=lambda n: STATE_OF_4_BITS in n)
-        what = f"holds quantised weights ({name} is {odd[name].dtype}{and_others(len(odd))})"
-        if any(STATE_OF_4_BITS in n for n in odd):
-            what = f"holds weights packed to 4 bits by bitsandbytes ({name}{and_others(len(odd))})"
-        old = next((file for file in OLD_CONFIGS if (folder / file).is_file()), "")
-        old = f" ({old} belongs to a release of GPTQ or AWQ)" if old else ""
+    quantised = {name: tensor for name, tensor in stored.items() if _quantised(name, tensor)}
+    if not method and quantised:
+        name = min(quantised, key=lambda n: STATE_OF_4_BITS in n)
+        kind, dtype = "quantised weights", f" is {quantised[name].dtype}"
+        if any(STATE_OF_4_BITS in n for n in quantised):
+            kind, dtype = "weights packed to 4 bits by bitsandbytes", ""
+        old = [f" ({n} belongs to a release of GPTQ or AWQ)" for n in OLD_CONFIGS if (folder / n).is_file()]
         raise UserError(
-            f"{who} {what}, but its config.json has no quantization_config that says how to read "
-            f"them{old}; {WAY_OUT}"
+            f"{who} holds {kind} ({name}{dtype}{and_others(len(quantised))}), but its config.json has no "
+            f"quantization_config that says how to read them{''.join(old[:1])}; {WAY_OUT}"
         )
-    if method and stored and not odd:
+    if method and stored and not quantised:
         raise UserError(
-            f"{who}: its config.json says that the weights are quantised by {method}, but all "
-            f"{len(stored)} are plain {next(iter(stored.values())).dtype}; take quantization_config out of "
-            "config.json if they are real values"
+            f"{who}: config.json says they are quantised by {method}, but all {len(stored)} are plain "
+            f"{next(iter(stored.values())).dtype}; if these are real values, remove quantization_config"
         )
-    for name, tensor in odd.items() if method else ():
+    for name, tensor in quantised.items() if method else ():
         if why := UNREADABLE[method](name, tensor, stored, settings):
             raise UserError(f"{who}: its weights are quantised by {method}, but {name} {why}; {WAY_OUT}")
 
 
 def _quantised(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is no plain weight of a model: in 8 bits or less, or packed into whole numbers."""
+    """Whether a tensor is not a plain weight of a model: in 8 bits or less, or packed into whole numbers."""
     if STATE_OF_4_BITS in name:
         return True
     if tensor.dtype in FLOATS or tensor.dtype in ("BOOL", "I64", "U64", "C64"):
@@ -76,7 +72,7 @@ def _quantised(name: str, tensor: Tensor) -> bool:
     return tensor.dtype.startswith("F") or not NO_WEIGHT.search(name)
 
 
-def _fp8(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
+def _fp8(name: str, tensor: Tensor, stored: Tensors, settings: Settings) -> str:
     """Returns why an 8-bit weight cannot be turned into its values, "" if it can: transformers multiplies
     each block of a weight by its scale, and takes the scales' number for that of the blocks."""
     if name.endswith(".weight_scale_inv"):  # exponents, in one byte each
@@ -84,54 +80,48 @@ def _fp8(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]
     scale = stored.get(f"{name}_scale_inv")
     if not name.endswith(".weight") or not tensor.dtype.startswith("F8") or scale is None:
         return f"({tensor.dtype}) has no scale called {name}_scale_inv, the only ones that transformers reads"
-    rows = tensor.shape[0] if tensor.shape else 1
-    if scale.shape in ((), (1,), (1, 1), (rows, 1)):
+    shape, scales = tensor.shape, scale.shape
+    if scales in ((), (1,), (1, 1), (shape[0] if shape else 1, 1)):  # one for all, or one a row
         return ""
     size = settings.get("weight_block_size", [128, 128])
-    if len(tensor.shape) != 2 or len(scale.shape) != 2 or not isinstance(size, list) or len(size) != 2:
-        return (
-            f"of {list(tensor.shape)} has scales of {list(scale.shape)}, which are not its blocks of {size}"
-        )
-    for weights, scales, block in zip(tensor.shape, scale.shape, size, strict=True):
-        if scales != 1 and scales * block != weights:
-            shape = list(tensor.shape)
-            return f"of {shape} is not divided evenly by its blocks of {size}, which transformers cannot read"
-    return ""
+    if len(shape) != 2 or len(scales) != 2 or not isinstance(size, list) or len(size) != 2:
+        return f"of {list(shape)} has scales of {list(scales)}, which are not its blocks of {size}"
+    if all(n == 1 or n * block == length for n, block, length in zip(scales, size, shape, strict=True)):
+        return ""
+    return f"of {list(shape)} is not divided evenly by its blocks of {size}, which transformers cannot read"
 
 
-def _mxfp4(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
-    for own, other in (("_blocks", "_scales"), ("_scales", "_blocks")):
-        if re.search(rf"\.(gate_up_proj|down_proj){own}$", name):
-            beside = name.removesuffix(own) + other
-            return "" if beside in stored else f"has no {beside} beside it"
-    return f"({tensor.dtype}) is none of the experts' blocks and scales"
+def _mxfp4(name: str, tensor: Tensor, stored: Tensors, settings: Settings) -> str:
+    match = re.fullmatch(r"(.*\.(?:gate_up_proj|down_proj))_(blocks|scales)", name)
+    if not match:
+        return f"({tensor.dtype}) is not one of the experts' blocks and scales"
+    beside = f"{match[1]}_{'scales' if match[2] == 'blocks' else 'blocks'}"
+    return "" if beside in stored else f"has no {beside} beside it"
 
 
-def _bnb(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
+def _bnb(name: str, tensor: Tensor, stored: Tensors, settings: Settings) -> str:
     if not name.endswith(".weight"):
         return ""
-    four = any(f"{name}{STATE_OF_4_BITS}{kind}" in stored for kind in ("nf4", "fp4"))
-    eight = f"{name.removesuffix('weight')}SCB" in stored
-    bits, there = (4, four) if settings.get("load_in_4bit") else (8, eight)
-    return "" if there else f"({tensor.dtype}) lacks its state of {bits} bits"
+    bits, states = 8, [f"{name.removesuffix('weight')}SCB"]
+    if settings.get("load_in_4bit"):
+        bits, states = 4, [f"{name}{STATE_OF_4_BITS}{kind}" for kind in ("nf4", "fp4")]
+    complete = any(state in stored for state in states)
+    return "" if complete else f"({tensor.dtype}) lacks its state of {bits} bits"
 
 
-def _compressed(name: str, tensor: Tensor, stored: Tensors, settings: Mapping[str, Any]) -> str:
+def _compressed(name: str, tensor: Tensor, stored: Tensors, settings: Settings) -> str:
     module, _, last = name.rpartition(".")
-    if last not in ("weight", "weight_packed"):
+    if last not in ("weight", "weight_packed") or f"{module}.weight_scale" in stored:
         return ""
-    return (
-        ""
-        if f"{module}.weight_scale" in stored
-        else f"({tensor.dtype}) has no {module}.weight_scale beside it"
-    )
+    return f"({tensor.dtype}) has no {module}.weight_scale beside it"
 
 
-UNREADABLE: dict[str, Callable[[str, Tensor, Tensors, Mapping[str, Any]], str]] = {
+UNREADABLE: dict[str, Callable[[str, Tensor, Tensors, Settings], str]] = {
     BNB: _bnb,
     "fp8": _fp8,
     "mxfp8": _fp8,
     "mxfp4": _mxfp4,
     "compressed-tensors": _compressed,
 }
-"""What finds out, for each method that is read, why one tensor of it cannot be."""
+"""Value of quant_method whose weights can be turned into real values, on any machine → what finds out why
+one of its tensors cannot."""

@@ -18,18 +18,19 @@ from mft.model.transformers_private import recorded_outputs
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_alpha", "aux_loss_coef")
 """What configs call the coefficient: most families, DeepSeek, JetMoe."""
 
 
-def routed(base: Any) -> bool:
+def routed(base: PreTrainedModel) -> bool:
     """Whether the decoder of this causal LM hands out the logits of its routers."""
     recorded = recorded_outputs(decoder_of(base))
     return "router_logits" in recorded or _own_loss(base) is not None
 
 
-def coefficient(base: Any) -> float:
+def coefficient(base: PreTrainedModel) -> float:
     """Returns the coefficient in the model's config, 0 where it has none."""
     for name in COEFFICIENTS:
         if (value := getattr(base.config.get_text_config(), name, None)) is not None:
@@ -37,7 +38,9 @@ def coefficient(base: Any) -> float:
     return 0.0
 
 
-def balance_loss(base: Any, logits: tuple[torch.Tensor, ...], mask_BT: torch.Tensor | None) -> torch.Tensor:
+def balance_loss(
+    base: PreTrainedModel, logits: tuple[torch.Tensor, ...], mask_BT: torch.Tensor | None
+) -> torch.Tensor:
     """Returns the scalar auxiliary loss, without its coefficient, of the tokens where mask_BT is 1 (None: of
     all).
 
@@ -46,12 +49,11 @@ def balance_loss(base: Any, logits: tuple[torch.Tensor, ...], mask_BT: torch.Ten
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     function: Callable[..., Any] = _own_loss(base) or load_balancing_loss_func
-    per_token = (
-        getattr(base, "num_experts_per_tok", None) or base.config.get_text_config().num_experts_per_tok
-    )
+    per_token = getattr(base, "num_experts_per_tok", None)
+    per_token = per_token or base.config.get_text_config().num_experts_per_tok
     loss: torch.Tensor = function(logits, logits[0].shape[-1], per_token, mask_BT)
     return loss
 
 
-def _own_loss(base: Any) -> Callable[..., Any] | None:
+def _own_loss(base: PreTrainedModel) -> Callable[..., Any] | None:
     return getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)

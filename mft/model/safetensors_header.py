@@ -1,12 +1,14 @@
 """Reads the headers of a model folder's safetensors files: which tensors there are, and whether the files are
 complete.
 
-Reads no weights, so that a folder of any size is checked in milliseconds.
+Reads no weights, so that a folder of any size is checked in milliseconds. `safe_open` of safetensors would
+name neither the size that is expected nor a pointer of git-lfs.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -26,34 +28,37 @@ class Tensor(NamedTuple):
     shape: Shape
 
 
+Stored = Mapping[str, tuple[str, Tensor]]
+"""Name of a tensor → the name of its file, and its header."""
+
+
 def check_files(folder: Path) -> None:
-    """Raises UserError for a weight file that is cut short or is none, for a shard that is missing, and for
-    shards without an index; reads no weights."""
+    """Raises UserError for a file that is not complete safetensors, and as `weight_files`."""
     for file in sorted(folder.glob("*.safetensors")):
         tensors(file)
     weight_files(folder)
 
 
+def stored_tensors(folder: Path) -> Stored:
+    """Returns every tensor that a model of this folder is loaded from."""
+    return {n: (file.name, tensor) for file in weight_files(folder) for n, tensor in tensors(file).items()}
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that a model is loaded from, none where there are no safetensors; UserError for
-    shards without an index, or one that is missing."""
+    """Returns the files that a model is loaded from, [] without any safetensors.
+
+    Raises UserError for shards without an index, and for one that is missing.
+    """
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        return []
     single, index = folder / "model.safetensors", folder / INDEX
-    if single.is_file():  # which is read before any index
-        return [single]
+    if not files or single.is_file():  # which is read before any index
+        return [single] if files else []
     if not index.is_file():
-        raise UserError(
-            f"{folder} has {files[0].name}, but neither model.safetensors nor {INDEX}, which says where "
-            f"weights lie"
-        )
+        raise UserError(f"{folder} has {files[0].name}, but neither model.safetensors nor {INDEX}")
     try:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{index} cannot be read: expected a JSON object with a weight_map ({error})"
-        ) from error
+        raise UserError(f"{index} must be a JSON object with a weight_map: {error}") from error
     there = {file.name for file in files}
     if absent := sorted(named - there):
         raise UserError(
@@ -64,31 +69,30 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensors(file: Path) -> dict[str, Tensor]:
-    """Returns every tensor of a safetensors file, by name; UserError for a file that is cut short or is
-    none."""
+    """Returns every tensor of a safetensors file, by name; UserError for one that is cut short or is another
+    format."""
     stat = file.stat()
     return _header(file, stat.st_size, stat.st_mtime_ns)
 
 
-@lru_cache(maxsize=512)  # a run's parent asks several times
+@lru_cache(maxsize=512)  # several checks ask; size and time of change tell an edited file
 def _header(file: Path, size: int, changed: int) -> dict[str, Tensor]:
+    # The format: 8 bytes with the header's length, the header in JSON, then the data up to the last offset.
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         start = stream.read(64)
         if b"git-lfs" in start:
-            raise UserError(
-                f"{file} is a pointer of git-lfs, not the file itself; fetch it with git lfs pull"
-            )
+            raise UserError(f"{file} is a pointer of git-lfs, not the file; fetch it with git lfs pull")
         try:
             if length > size - 8:
                 raise ValueError(f"its header would take {length:,} bytes")
             header = json.loads(start[:length] + stream.read(max(0, length - 64)))
-            values = {name: value for name, value in header.items() if name != "__metadata__"}
-            end = 8 + length + max((value["data_offsets"][1] for value in values.values()), default=0)
-            headers = {name: Tensor(value["dtype"], tuple(value["shape"])) for name, value in values.items()}
+            header.pop("__metadata__", None)
+            end = 8 + length + max((value["data_offsets"][1] for value in header.values()), default=0)
+            headers = {name: Tensor(value["dtype"], tuple(value["shape"])) for name, value in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file}, {size:,} bytes long, is not a safetensors file: {error}") from error
     if end != size:
-        what = "cut short: fetch it again" if size < end else "longer than it should be"
-        raise UserError(f"{file} is {size:,} bytes long where its header says {end:,}; it is {what}")
+        problem = "cut short: fetch it again" if size < end else "longer than it should be"
+        raise UserError(f"{file} is {size:,} bytes long where its header says {end:,}; it is {problem}")
     return headers

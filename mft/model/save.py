@@ -1,5 +1,4 @@
-"""Model folders as they are written: plain safetensors that transformers loads by itself, also its generation
-before.
+"""Writes model folders: plain safetensors that transformers loads without mft, version 4 included.
 
 Transformers 5 renamed keys without which transformers 4 computes something else and says nothing (positions
 of the rotary embedding) or refuses the folder (the class of a tokenizer); both names are written.
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,10 @@ from mft.model.special_tokens import as_ids
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Values = dict[str, Any]
+"""Of a JSON file."""
 
 CARD = """\
 ---
@@ -47,119 +49,88 @@ The weights are named as in a llama; adapters load onto it with peft.
 
 
 def write_model(
-    model: Any,
-    folder: Path,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    dtype: torch.dtype | None = None,
+    model: PreTrainedModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Writes config and weights of a transformers model, the rows of a NormHead at length 1.
 
-    state_dict: its weights, where they were gathered from elsewhere; dtype: of the weights on disk (default:
-    as they are).
+    state_dict: its weights, where they were gathered from elsewhere.
     """
     from mft.model.legacy.native import plain_rows
 
     state_dict = plain_rows(model, model.state_dict() if state_dict is None else state_dict)
-    if dtype is not None:
-        state_dict = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state_dict.items()}
     model.save_pretrained(str(folder), state_dict=state_dict)
-    finish_config(folder, {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
+    finish_config(folder)
 
 
-def finish_config(folder: Path, changes: Mapping[str, Any]) -> None:
+def finish_config(folder: Path, changes: Values | None = None) -> None:
     """Puts changes into a config.json that transformers wrote, and the names of its generation before; of a
     class of ours a README says what it needs."""
     from mft.model.legacy.native import NORM_HEAD, AlibiConfig
 
-    def finished(values: dict[str, Any]) -> dict[str, Any]:
-        values = {key: value for key, value in values.items() if key != NORM_HEAD} | dict(changes)
+    def finished(values: Values) -> Values:
+        values = {key: value for key, value in values.items() if key != NORM_HEAD} | (changes or {})
         return values | former_names(values)
 
-    edit_json(folder / "config.json", finished)
-    if (
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-        == AlibiConfig.model_type
-    ):
+    if edit_json(folder / "config.json", finished)["model_type"] == AlibiConfig.model_type:
         (folder / "README.md").write_text(CARD, encoding="utf-8")
 
 
-def former_names(config: dict[str, Any]) -> dict[str, Any]:
+def former_names(config: Values) -> Values:
     """Returns what transformers 4 calls values of a config.json: the dtype, the experts of qwen3_moe, and the
     rotary embedding, where it is one and the same in all layers."""
-    former: dict[str, Any] = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
+    former: Values = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
     if config["model_type"] == "qwen3_moe":
         former["num_experts"] = config["num_local_experts"]
     rope = config.get("rope_parameters") or {}
-    if "rope_theta" not in rope:
+    if "rope_theta" not in rope:  # none, or one for each kind of layer, which transformers 4 cannot say
         return former
-    base, part = (
-        ("rotary_emb_base", "rotary_pct") if config["model_type"] == "gpt_neox" else ("rope_theta", PART)
-    )
-    former[base] = rope["rope_theta"]
-    if PART in rope:
-        former[part] = rope[PART]
+    names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+    if config["model_type"] == "gpt_neox":
+        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+    former |= {old: rope[name] for name, old in names.items() if name in rope}
     if rope.get("rope_type", "default") != "default":
         former["rope_scaling"] = rope
     return former
 
 
-PART = "partial_rotary_factor"
-
-
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a tokenizer with its chat template, and its EOS into the configs of a model that is there
-    already."""
+    """Writes a tokenizer with its chat template, and its EOS into the configs of a model beside it."""
     tokenizer.save_pretrained(str(folder))
-    _write_ends(tokenizer, folder)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+
+    # generate() of transformers, and vLLM, stop by generation_config.json, not by the tokenizer: with the
+    # base's EOS alone an answer would run on over the end that was trained.
+    def with_eos(values: Values) -> Values:
+        ids = [eos, *(i for i in as_ids(values.get("eos_token_id")) if i != eos)]
+        return values | {"eos_token_id": ids if len(ids) > 1 else eos}
+
+    # The pad token stays out of config.json: there it is the row of the embedding that is not trained.
+    def with_pad(values: Values) -> Values:
+        return with_eos(values) | ({"pad_token_id": pad} if values.get("pad_token_id") is None else {})
+
+    for name, change in (("config.json", with_eos), ("generation_config.json", with_pad)):
+        if (folder / name).is_file():
+            edit_json(folder / name, change)
     edit_json(folder / "tokenizer_config.json", _former_tokenizer)
 
 
-def _write_ends(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Puts the tokenizer's EOS first among those by which the model saved in a folder stops, and its pad
-    token there where none is named; nothing in a folder without a model.
-
-    generate() of transformers, and vLLM, read generation_config.json, not the tokenizer: with the base's
-    alone an answer would run on over the end that was trained. The pad token stays out of config.json: there
-    it is the row of the embedding that is not trained.
-    """
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-
-    def stopped(values: dict[str, Any]) -> dict[str, Any]:
-        ids = [end, *(i for i in as_ids(values.get("eos_token_id")) if i != end)]
-        return values | {"eos_token_id": ids if len(ids) > 1 else end}
-
-    if (folder / "config.json").is_file():
-        edit_json(folder / "config.json", stopped)
-    if (folder / "generation_config.json").is_file():
-        edit_json(
-            folder / "generation_config.json",
-            lambda values: (
-                stopped(values) | ({"pad_token_id": pad} if values.get("pad_token_id") is None else {})
-            ),
-        )
-
-
-def _former_tokenizer(values: dict[str, Any]) -> dict[str, Any]:
-    values = dict(values)
+def _former_tokenizer(values: Values) -> Values:
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(extra := values.get("extra_special_tokens"), list):
-        values["additional_special_tokens"] = extra
-        del values["extra_special_tokens"]
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
     return values
 
 
-def edit_json(file: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Rewrites a JSON file with what `change` makes of its values."""
+def edit_json(file: Path, change: Callable[[Values], Values]) -> Values:
+    """Rewrites a JSON file with what `change` makes of its values, and returns that."""
     values = change(json.loads(file.read_text(encoding="utf-8")))
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return values
 
 
 def new_folder(out: Path) -> Path:
-    """Returns an empty folder beside `out` to write into, to be renamed to it when it is whole.
-
-    Raises UserError as `check_out`.
-    """
+    """Returns an empty folder beside `out` to write into, which `put` renames; UserError as `check_out`."""
     check_out(out)
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

@@ -1,13 +1,12 @@
-"""A random llama with its tokenizer, made in code: an ordinary checkpoint folder without a download, for
-tests and dry runs."""
+"""A random llama and its tokenizer as an ordinary checkpoint folder, for tests and dry runs offline."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from mft.errors import UserError, ranged
 from mft.files.cache_folder import made_once
@@ -15,19 +14,23 @@ from mft.files.checksums import follow_umask
 from mft.model.causal_lm import CausalLM
 from mft.model.save import write_tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 TEXT = (
     "def add(a, b):\n    return a + b\n",
-    "import os\nfrom pathlib import Path\n\nclass Point:\n    def __init__(self, x, y):\n        self.x = "
-    "x\n",
+    "import os\nfrom pathlib import Path\n\nclass Point:\n    def __init__(self, x, y):\n        "
+    "self.x = x\n",
     "for i in range(10):\n    if i % 2 == 0:\n        print(i)\n    else:\n        continue\n",
     "<s>system\nYou are a helpful assistant.\n<s>human\nWrite a test for this function.<s>bot\n",
     "assert add(1, 2) == 3, 'the sum of one and two is three'\n",
-    "The quick brown fox jumps over the lazy dog. Explain what the following code does, and name the "
-    "function.\n",
+    "The quick brown fox jumps over the lazy dog. Explain what the following code does, and name "
+    "the function.\n",
 )
 """What the tokenizer's merges are learnt from."""
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
+COMMON = {field.name for field in fields(CausalLM)}
 
 
 @dataclass
@@ -75,10 +78,7 @@ class Tiny(CausalLM):
 
     def _check_path(self) -> None:
         if self.path:
-            raise UserError(
-                f"model.path={self.path}: model=tiny makes its own weights; for weights of your own take "
-                f"model=auto"
-            )
+            raise UserError(f"model.path={self.path}: model=tiny makes its own weights; use model=auto")
         if not self.cache_dir:
             raise UserError("model.cache_dir is empty; the tiny model needs a folder to be made in")
         if self.hidden_size % self.heads or self.heads % self.kv_heads:
@@ -89,19 +89,8 @@ class Tiny(CausalLM):
 
     def folder(self) -> Path:
         """Returns the checkpoint folder, made under a lock if it is not there yet."""
-        names = (
-            "hidden_size",
-            "intermediate_size",
-            "layers",
-            "heads",
-            "kv_heads",
-            "vocab_size",
-            "max_positions",
-        )
-        recipe = {name: getattr(self, name) for name in (*names, "tied", "seed")} | {
-            "text": TEXT,
-            "version": 2,
-        }
+        own = [field.name for field in fields(Tiny) if field.name not in ("cache_dir", *COMMON)]
+        recipe = {name: getattr(self, name) for name in own} | {"text": TEXT, "version": 2}
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
         return made_once(Path(self.cache_dir).expanduser().resolve() / "tiny" / digest, self._make)
 
@@ -145,7 +134,7 @@ class Tiny(CausalLM):
         follow_umask([folder / "model.safetensors"])
 
 
-def byte_tokenizer(vocab_size: int):  # type: ignore[no-untyped-def]
+def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """Returns a byte-level BPE tokenizer of at most `vocab_size` tokens: the two special ones, 256 bytes,
     merges of TEXT."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

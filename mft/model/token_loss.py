@@ -7,6 +7,7 @@ exists only inside the wrapped module's forward.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ from mft.model.router_loss import balance_loss
 from mft.model.transformers_private import attention_name
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from mft.model.causal_lm import CausalLM
 
 
@@ -70,17 +73,15 @@ class TokenLoss(nn.Module):
         if self.router_coef:
             arguments["output_router_logits"] = True
         present_BT = sample_BT >= 0
-        if (
-            self.apart is None
-        ):  # by every rank, whatever its batch holds: under sharding each forward is one of all
+        # By every rank, whatever its batch holds: under sharding each forward is one of all ranks.
+        if self.apart is None:
             self.apart = self._keeps_apart(base)
         if (self.recurrent or not self.apart) and (((position_BT == 0) & present_BT).sum(1) > 1).any():
-            raise UserError(
-                no_packing(self.family.path, self.recurrent) if self.recurrent else self._sees_others(base)
-            )
+            raise UserError(no_packing(self.family.path, self.recurrent, type(base).__name__))
         if self.one_row:  # the samples of all rows one after the other, without padding
+            # Every rank has to run the same collectives, also one whose batch is only padding.
             if not present_BT.any():
-                present_BT[0, 0] = True  # a batch of padding still takes part, with one token
+                present_BT[0, 0] = True
             ids_BT, position_BT = ids_BT[present_BT][None], position_BT[present_BT][None]
             if self.per_sample:
                 arguments |= row_of_samples(position_BT[0])
@@ -97,7 +98,7 @@ class TokenLoss(nn.Module):
         return nll_BT, self._router(base, outputs, mask_BT, trained=len(where_n) > 0)
 
     def direct_weights(self) -> list[nn.Parameter]:
-        """Returns the weights that are read without calling their module: ZeRO-3 has to be told of them."""
+        """Returns the weights that are read without calling their module, which ZeRO-3 must gather for it."""
         base = base_of(self.model)
         return [base.get_output_embeddings().weight] if self.family.plain_head(base) else []
 
@@ -110,17 +111,15 @@ class TokenLoss(nn.Module):
         """Whether this model keeps the samples of a row apart by their positions alone, which older classes
         of transformers (bloom, mpt, xglm, ...) do not, without an error: tried with two rows whose second
         samples are equal and whose first are not."""
+        # Dropout would make equal samples differ.
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         embedding = base.get_input_embeddings()
         ids_BT = torch.tensor([[0, 1, 2, 6, 7, 8], [3, 4, 5, 6, 7, 8]], device=embedding.weight.device)
         position_BT = torch.tensor([0, 1, 2, 0, 1, 2], device=ids_BT.device).expand(2, -1)
-        outputs = decoder_of(base)(
-            input_ids=ids_BT % vocabulary(embedding),
-            position_ids=position_BT,
-            attention_mask=None,
-            use_cache=False,
-        )
+        ids_BT %= vocabulary(embedding)
+        arguments = {"position_ids": position_BT, "attention_mask": None, "use_cache": False}
+        outputs = decoder_of(base)(input_ids=ids_BT, **arguments)
         for module, mode in modes:
             module.training = mode
         one, other = outputs[0][:, 3:].float()
@@ -129,24 +128,18 @@ class TokenLoss(nn.Module):
         # other.
         return bool((one - other).norm() <= (1e-3 if exact else 2e-2) * one.norm())
 
-    def _sees_others(self, base: Any) -> str:
-        return (
-            f"model.path={self.family.path}: {type(base).__name__} lets the samples of one row see "
-            "each other; choose data=pad, which gives every sample a row of its own"
-        )
-
-    def _nll(self, base: Any, hidden_nH: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
+    def _nll(self, base: PreTrainedModel, hidden_nH: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
         head = base.get_output_embeddings()
         if self.family.plain_head(base):
             return linear_nll(hidden_nH, head.weight, target_n, self.chunk_size)
-        return module_nll(
-            lambda hidden_rH: self.family.logits(self.model, hidden_rH), hidden_nH, target_n, self.chunk_size
-        )
+        logits = partial(self.family.logits, self.model)
+        return module_nll(logits, hidden_nH, target_n, self.chunk_size)
 
-    def _router(self, base: Any, outputs: Any, mask_BT: torch.Tensor | None, trained: bool) -> torch.Tensor:
-        if (
-            not self.router_coef or not outputs.router_logits
-        ):  # none: a class with experts, of a config without them
+    def _router(
+        self, base: PreTrainedModel, outputs: Any, mask_BT: torch.Tensor | None, trained: bool
+    ) -> torch.Tensor:
+        # A class with experts may be of a config without them, and hands out none.
+        if not self.router_coef or not outputs.router_logits:
             return outputs[0].new_zeros((), dtype=torch.float32)
         # The step divides router losses by the number of micro-batches that have a trained token: the others
         # add nothing. Their mask may be all padding, over which the balance is 0/0, so it is not taken at

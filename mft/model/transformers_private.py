@@ -1,4 +1,4 @@
-"""What is read of transformers beside its public interface, as it was in 5.23.0.
+"""Non-public parts of transformers that mft uses, as of 5.23.0.
 
 Everything with a leading underscore, and modules that its documentation does not name, is used here alone. A
 release that changes one of them fails in tests/model/test_transformers_private.py, which says which.
@@ -10,7 +10,10 @@ import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 READ_IN = "5.23.0"
 """The version in which this was read."""
@@ -19,37 +22,35 @@ READ_IN = "5.23.0"
 # ── a class, or a loaded model ──
 
 
-def model_class(config: Any) -> Any:
+def model_class(config: PreTrainedConfig) -> Any:
     """Returns the class that AutoModelForCausalLM has for a config, None for a config of remote code."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
-def flash_kernels(cls: Any) -> tuple[bool, Any]:
-    """Returns whether a class supports flash attention, and the only implementations of it that it does, None
-    = any."""
-    return getattr(cls, "_supports_flash_attn", False), getattr(
-        cls, "_compatible_flash_implementations", None
-    )
+def flash_kernels(cls: type) -> tuple[bool, list[str] | None]:
+    """Returns whether a class supports flash attention, and in which implementations only (None: in any)."""
+    only = getattr(cls, "_compatible_flash_implementations", None)
+    return getattr(cls, "_supports_flash_attn", False), only
 
 
-def attention_name(base: Any) -> str:
+def attention_name(base: PreTrainedModel) -> str:
     """Returns the name by which the attention of a loaded model is registered."""
     return getattr(base.config, "_attn_implementation", None) or ""
 
 
-def attends_by_registry(base: Any) -> bool:
+def attends_by_registry(base: PreTrainedModel) -> bool:
     """Whether the layers of a model call the attention that is registered, rather than code of their own."""
     return bool(base._supports_attention_backend)
 
 
-def is_stateful(base: Any) -> bool:
+def is_stateful(base: PreTrainedModel) -> bool:
     """Whether a model carries a state from token to token."""
     return bool(base._is_stateful)
 
 
-def unsplit_layers(base: Any) -> list[str]:
+def unsplit_layers(base: PreTrainedModel) -> list[str]:
     """Returns the class names of the layers that are not to be divided over devices: the decoder layers."""
     return sorted(base._no_split_modules or [])
 
@@ -59,8 +60,8 @@ def recorded_outputs(decoder: Any) -> Any:
     return getattr(decoder, "_can_record_outputs", None) or {}
 
 
-def kept_in_float32(model: Any) -> list[str]:
-    """Returns parts of the names of the weights that stay in float32, whatever dtype a model is loaded in."""
+def kept_in_float32(model: PreTrainedModel) -> list[str]:
+    """Returns parts of the names of weights that stay in float32 in a model of any dtype."""
     return [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
 
 
@@ -68,7 +69,7 @@ def kept_in_float32(model: Any) -> list[str]:
 
 
 def fetched(name: str, file: str, revision: str | None, local_only: bool = False) -> Path | None:
-    """Returns a file of a folder, or of a hub name (fetched unless local_only); None where there is none."""
+    """Returns a file of a folder, or of a hub name (fetched unless local_only); None if absent."""
     from transformers.utils import cached_file
 
     quiet = {"_raise_exceptions_for_missing_entries": False}
@@ -97,7 +98,7 @@ def zero3_is_on() -> bool:
     return bool(is_deepspeed_zero3_enabled())
 
 
-def leftover_weights(model: Any, stored: Iterable[str]) -> set[str]:
+def leftover_weights(model: PreTrainedModel, stored: Iterable[str]) -> set[str]:
     """Returns the native names of those stored weights that a model neither takes nor leaves out on
     purpose."""
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -108,9 +109,7 @@ def leftover_weights(model: Any, stored: Iterable[str]) -> set[str]:
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     native = {rename_source_key(n, renamings, converters, model.base_model_prefix, state)[0] for n in stored}
     ignored = model._keys_to_ignore_on_load_unexpected or ()
-    return {
-        name for name in native - state.keys() if not any(re.search(pattern, name) for pattern in ignored)
-    }
+    return {n for n in native - state.keys() if not any(re.search(pattern, n) for pattern in ignored)}
 
 
 def forget_dequantisation(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""What finished and running runs say of themselves, ranked and reported.
+"""Reads finished and running runs back from their folders or from MLflow, ranks them, and reports on them.
 
 `results` reads a run back from its folder, or all runs of an MLflow experiment, as `Run`: its config, its
 metrics, its state. `differences` finds the keys that tell runs apart, among them the contents of data and

@@ -36,27 +36,24 @@ def differing_contents(runs: Sequence[Run]) -> list[str]:
         if len(set(contents)) == 1:
             continue
         if name == "data":  # the order of the tasks counts as well
-            contents = [
-                f"{content} {run.values.get('task')}" for content, run in zip(contents, runs, strict=True)
-            ]
+            contents = [f"{run.values[fingerprint]} {run.values.get('task')}" for run in runs]
         kinds = len(set(contents))
-        values = {key: [run.values.get(key) for run in runs] for key in readable}
-        # A key follows the contents where each content has one value of it; exactly, where each value has one
-        # content.
-        following = [
-            key
-            for key, of_runs in values.items()
-            if len(set(of_runs)) > 1 and len(set(zip(contents, of_runs, strict=True))) == kinds
-        ]
-        exact = [key for key in following if len(set(values[key])) == kinds]
+        # A key follows the contents where each content has one value of it: as many pairs as contents. It
+        # says the same where each value has one content, too: also as many values.
+        following, exact = [], []
+        for key in readable:
+            values = [run.values.get(key) for run in runs]
+            if len(set(values)) > 1 and len(set(zip(contents, values, strict=True))) == kinds:
+                following.append(key)
+                if len(set(values)) == kinds:
+                    exact.append(key)
         telling |= dict.fromkeys((exact or following)[:1])
         if not exact:
             telling[fingerprint] = None
     tasks_by_values: dict[tuple[str | None, ...], set[str | None]] = {}
     for run in runs:
-        tasks_by_values.setdefault(tuple(run.values.get(key) for key in telling), set()).add(
-            run.values.get("task")
-        )
+        values_of_run = tuple(run.values.get(key) for key in telling)
+        tasks_by_values.setdefault(values_of_run, set()).add(run.values.get("task"))
     if any(len(tasks) > 1 for tasks in tasks_by_values.values()):
         telling["task"] = None
     return list(telling)
@@ -68,26 +65,14 @@ def differing(runs: Sequence[Run]) -> list[str]:
     A key whose value follows from the option of its group is left out: `optimizer=adamw8bit` says it.
     """
     contents = differing_contents(runs)
-    apart = {
-        "task",
-        *(key for readable in READABLE.values() for key in readable if "." in key),
-        "model.revision",
-    }
-    keys = dict.fromkeys(key for run in runs for key in run.values)
-    values = [
-        key for key in keys if key not in apart and not key.endswith(FINGERPRINT) and _differs(key, runs)
-    ]
-    # `model` is the option of a group, among values
-    differ = [
-        *(key for key in contents if key != "model"),
-        *values,
-    ]
+    # What stands for contents was judged above.
+    judged = {"task", "model.revision", *(key for keys in READABLE.values() for key in keys if "." in key)}
+    keys = dict.fromkeys(key for run in runs for key in run.values if not key.endswith(FINGERPRINT))
+    differ = [key for key in contents if key != "model"]  # the option of a group, which comes with the values
+    differ += [key for key in keys if key not in judged and _differs(key, runs)]
     of_model = [key for key in differ if key.split(".")[0] == "model"]
-    for name in (
-        "base model",
-        "tokenizer",
-        "code",
-    ):  # of a model that is made of its settings they follow from those
+    # The files of a model that is made in code follow from its settings.
+    for name in ("base model", "tokenizer", "code"):
         fingerprint = f"{name}{FINGERPRINT}"
         pairs = {(run.values.get(fingerprint), *(run.values.get(key) for key in of_model)) for run in runs}
         if len(pairs) == len({pair[1:] for pair in pairs}):

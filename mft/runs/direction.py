@@ -30,9 +30,8 @@ def higher_is_better(metric: str, tasks: Sequence[str], better: str = "") -> boo
     """
     if better:
         if better not in ("lower", "higher"):
-            raise UserError(
-                f"--better {better}: must be lower or higher{nearest(better, ('lower', 'higher')) or '.'}"
-            )
+            hint = nearest(better, ("lower", "higher")) or "."
+            raise UserError(f"--better {better}: must be lower or higher{hint}")
         return better == "higher"
     if metric in LOSSES or metric in tasks:
         return False
@@ -42,8 +41,6 @@ def higher_is_better(metric: str, tasks: Sequence[str], better: str = "") -> boo
     words = re.split(r"[\W_]+", metric.rpartition("/")[2].lower())
     lower, higher = (any(re.fullmatch(pattern, word) for word in words) for pattern in (LOWER, HIGHER))
     if lower == higher:
-        raise UserError(
-            f"--metric {metric}: its name does not tell whether a lower or a higher value is better; add "
-            "--better lower or --better higher."
-        )
+        unclear = f"--metric {metric}: its name does not tell whether a lower or a higher value is better"
+        raise UserError(f"{unclear}; add --better lower or --better higher.")
     return higher

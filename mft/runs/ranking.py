@@ -60,12 +60,9 @@ def grouped(runs: Sequence[Run], keys: Sequence[str], metric: str, higher: bool 
     members: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         members.setdefault(tuple(run.values.get(key, "-") for key in keys), []).append(run)
-    groups = [
-        Group(dict(zip(keys, values, strict=True)), of, metric, higher) for values, of in members.items()
-    ]
-    return sorted(
-        groups, key=lambda group: (math.isnan(group.mean()), -group.mean() if higher else group.mean())
-    )
+    groups = [Group(dict(zip(keys, key, strict=True)), of, metric, higher) for key, of in members.items()]
+    sign = -1 if higher else 1
+    return sorted(groups, key=lambda group: (math.isnan(group.mean()), sign * group.mean()))
 
 
 def pooled(groups: Sequence[Group]) -> float | None:
@@ -87,9 +84,8 @@ def verdicts(groups: Sequence[Group]) -> tuple[list[str], str]:
     """
     noise = pooled(groups)
     higher = any(group.higher for group in groups)
-    best, better, worse, sign = (
-        ("highest", "higher", "lower", -1) if higher else ("lowest", "lower", "higher", 1)
-    )
+    lowest_wins, highest_wins = ("lowest", "lower", "higher", 1), ("highest", "higher", "lower", -1)
+    best, better, worse, sign = highest_wins if higher else lowest_wins
     counts = [len(group.numbers()) for group in groups]
     ranked = [i for i, count in enumerate(counts) if count]
     words = ["no value"] * len(groups)
@@ -107,6 +103,7 @@ def verdicts(groups: Sequence[Group]) -> tuple[list[str], str]:
             error = noise * math.sqrt(1 / counts[i] + 1 / counts[first])
             behind = sign * (groups[i].mean() - groups[first].mean())
             words[i] = "within seed noise" if behind <= STANDARD_ERRORS * error else worse
+    # One run says nothing about its own noise, however far ahead it is.
     if noise is None or counts[first] < 2:
         hint = "Repeat with train.seed=1,2,3 to know the noise."
         return words, f"No winner: the {best} mean is of one seed (n = 1). {hint}"
@@ -115,14 +112,9 @@ def verdicts(groups: Sequence[Group]) -> tuple[list[str], str]:
         return words, f"{sentence} One setting only: nothing to compare it with."
     if near := sum(words[i] != worse for i in others):
         more = "one more is" if near == 1 else f"{near} more are"
-        return (
-            words,
-            f"{sentence} No winner: {more} not told apart from the {best} (less than 2 standard errors).",
-        )
-    return (
-        words,
-        f"{sentence} {groups[first].label} is {better} than all others by more than 2 standard errors.",
-    )
+        return words, f"{sentence} No winner: {more} within 2 standard errors of the {best}."
+    winner = groups[first].label
+    return words, f"{sentence} {winner} is {better} than all others by more than 2 standard errors."
 
 
 def prepare(runs: Sequence[Run], metric: str, by: Sequence[str], better: str = "") -> list[Group]:
@@ -132,7 +124,7 @@ def prepare(runs: Sequence[Run], metric: str, by: Sequence[str], better: str = "
     it from the metric's name. Raises UserError for keys or metrics that no run has, and where the name does
     not tell.
     """
-    shorten_paths(runs)
+    shorten_paths(runs)  # before keys become labels of groups
     keys_of_runs = sorted({key for run in runs for key in run.values})
     for key in by:
         if key not in keys_of_runs:
@@ -155,19 +147,13 @@ def columns(groups: Sequence[Group], metric: str) -> tuple[list[str], list[list[
     rows = []
     for rank, (group, word) in enumerate(zip(groups, words, strict=True), start=1):
         spread = group.spread()
-        values = [*group.keys.values(), str(len(group.numbers())), _number(group.mean())]
-        values.append("n = 1" if spread is None else f"± {spread:.4f}")
-        values += [_number(group.mean(loss)) for loss in losses]
-        values += [
-            _mean([run.seconds for run in group.runs], ".0f"),
-            _mean([run.memory for run in group.runs], ".2f"),
-        ]
-        rows.append([str(rank), *values, word])
+        row = [str(rank), *group.keys.values(), str(len(group.numbers())), _mean(group.numbers(), ".4f")]
+        row.append("n = 1" if spread is None else f"± {spread:.4f}")
+        row += [_mean(group.numbers(loss), ".4f") for loss in losses]
+        row.append(_mean([run.seconds for run in group.runs], ".0f"))
+        row.append(_mean([run.memory for run in group.runs], ".2f"))
+        rows.append([*row, word])
     return head, rows
-
-
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4f}"
 
 
 def _mean(values: Sequence[float | None], spec: str) -> str:

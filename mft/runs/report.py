@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mft import run_folder
 from mft.runs.differences import differing
@@ -17,6 +17,10 @@ from mft.runs.direction import LOSSES
 from mft.runs.ranking import SEED, Group, columns, prepare, verdicts
 from mft.runs.results import read_run
 from mft.training.panels import MOST, color_of, label_axes, most, panel_grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MOST_CURVES = 12
 """Settings drawn in a picture of curves, the best first; the table has all."""
@@ -42,20 +46,19 @@ def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
     every = list(dict.fromkeys(task for run in runs for task in run.tasks))
     means = {task: [group.mean(task) for group in groups if group.numbers(task)] for task in every}
     worst = {task: max(of_groups) for task, of_groups in means.items() if of_groups}
-    tasks = most(every, worst, MOST - 2)
+    tasks = most(every, worst, MOST - 2)  # the mean and the worst task have panels, too
     head, rows = columns(groups, metric)
-    sentence = verdicts(groups)[1]
+    compared = _compared(groups, metric)
     parts = [
         HEAD.format(title=escape(f"mft compare: {title}")),
-        f"<h1>{escape(title)}</h1><p>{len(runs)} runs, {len(groups)} settings, ranked by "
-        f"<b>{escape(metric)}</b>: each "
-        f"run's {_compared(groups, metric)}, mean over n seeds. Losses are nats per token.</p>",
-        f"<p class=say>{escape(sentence)}</p>",
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{len(runs)} runs, {len(groups)} settings, ranked by <b>{escape(metric)}</b>: each run's "
+        f" {compared}, mean over n seeds. Losses are nats per token.</p>",
+        f"<p class=say>{escape(verdicts(groups)[1])}</p>",
         _table(head, rows),
         "<h2>Settings and seeds</h2>" + _image(_dots(groups, metric), "every seed, mean and spread"),
-        "<h2>Validation loss of every task</h2>"
-        + _note(groups, tasks, every)
-        + _image(_curves(groups, tasks), "learning curves"),
+        "<h2>Validation loss of every task</h2>" + _note(groups, tasks, every),
+        _image(_curves(groups, tasks), "learning curves"),
     ]
     if maps := _heat(groups, ["mean", "worst", *tasks]):
         parts.append("<h2>Heat maps</h2>" + _image(maps, "heat maps"))
@@ -65,9 +68,8 @@ def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
     keys = differing(runs)
     differences = [[run.name, run.state, *(run.values.get(key, "-") for key in keys)] for run in runs]
     parts.append("<h2>What differs between the runs</h2>" + _table(["run", "state", *keys], differences))
-    commands = "".join(
-        f"<tr><td>{escape(r.name)}</td><td><code>{escape(r.command)}</code></td></tr>" for r in runs
-    )
+    cells = [f"<td>{escape(run.name)}</td><td><code>{escape(run.command)}</code></td>" for run in runs]
+    commands = "".join(f"<tr>{of_run}</tr>" for of_run in cells)
     parts.append(f"<h2>To reproduce a run</h2><table>{commands}</table></body></html>\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts), encoding="utf-8")
@@ -102,13 +104,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>{body}</table>"
 
 
-def _image(figure: Any, alt: str) -> str:
+def _image(figure: Figure, alt: str) -> str:
     buffer = io.BytesIO()
+    # Inside the page: a report is one file that can be mailed or uploaded to MLflow.
     figure.savefig(buffer, dpi=90, format="png")
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def _dots(groups: Sequence[Group], metric: str) -> Any:
+def _dots(groups: Sequence[Group], metric: str) -> Figure:
     from matplotlib.figure import Figure
 
     groups = groups[:MOST_ROWS]
@@ -118,12 +122,10 @@ def _dots(groups: Sequence[Group], metric: str) -> Any:
         values = group.numbers()
         axis.plot(values, [place] * len(values), "o", color="#0072B2", alpha=0.5, markersize=6)
         if values:
-            axis.errorbar(
-                group.mean(), place, xerr=group.spread() or 0.0, fmt="|", color="#000000", capsize=4
-            )
-    axis.set_yticks(
-        range(len(groups)), [f"{group.label}  (n = {len(group.numbers())})" for group in groups], fontsize=8
-    )
+            spread = group.spread() or 0.0
+            axis.errorbar(group.mean(), place, xerr=spread, fmt="|", color="#000000", capsize=4)
+    labels = [f"{group.label}  (n = {len(group.numbers())})" for group in groups]
+    axis.set_yticks(range(len(groups)), labels, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(f"{_compared(groups, metric)}; dots: seeds, bar: mean ± standard deviation", fontsize=8)
     axis.grid(alpha=0.25, axis="x")
@@ -141,7 +143,7 @@ def _by_step(group: Group, metric: str) -> tuple[list[int], list[float], list[fl
     return steps, [fmean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
 
 
-def _curves(groups: Sequence[Group], tasks: Sequence[str]) -> Any:
+def _curves(groups: Sequence[Group], tasks: Sequence[str]) -> Figure:
     shown = groups[:MOST_CURVES]
     panels = ["mean", *tasks]
     figure, axes = panel_grid(len(panels), "mean over seeds, band: lowest to highest seed")
@@ -153,21 +155,14 @@ def _curves(groups: Sequence[Group], tasks: Sequence[str]) -> Any:
             color = color_of(group.label, labels)
             axis.plot(steps, means, color=color, marker="o", markersize=2.5, linewidth=1.3, label=group.label)
             axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
-    label_axes(axes, "loss (nats/token)")
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    return figure
+    return _labelled(figure, axes, "loss (nats/token)")
 
 
-def _weights(groups: Sequence[Group], tasks: Sequence[str]) -> Any | None:
-    shown = [
-        g
-        for g in groups
-        if any(k.startswith("train/weight/") for run in g.runs for row in run.rows for k in row)
-    ]
-    if not shown:
+def _weights(groups: Sequence[Group], tasks: Sequence[str]) -> Figure | None:
+    weighted = [g for g in groups if any(_by_step(g, f"train/weight/{task}")[0] for task in tasks)]
+    if not weighted:
         return None
-    shown = shown[:MOST_CURVES]
+    shown = weighted[:MOST_CURVES]
     figure, axes = panel_grid(len(shown), "mean over seeds")
     for axis, group in zip(axes, shown, strict=True):
         axis.set_title(group.label, fontsize=8)
@@ -175,23 +170,28 @@ def _weights(groups: Sequence[Group], tasks: Sequence[str]) -> Any | None:
             steps, means, _, _ = _by_step(group, f"train/weight/{task}")
             axis.plot(steps, means, color=color_of(task, tasks), marker="o", markersize=2.5, label=task)
         axis.set_ylim(bottom=0)
-    label_axes(axes, "weight")
+    return _labelled(figure, axes, "weight")
+
+
+def _labelled(figure: Figure, axes: Sequence[Axes], unit: str) -> Figure:
+    """Returns a figure of curves with its axes named and one legend for all of them."""
+    label_axes(axes, unit)
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
-def _heat(groups: Sequence[Group], metrics: Sequence[str]) -> Any | None:
+def _heat(groups: Sequence[Group], metrics: Sequence[str]) -> Figure | None:
     """The grid of loss mode and learning rate, or of the first two keys that differ; None below two."""
     keys = [key for key in (groups[0].keys if groups else {}) if key != SEED]
+    # Of any other keys, the first two of the table: the sort is stable.
     keys.sort(key=lambda key: {"loss": 0, "optimizer.lr": 1}.get(key, 2))
     if len(keys) < 2:
         return None
     rows = sorted({g.keys[keys[0]] for g in groups}, key=_order)
     cols = sorted({g.keys[keys[1]] for g in groups}, key=_order)
-    figure, axes = panel_grid(
-        len(metrics), f"{keys[0]} × {keys[1]}: mean of all their runs", size=(4.2, 1.4 + 0.4 * len(rows))
-    )
+    title, size = f"{keys[0]} × {keys[1]}: mean of all their runs", (4.2, 1.4 + 0.4 * len(rows))
+    figure, axes = panel_grid(len(metrics), title, size)
     for axis, metric in zip(axes, metrics, strict=True):
         cells = [[_cell(groups, {keys[0]: row, keys[1]: col}, metric) for col in cols] for row in rows]
         axis.grid(False)
@@ -223,19 +223,16 @@ def _cell(groups: Sequence[Group], keys: dict[str, str], metric: str) -> float:
     return fmean(values) if values else math.nan
 
 
-def _cost(groups: Sequence[Group]) -> Any:
+def _cost(groups: Sequence[Group]) -> Figure:
     from matplotlib.figure import Figure
 
     groups = groups[:MOST_ROWS]
     figure = Figure(figsize=(10, 1.2 + 0.3 * len(groups)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, name, attribute in ((axes[0], "seconds", "seconds"), (axes[1], "peak memory (GiB)", "memory")):
-        measured = [
-            [v for run in group.runs if (v := getattr(run, attribute)) is not None] for group in groups
-        ]
-        axis.barh(
-            range(len(groups)), [fmean(values) if values else 0.0 for values in measured], color="#56B4E9"
-        )
+        for place, group in enumerate(groups):
+            values = [value for run in group.runs if (value := getattr(run, attribute)) is not None]
+            axis.barh(place, fmean(values) if values else 0.0, color="#56B4E9")
         axis.set_xlabel(name, fontsize=8)
     axes[0].set_yticks(range(len(groups)), [group.label for group in groups], fontsize=8)
     axes[0].invert_yaxis()

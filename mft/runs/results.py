@@ -6,10 +6,10 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mft import run_folder
 from mft.config import yaml_file
@@ -20,13 +20,14 @@ from mft.files.json_file import read_json
 from mft.objective import criterion
 from mft.training.provenance import fingerprint_tag
 
+if TYPE_CHECKING:
+    from mlflow.entities import Run as MlflowRun
+    from mlflow.store.entities import PagedList
+
 NOT_COMPARED = (
     *(key for key in CANNOT_CHANGE_THE_RESULT if "batch_size" not in key),
-    *(
-        "task.*.paths",
-        "task.*.valid",
-        "task.*.name",
-    ),  # the names of the tasks and the data's fingerprint tell more
+    # Of these, the names of the tasks and the fingerprint of the data tell more.
+    *("task.*.paths", "task.*.valid", "task.*.name"),
 )
 
 FINGERPRINT = " fingerprint"
@@ -68,15 +69,15 @@ class Run:
     def tasks(self) -> list[str]:
         """The validated tasks, in the order in which they appear."""
         prefix = "valid/loss/"
-        return list(
-            dict.fromkeys(k.removeprefix(prefix) for row in self.rows for k in row if k.startswith(prefix))
-        )
+        names = dict.fromkeys(name for row in self.rows for name in row if name.startswith(prefix))
+        return [name.removeprefix(prefix) for name in names]
 
     def series(self, metric: str) -> list[tuple[int, float]]:
         """Returns (step, value) of a metric: mean, worst, a task, or a name in metrics.jsonl."""
         points, tasks = [], self.tasks
         for row in self.rows:
             losses = {task: loss for task in tasks if (loss := row.get(f"valid/loss/{task}")) is not None}
+            # A mean over fewer tasks than the run validates is not comparable with the others.
             if metric in ("mean", "worst"):
                 value = criterion(losses, metric, {}) if losses and len(losses) == len(tasks) else None
             else:
@@ -98,24 +99,21 @@ def read_run(folder: Path) -> Run:
         config = {}
     config = config if isinstance(config, dict) else {}
     record, summary = read_json(folder / "overrides.json"), read_json(folder / "summary.json")
-    command = shlex.join(["mft", "train", *record.texts("overrides")])
+    identity = identity_of(folder)
+    if identity is not None and identity.version == VERSION:
+        contents = with_contents(identity.tasks, record.text("data"), identity.fingerprints)
+    else:  # of another version of mft: its fingerprints may be of something else
+        tasks = read_json(folder / "plan.json").texts("tasks")
+        contents = with_contents(tasks, record.text("data"), None)
     return Run(
         name=os.path.relpath(folder),
-        values=flat(config) | _contents(folder, record),
+        values=flat(config) | contents,
         rows=run_folder.metric_rows(folder / "metrics.jsonl")[0],
         state=run_folder.state(folder),
         seconds=summary.number("seconds"),
         memory=summary.number("peak_memory_gib"),
-        command=command,
+        command=shlex.join(["mft", "train", *record.texts("overrides")]),
     )
-
-
-def _contents(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
-    """Returns `task` and the fingerprints of a run folder; record: its overrides.json."""
-    identity = identity_of(folder)
-    if identity is None or identity.version != VERSION:
-        return with_contents(read_json(folder / "plan.json").get("tasks", []), record.get("data", ""), None)
-    return with_contents(identity.tasks, record.get("data", ""), identity.fingerprints)
 
 
 def with_contents(tasks: Sequence[str], data: str, fingerprints: Mapping[str, str] | None) -> dict[str, str]:
@@ -147,15 +145,14 @@ def flat(config: Mapping[str, Any]) -> dict[str, str]:
                 values[path] = f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
 
     walk(config, "")
-    return {
-        k: v
-        for k, v in values.items()
-        if k.split(".")[0] not in ("tracking", "launch", "debug", "experiment")
-    }
+    skipped = ("tracking", "launch", "debug", "experiment")
+    return {key: value for key, value in values.items() if key.split(".")[0] not in skipped}
 
 
 def read_experiment(name: str, uri: str, extra: str = "mean") -> list[Run]:
     """Returns the runs of an MLflow experiment; extra: a metric to read besides the losses."""
+    from mlflow.utils import get_results_from_paginated_fn
+
     from mft.tracking.params import safe_name
     from mft.tracking.store import client_for
 
@@ -165,13 +162,19 @@ def read_experiment(name: str, uri: str, extra: str = "mean") -> list[Run]:
         names = [e.name for e in client.search_experiments()]
         raise UserError(f"{name} is neither a folder nor an experiment of {uri}{nearest(name, names) or '.'}")
     runs = []
-    for run in _all_runs(client, experiment.experiment_id):
+
+    def page(count: int, token: str | None) -> PagedList[MlflowRun]:
+        return client.search_runs([experiment.experiment_id], max_results=count, page_token=token)
+
+    for run in get_results_from_paginated_fn(page, PAGE):
+        # A store keeps a history for each metric; a comparison needs them by step, as metrics.jsonl has them.
         rows: dict[int, dict[str, Any]] = {}
         for metric in run.data.metrics:
             if metric.startswith(("valid/", "train/weight/", "train/loss")) or metric == safe_name(extra):
                 called = extra if metric == safe_name(extra) else metric
                 for point in client.get_metric_history(run.info.run_id, metric):
                     rows.setdefault(point.step, {"step": point.step})[called] = point.value
+        # MLflow has a flat config only, and times instead of a summary.
         start, end = run.info.start_time, run.info.end_time
         skipped = (*NOT_COMPARED, "tracking", "launch")
         params = run.data.params.items()
@@ -189,16 +192,6 @@ def read_experiment(name: str, uri: str, extra: str = "mean") -> list[Run]:
     return runs
 
 
-def _all_runs(client: Any, experiment: str) -> Iterator[Any]:
-    """Yields the runs of an experiment, page by page: a store gives so many at once."""
-    token = None
-    while True:
-        page = client.search_runs([experiment], max_results=PAGE, page_token=token)
-        yield from page
-        if not (token := page.token):
-            return
-
-
 def at(place: str, uri: str, metric: str = "mean") -> list[Run]:
     """Returns the runs of a folder, or of an MLflow experiment of that name.
 
@@ -207,8 +200,5 @@ def at(place: str, uri: str, metric: str = "mean") -> list[Run]:
     if Path(place).is_dir():
         return [read_run(path) for path in run_folder.runs_under(Path(place))]
     if not uri and not Path("mlflow.db").exists():
-        raise UserError(
-            f"{place} is not a folder, and there is no MLflow store here (mlflow.db) that could hold an "
-            f"experiment."
-        )
+        raise UserError(f"{place} is not a folder, and there is no MLflow store here (mlflow.db).")
     return read_experiment(place, uri or f"sqlite:///{Path('mlflow.db').resolve()}", metric)

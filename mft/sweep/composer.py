@@ -11,7 +11,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mft.config import compose, hydra_compose, inert, interpolations, messages, schema, yaml_file
+from mft.config.compose import resolved
+from mft.config.hydra_compose import without_hydra
+from mft.config.inert import given_keys, without_effect
+from mft.config.messages import explained
 from mft.config.overrides import check_overrides, key_of
 from mft.console.screen import say
 from mft.errors import UserError
@@ -36,31 +39,27 @@ class Composer:
         self.fixed = {key_of(o) for o in cfg.hydra.overrides.task if not is_sweep(o)}
         self.bases: dict[tuple[str, ...], DictConfig] = {}
         folders = [Path(str(folder).removeprefix("file://")) for folder in cfg.hydra.searchpath]
-        self.given_keys = inert.given_keys(cfg.hydra.overrides.task, folders)
+        self.given_keys = given_keys(cfg.hydra.overrides.task, folders)
         self.notes: list[str] | None = None
         """Settings without effect in every job so far."""
 
     def job(self, overrides: Sequence[str]) -> Job:
         """Returns the checked job of these overrides; UserError that names it if it cannot run."""
         label = " ".join(o for o in overrides if key_of(o) not in self.fixed) or "(all as given)"
+        search = [o for o in self.cfg.hydra.overrides.hydra if key_of(o) == "hydra.searchpath"]
         try:
-            check_overrides(overrides)
-            composed = self._composed(overrides)
-            if composed.launch.get("nnodes", 1) > 1:
+            with explained(search, overrides):
+                check_overrides(overrides)
+                cfg = resolved(self._composed(overrides))
+            if cfg.launch.nnodes > 1:
                 raise UserError("a sweep runs on one machine; launch.nnodes is for one run on several.")
             own = [o for o in overrides if key_of(o) != "sweep"]
-            cfg = compose.absolute_paths(schema.typed(interpolations.replaced(composed)))
             job = checked(cfg, own, label, self.starts)
-            notes = inert.without_effect(job.cfg, job.world, self.given_keys, sweep=True)
-            self.notes = notes if self.notes is None else [note for note in self.notes if note in notes]
-            return job
-        except RecursionError:
-            raise UserError(f"job {label}: {yaml_file.circle()}") from None
-        except messages.refusals() as error:
-            search = [o for o in self.cfg.hydra.overrides.hydra if key_of(o) == "hydra.searchpath"]
-            raise UserError(f"job {label}: {messages.explain(error, search, overrides)}") from error
         except UserError as error:
             raise UserError(f"job {label}: {error}") from error
+        notes = without_effect(job.cfg, job.world, self.given_keys, sweep=True)
+        self.notes = notes if self.notes is None else [note for note in self.notes if note in notes]
+        return job
 
     def _composed(self, overrides: Sequence[str]) -> DictConfig:
         """Returns what Hydra composes of these overrides (150 ms), or sets swept values in a copy of that."""
@@ -75,8 +74,8 @@ class Composer:
                     OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)
                 return cfg
             except OmegaConfBaseException:
-                pass  # composing the job in full raises it with the names that `explain` looks for
-        cfg = hydra_compose.without_hydra(self.loader.load_sweep_config(self.cfg, list(overrides)))
+                pass  # Hydra's own refusal has the names that `explained` looks for
+        cfg = without_hydra(self.loader.load_sweep_config(self.cfg, list(overrides)))
         self.bases.setdefault(rest, copy.deepcopy(cfg))
         return cfg
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft.config import compose, hydra_compose, interpolations, plugins, schema
+from mft.config import hydra_compose, plugins, schema
+from mft.config.compose import resolved
 from mft.config.overrides import key_of
 from mft.console.screen import say
 from mft.files.json_file import read_json
@@ -88,7 +89,7 @@ def one_job(cfg: DictConfig) -> float:
     overrides = [o for o in of_job if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)
     composed = hydra_compose.with_choices(cfg, hydra.runtime.choices)
-    job = checked(compose.absolute_paths(schema.typed(interpolations.replaced(composed))), overrides, label)
+    job = checked(resolved(composed), overrides, label)
     run_dir = job_folder(job, folder)
     try:
         return objective(launch.launch(job, run_dir))

@@ -14,7 +14,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mft import run_folder
-from mft.config import hydra_compose, messages, plugins, schema, yaml_file
+from mft.config import hydra_compose, plugins, schema
+from mft.config.messages import explained
 from mft.config.overrides import check_overrides, key_of, of_hydra, replaced, with_moved_keys
 from mft.console.credentials import as_written
 from mft.console.screen import say
@@ -45,36 +46,28 @@ def through_hydra(
     schema.register()
     Plugins.instance()  # registers Hydra's own sweeper, which ours is to replace
     use_own_grid()
-    search: list[str] = []
+    search = hydra_compose.search_path(config_dirs, overrides)
+    overrides = hydra_compose.without_search_path(overrides)
     argv = sys.argv
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     try:
-        search = hydra_compose.search_path(config_dirs, overrides)
-        overrides = hydra_compose.without_search_path(overrides)
-        hydra_compose.check_sweep([*search, *overrides])
-        own: list[str] = []
-        if "-m" in flags:
-            for note in [*replaced(overrides), *of_hydra(overrides, sweep=True)]:
-                say(f"mft: {note}", sys.stderr)
-            own = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
-        sys.argv = ["mft train", *flags, *search, *overrides, *own]
-        folder = str(schema.config_dir().resolve())
-        application = hydra.main(version_base="1.3", config_path=folder, config_name="config")
-        printed = io.StringIO()
-        # replaced interpolations may show passwords of the environment
-        with redirect_stdout(printed) if "--resolve" in flags else nullcontext():
-            application(run_one)()
-        sys.stdout.write(as_written(printed.getvalue()))
+        with explained(search, [o for o in overrides if not is_sweep(o)]):
+            hydra_compose.check_sweep([*search, *overrides])
+            own: list[str] = []
+            if "-m" in flags:
+                for note in [*replaced(overrides), *of_hydra(overrides, sweep=True)]:
+                    say(f"mft: {note}", sys.stderr)
+                own = [] if any(key_of(o) == "sweep" for o in overrides) else [f"sweep={sweep_id(overrides)}"]
+            sys.argv = ["mft train", *flags, *search, *overrides, *own]
+            folder = str(schema.config_dir().resolve())
+            application = hydra.main(version_base="1.3", config_path=folder, config_name="config")
+            printed = io.StringIO()
+            # replaced interpolations may show passwords of the environment
+            with redirect_stdout(printed) if "--resolve" in flags else nullcontext():
+                application(run_one)()
+            sys.stdout.write(as_written(printed.getvalue()))
     except DryRunDone:
         pass
-    except RecursionError:
-        raise UserError(yaml_file.circle()) from None
-    except messages.refusals() as error:
-        raise UserError(messages.explain(error, search, [o for o in overrides if not is_sweep(o)])) from error
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        if (sentence := messages.of_defaults(error)) is None:
-            raise
-        raise UserError(sentence) from error
     finally:
         sys.argv = argv
 

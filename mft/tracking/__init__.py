@@ -1,4 +1,4 @@
-"""What a run is remembered by.
+"""The record of a run, and the trackers that show it.
 
 Every run writes metrics.jsonl into its folder (`base.Jsonl`): that file is the record, and trackers show it.
 `base.Tracker` is their contract, `base.FanOut` passes every call to those that tracking= names.

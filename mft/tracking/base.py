@@ -96,12 +96,12 @@ class Jsonl(Tracker):
         if not self._unwritten:
             return
         with self.path.open("ab", buffering=0) as file:
-            whole, text = file.seek(0, os.SEEK_END), "".join(self._unwritten).encode()
+            end, text = file.seek(0, os.SEEK_END), "".join(self._unwritten).encode()
             try:
-                if file.write(text) != len(text):
+                if file.write(text) != len(text):  # unbuffered: a disk that fills up takes a part of it
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             except OSError:
-                file.truncate(whole)
+                file.truncate(end)
                 raise
         self._unwritten.clear()
 

@@ -102,7 +102,7 @@ class Mlflow(Tracker):
         record.register_as, record.checkpoints = self.register_as or "", self.checkpoints
         record.started = record.started or now
         record.outcome = record.ended = ""
-        # A resume has cut metrics.jsonl back: it is read from the start, and the store asked for what it has.
+        # A resume has cut metrics.jsonl back: it is read from the start, and the store says what it has.
         record.places = {name: [0, 0, now] for name in record.places}
         self._sender = Sender(run_dir, record, self._address(record.uri))
         record.save(run_dir)  # `sync` has to know the store, also one that is never reached
@@ -111,6 +111,7 @@ class Mlflow(Tracker):
         self._thread = threading.Thread(target=self._send_on, name="mlflow", daemon=True)
         self._thread.start()
         self._news.set()
+        # So that a wrong address is reported before the first step.
         self._wait(lambda: self._attempts > 0, PATIENCE)
         if self.system_metrics:
             threading.Thread(target=self._watch_system, name="mlflow-system", daemon=True).start()
@@ -136,7 +137,7 @@ class Mlflow(Tracker):
         try:
             self._sender.record.outcome = status
             self._sender.record.save(self._sender.run_dir)
-        finally:  # also on a full disk
+        finally:  # also on a full disk; a store that failed a moment ago gets less time
             self._closing.set()
             self._news.set()
             self._wait(lambda: not self._thread.is_alive(), PATIENCE / 4 if self._failed else PATIENCE)
@@ -206,6 +207,7 @@ class Mlflow(Tracker):
         """Writes system.jsonl, which is sent like metrics.jsonl; its steps are seconds since the start."""
         sender = self._sender
         for values in system_metrics():
+            # Through a file: what a store that is down misses has to survive this process.
             row = {"step": int(time.time() - sender.record.started / 1000)} | values
             with suppress(OSError), (sender.run_dir / "system.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

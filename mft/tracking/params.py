@@ -6,7 +6,7 @@ import hashlib
 import json
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mft.console.credentials import hidden
@@ -42,20 +42,16 @@ def cut(text: str, limit: int) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
-def flattened(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns {dotted key: value as YAML would write it}, both as MLflow takes them, credentials hidden."""
-    leaves = _leaves(config, "")
-    return {safe_name(hidden(key)): cut(hidden(_text(value)), VALUE_LIMIT) for key, value in leaves}
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Returns {dotted key: value}, both as MLflow takes them, credentials hidden.
 
-
-def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
+    true, null, 1e-05, and text as it is; lists and empty mappings as JSON.
+    """
+    values: dict[str, str] = {}
+    for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            values |= flattened(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
-
-
-def _text(value: Any) -> str:
-    """true, null, 1e-05, text as it is; lists and empty mappings as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            values[safe_name(hidden(f"{prefix}{key}"))] = cut(hidden(text), VALUE_LIMIT)
+    return values

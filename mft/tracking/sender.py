@@ -49,8 +49,8 @@ class Sender:
         self.attached = False
         self.experiment_id = ""
         self.moved = 0.0  # when something last arrived, or the time until which silence is expected
-        self._waiting: dict[str, tuple[list[Metric], list[int]]] = {}
-        self._sent: dict[str, set[int]] | None = None
+        self._waiting: dict[str, tuple[list[Metric], list[int]]] = {}  # file → points, place behind
+        self._sent: dict[str, set[int]] | None = None  # metric → steps that the store has
         self._tags: dict[str, str] | None = None  # those that have arrived
         kept = as_written(without_credentials(uri))
         if record.uri != kept:
@@ -68,6 +68,7 @@ class Sender:
             if self._tags is not self.record.tags:
                 self._describe()
             count = sum(self._send_points(name) for name in METRIC_FILES)
+            # Behind the points, so that a run which is shown as finished has all of them.
             if outcome and self.record.ended != outcome:
                 files = [self.run_dir / name for name in ("metrics.jsonl", "summary.json")]  # written last
                 end = max((file.stat().st_mtime for file in files if file.exists()), default=time.time())
@@ -91,6 +92,7 @@ class Sender:
         database, record = database_file(self.uri), self.record
         if database is not None:
             self._alive(10.0 if database.exists() else 60.0)
+        # {}: ask for each metric which points the store has. None, below: a run created now has none.
         self.client, self._tags, self._sent = prepare(self.uri), None, {}
         if record.run_id:
             try:
@@ -157,7 +159,7 @@ class Sender:
         """Sends the rows of a file behind its place.
 
         A batch that failed waits unchanged: MLflow keeps a point (name, step, time, value) once, however
-        often it is sent, so a lost answer does no harm.
+        often it is sent, so a lost answer does no harm. Read again, its points would get other times.
         """
         if name not in self._waiting and (self.run_dir / name).exists():
             self._waiting[name] = self._read(self.run_dir / name)

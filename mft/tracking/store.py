@@ -11,7 +11,6 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -101,34 +100,25 @@ def _check_database(path: Path, uri: str) -> None:
         return
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path} is not an MLflow database ({error}). {other}") from error
-    found, needed = row[0] if row else "none", _schema()
-    if found != needed:
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
+    schema, needed = row[0] if row else "none", _get_latest_schema_revision()
+    if schema != needed:
         raise UserError(
-            f"{path} is of another MLflow version (schema {found}, installed is {needed}). "
+            f"{path} is of another MLflow version (schema {schema}, installed is {needed}). "
             f"Back it up, then run: mlflow db upgrade {uri} (or install the newer MLflow that wrote it)."
         )
 
 
-def _schema() -> str:
-    """Returns the revision of the database schema that the installed MLflow works with."""
-    from mlflow.store.db.utils import _get_latest_schema_revision
-
-    return str(_get_latest_schema_revision())
-
-
 def system_metrics() -> Iterator[dict[str, float]]:
-    """Yields, each time it is asked, what MLflow's own monitors of this machine measure, as system/…"""
-    monitors = []
-    for name in ("CPU", "Disk", "Network", "GPU"):
-        module = import_module(f"mlflow.system_metrics.metrics.{name.lower()}_monitor")
-        try:
-            monitors.append(getattr(module, f"{name}Monitor")())
-        except Exception as error:  # no gpu, or no nvidia-ml-py
-            log.debug("no metrics of the %s: %s", name, error)
+    """Yields, at each step, what MLflow's own monitors of this machine measure, as system/…"""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    # It is never started and sends nothing. The address keeps its client from opening a database, which the
+    # sender's thread may be creating.
+    machine = SystemMetricsMonitor("", tracking_uri="http://unused")
     while True:
-        values: dict[str, float] = {}
-        for monitor in monitors:
-            monitor.collect_metrics()
-            values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+        machine.collect_metrics()
+        yield {f"system/{name}": value for name, value in machine.aggregate_metrics().items()}
+        for monitor in machine.monitors:
             monitor.clear_metrics()
-        yield values

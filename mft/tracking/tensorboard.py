@@ -33,9 +33,8 @@ class TensorBoard(Tracker):
         self.folder = run_dir / "tensorboard" if self.dir is None else Path(self.dir) / run_dir.resolve().name
         resumed = any(self.folder.glob("events.out.*"))
         # TensorBoard forgets the points of earlier files from purge_step on, so that no step appears twice.
-        self.writer = SummaryWriter(
-            str(self.folder), purge_step=step + 1 if step else 0 if resumed else None, flush_secs=10
-        )
+        purge_step = step + 1 if step else 0 if resumed else None
+        self.writer = SummaryWriter(str(self.folder), purge_step=purge_step, flush_secs=10)
         for name, value in (("config", config), ("tags", tags)):
             text = hidden(json.dumps(value, indent=2, default=str, ensure_ascii=False))
             indented = "    " + text.replace("\n", "\n    ")  # code in Markdown

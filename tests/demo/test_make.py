@@ -26,29 +26,35 @@ def small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_made_once(tmp_path: Path, small_library: Path):
     said: list[str] = []
-    root = demo.make(tmp_path, said.append, model=False)
+    root = demo.make(tmp_path, said.append, parts=["tasks"])
     rows = {path: path.read_bytes() for path in root.glob("tasks/*/train.jsonl")}
     assert len(rows) == 5 and len(said) == 1
-    assert demo.make(tmp_path, said.append, model=False) == root and len(said) == 1
+    assert demo.make(tmp_path, said.append, parts=["tasks"]) == root and len(said) == 1
     assert json.loads((root / "about.json").read_text())["tasks"]["notes"] == [
         "no Lib/test in this Python: unit_test has doctests only"
     ]
 
     (root / "about.json").unlink()  # as if the process had been killed before the last step
     (root / "tasks.partial" / "half").mkdir(parents=True)
-    demo.make(tmp_path, said.append, model=False)
+    demo.make(tmp_path, said.append, parts=["tasks"])
     assert len(said) == 2 and {path: path.read_bytes() for path in root.glob("tasks/*/train.jsonl")} == rows
     assert not list(root.glob("*.partial"))
 
+    about = json.loads((root / "about.json").read_text())
+    about["tasks"]["format"] -= 1  # as an older version left it
+    (root / "about.json").write_text(json.dumps(about))
+    demo.make(tmp_path, said.append, parts=["tasks"])
+    assert len(said) == 3
+
 
 def test_what_it_writes(tmp_path: Path, small_library: Path):
-    root = demo.make(tmp_path, print, model=False)
-    table = demo.describe(root)
-    for task, samples, characters in table:
+    root = demo.make(tmp_path, print, parts=["tasks"])
+    counts = json.loads((root / "about.json").read_text())["tasks"]["counts"]
+    for task, count in counts.items():
         lines = (root / "tasks" / task / "train.jsonl").read_text().splitlines()
-        assert len(lines) == samples and characters > samples
+        assert len(lines) == count["samples"] < count["characters"]
     examples = [json.loads(line) for line in (root / "examples.jsonl").read_text().splitlines()]
-    assert [row["data_name"] for row in examples] == [task for task, _, _ in table]
+    assert [row["data_name"] for row in examples] == list(counts)
     assert all(row["chat_rounds"][-1]["content"] for row in examples)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import textwrap
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except UserError as error:
         pytest.skip(str(error))
     root = tmp_path_factory.mktemp("cache")
-    demo.part(root, "model", demo.make_model)
+    demo.part(root, "model", print)
     assert demo.complete(root, "model")
     return root / "model"
 
@@ -77,6 +78,6 @@ def test_the_second_call_makes_nothing(folder: Path, tmp_path: Path):
     (tmp_path / "demo" / "tasks").mkdir(parents=True)
     (tmp_path / "demo" / "model").mkdir()
     (tmp_path / "demo" / "about.json").write_text(
-        f'{{"tasks": {{"format": {demo.FORMAT}}}, "model": {{"format": {demo.FORMAT}}}}}'
+        json.dumps({name: {"format": number} for name, number in demo.FORMATS.items()})
     )
     demo.make(tmp_path, pytest.fail)

@@ -51,16 +51,15 @@ def test_what_the_machine_lacks(facts: Facts, dtype: str, why: str) -> None:
 def test_auto_takes_flash_attention_where_the_family_can(name: str, tmp_path: Path) -> None:
     getattr(transformers, f"{FAMILIES[name][0]}Config")().save_pretrained(tmp_path)
     family = build(compose_resolved([f"model={name}", f"model.path={tmp_path}"]).model, "model")
-    auto = transformers.AutoModelForCausalLM
     expected = "sdpa" if name in WITHOUT else "flash_attention_2"
-    assert family.attention_for(torch.bfloat16, auto) == family.attention_for(torch.float16, auto) == expected
-    assert family.attention_for(torch.float32, auto) == "sdpa"
+    assert family.attention_for(torch.bfloat16) == family.attention_for(torch.float16) == expected
+    assert family.attention_for(torch.float32) == "sdpa"
     family.attention = "flash_attention_2"
     with pytest.raises(UserError, match="cannot run here: it has no kernel for float32"):
-        family.attention_for(torch.float32, auto)
+        family.attention_for(torch.float32)
     if name in WITHOUT:
         with pytest.raises(UserError, match=r"cannot run here: \w+ForCausalLM (does not|adds to)"):
-            family.attention_for(torch.bfloat16, auto)
+            family.attention_for(torch.bfloat16)
 
 
 @pytest.mark.usefixtures("ampere")
@@ -69,10 +68,10 @@ def test_original_formats() -> None:
     for name, expected in (("qwen", flash), ("baichuan2_7b", flash), ("baichuan_13b", ALIBI)):
         overrides = [f"model={name}", f"model.path={originals.FIXTURES / name}"]
         family = build(compose_resolved(overrides).model, "model")
-        assert family.attention_for(torch.bfloat16, transformers.LlamaForCausalLM) == expected
+        assert family.attention_for(torch.bfloat16) == expected
     family.attention = flash
     with pytest.raises(UserError, match="cannot compute ALiBi"):
-        family.attention_for(torch.bfloat16, transformers.LlamaForCausalLM)
+        family.attention_for(torch.bfloat16)
 
 
 @pytest.mark.usefixtures("ampere")
@@ -87,9 +86,8 @@ def test_refused_before_a_run_starts(tiny_folder: Path, tmp_path: Path) -> None:
     check(compose_resolved([*asked, "train.precision=bf16"]), world=1)
 
 
-def test_this_machine_is_asked() -> None:
+def test_this_machine_is_asked(tiny_folder: Path) -> None:
     """Where the package is missing, as here, its facts are those of a machine without flash attention."""
     facts = Facts.here()
-    family = CausalLM("unused")
-    taken = family.attention_for(torch.bfloat16, transformers.LlamaForCausalLM)
+    taken = CausalLM(str(tiny_folder)).attention_for(torch.bfloat16)
     assert (taken == "flash_attention_2") == (not unavailable_reason(facts))

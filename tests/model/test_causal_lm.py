@@ -69,15 +69,18 @@ def test_attention_is_set(tiny: Tiny, tiny_folder: Path) -> None:
     assert eager.config._attn_implementation == "eager" and eager.training
 
 
-def test_gradient_checkpointing_resolves() -> None:
-    for asked, small, large in (
+def test_gradient_checkpointing_resolves(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model(torch.float32)
+    for setting, small, large in (
         ("auto", False, True),
         (True, True, True),
         ("false", False, False),
         (False, False, False),
     ):
-        family = CausalLM("x", gradient_checkpointing=asked)
-        assert (family.checkpointing(10**8), family.checkpointing(7 * 10**9)) == (small, large)
+        family = CausalLM("x", gradient_checkpointing=setting)
+        for threshold, on in ((10**9, small), (1000, large)):
+            monkeypatch.setattr("mft.model.causal_lm.CHECKPOINTING_ABOVE", threshold)
+            assert family.checkpoint(model) == on
 
 
 def test_layers_to_shard(tiny: Tiny) -> None:
@@ -112,9 +115,7 @@ def test_fingerprint_tells_weights_apart(tiny_folder: Path, tmp_path: Path) -> N
 
 def test_a_hub_name_that_cannot_be_loaded_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UserError, match=r"model.path=nobody/nothing cannot be loaded: there is no such folder"
-    ):
+    with pytest.raises(UserError, match=r"model.path=nobody/nothing cannot be loaded: no such folder"):
         CausalLM("nobody/nothing").tokenizer()
 
 

@@ -11,7 +11,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft.errors import UserError
-from mft.model.causal_lm import CausalLM
 from mft.model.export import save_final
 from mft.model.merge import merge
 from mft.model.origin import NOTE
@@ -53,15 +52,6 @@ def test_full_round_trip(tiny: Tiny, tokenizer, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "final").chat_template == TEMPLATE
     assert json.loads((tmp_path / "final" / NOTE).read_text())["kind"] == "full"
     assert not list((tmp_path / "final").glob("*.bin"))
-
-
-def test_full_in_another_dtype(tiny: Tiny, tokenizer, tmp_path: Path) -> None:
-    module = trained(tiny, Full())
-    save_final(module, tokenizer, tmp_path, dtype=torch.bfloat16)
-    loaded = CausalLM(str(tmp_path)).model(torch.float32)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    for name, parameter in module.model.named_parameters():
-        assert torch.equal(dict(loaded.named_parameters())[name], parameter.bfloat16().float())
 
 
 @pytest.mark.parametrize("peft", [Lora(), QLora()], ids=["lora", "qlora"])

@@ -16,7 +16,7 @@ from mft.data.template_choice import adopt, named
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from mft.model.export import save_final
-from mft.model.generate import Answerer, messages, padded
+from mft.model.generate import Answerer, messages
 from mft.model.peft.full import Full
 from mft.model.peft.lora import Lora
 from mft.model.peft.qlora import QLora
@@ -84,9 +84,7 @@ def test_prompt_is_the_template(run: Path) -> None:
     assert asked([Message("user", "a"), Message("assistant", "b"), Message("user", "c")]) == expected
     own = [{"role": "system", "content": "S"}, *turns]
     assert asked(own, system="other") == asked(own), "a conversation's own system text stays"
-    with pytest.raises(
-        UserError, match=r"has the role 'tool'\. Allowed: system, user, human, assistant, bot"
-    ):
+    with pytest.raises(UserError, match=r"role='tool' is not one of system, user, human, assistant, bot"):
         messages([{"role": "tool", "content": "x"}])
     with pytest.raises(UserError, match="needs the text content: "):
         messages([{"role": "user"}])
@@ -149,10 +147,15 @@ def test_a_saved_model_is_asked_in_the_ids_it_was_trained_on(
         assert merged > 100, "encoded as one string, a newline merges with the blanks of the answer"
 
 
-def test_prompts_of_a_batch_are_padded_on_the_left(tokenizer) -> None:
-    inputs = padded(tokenizer, [[5, 6, 7], [8]])
-    assert inputs["input_ids"].tolist() == [[5, 6, 7], [tokenizer.pad_token_id] * 2 + [8]]
-    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+def test_prompts_of_a_batch_are_padded_on_the_left(run: Path) -> None:
+    answerer = Answerer(run, Encoder.saved)
+    given: list[dict] = []
+    answerer.model.generate = lambda **inputs: given.append(inputs) or inputs["input_ids"]
+    answerer.answer(["a longer one", "b"])
+    longer, shorter = (answerer.encoder.encode_prompt(messages(text)) for text in ("a longer one", "b"))
+    n = len(longer) - len(shorter)
+    assert given[0]["input_ids"].tolist() == [longer, [answerer.tokenizer.pad_token_id] * n + shorter]
+    assert given[0]["attention_mask"].tolist() == [[1] * len(longer), [0] * n + [1] * len(shorter)]
 
 
 def test_sampling_options_reach_the_model(run: Path) -> None:

@@ -43,18 +43,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("dense", Lora(router=True), r"peft\.router=true: this model is not a mixture of experts"),
         ("dense", Lora(targets=["qproj"]), r"'qproj' matches no module; .*; did you mean q_proj"),
         ("dense", Lora(targets=r".*\.attn\..*"), r"the regular expression .* matches no module"),
-        ("dense", Lora(targets=["lm_head"]), r"lm_head shares its weight with the embedding"),
+        ("dense", Lora(targets=["lm_head"]), r"lm_head is one weight as embedding and output layer"),
         ("dense", Lora(modules_to_save=["lmhead"]), r"'lmhead' matches no module; .*; did you mean lm_head"),
         (
             "dense",
             QLora(skip_modules=["oproj"]),
             r"skip_modules: 'oproj' matches no module; .*; did you mean o_proj",
         ),
-        ("dense", QLora(targets=["q_proj"], modules_to_save=["up_proj"]), r"up_proj is quantised and cannot"),
+        (
+            "dense",
+            QLora(targets=["q_proj"], modules_to_save=["up_proj"]),
+            r"up_proj is quantised; leave it out",
+        ),
         (
             "dense",
             QLora(bits=8, targets=["q_proj"], modules_to_save=["up_proj"]),
-            r"up_proj is quantised and cannot",
+            r"up_proj is quantised; leave it out",
         ),
         (
             "mixture",

@@ -226,7 +226,7 @@ def test_a_head_with_a_bias_is_trained_whole() -> None:
     assert getattr(model, NEW_ROWS) == [60, 61, 62, 63]
     head = model.get_output_embeddings()
     assert torch.allclose(head.bias[60:], head.bias[:60].mean().expand(4), atol=1e-6)
-    with pytest.raises(UserError, match=r"more than a matrix.*modules_to_save=\[lm_head\]"):
+    with pytest.raises(UserError, match=r"not just a matrix.*modules_to_save=\[lm_head\]"):
         Lora().attach(model, CausalLM("unused"))
     whole = Lora(modules_to_save=["lm_head"]).attach(model, CausalLM("unused"))
     assert list(whole.peft_config["default"].trainable_token_indices) == ["model.embed_tokens"]

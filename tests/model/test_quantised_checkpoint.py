@@ -201,7 +201,7 @@ def test_settings_that_a_quantised_base_does_not_take_are_reported(
     family = CausalLM(str(tmp_path / "fp4"))
     QLora(skip_modules=["o_proj"]).check_against(family, "fp32")
     assert (
-        "keeps its own skip_modules=[] (asked: ['o_proj']), quant_type=fp4 (asked: nf4), double_quant=False"
+        "keeps its own skip_modules=[] (setting: ['o_proj']), quant_type=fp4 (setting: nf4), double_quant=False"
         in (caplog.text)
     )
     peft = QLora(compute_dtype="bf16")
@@ -261,9 +261,9 @@ def test_a_method_that_is_not_read(method: str, llama: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"quantization_config": {"bits": 4}}, "does not name the method"),
-        ({"quantization_config": {}}, "does not name the method"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "does not name the method"),
+        ({"quantization_config": {"bits": 4}}, "does not name a quantisation method"),
+        ({"quantization_config": {}}, "does not name a quantisation method"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "does not name a quantisation method"),
         ({"quantization_config": "gptq"}, r"quantization_config in its config\.json must be an object"),
         ({"quantization_config": {"quant_method": ["\x1b[2J"]}}, r"quantised by \['\\x1b\[2J'\]"),
         (
@@ -278,12 +278,12 @@ def test_a_method_that_is_not_read(method: str, llama: Path) -> None:
         ({"a": {"b": {"quantization_config": {"load_in_4bit": True}}}}, r"as a\.b\.quantization_config"),
         (
             {"quantization_config": {"load_in_4bit": True}},
-            r"by bitsandbytes, but all [0-9]+ are plain F32; take quantiz",
+            r"by bitsandbytes, but all [0-9]+ are plain F32; if these are real values, remove quantiz",
         ),
         ({"quantization_config": {"quant_method": "fp8"}}, r"by fp8, but all [0-9]+ are plain F32"),
         (
             {"quantization_config": {"quant_method": "fp8", "modules_to_convert": ["embed"]}},
-            "keeps embeddings in fp8",
+            "with embeddings in fp8",
         ),
     ],
 )
@@ -370,7 +370,7 @@ PACKED: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any] | None, str]] = 
     "mxfp4_linear": (
         layer(weight=BYTES),
         {"quant_method": "mxfp4"},
-        "none of the experts' blocks and scales",
+        "not one of the experts' blocks and scales",
     ),
 }
 

@@ -83,10 +83,10 @@ def test_it_is_run_with_a_warning(
     assert merge(run / "final", tmp_path / "merged", trust_remote_code=True).difference < 1e-5
     caplog.clear()
     answerer = Answerer(run, Encoder.saved, trust_remote_code=True)
-    assert "code that comes with the model of" in caplog.text
+    assert "Python code of the model of" in caplog.text
     assert answerer.answer(["adding 3: what comes next?"], max_new_tokens=2, do_sample=False)
 
 
 def test_original_formats_never_run_theirs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Qwen(str(originals.write(tmp_path, "qwen")), trust_remote_code=True).check()
-    assert "trust_remote_code=true does nothing here" in caplog.text
+    assert "trust_remote_code=true has no effect" in caplog.text

@@ -50,13 +50,12 @@ def test_eos_is_the_configs_where_the_tokenizer_names_none(
     [
         (
             None,
-            r"model\.eos_token: neither the tokenizer nor config\.json of .* names a token that ends an "
-            r"answer",
+            r"model\.eos_token: neither the tokenizer nor config\.json of .* names a token; set it here",
         ),
         ([], r"model\.eos_token: neither the tokenizer nor"),
         (
             9_999,
-            r"eos_token_id=9999 is outside the vocabulary of its tokenizer, which has \d+ tokens; name the "
+            r"eos_token_id=9999 is outside the vocabulary of its \d+ tokens; name the "
             r"token",
         ),
     ],

@@ -91,7 +91,7 @@ FILES: list[tuple[Callable[[Path], None], str]] = [
         r"model\.safetensors is 231,\d+ bytes long where its header says 462,\d+; it is cut short: fetch "
         r"it again",
     ),
-    (pointer, r"model\.safetensors is a pointer of git-lfs, not the file itself"),
+    (pointer, r"model\.safetensors is a pointer of git-lfs, not the file; fetch"),
     (text, r"model\.safetensors, 16 bytes long, is not a safetensors file: its header would take"),
     (
         lost,
@@ -102,7 +102,7 @@ FILES: list[tuple[Callable[[Path], None], str]] = [
         loose,
         r"has model-00001-of-00002\.safetensors, but neither model\.safetensors nor model\.safetens",
     ),
-    (no_map, r"index\.json cannot be read: expected a JSON object with a weight_map"),
+    (no_map, r"index\.json must be a JSON object with a weight_map"),
     (no_json, r"config\.json is not JSON: Expecting property name"),
     (
         lambda f: settings(f, model_type="lama"),
@@ -258,7 +258,7 @@ def test_a_base_packed_to_4_bits_that_contradicts_the_config(llama: Path, tmp_pa
     with pytest.raises(UserError, match=message):
         family(tmp_path / "packed").model(torch.float32, QLora().quantization(torch.float32))
     with pytest.raises(UserError, match=message):
-        family(tmp_path / "packed").dequantised(torch.float32)
+        family(tmp_path / "packed").model(torch.float32, dequantise=True)
 
 
 ORIGINAL: list[tuple[str, dict[str, object], str]] = [
@@ -320,7 +320,7 @@ def test_original_configs(values: dict[str, object], message: str, tmp_path: Pat
 
 def test_a_folder_without_a_tokenizer(llama: Path) -> None:
     (llama / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"has no tokenizer, no file called tokenizer\.json, .*copy those of"):
+    with pytest.raises(UserError, match=r"has no tokenizer: no tokenizer\.json, .*copy the files of"):
         family(llama).tokenizer()
 
 

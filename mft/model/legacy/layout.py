@@ -4,15 +4,15 @@ become."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from mft.errors import UserError
-from mft.model.safetensors_header import Shape, Tensor
-from mft.model.weights import and_others, is_former_buffer
+from mft.model.safetensors_header import Shape, Stored
+from mft.model.weights import is_former_buffer, refuse_misfits
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
@@ -38,37 +38,31 @@ class Layout:
             return [name.replace(self.joint, part) for part in QKV]
         return [name]
 
-    def split(self, weight: torch.Tensor, config: Any) -> list[torch.Tensor]:
+    def split(self, weight: torch.Tensor, config: PreTrainedConfig) -> list[torch.Tensor]:
         """Returns queries, keys and values of a joint weight [rows, ...]; config: the native one, with its
         sizes."""
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        if not self.per_head:
-            return [
-                part.contiguous() for part in weight.split([heads * width, groups * width, groups * width])
-            ]
-        rows = weight.reshape(heads, 3, width, *weight.shape[1:])
-        return [rows[:, i].reshape(heads * width, *weight.shape[1:]).contiguous() for i in range(3)]
+        if self.per_head:
+            parts = [p.flatten(0, 1) for p in weight.unflatten(0, (heads, 3, width)).unbind(1)]
+        else:
+            parts = list(weight.split([heads * width, groups * width, groups * width]))
+        return [part.contiguous() for part in parts]
 
 
-def _chatglm(per_head: bool) -> Layout:
-    return Layout(
-        {
-            "transformer.embedding.word_embeddings.": "model.embed_tokens.",
-            "transformer.output_layer.": "lm_head.",
-            "transformer.encoder.final_layernorm.": "model.norm.",
-            "transformer.encoder.layers.": "model.layers.",
-            "self_attention.dense.": "self_attn.o_proj.",
-            "mlp.dense_h_to_4h.": "mlp.gate_up_proj.",
-            "mlp.dense_4h_to_h.": "mlp.down_proj.",
-        },
-        "self_attention.query_key_value",
-        per_head,
-    )
-
-
-CHATGLM = _chatglm(per_head=False)
-CHATGLM_PER_HEAD = _chatglm(per_head=True)
+CHATGLM = Layout(
+    {
+        "transformer.embedding.word_embeddings.": "model.embed_tokens.",
+        "transformer.output_layer.": "lm_head.",
+        "transformer.encoder.final_layernorm.": "model.norm.",
+        "transformer.encoder.layers.": "model.layers.",
+        "self_attention.dense.": "self_attn.o_proj.",
+        "mlp.dense_h_to_4h.": "mlp.gate_up_proj.",
+        "mlp.dense_4h_to_h.": "mlp.down_proj.",
+    },
+    "self_attention.query_key_value",
+)
+CHATGLM_PER_HEAD = replace(CHATGLM, per_head=True)
 """ChatGLM without multi-query attention."""
 
 QWEN = Layout(
@@ -90,37 +84,25 @@ AQUILA = Layout()
 """Aquila's names are llama's."""
 
 
-def check_weights(who: str, layout: Layout, stored: Mapping[str, tuple[str, Tensor]], model: Any) -> None:
+def check_weights(who: str, layout: Layout, stored: Stored, model: PreTrainedModel) -> None:
     """Raises UserError unless the weights of an original checkpoint are exactly those that its config.json
     describes.
 
     who: begins the sentence; stored: name → (file, header); model: the native model, on the meta device.
     """
     expected: dict[str, Shape] = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    kind, made = type(model).__name__, set()
+    missing = set(expected) - ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
     unknown: list[str] = []
-    wrong: list[tuple[str, str]] = []  # native name, for the order in which they are named; what is wrong
+    wrong: list[tuple[str, str]] = []
     for name, (file, tensor) in stored.items():
         parts = [part for part in layout.native_names(name) if part in expected]
-        made.update(parts)
-        if not parts:
-            unknown += [name] * (not is_former_buffer(name, tensor.shape))
-        elif tensor.shape != (shape := (sum(expected[p][0] for p in parts), *expected[parts[0]][1:])):
-            wrong.append(
-                (parts[0], f"{name} in {file} is {list(tensor.shape)}, by config.json it is {list(shape)}")
-            )
-    if wrong:
-        others = f"; {len(wrong) - 1} more do not fit" if len(wrong) > 1 else ""
-        raise UserError(f"{who}: {min(wrong)[1]}{others}")
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    instead = f"; it has {unknown[0]}{and_others(len(unknown))} instead" if unknown else ""
-    if missing := sorted(expected.keys() - made - tied):
-        raise UserError(
-            f"{who} lacks the weight {missing[0]} of a {kind}{and_others(len(missing))}: it would be "
-            f"trained from random values{instead}"
-        )
-    if unknown:
-        raise UserError(
-            f"{who} has the weight {unknown[0]} in {stored[unknown[0]][0]}, which a {kind} does not take"
-            f"{and_others(len(unknown))}: it would be left out; give a checkpoint of this very architecture"
-        )
+        missing -= set(parts)
+        if parts:
+            # a joint weight has the rows of its parts, one after the other
+            shape = (sum(expected[part][0] for part in parts), *expected[parts[0]][1:])
+            if tensor.shape != shape:
+                clause = f"{name} in {file} is {list(tensor.shape)}, by config.json it is {list(shape)}"
+                wrong.append((parts[0], clause))
+        elif not is_former_buffer(name, tensor.shape):
+            unknown.append(name)
+    refuse_misfits(who, model, stored, wrong, sorted(missing), unknown)

@@ -1,21 +1,22 @@
-"""Pickled weights, as many older releases come, written once as safetensors: models are loaded from nothing
-else."""
+"""Pickled weights, as in many older releases, written once as safetensors: nothing else is loaded."""
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mft.errors import UserError, nearest
+from mft.errors import UserError, nearest_sibling
 from mft.files.checksums import follow_umask
+from mft.model.legacy.convert import write_index
 from mft.model.model_folder import read_config
 from mft.model.quantised_checkpoint import weight_format
 from mft.model.quantised_tensors import check_tensors
-from mft.model.safetensors_header import Tensor
-from mft.model.safetensors_header import tensors as header
+from mft.model.safetensors_header import Tensor, tensors
+
+if TYPE_CHECKING:
+    import torch
 
 
 def convert(folder: Path) -> list[Path]:
@@ -27,44 +28,40 @@ def convert(folder: Path) -> list[Path]:
     from safetensors.torch import save_file
 
     if not folder.is_dir():
-        siblings = [str(p) for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UserError(f"{folder} is not a folder{nearest(folder, siblings)}")
-    files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
+        raise UserError(f"{folder} is not a folder{nearest_sibling(folder)}")
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if not pickles:
         raise UserError(f"{folder} has no pytorch_model*.bin file")
-    if there := sorted(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} has {there[0].name} already; models are loaded from it")
+    if present := sorted(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} has {present[0].name} already; models are loaded from it")
     stored = weight_format(str(folder), read_config(folder), None)
-    where: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     headers: dict[str, Tensor] = {}
     size = 0
-    for file in files:
-        weights = read(file)
-        target = file.with_name(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors")
-        # clone: tied weights share memory in a pickle, which safetensors does not have
-        tensors = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
-        save_file(tensors, target.with_suffix(".tmp"), metadata={"format": "pt"})
-        follow_umask([target.with_suffix(".tmp")])
-        where |= dict.fromkeys(tensors, target.name)
-        headers |= header(target.with_suffix(".tmp"))
-        size += sum(tensor.nbytes for tensor in tensors.values())
+    # Under other names until all are complete: an interrupted call leaves nothing that would be loaded.
+    temporary: dict[Path, Path] = {}
     try:
+        for file in pickles:
+            target = file.with_name(file.name.replace("pytorch_model", "model")).with_suffix(".safetensors")
+            # clone: tied weights share memory in a pickle, which safetensors does not have
+            weights = {name: tensor.contiguous().clone() for name, tensor in read(file).items()}
+            temporary[target] = target.with_suffix(".tmp")
+            save_file(weights, temporary[target], metadata={"format": "pt"})
+            file_of |= dict.fromkeys(weights, target.name)
+            headers |= tensors(temporary[target])
+            size += sum(tensor.nbytes for tensor in weights.values())
         check_tensors(str(folder), stored.method, stored.settings, headers, folder)
     except UserError:
-        for name in set(where.values()):
-            (folder / name).with_suffix(".tmp").unlink()
+        for path in temporary.values():
+            path.unlink()
         raise
-    made = [folder / name for name in sorted(set(where.values()))]
-    for target in made:  # only now, so that an interrupted call leaves nothing that would be loaded
-        target.with_suffix(".tmp").rename(target)
-    if len(made) == 1 and made[0].name == "model.safetensors":
-        return made
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2) + "\n")
-    return [*made, index]
+    follow_umask(temporary.values())
+    for target, path in temporary.items():
+        path.rename(target)
+    return [*temporary, *write_index(folder, file_of, size)]
 
 
-def read(file: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, torch.Tensor]:
     """Returns the tensors of a pickled file, by name."""
     import torch
 
@@ -72,9 +69,7 @@ def read(file: Path) -> dict[str, Any]:
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{file} cannot be read as tensors alone, so it is not read at all: {reason}"
-        ) from error
+        raise UserError(f"{file} holds more than tensors, so it is not read at all: {reason}") from error
     if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
         raise UserError(f"{file} does not map names to tensors, so it is not a model's weights")
     return weights

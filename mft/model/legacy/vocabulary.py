@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mft.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.normalizers import Normalizer
+
+WAY_OUT = "put a tokenizer.json into the folder"
 
 SPACE = "▁"
 """What sentencepiece writes for a space."""
@@ -30,7 +33,7 @@ seconds."""
 Text = TypeVar("Text", str, bytes)
 
 
-def merges(pieces: Sequence[Text], parts: Mapping[Text, object]) -> Iterator[tuple[Text, Text]]:
+def merges(pieces: Sequence[Text], parts: Container[Text]) -> Iterator[tuple[Text, Text]]:
     """Yields every split of each piece into two of `parts`, the best piece first.
 
     Two splits of one piece compete where they overlap in the text: `l m r` with l + m == m + r. The library
@@ -61,21 +64,14 @@ def from_sentencepiece(file: Path, extra: Sequence[str] = ()) -> Tokenizer:
         raise UserError(f"{file} is not a sentencepiece model: {error}") from error
     _refuse(file, proto)
     kind = proto.SentencePiece
-    normal = {p.piece for p in proto.pieces if p.type == kind.NORMAL}
     own = sorted((p.piece for p in proto.pieces if p.type == kind.USER_DEFINED), key=len, reverse=True)
     ranked = [p.piece for p in sorted(proto.pieces, key=lambda p: -p.score) if p.type == kind.NORMAL]
     pieces = [p.piece for p in proto.pieces]
     names = [*pieces, *(name if name not in pieces else f"<{name}>" for name in extra)]
+    vocabulary = {name: i for i, name in enumerate(names)}
     unknown = next(p.piece for p in proto.pieces if p.type == kind.UNKNOWN)
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={name: i for i, name in enumerate(names)},
-            merges=list(merges(ranked, dict.fromkeys(normal))),
-            unk_token=unknown,
-            byte_fallback=True,
-            fuse_unk=True,
-        )
-    )
+    pairs = list(merges(ranked, set(ranked)))
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, unk_token=unknown, byte_fallback=True, fuse_unk=True))
     spec = proto.normalizer_spec
     tokenizer.normalizer = _spaces(spec.add_dummy_prefix, spec.remove_extra_whitespaces, own)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -93,10 +89,9 @@ def from_sentencepiece(file: Path, extra: Sequence[str] = ()) -> Tokenizer:
     return tokenizer
 
 
-def _refuse(file: Path, proto: object) -> None:
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec  # type: ignore[attr-defined]
-    kinds = [p.type for p in proto.pieces]  # type: ignore[attr-defined]
-    kind = proto.SentencePiece  # type: ignore[attr-defined]
+def _refuse(file: Path, proto: Any) -> None:
+    trainer, normalizer, kind = proto.trainer_spec, proto.normalizer_spec, proto.SentencePiece
+    kinds = [p.type for p in proto.pieces]
     reasons = {
         "it is not a BPE model": trainer.model_type != trainer.BPE,
         "it normalises text by a table of its own": bool(normalizer.precompiled_charsmap),
@@ -107,12 +102,10 @@ def _refuse(file: Path, proto: object) -> None:
     }
     for reason, holds in reasons.items():
         if holds:
-            raise UserError(
-                f"{file} cannot be matched exactly: {reason}; put a tokenizer.json into the folder"
-            )
+            raise UserError(f"{file} cannot be matched exactly: {reason}; {WAY_OUT}")
 
 
-def _spaces(prefix: bool, trimmed: bool, own: Sequence[str]):  # type: ignore[no-untyped-def]
+def _spaces(prefix: bool, trimmed: bool, own: Sequence[str]) -> Normalizer:
     """Returns what sentencepiece does to the spaces of a text, as a normalizer."""
     from tokenizers import Regex, normalizers
 
@@ -150,9 +143,8 @@ def from_tiktoken(file: Path, pattern: str) -> Tokenizer:
         lines = [line.split() for line in file.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as error:
-        raise UserError(
-            f"{file} is not a tiktoken file, a token in base64 and its rank in each line: {error}"
-        ) from error
+        reason = f"a token in base64 and its rank in each line: {error}"
+        raise UserError(f"{file} is not a tiktoken file, {reason}") from error
     letters = bytes_to_unicode()
 
     def readable(token: bytes) -> str:
@@ -160,20 +152,14 @@ def from_tiktoken(file: Path, pattern: str) -> Tokenizer:
 
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(f"{file}: its ranks are not 0 to {len(ranks) - 1}, each once")
-    ranked = sorted(ranks, key=lambda token: ranks[token])
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={readable(token): rank for token, rank in ranks.items()},
-            merges=[(readable(left), readable(right)) for left, right in merges(ranked, ranks)],
-            ignore_merges=True,  # tiktoken looks a whole word up before it merges
-        )
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    ranked = sorted(ranks, key=ranks.__getitem__)
+    vocabulary = {readable(token): rank for token, rank in ranks.items()}
+    pairs = [(readable(left), readable(right)) for left, right in merges(ranked, ranks)]
+    # ignore_merges: tiktoken looks a whole word up before it merges
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     library = tiktoken.Encoding(file.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     texts = [token.decode("utf-8", errors="ignore") for token in ranked]
@@ -189,7 +175,5 @@ def _compare(
     texts = pieces + [a + b for a, b in itertools.pairwise(pieces)][:: 1 + len(pieces) // PAIRS]
     for text, encoding, ids in zip(texts, ours.encode_batch_fast(texts), library(texts), strict=True):
         if encoding.ids != ids:
-            raise UserError(
-                f"{file} cannot be matched exactly: {shortened(text)} is {ids} there and would be "
-                f"{encoding.ids} here; put a tokenizer.json into the folder"
-            )
+            reason = f"{shortened(text)} is {ids} there and would be {encoding.ids} here"
+            raise UserError(f"{file} cannot be matched exactly: {reason}; {WAY_OUT}")

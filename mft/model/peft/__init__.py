@@ -1,4 +1,4 @@
-"""What of a model is trained.
+"""Which weights of a model are trained, and how.
 
 `full` trains every parameter and is the contract of a mode: how the base is loaded (dtype, quantisation),
 what is attached, and what is checked before anything loads. `lora` attaches adapters to a frozen base,

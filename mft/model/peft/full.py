@@ -31,20 +31,16 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 @dataclass
 class Full:
-    """Trains every parameter. The weights are float32 whatever the precision: bf16 cannot hold an update of
+    """Trains every parameter. The weights are float32 in every precision: bf16 cannot hold an update of
     1e-5 of its value."""
 
     public_name: ClassVar[str] = "full"
 
-    @property
-    def default_lr(self) -> float:
-        """Learning rate where optimizer.lr is null."""
-        return 1e-5
+    default_lr: ClassVar[float] = 1e-5
+    """Learning rate where optimizer.lr is null."""
 
-    @property
-    def default_checkpoint_limit(self) -> int | None:
-        """Checkpoints kept beside the best one (None = all). A full checkpoint holds 12 bytes a parameter."""
-        return 3
+    default_checkpoint_limit: ClassVar[int | None] = 3
+    """Checkpoints kept beside the best one (None = all). A full checkpoint holds 12 bytes a parameter."""
 
     @property
     def full_weights_reason(self) -> str:
@@ -62,11 +58,10 @@ class Full:
     def check_against(self, family: CausalLM, precision: str) -> None:
         """Raises UserError for settings that the model cannot meet, as far as its config.json tells; loads no
         weights. precision: bf16, fp16 or fp32."""
-        if family.router_coef:
-            from mft.model.meta_model import on_meta_device
+        from mft.model.meta_model import on_meta_device
 
-            if (model := on_meta_device(family)) is not None:
-                family.router_weight(model)
+        if family.router_coef and (model := on_meta_device(family)) is not None:
+            family.router_weight(model)
         if family.path and Path(family.path).expanduser().is_dir():  # a hub name is judged when it is loaded
             self._check_weight_format(family.path, family.weight_format())
 

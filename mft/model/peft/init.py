@@ -17,15 +17,11 @@ INITIAL = "mft_initial_adapters"
 """Attribute of a peft model: its adapters as they were initialised."""
 
 
-def in_float32(model: nn.Module) -> nn.Module:
-    """Returns the model with everything trained in float32; peft leaves modules_to_save in the base's
-    dtype."""
-    import torch
-
+def in_float32(model: nn.Module) -> None:
+    """Casts everything that is trained to float32; peft leaves modules_to_save in the base's dtype."""
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32 and parameter.is_floating_point():
+        if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    return model
 
 
 def remember_init(model: Any) -> None:
@@ -38,19 +34,23 @@ def relative_to_base(
     model: Any, state_dict: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Returns the state dict of a peft model with adapters that work on the base as released, and the values
-    of adapter_config.json that then differ; both are unchanged where nothing was taken out of the base."""
+    of adapter_config.json that then differ; both are unchanged where nothing was taken out of the base.
+
+    peft's own conversion (path_initial_model_for_weight_conversion) reads the first adapters from a folder,
+    which would have to be written before the first step.
+    """
     import torch
 
     initial: dict[str, torch.Tensor] = getattr(model, INITIAL, {})
     if not initial:
         return state_dict, {}
     exported = dict(state_dict)
-    # B A - B0 A0 = [B, -B0] @ [[A], [A0]]: the A matrices are stacked along the rank, the B matrices beside
-    # each other
+    # B A - B0 A0 = [B, -B0] @ [[A], [A0]]: A is stacked on A0 along the rank, B stands beside -B0.
     for name, first in initial.items():
-        trained, axis = state_dict[name], 0 if ".lora_A." in name else 1
-        sign = 1 if axis == 0 else -1
-        exported[name] = torch.cat([trained, sign * first.to(trained)], axis)
+        trained = state_dict[name]
+        first = first.to(trained)
+        is_a = ".lora_A." in name
+        exported[name] = torch.cat([trained, first], 0) if is_a else torch.cat([trained, -first], 1)
     config = model.peft_config["default"]
     scale = 2**0.5 if config.use_rslora else 2
     return exported, {"r": 2 * config.r, "lora_alpha": scale * config.lora_alpha, "init_lora_weights": True}

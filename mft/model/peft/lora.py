@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from mft.errors import UserError, check_ranges, nearest, ranged, shortened
+from mft.errors import UserError, check_choice, check_ranges, nearest_sibling, ranged, shortened
 from mft.files.checksums import require_sound
 from mft.model.peft.full import Full, compute_dtype
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
     from torch import nn
+    from transformers import PreTrainedModel
 
     from mft.model.causal_lm import CausalLM
     from mft.model.peft.targets import Site
@@ -30,15 +30,12 @@ INITS = ("true", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora")
 span orthogonal spaces; pissa: A and B hold the largest singular values of the weight, which lacks them from
 then on (pissa_niter_N: found by N iterations, faster); olora: the same with a QR decomposition."""
 
-NEED_DATA = {
-    "eva": "activations on calibration data",
-    "corda": "activations on calibration data",
-    "lora_ga": "gradients on calibration data",
-    "loftq": "an unquantised copy of the base",
-}
+NEED_DATA = dict.fromkeys(("eva", "corda", "lora_ga"), "a pass over calibration data")
+NEED_DATA["loftq"] = "an unquantised copy of the base"
 """Initialisations of peft that are not supported → what they need."""
 
-TIED = {"embedding": "the output layer", "head": "the embedding"}
+ZERO_INITS = ("true", "gaussian")
+"""Initialisations that leave the model as it was, and need nothing of the weight that they adapt."""
 
 
 @dataclass
@@ -46,6 +43,8 @@ class Lora(Full):
     """Trains low-rank adapters (kept in float32) beside a frozen base."""
 
     public_name: ClassVar[str] = "lora"
+    default_lr: ClassVar[float] = 1e-4
+    default_checkpoint_limit: ClassVar[int | None] = None
 
     rank: int = ranged(16, min=1)
     """Width of the adapters; at most the hidden size of the model."""
@@ -82,25 +81,15 @@ class Lora(Full):
     """An adapter folder to start from; its own rank, alpha, dropout, targets and so on then hold."""
 
     @property
-    def default_lr(self) -> float:
-        return 1e-4
-
-    @property
-    def default_checkpoint_limit(self) -> int | None:
-        return None
-
-    @property
     def changes_base(self) -> bool:
         """Whether attaching takes something out of the base's weights, which training then puts back."""
         return self.path is None and str(self.init).startswith(("pissa", "olora"))
 
     @property
     def full_weights_reason(self) -> str:
-        if self.path:
-            return ""
-        return (
-            f"peft.init={self.init}" if self.changes_base else "peft.use_dora=true" if self.use_dora else ""
-        )
+        if self.changes_base:
+            return f"peft.init={self.init}"
+        return "peft.use_dora=true" if self.use_dora and not self.path else ""
 
     def files(self) -> list[Path]:
         if not self.path:
@@ -113,53 +102,58 @@ class Lora(Full):
     def check(self) -> None:
         check_ranges(self, "peft")
         _check_targets(self.targets)
-        _check_init(self.init, self.rank)
-        bare = "peft.experts=true" if self.experts else "peft.router=true" if self.router else ""
-        if bare and not self.path:
-            self._check_parameter_adapter(bare)
+        if self._init in NEED_DATA:
+            needed = f"{NEED_DATA[self._init]}, which mft does not support"
+            raise UserError(f"peft.init={self.init} needs {needed}; choose one of {', '.join(INITS)}")
+        if not re.fullmatch(r"pissa_niter_\d+", self._init):
+            check_choice("peft.init", self._init, INITS)
+        if self._init == "orthogonal" and self.rank % 2:
+            raise UserError(f"peft.init=orthogonal needs an even rank, not peft.rank={self.rank}")
         if self.path:
             _check_adapter_folder(self.path, Path(self.path).expanduser())
+        elif self.experts or self.router:
+            self._check_parameter_adapter("peft.experts=true" if self.experts else "peft.router=true")
 
     def check_against(self, family: CausalLM, precision: str) -> None:
         from mft.model.meta_model import on_meta_device
 
         super().check_against(family, precision)
-        if not self.path:
-            self._check_rank(family.width())
-        if self._needs_model_check and not self.path:
+        if self.path:  # the settings of that adapter hold
+            return
+        self._check_rank(family.width())
+        by_name = self.targets and self.targets != "all-linear"
+        if by_name or self.experts or self.router or self.modules_to_save:  # what not every model can meet
             model = on_meta_device(family, self.quantization(compute_dtype(precision)))
             if model is not None:
                 self.config(model, family)
 
     @property
-    def _needs_model_check(self) -> bool:
-        """Whether there are settings that one model can meet and another cannot."""
-        by_name = self.targets and self.targets != "all-linear"
-        return bool(by_name or self.experts or self.router or self.modules_to_save)
+    def _init(self) -> str:
+        """init as yaml writes it: it may be a string, or true."""
+        return str(self.init).lower()
 
-    def _check_rank(self, width: Any) -> None:
-        """Raises UserError for a rank above the width of the hidden states, which is a side of every
-        matrix."""
-        if isinstance(width, int) and self.rank > width:
+    def _check_rank(self, width: int | None) -> None:
+        """Raises UserError for a rank above the width of the hidden states, a side of every matrix."""
+        if width is not None and self.rank > width:
             raise UserError(
                 f"peft.rank={self.rank}: the matrices of this model have no rank above {width}, its hidden "
                 f"size; choose a smaller one, e.g. {max(1, min(16, width // 4))}, or peft=full"
             )
 
-    def _check_parameter_adapter(self, what: str) -> None:
+    def _check_parameter_adapter(self, reason: str) -> None:
         """Raises UserError for settings that peft cannot apply to an adapter of a bare parameter, which
-        `what` needs: it adds the update to the weight itself, so there is no input to drop and no layer to
+        `reason` needs: it adds the update to the weight itself, so there is no input to drop and no layer to
         decompose."""
-        for setting, remedy, wrong in (
-            (f"peft.dropout={self.dropout}", "peft.dropout=0", self.dropout > 0),
-            ("peft.use_dora=true", "peft.use_dora=false", self.use_dora),
-            (f"peft.init={self.init}", "peft.init=true", str(self.init).lower() not in ("true", "gaussian")),
+        for name, valid, remedy in (
+            ("dropout", self.dropout == 0, "0"),
+            ("use_dora", not self.use_dora, "false"),
+            ("init", self._init in ZERO_INITS, "true"),
         ):
-            if wrong:
+            shown = str(getattr(self, name)).lower()
+            if not valid:
                 raise UserError(
-                    f"{setting} cannot be combined with {what}: the weights of experts and routers are no "
-                    "layers of their own, and their adapters are added to the weight itself; choose "
-                    f"{remedy}, or leave them out"
+                    f"peft.{name}={shown} cannot be combined with {reason}, which is "
+                    f"added to a bare weight; choose peft.{name}={remedy}, or leave experts and routers out"
                 )
 
     def _check_sites(self, sites: list[Site], tied: bool) -> None:
@@ -168,18 +162,14 @@ class Lora(Full):
         for site in sites:
             if site.parameter:
                 self._check_parameter_adapter(f"an adapter of {site.path}")
-            if site.kind == "embedding" and (
-                self.use_dora or str(self.init).lower() not in ("true", "gaussian")
-            ):
+            if site.kind == "embedding" and (self.use_dora or self._init not in ZERO_INITS):
                 raise UserError(
-                    f"peft.targets: an adapter of the embedding {site.path} goes with peft.use_dora=false "
-                    "and peft.init=true or gaussian only; leave one of them out"
+                    f"peft.targets: {site.path} needs peft.use_dora=false and peft.init=true or gaussian"
                 )
             if site.kind in ("embedding", "head") and tied:
                 raise UserError(
-                    f"peft.targets: {site.path} shares its weight with {TIED[site.kind]}, so an adapter of "
-                    "one would change the other when merged; train it in full with "
-                    f"peft.modules_to_save=[{site.name}] instead"
+                    f"peft.targets: {site.path} is one weight as embedding and output layer, so its adapter "
+                    f"would change both when merged; train it in full with peft.modules_to_save=[{site.name}]"
                 )
 
     # ── attaching ──
@@ -199,20 +189,27 @@ class Lora(Full):
         from mft.model.peft.init import in_float32, remember_init
         from mft.model.special_tokens import check_same_tokens
 
-        if self.path:
-            folder = Path(self.path).expanduser()
-            check_same_tokens(base_of(model), folder)
-            with _without_notices():
+        with warnings.catch_warnings():
+            # peft calls what transformers has renamed
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            if self.path:
+                folder = Path(self.path).expanduser()
+                check_same_tokens(base_of(model), folder)
                 model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-            self._warn_of_ignored_settings(model.peft_config["default"])
-            return in_float32(model)
-        with _without_notices():
-            model = in_float32(get_peft_model(model, self.config(base_of(model), family)))
+                own = cast("LoraConfig", model.peft_config["default"])
+                kept = {"rank": own.r, "alpha": own.lora_alpha, "dropout": own.lora_dropout}
+                kept |= {"use_dora": own.use_dora, "use_rslora": own.use_rslora}
+                if differing := self.differing(kept):
+                    log.warning("the adapter at %s keeps its own %s", self.path, differing)
+            else:
+                model = get_peft_model(model, self.config(base_of(model), family))
+        in_float32(model)
+        # Saving gives the base back what PiSSA and OLoRA have just taken out of it.
         if self.changes_base:
             remember_init(model)
         return model
 
-    def config(self, model: Any, family: CausalLM) -> LoraConfig:
+    def config(self, model: PreTrainedModel, family: CausalLM) -> LoraConfig:
         """Returns what peft is to do to a model, also to one without weights.
 
         Raises UserError for settings that this model cannot meet: a target that matches nothing, with the
@@ -224,8 +221,10 @@ class Lora(Full):
         from mft.model.peft.targets import for_peft, full_modules, select
         from mft.model.special_tokens import trained_rows
 
-        targets, init = self.targets or list(family.lora_targets) or "all-linear", str(self.init).lower()
+        targets = self.targets or list(family.lora_targets) or "all-linear"
         self._check_rank(getattr(model.config.get_text_config(), "hidden_size", None))
+        # Names are resolved here, not by peft: it takes a name that matches nothing beside one that does, and
+        # reaches experts and routers under other keys than linear layers.
         sites = select(model, targets, self.experts, self.router)
         self._check_sites(sites, is_tied(model))
         saved, tied = full_modules(model, self.modules_to_save, sites)
@@ -242,57 +241,33 @@ class Lora(Full):
             ensure_weight_tying=tied,
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
-            init_lora_weights=True if init == "true" else init,  # type: ignore[arg-type]  # peft checks it
+            init_lora_weights=self._init == "true" or self._init,  # type: ignore[arg-type]  # peft checks it
         )
 
-    def _warn_of_ignored_settings(self, config: Any) -> None:
-        own = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
-        own |= {"use_dora": config.use_dora, "use_rslora": config.use_rslora}
-        differing = [f"{n}={v} (asked: {getattr(self, n)})" for n, v in own.items() if getattr(self, n) != v]
-        if differing:
-            log.warning("the adapter at %s keeps its own %s", self.path, ", ".join(differing))
+    def differing(self, kept: Mapping[str, object]) -> str:
+        """Returns which settings have no effect beside those that a folder keeps, "" for none."""
+        others = {name: value for name, value in kept.items() if getattr(self, name) != value}
+        return ", ".join(f"{name}={value} (setting: {getattr(self, name)})" for name, value in others.items())
 
 
-def _check_targets(targets: Any) -> None:
-    if targets is None:
-        return
+def _check_targets(targets: object) -> None:
     if isinstance(targets, str) and targets:
         try:
             re.compile(targets)
         except re.error as error:
             raise UserError(f"peft.targets={targets!r} is not a regular expression: {error}") from error
-    elif not isinstance(targets, list) or not targets or not all(isinstance(n, str) and n for n in targets):
+        return
+    names = targets if isinstance(targets, list) and targets else [None]
+    if targets is not None and not all(isinstance(name, str) and name for name in names):
         raise UserError(
             f"peft.targets={shortened(targets)} must be a list of module names, one regular expression, "
-            "all-linear, or null for the model's own list"
+            "all-linear, or null"
         )
-
-
-def _check_init(init: Any, rank: int) -> None:
-    value = str(init).lower()
-    if value in NEED_DATA:
-        raise UserError(
-            f"peft.init={init} needs {NEED_DATA[value]}, which mft does not support. Allowed: "
-            f"{', '.join(INITS)}"
-        )
-    if value not in INITS and not re.fullmatch(r"pissa_niter_\d+", value):
-        raise UserError(f"peft.init={init!r} is not one of {', '.join(INITS)}{nearest(value, INITS)}")
-    if value == "orthogonal" and rank % 2:
-        raise UserError(f"peft.init=orthogonal needs an even rank, not peft.rank={rank}")
 
 
 def _check_adapter_folder(path: str, folder: Path) -> None:
     if not folder.is_dir():
-        siblings = [str(p) for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UserError(f"peft.path={path} does not exist{nearest(folder, siblings)}")
+        raise UserError(f"peft.path={path} does not exist{nearest_sibling(folder)}")
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"peft.path={path} has no adapter_config.json, so it is not an adapter folder")
     require_sound(folder)
-
-
-@contextmanager
-def _without_notices() -> Iterator[None]:
-    """Hides what peft and transformers warn about each other."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        yield

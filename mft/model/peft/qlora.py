@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mft.errors import UserError, nearest
-from mft.model.peft.full import PRECISIONS, compute_dtype
+from mft.errors import UserError, check_choice
+from mft.model.peft.full import PRECISIONS
 from mft.model.peft.lora import Lora
 from mft.model.quantised_checkpoint import refuse_quantised
 
@@ -63,21 +63,14 @@ class QLora(Lora):
     def check(self) -> None:
         super().check()
         for name, values in ALLOWED.items():
-            value = getattr(self, name)
-            if value not in values:
-                listed = ", ".join("null" if v is None else str(v) for v in values)
-                raise UserError(
-                    f"peft.{name}={value!r} is not one of {listed}{nearest(str(value), map(str, values))}"
-                )
+            check_choice(f"peft.{name}", getattr(self, name), values)
         if self.bits == 8 and self.use_dora:
             raise UserError(
-                "peft.use_dora=true needs dequantised weights when it is attached, which 8-bit layers "
-                "cannot provide; choose peft.bits=4 or peft.use_dora=false"
+                "peft.use_dora=true is not possible with 8-bit layers; use peft.bits=4 or peft.use_dora=false"
             )
         if self.changes_base:
             raise UserError(
-                f"peft.init={self.init} takes the largest part out of the base's weights, which quantised "
-                "weights cannot hold; choose peft.init=true, or peft=lora"
+                f"peft.init={self.init} would change quantised weights; use peft.init=true, or peft=lora"
             )
 
     def check_against(self, family: CausalLM, precision: str) -> None:
@@ -86,33 +79,20 @@ class QLora(Lora):
         super().check_against(family, precision)
         if (self.skip_modules or has_experts(family)) and (model := on_meta_device(family)) is not None:
             _check_skipped(model, self.skip_modules)
-            if warning := _unquantised_experts(model, self.dtype(precision)):
-                log.warning("%s", warning)
+            _warn_of_experts(model, self.dtype(precision))
 
     def _check_weight_format(self, path: str, weights: WeightFormat) -> None:
         refuse_quantised(path, weights, self.bits)
-        if weights.method and (differing := self._overruled(weights.settings)):
+        stored, kept = weights.settings, {}
+        if self.skip_modules:  # [] leaves the choice to the checkpoint
+            kept["skip_modules"] = stored.get("llm_int8_skip_modules") or []
+        if self.bits == 4:  # defaults are those of transformers
+            storage = stored.get("bnb_4bit_quant_storage", "uint8")
+            kept["quant_type"] = stored.get("bnb_4bit_quant_type", "fp4")
+            kept["double_quant"] = stored.get("bnb_4bit_use_double_quant", False)
+            kept["storage_dtype"] = {name: p for p, name in PRECISIONS.items()}.get(storage, storage)
+        if weights.method and (differing := self.differing(kept)):
             log.warning("model.path=%s is quantised already and keeps its own %s", path, differing)
-
-    def _overruled(self, stored: Mapping[str, Any]) -> str:
-        """Returns the settings that have no effect on a base that bitsandbytes has quantised otherwise, ""
-        for none.
-
-        stored: quantization_config of the base's config.json.
-        """
-        own: dict[str, Any] = {"skip_modules": stored.get("llm_int8_skip_modules") or []}
-        if self.bits == 4:
-            own |= {
-                "quant_type": stored.get("bnb_4bit_quant_type", "fp4"),
-                "double_quant": stored.get("bnb_4bit_use_double_quant", False),
-                "storage_dtype": stored.get("bnb_4bit_quant_storage", "uint8"),
-            }
-        asked = {name: getattr(self, name) for name in own}
-        asked["storage_dtype"] = PRECISIONS.get(self.storage_dtype, self.storage_dtype)
-        differing = [
-            name for name in own if asked[name] != own[name] and (name != "skip_modules" or asked[name])
-        ]
-        return ", ".join(f"{name}={own[name]} (asked: {asked[name]})" for name in differing)
 
     def quantization(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
         """Returns the settings as transformers takes them; compute_dtype: the run's, for a compute_dtype of
@@ -120,18 +100,18 @@ class QLora(Lora):
         import torch
         from transformers import BitsAndBytesConfig
 
-        # given patterns replace transformers' own list, which is the head, and are matched from the start of
-        # a path
+        # Patterns replace transformers' own list, the head, and are matched from the start of a path.
         names = (*self.skip_modules, *HEADS) if self.skip_modules else ()
         skip = [rf"(?:.*\.)?{re.escape(name)}" for name in names] or None
         if self.bits == 8:
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        own = getattr(torch, PRECISIONS[self.compute_dtype]) if self.compute_dtype else compute_dtype
         return BitsAndBytesConfig(
             load_in_4bit=True,
             llm_int8_skip_modules=skip,
             bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_compute_dtype=_torch_dtype(self.compute_dtype) or compute_dtype,
+            bnb_4bit_compute_dtype=own,
             bnb_4bit_quant_storage=getattr(torch, PRECISIONS.get(self.storage_dtype, self.storage_dtype)),
         )
 
@@ -140,37 +120,28 @@ class QLora(Lora):
         return super().attach(model, family)
 
 
-def _torch_dtype(precision: str | None) -> torch.dtype | None:
-    return compute_dtype(precision) if precision else None
-
-
 def _check_skipped(model: nn.Module, names: Sequence[str]) -> None:
-    """Raises UserError for a name of peft.skip_modules that is no part of the model, with the nearest one."""
-    from mft.model.peft.targets import adapter_sites
+    """Raises UserError for a name of peft.skip_modules that the model does not have."""
+    from mft.model.peft.targets import adapter_sites, no_such_module
 
+    # transformers ignores a name that matches nothing, and quantises what was to be spared.
     sites = adapter_sites(model)
     for name in names:
         if not any(f".{name}." in f".{site.path}." for site in sites):
-            there = list(dict.fromkeys(site.name for site in sites))
-            raise UserError(
-                f"peft.skip_modules: {name!r} matches no module; this model has {', '.join(there)}"
-                f"{nearest(name, there)}"
-            )
+            raise no_such_module("peft.skip_modules:", name, [site.name for site in sites])
 
 
-def _unquantised_experts(model: nn.Module, dtype: torch.dtype) -> str:
-    """Returns the sentence about routed experts, which stay unquantised, and what they take in `dtype`; ""
-    for a model without any. model: also one on the meta device."""
+def _warn_of_experts(model: nn.Module, dtype: torch.dtype) -> None:
+    """Says what routed experts, which stay unquantised, take in `dtype`; model: also on the meta device."""
     from mft.model.peft.targets import roles, weights
 
     every = list(weights(model))
     role = roles({path: shape for path, _, shape in every})
     experts = sum(parameter.numel() for path, parameter, _ in every if role[path] == "experts")
-    if not experts:
-        return ""
-    total = sum(parameter.numel() for _, parameter, _ in every)
-    return (
-        "peft=qlora: bitsandbytes quantises linear layers only, so the routed experts, "
-        f"{experts / total:.0%} of all weights, stay in {str(dtype).removeprefix('torch.')} and take "
-        f"{experts * dtype.itemsize / 2**30:.3g} GiB"
-    )
+    if experts:
+        log.warning(
+            "peft=qlora: bitsandbytes quantises linear layers only, so the routed experts, %.0f%% of all "
+            "weights, stay in %s and take %.3g GiB",
+            100 * experts / sum(parameter.numel() for _, parameter, _ in every),
+            *(str(dtype).removeprefix("torch."), experts * dtype.itemsize / 2**30),
+        )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mft.model.introspect import weight_count
+from mft.model.introspect import full_shape
 from mft.model.peft.targets import roles, weights
 
 if TYPE_CHECKING:
@@ -17,23 +18,23 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-@dataclass(frozen=True)
+@dataclass
 class AuditRow:
     """One kind of module, over all layers."""
 
     kind: str
     """Its path with layer numbers as *."""
 
-    adapted: int
+    adapted: int = 0
     """How many of these modules are trained, or have an adapter."""
 
-    total: int
+    total: int = 0
     """How many there are."""
 
-    trainable: int
+    trainable: int = 0
     """Weights that are trained."""
 
-    parameters: int
+    parameters: int = 0
     """All weights."""
 
     role: str = ""
@@ -53,45 +54,32 @@ def audit(model: nn.Module) -> list[AuditRow]:
     """Returns, per kind of module and in the model's order, how many are trained or adapted and with how many
     weights."""
     every = list(_weights(model))
+    # Without adapters, whose shapes say nothing of what they adapt.
     kinds = roles({path: shape for path, _, shape in every if shape})
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, AuditRow] = {}
+    trained: dict[str, dict[str, bool]] = {}  # kind → path of each of its modules → whether it is trained
     for path, parameter, shape in every:
         module = path.removesuffix(".weight").removesuffix(".bias")
-        row = rows.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", module), {"modules": {}, "values": [0, 0, 0]})
-        row["modules"][module] = row["modules"].get(module, False) or parameter.requires_grad
-        count = weight_count(parameter)
-        for i, more in enumerate((count * parameter.requires_grad, count, _bytes(parameter))):
-            row["values"][i] += more
-        row["role"] = row.get("role") or kinds.get(path, "")
-        row["packed"] = (
-            row.get("packed", False) or hasattr(parameter, "quant_state") or hasattr(parameter, "SCB")
-        )
+        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", module)
+        row, modules = rows.setdefault(kind, AuditRow(kind)), trained.setdefault(kind, {})
+        modules[module] = modules.get(module, False) or parameter.requires_grad
+        row.adapted, row.total = sum(modules.values()), len(modules)
+        count = math.prod(full_shape(parameter))
+        row.trainable += count * parameter.requires_grad
+        row.parameters += count
+        row.bytes += _bytes(parameter)
+        row.role = row.role or kinds.get(path, "")
+        row.packed |= hasattr(parameter, "quant_state") or hasattr(parameter, "SCB")
         if kinds.get(path) == "experts" and shape:
-            row["experts"] = shape[0]
-    return [
-        AuditRow(
-            kind,
-            sum(row["modules"].values()),
-            len(row["modules"]),
-            trainable=row["values"][0],
-            parameters=row["values"][1],
-            role=row["role"],
-            experts=row.get("experts", 0),
-            bytes=row["values"][2],
-            packed=row["packed"],
-        )
-        for kind, row in rows.items()
-    ]
+            row.experts = shape[0]
+    return list(rows.values())
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
     """Yields each weight with the path that it, or what it is an adapter of, has in the plain model, and its
     shape, () for an adapter's."""
-    wrapped = {  # adapters of bare weights: one module in another, each of which knows its weight
-        name: module.parameter_name
-        for name, module in model.named_modules()
-        if hasattr(module, "parameter_name")
-    }
+    # Adapters of bare weights lie in a module around the owner, which knows the name of its weight.
+    wrapped = {n: m.parameter_name for n, m in model.named_modules() if hasattr(m, "parameter_name")}
     for name, parameter, shape in weights(model):
         adapter = re.search(r"\.lora_\w+\b.*", name)
         owner = name[: adapter.start()] if adapter else name
@@ -103,48 +91,45 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
         yield path, parameter, () if adapter else shape
 
 
-def _bytes(parameter: Any) -> int:
+def _bytes(parameter: nn.Parameter) -> int:
     """Returns the bytes of a parameter in memory, as if it were not divided over ranks, with the scales of 4
     bits."""
     size = (getattr(parameter, "ds_numel", None) or parameter.numel()) * parameter.element_size()
     state = getattr(parameter, "quant_state", None)
-    if state is not None:
-        size += sum(
-            t.numel() * t.element_size()
-            for t in (state.absmax, getattr(state.state2, "absmax", None))
-            if t is not None
-        )
+    while state is not None:  # with double quantisation the scales have a state of their own
+        size += state.absmax.nbytes
+        state = state.state2
     return int(size)
+
+
+def total_of(rows: Sequence[AuditRow], field: str) -> int:
+    return sum(getattr(row, field) for row in rows)
 
 
 def trainable_share(rows: Sequence[AuditRow]) -> float:
     """Returns trainable weights over all weights."""
-    return sum(row.trainable for row in rows) / max(sum(row.parameters for row in rows), 1)
+    return total_of(rows, "trainable") / max(total_of(rows, "parameters"), 1)
 
 
 def notes(rows: Sequence[AuditRow]) -> list[str]:
     """Returns the sentences about what is easily missed: experts, the router, what quantisation leaves
     out."""
     remarks = []
-    word = "trained" if all(row.trainable == row.parameters for row in rows) else "adapted"
+    verb = "trained" if total_of(rows, "trainable") == total_of(rows, "parameters") else "adapted"
     experts = [row for row in rows if row.role == "experts" and row.experts]
-    if experts:
-        each = max(row.experts for row in experts)
-        adapted = max((row.experts * row.adapted // row.total for row in experts), default=0)
-        how = "" if adapted else "; peft.experts=true adapts them"
-        remarks.append(
-            f"experts: {adapted} of {each} {word} (in each of {max(r.total for r in experts)} layers){how}"
-        )
     routers = [row for row in rows if row.role == "router"]
+    if experts:
+        each, layers = max(row.experts for row in experts), max(row.total for row in experts)
+        # The experts of a layer are one weight: an adapter of it adapts all of them.
+        adapted = max(row.experts * row.adapted // row.total for row in experts)
+        how = "" if adapted else "; peft.experts=true adapts them"
+        remarks.append(f"experts: {adapted} of {each} {verb} (in each of {layers} layers){how}")
     if routers:
-        adapted, total = sum(row.adapted for row in routers), sum(row.total for row in routers)
-        remarks.append(f"router: {adapted} of {total} {word}")
+        remarks.append(f"router: {total_of(routers, 'adapted')} of {total_of(routers, 'total')} {verb}")
     if experts and any(row.packed for row in rows):
-        size, total = sum(row.bytes for row in experts), sum(row.bytes for row in rows)
-        remarks.append(
-            f"experts are not quantised (bitsandbytes quantises linear layers only): they take "
-            f"{size / GIB:.3g} of {total / GIB:.3g} GiB"
-        )
+        size, every = total_of(experts, "bytes") / GIB, total_of(rows, "bytes") / GIB
+        reason = "bitsandbytes quantises linear layers only"
+        remarks.append(f"experts are not quantised ({reason}): they take {size:.3g} of {every:.3g} GiB")
     return remarks
 
 
@@ -153,14 +138,10 @@ def table(rows: Sequence[AuditRow]) -> Table:
     128 experts."""
     from rich.table import Table
 
-    trainable, parameters = sum(row.trainable for row in rows), sum(row.parameters for row in rows)
-    table = Table(
-        title=f"trained: {trainable:,} of {parameters:,} weights ({trainable_share(rows):.2%})",
-        caption="\n".join(notes(rows)) or None,
-        caption_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-    )
+    trainable, parameters = total_of(rows, "trainable"), total_of(rows, "parameters")
+    title = f"trained: {trainable:,} of {parameters:,} weights ({trainable_share(rows):.2%})"
+    caption = "\n".join(notes(rows)) or None
+    table = Table(title=title, caption=caption, caption_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("module", overflow="fold")
     for title in ("adapted", "trained", "weights", "share", "GiB"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -176,7 +157,8 @@ def _short(count: int) -> str:
     """Returns a count in three digits: 17.9K, 1.05M, 30.5B."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if count >= size:
-            return f"{count / size:.3g}{unit}" if count < 999.5 * size else f"{count / size:.0f}{unit}"
+            # from 999.5 on three digits would be written as 1e+03
+            return f"{count / size:{'.3g' if count < 999.5 * size else '.0f'}}{unit}"
     return str(count)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from mft.model.introspect import base_of, full_shape, is_tied
 from mft.model.peft_private import turns_into_experts
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Site:
     @property
     def name(self) -> str:
         """The last part of the path, as people name it."""
-        return self.path.rpartition(".")[2]
+        return last(self.path)
 
 
 def adapter_sites(model: nn.Module) -> list[Site]:
@@ -58,34 +59,37 @@ def adapter_sites(model: nn.Module) -> list[Site]:
     base: Any = base_of(model)
     head = base.get_output_embeddings()
     kinds = roles({path: shape for path, _, shape in weights(base)})
-    layers = [(n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Embedding | Conv1D)]
-    leaves = {name.rpartition(".")[2] for name, _ in layers}
+    layer_types = nn.Linear | nn.Embedding | Conv1D
+    # peft renames by the last part of a name alone, so one question for each suffices (see peft_private).
+    leaves = {last(name) for name, module in base.named_modules() if isinstance(module, layer_types)}
     taken = {leaf for leaf in leaves if turns_into_experts(base, leaf)}
     sites: list[Site] = []
     for name, module in base.named_modules():
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
         sites += [Site(path, "experts", path) for path in own if kinds.get(path) == "experts"]
-        leaf, weight = name.rpartition(".")[2], f"{name}.weight"
+        leaf, weight = last(name), f"{name}.weight"
         if weight in own and kinds.get(weight) == "router":
-            # llama 4's is a linear layer that returns two tensors: its weight can be adapted, it cannot be
-            # wrapped
-            library = type(module).__module__.partition(".")[0]
-            wrapped = (
-                isinstance(module, nn.Linear) and library in ("torch", "bitsandbytes") and leaf not in taken
-            )
+            # peft can wrap a linear layer, but not a subclass such as llama 4's, which returns two tensors.
+            plain = type(module).__module__.partition(".")[0] in ("torch", "bitsandbytes")
+            wrapped = isinstance(module, nn.Linear) and plain and leaf not in taken
             sites.append(Site(name, "router", "" if wrapped else weight))
-        elif isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+        elif isinstance(module, layer_types):
             kind = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "linear"
             sites.append(Site(name, kind, weight if leaf in taken else "", packed(module.weight)))
     return sites
 
 
-def packed(weight: Any) -> bool:
+def last(path: str) -> str:
+    """Returns the last part of a path: the name of a module in its parent."""
+    return path.rpartition(".")[2]
+
+
+def packed(weight: torch.Tensor) -> bool:
     """Whether a weight is quantised, or will be when it is loaded."""
     return not weight.is_floating_point() or hasattr(weight, "quant_state") or hasattr(weight, "SCB")
 
 
-def weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
+def weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, ...]]]:
     """Yields path, parameter and full shape of every weight, as the modules hold them; a tied one once."""
     from torch import nn
 
@@ -104,11 +108,11 @@ def weights(model: nn.Module) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
 def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     """Returns what each weight belongs to, by path: experts, router, or "" for all else.
 
-    They are known by shape, whatever a family calls them: experts have three dimensions [E, ...]; a router
+    Told apart by shape, as every family has its own names: experts have three dimensions [E, ...]; a router
     lies beside them with one row an expert, or a single one (qwen2_moe's gate of the shared expert).
     """
     kinds = dict.fromkeys(shapes, "")
-    blocks: dict[str, int] = {}
+    blocks: dict[str, int] = {}  # path of the module around the experts → how many they are
     for path, shape in shapes.items():
         if len(shape) == 3 and "conv" not in path:
             kinds[path] = "experts"
@@ -116,53 +120,50 @@ def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     for path, shape in shapes.items():
         experts = next((count for block, count in blocks.items() if path.startswith(f"{block}.")), 0)
         beside = experts and len(shape) == 2 and path.endswith(".weight") and shape[0] in (1, experts)
-        if beside and "expert" not in path.rpartition(".")[0].rpartition(".")[0].rpartition(".")[2]:
+        # a matrix of a shared expert may have as many rows
+        if beside and "expert" not in last(path.rpartition(".")[0].rpartition(".")[0]):
             kinds[path] = "router"
     return kinds
 
 
 def select(model: nn.Module, targets: str | list[str], experts: bool, router: bool) -> list[Site]:
     """Returns the sites that the settings mean: a list of names, "all-linear" (all linear layers but head and
-    router) or a regular expression over whole paths, with the experts and routers on top where asked.
+    router) or a regular expression over full paths, plus experts and routers if enabled.
 
     Raises UserError for what matches nothing, with the nearest names, and for sites that peft cannot adapt.
     """
     sites = adapter_sites(model)
     kind: str = base_of(model).config.model_type
-    refused = [site for site in sites if site.name == "out_proj" and kind in MAMBA]
+    in_kernel = {site for site in sites if site.name == "out_proj" and kind in MAMBA}
+    frozen = {site for site in sites if site.parameter and site.packed}
     if targets == "all-linear":
-        left_out = sorted(
-            {site.name for site in sites if site.kind == "linear" and site.parameter and site.packed}
-        )
-        if left_out:
+        if names := sorted({site.name for site in frozen if site.kind == "linear"}):
             log.warning(
                 "%s stay frozen: peft takes these names for the routed experts and can adapt them beside "
                 "full weights only, not quantised ones",
-                ", ".join(left_out),
+                ", ".join(names),
             )
-        wanted = [site for site in sites if site.kind == "linear" and not (site.parameter and site.packed)]
-        wanted = [site for site in wanted if site not in refused]
+        selected = [s for s in sites if s.kind == "linear" and s not in in_kernel and s not in frozen]
     else:
-        wanted = _named(sites, targets)
-    for role, wants in (("experts", experts), ("router", router)):
-        of_kind = [site for site in sites if site.kind == role]
-        if wants and not of_kind:
+        selected = _named(sites, targets)
+    for role, wanted in (("experts", experts), ("router", router)):
+        of_role = [site for site in sites if site.kind == role]
+        if wanted and not of_role:
             raise UserError(f"peft.{role}=true: this model is not a mixture of experts; remove it")
-        wanted += of_kind if wants else []
-    for site in wanted:
-        if site in refused:
+        selected += of_role if wanted else []
+    for site in selected:
+        if site in in_kernel:
             raise UserError(
-                f"peft.targets: {site.path} cannot have an adapter, since the kernels of {kind} read its "
-                "weight themselves; leave out_proj out"
+                f"peft.targets: {site.path} cannot have an adapter: kernels of {kind} read it; leave it out"
             )
-        if site.parameter and site.packed:
+        if site in frozen:
             raise UserError(
-                f"peft.targets: {site.path} is quantised, and peft takes the name {site.name} for the "
-                f"routed experts; "
-                "leave it out, choose peft=lora, or keep it unquantised with peft.skip_modules"
+                f"peft.targets: {site.path} is quantised, and peft takes the name {site.name} for the routed "
+                "experts; leave it out, choose peft=lora, or keep it unquantised with peft.skip_modules"
             )
-    paths = {site.path for site in wanted}
-    return [site for site in sites if site.path in paths]
+    # In the model's order, each once: a name and peft.router may select the same site.
+    chosen = set(selected)
+    return [site for site in sites if site in chosen]
 
 
 def _named(sites: list[Site], targets: str | list[str]) -> list[Site]:
@@ -171,42 +172,43 @@ def _named(sites: list[Site], targets: str | list[str]) -> list[Site]:
             return re.fullmatch(target, path) is not None
         return path == target or path.endswith(f".{target}")
 
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    missing = [target for target in wanted if not any(matches(site.path, target) for site in sites)]
-    if missing:
-        names = list(dict.fromkeys(site.name for site in sites))
-        what = "the regular expression" if isinstance(targets, str) else "the name"
-        note = f' (a single name needs brackets: peft.targets="[{targets}]")' if targets in names else ""
-        raise UserError(
-            f"peft.targets: {what} {missing[0]!r} matches no module; this model has {', '.join(names)}"
-            f"{nearest(missing[0], names)}{note}"
-        )
-    return [site for site in sites if any(matches(site.path, target) for target in wanted)]
+    patterns = [targets] if isinstance(targets, str) else targets
+    for pattern in patterns:
+        if not any(matches(site.path, pattern) for site in sites):
+            names = [site.name for site in sites]
+            kind = "regular expression" if isinstance(targets, str) else "name"
+            note = f' (a single name needs brackets: peft.targets="[{targets}]")' if targets in names else ""
+            raise no_such_module(f"peft.targets: the {kind}", pattern, names, note)
+    return [site for site in sites if any(matches(site.path, pattern) for pattern in patterns)]
+
+
+def no_such_module(key: str, name: str, names: Iterable[str], note: str = "") -> UserError:
+    """Returns the error for a name that no module has; names: those of the model's, repeated or not."""
+    names = dict.fromkeys(names)
+    others = f"this model has {', '.join(names)}{nearest(name, names)}{note}"
+    return UserError(f"{key} {name!r} matches no module; {others}")
 
 
 def for_peft(model: nn.Module, sites: list[Site]) -> tuple[list[str], list[str]]:
     """Returns `target_modules` and `target_parameters` of a LoraConfig that adapts exactly these sites.
 
-    A name stands for all paths that end in it where all of them are meant, so that the adapter's config stays
+    A name replaces all paths that end in it if all of them are selected, so that the adapter's config stays
     legible.
     """
     base = base_of(model)
     modules = {site.path for site in sites if not site.parameter}
     parameters = {site.parameter for site in sites if site.parameter}
-    named_modules = [name for name, _ in base.named_modules()]
-    named_parameters = [name for name, _ in base.named_parameters()]
-    return _shortened(modules, named_modules, 1), _shortened(parameters, named_parameters, 2)
+    return _shortened(modules, base.named_modules(), 1), _shortened(parameters, base.named_parameters(), 2)
 
 
-def _shortened(paths: set[str], everything: list[str], parts: int) -> list[str]:
-    """Returns `paths`, with the last `parts` parts in place of all paths that end in them where none other
-    does."""
+def _shortened(paths: set[str], named: Iterable[tuple[str, object]], length: int) -> list[str]:
+    """Returns `paths`, each cut to its last `length` parts where no other path of `named` ends in them."""
 
-    def end(path: str) -> str:
-        return ".".join(path.split(".")[-parts:])
+    def suffix(path: str) -> str:
+        return ".".join(path.split(".")[-length:])
 
-    others = {end(path) for path in everything if path not in paths}
-    return sorted({path if end(path) in others else end(path) for path in paths})
+    others = {suffix(path) for path, _ in named if path not in paths}
+    return sorted({path if suffix(path) in others else suffix(path) for path in paths})
 
 
 def full_modules(model: nn.Module, names: list[str], sites: list[Site]) -> tuple[list[str], bool]:
@@ -217,32 +219,22 @@ def full_modules(model: nn.Module, names: list[str], sites: list[Site]) -> tuple
     """
     base: Any = base_of(model)
     paths = [path for path, module in base.named_modules() if path and any(True for _ in module.parameters())]
-    leaves = list(
-        dict.fromkeys(path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit())
-    )
     selected: list[str] = []
     for name in names:
         of_name = [path for path in paths if path == name or path.endswith(f".{name}")]
         if not of_name:
-            raise UserError(
-                f"peft.modules_to_save: the name {name!r} matches no module; this model has "
-                f"{', '.join(leaves)}{nearest(name, leaves)}"
-            )
+            own = [last(path) for path in paths if not last(path).isdigit()]
+            raise no_such_module("peft.modules_to_save: the name", name, own)
         selected += [path for path in of_name if path not in selected]
     for path in selected:
         if any(map(packed, base.get_submodule(path).parameters())):
             raise UserError(
-                f"peft.modules_to_save: {path} is quantised and cannot be trained in full; leave it out, "
-                "or keep it unquantised with peft.skip_modules"
+                f"peft.modules_to_save: {path} is quantised; leave it out, or name it in peft.skip_modules"
             )
-        if inside := [site.path for site in sites if f"{site.path}.".startswith(f"{path}.")]:
-            raise UserError(
-                f"peft.modules_to_save: {path} is trained in full, but {inside[0]} is one of peft.targets"
-            )
-    embeddings = [
-        path
-        for path, module in base.named_modules()
-        if module in (base.get_input_embeddings(), base.get_output_embeddings())
-    ]
+        if site := next((s.path for s in sites if f"{s.path}.".startswith(f"{path}.")), ""):
+            raise UserError(f"peft.modules_to_save: {path} is trained in full, but {site} is in peft.targets")
+    # Of a tied pair peft trains one and ties the other (ensure_weight_tying), so both have to be named.
+    both = (base.get_input_embeddings(), base.get_output_embeddings())
+    embeddings = [path for path, module in base.named_modules() if module in both]
     tied = is_tied(base) and any(path in selected for path in embeddings)
     return ([path for path in selected if path not in embeddings] + embeddings if tied else selected), tied

@@ -121,7 +121,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
     with pytest.raises(
-        UserError, match=r"native folder takes 0\.06 GiB in .*, where 0\.00 GiB are free\. Make room"
+        UserError, match=r"native folder takes 0\.06 GiB in .*, where 0\.00 GiB are free; make room"
     ):
         family_of("qwen", folder, cache).source()
     assert not folders(cache)
@@ -132,9 +132,7 @@ def test_a_cache_that_is_gone_is_told_at_merge_with_the_command(adapter: Path, t
     shutil.rmtree(tmp_path / "cache")
     source = tmp_path / "source"
     words = rf"mft convert model=baichuan model\.path={source} model\.positions=rope model\.norm_head=\w+ --out FOLDER`"
-    with pytest.raises(
-        UserError, match=rf"gone from the cache: write one with `{words}, and give --base FOLDER"
-    ):
+    with pytest.raises(UserError, match=rf"gone from the cache: write one with `{words}; give --base FOLDER"):
         merge(adapter, tmp_path / "second")
     with pytest.raises(UserError, match="is not a native folder"):
         merge(adapter, tmp_path / "second", base=str(source))

@@ -129,7 +129,7 @@ def changed(name: str, tmp_path: Path, **values: object) -> Path:
     ("name", "values", "message"),
     [
         ("chatglm2_32k", {"quantization_bit": 4}, "quantised already; give the unquantised checkpoint"),
-        ("qwen", {"quantization_config": {"bits": 4}}, "does not name the method"),
+        ("qwen", {"quantization_config": {"bits": 4}}, "does not name a quantisation method"),
         (
             "chatglm2_32k",
             {"pre_seq_len": 128},
@@ -157,7 +157,7 @@ def test_baichuans_are_told_apart(tmp_path: Path) -> None:
         family = family_of("baichuan", folder)
         values = json.loads((folder / "config.json").read_text())
         assert (family.alibi(values), family.normalises(values)) == (alibi, norm)
-    with pytest.raises(UserError, match=r"say model\.norm_head=true for Baichuan 2"):
+    with pytest.raises(UserError, match=r"set model\.norm_head=true for Baichuan 2"):
         family_of("baichuan", FIXTURES / "baichuan2_7b")
 
 

@@ -85,7 +85,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
             "optimizer.lr=1e-2",
         ]
         train(root, cache_dir, *asked, out=f"{name}/run")
-        model = load(root / name / "run" / "final", None, None).eval()
+        model = load(root / name / "run" / "final").eval()
         with torch.no_grad():
             logits = model(IDS).logits
         save_file({"ids": IDS, "logits": logits}, root / name / "expected.safetensors")
@@ -129,7 +129,7 @@ def test_an_adapter_is_merged_into_either(written: Path) -> None:
     assert result.difference < 1e-5 < result.effect
     expected = load_file(written / "baichuan2_7b" / "expected.safetensors")["logits"]
     with torch.no_grad():
-        assert (load(written / "merged", None, None).eval()(IDS).logits - expected).abs().max() < 2e-5
+        assert (load(written / "merged").eval()(IDS).logits - expected).abs().max() < 2e-5
     with pytest.raises(UserError, match="is not the one the adapter was trained on"):
         merge(adapter, written / "other", base=str(written / "chatglm2" / "native"))
 

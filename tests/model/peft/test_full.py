@@ -119,4 +119,4 @@ def test_starts_from_an_adapter(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCa
     mine = {n: p for n, p in first.named_parameters() if p.requires_grad}
     theirs = {n: p for n, p in second.named_parameters() if p.requires_grad}
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
-    assert "keeps its own rank=4 (asked: 16)" in caplog.text
+    assert "keeps its own rank=4 (setting: 16)" in caplog.text

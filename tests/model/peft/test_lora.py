@@ -133,15 +133,15 @@ def test_goes_on_from_an_adapter_with_whole_modules(tiny: Tiny, tokenizer, tmp_p
         (Lora(init="pisa"), r"peft\.init='pisa' is not one of true, gaussian, .*; did you mean pissa"),
         (
             Lora(init="eva"),
-            r"peft\.init=eva needs activations on calibration data, which mft does not support",
+            r"peft\.init=eva needs a pass over calibration data, which mft does not support",
         ),
         (Lora(init="orthogonal", rank=3), r"peft\.init=orthogonal needs an even rank, not peft\.rank=3"),
         (
             QLora(init="pissa"),
-            r"peft\.init=pissa takes the largest part .* choose peft\.init=true, or peft=lora",
+            r"peft\.init=pissa would change quantised weights; use peft\.init=true, or peft=lora",
         ),
-        (QLora(init="olora"), r"peft\.init=olora takes the largest part"),
-        (QLora(bits=8, use_dora=True), r"choose peft\.bits=4 or peft\.use_dora=false"),
+        (QLora(init="olora"), r"peft\.init=olora would change quantised weights"),
+        (QLora(bits=8, use_dora=True), r"use peft\.bits=4 or peft\.use_dora=false"),
     ],
 )
 def test_refused_before_loading(peft: Lora, message: str) -> None:
@@ -155,16 +155,16 @@ def test_refused_before_loading(peft: Lora, message: str) -> None:
         (Lora(modules_to_save=["lmhead"]), r"'lmhead' matches no module; .*; did you mean lm_head"),
         (
             Lora(modules_to_save=["q_proj"]),
-            r"layers\.0\.self_attn\.q_proj is trained in full, but .* is one of peft\.targets",
+            r"layers\.0\.self_attn\.q_proj is trained in full, but .* is in peft\.targets",
         ),
         (
             Lora(targets=["q_proj", "lm_head"]),
-            r"lm_head shares its weight with the embedding.*modules_to_save=\[lm_head\]",
+            r"lm_head is one weight as embedding and output layer.*modules_to_save=\[lm_head\]",
         ),
-        (Lora(targets=["embed_tokens"]), r"embed_tokens shares its weight with the output layer"),
+        (Lora(targets=["embed_tokens"]), r"embed_tokens is one weight as embedding and output layer"),
         (
             QLora(targets=["q_proj"], modules_to_save=["up_proj"]),
-            r"up_proj is quantised and cannot be trained in full",
+            r"up_proj is quantised; leave it out",
         ),
     ],
 )
@@ -178,7 +178,7 @@ def test_an_untied_embedding_takes_an_adapter_of_the_plain_kind(
 ) -> None:
     family = Tiny(cache_dir=str(cache_dir), tied=False)
     with pytest.raises(
-        UserError, match=r"goes with peft\.use_dora=false and peft\.init=true or gaussian only"
+        UserError, match=r"embed_tokens needs peft\.use_dora=false and peft\.init=true or gaussian"
     ):
         Lora(targets=["embed_tokens"], init="pissa").attach(family.model(torch.float32), family)
     module = trained(Lora(rank=4, targets=["embed_tokens", "lm_head"]), family, DATA)
