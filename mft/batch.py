@@ -24,16 +24,15 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation, or a whole text.
-
-    role: system, user, assistant, or text (continued pretraining; such a message stands alone); train:
-    whether an assistant turn carries loss; pair: the row is a question and its answer, and can hold no more.
-    """
+    """One turn of a conversation, or a text to be continued."""
 
     role: str
+    """system, user, assistant, or text (continued pretraining; such a message stands alone)."""
     content: str
     train: bool = True
+    """Whether an assistant turn carries loss."""
     pair: bool = False
+    """Whether the row is a question and its answer, and can hold no more; MFTCoder writes such otherwise."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Prompt:
     """A conversation to be answered before and after training (train.prompts)."""
 
     task: str
-    """Where it is from; "" where the row does not say."""
+    """The row's data_name, "" without one."""
     messages: list[dict[str, str]]
     """Role and content of each turn; the last one is the user's."""
     expected: str = ""
@@ -52,48 +51,47 @@ class Span(NamedTuple):
     """The tokens start..stop-1 of a sample, for rows that cut samples."""
 
     sample: int
+    """Its number, as in a row of uncut samples."""
     start: int
     stop: int
 
 
 Row = list[int | Span]
-"""Numbers of the whole samples in one row, or spans of samples; [] is a row of padding."""
+"""Numbers of the samples in one row, or spans of them; [] is a row of padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One tokenised training sample, or a span of one.
-
-    ids_S: int32 token ids; trained_S: bool, True where the token is a training target; task: its index
-    (0..K-1); index: its number inside the task's store, by which reports name its file and line; following:
-    the id that comes after a span where that is a training target, else IGNORE.
-    """
+    """One tokenised training sample, or a span of one."""
 
     ids_S: numpy.ndarray
+    """int32 token ids."""
     trained_S: numpy.ndarray
+    """bool: whether the token is a training target."""
     task: int
+    """Index of its task, 0..K-1."""
     index: int = -1
+    """Its number inside the task's store, by which errors name its file and line."""
     following: int = IGNORE
+    """The id that comes after a span where that is a training target, else IGNORE."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch of one rank. A row may hold samples of several tasks.
-
-    ids_BT:      int64 token ids (the pad id where sample_BT is -1)
-    target_BT:   int64 the next token of the same sample where it is trained, IGNORE elsewhere
-    task_BT:     int64 task of the token, -1 = padding
-    sample_BT:   int64 number of the sample inside this batch (0..N-1), -1 = padding
-    position_BT: int64 position inside the sample, from 0
-    samples:     (task, index) of each of the N samples, to name them in errors
-    """
+    """One micro-batch of one rank; all tensors are int64. A row may hold samples of several tasks."""
 
     ids_BT: torch.Tensor
+    """Token ids (the pad id where sample_BT is -1)."""
     target_BT: torch.Tensor
+    """The next token of the same sample where that is trained, IGNORE elsewhere."""
     task_BT: torch.Tensor
+    """Task of the token, -1 = padding."""
     sample_BT: torch.Tensor
+    """Number of the sample inside this batch (0..N-1), -1 = padding; attention stays inside a sample."""
     position_BT: torch.Tensor
+    """Position inside the sample, from 0."""
     samples: tuple[tuple[int, int], ...] = ()
+    """(task, index) of each of the N samples, to name them in errors."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with its tensors on `device`."""
@@ -103,18 +101,19 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """What one optimizer step holds, the denominators of its losses; global over ranks once summed with
-    `Engine.sum`.
+    """What one optimizer step holds, the denominators of its losses; global once summed with `Engine.sum`.
 
-    tokens_K:  float64 [K] trained tokens of each task
-    samples_K: float64 [K] samples of each task that have a trained token
-    micro_batches: micro-batches that have a trained token; stop: ranks that were asked to stop
+    All are floats, so that one all-reduce of one float64 vector adds them up; float64 is exact up to 2**53.
     """
 
     tokens_K: torch.Tensor
+    """Trained tokens of each task."""
     samples_K: torch.Tensor
+    """Samples of each task that have a trained token."""
     micro_batches: float
+    """Micro-batches that have a trained token."""
     stop: float = 0.0
+    """Ranks that were asked to stop."""
 
     @classmethod
     def of(cls, batches: Iterable[Batch], tasks: int, stop: bool = False) -> StepCounts:
@@ -128,6 +127,7 @@ class StepCounts:
             trained_BT = batch.target_BT != IGNORE
             task_n = batch.task_BT[trained_BT].cpu()
             tokens_K += torch.bincount(task_n, minlength=tasks).double()
+            # a sample has one task, so each of its trained tokens is the same (task, sample) pair
             pairs = torch.stack([task_n, batch.sample_BT[trained_BT].cpu()])
             samples_K += torch.bincount(torch.unique(pairs, dim=1)[0], minlength=tasks).double()
             micro_batches += int(task_n.numel() > 0)
@@ -157,6 +157,7 @@ class StepBatches:
     rows_consumed: int
     """Rows of that epoch's order that are done."""
     epochs_done: float
+    """Passes over the mixture, with a fraction; the metric `epoch`."""
 
 
 @dataclass(frozen=True)

@@ -165,8 +165,8 @@ def show(data: PreparedData, samples_per_task: int, only: str) -> None:
     from rich.text import Text
 
     from mft.data.cache.store import Samples
-    from mft.data.preview import chosen, spans
-    from mft.data.report import unread_notes
+    from mft.data.report import spans, unread_notes
+    from mft.data.sampler import spread
 
     names, stores, terminal = data.dataset.names, data.dataset.stores, data.terminal
     if only and only not in names:
@@ -174,7 +174,7 @@ def show(data: PreparedData, samples_per_task: int, only: str) -> None:
         raise UserError(f"task={only}: there is no such task{hint} Tasks: {', '.join(names)}.")
     samples = Samples(stores, "train", data.settings.limit)
     opening, closing = ("", "") if terminal.is_terminal else ("⟦", "⟧")
-    for i in chosen(samples, samples_per_task):
+    for i in spread(samples, samples_per_task).tolist():
         sample = samples.sample(i)
         name = names[sample.task]
         if only and name != only:

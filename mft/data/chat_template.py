@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from mft.batch import Message
-from mft.data.formats import RowError
+from mft.data.row_fields import RowError
 from mft.data.sandbox import TooMuch, bound
 from mft.data.template import OWN, Segment, Template
 from mft.errors import UserError, shortened
@@ -26,8 +26,10 @@ CLOSING = r"</[\w:-]+>|<\|?(?:end|END)[\w:-]*\|?>|\[/[\w-]+\]"
 EMPTY_THOUGHT = re.compile(rf"\s*(?:{OPENING})\s*(?:{CLOSING})\s*")
 """Tags with nothing between: <think></think>, [THINK][/THINK], <|START_THINKING|><|END_THINKING|>."""
 OPENED = re.compile(rf"(?:{OPENING})\s*\Z")
+"""A tag that a generation prompt opens at its end."""
 
 PROBE = (Message("user", "What is 1+1?"), Message("assistant", "It is two."))
+"""What a template is tried with; an answer that templates neither strip nor escape."""
 
 
 class Jinja(Template):
@@ -40,48 +42,37 @@ class Jinja(Template):
     begins an answer.
     """
 
-    NAME = "jinja"
-
     def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, name: str):
         """name: how `data.template` calls it."""
         super().__init__()
         if len(source) > LONGEST:
-            raise UserError(
-                f"data.template={name}: has {len(source):,} characters; a template has {LONGEST:,} at most"
-            )
+            problem = f"has {len(source):,} characters; a template has {LONGEST:,} at most"
+            raise UserError(f"data.template={name}: {problem}")
         bound()
         self.source, self.tokenizer, self.name = source, tokenizer, name
-        special = {str(token) for token in tokenizer.get_added_vocab()} | {
-            str(t) for t in tokenizer.all_special_tokens
-        }
-        longest_first = sorted(filter(None, special), key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, longest_first))) if special else None
         try:
             self.tail, self.closing, self.end = self._ending()
-            self.segments(PROBE)
+            self.segments(PROBE)  # raises where the prompt is not how an answer begins
         except RowError as error:
             raise UserError(f"data.template={name}: {error.problem}") from error
 
-    def segments(self, messages: Sequence[Message], generation: bool = False) -> list[Segment]:
-        if messages and messages[0].role == "text":
-            return self._plain(messages)
-        whole = self._render(messages, generation)
+    def _turns(self, messages: Sequence[Message], generation: bool) -> list[Segment]:
+        # The whole conversation is rendered once; each answer is found in it by rendering what comes before.
+        text = self._render(messages, generation)
         eos = str(self.tokenizer.eos_token or "")
         segments, done = [], 0
         for i, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            start, answer_start, stop = self._trained(messages, i, whole)
-            segments.append(Segment(whole[done:start], False, False))
+            start, answer_start, stop = self._trained(messages, i, text)
+            segments.append(Segment(text[done:start]))
             if answer_start > start:  # a segment of its own, so that the ids of the prompt stay a prefix
-                segments.append(Segment(whole[start:answer_start], False, False, thought=True))
-            answer = whole[answer_start:stop]
-            if eos and answer.endswith(eos):
-                segments.append(Segment(answer.removesuffix(eos), message.train, True))
-            else:
-                segments.append(Segment(answer, message.train, False))
+                segments.append(Segment(text[start:answer_start], thought=True))
+            answer = text[answer_start:stop]
+            ends = bool(eos) and answer.endswith(eos)
+            segments.append(Segment(answer.removesuffix(eos) if ends else answer, message.train, ends))
             done = stop
-        return [*segments, Segment(whole[done:], False, False)] if done < len(whole) else segments
+        return [*segments, Segment(text[done:])] if done < len(text) else segments
 
     def jinja(self) -> str:
         return self.source
@@ -94,36 +85,33 @@ class Jinja(Template):
         if self.end == before:
             return
         text = self._render(PROBE, False)
-        tokenizer.eos_token = self.end
+        tokenizer.eos_token = self.end  # a template may write {{ eos_token }}, so it is tried
         if self._render(PROBE, False) != text:  # the template writes its EOS elsewhere; then both must stay
             tokenizer.eos_token = before
 
-    def _trained(self, messages: Sequence[Message], i: int, whole: str) -> tuple[int, int, int]:
-        """Returns where answer i begins in the whole text, where its loss begins, and where both end."""
+    def _trained(self, messages: Sequence[Message], i: int, text: str) -> tuple[int, int, int]:
+        """Returns where answer i begins in the rendered text, where its loss begins, and where both end."""
         prompt = self._render(messages[:i], True)
-        if not whole.startswith(prompt):
-            raise RowError(
-                "",
-                f"the generation prompt (it ends in {shortened(prompt[-30:])}) is not how the chat "
-                f"template begins an "
-                "answer in training, so the model would be asked in another form than it was taught",
-            )
+        if not text.startswith(prompt):
+            end = shortened(prompt[-30:])
+            raise RowError("", f"the chat template begins answers without its generation prompt (…{end})")
         until = self._render(messages[: i + 1], False)
-        forms = _forms(messages[i].content)
+        content = messages[i].content
+        # templates often strip an answer
+        forms = filter(None, (content, content.rstrip(), content.lstrip(), content.strip()))
         form = next((form for form in forms if until.endswith(form + self.tail)), None)
         if form is None:
-            raise RowError(
-                "", f"the chat template does not write out the answer {shortened(messages[i].content)}"
-            )
+            raise RowError("", f"the chat template does not write out the answer {shortened(content)}")
         stop = len(until) - len(self.tail) + len(self.closing)
-        if whole.startswith(until[:stop]):
-            return len(prompt), _behind_thought(prompt, whole, stop - len(self.closing) - len(form)), stop
-        # Some templates write an earlier answer shorter than the last one, e.g. without its empty thoughts.
-        at = whole.find(form + self.closing, len(prompt))
-        if at < 0:
-            problem = f"the chat template writes the answer {shortened(form)} differently once turns follow"
-            raise RowError("", problem)
-        return len(prompt), _behind_thought(prompt, whole, at), at + len(form) + len(self.closing)
+        answer_start = stop - len(self.closing) - len(form)
+        if not text.startswith(until[:stop]):
+            # Some templates write an earlier answer shorter than the last one, e.g. without an empty thought.
+            answer_start = text.find(form + self.closing, len(prompt))
+            if answer_start < 0:
+                shown = shortened(form)
+                raise RowError("", f"the chat template changes the answer {shown} once turns follow")
+            stop = answer_start + len(form) + len(self.closing)
+        return len(prompt), _behind_thought(prompt, text, answer_start), stop
 
     def _ending(self) -> tuple[str, str, str]:
         """Returns what follows an answer: all of it, up to and with the end-of-turn token, and that token."""
@@ -131,55 +119,38 @@ class Jinja(Template):
         answer = PROBE[-1].content
         if answer not in text:
             raise RowError("", "it does not write out the answer of an assistant's turn")
+        # What may end an answer is a special token: text, such as a line break, may stand inside one.
         tail = text[text.rindex(answer) + len(answer) :]
-        found = self.special.search(tail) if self.special else None
-        if found is None:
-            raise RowError(
-                "",
-                "it writes no end-of-turn token after an answer, so answers would never end; add {{ "
-                "eos_token }}",
-            )
-        return tail, tail[: found.end()], found.group()
+        special = {*map(str, self.tokenizer.get_added_vocab()), *map(str, self.tokenizer.all_special_tokens)}
+        # Longest first: a regular expression takes the first alternative that matches, not the longest.
+        longest_first = sorted(filter(None, special), key=len, reverse=True)
+        match = re.search("|".join(map(re.escape, longest_first)), tail) if longest_first else None
+        if match is None:
+            raise RowError("", "it writes no end-of-turn token after an answer; add {{ eos_token }}")
+        return tail, tail[: match.end()], match.group()
 
     def _render(self, messages: Sequence[Message], generation: bool) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
+            render = self.tokenizer.apply_chat_template
             return str(
-                self.tokenizer.apply_chat_template(
-                    turns, chat_template=self.source, tokenize=False, add_generation_prompt=generation
-                )
+                render(turns, chat_template=self.source, tokenize=False, add_generation_prompt=generation)
             )
-        except TooMuch as error:
-            where = (
-                f" of {self.tokenizer.name_or_path}"
-                if self.name == OWN and self.tokenizer.name_or_path
-                else ""
-            )
-            raise UserError(
-                f"data.template={self.name}: the chat template{where} is refused: {error}."
-            ) from error
-        except TemplateError as error:
-            raise RowError("", f"the chat template cannot write it: {error}") from error
-        except RecursionError as error:
-            raise RowError(
-                "", "the chat template cannot write it: it is nested too deeply, or calls itself"
-            ) from error
+        except TooMuch as error:  # ends the run: the next rows would take as long to be refused
+            owner = self.tokenizer.name_or_path if self.name == OWN else ""
+            template = f"the chat template of {owner}" if owner else "the chat template"
+            raise UserError(f"data.template={self.name}: {template} is refused: {error}.") from error
         except Exception as error:  # the template is a program from outside, and may fail in any way
-            problem = f"the chat template cannot write it: {type(error).__name__}: {error}"
-            raise RowError("", problem) from error
+            reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, RecursionError):
+                reason = "it is nested too deeply, or calls itself"
+            raise RowError("", f"the chat template cannot write it: {reason}") from error
 
 
-def _behind_thought(prompt: str, whole: str, at: int) -> int:
-    """Returns where the loss begins: at the answer's own text (`at`) if only an empty thought stands before
-    it, whose tag the prompt may have opened; else where the prompt ends."""
+def _behind_thought(prompt: str, text: str, answer_start: int) -> int:
+    """Returns where the loss begins: behind an empty thought, if that is all that stands before the answer's
+    own text (the prompt may have opened its tag); else where the prompt ends."""
     opened = OPENED.search(prompt[-80:])
-    before = whole[len(prompt) : at]
+    before = text[len(prompt) : answer_start]
     empty = EMPTY_THOUGHT.fullmatch(before) or (opened and EMPTY_THOUGHT.fullmatch(opened.group() + before))
-    return at if before and empty else len(prompt)
-
-
-def _forms(content: str) -> list[str]:
-    """Returns an answer as it may stand in the text: templates often strip it."""
-    return [
-        form for form in dict.fromkeys((content, content.rstrip(), content.lstrip(), content.strip())) if form
-    ]
+    return answer_start if before and empty else len(prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The chosen tasks, each with its store, and the encoder that made them; the tokenizer has the
-    template."""
+    """The data of a run."""
 
     tasks: list[Task]
     stores: list[Store]
+    """One for each task."""
     encoder: Encoder
+    """What made them of rows."""
 
     @property
     def names(self) -> list[str]:
@@ -43,7 +44,7 @@ class Dataset:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, as it is saved with the model."""
+        """The tokenizer as it is saved with the model: with the chat template, and its end of turn."""
         return self.encoder.tokenizer
 
     def write_report(self, folder: Path) -> None:
@@ -63,28 +64,20 @@ def dataset(
     """Returns the data of a run, tokenised where the cache does not have it.
 
     tasks: the named ones, beside those of settings.paths; splits_samples: whether rows cut samples anywhere
-    (data=concat); first: this process tokenises, else it waits for the one that does.
-    Raises UserError as `prepare` does.
+    (data=concat); first: this process tokenises, else it waits for the one that does. Raises UserError as
+    `prepare` does, and for conversations that would be cut: an answer would lose its question.
     """
     template = named(settings.template, settings.role_markers, tokenizer)
-    adopt(tokenizer, template)
-    chosen = all_tasks(tasks, list(settings.paths))
+    adopt(tokenizer, template)  # before the encoder, which takes the EOS that the template may change
+    chosen = all_tasks(tasks, settings.paths)
+    for task in chosen if splits_samples else ():
+        name, row_format = task.find_format()
+        if not isinstance(row_format, Text):
+            raise UserError(
+                f"task.{task.name}: its rows are conversations ({name}), which data=concat would cut; "
+                "it is for plain text (the field `text`). Choose data=pack or data=pad."
+            )
     encoder = Encoder(tokenizer, template)
-    if splits_samples:
-        _check_texts(chosen)
     stores = [prepare(task, encoder, settings, cache_dir, first) for task in chosen]
     mark_duplicates(stores, settings.duplicates)
     return Dataset(chosen, stores, encoder)
-
-
-def _check_texts(tasks: Sequence[Task]) -> None:
-    """Raises UserError for a task whose rows are no plain text: cut anywhere, an answer would lose its
-    question."""
-    for task in tasks:
-        name, found = task.find_format()
-        if not isinstance(found, Text):
-            raise UserError(
-                f"task.{task.name}: its rows are conversations ({name}), which data=concat would cut "
-                f"anywhere; choose "
-                "data=pack or data=pad for them, concat is for rows of plain text (the field `text`)."
-            )

@@ -1,4 +1,7 @@
-"""Rows that say the same: repeated inside a task, or trained on and held out."""
+"""Exact duplicates: rows repeated inside a task, and rows that are both trained on and held out.
+
+Shapes: N samples and R rows of a store (a row of split_turns has several samples), U digests held out.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ def mark_duplicates(stores: Sequence[Store], duplicates: Duplicates) -> None:
     one task trains on and another one trains on as well is no duplicate. Memory: about 40 bytes a sample of
     the largest task.
     """
+    # Over all tasks: a training row of one that validates another would flatter that validation.
     held_out = [np.unique(store.digest_N[store.split_N != TRAIN]) for store in stores]
     held_out_U = np.unique(np.concatenate([*held_out, np.empty(0, np.uint64)]))
     for store in stores:
@@ -31,21 +35,22 @@ def mark_duplicates(stores: Sequence[Store], duplicates: Duplicates) -> None:
         repeated_N, same_N = _repeated(store)
         repeated_N &= ~leaked_N
         begins_N = store.begins_N()
-        found = {REPEATED: repeated_N, HELD_OUT: leaked_N}
         store.report["duplicates"] = {
-            reason: int((out_N & begins_N).sum()) for reason, out_N in found.items()
+            REPEATED: int((repeated_N & begins_N).sum()),
+            HELD_OUT: int((leaked_N & begins_N).sum()),
         }
         if duplicates == Duplicates.drop:
+            # the first call renumbers the samples, so the second takes its mask in the new numbers
             store.leave_out(repeated_N, REPEATED, same_N)
             store.leave_out(leaked_N[~repeated_N], HELD_OUT)
 
 
 def _repeated(store: Store) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bool [N], whether a sample's row repeats an earlier one, and int [N], the first sample of that
-    one."""
+    """Returns bool [N], whether a sample's row repeats an earlier one, and int [N], its first sample."""
     begins_N = store.begins_N()
     row_N = np.cumsum(begins_N) - 1
     first_R = np.flatnonzero(begins_N)
+    # Sorted by digest and split, equal rows are neighbours; no dictionary of Python objects is needed.
     digest_R, split_R = store.digest_N[first_R], store.split_N[first_R]
     order_R = np.lexsort((split_R, digest_R))  # stable: equal rows stay in their order
     new_R = np.ones(len(order_R), bool)

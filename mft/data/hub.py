@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mft.errors import UserError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 PREFIX = "hf:"
+EXPECTED = "hf:owner/name[@revision][:split[:config]]"
 FORM = re.compile(r"hf:([^:@]+)(?:@([^:]+))?(?::([^:\[]*(?:\[[^\]]*\])?))?(?::([^:]+))?")
 """Name, revision, split (also a part of one, as `train[:1000]`), config."""
 
@@ -19,8 +23,8 @@ def is_name(path: str | os.PathLike[str]) -> bool:
     return str(path).startswith(PREFIX)
 
 
-def load(name: str) -> Any:
-    """Returns the rows of a data set: an iterable of dicts that knows its `_fingerprint`.
+def load(name: str) -> Dataset:
+    """Returns the rows of a data set.
 
     The split is `train` where none is named. What was loaded once is found in the cache of `datasets`
     offline. Raises UserError where the package is missing, where neither hub nor cache has the data set, and
@@ -30,22 +34,20 @@ def load(name: str) -> Any:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise UserError(
-            f"{name}: data sets of the hub need the package datasets: pip install 'mft[hub]'"
-        ) from None
+        raise UserError(f"{name}: hub data sets need the package datasets: pip install 'mft[hub]'") from None
     try:
         return datasets.load_dataset(path, config, split=split or "train", revision=revision)
     except Exception as error:  # the hub's client raises dozens of classes, from requests' to its own
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         advice = "Without a network, download it and give its folder of JSON lines or Parquet files"
         if isinstance(error, ValueError):  # what is wrong with split or config
-            advice = "The form is hf:owner/name[@revision][:split[:config]]"
+            advice = f"The form is {EXPECTED}"
         raise UserError(f"{name}: the data set cannot be loaded ({reason[:300]}). {advice}") from error
 
 
 def digest(name: str) -> str:
     """Returns the hash of a data set's content as `datasets` keeps it."""
-    return f"hub:{load(name)._fingerprint}"
+    return f"hub:{load(name)._fingerprint}"  # private in datasets (as of 5.2), which keys its own cache by it
 
 
 def task_name(name: str) -> str:
@@ -55,11 +57,7 @@ def task_name(name: str) -> str:
 
 def _parts(name: str) -> tuple[str, str | None, str | None, str | None]:
     """Returns name, revision, split and config; raises UserError for another form."""
-    found = FORM.fullmatch(name)
-    if found is None:
-        raise UserError(
-            f"{name}: not a valid dataset name; expected hf:owner/name[@revision][:split[:config]]"
-        )
-    path, *rest = found.groups()
-    revision, split, config = (part or None for part in rest)
-    return path, revision, split, config
+    match = FORM.fullmatch(name)
+    if match is None:
+        raise UserError(f"{name}: not a valid dataset name; expected {EXPECTED}")
+    return match[1], match[2], match[3] or None, match[4]

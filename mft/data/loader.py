@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from mft.batch import Batch, BatchSizes, Row, StepBatches
 from mft.data.cache.store import Samples, Store
 from mft.data.mixture import account, counts_per_epoch
+from mft.data.packing import RowBuilder
 from mft.data.sampler import Sampler, deal, draw, eval_batches, spread
 from mft.data.settings import DataSettings
 
@@ -28,14 +29,14 @@ class LoopSettings(Protocol):
 class BatchLoader:
     """Turns stores into micro-batches.
 
-    rows: the row builder; sizes: of a step; rank: this one; train, data: the settings of these names; shares:
-    of the tasks in the mixture (`task.<name>.share`), None = 1.
+    sizes: of a step; rank: this one; train, data: the settings of these names; shares: of the tasks in the
+    mixture (`task.<name>.share`), None = 1.
     """
 
     def __init__(
         self,
         stores: Sequence[Store],
-        rows: Any,
+        rows: RowBuilder,
         sizes: BatchSizes,
         rank: int,
         pad_id: int,
@@ -43,36 +44,29 @@ class BatchLoader:
         data: DataSettings,
         shares: Sequence[float | None],
     ):
-        self.rows, self.sizes, self.rank, self.pad_id, self.settings, self.data = (
-            rows,
-            sizes,
-            rank,
-            pad_id,
-            train,
-            data,
-        )
-        self.train_samples = Samples(stores, "train", data.limit)
-        self.valid_samples = Samples(stores, "valid")
-        count_K = counts_per_epoch(self.train_samples, shares, data)
-        self.sampler = Sampler(
-            self.train_samples, rows, data.seq_length, sizes.total, train.seed, data.window, count_K
-        )
+        self.rows, self.sizes, self.rank, self.pad_id = rows, sizes, rank, pad_id
+        self.settings, self.data = train, data
+        samples = Samples(stores, "train", data.limit)
+        self.train_samples, self.valid_samples = samples, Samples(stores, "valid")
+        count_K = counts_per_epoch(samples, shares, data)
+        self.sampler = Sampler(samples, rows, data.seq_length, sizes.total, train.seed, data.window, count_K)
 
     def total_steps(self) -> int:
         """Returns the optimizer steps of the run: train.epochs passes, at most train.max_steps."""
         limit = self.settings.max_steps or math.inf
-        whole, fraction = int(self.settings.epochs), self.settings.epochs % 1
+        full_epochs, fraction = int(self.settings.epochs), self.settings.epochs % 1
         total = 0
-        for epoch in range(whole):
+        for epoch in range(full_epochs):
             total += self.sampler.steps_in_epoch(epoch)
-            if total >= limit:
+            if total >= limit:  # the rows of each epoch have to be made to be counted: no more than needed
                 return int(limit)
         if fraction:
-            total += math.ceil(fraction * self.sampler.steps_in_epoch(whole))
+            total += math.ceil(fraction * self.sampler.steps_in_epoch(full_epochs))
         return int(min(total, limit))
 
     def mixture(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Returns what the run takes of each task, see `mixture.account`."""
+        # max_steps may end the run inside an epoch: the whole epochs, and the fraction of the last one.
         left, epoch = self.total_steps(), 0
         while left > (steps := self.sampler.steps_in_epoch(epoch)):
             left, epoch = left - steps, epoch + 1
@@ -83,32 +77,26 @@ class BatchLoader:
         return np.bincount(self.valid_samples.task_N, minlength=tasks).tolist()
 
     def steps(self, epoch: int, rows_consumed: int) -> Iterator[StepBatches]:
-        """Yields this rank's micro-batches of every step, without end, from `rows_consumed` rows into an
-        epoch on."""
+        """Yields this rank's micro-batches of every step, without end, from so many rows into an epoch on."""
         for rows, (epoch, rows_consumed) in self.sampler.steps(epoch, rows_consumed):  # noqa: B020
             length = self.train_samples.row_length if self.rows.by_length else None
             dealt = deal(rows, self.rank, self.sizes.world, self.sizes.accumulation, length)
+            # (epoch, rows_consumed) stands after the step, which is what a checkpoint resumes from
             epochs_done = epoch + rows_consumed / max(1, self.sampler.rows_in_epoch(epoch))
             yield StepBatches(self._batches(self.train_samples, dealt), epoch, rows_consumed, epochs_done)
 
     def validation(self) -> list[Batch]:
         """Returns this rank's micro-batches of a validation, the same every time."""
-        return self._evaluation(spread(self.valid_samples, self.settings.eval_samples or 0))
+        return self._evaluation(spread(self.valid_samples, self.settings.eval_samples))
 
     def probe(self, step: int, per_task: int) -> list[Batch]:
         """Returns this rank's micro-batches of a probe: validation samples drawn anew for every step."""
         return self._evaluation(draw(self.valid_samples, per_task, self.settings.seed, step))
 
-    def _evaluation(self, numbers: Any) -> list[Batch]:
-        dealt = eval_batches(
-            self.valid_samples,
-            numbers,
-            self.rows,
-            self.data.seq_length,
-            self.settings.per_device_eval_batch_size,
-            self.rank,
-            self.sizes.world,
-        )
+    def _evaluation(self, numbers: np.ndarray) -> list[Batch]:
+        per_device, seq_length = self.settings.per_device_eval_batch_size, self.data.seq_length
+        samples, rank, world = self.valid_samples, self.rank, self.sizes.world
+        dealt = eval_batches(samples, numbers, self.rows, seq_length, per_device, rank, world)
         return self._batches(self.valid_samples, dealt)
 
     def _batches(self, samples: Samples, dealt: Sequence[Sequence[Row]]) -> list[Batch]:

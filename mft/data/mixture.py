@@ -1,9 +1,12 @@
-"""How often each task's samples come, and in which order: the mixture of an epoch."""
+"""How often each task's samples come, and in which order: the mixture of an epoch.
+
+Shapes: K tasks, N samples of an epoch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,17 +18,18 @@ from mft.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-BLOCK = 4096  # samples of a stream that are permuted by one generator, at least; small tasks take many passes
+BLOCK = 4096
+"""Samples of a stream that are permuted by one generator, at least: a task of three samples that is taken
+10,000 times would otherwise start as many generators."""
 
 
 class Streams:
     """The endless stream of each task, and the stretch of it that an epoch takes.
 
     A stream is pass after pass over the task's samples, each pass a permutation of its own. Epoch e takes the
-    places from e x count to (e + 1) x count, so a task of which an epoch takes half shows its other half in
-    the next one, and a task taken twice shows every sample twice. size_K: samples of each task, which are
-    numbered through task after task; count_K: how many an epoch takes, with fractions; None = each of them
-    once.
+    positions from e x count to (e + 1) x count, so a task of which an epoch takes half shows its other half
+    in the next one, and a task taken twice shows every sample twice. size_K: samples of each task, numbered
+    through task after task; count_K: how many an epoch takes, with fractions; None = each of them once.
     """
 
     def __init__(
@@ -41,21 +45,19 @@ class Streams:
 
         Every stretch of it holds each task in proportion (see `spaced`).
         """
-        stretches = [self._stretch(task, *self._places(task, epoch)) for task in range(len(self.size_K))]
+        stretches = [self._stretch(task, *self._positions(task, epoch)) for task in range(len(self.size_K))]
         task_N = np.repeat(np.arange(len(stretches)), [len(s) for s in stretches])
         numbers_N = np.concatenate([*stretches, np.empty(0, np.int64)]).astype(np.int64)
         return numbers_N[spaced(task_N, np.random.default_rng([self.seed, 1, epoch]))]
 
     def taken(self, epochs: float) -> np.ndarray:
-        """Returns float64 [K]: the samples taken of each task in so many epochs, the last one in
-        proportion."""
-        whole = int(epochs)
-        taken_K = np.array(
-            [self._places(task, whole) for task in range(len(self.size_K))], np.float64
-        ).reshape(-1, 2)
-        return taken_K[:, 0] + (epochs - whole) * (taken_K[:, 1] - taken_K[:, 0])
+        """Returns float64 [K]: the samples taken of each task in so many epochs, a fraction in proportion."""
+        last = int(epochs)
+        bounds = [self._positions(task, last) for task in range(len(self.size_K))]
+        start_K, stop_K = np.array(bounds, np.float64).reshape(-1, 2).T
+        return start_K + (epochs - last) * (stop_K - start_K)
 
-    def _places(self, task: int, epoch: int) -> tuple[int, int]:
+    def _positions(self, task: int, epoch: int) -> tuple[int, int]:
         # Rounded up, so that the first epoch has something of every task; before that to 6 places, because a
         # share is a float and 100.0000000001 samples are 100.
         start, stop = (int(np.ceil(round(e * self.count_K[task], 6))) for e in (epoch, epoch + 1))
@@ -65,6 +67,7 @@ class Streams:
         size = int(self.size_K[task])
         if stop <= start or not size:
             return np.empty(0, np.int64)
+        # Seeded by block, so that any stretch of the endless stream is made without what comes before it.
         passes = max(1, BLOCK // size)
         block = passes * size
         numbers = []
@@ -72,6 +75,7 @@ class Streams:
             random = np.random.default_rng([self.seed, 0, task, b])
             order = random.permuted(np.tile(np.arange(size), (passes, 1)), axis=1).ravel()
             numbers.append(order[max(0, start - b * block) : stop - b * block])
+        # numbered through task after task, as in `Samples`
         return self.first_K[task] + np.concatenate(numbers)
 
 
@@ -79,15 +83,16 @@ def spaced(label_N: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Returns an order of N things in which each label comes at even distances, otherwise random.
 
     The i-th of the n things of a label stands at (i + offset) / n. So a stretch of M things of L labels holds
-    a label of share p at least p (M - 2 L) - 1 times, while a plain shuffle may leave it out.
+    a label that makes up a part p of all at least p (M - 2 L) - 1 times; a plain shuffle may leave it out.
     """
+    # Shuffled first: equal positions, and the things of one label, then come in random order.
     order_N = random.permutation(len(label_N))
     shuffled_N = np.asarray(label_N)[order_N]
-    place_N = np.empty(len(order_N))
+    position_N = np.empty(len(order_N))
     for label in np.unique(shuffled_N):
         at = np.flatnonzero(shuffled_N == label)
-        place_N[at] = (np.arange(len(at)) + random.random()) / len(at)
-    return order_N[np.argsort(place_N, kind="stable")]
+        position_N[at] = (np.arange(len(at)) + random.random()) / len(at)
+    return order_N[np.argsort(position_N, kind="stable")]
 
 
 def counts_per_epoch(samples: Samples, shares: Sequence[float | None], settings: DataSettings) -> np.ndarray:
@@ -107,7 +112,9 @@ def counts_per_epoch(samples: Samples, shares: Sequence[float | None], settings:
         part_K = np.array([1.0 if share is None else share for share in shares]) * (size_K > 0)
     if not part_K.sum() > 0:
         raise UserError("task.<name>.share: no task with a share above 0 has a training sample")
+    # An epoch keeps the size of the natural one, so that epochs and steps mean the same under any mixture.
     wanted_K = part_K / part_K.sum() * amount_K.sum()
+    # samples of a task = its tokens over its tokens per sample
     return wanted_K * size_K / np.maximum(amount_K, 1) if by_tokens else wanted_K
 
 
@@ -122,29 +129,23 @@ def account(
     size_K, trained_K = samples.totals()
     taken_K = streams.taken(epochs)
     tokens_K = taken_K * trained_K / np.maximum(size_K, 1)
-    parts = (
-        size_K / max(1, size_K.sum()),
-        taken_K / max(1.0, taken_K.sum()),
-        tokens_K / max(1.0, tokens_K.sum()),
-    )
-    return {
-        name: {
+    amounts = {"natural_share": size_K, "share": taken_K, "trained_share": tokens_K}
+    accounts: dict[str, dict[str, float]] = {}
+    for k, name in enumerate(names):
+        parts = {key: float(amount_K[k] / max(1, amount_K.sum())) for key, amount_K in amounts.items()}
+        accounts[name] = {
             "samples": int(size_K[k]),
-            "natural_share": round(float(parts[0][k]), 6),
-            "share": round(float(parts[1][k]), 6),
-            "trained_share": round(float(parts[2][k]), 6),
+            **{key: round(part, 6) for key, part in parts.items()},
             "epochs": round(float(taken_K[k] / max(1, size_K[k])), 4),
         }
-        for k, name in enumerate(names)
-    }
+    return accounts
 
 
-def table(accounts: dict[str, dict[str, Any]], settings: DataSettings) -> Table:
+def table(accounts: dict[str, dict[str, float]], settings: DataSettings) -> Table:
     """Returns a line for each task of what `account` says."""
-    kind = Mixture(settings.mixture)
-    how = (
-        kind.value if kind is Mixture.natural else f"{kind.value}, by {MixtureBy(settings.mixture_by).value}"
-    )
+    how = Mixture(settings.mixture).value
+    if settings.mixture != Mixture.natural:
+        how += f", by {MixtureBy(settings.mixture_by).value}"
     rows = []
     for name, a in accounts.items():
         shares = (f"{100 * a[k]:.1f}" for k in ("natural_share", "share", "trained_share"))

@@ -27,42 +27,38 @@ class RowBuilder(ABC):
         """Whether rows of similar length are to meet in a micro-batch."""
         return False
 
-    def window(self, asked: int) -> int:
-        """Returns how many samples are made into rows together; asked: data.window."""
-        return asked
+    def window(self, configured: int) -> int:
+        """Returns how many samples are made into rows together; configured: data.window."""
+        return configured
 
     def groups(self, rows: list[Row], lengths: Sequence[int] | np.ndarray) -> list[list[Row]]:
-        """Returns the rows of a window in groups, each row once; those of a group follow each other in
-        training."""
+        """Returns the rows of a window in groups, which stay together in training; each row once."""
         return [[row] for row in rows]
 
     @abstractmethod
     def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[Row]:
-        """Returns rows of indices into `lengths`, or spans of them: every token once, no row longer than
-        seq_length."""
+        """Returns rows of indices into `lengths`, or of spans: every token once, no row above seq_length."""
 
     def width(self, longest: int, seq_length: int) -> int:
         """Returns T of a micro-batch whose longest row has `longest` tokens."""
         return longest
 
     def collate(self, rows: Sequence[Sequence[Sample]], pad_id: int, seq_length: int) -> Batch:
-        """Returns the Batch of the rows, B = len(rows). A row without samples is all padding; T is 1 at
-        least."""
+        """Returns the Batch of B = len(rows) rows, T at least 1. A row without samples is all padding."""
         import torch
 
         longest = max((sum(len(sample.ids_S) for sample in row) for row in rows), default=0)
         shape = (len(rows), max(1, self.width(longest, seq_length)))
-        ids_BT = np.full(shape, pad_id, np.int64)
-        target_BT = np.full(shape, IGNORE, np.int64)
-        task_BT = np.full(shape, -1, np.int64)
-        sample_BT = np.full(shape, -1, np.int64)
-        position_BT = np.zeros(shape, np.int64)
+        padding = (pad_id, IGNORE, -1, -1, 0)
+        tensors = [np.full(shape, value, np.int64) for value in padding]
+        ids_BT, target_BT, task_BT, sample_BT, position_BT = tensors
         named: list[tuple[int, int]] = []
         for b, row in enumerate(rows):
             start = 0
             for sample in row:
                 stop = start + len(sample.ids_S)
                 ids_BT[b, start:stop] = sample.ids_S
+                # targets are shifted here, once, so that no later stage has to know where a sample ends
                 target_BT[b, start : stop - 1] = np.where(sample.trained_S[1:], sample.ids_S[1:], IGNORE)
                 target_BT[b, stop - 1] = sample.following
                 task_BT[b, start:stop] = sample.task
@@ -70,42 +66,35 @@ class RowBuilder(ABC):
                 position_BT[b, start:stop] = np.arange(stop - start)
                 named.append((sample.task, sample.index))
                 start = stop
-        return Batch(
-            torch.from_numpy(ids_BT),
-            torch.from_numpy(target_BT),
-            torch.from_numpy(task_BT),
-            torch.from_numpy(sample_BT),
-            torch.from_numpy(position_BT),
-            tuple(named),
-        )
+        ids, target, task, sample_of, position = map(torch.from_numpy, tensors)
+        return Batch(ids, target, task, sample_of, position, tuple(named))
 
 
 @dataclass
 class Pad(RowBuilder):
-    """A sample a row, padded on the right.
-
-    pad_to: longest (of the micro-batch) or seq_length (always that width). length_group: how many samples of
-    similar length follow each other in training; 1 = samples come as they are drawn. It means nothing for
-    pad_to=seq_length.
-    """
+    """A sample a row, padded on the right."""
 
     public_name: ClassVar[str] = "pad"
     packs_samples: ClassVar[bool] = False
 
     pad_to: PadTo = PadTo.longest
+    """longest (of the micro-batch), or seq_length: always that width."""
     length_group: int = 4
+    """Samples of similar length that follow each other in training; 1 = samples come as they are drawn. Means
+    nothing for pad_to=seq_length."""
 
     @property
     def by_length(self) -> bool:
         return self.pad_to == PadTo.longest
 
-    def window(self, asked: int) -> int:
-        """Returns 50 groups: more would fill better, and bring the same samples together in every epoch."""
-        return 50 * self.length_group if self._grouped else asked
+    def window(self, configured: int) -> int:
+        # 50 groups: more would fill better, and bring the same samples together in every epoch
+        return 50 * self.length_group if self._grouped else configured
 
     def groups(self, rows: list[Row], lengths: Sequence[int] | np.ndarray) -> list[list[Row]]:
         if not self._grouped:
             return super().groups(rows, lengths)
+        # Sorted inside a window only: over all samples the groups would be the same in every epoch.
         ordered = sorted(rows, key=lambda row: int(lengths[row[0]]), reverse=True)  # type: ignore[index]
         return [ordered[i : i + self.length_group] for i in range(0, len(ordered), self.length_group)]
 
@@ -117,7 +106,7 @@ class Pad(RowBuilder):
         return [[i] for i in range(len(lengths))]
 
     def width(self, longest: int, seq_length: int) -> int:
-        return longest if self.pad_to == PadTo.longest else seq_length
+        return longest if self.by_length else seq_length
 
 
 @dataclass
@@ -127,6 +116,8 @@ class Pack(RowBuilder):
     public_name: ClassVar[str] = "pack"
 
     def rows(self, lengths: Sequence[int] | np.ndarray, seq_length: int) -> list[Row]:
+        # Best-fit decreasing: the longest first, each into the fullest row that still takes it. The sorted
+        # list of free spaces makes it n log n in comparisons.
         lengths = np.asarray(lengths)
         assert not (lengths > seq_length).any(), "the store deals with samples longer than seq_length"
         rows: list[Row] = []
@@ -170,4 +161,4 @@ class Concat(RowBuilder):
                 rows[-1].append(Span(i, start, stop))
                 free -= stop - start
                 start = stop
-        return rows if rows[-1] else []
+        return rows if rows[-1] else []  # a window without samples

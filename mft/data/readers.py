@@ -1,20 +1,21 @@
-"""Files of rows: JSON lines, plain or compressed, Parquet, and data sets of the Hugging Face hub."""
+"""Files of rows: JSON lines, plain or compressed, arrays of JSON, Parquet, and data sets of the hub."""
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 from mft.data import hub
-from mft.data.formats import RowError
 from mft.data.kinds import array, is_array, object_of, refuse_other_kinds
+from mft.data.row_fields import RowError
 from mft.errors import UserError
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
 
 BOM = b"\xef\xbb\xbf"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -24,15 +25,10 @@ SHOWN_CHARACTERS = 2000
 """Characters of an unreadable line that are kept to show it."""
 
 
-def is_data(name: str) -> bool:
-    """Whether a file of this name is read when its folder is given."""
-    return name.lower().endswith(SUFFIXES)
-
-
 def stem(path: Path) -> str:
     """Returns the name of a data file without its suffixes."""
     suffix = next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
-    return path.name.removesuffix(path.name[len(path.name) - len(suffix) :]) if suffix else path.name
+    return path.name[: len(path.name) - len(suffix)]
 
 
 class Rows:
@@ -44,7 +40,7 @@ class Rows:
     for a file that cannot be read to its end, and for one of another kind (UTF-16, CSV, gzip without its
     ending …), with what to do.
 
-    total, done: bytes of all files, and those read so far (as they lie on disk).
+    total, done: bytes of all files on disk, and those read so far.
     """
 
     def __init__(self, files: Sequence[Path]):
@@ -57,23 +53,22 @@ class Rows:
         for file in self.files:
             try:
                 if hub.is_name(file):
-                    yield from (
-                        (file, number, row) for number, row in enumerate(hub.load(str(file)), start=1)
-                    )
+                    for number, row in enumerate(hub.load(str(file)), start=1):
+                        yield file, number, row
                     continue
                 size = file.stat().st_size
                 if file.name.lower().endswith(".parquet"):
                     yield from self._parquet(file, before, size)
                 else:
                     yield from self._lines(file, before)
-            except (OSError, EOFError, zlib.error) as error:
+            except OSError as error:
                 raise UserError(f"{file}: cannot be read to its end: {error}") from error
             before += size
             self.done = before
 
     def _lines(self, file: Path, before: int) -> Iterator[tuple[Path, int, Any]]:
         with file.open("rb") as raw, _decompressed(file, raw) as lines:
-            start = lines.peek(1 << 12) if hasattr(lines, "peek") else b""
+            start = lines.peek(1 << 12)  # of what is decompressed, so that *.gz of another kind shows, too
             refuse_other_kinds(file, start)
             if is_array(start):
                 for number, row in enumerate(array(lines, file), start=1):
@@ -83,7 +78,7 @@ class Rows:
             for number, line in enumerate(lines, start=1):
                 if number == 1:
                     line = line.removeprefix(BOM)
-                if number % 256 == 0:
+                if number % 256 == 0:  # tell() of every line would cost as much as reading it
                     self.done = before + raw.tell()
                 if line.strip():
                     yield file, number, _parsed(line, file, number)
@@ -97,10 +92,10 @@ class Rows:
             table = pyarrow.parquet.ParquetFile(file)
             names = table.schema_arrow.names
             twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-            if twice is not None:
+            if twice is not None:  # as dicts the rows would silently keep the last one
                 raise UserError(f"{file}: the column {twice!r} comes twice")
             for batch in table.iter_batches(batch_size=1024):
-                for row in _values(batch):
+                for row in _rows_of(batch):
                     number += 1
                     yield file, number, row.at(file, number) if isinstance(row, RowError) else row
                 self.done = before + size * number // max(1, table.metadata.num_rows)
@@ -109,77 +104,42 @@ class Rows:
             raise UserError(f"{file}: is not a readable Parquet file: {problem}") from error
 
 
-def _values(batch: Any) -> Iterator[Any]:
-    """Yields the rows of a record batch as dicts; a RowError where a value is none that Python can hold.
+def _rows_of(batch: RecordBatch) -> Iterator[dict[str, Any] | RowError]:
+    """Yields the rows of a record batch; a RowError where Python cannot hold a value.
 
     Such are text that is not UTF-8, and times outside the years 1 to 9999 or finer than microseconds.
     """
-    try:
+    with suppress(ValueError, OverflowError):  # raised before the first row, without saying which one it is
         yield from batch.to_pylist()
-    except (ValueError, OverflowError):
-        for i in range(batch.num_rows):
-            yield _row(batch, i)
-
-
-def _row(batch: Any, i: int) -> dict[str, Any] | RowError:
-    row = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        return
+    for i in range(batch.num_rows):
+        row: dict[str, Any] = {}
         try:
-            row[name] = column[i].as_py()
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                row[name] = column[i].as_py()
         except (ValueError, OverflowError) as error:
-            return RowError(
-                name, f"holds a value that cannot be read: {error}", text=repr(row)[:SHOWN_CHARACTERS]
-            )
-    return row
+            problem = f"holds a value that cannot be read: {error}"
+            yield RowError(name, problem, repr(row)[:SHOWN_CHARACTERS])
+        else:
+            yield row
 
 
-def row_text(row: Any) -> str:
+def row_text(row: object) -> str:
     """Returns a row to be shown, at most SHOWN_CHARACTERS of it."""
     if isinstance(row, RowError):
         return row.text
     return json.dumps(row, ensure_ascii=False, default=str)[:SHOWN_CHARACTERS]
 
 
-class _Zst(io.RawIOBase):
-    """Decompressed bytes of a .zst file. Unlike zstandard's own reader it does not take a cut file for a
-    short one."""
+def _decompressed(file: Path, raw: io.BufferedReader) -> Any:
+    """Returns the bytes of a file as a buffered stream that can `peek`."""
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())
+    if codec is None:
+        return raw
+    import pyarrow
 
-    def __init__(self, raw: IO[bytes]):
-        import zstandard
-
-        self.raw, self.zstandard = raw, zstandard
-        self.frame: Any = None
-        self.ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.ready:
-            rest = self.frame.unused_data if self.frame is not None and self.frame.eof else b""
-            block = rest or self.raw.read(1 << 17)
-            if not block:
-                if self.frame is not None and not self.frame.eof:
-                    raise EOFError("the compressed file ends in the middle; it was cut")
-                return 0
-            if self.frame is None or self.frame.eof:
-                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self.ready = self.frame.decompress(block)
-            except self.zstandard.ZstdError as error:
-                raise OSError(f"it is not zstandard data ({error})") from error
-        size = min(len(buffer), len(self.ready))
-        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
-        return size
-
-
-def _decompressed(file: Path, raw: IO[bytes]) -> AbstractContextManager[Any]:
-    name = file.name.lower()
-    if name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    if name.endswith(".zst"):
-        return io.BufferedReader(_Zst(raw), 1 << 17)
-    return io.BufferedReader(raw, 1 << 17) if not isinstance(raw, io.BufferedReader) else raw
+    # The package zstandard takes a file that was cut for a short one; pyarrow raises OSError.
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), codec), 1 << 17)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=object_of)
@@ -189,20 +149,17 @@ def _parsed(line: bytes, file: Path, number: int) -> Any:
     try:
         return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        problem = (
-            f"is not UTF-8: byte {line[error.start : error.start + 1]!r} at byte {error.start} of the line"
-        )
+        byte = line[error.start : error.start + 1]
+        problem = f"is not UTF-8: byte {byte!r} at byte {error.start} of the line"
     except json.JSONDecodeError as error:
         around = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
         problem = f"is not JSON: {error.msg} at character {error.pos}, near {around!r}"
+        # a first line that opens an object and breaks off is most often JSON that was written with indents
         if number == 1 and error.doc.strip()[:1] == "{":
-            problem += (
-                f"; if objects of this file go over several lines: jq -c . {file.name} > {file.name}.jsonl"
-            )
+            problem += f"; if its objects span several lines: jq -c . {file.name} > {file.name}.jsonl"
     except RecursionError:
         problem = "is not usable: its JSON is nested too deeply"
     except ValueError as error:  # a key that comes twice, an integer of more digits than Python converts
         problem = f"is not usable: {error}"
-    return RowError(
-        "", problem, file, number, line[:SHOWN_CHARACTERS].decode("utf-8", "replace").rstrip("\r\n")
-    )
+    text = line[:SHOWN_CHARACTERS].decode("utf-8", "replace").rstrip("\r\n")
+    return RowError("", problem, text).at(file, number)

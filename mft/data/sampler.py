@@ -1,10 +1,11 @@
-"""Which samples come next: a function of (seed, epoch, position) that knows no rank; and how ranks share a
-step."""
+"""Which samples come next: a function of (seed, epoch, position); and how ranks divide a step.
+
+Shapes: N samples, K tasks, G groups of rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from mft.data.mixture import Streams, spaced
 from mft.data.packing import RowBuilder
 from mft.errors import UserError
 
-T = TypeVar("T")
+EVAL_WINDOW = 4096
+"""Samples of a validation that are made into rows together; data.window is tuned for training."""
 
 
 class Sampler:
@@ -39,19 +41,14 @@ class Sampler:
         """rows_per_step: rows of one optimizer step, over all ranks and micro-batches. count_K: samples of
         each task in an epoch, None = each sample once. Raises UserError where there are no samples."""
         if not len(samples):
-            raise UserError(
-                "data.split: no sample is left for training; give train a larger part, e.g. [95,5,0]"
-            )
-        if seed < 0:
-            raise UserError(f"train.seed: {seed} is negative; allowed: 0 or more")
+            raise UserError("data.split: no sample is left for training; enlarge its part, e.g. [95,5,0]")
         self.samples, self.builder, self.seq_length = samples, rows, seq_length
         self.rows_per_step, self.seed, self.window = rows_per_step, seed, window
         self.streams = Streams(samples.totals()[0], count_K, seed)
         self._rows_of_windows: dict[int, list[int]] = {}
 
     def rows_in_epoch(self, epoch: int) -> int:
-        """Returns the number of rows of an epoch; under packing it may differ by a few from epoch to
-        epoch."""
+        """Returns the number of rows of an epoch; packed, it may differ by a few from epoch to epoch."""
         return sum(self._counts(epoch))
 
     def steps_in_epoch(self, epoch: int) -> int:
@@ -66,11 +63,11 @@ class Sampler:
         epochs: the last one of an epoch is filled with empty rows, and the state after it is (epoch + 1, 0).
         """
         while True:
-            waiting: list[Row] = []
+            waiting: list[Row] = []  # rows of a window that do not fill a step yet
             counts = self._counts(epoch)
             total, skip = sum(counts), position
             for number, part in enumerate(self._windows(epoch)):
-                if skip >= counts[number]:
+                if skip >= counts[number]:  # windows before the position are counted, not made into rows
                     skip -= counts[number]
                     continue
                 waiting += self._rows(epoch, number, part)[skip:]
@@ -85,6 +82,8 @@ class Sampler:
 
     def _counts(self, epoch: int) -> list[int]:
         """Returns the number of rows of each window."""
+        # Making rows is the only way to count them under packing; the numbers are kept for a resumed position
+        # and for the length of the run.
         if epoch not in self._rows_of_windows:
             lengths_N = self.samples.lengths_N
             rows = [self.builder.rows(lengths_N[part], self.seq_length) for part in self._windows(epoch)]
@@ -94,25 +93,23 @@ class Sampler:
     def _windows(self, epoch: int) -> list[np.ndarray]:
         order_N = self.streams.epoch(epoch)
         size = self.builder.window(self.window)
+        # The last window takes the rest, so that none is smaller than `size`: small ones fill rows badly.
         return np.split(order_N, range(size, len(order_N) - size + 1, size))
 
     def _rows(self, epoch: int, number: int, part: np.ndarray) -> list[Row]:
-        """Returns the rows of a window in their order: each task is spaced evenly over it, by its rarest
-        sample."""
+        """Returns the rows of a window in their order, in which each task is spaced evenly."""
         lengths = self.samples.lengths_N[part]
         tasks = self.samples.task_N[part]
         groups = self.builder.groups(self.builder.rows(lengths, self.seq_length), lengths)
-        frequency_K = np.bincount(tasks)
-        rarity, task_of = np.argsort(np.argsort(frequency_K, kind="stable")).tolist(), tasks.tolist()
-        label_G = np.array(
-            [min(rarity[task_of[_number(i)]] for row in group for i in row) for group in groups]
-        )
-        order_G = spaced(label_G, np.random.default_rng([self.seed, 2, epoch, number]))
+        # A row of several tasks stands for its rarest one, which uneven spacing would hurt most.
+        rank_K = np.argsort(np.argsort(np.bincount(tasks), kind="stable"))
+        rarity = rank_K[tasks].tolist()
+        labels = []
+        for group in groups:
+            numbers = [item.sample if isinstance(item, Span) else item for row in group for item in row]
+            labels.append(min(rarity[number] for number in numbers))
+        order_G = spaced(np.array(labels), np.random.default_rng([self.seed, 2, epoch, number]))
         return _renumbered([row for g in order_G for row in groups[g]], part)
-
-
-def _number(item: int | Span) -> int:
-    return item.sample if isinstance(item, Span) else item
 
 
 def _renumbered(rows: list[Row], number_N: np.ndarray) -> list[Row]:
@@ -126,8 +123,8 @@ def _renumbered(rows: list[Row], number_N: np.ndarray) -> list[Row]:
 
 
 def deal(
-    rows: list[T], rank: int, world: int, accumulation: int, length: Callable[[T], int] | None = None
-) -> list[list[T]]:
+    rows: list[Row], rank: int, world: int, accumulation: int, length: Callable[[Row], int] | None = None
+) -> list[list[Row]]:
     """Returns the micro-batches of one rank: `accumulation` lists of equally many rows.
 
     Over all ranks and micro-batches every row is dealt exactly once; len(rows) is a multiple of world ×
@@ -137,38 +134,38 @@ def deal(
     neighbours.
     """
     hands = world * accumulation
-    assert len(rows) % hands == 0, (
-        f"{len(rows)} rows do not divide into {world} ranks × {accumulation} micro-batches"
-    )
+    assert len(rows) % hands == 0, f"{len(rows)} rows for {world} ranks × {accumulation} micro-batches"
     if length is None:
         return [rows[micro * world + rank :: hands] for micro in range(accumulation)]
+    # hand h goes to rank h % world: the ranks' micro-batches of one round are neighbours in length
     ordered, size = sorted(rows, key=length, reverse=True), len(rows) // hands
     return [ordered[hand * size : (hand + 1) * size] for hand in range(rank, hands, world)]
 
 
-def spread(samples: Samples, per_task: int) -> np.ndarray:
-    """Returns the numbers of at most `per_task` samples of each task (0 or less: all), evenly spaced over its
-    files.
+def spread(samples: Samples, per_task: int | None) -> np.ndarray:
+    """Returns the numbers of at most `per_task` samples of each task (0, None: all), evenly spaced over it.
 
     Evenly, because files are often sorted: the first ones would stand for one source only.
     """
     chosen = []
-    for task in range(len(samples.stores)):
-        numbers = np.flatnonzero(samples.task_N == task)
-        if 0 < per_task < len(numbers):
+    for numbers in _numbers_by_task(samples):
+        if per_task and per_task < len(numbers):
             numbers = numbers[np.arange(per_task) * len(numbers) // per_task]
         chosen.append(numbers)
-    return np.concatenate([*chosen, np.empty(0, np.int64)]).astype(np.int64)
+    return np.concatenate(chosen)
 
 
 def draw(samples: Samples, per_task: int, seed: int, step: int) -> np.ndarray:
     """Returns the numbers of at most `per_task` samples of each task, a function of (seed, step)."""
     random = np.random.default_rng([seed, step])
     chosen = []
-    for task in range(len(samples.stores)):
-        numbers = np.flatnonzero(samples.task_N == task)
+    for numbers in _numbers_by_task(samples):
         chosen.append(random.choice(numbers, min(per_task, len(numbers)), replace=False))
-    return np.concatenate([*chosen, np.empty(0, np.int64)]).astype(np.int64)
+    return np.concatenate(chosen)
+
+
+def _numbers_by_task(samples: Samples) -> list[np.ndarray]:
+    return [np.flatnonzero(samples.task_N == task) for task in range(len(samples.stores))]
 
 
 def eval_batches(
@@ -179,18 +176,17 @@ def eval_batches(
     per_device: int,
     rank: int = 0,
     world: int = 1,
-    window: int = 4096,
 ) -> list[list[Row]]:
-    """Returns the micro-batches of one rank over the samples of these numbers, at most `per_device` rows
-    each.
+    """Returns one rank's micro-batches of the samples of these numbers, at most `per_device` rows each.
 
     Every rank gets equally many (collective backends need that), the last ones filled with empty rows.
     """
-    chosen: list[Row] = []
-    for part in np.array_split(numbers, max(1, len(numbers) // window)):
-        chosen += _renumbered(rows.rows(samples.lengths_N[part], seq_length), part)
-    rounds = -(-len(chosen) // (world * per_device))
-    if rounds:  # micro-batches of as equal a size as there can be: then the fewest rows are empty
-        chosen += [[] for _ in range(-len(chosen) % (world * rounds))]
-    length = samples.row_length if rows.by_length else None
-    return deal(chosen, rank, world, rounds, length) if rounds else []
+    dealt_rows: list[Row] = []
+    for part in np.array_split(numbers, max(1, len(numbers) // EVAL_WINDOW)):
+        dealt_rows += _renumbered(rows.rows(samples.lengths_N[part], seq_length), part)
+    rounds = -(-len(dealt_rows) // (world * per_device))
+    if not rounds:
+        return []
+    # micro-batches of as equal a size as there can be: then the fewest rows are empty
+    dealt_rows += [[] for _ in range(-len(dealt_rows) % (world * rounds))]
+    return deal(dealt_rows, rank, world, rounds, samples.row_length if rows.by_length else None)

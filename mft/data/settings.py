@@ -1,4 +1,7 @@
-"""The settings under `data`: what the data floor reads that is not a component of its own."""
+"""The settings under `data`.
+
+The enums derive from str, since values come back from yaml as plain strings, which then stay equal to them.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,8 @@ from mft.data import template_choice
 from mft.errors import UserError, check_ranges, ranged, shortened
 
 
-class LongSamples(str, Enum):  # noqa: UP042  (values come back from yaml as plain strings; str keeps them equal)
-    """What happens to a sample of more than `seq_length` tokens; in every case it is counted in the
-    report."""
+class LongSamples(str, Enum):  # noqa: UP042
+    """What happens to a sample of more than `seq_length` tokens; the report counts it in every case."""
 
     drop = "drop"
     truncate_left = "truncate_left"
@@ -45,8 +47,7 @@ class PadTo(str, Enum):  # noqa: UP042
 
 
 class Mixture(str, Enum):  # noqa: UP042
-    """How often tasks come: each sample once an epoch, by `task.<name>.share`, or by their size to 1 /
-    temperature."""
+    """How often tasks come: each sample once, by `task.<name>.share`, or by size ** (1 / temperature)."""
 
     natural = "natural"
     shares = "shares"
@@ -62,16 +63,14 @@ class MixtureBy(str, Enum):  # noqa: UP042
 
 @dataclass
 class DataSettings:
-    """How rows become samples, and samples the rows of a step. conf/data/base.yaml says how to choose each
-    value."""
+    """How rows become samples, and samples the rows of a step; conf/data/base.yaml says how to choose."""
 
     paths: list[str] = field(default_factory=list)
     """Folders, files or hub data sets, each a task of its own beside those of the config group `task`."""
     template: str = "mft"
     """How a conversation is written: mft, mftcoder, tokenizer (its own chat template), or a file *.jinja."""
     role_markers: Any = None
-    """Role → marker, in place of the template's own. (A typed dict takes no new key from the command
-    line.)"""
+    """Role → marker, in place of the template's own (a typed dict takes no key from the command line)."""
     seq_length: int = ranged(1024, min=2, max=2**31 - 1)
     """Tokens of the longest sample, and of a row under data=pack and data=concat."""
     long_samples: LongSamples = LongSamples.drop
@@ -103,14 +102,10 @@ class DataSettings:
         """Raises UserError for values that types alone cannot refuse."""
         check_ranges(self, "data")
         if self.role_markers is not None and not isinstance(self.role_markers, dict):
-            raise UserError(
-                f"data.role_markers: {shortened(self.role_markers)} must be a mapping such as "
-                '{system: "...", user: "...", assistant: "..."}, or null'
-            )
+            value, example = shortened(self.role_markers), '{user: "...", assistant: "..."}'
+            raise UserError(f"data.role_markers={value} must be a mapping such as {example}, or null")
         template_choice.check(self.template, self.role_markers)
         parts = list(self.split)
         if len(parts) != 3 or any(not math.isfinite(p) or p < 0 for p in parts) or sum(parts) <= 0:
-            raise UserError(
-                f"data.split={shortened(parts)} must be three proportions for train, valid and test, none "
-                "negative and not all zero, e.g. [95,5,0]"
-            )
+            numbers = "three numbers for train, valid and test, none negative and not all zero"
+            raise UserError(f"data.split={shortened(parts)} must be {numbers}, e.g. [95,5,0]")

@@ -1,13 +1,15 @@
 """Which samples are for training, validation and test.
 
-Decided by content, so that adding rows never moves old ones; or by the name of a file or folder, as data sets
-of the hub are laid out: test-00000-of-00002.jsonl.
+Content decides, so that adding rows never moves old ones; or the name of a file or folder, as hub data sets
+are laid out: test-00000-of-00002.jsonl.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import PurePath
 
 import xxhash
@@ -19,8 +21,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def digest_of(messages: Sequence[Message]) -> int:
-    """Returns a hash of 64 bits over roles and contents: the same for equal conversations, whatever their
-    file, task, format or other fields."""
+    """Returns a 64-bit hash of roles and contents, the same in whatever file, task or format they stand."""
     digest = xxhash.xxh3_64()
     for message in messages:
         digest.update(f"{message.role}\0{message.content}\0".encode())
@@ -28,16 +29,13 @@ def digest_of(messages: Sequence[Message]) -> int:
 
 
 def split_of(digest: int, proportions: Sequence[float]) -> int:
-    """Returns the index in SPLITS for a conversation of this digest, so that a duplicate of a training row
-    never validates it."""
-    point = digest / 2**64 * sum(proportions)
-    border = 0.0
-    for index, proportion in enumerate(proportions):
-        border += proportion
-        if point < border:
-            return index
-    # the sum's last rounding
-    return max(index for index, proportion in enumerate(proportions) if proportion > 0)
+    """Returns the index in SPLITS for a conversation of this digest.
+
+    Equal conversations get the same one, so that a duplicate of a training row never validates it.
+    """
+    index = bisect(list(accumulate(proportions)), digest / 2**64 * sum(proportions))
+    # rounding may leave the last border a little below the largest point
+    return min(index, max(i for i, proportion in enumerate(proportions) if proportion > 0))
 
 
 KEYWORDS = {

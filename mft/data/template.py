@@ -1,5 +1,4 @@
-"""How a conversation is written down for the model: one text for training, for inference and for other
-programs."""
+"""How a conversation is written for the model: the same text in training, inference and other programs."""
 
 from __future__ import annotations
 
@@ -21,16 +20,14 @@ NOTE = "{#- made by mft from "
 
 
 class Segment(NamedTuple):
-    """A stretch of the text that is tokenised on its own.
-
-    eos: the end-of-sequence token follows it; thought: it is an empty thought that the template puts before
-    an answer.
-    """
+    """A stretch of the text that is tokenised on its own."""
 
     text: str
-    trained: bool
-    eos: bool
+    trained: bool = False
+    eos: bool = False
+    """The end-of-sequence token follows, as an id."""
     thought: bool = False
+    """It is an empty thought that the template puts before an answer."""
 
 
 class Template:
@@ -40,35 +37,21 @@ class Template:
     """
 
     NAME: ClassVar[str] = "mft"
-    MARKERS: ClassVar[Mapping[str, str]] = {
-        "system": "<s>system\n",
-        "user": "<s>human\n",
-        "assistant": "<s>bot\n",
-    }
 
-    def __init__(self, role_markers: Mapping[str, str] | None = None):
-        """role_markers replaces markers by role (system, user or human, assistant or bot); None keeps them
-        all."""
-        self.markers = dict(self.MARKERS)
-        given: dict[str, str] = {}
+    def __init__(self, role_markers: Mapping[str, object] | None = None):
+        """role_markers replaces markers by role (system, user or human, assistant or bot)."""
+        self.markers = {"system": "<s>system\n", "user": "<s>human\n", "assistant": "<s>bot\n"}
+        keys: dict[str, str] = {}
         for key, marker in (role_markers or {}).items():
             if key not in ROLES:
-                allowed = ", ".join(ROLES)
-                raise UserError(
-                    f"data.role_markers: unknown role {key!r}; allowed: {allowed}{nearest(key, ROLES)}"
-                )
+                problem = f"unknown role {key!r}; allowed: {', '.join(ROLES)}{nearest(key, ROLES)}"
+                raise UserError(f"data.role_markers: {problem}")
             if not isinstance(marker, str):
-                raise UserError(
-                    f"data.role_markers.{key}: {shortened(marker)} is not text; allowed: the marker's text"
-                )
-            role = ROLES[key]
-            if role in given:
-                raise UserError(
-                    f"data.role_markers: {given[role]} and {key} are the same role; give one of them"
-                )
-            given[role] = key
+                raise UserError(f"data.role_markers.{key}: {shortened(marker)} is not text")
+            if (other := keys.setdefault(ROLES[key], key)) != key:
+                raise UserError(f"data.role_markers: {other} and {key} are the same role; give one of them")
             # Hydra's command line has no escape for a line break
-            self.markers[role] = marker.replace("\\n", "\n")
+            self.markers[ROLES[key]] = marker.replace("\\n", "\n")
 
     def segments(self, messages: Sequence[Message], generation: bool = False) -> list[Segment]:
         """Returns the text in segments, with a border at the start of each bot target and after it.
@@ -78,27 +61,26 @@ class Template:
         generation: the text ends where the next answer is to begin.
         """
         if messages and messages[0].role == "text":
-            return self._plain(messages)
+            return [Segment(self._content(message), message.train, eos=True) for message in messages]
+        return self._turns(messages, generation)
+
+    def _content(self, message: Message) -> str:
+        return message.content
+
+    def _turns(self, messages: Sequence[Message], generation: bool) -> list[Segment]:
         segments = []
         text = ""
         for message in messages:
             text += self.markers[message.role]
             if message.role == "assistant":
-                segments += [Segment(text, False, False), Segment(message.content, message.train, True)]
+                # marker and answer apart: a tokenizer would merge the marker's line break with blanks behind
+                segments += [Segment(text), Segment(message.content, message.train, eos=True)]
                 text = "\n"
             else:
                 text += message.content + ("\n" if message.role == "system" else "")
         if generation:
             text += self.markers["assistant"]
-        return [*segments, Segment(text, False, False)] if text else segments
-
-    def text(self, messages: Sequence[Message], eos_token: str, generation: bool = False) -> str:
-        """Returns the whole text, `eos_token` written out."""
-        return "".join(p.text + eos_token * p.eos for p in self.segments(messages, generation))
-
-    def prompt(self, messages: Sequence[Message], eos_token: str) -> str:
-        """Returns the text a model is given to continue with its answer."""
-        return self.text(messages, eos_token, generation=True)
+        return [*segments, Segment(text)] if text else segments
 
     def jinja(self) -> str:
         """Returns the chat template to save in the tokenizer; it renders the same text.
@@ -107,19 +89,32 @@ class Template:
         at its start says what it was made from, by which `of_tokenizer` finds the segments again.
         """
         system, user, bot = (_literal(self.markers[role]) for role in ("system", "user", "assistant"))
-        return self._note() + _turns(
+        return self._chat_template(
             system=f"{system} + message['content'] + '\\n'",
             user=f"{user} + message['content']",
             assistant=f"{bot} + message['content'] + eos_token + '\\n'",
             generation=f"{{{{ {bot} }}}}",
         )
 
-    def _note(self) -> str:
+    def _chat_template(self, system: str, user: str, assistant: str, generation: str) -> str:
+        """Returns a chat template from the Jinja expression of each role's turn and the generation prompt."""
         about = json.dumps({"template": self.NAME, "role_markers": self.markers}, sort_keys=True)
-        return NOTE + about.replace("#", "\\u0023") + " -#}"
-
-    def _plain(self, messages: Sequence[Message]) -> list[Segment]:
-        return [Segment(message.content, message.train, True) for message in messages]
+        note = about.replace("#", "\\u0023")  # "#}" would end the comment
+        return (
+            f"{NOTE}{note} -#}}"
+            "{%- for message in messages -%}"
+            "{%- if message['role'] == 'system' -%}"
+            f"{{{{ {system} }}}}"
+            "{%- elif message['role'] in ['user', 'human'] -%}"
+            f"{{{{ {user} }}}}"
+            "{%- elif message['role'] in ['assistant', 'bot'] -%}"
+            f"{{{{ {assistant} }}}}"
+            "{%- else -%}"
+            "{{ raise_exception('unknown role ' + message['role'] + '; allowed: system, user, assistant') }}"
+            "{%- endif -%}"
+            "{%- endfor -%}"
+            f"{{%- if add_generation_prompt -%}}{generation}{{%- endif -%}}"
+        )
 
     def give_end(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Makes the token that ends a turn the tokenizer's end of sequence, where it is another one."""
@@ -139,69 +134,41 @@ class MftCoder(Template):
 
     NAME = "mftcoder"
 
-    def segments(self, messages: Sequence[Message], generation: bool = False) -> list[Segment]:
-        if messages and messages[0].role == "text":
-            return self._plain(messages)
+    def _content(self, message: Message) -> str:
+        return message.content.replace("\u202f", " ").replace("\u00a0", " ") + "\n"
+
+    def _turns(self, messages: Sequence[Message], generation: bool) -> list[Segment]:
         segments: list[Segment] = []
         text = ""
         for message in messages:
-            content = _blanks(message.content) + "\n"
+            content = self._content(message)
             if message.role == "assistant":
-                segments.append(Segment(content, message.train, True))
+                segments.append(Segment(content, message.train, eos=True))
                 if not message.pair:
-                    segments.append(Segment("\n", False, False))
-            elif message.role == "system":
-                system = self.markers["system"] + content
-                if message.pair:
-                    text = system
-                else:
-                    segments.append(Segment(system, False, False))
+                    segments.append(Segment("\n"))
+            elif message.role == "user":
+                segments.append(Segment(text + self.markers["user"] + content + self.markers["assistant"]))
+            elif message.pair:
+                text = self.markers["system"] + content
             else:
-                segments.append(
-                    Segment(text + self.markers["user"] + content + self.markers["assistant"], False, False)
-                )
+                segments.append(Segment(self.markers["system"] + content))
         if generation and not (messages and messages[-1].role == "user"):
-            segments.append(Segment(self.markers["assistant"], False, False))
+            segments.append(Segment(self.markers["assistant"]))
         return [segment for segment in segments if segment.text or segment.eos]
 
     def jinja(self) -> str:
         system, user, bot = (_literal(self.markers[role]) for role in ("system", "user", "assistant"))
         content = "message['content'] | replace('\u202f', ' ') | replace('\u00a0', ' ') + '\\n'"
-        return self._note() + _turns(
+        # A user's turn ends with the marker of the answer, so the generation prompt is there already.
+        no_marker_yet = "not messages or messages[-1]['role'] not in ['user', 'human']"
+        return self._chat_template(
             system=f"{system} + {content}",
             user=f"{user} + {content} + {bot}",
             assistant=f"{content} + eos_token + '\\n'",
-            generation=f"{{%- if not messages or messages[-1]['role'] not in ['user', 'human'] -%}}{{{{ {bot} }}}}"
-            "{%- endif -%}",
+            generation=f"{{%- if {no_marker_yet} -%}}{{{{ {bot} }}}}{{%- endif -%}}",
         )
-
-    def _plain(self, messages: Sequence[Message]) -> list[Segment]:
-        return [Segment(_blanks(message.content) + "\n", message.train, True) for message in messages]
-
-
-def _turns(system: str, user: str, assistant: str, generation: str) -> str:
-    """Returns a chat template from the Jinja expression of each role's turn and the generation prompt."""
-    return (
-        "{%- for message in messages -%}"
-        "{%- if message['role'] == 'system' -%}"
-        f"{{{{ {system} }}}}"
-        "{%- elif message['role'] in ['user', 'human'] -%}"
-        f"{{{{ {user} }}}}"
-        "{%- elif message['role'] in ['assistant', 'bot'] -%}"
-        f"{{{{ {assistant} }}}}"
-        "{%- else -%}"
-        "{{ raise_exception('unknown role ' + message['role'] + '; allowed: system, user, assistant') }}"
-        "{%- endif -%}"
-        "{%- endfor -%}"
-        f"{{%- if add_generation_prompt -%}}{generation}{{%- endif -%}}"
-    )
-
-
-def _blanks(text: str) -> str:
-    return text.replace("\u202f", " ").replace("\u00a0", " ")
 
 
 def _literal(text: str) -> str:
-    """Returns a Jinja string literal; non-ASCII stays as it is, since Jinja does not join JSON's surrogate
-    escapes."""
+    """Returns a Jinja string literal; non-ASCII stays, as Jinja does not join JSON's surrogate escapes."""
     return json.dumps(text, ensure_ascii=False)

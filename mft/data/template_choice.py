@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mft.data.chat_template import Jinja
 from mft.data.template import NOTE, OWN, MftCoder, Template
@@ -17,39 +17,33 @@ if TYPE_CHECKING:
 TEMPLATES: dict[str, type[Template]] = {"mft": Template, "mftcoder": MftCoder}
 
 
-FILES = (".jinja", ".jinja2", ".j2")
-"""Endings of a chat template in a file of the user's."""
-
-
 def is_file(name: str) -> bool:
     """Whether `data.template` names a file."""
-    return name.lower().endswith(FILES)
+    return name.lower().endswith((".jinja", ".jinja2", ".j2"))
 
 
-def check(name: str, role_markers: Mapping[str, str] | None = None) -> None:
+def check(name: str, role_markers: Mapping[str, object] | None = None) -> None:
     """Raises UserError where `data.template` is neither a template's name nor a file that is there, and for
     markers that it cannot take."""
     if name in TEMPLATES:
         TEMPLATES[name](role_markers)
-    elif is_file(name):
-        if not Path(name).expanduser().is_file():
-            raise UserError(f"data.template: no such file {name}")
-    elif name != OWN:
-        allowed = ", ".join((*TEMPLATES, OWN))
-        raise UserError(
-            f"data.template: unknown template {name!r}; allowed: {allowed}, or a file *.jinja"
-            f"{nearest(name, (*TEMPLATES, OWN))}"
-        )
-    if role_markers and name not in TEMPLATES:
-        raise UserError(
-            f"data.role_markers: does nothing with data.template={name}, which writes its own markers"
-        )
+        return
+    if name != OWN and not is_file(name):
+        names = (*TEMPLATES, OWN)
+        allowed = f"{', '.join(names)}, or a file *.jinja{nearest(name, names)}"
+        raise UserError(f"data.template: unknown template {name!r}; allowed: {allowed}")
+    if is_file(name) and not Path(name).expanduser().is_file():
+        raise UserError(f"data.template: no such file {name}")
+    if role_markers:
+        raise UserError(f"data.role_markers: has no effect with data.template={name}, which has its own")
 
 
 def named(
-    name: str, role_markers: Mapping[str, str] | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    name: str,
+    role_markers: Mapping[str, object] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Template:
-    """Returns the template `data.template` asks for; raises UserError for an unknown name.
+    """Returns the template `data.template` asks for; raises UserError as `check` does.
 
     tokenizer: whose chat template `tokenizer` means, and which renders a file's.
     """
@@ -71,15 +65,13 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
 
     Raises UserError for a tokenizer without a chat template.
     """
-    source: Any = tokenizer.chat_template
-    if isinstance(source, dict):
+    source = tokenizer.chat_template
+    if isinstance(source, dict):  # some models bring one for tools, too
         source = source.get("default")
     if not source:
-        raise UserError(
-            "data.template=tokenizer: the tokenizer has no chat template; allowed: mft, mftcoder, or a "
-            "file of yours, e.g. data.template=my.jinja"
-        )
-    if source.startswith(NOTE):
+        others = ", ".join(TEMPLATES)
+        raise UserError(f"data.template=tokenizer: has no chat template; choose {others} or a file *.jinja")
+    if source.startswith(NOTE):  # one of ours: its segments are known, with no need to render prefixes
         about = json.loads(source[len(NOTE) : source.index(" -#}")])
         template = TEMPLATES[about["template"]]()
         template.markers = about["role_markers"]
@@ -88,7 +80,6 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
 
 
 def adopt(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-    """Gives the tokenizer the template, to be saved with the checkpoint, and its end of turn as end of
-    sequence."""
+    """Gives the tokenizer the template, to be saved with the model, and its end of turn as its EOS."""
     tokenizer.chat_template = template.jinja()
     template.give_end(tokenizer)

@@ -1,10 +1,13 @@
-"""Messages → token ids, the same way for training and for inference, and what becomes of those that are too
-long."""
+"""Messages → token ids, the same way for training and for inference, and what becomes of those too long.
+
+Shapes: S tokens of one conversation, P segments of all conversations of a call.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,10 +20,11 @@ from mft.data.template_choice import of_tokenizer
 from mft.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 Encoded = tuple[np.ndarray, np.ndarray]
-"""ids_S int32, trained_S bool."""
+"""ids_S int32, trained_S bool: which of them carry loss."""
 
 
 class Encoder:
@@ -38,38 +42,32 @@ class Encoder:
                 "model.eos_token: the tokenizer has no end-of-sequence token, so answers would never end; "
                 "name one of its tokens, e.g. model.eos_token='<|endoftext|>'"
             )
-        self.tokenizer = tokenizer
-        self.template = template
+        self.tokenizer, self.template = tokenizer, template
         self.eos_id = int(tokenizer.eos_token_id)
-        self.vocab_size = max(
-            max(tokenizer.get_vocab().values(), default=0) + 1, len(tokenizer), self.eos_id + 1
-        )
+        # Ids may have gaps, and len() counts what was added: the largest id decides the width of the cache.
+        largest_id = max(tokenizer.get_vocab().values(), default=0)
+        self.vocab_size = max(largest_id + 1, len(tokenizer), self.eos_id + 1)
 
     @classmethod
     def saved(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        """Returns the encoder with which the model of a saved tokenizer was trained, found by its chat
-        template.
+        """Returns the encoder with which the model of a saved tokenizer was trained, by its chat template.
 
         Raises UserError for a tokenizer without a chat template, or with one that cannot be trained with.
         """
         return cls(tokenizer, of_tokenizer(tokenizer))
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
-        """Returns the training ids of one conversation (ids_S int32) and which of them carry loss (trained_S
-        bool)."""
-        return self.encode_batch([messages])[0]
-
-    def encode_batch(self, conversations: Iterable[Sequence[Message]]) -> list[Encoded]:
-        """Encodes many conversations in one call of the tokenizer. The arrays are views of two flat ones."""
-        return self.encode_segments([self.template.segments(messages) for messages in conversations])
+        """Returns the training ids of one conversation."""
+        return self.encode_segments([self.template.segments(messages)])[0]
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the ids after which the model is to answer: a prefix of the training ids of the same
-        conversation."""
-        return self.encode_segments([self.template.segments(messages, generation=True)])[0][0].tolist()
+        """Returns the ids after which the model is to answer: a prefix of the conversation's training ids."""
+        ids_S, _ = self.encode_segments([self.template.segments(messages, generation=True)])[0]
+        return ids_S.tolist()
 
     def fingerprint(self) -> str:
         """Returns a hash of all that decides the ids: tokenizer, its special tokens, template."""
+        # The Rust tokenizer's own state, since files of the same name and version may differ.
         if self.tokenizer.is_fast:
             state = self._backend().to_str()
         else:
@@ -79,26 +77,24 @@ class Encoder:
         return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
     def encode_segments(self, conversations: Sequence[Sequence[Segment]]) -> list[Encoded]:
-        """Encodes conversations given in segments, in one call of the tokenizer."""
+        """Encodes conversations given in segments in one call of the tokenizer, which uses all cores.
+
+        The arrays are views of two flat ones: thousands of small ones would cost more than the encoding.
+        """
         segments = [segment for conversation in conversations for segment in conversation]
         flat: list[int] = []
-        length_P, trained_P = [], []
+        length_P = []
         for segment, ids in zip(segments, self._ids([segment.text for segment in segments]), strict=True):
             flat += ids
             if segment.eos:
                 flat.append(self.eos_id)
             length_P.append(len(ids) + segment.eos)
-            trained_P.append(segment.trained)
         ids_all = np.array(flat, dtype=np.int32)
-        trained_all = np.repeat(np.array(trained_P, dtype=bool), length_P)
-        border_P = np.concatenate([[0], np.cumsum(length_P, dtype=np.int64)])
-        encoded = []
-        first_segment = 0
-        for conversation in conversations:
-            start, stop = border_P[first_segment], border_P[first_segment + len(conversation)]
-            encoded.append((ids_all[start:stop], trained_all[start:stop]))
-            first_segment += len(conversation)
-        return encoded
+        trained_all = np.repeat(np.array([segment.trained for segment in segments], dtype=bool), length_P)
+        token_border_P = np.cumsum([0, *length_P])
+        first_segment = np.cumsum([0, *map(len, conversations)])
+        borders = token_border_P[first_segment].tolist()
+        return [(ids_all[start:stop], trained_all[start:stop]) for start, stop in pairwise(borders)]
 
     def _ids(self, texts: list[str]) -> Iterable[list[int]]:
         if not texts:
@@ -107,13 +103,10 @@ class Encoder:
             return (e.ids for e in self._backend().encode_batch_fast(texts, add_special_tokens=False))
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    def _backend(self):
-        """Returns the Rust tokenizer without the truncation or padding that an earlier call may have left in
-        it.
-
-        Only asked while several threads encode: to change a tokenizer in use is an error.
-        """
+    def _backend(self) -> Tokenizer:
+        """Returns the Rust tokenizer, without the truncation or padding that an earlier call may have set."""
         backend = self.tokenizer.backend_tokenizer
+        # Set only where needed: several threads encode at once, and to change a tokenizer in use is an error.
         if backend.truncation is not None:
             backend.no_truncation()
         if backend.padding is not None:
@@ -122,14 +115,11 @@ class Encoder:
 
 
 class FittedRow(NamedTuple):
-    """The samples of a row, none longer than data.seq_length (unless it is to be kept so); none = it is
-    dropped.
-
-    dropped_rounds: how many of its rounds were left out, because each alone is too long.
-    """
+    """The samples of a row, none longer than data.seq_length (unless kept so); none: the row is dropped."""
 
     parts: Sequence[Encoded]
     dropped_rounds: int = 0
+    """Rounds left out because each alone is too long."""
 
 
 def fit_to_length(
@@ -140,17 +130,16 @@ def fit_to_length(
     limit = settings.seq_length
     if len(ids_S) <= limit or settings.long_samples == LongSamples.keep:
         return FittedRow([encoded])
-    if settings.long_samples == LongSamples.truncate_right:
-        return FittedRow([(ids_S[:limit], trained_S[:limit])])
-    if settings.long_samples == LongSamples.truncate_left:
-        return FittedRow([(ids_S[-limit:], trained_S[-limit:])])
     if settings.long_samples == LongSamples.split_turns:
         return _split(messages, encoder, limit)
-    return FittedRow([])
+    kept = {LongSamples.truncate_right: slice(limit), LongSamples.truncate_left: slice(-limit, None)}
+    part = kept.get(settings.long_samples)
+    return FittedRow([(ids_S[part], trained_S[part])] if part else [])
 
 
 def _split(messages: Sequence[Message], encoder: Encoder, limit: int) -> FittedRow:
-    """Returns whole rounds in order, as many to a sample as fit, the system text before each."""
+    """Returns the rounds in order, as many to a sample as fit, the system text before each."""
+    # The system text is repeated, since it may decide how every round is answered.
     system = [message for message in messages if message.role == "system"]
     rounds: list[list[Message]] = []
     for message in messages[len(system) :]:
@@ -160,17 +149,17 @@ def _split(messages: Sequence[Message], encoder: Encoder, limit: int) -> FittedR
             rounds.append([message])
     parts: list[Encoded] = []
     left_out = 0
-    waiting: list[Message] = []
-    last: Encoded | None = None
+    part_rounds: list[Message] = []
+    part: Encoded | None = None
     for turns in rounds:
-        longer = encoder.encode([*system, *waiting, *turns])
-        if len(longer[0]) > limit and waiting:
-            if last is not None:
-                parts.append(last)
-            waiting, last = [], None
+        # Encoded anew with each round: ids of a conversation are not those of its rounds one after another.
+        longer = encoder.encode([*system, *part_rounds, *turns])
+        if len(longer[0]) > limit and part is not None:
+            parts.append(part)
+            part_rounds, part = [], None
             longer = encoder.encode([*system, *turns])
         if len(longer[0]) <= limit:
-            waiting, last = [*waiting, *turns], longer
+            part_rounds, part = [*part_rounds, *turns], longer
         else:
             left_out += 1
-    return FittedRow([*parts, last] if last is not None else parts, left_out)
+    return FittedRow([*parts, part] if part is not None else parts, left_out)

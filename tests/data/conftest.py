@@ -103,6 +103,11 @@ def kind(request, kinds):
     return copy.deepcopy(kinds[request.param])
 
 
+def text_of(template: Template, messages: list[Message], eos: str, generation: bool = False) -> str:
+    """What a template writes, as one text, with its end of sequence written out."""
+    return "".join(s.text + eos * s.eos for s in template.segments(messages, generation))
+
+
 def chat(*turns: str, system: str = "") -> dict:
     """A row: human and bot turns alternating."""
     rounds = [{"role": ("human", "bot")[i % 2], "content": text} for i, text in enumerate(turns)]

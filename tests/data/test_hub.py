@@ -7,7 +7,7 @@ import pytest
 from mft.data import hub
 from mft.data.cache.store import prepare
 from mft.data.settings import BadRows, DataSettings
-from mft.data.task import Task, tasks_from_paths
+from mft.data.task import Task, all_tasks
 from mft.errors import UserError
 from tests.data.conftest import chat, write
 
@@ -91,7 +91,7 @@ def test_columns_that_fit_no_format_are_told(folder, tmp_path, encoder):
 
 def test_tasks_are_named_after_data_sets():
     names = ["hf:owner/one", "hf:owner/two@main", "hf:owner/three:train[:5%]", "hf:owner/four@v1:test:short"]
-    assert [task.name for task in tasks_from_paths(names, [])] == ["one", "two", "three", "four"]
+    assert [task.name for task in all_tasks({}, names)] == ["one", "two", "three", "four"]
 
 
 def test_without_the_package_its_name_is_said(monkeypatch):

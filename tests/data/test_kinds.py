@@ -105,12 +105,12 @@ def test_bad_first_rows_are_known_before_a_run_and_skipping_is_advised_where_oth
     file.write_text('{"prompt": "q", "answer": 3}\n{"prompt": "q", "answer": "a"}\n')
     task = Task("t", [str(file)])
     with pytest.raises(
-        UserError, match=r"x\.jsonl:1: answer: is the number 3.*data\.bad_rows=skip leaves such rows out"
+        UserError, match=r"x\.jsonl:1: answer: must be text, got 3.*data\.bad_rows=skip leaves such rows out"
     ):
         task.check_rows(stops=True)
     task.check_rows(stops=False)
     file.write_text('{"prompt": "q", "answer": 3}\n' * 9)
-    with pytest.raises(UserError, match=r"is the number 3; allowed: text$"):
+    with pytest.raises(UserError, match=r"must be text, got 3$"):
         task.check_rows(True)
     file.write_text('{"foo": 1}\n')
     with pytest.raises(UserError, match=r"task\.t: no format fits"):

@@ -1,11 +1,14 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from mft.data.report import as_json, notes, tables, write_dropped
-from tests.data.conftest import chat
+from mft.data.report import as_json, notes, spans, tables, write_dropped
+from mft.data.template import Template
+from mft.data.tokenize import Encoder
+from tests.data.conftest import TALK, chat
 
 
 def printed(stores, names, width: int) -> list[list[list[str]]]:
@@ -80,3 +83,27 @@ def test_the_files_of_the_report_lose_nothing(make_store, tmp_path):
     assert rows[0]["reason"] == "no trained token" and json.loads(rows[0]["row"]) == chat("q")
     assert all("data.seq_length is 64" in row["problem"] for row in rows[1:])
     assert notes([a, b], ["a", "b"]) == []
+
+
+def test_half_of_a_surrogate_pair_can_be_reported(make_store, tmp_path):
+    half = {"prompt": "q\ud800", "answer": "a"}
+    store = make_store([half, {"prompt": "q", "answer": "a"}], bad_rows="skip")
+    write_dropped(tmp_path / "dropped.jsonl", [store], ["docs"])
+    (row,) = map(json.loads, (tmp_path / "dropped.jsonl").read_text().splitlines())
+    assert json.loads(row["row"]) == half
+
+
+def test_spans_spell_the_text_and_divide_it_where_loss_begins_and_ends(kind):
+    template = Template()
+    ids_S, trained_S = Encoder(kind, template).encode(TALK)
+    stretches = spans(ids_S, trained_S, kind)
+    end = str(kind.eos_token)
+    assert "".join(text for text, _ in stretches) == kind.decode(ids_S, clean_up_tokenization_spaces=False)
+    assert [trained for _, trained in stretches] == [False, True, False, True, False]
+    assert stretches[1][0].strip(" ") == "return w * h\n" + end and stretches[3][0].strip(" ") == "<im" + end
+
+
+def test_a_first_token_is_not_shown_as_trained(tokenizer):
+    ids_S, _ = Encoder(tokenizer, Template()).encode(TALK)
+    stretches = spans(ids_S, np.ones(len(ids_S), bool), tokenizer)
+    assert [trained for _, trained in stretches] == [False, True]

@@ -127,11 +127,9 @@ def test_the_benchmark_of_fill_tells_the_ways_apart(samples):
     assert fill(samples, Sequential(), 128) < fill(samples, packed, 128)
 
 
-def test_no_samples_and_negative_seeds_are_refused(samples):
+def test_no_samples_are_refused(samples):
     with pytest.raises(UserError, match=r"data\.split: no sample is left for training"):
         sampler(Samples(samples.stores, "valid"))
-    with pytest.raises(UserError, match=r"train\.seed: -1"):
-        sampler(samples, seed=-1)
 
 
 def test_evaluation_takes_evenly_spaced_samples_of_each_task(samples):
@@ -139,6 +137,14 @@ def test_evaluation_takes_evenly_spaced_samples_of_each_task(samples):
     assert np.bincount(samples.task_N[numbers]).tolist() == [100, 50]
     assert numbers[:4].tolist() == [0, 3, 6, 9]
     assert spread(samples, 0).tolist() == list(range(350))
+    assert [samples.origin(i).rsplit(":", 1)[1] for i in spread(samples, 3)] == [
+        "1",
+        "101",
+        "201",
+        "1",
+        "17",
+        "34",
+    ]
 
 
 @pytest.mark.parametrize("builder", [Pack(), Pad()])

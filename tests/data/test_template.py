@@ -4,13 +4,13 @@ from pathlib import Path
 import pytest
 
 from mft.batch import IGNORE, Message, Sample
-from mft.data.formats import Auto
+from mft.data.detection import recognise
 from mft.data.packing import Pack
 from mft.data.template import OWN, Template
 from mft.data.template_choice import adopt, named, of_tokenizer
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
-from tests.data.conftest import CHATML, TALK
+from tests.data.conftest import CHATML, TALK, text_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "templates"
 CASES = json.loads((FIXTURES / "mftcoder_template.json").read_text(encoding="utf-8"))
@@ -29,9 +29,12 @@ def plain(messages):
 
 
 def test_the_text_is_the_documented_one():
-    text = Template().text(CONVERSATION[:3], "</s>")
+    text = text_of(Template(), CONVERSATION[:3], "</s>")
     assert text == "<s>system\nBe short.\n<s>human\ndef f(x):<s>bot\n    return x</s>\n"
-    assert Template().prompt(CONVERSATION[:2], "</s>") == "<s>system\nBe short.\n<s>human\ndef f(x):<s>bot\n"
+    assert (
+        text_of(Template(), CONVERSATION[:2], "</s>", generation=True)
+        == "<s>system\nBe short.\n<s>human\ndef f(x):<s>bot\n"
+    )
 
 
 def test_only_targets_and_their_end_carry_loss():
@@ -50,7 +53,7 @@ def test_the_saved_chat_template_renders_the_same_text(tokenizer, markers, turns
     rendered = tokenizer.apply_chat_template(
         plain(messages), chat_template=template.jinja(), tokenize=False, add_generation_prompt=generation
     )
-    assert rendered == template.text(messages, tokenizer.eos_token, generation)
+    assert rendered == text_of(template, messages, tokenizer.eos_token, generation)
 
 
 def test_the_saved_chat_template_takes_the_other_names_and_refuses_unknown_ones(tokenizer):
@@ -88,12 +91,12 @@ def test_mftcoder_feeds_what_the_original_feeds(case):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(FIXTURES)
-    _, fmt = Auto().detect(case["row"])
+    _, fmt = recognise(case["row"], "t")
     template = named("mftcoder", case["role_markers"])
     ids_S, trained_S = Encoder(tokenizer, template).encode(fmt.messages(case["row"]))
     assert ids_S.tolist() == case["expected"]["input_ids"]
     assert trained_S.astype(int).tolist() == case["expected"]["loss_mask"]
-    assert template.text(fmt.messages(case["row"]), tokenizer.eos_token) == case["expected"]["text"]
+    assert text_of(template, fmt.messages(case["row"]), tokenizer.eos_token) == case["expected"]["text"]
 
 
 @pytest.mark.parametrize("name", ["mft", "mftcoder", OWN])
@@ -105,14 +108,14 @@ def test_the_contract_of_templates(kind, name):
     encoder = Encoder(tokenizer, template)
     plain = [{"role": m.role, "content": m.content} for m in TALK]
     rendered = tokenizer.apply_chat_template(plain, tokenize=False)
-    assert rendered == template.text(TALK, tokenizer.eos_token)
+    assert rendered == text_of(template, TALK, tokenizer.eos_token)
     ids_S, trained_S = encoder.encode(TALK)
     for turns in (2, 4):
         prompt = encoder.encode_prompt(TALK[:turns])
         assert prompt == ids_S[: len(prompt)].tolist()
         assert trained_S[len(prompt)], "what follows the prompt is what is learned"
         asked = tokenizer.apply_chat_template(plain[:turns], tokenize=False, add_generation_prompt=True)
-        assert asked == template.prompt(TALK[:turns], tokenizer.eos_token)
+        assert asked == text_of(template, TALK[:turns], tokenizer.eos_token, generation=True)
         assert Encoder(tokenizer, of_tokenizer(tokenizer)).encode_prompt(TALK[:turns]) == prompt
     assert (ids_S[trained_S] == tokenizer.eos_token_id).sum() == 2, (
         "every answer ends with a trained end of turn"
@@ -137,7 +140,7 @@ def test_no_beginning_comes_twice(kind, name):
     kind.chat_template = CHATML if kind.bos_token else CHATML.replace("{{ bos_token }}", "")
     template = named(name, None, kind)
     ids_S, _ = Encoder(kind, template).encode(TALK)
-    written = template.text(TALK, str(kind.eos_token)).count(kind.bos_token) if kind.bos_token else 0
+    written = text_of(template, TALK, str(kind.eos_token)).count(kind.bos_token) if kind.bos_token else 0
     assert (ids_S == kind.bos_token_id).sum() == written
     assert not ((ids_S[1:] == kind.bos_token_id) & (ids_S[:-1] == kind.bos_token_id)).any()
 

@@ -5,6 +5,7 @@ from mft.batch import Message
 from mft.data.template import Template
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
+from tests.data.conftest import text_of
 
 CONVERSATION = [
     Message("system", "Be short."),
@@ -18,7 +19,7 @@ CONVERSATION = [
 def test_ids_spell_the_text_and_the_mask_covers_the_answers(tokenizer, encoder):
     ids_S, trained_S = encoder.encode(CONVERSATION)
     assert ids_S.dtype == np.int32 and trained_S.dtype == bool
-    assert tokenizer.decode(ids_S) == Template().text(CONVERSATION, tokenizer.eos_token)
+    assert tokenizer.decode(ids_S) == text_of(Template(), CONVERSATION, tokenizer.eos_token)
     trained = "    return width * height\n<|endoftext|>\n  x<|endoftext|>"
     assert tokenizer.decode(ids_S[trained_S]) == trained
 
@@ -28,7 +29,7 @@ def test_the_prompt_is_a_prefix_of_the_training_ids(tokenizer, encoder, turns):
     ids_S, _ = encoder.encode(CONVERSATION)
     prompt = encoder.encode_prompt(CONVERSATION[:turns])
     assert prompt == ids_S[: len(prompt)].tolist()
-    text = Template().text(CONVERSATION, tokenizer.eos_token)
+    text = text_of(Template(), CONVERSATION, tokenizer.eos_token)
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert whole != ids_S.tolist(), "the tokenizer should be one for which segments matter"
 
@@ -47,7 +48,7 @@ def test_the_first_token_keeps_its_mark(tokenizer):
 
 def test_batches_equal_single_calls_and_the_slow_way(tokenizer, encoder):
     conversations = [CONVERSATION, CONVERSATION[1:3], [Message("user", "q"), Message("assistant", "a")]]
-    batch = encoder.encode_batch(conversations)
+    batch = encoder.encode_segments([Template().segments(messages) for messages in conversations])
     for (ids_S, trained_S), messages in zip(batch, conversations, strict=True):
         one_ids, one_trained = encoder.encode(messages)
         assert ids_S.tolist() == one_ids.tolist() and trained_S.tolist() == one_trained.tolist()
@@ -56,7 +57,7 @@ def test_batches_equal_single_calls_and_the_slow_way(tokenizer, encoder):
             slow += tokenizer(segment.text, add_special_tokens=False)["input_ids"]
             slow += [tokenizer.eos_token_id] * segment.eos
         assert ids_S.tolist() == slow
-    assert encoder.encode_batch([]) == []
+    assert encoder.encode_segments([]) == []
 
 
 def test_settings_an_earlier_call_left_in_the_tokenizer_do_not_matter(tokenizer, encoder):

@@ -9,9 +9,9 @@ from mft.batch import Message
 from mft.data.cache.store import prepare
 from mft.data.formats import KNOWN, Auto, Format, RowError
 from mft.data.report import as_json, notes
+from mft.data.row_fields import carries
 from mft.data.settings import DataSettings
 from mft.data.task import Task
-from mft.data.unread import carries
 from mft.errors import UserError
 from tests.data.conftest import chat, write
 
@@ -103,7 +103,7 @@ def test_answers_whose_loss_is_unclear_are_refused(fields, field):
 
 @pytest.mark.parametrize("fields", [{"train": False}, {"loss_mask": 0}, {"loss_mask": False}])
 def test_a_conversation_that_asks_for_no_loss_beside_its_turns_is_refused(fields):
-    with pytest.raises(RowError, match=f"{next(iter(fields))}: stands beside messages, where it is not read"):
+    with pytest.raises(RowError, match=f"{next(iter(fields))}: is not read beside messages"):
         KNOWN["messages"].messages({"messages": talk()} | fields)
     assert not KNOWN["prompt_answer"].messages(pair("prompt", "answer", **fields))[-1].train
 
@@ -129,7 +129,7 @@ def test_the_report_names_fields_and_counts_rows(make_store):
     assert "messages[].thinking (1 rows)" in said[0]
     assert said[1].startswith("a: loss_mask may say what carries loss, but is not read there")
     assert said[2:] == [
-        "a: 1 answers carry no loss, as their rows ask (train, weight or loss_mask)",
+        "a: 1 answers carry no loss, by their train, weight or loss_mask",
         "labels that are not read: id (9 rows), source (1 rows)",
     ]
 

@@ -22,6 +22,7 @@ from mft.model.peft.lora import Lora
 from mft.model.peft.qlora import QLora
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
+from tests.data.conftest import text_of
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ {'user': 'human', 'assistant': 'bot'}.get(m['role'], m['role']) }}\n"
@@ -138,7 +139,9 @@ def test_a_saved_model_is_asked_in_the_ids_it_was_trained_on(
             answerer.answer([talk[:turn]])
             asked = given.pop()["input_ids"][0].tolist()
             assert asked == ids[: len(asked)] and len(asked) < len(ids)
-            whole = tokenizer(template.text(talk, tokenizer.eos_token), add_special_tokens=False).input_ids
+            whole = tokenizer(
+                text_of(template, talk, tokenizer.eos_token), add_special_tokens=False
+            ).input_ids
             merged += whole[: len(asked)] != asked
     if where != "tiny":
         assert merged > 100, "encoded as one string, a newline merges with the blanks of the answer"

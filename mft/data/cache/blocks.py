@@ -1,5 +1,4 @@
-"""The files of a token cache by their blocks: summed up when they are written, held to it when they are first
-read."""
+"""Checksums of a token cache by blocks: made when it is written, verified when a block is first read."""
 
 from __future__ import annotations
 
@@ -21,8 +20,10 @@ def sums(path: Path) -> list[str]:
 
 
 class Blocks:
-    """A flat array in a file, memory-mapped, whose blocks are held to their checksums as they are first
-    read."""
+    """A flat array in a file, memory-mapped; each block is verified when it is first read.
+
+    Verifying all at a start would read the whole cache before the first step.
+    """
 
     def __init__(self, path: Path, dtype: str, expected: list[str]):
         self.path, self.expected = path, expected
@@ -32,19 +33,19 @@ class Blocks:
         self._per_block = BLOCK // self.items.itemsize
 
     def part(self, start: int, stop: int) -> np.ndarray:
-        """Returns the items from `start` to `stop`; UserError when a block among them is damaged."""
+        """Returns the items from `start` to `stop`; raises UserError when a block among them is damaged."""
         for block in range(start // self._per_block, (stop - 1) // self._per_block + 1):
             if not self._seen[block]:
                 self._check(block)
         return self.items[start:stop]
 
     def _check(self, block: int) -> None:
-        found = xxhash.xxh3_64_hexdigest(self._bytes[block * BLOCK : (block + 1) * BLOCK].data)
-        if found != self.expected[block]:
+        checksum = xxhash.xxh3_64_hexdigest(self._bytes[block * BLOCK : (block + 1) * BLOCK].data)
+        if checksum != self.expected[block]:
             meta = self.path.with_name("meta.json")
             meta.unlink(missing_ok=True)  # without it the store is not one, and the next start makes it anew
             raise UserError(
-                f"The token cache is damaged: {self.path} has the checksum {found} from byte "
+                f"The token cache is damaged: {self.path} has the checksum {checksum} from byte "
                 f"{block * BLOCK:,} on, expected {self.expected[block]}. The same command tokenises the "
                 f"task anew and resumes; if the cache cannot be written to, remove {self.path.parent}."
             )

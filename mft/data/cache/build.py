@@ -1,44 +1,90 @@
-"""Rows of a task → its token cache: read and understood here, tokenised by all cores beside it, written in
-order."""
+"""Rows of a task → its token cache: read here, tokenised by all cores beside it, written in order."""
 
 from __future__ import annotations
 
 import gc
+import os
+import shutil
+import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
+from filelock import FileLock, Timeout
+
+from mft.batch import Message
 from mft.console import screen
-from mft.data.cache.writer import BAD_ROW, Place, Writer
-from mft.data.formats import RowError
+from mft.data.cache.writer import BAD_ROW, Place, Writer, damage
+from mft.data.formats import Format
 from mft.data.readers import Rows
+from mft.data.row_fields import SKIP_ADVICE, RowError
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS, digest_of, split_of
 from mft.data.task import Task
 from mft.data.template import Segment
-from mft.data.tokenize import Encoded, fit_to_length
-from mft.data.unread import NOTHING
+from mft.data.tokenize import Encoded, Encoder, fit_to_length
 from mft.errors import UserError
 
-if TYPE_CHECKING:
-    from mft.batch import Message
-    from mft.data.tokenize import Encoder
-
-BATCH_ROWS = 1024  # conversations given to the tokenizer at once ...
-BATCH_CHARACTERS = 4_000_000  # ... or fewer, when they are long
-AHEAD = 2  # batches being tokenised while the next one is read; each is a call that uses all cores by itself
+BATCH_ROWS, BATCH_CHARACTERS = 1024, 4_000_000
+"""Conversations given to the tokenizer at once, or fewer when they are long."""
+AHEAD = 2
+"""Batches tokenised while the next one is read; each is a call that uses all cores by itself."""
 
 
-class Read(NamedTuple):
+class ParsedRow(NamedTuple):
     """A row that was understood."""
 
     place: Place
-    row: Any
+    row: object
+    """The parsed JSON, to be shown should the row be dropped later."""
     messages: list[Message]
+    """What `row` means, by the task's format."""
     segments: list[Segment]
+    """What is to be tokenised of it."""
+
+
+def build(
+    folder: Path,
+    task: Task,
+    contents: str,
+    encoder: Encoder,
+    settings: DataSettings,
+    cache_dir: str | os.PathLike[str],
+) -> None:
+    """Makes the store `folder` of a task, unless another process was faster; contents: `Task.fingerprint`.
+
+    It is written under another name and renamed when it is complete. Raises UserError as `write` does, where
+    the cache cannot be written, and where the task's files change meanwhile.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        try:
+            locked = lock.acquire(timeout=2)
+        except Timeout:
+            print(f"waiting for the process that tokenises {task.name} ({lock.lock_file})", file=sys.stderr)
+            locked = lock.acquire()
+        with locked:
+            if damage(folder) is None:  # another process was faster
+                return
+            temporary = Path(f"{folder}.tmp")
+            for stale in (folder, temporary):  # damaged, and left by a process that was killed
+                shutil.rmtree(stale, ignore_errors=True)
+            try:
+                temporary.mkdir()
+                write(temporary, task, encoder, settings)
+                if task.fingerprint(cache_dir) != contents:  # the store would bear the name of other rows
+                    changed = f"its files have changed while they were read ({', '.join(task.paths)})"
+                    raise UserError(f"task.{task.name}: {changed}; start again")
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        problem = f"cannot write the tokens of task {task.name} to {folder}: {error.strerror}"
+        raise UserError(f"cache_dir: {problem}") from error
 
 
 def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) -> None:
@@ -47,66 +93,54 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
     Raises RowError at the first bad row under bad_rows=error, UserError at the first long one under
     long_samples=error.
     """
-    files = task.files()
-    format_name, _ = found = task.find_format()
-    splits, proportions = task.splits(), task.proportions(settings.split)
+    files, splits, proportions = task.files(), task.splits(), task.proportions(settings.split)
+    format_name, row_format = task.find_format()
     rows = task.rows()
 
-    def keep(batch: Sequence[Read], encoded: Sequence[Encoded]) -> None:
-        for (place, row, messages, _), sample in zip(batch, encoded, strict=True):
-            length = len(sample[0])
-            if length > settings.seq_length and settings.long_samples == LongSamples.error:
-                raise UserError(
-                    f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is "
-                    f"{settings.seq_length}; allowed: a larger one, or data.long_samples = drop, "
-                    "truncate_left, truncate_right, split_turns"
-                )
-            digest = digest_of(messages)
-            of_file = splits[place[0]]
-            split = SPLITS.index(of_file) if of_file else split_of(digest, proportions)
-            writer.add(place, row, fit_to_length(messages, sample, encoder, settings), length, split, digest)
-        writer.flush()
+    writer = Writer(folder, encoder.vocab_size, settings.seq_length)
+    # Threads suffice: the tokenizer in Rust releases the interpreter's lock.
+    with _progress(task.name, rows) as show, ThreadPoolExecutor(AHEAD) as pool:
 
-    with (
-        Writer(folder, encoder.vocab_size, settings) as writer,
-        _progress(task.name, rows) as show,
-        ThreadPoolExecutor(AHEAD) as pool,
-    ):
-        waiting: deque[tuple[list[Read], Future[list[Encoded]]]] = deque()
-        frozen = gc.get_freeze_count() > 0  # in a worker
-        gc.freeze()  # or the collector walks over everything imported again and again, for the objects of the rows
+        def keep(batch: list[ParsedRow], encoding: Future[list[Encoded]]) -> None:
+            for (place, row, messages, _), encoded in zip(batch, encoding.result(), strict=True):
+                length, limit = len(encoded[0]), settings.seq_length
+                if length > limit and settings.long_samples == LongSamples.error:
+                    raise UserError(
+                        f"{files[place[0]]}:{place[1]}: {length} tokens, data.seq_length is {limit}; enlarge "
+                        "it, or set data.long_samples to drop, truncate_left, truncate_right or split_turns"
+                    )
+                digest, of_file = digest_of(messages), splits[place[0]]
+                split = SPLITS.index(of_file) if of_file else split_of(digest, proportions)
+                fitted = fit_to_length(messages, encoded, encoder, settings)
+                writer.add(place, row, fitted, length, split, digest)
+            writer.flush()
+            show(writer.account["rows"])
+
+        waiting: deque[tuple[list[ParsedRow], Future[list[Encoded]]]] = deque()
+        frozen_before = gc.get_freeze_count() > 0  # by the server that forks the workers
+        # Or the collector walks over everything imported again and again, for the objects of the rows.
+        gc.freeze()
         try:
-            for batch in _batches(
-                rows, found[1], encoder, settings, writer, {f: i for i, f in enumerate(files)}
-            ):
-                waiting.append(
-                    (batch, pool.submit(encoder.encode_segments, [read.segments for read in batch]))
-                )
-                if len(waiting) > AHEAD:
-                    done, future = waiting.popleft()
-                    keep(done, future.result())
-                show(writer)
-            for done, future in waiting:
-                keep(done, future.result())
-                show(writer)
+            for batch in _batches(rows, row_format, encoder, settings, writer):
+                waiting.append((batch, pool.submit(encoder.encode_segments, [row.segments for row in batch])))
+                if len(waiting) > AHEAD:  # the oldest first: samples are written in the order of the rows
+                    keep(*waiting.popleft())
+            while waiting:
+                keep(*waiting.popleft())
         finally:
-            if not frozen:
+            if not frozen_before:
                 gc.unfreeze()
             pool.shutdown(cancel_futures=True)
-        writer.finish({"task": task.name, "format": format_name})
+    writer.finish({"task": task.name, "format": format_name})
 
 
 def _batches(
-    rows: Rows,
-    row_format: Any,
-    encoder: Encoder,
-    settings: DataSettings,
-    writer: Writer,
-    numbers: dict[Path, int],
-) -> Iterator[list[Read]]:
+    rows: Rows, row_format: Format, encoder: Encoder, settings: DataSettings, writer: Writer
+) -> Iterator[list[ParsedRow]]:
     """Yields the rows that can be understood, many at a time; the others are dropped, or end it."""
-    batch: list[Read] = []
-    understood = False
+    numbers = {file: number for number, file in enumerate(rows.files)}
+    batch: list[ParsedRow] = []
+    advice = ""
     characters = 0
     for file, line, row in rows:
         place = numbers[file], line
@@ -117,18 +151,14 @@ def _batches(
             segments = encoder.template.segments(messages)
         except RowError as error:
             if settings.bad_rows == BadRows.error:
-                found = error.at(file, line)
-                raise (found.advised() if understood else found) from None
+                raise error.at(file, line, advice) from None
             writer.drop(place, row, BAD_ROW, error.problem, error.field)
             continue
-        if (unread := row_format.unread(row)) != NOTHING:
-            writer.leave_unread(unread)
-        for message in messages:
-            writer.answers_without_loss += not message.train
-        for segment in segments:
-            writer.empty_thoughts += segment.thought
-        batch.append(Read(place, row, messages, segments))
-        understood = True
+        advice = SKIP_ADVICE  # at least one row is sound
+        writer.count_unread(row_format.unread(row))
+        writer.account["answers_without_loss"] += sum(not message.train for message in messages)
+        writer.account["empty_thoughts"] += sum(segment.thought for segment in segments)
+        batch.append(ParsedRow(place, row, messages, segments))
         characters += sum(len(message.content) for message in messages)
         if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield batch
@@ -138,26 +168,14 @@ def _batches(
 
 
 @contextmanager
-def _progress(name: str, rows: Rows) -> Iterator[Any]:
-    """Yields a function of the writer that moves the bar: bytes read of all files, rows written."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.table import Column
+def _progress(name: str, rows: Rows) -> Iterator[Callable[[int], None]]:
+    """Yields a function of the rows written so far that moves the bar, by the bytes that are read."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-    def unbroken() -> Column:
-        return Column(no_wrap=True)  # in a narrow terminal the bar alone gets shorter
-
-    columns = (
-        TextColumn("tokenising {task.description}", table_column=unbroken()),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(table_column=unbroken()),
-        TextColumn("{task.fields[written]:,} rows, left", table_column=unbroken()),
-        TimeRemainingColumn(table_column=unbroken()),
-    )
+    # rich does not wrap columns that are plain text: in a narrow terminal the bar alone gets shorter
+    before, after = "tokenising {task.description}", "{task.fields[written]:,} rows, left"
+    columns = (before, BarColumn(bar_width=24), TaskProgressColumn(), after, TimeRemainingColumn())
     console = screen.console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(name, total=rows.total or None, written=0)
-
-        def show(writer: Writer) -> None:
-            progress.update(bar, completed=rows.done, written=writer.rows)
-
-        yield show
+        yield lambda written: progress.update(bar, completed=rows.done, written=written)

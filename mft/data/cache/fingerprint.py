@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -13,10 +14,11 @@ from filelock import FileLock
 
 from mft.errors import UserError
 from mft.files.atomic import write_text
+from mft.files.json_file import read_json
 
-# A file changed twice within one tick of the file system's clock keeps its time stamp; hashes of files this
-# young are therefore not remembered (the rule git uses for its index).
 YOUNG_SECONDS = 2.0
+"""Hashes of files younger than this are not remembered (the rule git uses for its index): one that changes
+twice within a tick of the file system's clock keeps its time stamp."""
 
 
 def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
@@ -27,17 +29,17 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
     may share it. Raises UserError for a file that cannot be read.
     """
     memo_path = cache_dir / "fingerprints.json"
-    memo = _read(memo_path)
+    memo = read_json(memo_path)  # empty where it is absent or damaged: the files are then hashed again
     fresh: dict[str, list[int | str]] = {}
     digests = []
     for file in files:
         key = str(file.absolute())
         try:
-            stat = file.stat()
+            stat = file.stat()  # before reading: a change meanwhile is then seen at the next start
             stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-            known = memo.get(key)
-            if isinstance(known, list) and known[:-1] == stamp:
-                digests.append(str(known[-1]))
+            remembered = memo.get(key)
+            if isinstance(remembered, list) and remembered[:-1] == stamp:
+                digests.append(str(remembered[-1]))
                 continue
             digests.append(_digest(file))
         except OSError as error:
@@ -45,30 +47,14 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
         if time.time() - max(stat.st_mtime, stat.st_ctime) > YOUNG_SECONDS:
             fresh[key] = [*stamp, digests[-1]]
     if fresh:
-        # A cache that can only be read still serves the stores in it; these files are then hashed at every
-        # start.
+        # A read-only cache still serves the stores in it; these files are then hashed at every start.
         with suppress(OSError):
-            _remember(memo_path, fresh)
+            memo_path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(memo_path.with_suffix(".lock")):
+                write_text(memo_path, json.dumps(read_json(memo_path) | fresh))
     return digests
 
 
-def _remember(memo_path: Path, fresh: dict[str, list[int | str]]) -> None:
-    memo_path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(memo_path.with_suffix(".lock")):
-        write_text(memo_path, json.dumps(_read(memo_path) | fresh))
-
-
 def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
     with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _read(memo_path: Path) -> dict[str, list[int | str]]:
-    try:
-        memo = json.loads(memo_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # absent or damaged: it is only a memory, the files are hashed again
-    return memo if isinstance(memo, dict) else {}
+        return hashlib.file_digest(content, xxhash.xxh3_128).hexdigest()

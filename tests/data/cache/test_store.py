@@ -131,7 +131,7 @@ def test_no_row_is_lost(tmp_path, encoder, long_samples, kept, truncated, droppe
     named = {d["where"]: d for d in report["first_dropped"]}
     lines = {2, 4, 5, 6, 7, 9, 10} | ({8} if long_samples == LongSamples.drop else set())
     assert set(named) == {f"{file}:{line}" for line in lines}
-    assert "chat_rounds[0].content: is the number 3" in named[f"{file}:6"]["problem"]
+    assert "chat_rounds[0].content: must be text, got 3" in named[f"{file}:6"]["problem"]
 
 
 def test_the_first_bad_row_stops_by_default(tmp_path, encoder):
