@@ -1,8 +1,8 @@
 """The token cache: tokenising against a per-piece Python encoder, the second start, memory, random access.
 
 python -m benchmarks.store             everything (about ten minutes on two idle cores; needs `mft demo`)
-python -m benchmarks.store speed       tokens a CPU second and a second, both encoders taking turns on the same rows
-python -m benchmarks.store start       200,000 samples in five tasks, tokenised before: until the first micro-batches
+python -m benchmarks.store speed       tokens per CPU second and per second, both encoders alternating on the same rows
+python -m benchmarks.store start       200,000 cached samples in five tasks: time until the first micro-batches
 python -m benchmarks.store memory      resident memory while 2,000,000 short samples are tokenised, and access to them
 """
 

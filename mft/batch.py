@@ -1,4 +1,4 @@
-"""The nouns that data, losses and engines share.
+"""The vocabulary that data, losses and engines share.
 
 Shape legend, used as name suffixes everywhere: B rows of a micro-batch, T positions of a row, S tokens of one
 sample, N samples in a batch, K tasks, V vocabulary, H hidden width. `nll_BT` is a tensor of shape [B, T].

@@ -28,9 +28,8 @@ class UserError(Exception):
     exit_code = 2
 
 
-CONTROL = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]"  # and turned directions
-)
+# C0 and C1, line and paragraph separators, and the marks that reverse the direction of text
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """Characters that a terminal obeys instead of showing them; tab and line feed are not among them."""
 
 

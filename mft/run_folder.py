@@ -69,7 +69,7 @@ def state(run_dir: Path) -> RunStatus:
 
 
 def metric_rows(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Returns the rows of metrics.jsonl from a byte on, and the byte behind the last whole one.
+    """Returns the rows of metrics.jsonl from a byte on, and the byte after the last complete one.
 
     A file that has become shorter (a resumed run cuts off what it trains again) is read from its start.
     """

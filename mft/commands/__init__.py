@@ -1,4 +1,4 @@
-"""The verbs of `mft`, one file each: what a person types, turned into a call of the rooms below.
+"""The verbs of `mft`, one file each: each turns a command line into calls of the packages below.
 
 Every verb has two functions. `parser()` describes its command line: the module's docstring, and each flag
 with its default and a sentence, which `mft VERB --help` prints and `mft completion` offers.

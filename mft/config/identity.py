@@ -1,4 +1,4 @@
-"""Which experiment a run is: a hash of its inputs, stored in parts so that differences can be named.
+"""Which experiment a run belongs to: a hash of its inputs, stored in parts so that differences can be named.
 
 `mft.config.inputs` says what the parts are; `mft.run_folder` keeps them as identity.json.
 """

@@ -1,4 +1,4 @@
-"""Settings that a person set but that have no effect in this run: a table of rules with their reasons."""
+"""Settings that the user set but that have no effect in this run: a table of rules with their reasons."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""Interpolations of a composed config: their size is bounded before any is resolved, then all but those of
-the
-environment are replaced.
+"""Interpolations of a composed config: bounded in size before any is resolved, then all are replaced
+except those of the environment.
 
 `${oc.env:NAME}` is kept as written, so that no password is stored with a run, and read again in every rank.
 """

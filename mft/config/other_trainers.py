@@ -1,4 +1,4 @@
-"""What other trainers call a setting, so that their users are pointed to its name here.
+"""Other trainers' names for a setting, so that their users are pointed to its name here.
 
 The names are those of MFTCoder's JSON (docs/migrating.md has them with the differences), of transformers'
 TrainingArguments and of LLaMA-Factory.

@@ -1,4 +1,4 @@
-"""The settings of a run: their schema, where conf/ lies, and how a resolved config is frozen and read back.
+"""The settings of a run: their schema, where conf/ is, and how a resolved config is frozen and read back.
 
 Settings (`name`, `train`, `launch`, `data`) are read by the code and typed here; components (`model`, `peft`,
 ...) are built by `mft.config.build`, their schema is their class.
@@ -31,7 +31,7 @@ EARLIER_KEYS = ("allow_targets", "fail_fast", "prune", "prune_after")
 
 
 class LaunchMode(StrEnum):
-    """processes: every run in worker processes of its own; inline: in this process, for a debugger."""
+    """processes: every run has its own worker processes; inline: in this process, for a debugger."""
 
     processes = "processes"
     inline = "inline"
@@ -106,7 +106,7 @@ class Launch:
 
 @dataclass
 class Config:
-    """The whole config. Component groups are checked against their classes by `mft.config.validate.check`."""
+    """The complete config. `mft.config.validate.check` checks component groups against their classes."""
 
     name: str = "mft"
     """Groups runs: outputs/<name>/, multirun/<name>/, MLflow's experiment."""

@@ -1,5 +1,4 @@
-"""Passwords and keys: found where an address has them written out, and hidden wherever text leaves this
-process.
+"""Passwords and keys: detected in addresses, and hidden wherever text leaves this process.
 
 Values that a config takes from the environment, `${oc.env:NAME}`, are kept as they are written: what was read
 is remembered here, and hidden in all that is printed, logged or sent to a tracker.
@@ -12,7 +11,10 @@ import re
 import unicodedata
 from urllib.parse import unquote
 
-SECRET = r"pass(?:word|wd|phrase)?|pwd|token|secret|api[_-]?key|access[_-]?key|private[_-]?key|auth\w*|credentials?|sig"
+SECRET = (
+    r"pass(?:word|wd|phrase)?|pwd|token|secret|api[_-]?key|access[_-]?key|private[_-]?key"
+    r"|auth\w*|credentials?|sig"
+)
 """What the name of a parameter of an address holds where its value is a secret."""
 
 HARMLESS = re.compile(

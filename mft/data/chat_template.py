@@ -66,7 +66,7 @@ class Jinja(Template):
                 continue
             start, answer_start, stop = self._trained(messages, i, text)
             segments.append(Segment(text[done:start]))
-            if answer_start > start:  # a segment of its own, so that the ids of the prompt stay a prefix
+            if answer_start > start:  # a separate segment, so that the ids of the prompt stay a prefix
                 segments.append(Segment(text[start:answer_start], thought=True))
             answer = text[answer_start:stop]
             ends = bool(eos) and answer.endswith(eos)

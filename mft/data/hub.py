@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, named `hf:owner/name[@revision][:split[:config]]`."""
+"""Datasets on the Hugging Face hub, named `hf:owner/name[@revision][:split[:config]]`."""
 
 from __future__ import annotations
 

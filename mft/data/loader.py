@@ -1,4 +1,4 @@
-"""The data as one rank's loop sees it: the micro-batches of each step, of a validation and of a probe."""
+"""The data as one rank's loop sees it: the micro-batches of each step, validation and probe."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class BatchLoader:
 
     def mixture(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Returns what the run takes of each task, see `mixture.account`."""
-        # max_steps may end the run inside an epoch: the whole epochs, and the fraction of the last one.
+        # max_steps may end the run inside an epoch: the full epochs, and a fraction of the last one.
         left, epoch = self.total_steps(), 0
         while left > (steps := self.sampler.steps_in_epoch(epoch)):
             left, epoch = left - steps, epoch + 1

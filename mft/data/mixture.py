@@ -26,7 +26,7 @@ BLOCK = 4096
 class Streams:
     """The endless stream of each task, and the stretch of it that an epoch takes.
 
-    A stream is pass after pass over the task's samples, each pass a permutation of its own. Epoch e takes the
+    A stream is pass after pass over the task's samples, each pass with its own permutation. Epoch e takes the
     positions from e x count to (e + 1) x count, so a task of which an epoch takes half shows its other half
     in the next one, and a task taken twice shows every sample twice. size_K: samples of each task, numbered
     through task after task; count_K: how many an epoch takes, with fractions; None = each of them once.

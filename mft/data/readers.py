@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, plain or compressed, arrays of JSON, Parquet, and data sets of the hub."""
+"""Files of rows: JSON lines, plain or compressed, JSON arrays, Parquet, and datasets of the hub."""
 
 from __future__ import annotations
 

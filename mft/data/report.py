@@ -1,4 +1,4 @@
-"""What a person sees of the data: the account of every task's rows before training, and samples as text."""
+"""What a user sees of the data: the counts of every task's rows before training, and samples as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounds for chat templates from outside: passes of loops and calls, characters, and time of one rendering.
+"""Bounds for untrusted chat templates: loop passes and calls, characters, and time of one rendering.
 
 transformers renders chat templates in Jinja's sandbox, which keeps them from the machine but lets them run
 and grow for ever. `bound` puts an environment in its place that counts: every loop, call, filter, operator
@@ -84,7 +84,7 @@ class Budget:
 
 
 class BoundedTemplate(Template):
-    """A template of which every rendering has a budget of its own."""
+    """A template with a separate budget for every rendering."""
 
     def render(self, *args: Any, **kwargs: Any) -> str:
         """See jinja2."""
@@ -105,7 +105,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         self.text = 0
         """Characters that stand in the template itself; a macro may write them all."""
         self.filters |= {"_pass": _pass, "_join": _join, "_apply": _apply}
-        self.globals.pop("lipsum", None)  # which writes as many words as it is asked for
+        self.globals.pop("lipsum", None)  # generates any number of words on request
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)

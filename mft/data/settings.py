@@ -66,7 +66,7 @@ class DataSettings:
     """How rows become samples, and samples the rows of a step; conf/data/base.yaml says how to choose."""
 
     paths: list[str] = field(default_factory=list)
-    """Folders, files or hub data sets, each a task of its own beside those of the config group `task`."""
+    """Folders, files or hub datasets, each a task in addition to those of the config group `task`."""
     template: str = "mft"
     """How a conversation is written: mft, mftcoder, tokenizer (its own chat template), or a file *.jinja."""
     role_markers: Any = None

@@ -89,7 +89,7 @@ class Task:
         return [file.split for file in self.data_files]
 
     def proportions(self, split: Sequence[float]) -> list[float]:
-        """Returns data.split for the files that train: a split with files of its own takes none of them."""
+        """Returns data.split for the files that train: a split with its own files takes none of them."""
         train, valid, test = split
         own = set(self.splits())
         moved = (valid if "valid" in own else 0.0) + (test if "test" in own else 0.0)

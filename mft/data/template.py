@@ -56,7 +56,7 @@ class Template:
     def segments(self, messages: Sequence[Message], generation: bool = False) -> list[Segment]:
         """Returns the text in segments, with a border at the start of each bot target and after it.
 
-        A message of the role `text` is a segment of its own, all of it trained, with its end. Tokens never
+        A message of the role `text` is a separate segment, all of it trained, with its end. Tokens never
         cross a border, so the ids of a prompt are a prefix of the training ids of the same conversation.
         generation: the text ends where the next answer is to begin.
         """

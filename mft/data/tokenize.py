@@ -1,4 +1,4 @@
-"""Messages → token ids, the same way for training and for inference, and what becomes of those too long.
+"""Messages → token ids, the same for training and inference, and what happens to samples that are too long.
 
 Shapes: S tokens of one conversation, P segments of all conversations of a call.
 """

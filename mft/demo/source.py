@@ -1,4 +1,4 @@
-"""The standard library's own source as a list of functions: what the demo's tasks are cut from."""
+"""The standard library's source as a list of functions, from which the demo's tasks are cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two backends that divide nothing: every rank holds the whole model, its gradients and its optimizer."""
+"""The two backends that shard nothing: every rank holds the full model, its gradients and its optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 
 
 class DdpEngine(Engine):
-    """Every rank holds the whole model; gradients are exchanged in the last micro-batch of a step."""
+    """Every rank holds the full model; gradients are reduced in the last micro-batch of a step."""
 
     name = "ddp"
     kinds = ("MULTI_CPU", "MULTI_GPU")

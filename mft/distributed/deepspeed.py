@@ -1,6 +1,5 @@
-"""DeepSpeed's ZeRO as settings: the optimizer and the gradients (`Zero2`), and with `Zero3` the parameters
-too, divided over ranks. What they say becomes DeepSpeed's JSON.
-"""
+"""DeepSpeed's ZeRO as settings: optimizer and gradients (`Zero2`), and with `Zero3` the parameters too, are
+sharded over ranks. The settings become DeepSpeed's JSON."""
 
 from __future__ import annotations
 
@@ -138,7 +137,7 @@ class Zero2(Zero):
     public_name: ClassVar[str] = "zero2"
 
     stage: int = 2
-    """2, or 1: the gradients stay whole, too, and are exchanged once a step."""
+    """2, or 1: gradients are not sharded either, and are reduced once per step."""
     allgather_bucket_size: int = ranged(200_000_000, min=1)
     """Parameters gathered at a time after the update, in elements."""
 
@@ -170,9 +169,9 @@ class Zero3(Zero):
     prefetch_bucket_size: int = ranged(50_000_000, min=0)
     """Parameters gathered ahead of their use, in elements."""
     persistence_threshold: int = ranged(100_000, min=0)
-    """Parameters of at most so many elements stay whole on every rank."""
+    """Parameters of at most this many elements are kept in full on every rank."""
     max_live_parameters: int = ranged(1_000_000_000, min=1)
-    """Elements that are whole at a time, at most; lower saves memory and gathers more often."""
+    """Most elements gathered at a time; lower saves memory and gathers more often."""
     gather_on_save: bool = True
     """Whether checkpoints also hold the model as transformers or peft load it; `final/` does in any case."""
 

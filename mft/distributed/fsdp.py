@@ -1,4 +1,4 @@
-"""PyTorch's FSDP2, fully sharded data parallel: a rank holds its part of parameters, gradients, optimizer.
+"""PyTorch's FSDP2, fully sharded data parallel: a rank holds its shard of parameters, gradients, optimizer.
 
 `fully_shard` is called here and not by accelerate, which on a CPU silently turns an FSDP plugin into plain
 DDP, and under bf16 casts the losses that the model returns to bf16 (steps of 0.03).

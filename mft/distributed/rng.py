@@ -1,4 +1,4 @@
-"""The random states of this rank: seeded, saved, and restored without executing what a file holds."""
+"""The random states of this rank: seeded, saved, and restored without executing anything a file contains."""
 
 from __future__ import annotations
 

@@ -31,14 +31,14 @@ def write_text(path: Path, text: str, durable: bool = False, temporary: Path | N
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Gives a folder that is written whole its name, in place of what was there."""
+    """Renames a completely written folder to its final name, replacing what was there."""
     if folder.exists():
         remove(folder)
     temporary.rename(folder)
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder under another name: what a kill in the middle leaves is not taken for a whole one."""
+    """Renames a folder before removing it: a kill in the middle leaves no half that looks complete."""
     old = folder.with_name(f".{folder.name}.old.tmp")
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)

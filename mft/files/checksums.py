@@ -1,4 +1,4 @@
-"""Sizes and checksums of the files in a folder, written last: by them a folder is known to be whole.
+"""Sizes and checksums of the files in a folder, written last: they prove that a folder is complete.
 
 A checkpoint has them in COMPLETE, a model folder (`final/`, merged, converted) in mft_checksums.json. Folders
 of earlier versions and of other programs have none; those are accepted.
@@ -48,7 +48,7 @@ def measure(folder: Path, files: Iterable[Path]) -> Sums:
 
 
 def seal(folder: Path, marker: str = MODEL, sums: Sums | None = None) -> None:
-    """Writes the marker of a folder that is whole, atomically, and gives its files the mode of any new file.
+    """Writes the marker of a complete folder, atomically, and gives its files the mode of any new file.
 
     sums: of all files, where they were measured already.
     """

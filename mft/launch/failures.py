@@ -1,4 +1,4 @@
-"""What a rank leaves when it fails, and which of several failures caused the others.
+"""The report a rank writes when it fails, and which of several failures caused the others.
 
 `log/rank<r>.error.json` in the run folder is written by the rank itself, or, for a rank that was killed, by
 the process that started it; `log/host<n>.error.json` by host n when another host is gone.

@@ -1,4 +1,4 @@
-"""From a checked job to its ranks: the run folder, then worker processes, this very process, or placed ranks.
+"""From a checked job to its ranks: the run folder, then worker processes, this process, or placed ranks.
 
 `launch` → `spawn` → `worker`: every rank reads the frozen config of the run folder and nothing else.
 """

@@ -1,4 +1,4 @@
-"""When memory runs out: which settings to lower, and their present values."""
+"""When memory runs out: which settings to lower, and their current values."""
 
 from __future__ import annotations
 

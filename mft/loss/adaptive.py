@@ -1,4 +1,4 @@
-"""What adaptive modes have in common: moving weights, a memory of probes, straight-line fits, an Adam.
+"""What adaptive modes have in common: changing weights, a history of probes, straight-line fits, an Adam.
 
 Shapes: `x_K` one value for each of the K tasks, `x_p` one for each probe remembered, oldest first; a probe is
 a small validation. All of it is float64 numpy on the CPU and fed only with sums over all ranks, so that every
@@ -85,7 +85,7 @@ class Adam:
     """Adam (Kingma and Ba 2015) on K numbers; absent tasks are left alone.
 
     Betas 0.9 and 0.999, eps 1e-8, weight decay added to the gradient, as in `torch.optim.Adam`. Written out,
-    because each task has a step count of its own: a task that was absent must not have its mean decayed.
+    because each task has its own step count: a task that was absent must not have its mean decayed.
     """
 
     def __init__(self, names: Sequence[str], lr: float, weight_decay: float = 0.0):

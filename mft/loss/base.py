@@ -60,7 +60,7 @@ class TaskLoss(ABC):
     needs_statistics: ClassVar[bool] = False
     """Whether the mode has `statistics`."""
     by_sample: ClassVar[bool] = False
-    """Whether it counts samples, which must then be whole."""
+    """Whether it counts samples, which then must not be split."""
     probe_samples: int = 0
     """Samples of each task that one probe reads, all ranks together; 0: the mode makes no probes."""
 

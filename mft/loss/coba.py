@@ -122,7 +122,7 @@ class Coba(Probing):
         self.largest.append(update, np.array([np.nanmax(slope_K)]))
         rcs_k, acs_k = scores(slope_K[known_K], self.slopes.array()[:, known_K])
         df = min(divergence_factor(self.largest.array()[:, 0], self.tau), 1.0)
-        # the tasks with a slope divide their part of the whole weight, the others keep 1/K each
+        # the tasks with a slope divide their part of the total weight, the others keep 1/K each
         weight_K = np.full(len(slope_K), 1 / len(slope_K))
         weight_K[known_K] = (df * rcs_k + (1 - df) * acs_k) * known_K.mean()
         self.weigh(weight_K)

@@ -1,6 +1,6 @@
 """Attention sample by sample over one row of samples, so that no mask of a packed row is ever made.
 
-Each function is registered with transformers under a name of its own and is the ordinary attention of that
+Each function is registered with transformers under its own name and is the ordinary attention of that
 name's kind until a forward is given `cu_seq_lens_q`: answering, with its cache and left padding, is
 untouched.
 """

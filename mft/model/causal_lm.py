@@ -1,4 +1,4 @@
-"""A causal language model and its tokenizer, from a folder or the hub, and what its family does differently.
+"""A causal language model and its tokenizer, from a folder or the hub, and what is specific to its family.
 
 A family is a yaml of conf/model; code only where a family has a quirk: subclass CausalLM and override the
 method in question.

@@ -1,4 +1,4 @@
-"""Cross entropy of selected positions in chunks, so that the logits of a whole batch never exist.
+"""Cross entropy of selected positions in chunks, so that the logits of a full batch never exist.
 
 Legend: n positions that carry loss, H hidden width, V vocabulary. Losses are float32 (float64 for a float64
 model); the matrix products run in the compute dtype, the log-softmax never does.

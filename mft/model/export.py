@@ -1,4 +1,4 @@
-"""Writing what was trained, or converted, as a folder that transformers and peft load."""
+"""Writes trained or converted models as a folder that transformers and peft load."""
 
 from __future__ import annotations
 

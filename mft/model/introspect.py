@@ -1,5 +1,4 @@
-"""What is inside a loaded model: the model beneath peft, what it does after its head, how many weights it
-has."""
+"""Inspects a loaded model: the model beneath peft, what follows its head, how many weights it has."""
 
 from __future__ import annotations
 

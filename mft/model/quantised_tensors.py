@@ -1,5 +1,5 @@
-"""Quantised weights as the headers of safetensors files show them: what gives them away, and whether those of
-each method that is read are complete and of shapes that transformers reads rightly.
+"""Quantised weights in the headers of safetensors files: how they are recognised, and whether those of each
+supported method are complete and have shapes that transformers reads correctly.
 """
 
 from __future__ import annotations

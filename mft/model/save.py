@@ -31,8 +31,10 @@ tags: [mft]
 
 # A decoder with ALiBi
 
-This model has RMSNorm, SwiGLU and linear attention biases (ALiBi) in place of rotary positions, as Baichuan-13B has.
-transformers has no class for it, so `AutoModelForCausalLM.from_pretrained` says that it does not recognise the type
+This model has RMSNorm, SwiGLU and linear attention biases (ALiBi) in place of rotary positions, as \
+Baichuan-13B has.
+transformers has no class for it, so `AutoModelForCausalLM.from_pretrained` says that it does not \
+recognise the type
 `mft_alibi`. With the package `mft` installed, which trained it, one import more makes it known:
 
 ```python

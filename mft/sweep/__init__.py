@@ -2,7 +2,7 @@
 
 `hydra_app` runs Hydra's application, whose plugins (`hydra_plugins`) pass the overrides of every job to
 `jobs` (a grid) or `optuna_search` (values that Optuna proposes). `composer` composes and checks all of them
-before the first starts; `pool` runs them side by side, each under a supervisor process of its own, and ends
+before the first starts; `pool` runs them side by side, each under its own supervisor process, and ends
 those early that are worse than the median. `display` shows them. `external_launcher` passes jobs to the
 launcher of another package (SLURM).
 

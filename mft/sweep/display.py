@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a line for each running job, a table at its end, and jobs.txt in its
+"""What a user sees of a sweep: a line for each running job, a table at its end, and jobs.txt in its
 folder."""
 
 from __future__ import annotations

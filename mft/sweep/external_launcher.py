@@ -1,5 +1,4 @@
-"""Jobs of a sweep through the launcher of another package (submitit for SLURM, joblib): checked here, run
-there.
+"""Jobs of a sweep through another package's launcher (submitit for SLURM, joblib): checked here, run there.
 
 Each job is composed again where it runs and has the same folder as with `hydra/launcher=mft`, so that the
 same command skips finished jobs and resumes the others.
@@ -51,7 +50,7 @@ class ExternalLauncher:
             except KeyboardInterrupt:
                 print("\nsubmitted jobs are left to their launcher (scancel ends them)", file=sys.stderr)
                 raise signals.Stopped(signal.SIGINT, signals.INTERRUPTED) from None
-            except Exception as error:  # a job ended by its scheduler; how each ended is in its folder
+            except Exception as error:  # a job ended by its scheduler; how each job ended is in its folder
                 say(f"{type(self.launcher).__name__}: {type(error).__name__}: {error}")
             for job in waiting:
                 collect_result(job)

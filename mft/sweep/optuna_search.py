@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna`: a sweep whose values Optuna proposes from what earlier jobs have reached.
+"""`hydra/sweeper=optuna`: a sweep whose values Optuna proposes from the results of earlier jobs.
 
 The study is stored in the sweep's folder (`search.journal`), so the same command resumes it: finished trials
 are kept, interrupted ones resume from their checkpoint, failed ones are tried again. A job's folder is its

@@ -1,4 +1,4 @@
-"""Jobs side by side: each under a supervisor process of its own, with its share of the cores and GPUs.
+"""Jobs side by side: each under its own supervisor process, with its part of the cores and GPUs.
 
 A supervisor is forked from the fork server, writes the output of its job to `log/output.txt` in the run
 folder, and ends with this process: kill -9 of the sweep leaves nothing running.

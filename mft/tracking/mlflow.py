@@ -133,7 +133,7 @@ class Mlflow(Tracker):
         named.close("finished")
 
     def close(self, status: str) -> None:
-        """Sends the rest, with the files, checkpoints and final model that lie in the run folder by now."""
+        """Sends the rest, with the files, checkpoints and final model that are in the run folder by now."""
         try:
             self._sender.record.outcome = status
             self._sender.record.save(self._sender.run_dir)

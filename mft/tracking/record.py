@@ -1,4 +1,4 @@
-"""`mlflow.json` of a run folder: what MLflow must know that no other file says, and how much has arrived."""
+"""`mlflow.json` of a run folder: what MLflow needs beyond the other files, and how much has been sent."""
 
 from __future__ import annotations
 

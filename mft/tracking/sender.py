@@ -1,4 +1,4 @@
-"""Sends a run folder to an MLflow store: what lies behind the saved place, in batches, each point once.
+"""Sends a run folder to an MLflow store: everything after the saved position, in batches, each point once.
 
 The run's own files are the record (metrics.jsonl, config.yaml, summary.json, report/), so one sender serves
 a run that is training and `mft tracking sync` long after it. A kill between sending a batch and saving its

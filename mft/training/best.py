@@ -1,4 +1,4 @@
-"""Which validations were the best ones, and which of them a checkpoint exists of."""
+"""Which validations were the best, and which of them have a checkpoint."""
 
 from __future__ import annotations
 

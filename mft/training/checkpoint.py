@@ -108,7 +108,7 @@ def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
         if older := newest(run_dir):
             message += f"; the same command then resumes from {older.name}"
         raise UserError(message) from error
-    # the barriers: nobody writes before the folder is there, or goes on before it counts
+    # barriers: no rank writes before the folder exists, or continues before it is complete
     if engine.is_main:
         publish(temporary, final)
     engine.barrier()

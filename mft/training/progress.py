@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a rich progress bar on a terminal, plain lines elsewhere."""
+"""What a user sees while a run trains: a rich progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

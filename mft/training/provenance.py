@@ -1,4 +1,4 @@
-"""Where a run comes from: commit, versions, host. Kept as tags with the run."""
+"""The provenance of a run: commit, versions, host. Stored as tags with the run."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Answers:
         return table("One answer per task", columns, rows, lines=True)
 
     def write(self, path: Path) -> None:
-        """Writes prompts and whole answers as Markdown."""
+        """Writes prompts and full answers as Markdown."""
         parts = ["# Answers\n"]
         for number, prompt in enumerate(self.prompts):
             parts.append(f"## {prompt.task}\n")

@@ -1,4 +1,4 @@
-"""Where a run stands; saved with every checkpoint as state/loop.json."""
+"""The progress of a run; saved with every checkpoint as state/loop.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves when it ends: summary.json, the plots of report/, and the tables in the terminal."""
+"""What a run writes when it ends: summary.json, the plots of report/, and the tables in the terminal."""
 
 from __future__ import annotations
 

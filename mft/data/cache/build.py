@@ -1,4 +1,4 @@
-"""Rows of a task → its token cache: read here, tokenised by all cores beside it, written in order."""
+"""Rows of a task → its token cache: read here, tokenised by workers on all cores, written in order."""
 
 from __future__ import annotations
 

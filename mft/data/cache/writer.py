@@ -1,4 +1,4 @@
-"""The files of a token cache: written with the account of its rows, and checked for damage."""
+"""The files of a token cache: written with counts of its rows, and checked for damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints in the formats of 2023, which came with code of their own: ChatGLM 2 and 3, CodeGeeX 2, Qwen,
+"""Checkpoints in the formats of 2023, which shipped their own code: ChatGLM 2 and 3, CodeGeeX 2, Qwen,
 Baichuan, Aquila 2.
 
 Their code is never run. `original` is such a checkpoint: checked by its config.json, which `families` and

@@ -1,5 +1,4 @@
-"""Families whose checkpoints came with code of their own: what their configs and vocabularies mean
-natively."""
+"""Families whose checkpoints shipped their own code: how configs and vocabularies map to native ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint in its original format, which came with code of its own: checked, and converted when it is
+"""A checkpoint in its original format, which shipped its own code: checked, and converted when it is
 first used.
 
 Nothing of the checkpoint's code is run: its config.json is translated by a class for each family

@@ -3,7 +3,7 @@ ids.
 
 Both libraries merge the pair whose joint piece ranks best, the leftmost of equals. A `tokenizers` BPE ranks
 pairs, not pieces, so every way of splitting a piece becomes a merge, in an order that leaves the leftmost
-first. What is made is compared with the library itself on the whole vocabulary before it is handed out: the
+first. The result is compared with the library itself on the full vocabulary before it is used: the
 released files cannot be tried here, and a wrong id would train without an error.
 """
 

@@ -56,7 +56,7 @@ class Lora(Full):
     """Probability of zeroing an input of the adapters while training."""
 
     targets: Any = None
-    """Modules that get adapters: a list of names, "all-linear", or a regular expression over whole module
+    """Modules that get adapters: a list of names, "all-linear", or a regular expression over full module
     paths; None = the family's lora_targets, else all linear layers."""
 
     experts: bool = False
