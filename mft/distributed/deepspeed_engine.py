@@ -99,8 +99,9 @@ class DeepSpeedEngine(Engine):
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
-        frozen_part = hasattr(tensor, "ds_id") and not tensor.requires_grad
-        with deepspeed.zero.GatheredParameters([tensor], enabled=frozen_part):
+        # only frozen shards: safe_get_full_fp32_param gathers the trained ones
+        frozen_shard = hasattr(tensor, "ds_id") and not tensor.requires_grad
+        with deepspeed.zero.GatheredParameters([tensor], enabled=frozen_shard):
             full: torch.Tensor = tensor.detach()
             if tensor.requires_grad:
                 full = safe_get_full_fp32_param(tensor)

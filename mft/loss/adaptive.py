@@ -212,11 +212,16 @@ class Adaptive(TaskTokenMean):
         """The first part of the names of what this mode logs."""
         return self.public_name or type(self).__name__.lower()
 
-    def check_probes(self, valid_samples: Sequence[int]) -> None:
-        """Raises UserError when no task has a validation sample; warns of the tasks that have none."""
+    def check_probes(self, valid_samples: Sequence[int], setting: str = "") -> None:
+        """Raises UserError when no task has a validation sample; warns of the tasks that have none.
+
+        setting: the one because of which this mode needs them, e.g. " loss.source=valid".
+        """
         without = [name for name, count in zip(self.names, valid_samples, strict=True) if not count]
         if len(without) == len(self.names):
-            reason = f"loss={self.mode} learns its weights from validation samples, and no task has any"
+            reason = (
+                f"loss={self.mode}{setting} learns its weights from validation samples, and no task has any"
+            )
             raise UserError(f"{reason}; give data.split a validation part, e.g. data.split=[95,5,0]")
         if without:
             reason = f"loss={self.mode} cannot judge tasks without validation samples"
@@ -260,15 +265,15 @@ class Probing(Adaptive):
         super().__post_init__()
         w, n, u = self.warmup_steps, self.history_length, self.update_interval
         if w < 3 * u:
-            raise UserError(
-                f"loss.warmup_steps is {w}; it must be at least 3 x loss.update_interval = {3 * u}"
-            )
+            least = f"at least 3 x loss.update_interval = {3 * u}"
+            raise UserError(f"loss.warmup_steps is {w}; it must be {least}, since two probes make a line")
         if w % u:
             mend = f"set loss.warmup_steps to {w - w % u} or {w + u - w % u}"
             raise UserError(f"loss.warmup_steps is {w}, not a multiple of loss.update_interval = {u}; {mend}")
         if n < w // u:
             least = f"at least loss.warmup_steps / loss.update_interval = {w // u}"
-            raise UserError(f"loss.history_length is {n} probes; it must be {least}")
+            mend = "raise it, or lower loss.warmup_steps"
+            raise UserError(f"loss.history_length is {n} probes; it must be {least}: {mend}")
 
     @property
     def needs_validation(self) -> bool:

@@ -75,7 +75,7 @@ class TaskLoss(ABC):
             if not (weight >= 0 and math.isfinite(weight)):
                 raise UserError(f"task.{name}.weight={weight} must be at least 0 and finite")
         if not self.takes_weights and len(set(weights)) > 1:
-            mode = type(self).__name__
+            mode = getattr(self, "public_name", "") or type(self).__name__
             pairs = zip(names, weights, strict=True)
             listed = ", ".join(f"task.{name}.weight={weight:g}" for name, weight in pairs)
             warnings.warn(f"loss={mode} has no task weights; these do nothing: {listed}", stacklevel=2)

@@ -143,9 +143,8 @@ class TaskFocal(Focal):
         miss_K = (1 - P_K).clamp(min=CERTAIN)
         slope_q_K = -scale_K * miss_K**self.gamma_K
         slope_p_K = scale_K * self.gamma_K * miss_K ** (self.gamma_K - 1) * Q_K
-        slope_p_K = slope_p_K * (
-            1 - P_K > CERTAIN
-        )  # where the clamp holds, the objective does not depend on P
+        # where the clamp holds, the objective does not depend on P
+        slope_p_K = slope_p_K * (1 - P_K > CERTAIN)
         P_n, Q_n, task_n = sample_means(nll_BT, batch)
         slope_q_n = slope_q_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
         slope_p_n = slope_p_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]

@@ -91,9 +91,13 @@ def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
     """
     temporary = final.with_name(f".{final.name}.tmp")
     if engine.is_main:
-        for leftover in final.parent.glob(f".{final.name}*.tmp"):  # of a process that was killed
+        for leftover in (
+            temporary,
+            final.with_name(f".{final.name}.old.tmp"),
+        ):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
+        # fails if one could not be removed: what it holds must not be sealed as part of the new folder
+        temporary.mkdir(parents=True)
     engine.barrier()
     try:
         yield temporary

@@ -86,8 +86,8 @@ class Meter:
         self.restart()
         if not saved:
             return
-        own = saved if engine.is_main else ()
-        for part in [saved[engine.rank]] if len(saved) == engine.world else own:
+        all_ranks = saved if engine.is_main else []
+        for part in [saved[engine.rank]] if len(saved) == engine.world else all_ranks:
             self.sums_2K += self.sums_2K.new_tensor(part["sums"])
             self.losses_2 += self.losses_2.new_tensor(part["losses"])
             self.tokens, self.padding = self.tokens + part["tokens"], self.padding + part["padding"]

@@ -69,7 +69,7 @@ def test_negative_weight_is_refused():
 
 
 def test_weights_that_do_nothing_are_told():
-    with pytest.warns(UserWarning, match=r"TokenMean has no task weights.*task\.b\.weight=2"):
+    with pytest.warns(UserWarning, match=r"loss=token_mean has no task weights.*task\.b\.weight=2"):
         TokenMean().setup(["a", "b"], [1, 2])
 
 
