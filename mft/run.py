@@ -98,6 +98,8 @@ def start(cfg: DictConfig, folder: Path) -> Run:
 def make_loader(r: Run) -> BatchLoader:
     """Returns the loader of this rank's micro-batches; shows and writes what the run takes of each task."""
     data, tasks, names, loss = r.data, r.data.tasks, r.data.names, r.parts.loss
+    if r.engine.is_main:  # first: it says why a task has too few samples for what follows
+        data.write_report(r.folder / "report")
     for renderable in (*report.tables(data.stores, names), *report.notes(data.stores, names)):
         r.progress.show(renderable)
     pad_id: Any = data.tokenizer.pad_token_id
@@ -110,7 +112,6 @@ def make_loader(r: Run) -> BatchLoader:
     if (warmup := getattr(r.parts.scheduler, "warmup", 0)) >= 1 and warmup > total:
         r.progress.show(f"scheduler.warmup={warmup:g}: lr does not reach its peak in {total:,} steps")
     if r.engine.is_main:
-        data.write_report(r.folder / "report")
         write_json(r.folder / "report" / "mixture.json", mixed)
         write_json(r.folder / "plan.json", {"total_steps": total, "tasks": names})
     valid_counts = loader.valid_counts(len(tasks))

@@ -113,7 +113,7 @@ def test_generate_with_a_base_that_has_moved(
     cli.main(["merge", str(run_dir), "--base", str(moved)])
     with pytest.raises(SystemExit):
         cli.main(["generate", str(run_dir / "merged"), "hi", "--base", str(moved)])
-    assert "holds a full model, not an adapter, and needs no base; leave it out" in capsys.readouterr().err
+    assert "holds a full model, which needs no base; leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -107,3 +107,11 @@ def test_what_does_not_go_together_with_cutting_is_refused(tmp_path: Path, cache
     given = ["model=tiny", f"cache_dir={tmp_path}", two_tasks(tmp_path / "tasks"), "data.long_samples=keep"]
     with pytest.raises(UserError, match=r"data\.long_samples=keep is for rows that cut samples"):
         check(compose_resolved(given), world=1)
+
+
+def test_the_report_says_why_no_sample_is_left(tmp_path: Path, cache_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.split: no sample is left for training"):
+        train(tmp_path, cache_dir, "data.split=[0,100,0]")
+    report = tmp_path / "run" / "report"
+    assert json.loads((report / "data.json").read_text())["adding"]["kept"] > 0
+    assert (report / "dropped.jsonl").exists()

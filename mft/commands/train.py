@@ -71,6 +71,8 @@ def hydra_flags(parsed: argparse.Namespace) -> list[str]:
     changing += [f"--package={parsed.package}"] if parsed.package else []
     if changing and not serving and not parsed.multirun:
         raise UserError(f"{changing[0]} needs --cfg job, whose output it changes.")
+    if parsed.multirun and serving:
+        raise UserError(f"{serving[0]} shows one run: leave out -m, or the values to sweep over.")
     if parsed.multirun:
         from mft.launch.placement import detect_rank
 

@@ -32,7 +32,7 @@ REFUSALS = (
     (r"Cannot convert '\w+' to string|converted to String|is not a subclass of str", "must be a string"),
     (
         r"Invalid value assigned|DictConfig with ListConfig|to ListConfig|not a ListConfig",
-        "must be a list, e.g. [a,b]",
+        "must be a list, such as [a,b]",
     ),
     (r"is not a DictConfig|to DictConfig|subclass of [A-Z]|to Dict\[", "must be a mapping, such as {a: 1}"),
     (r"is not Optional|None to non-optional", "must not be null"),

@@ -162,7 +162,7 @@ def with_output_dir(overrides: Sequence[str]) -> list[str]:
 
 def not_an_override(word: str) -> str:
     """Returns the sentence for a word without `=`, with what was probably meant."""
-    if word[:1] in DASHES:
+    if word and word[0] in DASHES:
         dash = unicodedata.name(word[0]).lower()
         return f"{word!r} starts with {dash}, not with a hyphen; write --{word.lstrip(DASHES)}."
     if options := [f"{group}={word}" for group in groups() if word in group_options(group)]:
@@ -217,6 +217,8 @@ def _parsed(override: str) -> Override:
         return OverridesParser.create().parse_override(override)
     except RecursionError:
         raise UserError(f"{shortened(override)}: brackets are nested too deeply.") from None
+    except ValueError as error:  # Python reads integers of at most 4,300 digits
+        raise UserError(f"{shortened(override)}: {error}.") from error
     except HydraException as error:
         key = override.partition("=")[0]
         if not re.fullmatch(r"(\+{1,2}|~)?[\w$][\w$./@:-]*", key):

@@ -82,7 +82,9 @@ class Launch:
         if self.rdzv_endpoint is not None:
             host, _, port = self.rdzv_endpoint.rpartition(":")
             if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
-                raise UserError(f"launch.rdzv_endpoint={self.rdzv_endpoint}: write host:port (node0:29400).")
+                raise UserError(
+                    f"launch.rdzv_endpoint={self.rdzv_endpoint}: write host:port, such as node0:29400."
+                )
         if self.nnodes == 1:
             return
         if self.mode is LaunchMode.inline:

@@ -147,19 +147,19 @@ def check_validation(train: TrainSettings, loss: TaskLoss, counts: Mapping[str, 
 
     counts: validation samples of each task, by name.
     """
-    problem = ""
-    if train.best in counts and train.best not in BEST and not counts[train.best]:
-        problem = f"train.best={train.best}: this task has no validation samples"
-    if train.early_stopping and not any(counts.values()):
-        problem = "train.early_stopping=true needs validation samples, and no task has any"
     if loss.needs_validation and not any(counts.values()):
         name = loss.public_name or type(loss).__name__
         problem = f"loss={name} learns its weights from validation samples, and no task has any"
-    if problem:
-        raise UserError(
-            f"{problem}; give data.split a validation part, such as data.split=[95,5,0], or a task its "
-            "own rows with task.NAME.valid"
-        )
+    elif train.early_stopping and not any(counts.values()):
+        problem = "train.early_stopping=true needs validation samples, and no task has any"
+    elif train.best in counts and train.best not in BEST and not counts[train.best]:
+        problem = f"train.best={train.best}: this task has no validation samples"
+    else:
+        return
+    raise UserError(
+        f"{problem}; give data.split a validation part, such as data.split=[95,5,0], or a task its own rows "
+        "with task.NAME.valid"
+    )
 
 
 def _check_together(cfg: DictConfig, c: build.Components) -> None:

@@ -104,7 +104,9 @@ def _judge(path: Path, text: str) -> None:
             total += sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent):
             if event.tag is not None and event.tag not in _TAGS:
-                raise UserError(f"{at}: the tag {event.tag}; expected text, numbers, lists or mappings.")
+                raise UserError(
+                    f"{at}: the tag {event.tag} is unexpected; write text, numbers, lists or mappings."
+                )
             if isinstance(event, yaml.CollectionStartEvent):
                 open_nodes.append((event.anchor, total))
             else:

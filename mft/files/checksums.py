@@ -178,10 +178,11 @@ def _unreadable(folder: Path) -> str:
                     if parts.testzip() is not None:
                         return f"{name} is damaged"
             elif path.suffix == ".safetensors":
-                with safe_open(path, framework="numpy"):  # compares the size of the file with its header
+                # compares the size of the file with its header, and refuses gaps and unknown dtypes
+                with safe_open(path, framework="numpy"):
                     pass
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+        except OSError as error:  # those of safetensors have no strerror
+            return f"{name} cannot be read: {error.strerror or error}"
         except (ValueError, RecursionError, zipfile.BadZipFile, SafetensorError):
             return f"{name} is damaged"
     return ""

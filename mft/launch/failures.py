@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ BROKEN = re.compile(
 
 class HostGone(UserError):
     """Other hosts of the run have stopped sending heartbeats."""
+
+    hosts: Sequence[int] = ()
+    """Their numbers."""
 
 
 LostHosts = Callable[[float], HostGone | None]

@@ -171,10 +171,12 @@ class NodeGroup:
         if not gone:
             return None
         named = " and ".join(f"host {n} ({self.names[n]})" for n in gone)
-        return failures.HostGone(
+        error = failures.HostGone(
             f"{named} {'is' if len(gone) == 1 else 'are'} gone: no heartbeat any more. What was saved is "
             "intact; run the same command on every host to resume from the newest checkpoint."
         )
+        error.hosts = gone
+        return error
 
     def close(self) -> None:
         """Announces that this host leaves. The one that serves the store waits until the others have left, or
@@ -219,11 +221,11 @@ class NodeGroup:
         than itself."""
         since = 0.0
         while not self._closed.wait(BEAT_SECONDS):
-            error, gone = self.lost(self._settings.lost_seconds), self.gone(self._settings.lost_seconds)
+            error = self.lost(self._settings.lost_seconds)
             if error and self.log is not None:
                 since = since or time.time()
                 report = self.log / f"host{self.rank}.error.json"
-                failures.write_report(report, error, -1, time=since, gone=gone)
+                failures.write_report(report, error, -1, time=since, gone=error.hosts)
 
 
 def too_few(joined: int, settings: Launch, reason: str = "") -> UserError:

@@ -141,12 +141,14 @@ def _require_not_begun(folder: Path) -> None:
     frozen = all(f"\n{key}:" in text for key in ("output_dir", "train", "launch"))  # as a run writes it
     if frozen and {"checkpoints", "metrics.jsonl", "final"} & set(names):
         raise UserError(
-            f"output_dir={folder} holds a run whose identity.json is missing or damaged. Remove it, or start "
-            "from one of its checkpoints in another folder, with peft.path or model.path."
+            f"output_dir={folder} holds a run whose identity.json is missing or damaged, so it cannot be "
+            "resumed. Choose another folder, with peft.path or model.path set to one of its checkpoints, or "
+            "remove this folder."
         )
     foreign = [name for name in names if name not in PARTIAL]
     # a person's own config.yaml is not to be overwritten
     if not foreign and not frozen and config.exists() and config.stat().st_size:
         foreign = [config.name]
     if foreign:
-        raise UserError(f"output_dir={folder} is not empty and holds no run, but {foreign[0]}.")
+        holds = f"is not empty and holds no run, but {foreign[0]}"
+        raise UserError(f"output_dir={folder} {holds}; choose another folder.")

@@ -121,8 +121,8 @@ def placed_rank_main(run_dir: Path) -> None:
         rank_main(str(log), run_job, (str(run_dir),), None)
     except Exception:
         placed = placement.detect_rank()
-        first = placed is None or placed.rank == 0
-        if first and (cause := failures.cause_elsewhere(log / "rank0.error.json", since)):
+        is_rank_0 = placed is None or placed.rank == 0
+        if is_rank_0 and (cause := failures.cause_elsewhere(log / "rank0.error.json", since)):
             raise cause from None
         raise
 

@@ -3,6 +3,7 @@ folder."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -74,8 +75,10 @@ def write_jobs(jobs: Sequence[SweepJob], folder: Path) -> None:
 
 def best_of(jobs: Sequence[SweepJob]) -> SweepJob | None:
     """Returns the job with the best objective so far."""
-    validated = [job for job in jobs if job.values and job.state != RunStatus.same]
-    return min(validated, key=lambda job: min(job.values.values()), default=None)
+    # `values` of a job that is resumed empties in another thread
+    lowest = {job.number: min(job.values.values(), default=math.inf) for job in jobs}
+    validated = [job for job in jobs if lowest[job.number] < math.inf and job.state != RunStatus.same]
+    return min(validated, key=lambda job: lowest[job.number], default=None)
 
 
 @contextmanager
@@ -90,9 +93,11 @@ def live(jobs: Sequence[SweepJob], folder: Path, total: int) -> Iterator[Callabl
 
     console = screen.console()
 
-    def best_so_far() -> str:
-        best = best_of(jobs)
-        return f"  best so far {_number(best.best)}: job {best.number}, {best.checked.label}" if best else ""
+    def best_so_far(short: bool = False) -> str:
+        if (best := best_of(jobs)) is None:
+            return ""
+        text = f"best so far {_number(best.best)}: job {best.number}"
+        return f"  ({text})" if short else f"  {text}, {best.checked.label}"
 
     def running() -> Text:
         lines = [line(job, total) for job in jobs if job.state == RunStatus.running]
@@ -108,7 +113,7 @@ def live(jobs: Sequence[SweepJob], folder: Path, total: int) -> Iterator[Callabl
             text = Text(line(job, total), style=IN_WORDS[job.state][1])
             console.print(text, no_wrap=True, overflow="ellipsis")
         elif not console.is_terminal and (ended or not job.offset):  # the validations in between are many
-            say(line(job, total) + (best_so_far() if ended else ""))
+            say(line(job, total) + (best_so_far(short=True) if ended else ""))
 
     redrawn = Live(get_renderable=running, console=console, refresh_per_second=2, transient=True)
     with redrawn if console.is_terminal else nullcontext():
@@ -126,8 +131,9 @@ def line(job: SweepJob, total: int) -> str:
         spent = time.time() - job.started
     else:
         steps = f"{job.state:<8} {steps}"
-    newest = job.values[max(job.values)] if job.values else None
-    loss = f"  valid {_number(newest)}" if job.values else ""
+    values = job.values  # replaced, in another thread, when the job is resumed
+    newest = values[max(values)] if values else None
+    loss = f"  valid {_number(newest)}" if values else ""
     loss += f" (best {_number(job.best)})" if job.best != newest else ""
     why = job.error or job.prune_reason
     reason = f"  {why.splitlines()[0]}" if why else ""

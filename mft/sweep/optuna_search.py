@@ -256,8 +256,12 @@ def check_settings(cfg: DictConfig, settings: Mapping[str, Any], space: Mapping[
     for name in ("n_trials", "startup_trials"):
         if not str(settings[name]).isdigit() or int(settings[name]) < 1:
             raise UserError(f"hydra.sweeper.{name}={settings[name]} must be at least 1.")
-    if (launcher := cfg.hydra.runtime.choices["hydra/launcher"]) != "mft" or detect_rank() is not None:
-        raise UserError(f"hydra/sweeper=optuna needs hydra/launcher=mft (launch.jobs=2), not {launcher}.")
+    if (launcher := cfg.hydra.runtime.choices["hydra/launcher"]) != "mft":
+        side = "launch.jobs=2 runs two jobs side by side on this machine"
+        raise UserError(f"hydra/sweeper=optuna needs hydra/launcher=mft, not {launcher}; {side}.")
+    if detect_rank() is not None:
+        placed = "run it without torchrun, accelerate launch or srun"
+        raise UserError(f"hydra/sweeper=optuna starts the ranks of its jobs itself: {placed}.")
 
 
 def boundary_trials(space: Mapping[str, Any]) -> list[list[str]]:

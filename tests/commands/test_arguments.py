@@ -148,7 +148,10 @@ def test_train_keeps_the_flags_of_hydra() -> None:
     parsed = train.parser().parse(words)
     assert overrides_in(parsed.words) == ["experiment=demo", "~tracking"]
     assert parsed.config_dir == [Path("a"), Path("b")] and not parsed.dry_run
-    assert train.hydra_flags(parsed) == ["-m", "--cfg=job", "--resolve", "--package=train"]
+    with pytest.raises(UserError, match="--cfg=job shows one run: leave out -m"):
+        train.hydra_flags(parsed)
+    parsed.multirun = False
+    assert train.hydra_flags(parsed) == ["--cfg=job", "--resolve", "--package=train"]
     assert train.hydra_flags(train.parser().parse(["--info"])) == ["--info=all"]
     with pytest.raises(UserError, match=r"--package=train needs --cfg job"):
         train.hydra_flags(train.parser().parse(["--package", "train"]))
