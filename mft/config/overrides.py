@@ -169,7 +169,7 @@ def not_an_override(word: str) -> str:
         meant = options[0]
     elif Path(word).suffix in (".yaml", ".yml"):
         meant = f"--config-dir DIR experiment={Path(word).stem}"
-    elif "/" in word or Path(word).exists():
+    elif "/" in word or (word and Path(word).exists()):
         meant = f"data.paths=[{word}]"
     else:
         key = setting_here(word) or (word if word in groups() or "." in word else "")

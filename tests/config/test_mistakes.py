@@ -164,6 +164,9 @@ def test_ranges_of_components(override: str, parts: list[str], tmp_path: Path) -
     "args, parts",
     [
         (["train", "'a'"], ["is not a valid override"]),
+        (["train", ""], ["'' is not a valid override; use key=value"]),
+        (["train", f"train.max_steps={'9' * 5000}"], ["train.max_steps=", "digits"]),
+        (["train", "-m", "--cfg", "job", "peft=lora,full"], ["--cfg=job shows one run: leave out -m"]),
         (["train", "data/alpha"], ["did you mean data.paths=[data/alpha]?"]),
         (["train", "lora"], ["did you mean peft=lora?"]),
         (["train", "mine.yaml"], ["experiment=mine"]),
