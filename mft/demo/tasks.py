@@ -22,7 +22,7 @@ from typing import Any
 from mft.demo.source import Function, definitions, first_line, functions, parse, read
 
 CAPS = {"completion": 1_200, "docstring": 700, "function_body": 1_250, "function_name": 500, "unit_test": 600}
-"""Rows of a task at most. Unequal, as real tasks are; together about 1 M SmolLM2 tokens with Python 3.11."""
+"""Rows of a task at most. Unequal, as real tasks are; together 0.9 M SmolLM2 tokens with Python 3.11."""
 
 MAX_CHARACTERS = 5_000  # of a row's messages: about 1,700 SmolLM2 tokens at most
 MASK = "____"
