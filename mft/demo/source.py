@@ -104,8 +104,13 @@ def definitions(statements: Iterable[ast.stmt], owner: str = "") -> Iterator[tup
     for node in statements:
         if isinstance(node, Definition) and not node.decorator_list:
             yield owner, node
-        elif isinstance(node, ast.ClassDef):
+        elif isinstance(node, ast.ClassDef) and not node.decorator_list:
             yield from definitions(node.body, f"{owner}.{node.name}".lstrip("."))
+
+
+def first_line(node: ast.stmt) -> int:
+    """Returns the line of a statement's first decorator, which ast does not count as part of it, or its own."""
+    return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
 
 
 def read(lines: list[str], node: Definition, module: str, owner: str) -> Function | str:
@@ -123,7 +128,7 @@ def read(lines: list[str], node: Definition, module: str, owner: str) -> Functio
     if [*map(ast.dump, alone.body[without_doc])] != [*map(ast.dump, node.body[without_doc])]:
         return "does not stand alone"  # dedent took indentation out of a string
     rows = code.split("\n")
-    start = alone.body[0].lineno - 1
+    start = first_line(alone.body[0]) - 1
     end = alone.body[0].end_lineno if doc else start
     body = "\n".join(rows[end:]).strip("\n")
     if len(body) < MIN_BODY or start == 0:  # or all on one line

@@ -53,7 +53,7 @@ def write(groups: Sequence[Group], metric: str, path: Path, title: str) -> Path:
         HEAD.format(title=escape(f"mft compare: {title}")),
         f"<h1>{escape(title)}</h1>",
         f"<p>{len(runs)} runs, {len(groups)} settings, ranked by <b>{escape(metric)}</b>: each run's "
-        f" {compared}, mean over n seeds. Losses are nats per token.</p>",
+        f"{compared}, mean over n seeds. Losses are nats per token.</p>",
         f"<p class=say>{escape(verdicts(groups)[1])}</p>",
         _table(head, rows),
         "<h2>Settings and seeds</h2>" + _image(_dots(groups, metric), "every seed, mean and spread"),

@@ -200,5 +200,8 @@ def at(place: str, uri: str, metric: str = "mean") -> list[Run]:
     if Path(place).is_dir():
         return [read_run(path) for path in run_folder.runs_under(Path(place))]
     if not uri and not Path("mlflow.db").exists():
-        raise UserError(f"{place} is not a folder, and there is no MLflow store here (mlflow.db).")
+        raise UserError(
+            f"{place} is not a folder, and there is no MLflow store here (mlflow.db) that could hold an "
+            "experiment; --uri names another."
+        )
     return read_experiment(place, uri or f"sqlite:///{Path('mlflow.db').resolve()}", metric)

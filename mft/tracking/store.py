@@ -1,4 +1,6 @@
-"""How an MLflow store is reached, and every private part of MLflow that is used (as of 3.17.2).
+"""How an MLflow store is reached, and the private parts of MLflow that this takes (as of 3.17.2).
+
+`runs.results` uses one more, mlflow.utils.get_results_from_paginated_fn; a test of the store guards them all.
 
 A SQLite database is created where there is none, by one process at a time. One that this MLflow cannot use is
 refused in a sentence before MLflow touches it, which would migrate any file half-way and end in a traceback.
@@ -112,6 +114,7 @@ def _check_database(path: Path, uri: str) -> None:
 
 def system_metrics() -> Iterator[dict[str, float]]:
     """Yields, at each step, what MLflow's own monitors of this machine measure, as system/…"""
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # a line where there is no GPU
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     # It is never started and sends nothing. The address keeps its client from opening a database, which the

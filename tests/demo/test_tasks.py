@@ -89,6 +89,7 @@ def test_prompt_and_answer_make_a_function(built):
     rows, _, _ = built
     for row in rows["function_body"] + rows["completion"]:
         ast.parse(prompt_code(row) + "\n" + turns(row)[1])
+        assert not prompt_code(row).splitlines()[-1].lstrip().startswith("@")
     for row in rows["docstring"]:
         (node,) = ast.parse(prompt_code(row)).body
         assert ast.get_docstring(node) is None
@@ -112,6 +113,8 @@ def test_unit_tests_stand_alone_and_pass(built):
     suite = unittest.TestSuite()
     for row in rows:
         answer = turns(row)[1]
+        if owner := re.search(r" for this method of `(?:\w+\.)*(\w+)`", turns(row)[0]):
+            assert owner[1] in answer, row["id"]
         names = {node.id for node in ast.walk(ast.parse(answer)) if isinstance(node, ast.Name)}
         space = {name: __import__(name) for name in {"unittest", *(sys.stdlib_module_names & names)}}
         exec(
@@ -155,6 +158,13 @@ def test_odd_files_are_left_out_and_counted(tmp_path: Path):
     }
     assert found[0].head + "\n" + found[0].body == found[0].code
     assert found[0].doc == "Adds the numbers and tells the log about it."
+
+
+def test_a_decorator_stays_with_its_function(tmp_path: Path):
+    body = "    @wraps(function)\n    def inner(*arguments):\n        return function(*arguments, 'long enough')\n"
+    (tmp_path / "outer.py").write_text(f"def outer(function):\n{body}    return inner\n")
+    (found,) = source.functions([tmp_path / "outer.py"], tmp_path, Counter())
+    assert found.head == "def outer(function):" and found.body == f"{body}    return inner"
 
 
 def test_where_the_library_ends(tmp_path: Path):

@@ -131,11 +131,14 @@ def test_a_run_goes_to_the_store_of_the_environment(tmp_path, monkeypatch):
 
 
 def test_what_is_used_of_the_insides_of_mlflow_is_there():
-    """Fails when an upgrade of MLflow removes a private part that mft/tracking/store.py uses."""
+    """Fails when an upgrade of MLflow removes a private part that tracking.store or runs.results uses."""
     from mlflow.store.db.utils import _get_latest_schema_revision
+    from mlflow.store.entities import PagedList
+    from mlflow.utils import get_results_from_paginated_fn
 
     schema = _get_latest_schema_revision()
     assert schema.isalnum() and len(schema) == 12
+    assert get_results_from_paginated_fn(lambda count, token: PagedList("ab", None), 2) == ["a", "b"]
     values = next(system_metrics())
     assert {"system/cpu_utilization_percentage", "system/disk_usage_percentage"} <= set(values)
     import mlflow.store.db.utils
