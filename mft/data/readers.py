@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -61,8 +63,12 @@ class Rows:
                     yield from self._parquet(file, before, size)
                 else:
                     yield from self._lines(file, before)
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read to its end: {error}") from error
+            except (OSError, EOFError, zlib.error) as error:
+                problem = str(error)
+                if file.suffix.lower() == ".zst" and isinstance(error, OSError) and error.errno is None:
+                    cut = "Truncated" in problem
+                    problem = "it was cut; fetch it again" if cut else f"it is not zstandard data ({problem})"
+                raise UserError(f"{file}: cannot be read to its end: {problem}") from error
             before += size
             self.done = before
 
@@ -133,13 +139,16 @@ def row_text(row: object) -> str:
 
 def _decompressed(file: Path, raw: io.BufferedReader) -> Any:
     """Returns the bytes of a file as a buffered stream that can `peek`."""
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())
-    if codec is None:
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if suffix != ".zst":
         return raw
     import pyarrow
 
-    # The package zstandard takes a file that was cut for a short one; pyarrow raises OSError.
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), codec), 1 << 17)
+    # The package zstandard takes a file that was cut for a short one; pyarrow raises OSError without errno.
+    stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+    return io.BufferedReader(stream, 1 << 17)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=object_of)

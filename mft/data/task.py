@@ -30,7 +30,11 @@ NAME_CHARACTERS = 200
 
 @dataclass
 class Task:
-    """One of the tasks that are learned together."""
+    """One of the tasks that are learned together.
+
+    A subclass that reads other files overrides `data_files`: `files`, `splits`, `named_splits`, `rows` and
+    `fingerprint`, and the places that rows are traced to, follow it.
+    """
 
     public_name: ClassVar[str] = "task"
 
@@ -87,6 +91,10 @@ class Task:
     def splits(self) -> list[str]:
         """Returns what each of the files is for: valid, test, or "" where data.split decides."""
         return [file.split for file in self.data_files]
+
+    def named_splits(self) -> list[str]:
+        """Returns what each of the files is for by its own name; "" for those of `valid`."""
+        return [file.named_split for file in self.data_files]
 
     def proportions(self, split: Sequence[float]) -> list[float]:
         """Returns data.split for the files that train: a split with its own files takes none of them."""
@@ -182,7 +190,9 @@ def all_tasks(chosen: Mapping[str, Task], paths: Sequence[str]) -> list[Task]:
     for key, task in chosen.items():
         name = task.name or key
         if name in tasks:
-            raise UserError(f"task.{key}.name: {name!r} is already the name of another chosen task")
+            raise UserError(
+                f"task.{key}.name: {name!r} is already the name of another chosen task; names must differ"
+            )
         tasks[name] = task.named(name)
     for path in paths:
         location = Path(os.path.normpath(Path(path).expanduser().absolute()))

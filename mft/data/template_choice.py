@@ -70,7 +70,8 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
         source = source.get("default")
     if not source:
         others = ", ".join(TEMPLATES)
-        raise UserError(f"data.template=tokenizer: has no chat template; choose {others} or a file *.jinja")
+        problem = "the tokenizer has no chat template"
+        raise UserError(f"data.template=tokenizer: {problem}; choose {others} or a file *.jinja")
     if source.startswith(NOTE):  # one of ours: its segments are known, with no need to render prefixes
         about = json.loads(source[len(NOTE) : source.index(" -#}")])
         template = TEMPLATES[about["template"]]()

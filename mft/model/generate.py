@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mft.batch import ROLES, Message
-from mft.errors import UserError, check_choice, shortened
+from mft.errors import UserError, shortened
 from mft.files.checksums import require_sound
 from mft.model.causal_lm import CausalLM
 from mft.model.model_folder import read_config
@@ -151,7 +151,9 @@ def messages(conversation: Conversation, system: str | None = None) -> list[Mess
             for key in ("role", "content"):
                 if not isinstance(turn.get(key), str):
                     raise UserError(f"a turn to be answered needs the text {key}: {shortened(dict(turn))}")
-            check_choice("role", turn["role"], ROLES)
+            if turn["role"] not in ROLES:
+                allowed = ", ".join(ROLES)
+                raise UserError(f"a turn to be answered has the role {turn['role']!r}; allowed: {allowed}")
             turn = Message(ROLES[turn["role"]], turn["content"])
         parsed.append(turn)
     if system and not (parsed and parsed[0].role == "system"):

@@ -54,7 +54,7 @@ def weight_format(who: str, config: Settings, folder: Path | None) -> WeightForm
     """
     stored = _config_format(who, config)
     if reason := _unreadable(stored):
-        raise UserError(f"{who}: its weights are quantised by {stored.method}{reason}; {WAY_OUT}")
+        raise UserError(f"{who}: its weights are quantised by {stored.method}{reason} {WAY_OUT}")
     if folder is not None:
         headers = {name: tensor for name, (_, tensor) in stored_tensors(folder).items()}
         check_tensors(who, stored.method, stored.settings, headers, folder)
@@ -94,16 +94,19 @@ def _settings(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, 
 
 
 def _unreadable(stored: WeightFormat) -> str:
-    """Returns why weights of a method cannot be read, by what config.json says alone; "" where they can."""
+    """Returns why weights of a method cannot be read, by what config.json says alone; "" where they can.
+
+    It ends so that the way out can follow.
+    """
     settings = stored.settings
     if stored.method and stored.method not in UNREADABLE:
-        return ", as config.json says, which cannot be read here"
+        return ", as config.json says, which cannot be read here;"
     if settings.get("modules_to_convert"):
-        return ", with embeddings in fp8 (modules_to_convert in its config.json), which cannot be trained"
+        return ", with embeddings in fp8 (modules_to_convert in its config.json), which cannot be trained;"
     if stored.method != "compressed-tensors":
         return ""
     if importlib.util.find_spec("compressed_tensors") is None:
-        return ", which needs the package of that name: pip install compressed-tensors"
+        return ", which needs the package of that name: pip install compressed-tensors, or"
     groups, sparsity = settings.get("config_groups") or {}, settings.get("sparsity_config") or {}
     if settings.get("format") not in FORMATS:
         problem = f"of the format {settings.get('format')}"
@@ -114,7 +117,7 @@ def _unreadable(stored: WeightFormat) -> str:
     else:
         return ""
     allowed = f"one group of the format {', '.join(FORMATS)}, without sparsity"
-    return f" {problem}, which cannot be read here (allowed: {allowed})"
+    return f" {problem}, which cannot be read here (allowed: {allowed});"
 
 
 def refuse_quantised(path: str, weights: WeightFormat, bits: int) -> None:

@@ -63,7 +63,8 @@ def _config_eos(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, pa
     tokens = [token for token in map(tokenizer.convert_ids_to_tokens, ids) if token is not None]
     if not ids:
         raise UserError(
-            f"model.eos_token: neither the tokenizer nor config.json of {path} names a token; set it here"
+            f"model.eos_token: neither the tokenizer nor config.json of {path} names a token that ends an "
+            "answer; set it here"
         )
     if not tokens:
         raise UserError(

@@ -43,7 +43,8 @@ def test_a_token_cache_is_never_named_after_other_rows(tmp_path: Path, tokenizer
     file = write_task(tmp_path / "x", 6) / "rows.jsonl"
     encoder, settings = Encoder(tokenizer, Template()), DataSettings(seq_length=512)
     with pytest.raises(
-        UserError, match=r"task\.x: its files have changed while they were read .*start again"
+        UserError,
+        match=r"task\.x: its files have changed while they were read .*start again once they are written",
     ):
         prepare(Task("x", [str(file)], format=Meddling(str(file))), encoder, settings, tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()], (

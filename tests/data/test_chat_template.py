@@ -30,7 +30,7 @@ def test_own_templates_learn_answers_and_their_end_only(kinds):
 def test_templates_that_cannot_teach_are_refused(kinds, tmp_path):
     tokenizer = copy.deepcopy(kinds["bytes"])
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="has no chat template"):
+    with pytest.raises(UserError, match="the tokenizer has no chat template"):
         named(OWN, None, tokenizer)
     file = tmp_path / "endless.jinja"
     file.write_text(

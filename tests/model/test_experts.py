@@ -101,7 +101,10 @@ def test_experts_and_router_can_be_named() -> None:
             r"peft\.dropout=0\.1 cannot be combined with peft\.experts=true.*dropout=0",
         ),
         (Lora(router=True, use_dora=True), r"peft\.use_dora=true cannot be combined with peft\.router=true"),
-        (Lora(experts=True, init="pissa"), r"peft\.init=pissa cannot be combined .* choose peft\.init=true"),
+        (
+            Lora(experts=True, init="pissa"),
+            r"peft\.init=pissa cannot be combined .* bare weight; choose peft\.init=true",
+        ),
         (QLora(experts=True, dropout=0.1), r"peft\.dropout=0\.1 cannot be combined with peft\.experts=true"),
     ],
 )

@@ -84,7 +84,9 @@ def test_prompt_is_the_template(run: Path) -> None:
     assert asked([Message("user", "a"), Message("assistant", "b"), Message("user", "c")]) == expected
     own = [{"role": "system", "content": "S"}, *turns]
     assert asked(own, system="other") == asked(own), "a conversation's own system text stays"
-    with pytest.raises(UserError, match=r"role='tool' is not one of system, user, human, assistant, bot"):
+    with pytest.raises(
+        UserError, match=r"to be answered has the role 'tool'; allowed: system, user, human, assistant, bot"
+    ):
         messages([{"role": "tool", "content": "x"}])
     with pytest.raises(UserError, match="needs the text content: "):
         messages([{"role": "user"}])

@@ -50,7 +50,7 @@ def test_eos_is_the_configs_where_the_tokenizer_names_none(
     [
         (
             None,
-            r"model\.eos_token: neither the tokenizer nor config\.json of .* names a token; set it here",
+            r"model\.eos_token: neither the tokenizer nor config\.json of .* names a token that ends an answer; set",
         ),
         ([], r"model\.eos_token: neither the tokenizer nor"),
         (

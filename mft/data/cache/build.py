@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,7 +78,7 @@ def build(
                 write(temporary, task, encoder, settings)
                 if task.fingerprint(cache_dir) != contents:  # the store would bear the name of other rows
                     changed = f"its files have changed while they were read ({', '.join(task.paths)})"
-                    raise UserError(f"task.{task.name}: {changed}; start again")
+                    raise UserError(f"task.{task.name}: {changed}; start again once they are written")
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -121,7 +121,7 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
         # Or the collector walks over everything imported again and again, for the objects of the rows.
         gc.freeze()
         try:
-            for batch in _batches(rows, row_format, encoder, settings, writer):
+            for batch in _batches(rows, files, row_format, encoder, settings, writer):
                 waiting.append((batch, pool.submit(encoder.encode_segments, [row.segments for row in batch])))
                 if len(waiting) > AHEAD:  # the oldest first: samples are written in the order of the rows
                     keep(*waiting.popleft())
@@ -135,10 +135,15 @@ def write(folder: Path, task: Task, encoder: Encoder, settings: DataSettings) ->
 
 
 def _batches(
-    rows: Rows, row_format: Format, encoder: Encoder, settings: DataSettings, writer: Writer
+    rows: Rows,
+    files: Sequence[Path],
+    row_format: Format,
+    encoder: Encoder,
+    settings: DataSettings,
+    writer: Writer,
 ) -> Iterator[list[ParsedRow]]:
     """Yields the rows that can be understood, many at a time; the others are dropped, or end it."""
-    numbers = {file: number for number, file in enumerate(rows.files)}
+    numbers = {file: number for number, file in enumerate(files)}
     batch: list[ParsedRow] = []
     advice = ""
     characters = 0

@@ -24,7 +24,6 @@ from mft.data.row_fields import SKIP_ADVICE
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.split import SPLITS
 from mft.data.task import Task
-from mft.data.task_files import DataFile
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
 
@@ -41,11 +40,12 @@ class Store:
     (`Task.fingerprint`). fingerprint: hash of contents, tokenizer, template and options.
     """
 
-    def __init__(self, folder: Path, files: Sequence[DataFile], contents: str):
-        """files: `Task.data_files`, by which samples are traced to file and line."""
+    def __init__(self, folder: Path, files: Sequence[Path], named_splits: Sequence[str], contents: str):
+        """files: `Task.files()`, by which samples are traced to file and line; named_splits: those of
+        `Task`."""
         meta = writer.read_meta(folder)
         self.contents, self.fingerprint = contents, folder.name
-        self.files, self._named_splits = [file.path for file in files], [file.named_split for file in files]
+        self.files, self._named_splits = list(files), list(named_splits)
         dtypes = meta["dtypes"]
         column = {name: mapped(folder / f"{name}.bin", dtypes[name]) for name in writer.COLUMNS}
         sums = meta["blocks"]
@@ -213,7 +213,7 @@ def prepare(
                 file=sys.stderr,
             )
         build(folder, task, contents, encoder, settings, cache_dir)
-    store = Store(folder, task.data_files, contents)
+    store = Store(folder, task.files(), task.named_splits(), contents)
     dropped = store.report["dropped"]
     if settings.bad_rows == BadRows.error and dropped[writer.BAD_ROW]:  # built by a run that skipped them
         bad = next((row for row in store.report["first_dropped"] if row["reason"] == writer.BAD_ROW), None)

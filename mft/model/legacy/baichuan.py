@@ -89,7 +89,9 @@ class Baichuan(Original):
         if not self.alibi(self.original_config()):
             return super().attention_for(dtype)
         if self.attention not in ("auto", "sdpa"):
-            raise UserError(f"model.attention={self.attention} cannot compute ALiBi; use auto")
+            raise UserError(
+                f"model.attention={self.attention} cannot compute ALiBi; use model.attention=auto"
+            )
         from mft.model.attention import ALIBI
 
         return ALIBI

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,9 +66,14 @@ def read(file: Path) -> dict[str, torch.Tensor]:
 
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} holds more than tensors, so it is not read at all: {reason}") from error
+    except (OSError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # what is cut or no pickle raises a dozen classes, from EOFError to struct.error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        unread = "cannot be read as tensors alone, so it is not read at all"
+        raise UserError(f"{file} {unread}: {reason}") from error
     if not isinstance(weights, dict) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
         raise UserError(f"{file} does not map names to tensors, so it is not a model's weights")
     return weights

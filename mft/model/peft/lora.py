@@ -83,7 +83,7 @@ class Lora(Full):
     @property
     def changes_base(self) -> bool:
         """Whether attaching takes something out of the base's weights, which training then puts back."""
-        return self.path is None and str(self.init).startswith(("pissa", "olora"))
+        return self.path is None and self._init.startswith(("pissa", "olora"))
 
     @property
     def full_weights_reason(self) -> str:
@@ -152,8 +152,8 @@ class Lora(Full):
             shown = str(getattr(self, name)).lower()
             if not valid:
                 raise UserError(
-                    f"peft.{name}={shown} cannot be combined with {reason}, which is "
-                    f"added to a bare weight; choose peft.{name}={remedy}, or leave experts and routers out"
+                    f"peft.{name}={shown} cannot be combined with {reason}: adapters of experts and routers "
+                    f"are added to a bare weight; choose peft.{name}={remedy}, or leave them out"
                 )
 
     def _check_sites(self, sites: list[Site], tied: bool) -> None:
@@ -164,7 +164,8 @@ class Lora(Full):
                 self._check_parameter_adapter(f"an adapter of {site.path}")
             if site.kind == "embedding" and (self.use_dora or self._init not in ZERO_INITS):
                 raise UserError(
-                    f"peft.targets: {site.path} needs peft.use_dora=false and peft.init=true or gaussian"
+                    f"peft.targets: an adapter of the embedding {site.path} needs peft.use_dora=false and "
+                    "peft.init=true or gaussian"
                 )
             if site.kind in ("embedding", "head") and tied:
                 raise UserError(
@@ -261,7 +262,7 @@ def _check_targets(targets: object) -> None:
     if targets is not None and not all(isinstance(name, str) and name for name in names):
         raise UserError(
             f"peft.targets={shortened(targets)} must be a list of module names, one regular expression, "
-            "all-linear, or null"
+            "all-linear, or null for the model's own list"
         )
 
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mft.data.cache.store import Samples, prepare
 from mft.data.formats import Chat
 from mft.data.settings import BadRows, DataSettings, LongSamples
 from mft.data.task import Task
+from mft.data.task_files import DataFile
 from mft.errors import UserError
 from tests.data.conftest import chat, write
 
@@ -68,6 +70,39 @@ def test_the_cache_is_reused_and_follows_what_matters(tmp_path, encoder, monkeyp
     write(file, ROWS[:6])
     assert len(prepare(task, encoder, DataSettings(), cache)) == 6
     assert len(built) == 3
+
+
+class Elsewhere(Task):
+    """Reads the files beside those of its paths."""
+
+    @property
+    def data_files(self):
+        found = [DataFile(path.with_name("b.jsonl")) for path in map(Path, self.paths)]
+        return [*found, DataFile(found[0].path.with_name("held.jsonl"), "valid", "valid")]
+
+
+class Renamed(Task):
+    """Overrides the methods that are made of `data_files`."""
+
+    def files(self):
+        return [Path(path).with_name("b.jsonl") for path in self.paths]
+
+
+@pytest.mark.parametrize("kind", [Elsewhere, Renamed])
+def test_rows_are_traced_to_the_files_that_a_subclass_reads(tmp_path, encoder, kind):
+    given, read = (
+        write(tmp_path / name, rows) for name, rows in (("a.jsonl", ROWS[:3]), ("b.jsonl", ROWS[3:9]))
+    )
+    held = write(tmp_path / "held.jsonl", ROWS[9:11])
+    store = prepare(kind("docs", [str(given)]), encoder, DataSettings(), tmp_path / "cache")
+    assert [store.origin(i) for i in range(6)] == [f"{read}:{line}" for line in range(1, 7)]
+    expected = [{"file": str(held), "split": "valid", "rows": 2}] if kind is Elsewhere else []
+    assert store.held_out_files() == expected and len(store) == (8 if expected else 6)
+    write(read, ROWS[20:22])  # the cache follows that file, too
+    assert (
+        len(prepare(kind("docs", [str(given)]), encoder, DataSettings(), tmp_path / "cache"))
+        == len(store) - 4
+    )
 
 
 def test_plain_strings_and_enums_are_the_same_options(tmp_path, encoder):

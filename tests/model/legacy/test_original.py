@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -321,9 +322,14 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
         torch.save(content, tmp_path / "pytorch_model.bin")
         with pytest.raises(UserError, match="so it is not"):
             convert(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"version https://git-lfs")
-    with pytest.raises(UserError, match="so it is not read at all"):
-        convert(tmp_path)
+    old = io.BytesIO()
+    torch.save({"a": tied}, old, _use_new_zipfile_serialization=False)
+    cut = [old.getvalue()[:size] for size in (20, 60, -1)]
+    for data in (b"version https://git-lfs", b"", b"\0" * 9, b"K\0\0\0\0\0", b"h\7", bytes(range(256)), *cut):
+        (tmp_path / "pytorch_model.bin").write_bytes(data)
+        unread = r"model\.bin cannot be read as tensors alone, so it is not read at all: ."
+        with pytest.raises(UserError, match=unread):
+            convert(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     (tmp_path / "pytorch_model.bin").unlink()
     for folder, message in ((tmp_path, "has no pytorch_model"), (tmp_path / "other", "is not a folder")):

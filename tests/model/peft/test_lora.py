@@ -127,6 +127,13 @@ def test_goes_on_from_an_adapter_with_whole_modules(tiny: Tiny, tokenizer, tmp_p
     }
 
 
+def test_an_init_counts_the_same_in_any_case() -> None:
+    peft = Lora(init="PiSSA")
+    peft.check()
+    assert peft.changes_base and peft.full_weights_reason == "peft.init=PiSSA"
+    assert not Lora(init="True").changes_base
+
+
 @pytest.mark.parametrize(
     ("peft", "message"),
     [
@@ -135,6 +142,7 @@ def test_goes_on_from_an_adapter_with_whole_modules(tiny: Tiny, tokenizer, tmp_p
             Lora(init="eva"),
             r"peft\.init=eva needs a pass over calibration data, which mft does not support",
         ),
+        (QLora(init="PiSSA"), r"peft\.init=PiSSA would change quantised weights"),
         (Lora(init="orthogonal", rank=3), r"peft\.init=orthogonal needs an even rank, not peft\.rank=3"),
         (
             QLora(init="pissa"),
@@ -178,7 +186,8 @@ def test_an_untied_embedding_takes_an_adapter_of_the_plain_kind(
 ) -> None:
     family = Tiny(cache_dir=str(cache_dir), tied=False)
     with pytest.raises(
-        UserError, match=r"embed_tokens needs peft\.use_dora=false and peft\.init=true or gaussian"
+        UserError,
+        match=r"an adapter of the embedding .*embed_tokens needs peft\.use_dora=false and peft\.init=true or gaussian",
     ):
         Lora(targets=["embed_tokens"], init="pissa").attach(family.model(torch.float32), family)
     module = trained(Lora(rank=4, targets=["embed_tokens", "lm_head"]), family, DATA)
