@@ -201,7 +201,7 @@ def test_every_field_of_a_task_can_be_set_where_its_yaml_leaves_it_out(rows: Pat
         ("task.z.weight=nan", r"task\.z\.weight=nan must be at least 0 and finite"),
         ("task.z.weight=-1", r"task\.z\.weight=-1 must be"),
         ("task.z.weight=0", r"task\.z\.weight: all are 0, so nothing would be trained"),
-        ("task.z.valid=x", r"task\.z\.valid='x': must be a list, e\.g\. \[a,b\]"),
+        ("task.z.valid=x", r"task\.z\.valid='x': must be a list, such as \[a,b\]"),
         ("task.z.format=mesages", r"task\.z\.format='mesages': unknown format; did you mean messages\?"),
     ],
 )
