@@ -120,6 +120,7 @@ class Counting(Chat):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_jobs_side_by_side_tokenise_their_tasks_once(work: Path) -> None:
     (work / "counting.py").write_text(COUNTING)
     (work / "yaml" / "task").mkdir(parents=True)

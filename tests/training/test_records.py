@@ -121,6 +121,7 @@ def train_and_be_killed(moment: str, tmp_path: Path, cache_dir: Path) -> None:
     train(tmp_path, cache_dir, "loss=coba", *LOSSES["coba"], *SETTINGS)
 
 
+@pytest.mark.long
 def test_so_does_one_that_is_killed_for_real(tmp_path: Path, cache_dir: Path) -> None:
     given = ("loss=coba", *LOSSES["coba"], *SETTINGS)
     _, whole = train(tmp_path, cache_dir, *given, out="whole")
