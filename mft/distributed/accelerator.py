@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 PRECISIONS = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 """`train.precision` -> accelerate's mixed_precision."""
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher (torchrun, elastic's agent, srun by way of `placement`) tells a rank."""
+
 
 def accelerator(precision: str, cpu: bool | None, *handlers: KwargsHandler) -> Accelerator:
     """Builds the Accelerator that every engine wraps: conf/dist is its only source, not the environment."""

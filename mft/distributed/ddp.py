@@ -6,11 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mft.distributed.accelerator import accelerator, grouped
+from mft.distributed.accelerator import RANK_VARIABLES, accelerator, grouped
 from mft.distributed.engine import Backend, Engine
 from mft.errors import UserError
-
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class DdpEngine(Engine):

@@ -79,7 +79,7 @@ class Engine:
         """Whether the fp16 loss scaler skipped the last `step`: an overflow it has answered, no error."""
         self.model: torch.nn.Module
         """The module given to `prepare`."""
-        # Any: the wrappers of DDP and DeepSpeed have methods of their own
+        # Any: the wrappers of DDP and DeepSpeed have their own methods
         self._module: Any = None
         self._optimizer: Any = None
         # accelerate falls back to no distribution where it cannot start what it was configured for

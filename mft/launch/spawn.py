@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mft.distributed.accelerator import RANK_VARIABLES
 from mft.hardware import DRIVERS, quiet_without_gpu
 from mft.launch import failures, network, torch_private, worker
 from mft.launch.node_group import NodeGroup
@@ -40,9 +41,6 @@ PRELOAD = (
 TOUCHES_CUDA = ("peft", "bitsandbytes", "deepspeed")
 """Left out of the preload where there is a GPU: peft imports bitsandbytes, which asks every GPU for its
 capability, and deepspeed may ask when it looks for its accelerator."""
-
-SET_BY_ELASTIC = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that every rank gets from elastic; a batch script may have exported its own."""
 
 EXIT_BARRIER_SECONDS = 1.0
 """How long elastic's agent waits for other hosts once its ranks are done; `NodeGroup.close` waits longer, and
@@ -132,7 +130,7 @@ def start_method() -> str:
     """Returns how this process starts ranks: from the fork server, or, where it came from that itself, by
     plain fork.
 
-    Such a process (the supervisor of a job) has the imports already; a fork server of its own would repeat
+    Such a process (the supervisor of a job) has the imports already; another fork server would repeat
     them.
     """
     return "forkserver" if multiprocessing.parent_process() is None else "fork"
@@ -143,11 +141,11 @@ def environment(nodes: NodeGroup | None = None) -> dict[str, str]:
 
     With several hosts they talk over the interface that leads to the others. What is set already stays.
     """
-    # elastic sets both kinds for each rank; those of an outer torchrun or batch script would win
+    # elastic sets both kinds for each rank; those that an outer torchrun or a batch script exported would win
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("TORCHELASTIC_") and name not in SET_BY_ELASTIC
+        if not name.startswith("TORCHELASTIC_") and name not in RANK_VARIABLES
     }
     if nodes is None:
         interface = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
