@@ -145,7 +145,7 @@ class Parser(argparse.ArgumentParser):
 
         Starts the plug-ins of --plugin. Raises HelpPrinted after --help, UserError for a mistake.
         """
-        # argparse hands out what follows -- among the words, where it cannot be told from a mistaken flag.
+        # argparse returns what follows -- among the words, where a mistaken flag looks the same
         end = arguments.index("--") if "--" in arguments else len(arguments)
         before, after = arguments[:end], arguments[end + 1 :]
         if set(HELP_FLAGS) & set(before):
@@ -158,7 +158,8 @@ class Parser(argparse.ArgumentParser):
             note = f"{' '.join(old)}: the options of {self.prog} are flags now; write {' '.join(new)}."
             say(f"mft: {note} The old spelling will be refused in a later release.", sys.stderr)
             parsed, _ = self._read(new, parsed)
-        parsed.words = [word for word in rest if not self._former_flag(word)] + list(after)
+        moved = {word for word, _ in former}
+        parsed.words = [word for word in rest if word not in moved] + list(after)
         # Before anything is composed or loaded: a yaml file, or a run's record, may name their classes.
         if "--plugin" in self.flags:
             from mft.config import plugins

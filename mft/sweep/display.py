@@ -3,11 +3,11 @@ folder."""
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from operator import itemgetter
 from pathlib import Path
 
 from mft.console import screen, tables
@@ -75,10 +75,10 @@ def write_jobs(jobs: Sequence[SweepJob], folder: Path) -> None:
 
 def best_of(jobs: Sequence[SweepJob]) -> SweepJob | None:
     """Returns the job with the best objective so far."""
-    # `values` of a job that is resumed empties in another thread
-    lowest = {job.number: min(job.values.values(), default=math.inf) for job in jobs}
-    validated = [job for job in jobs if lowest[job.number] < math.inf and job.state != RunStatus.same]
-    return min(validated, key=lambda job: lowest[job.number], default=None)
+    bests = [(job.best, job) for job in jobs if job.state != RunStatus.same]
+    # compared as read: in another thread the values of a job that is resumed are emptied
+    validated = [(best, job) for best, job in bests if best is not None]
+    return min(validated, key=itemgetter(0), default=(None, None))[1]
 
 
 @contextmanager
