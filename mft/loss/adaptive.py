@@ -212,16 +212,11 @@ class Adaptive(TaskTokenMean):
         """The first part of the names of what this mode logs."""
         return self.public_name or type(self).__name__.lower()
 
-    def check_probes(self, valid_samples: Sequence[int], setting: str = "") -> None:
-        """Raises UserError when no task has a validation sample; warns of the tasks that have none.
-
-        setting: the one because of which this mode needs them, e.g. " loss.source=valid".
-        """
+    def check_probes(self, valid_samples: Sequence[int]) -> None:
+        """Raises UserError when no task has a validation sample; warns of the tasks that have none."""
         without = [name for name, count in zip(self.names, valid_samples, strict=True) if not count]
         if len(without) == len(self.names):
-            reason = (
-                f"loss={self.mode}{setting} learns its weights from validation samples, and no task has any"
-            )
+            reason = f"loss={self.mode} learns its weights from validation samples, and no task has any"
             raise UserError(f"{reason}; give data.split a validation part, e.g. data.split=[95,5,0]")
         if without:
             reason = f"loss={self.mode} cannot judge tasks without validation samples"

@@ -90,7 +90,7 @@ class Famo(Adaptive):
 
     def check_schedule(self, steps: int, valid_samples: Sequence[int]) -> None:
         if self.source is Source.valid:
-            self.check_probes(valid_samples, " loss.source=valid")
+            self.check_probes(valid_samples)
 
     def wants_probe(self, step: int) -> bool:
         return self.source is Source.valid

@@ -191,7 +191,7 @@ def test_a_plain_folder_has_nothing_to_convert(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["convert", f"model.path={llama}", "--out", str(tmp_path / "other")])
-    assert "neither quantised nor in an original format" in capsys.readouterr().err
+    assert "is native already: neither quantised nor in an original format" in capsys.readouterr().err
 
 
 def test_settings_that_a_quantised_base_does_not_take_are_reported(
