@@ -214,7 +214,7 @@ def _with_bases(path: Path) -> DictConfig:
 
 
 def given_keys(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> list[str]:
-    """Returns the keys that a person set: in overrides, and in the yamls of their own that these choose."""
+    """Returns the keys that a person set: in overrides, and in their own yaml files that these choose."""
     keys = [key_of(o) for o in overrides]
     for override in overrides:
         group, _, options = override.lstrip("+~").partition("=")

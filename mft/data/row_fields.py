@@ -22,7 +22,7 @@ LABEL = re.compile(
     r"_?id|uu?id|idx|index|(row|prompt|conversation|question|task)_id|data_name|dataset(_name)?|source"
     r"|category|subset|split|tags?|url|lang(uage)?|license|created(_at)?|date|timestamp"
 )
-"""Fields that say what a row is, not what it teaches; the report names them last, in a line of their own."""
+"""Fields that say what a row is, not what it teaches; the report names them last, on a separate line."""
 
 
 class RowError(UserError):

@@ -1,7 +1,7 @@
 """From a composed config to running ranks.
 
 `job` checks a config and determines its identity. `launch` gives it a run folder, in which it is frozen, and
-runs its ranks there: in processes of their own (`spawn`: a fork server with the heavy imports done, watched
+runs its ranks there: in separate processes (`spawn`: a fork server with the heavy imports done, watched
 by torch's elastic agent), in this very process, or as what torchrun, accelerate launch or srun started
 (`placement`). Each rank is `worker.rank_main`, which reads the frozen config and calls `mft.run`.
 

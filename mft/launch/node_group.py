@@ -196,7 +196,7 @@ class NodeGroup:
     def _beat(self) -> None:
         """Sends this host's heartbeats and notes those of the others.
 
-        Over a connection of its own: a wait on the other one, as elastic's at the end, would hold up the
+        Over a separate connection: a wait on the other one, such as elastic's at the end, would delay the
         heartbeat.
         """
         number, newest = 0, [""] * self._settings.nnodes

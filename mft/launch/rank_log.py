@@ -26,7 +26,7 @@ class LineLog:
 
     def __init__(self, path: Path):
         self._file = path.open("a", encoding="utf-8")
-        self._lock = threading.Lock()  # a progress bar is drawn by a thread of its own
+        self._lock = threading.Lock()  # a progress bar is drawn by another thread
         self._line = ""
         """The last line, not ended yet."""
 

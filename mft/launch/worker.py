@@ -29,7 +29,7 @@ from mft.launch import failures, placement, rank_log, signals, torch_private
 
 FAILED_PEER_SECONDS = 5.0
 """How long a rank lives after another one failed: it may wait for that one in a collective that never ends,
-but should first get the chance to report an error of its own."""
+but should first get the chance to report its own error."""
 
 stop = signals.Stop()
 """Whether this rank was asked to stop."""

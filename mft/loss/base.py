@@ -27,7 +27,7 @@ def task_sums(nll_BT: torch.Tensor, batch: Batch, tasks: int) -> torch.Tensor:
     """Returns float64 [2, K], on the device of `nll_BT`: sum of token losses and trained tokens per task."""
     import torch
 
-    # What is not trained goes to a task of its own, K, that is cut off: selecting positions by a mask would
+    # What is not trained goes to an extra task, K, that is cut off: selecting positions by a mask would
     # make the host wait for the device to know how many there are.
     trained_BT = batch.target_BT != IGNORE
     task_m = torch.where(trained_BT, batch.task_BT, tasks).flatten()

@@ -89,7 +89,7 @@ def refuse_flash(attention: str, dtype: str = HALF[0], why: str = "") -> None:
 def choose_kernel(attention: str, dtype: str, model_class: Callable[[], type | None]) -> str:
     """Returns the implementation to load a model with, auto resolved.
 
-    model_class: gives its class, None where it comes with code of its own, of which auto expects nothing.
+    model_class: gives its class, None where the checkpoint ships its own code, of which auto expects nothing.
     Raises UserError where flash attention is set and cannot run.
     """
     if attention not in ("auto", FLASH):

@@ -82,7 +82,7 @@ ORIGINAL_FORMATS = {
     "baichuan": "model=baichuan",
     "aquila": "model=aquila2",
 }
-"""Model types of checkpoints that came with code of their own, and the choice that loads them natively."""
+"""Model types of checkpoints that shipped their own code, and the choice that loads them natively."""
 
 
 def check_type(path: str, own_code: bool) -> None:

@@ -41,7 +41,7 @@ def attention_name(base: PreTrainedModel) -> str:
 
 
 def attends_by_registry(base: PreTrainedModel) -> bool:
-    """Whether the layers of a model call the attention that is registered, rather than code of their own."""
+    """Whether the layers of a model call the attention that is registered, rather than their own code."""
     return bool(base._supports_attention_backend)
 
 

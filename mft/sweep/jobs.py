@@ -126,7 +126,7 @@ def require_success(jobs: Sequence[SweepJob]) -> None:
 
 
 def _run_waiting(waiting: Sequence[SweepJob], jobs: Sequence[SweepJob], folder: Path) -> int:
-    """Runs jobs in processes of their own, or here; returns the signal that ended it, 0: none."""
+    """Runs jobs in separate processes, or here; returns the signal that ended it, 0: none."""
     cfg = waiting[0].checked.cfg
     if cfg.launch.mode is LaunchMode.inline or placement.detect_rank() is not None:
         _run_here(waiting, len(jobs), cfg.launch.fail_fast)

@@ -109,7 +109,7 @@ def run(
     running: dict[int, tuple[BaseProcess, SweepJob]] = {}  # by the number of its part of the machine
     closed = False  # no further job is started
 
-    def forward(signum: int) -> None:  # supervisors have sessions of their own, so no terminal reaches them
+    def forward(signum: int) -> None:  # supervisors have their own sessions, so no terminal reaches them
         print("\nStopping: saving checkpoints. Press Ctrl-C again to quit immediately.", file=sys.stderr)
         for process, _ in list(running.values()):
             _send(process, signum)

@@ -51,7 +51,7 @@ class Mlflow(Tracker):
     """Folder of the default store, relative to where mft is started; unused with an address."""
 
     experiment: str = "default"
-    """Name of the experiment; change it to compare runs on a page of their own."""
+    """Name of the experiment; change it to compare runs on a separate page."""
 
     run_name: str | None = None
     """Name in the table. None = the job's overrides in a sweep, else the name of the run folder."""

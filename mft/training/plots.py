@@ -78,7 +78,7 @@ def task_weights(rows: Sequence[Row], folder: Path) -> Path | None:
 def length_histogram(lengths: Mapping[str, np.ndarray], seq_length: int, folder: Path) -> Path:
     """Draws `lengths.png` into folder: a histogram of the samples' lengths for each task, on one axis.
 
-    Of many tasks the largest have a panel of their own, and the others one together.
+    Of many tasks the largest have their own panel, and the others share one.
     lengths: int array [N] of tokens a sample, by task; seq_length: drawn as a line, the longest there can be.
     """
     import numpy as np

@@ -102,7 +102,7 @@ class Writer:
             self.account["unread"] = None
             return
         for name in fields:
-            # rows may have keys of their own each, e.g. their number, which are not worth the memory
+            # each row may have its own keys, e.g. its number, which are not worth the memory
             name = name if name in counts or len(counts) < UNREAD_NAMED else OTHERS
             counts[name] = counts.get(name, 0) + 1
 

@@ -96,7 +96,7 @@ def _bytes(parameter: nn.Parameter) -> int:
     bits."""
     size = (getattr(parameter, "ds_numel", None) or parameter.numel()) * parameter.element_size()
     state = getattr(parameter, "quant_state", None)
-    while state is not None:  # with double quantisation the scales have a state of their own
+    while state is not None:  # with double quantisation the scales have their own state
         size += state.absmax.nbytes
         state = state.state2
     return int(size)
