@@ -55,6 +55,17 @@ def test_two_ranks_of_any_backend_do_what_one_process_does(tree: Tree, backend: 
 
 
 def test_raw_config_is_merged_over_ours_and_may_not_say_what_a_setting_says() -> None:
+    raw = {
+        "zero_optimization": {"offload_optimizer": {"pin_memory": True}},
+        "communication_data_type": "fp32",
+    }
+    zero2 = Zero2(offload_optimizer=True, config=raw)
+    merged = zero2._merged_over(
+        {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero2.zero(gpu=False)}
+    )
+    offloaded = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    assert merged["zero_optimization"] == zero2.zero(gpu=False) | offloaded
+    assert merged["communication_data_type"] == "fp32"
     one = compose_resolved(["dist=zero2", "dist.config={zero_optimization: {round_robin_gradients: true}}"])
     other = compose_resolved(["dist=zero3", "+dist.config.zero_optimization.zero_hpz_partition_size=8"])
     assert component(one, "dist").config == {"zero_optimization": {"round_robin_gradients": True}}
