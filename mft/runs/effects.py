@@ -1,0 +1,117 @@
+"""Which of the swept keys matters: the effect of each value, and each key's share of the variance.
+
+A linear model of main effects, one value a run: what it leaves over are interactions of keys, and seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mft.runs.comparison import Comparison
+from mft.runs.settings import SEED
+
+if TYPE_CHECKING:
+    import pandas
+
+MANY = 6
+"""Different numbers from which a key counts as one that was searched: its values are taken in `BINS` parts."""
+
+BINS = 4
+
+
+@dataclass(frozen=True)
+class Level:
+    """One value of a key, or a range of values."""
+
+    value: str
+    runs: int
+    effect: float
+    """How far runs with it lie from the mean of all, the other keys being equal, in units of the metric."""
+    low: float
+    """Lower end of its 95 % interval; NaN where there are no more runs than effects."""
+    high: float
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One key."""
+
+    key: str
+    share: float
+    """Part of the variance between runs that only this key explains, 0 to 1."""
+    p: float
+    """Of no effect at all (F-test); NaN where there are no more runs than effects."""
+    levels: tuple[Level, ...]
+
+
+def effects(comparison: Comparison) -> tuple[list[Effect], float]:
+    """Returns the keys that differ, the one that explains most first, and the share that none explains.
+
+    Keys that change only together with others have a share of 0. ([], NaN) below three runs, or without any
+    variance.
+    """
+    table = _table(comparison)
+    keys = list(dict.fromkeys(key for s in comparison.settings for key in (*s.keys, *comparison.pairing)))
+    judged = [one for setting in comparison.settings for one in setting.judged]
+    lines = [
+        {key: one.run.values.get(key, "-") for key in keys} | {"value": value}
+        for one in judged
+        if (value := one.value(comparison.metric)) is not None
+    ]
+    table = pd.DataFrame(lines, columns=[*keys, "value"])
+    for key in keys:
+        numbers = pd.to_numeric(table[key], errors="coerce")
+        if key != SEED and numbers.notna().all() and numbers.nunique() >= MANY:
+            table[key] = pd.qcut(numbers, BINS, duplicates="drop").map(
+                lambda part: f"{part.left:g} to {part.right:g}"
+            )
+        table[key] = table[key].astype(str)
+    return table
+
+
+def _design(table: pandas.DataFrame, keys: Sequence[str]) -> pandas.DataFrame:
+    """Returns columns of 1, 0 and -1: a column for each value of a key but its last, whose effects add to 0."""
+    import pandas as pd
+
+    columns: dict[str, object] = {"all": 1.0}
+    for key in keys:
+        *values, last = sorted(table[key].unique())
+        for value in values:
+            columns[f"{key}={value}"] = (table[key] == value).astype(float) - (table[key] == last).astype(
+                float
+            )
+    return pd.DataFrame(columns, index=table.index)
+
+
+def _fit(table: pandas.DataFrame, keys: Sequence[str]):  # type: ignore[no-untyped-def]
+    import statsmodels.api as sm
+
+    return sm.OLS(table["value"], _design(table, keys)).fit()
+
+
+def _levels(table: pandas.DataFrame, keys: Sequence[str], key: str, full) -> list[Level]:  # type: ignore[no-untyped-def]
+    import numpy as np
+
+    columns = list(_design(table, keys).columns)
+    values = sorted(table[key].unique(), key=_order)
+    *named, last = sorted(table[key].unique())
+    result = []
+    for value in values:
+        contrast = np.zeros(len(columns))
+        for other in named:
+            contrast[columns.index(f"{key}={other}")] = -1.0 if value == last else float(other == value)
+        test = full.t_test(contrast)
+        low, high = test.conf_int()[0] if full.df_resid else (math.nan, math.nan)
+        runs = int((table[key] == value).sum())
+        result.append(Level(value, runs, float(test.effect[0]), float(low), float(high)))
+    return result
+
+
+def _order(value: str) -> tuple[bool, float, str]:
+    try:
+        return False, float(value.split(" to ")[0]), value
+    except ValueError:
+        return True, 0.0, value

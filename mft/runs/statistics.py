@@ -1,0 +1,214 @@
+"""Differences between two settings, paired by seed and by validation row, with what is known of their error.
+
+Two things make a measured difference differ from the true one: the seeds that were run, and the validation
+rows that were drawn. Both runs of a seed see the same order of data and start from the same weights, and all
+runs are validated on the same rows, so differences are taken within pairs, which removes what pairs share.
+
+Shapes: n paired seeds, N validation rows of a task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import numpy as np
+
+CONFIDENCE = 0.95
+"""Of every interval; one minus it is the level of every test."""
+
+POWER = 0.8
+"""Probability with which `Difference.detectable` would have been told from zero."""
+
+RESAMPLES = 2000
+"""Of the bootstrap: the ends of an interval then vary by about 2 % of its width."""
+
+
+class Covers(StrEnum):
+    """What an interval takes into account."""
+
+    nothing = "nothing"
+    """One seed, and the losses of single rows are not known."""
+    rows = "rows"
+    """The choice of validation rows. One seed: how another seed would do is not known."""
+    seeds = "seeds"
+    """The choice of seeds, on these validation rows."""
+    both = "seeds and rows"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting minus the one it is compared with, in units of the metric. NaN: not known."""
+
+    estimate: float
+    low: float = math.nan
+    """Lower end of its 95 % interval."""
+    high: float = math.nan
+    p: float = math.nan
+    """Two-sided, of no difference; NaN with one seed."""
+    adjusted_p: float = math.nan
+    """The same after Holm's correction for the number of comparisons."""
+    detectable: float = math.nan
+    """Smallest true difference that `POWER` of such comparisons would tell from zero, after the correction."""
+    seeds: int = 1
+    """Paired seeds."""
+    rows: int = 0
+    """Paired validation rows, 0 where their losses are not known."""
+    covers: Covers = Covers.nothing
+    error: float = math.nan
+    """Standard error of the estimate."""
+    freedom: float = math.nan
+    """Degrees of freedom of the error."""
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether it is told from zero after the correction; never with one seed."""
+        return self.adjusted_p < 1 - CONFIDENCE
+
+
+@dataclass(frozen=True)
+class PairedRows:
+    """The rows of one task that both runs of every pair were validated on."""
+
+    loss_nN: np.ndarray
+    """Loss sum of each row, weighted by the task's part in the metric: one setting minus the other."""
+    tokens_N: np.ndarray
+    """Trained tokens of each row. The difference of a pair is the sum over tasks of losses over tokens."""
+
+
+def paired(difference_n: Sequence[float], tasks: Sequence[PairedRows] = ()) -> Difference:
+    """Returns the difference of two settings from those of their paired seeds.
+
+    tasks: () where the losses of single rows are not known; a task with one row is of no use.
+
+    From two seeds on it is a t-interval of the paired mean. Where rows are known, seeds and rows are two
+    crossed random factors: the variance of the mean is that of the seeds plus that of the rows minus that of
+    their interaction, which both contain (Clark 1973, "The language-as-fixed-effect fallacy"), its degrees of
+    freedom are Satterthwaite's (1946). With one seed it is a bootstrap over rows, within tasks.
+    """
+    difference = np.asarray(difference_n, np.float64)
+    n, estimate = len(difference), float(np.mean(difference))
+    rows = sum(len(task.tokens_N) for task in tasks)
+    tasks = tasks if all(len(task.tokens_N) > 1 for task in tasks) else ()
+    if n == 1:
+        if not tasks:
+            return Difference(estimate, rows=rows)
+        low, high, error = _bootstrap(tasks)
+        return Difference(estimate, low, high, rows=rows, covers=Covers.rows, error=error)
+    of_seeds = float(np.var(difference, ddof=1)) / n
+    variance, freedom, covers = of_seeds, float(n - 1), Covers.seeds
+    if tasks:
+        variance, freedom = _crossed(of_seeds, n, tasks)
+        covers = Covers.both
+    known = Difference(
+        estimate, seeds=n, rows=rows, covers=covers, error=math.sqrt(variance), freedom=freedom
+    )
+    return _tested(known)
+
+
+def _tested(known: Difference) -> Difference:
+    """Returns a difference with interval and p by its error and degrees of freedom."""
+    from scipy.stats import t
+
+    if known.error == 0:  # equal in every pair, or differing by exactly the same: no error to judge it by
+        p = 1.0 if known.estimate == 0 else math.nan
+        return replace(known, low=known.estimate, high=known.estimate, p=p)
+    reach = float(t.isf((1 - CONFIDENCE) / 2, known.freedom)) * known.error
+    p = float(2 * t.sf(abs(known.estimate) / known.error, known.freedom))
+    return replace(known, low=known.estimate - reach, high=known.estimate + reach, p=p)
+
+
+def _crossed(of_seeds: float, n: int, tasks: Sequence[PairedRows]) -> tuple[float, float]:
+    """Returns variance and degrees of freedom of a mean over n seeds and over the rows of all tasks."""
+    of_rows = of_both = rows_squared = both_squared = 0.0
+    for task in tasks:
+        influence_nN = _influence(task)
+        count = influence_nN.shape[1]
+        row_N = influence_nN.mean(axis=0)
+        rest_nN = influence_nN - row_N
+        rows = float(np.var(row_N, ddof=1)) / count
+        both = float(np.sum(rest_nN**2)) / ((n - 1) * (count - 1)) / (n * count)
+        of_rows, rows_squared = of_rows + rows, rows_squared + rows**2 / (count - 1)
+        of_both, both_squared = of_both + both, both_squared + both**2 / ((n - 1) * (count - 1))
+    # The estimate may be smaller than one of its parts, which only chance can bring about.
+    variance = max(of_seeds + of_rows - of_both, of_seeds, of_rows)
+    if variance == 0:
+        return 0.0, float(n - 1)
+    freedom = variance**2 / (of_seeds**2 / (n - 1) + rows_squared + both_squared)
+    return variance, max(freedom, float(n - 1))
+
+
+def _influence(task: PairedRows) -> np.ndarray:
+    """Returns by how much each row moves the task's part of the difference, [n, N], of mean zero.
+
+    The part is a ratio of sums; its first derivative by a row's weight (the delta method).
+    """
+    tokens, count = float(task.tokens_N.sum()), len(task.tokens_N)
+    ratio_n1 = task.loss_nN.sum(axis=1, keepdims=True) / tokens
+    return (task.loss_nN - ratio_n1 * task.tokens_N) * (count / tokens)
+
+
+def _bootstrap(tasks: Sequence[PairedRows]) -> tuple[float, float, float]:
+    """Returns the interval of one pair's difference over draws of rows within each task, and its error."""
+    from scipy.stats import bootstrap
+
+    def statistic(*numbers: np.ndarray, axis: int = -1) -> np.ndarray:
+        parts = [
+            task.loss_nN[0][drawn].sum(axis=axis) / task.tokens_N[drawn].sum(axis=axis)
+            for task, drawn in zip(tasks, numbers, strict=True)
+        ]
+        return np.sum(parts, axis=0)
+
+    numbers = [np.arange(len(task.tokens_N)) for task in tasks]
+    largest = max(len(task.tokens_N) for task in tasks)
+    result = bootstrap(
+        numbers,
+        statistic,
+        n_resamples=RESAMPLES,
+        batch=max(1, 2_000_000 // largest),  # draws held in memory at once
+        vectorized=True,
+        method="percentile",
+        confidence_level=CONFIDENCE,
+        rng=np.random.default_rng(0),  # the same numbers give the same interval
+    )
+    interval = result.confidence_interval
+    return float(interval.low), float(interval.high), float(result.standard_error)
+
+
+def corrected(differences: Sequence[Difference], family: int = 0) -> list[Difference]:
+    """Returns the differences with p adjusted by Holm's step-down correction, and what could have been told.
+
+    family: how many comparisons there might have been, 0 for those at hand. Of a larger family the others
+    count as the largest p, which can only make the adjusted ones larger. Those without p are no part of it.
+    `detectable` is at the level of the first, strictest step.
+    """
+    from statsmodels.stats.multitest import multipletests
+
+    tested = [i for i, difference in enumerate(differences) if not math.isnan(difference.p)]
+    result = list(differences)
+    if not tested:
+        return result
+    p_values = [differences[i].p for i in tested]
+    p_values += [1.0] * (family - len(tested))
+    _, adjusted, _, _ = multipletests(p_values, 1 - CONFIDENCE, method="holm")
+    for i, p in zip(tested, adjusted, strict=False):
+        smallest = detectable(differences[i], (1 - CONFIDENCE) / len(p_values))
+        result[i] = replace(differences[i], adjusted_p=float(p), detectable=smallest)
+    return result
+
+
+def detectable(difference: Difference, level: float) -> float:
+    """Returns the true difference that a two-sided t-test of this error tells from zero with `POWER`."""
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    if not difference.error > 0:
+        return math.nan
+    threshold = float(t.isf(level / 2, difference.freedom))
+
+    def missing(shift: float) -> float:
+        return float(nct.sf(threshold, difference.freedom, shift)) - POWER
+
+    return float(brentq(missing, 0.0, 20 * threshold + 20)) * difference.error
