@@ -54,8 +54,28 @@ def effects(comparison: Comparison) -> tuple[list[Effect], float]:
     variance.
     """
     table = _table(comparison)
-    keys = list(dict.fromkeys(key for s in comparison.settings for key in (*s.keys, *comparison.pairing)))
-    judged = [one for setting in comparison.settings for one in setting.judged]
+    keys = [key for key in table.columns if key != "value" and table[key].nunique() > 1]
+    if len(table) < 3 or not keys or not table["value"].var() > 0:
+        return [], math.nan
+    full = _fit(table, keys)
+    total = float(full.centered_tss)
+    found = []
+    for key in keys:
+        rest = _fit(table, [other for other in keys if other != key])
+        explained = max(0.0, float(rest.ssr - full.ssr))
+        testable = full.df_resid > 0 and rest.df_resid > full.df_resid
+        p = float(full.compare_f_test(rest)[1]) if testable else math.nan
+        found.append(Effect(key, explained / total, p, tuple(_levels(table, keys, key, full))))
+    return sorted(found, key=lambda effect: -effect.share), float(full.ssr) / total
+
+
+def _table(comparison: Comparison) -> pandas.DataFrame:
+    """Returns one line for each run with a value: the value, and its keys as text."""
+    import pandas as pd
+
+    settings = comparison.settings
+    keys = list(dict.fromkeys(key for s in settings for key in (*s.keys, *comparison.pairing)))
+    judged = [one for setting in settings for one in setting.judged]
     lines = [
         {key: one.run.values.get(key, "-") for key in keys} | {"value": value}
         for one in judged
