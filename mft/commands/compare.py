@@ -1,24 +1,26 @@
-"""Rank runs by their lowest validation loss, and write a report with pictures.
+"""Rank runs by their best validation, say which differences are real, and write a report with pictures.
 
-The runs are those in folders (multirun/<name>, one sweep, outputs/<name>) or of an MLflow experiment. Runs
-that differ by their seed alone are one setting; the spread between seeds says how far to trust the ranking.
+The runs are those in folders (multirun/<name>, one sweep, outputs/<name>) or of MLflow experiments. Runs that
+differ by their seed alone are one setting; settings are compared in pairs of equal seeds, and a winner is
+named only where it is told apart from every other one.
 
-Of metrics called accuracy, f1, pass@1, tokens_per_second and the like the highest value is the best; --better
-decides for names that do not tell.
+Of metrics called accuracy, f1, pass@1, tokens_per_second and the like the highest value is the best; --higher
+says so for a name that does not tell.
 
 examples:
   mft compare multirun/demo
-  mft compare multirun/demo --metric worst --group-by loss,optimizer.lr --csv table.csv
+  mft compare multirun/demo --metric worst,docstring --group-by loss,optimizer.lr --csv table.csv
+  mft compare multirun/demo --baseline loss=token_mean --latex table.tex
+  mft compare multirun/demo --with results.json --metric hellaswag/acc
   mft compare my_experiment --uri sqlite:///mlflow.db
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from mft.commands.arguments import FILE, TEXT, Parser, one_of
+from mft.commands.arguments import FILE, TEXT, Parser, Value, one_of
 from mft.console.screen import console, say
 from mft.console.tables import table
 from mft.errors import UserError
@@ -26,41 +28,59 @@ from mft.errors import UserError
 
 def parser() -> Parser:
     """Returns the command line of `mft compare`."""
-    words = "DIR [DIR …] | EXPERIMENT [--metric NAME] [--group-by KEY,KEY] …"
+    words = "DIR [DIR …] | EXPERIMENT [--metric NAME,NAME] [--group-by KEY,KEY] …"
     line = Parser("compare", words, __doc__)
-    line.option("--metric", TEXT, "mean, worst, a task, or the name of any metric that was logged", "mean")
+    what = "mean, worst, a task, or any metric that was logged; several with commas, the first one ranks"
+    line.option("--metric", TEXT, what, "mean")
+    line.switch("--higher", help="the highest value of the metric is the best (short for --better higher)")
     line.option("--better", one_of("WHICH", "lower", "higher"), "which value of the metric is better")
     line.option("--group-by", TEXT, "keys that make a setting, KEY,KEY; else all that differ", "")
-    line.option("--csv", FILE, "write the table to this file, too")
-    line.option("--out", FILE, "where the report goes; else report.html in the (first) folder")
-    line.option("--uri", TEXT, "address of the MLflow store; else ./mlflow.db", "")
+    what = "setting that the others are compared with, KEY=VALUE,…, or single: the runs on one task each"
+    line.option("--baseline", TEXT, f"{what}; else the best one", "")
+    what = "results of lm-eval or evalplus as metrics of the run whose model they are of; repeatable"
+    line.option("--with", Value("a file of results", "[RUN=]FILE"), what, action="append", dest="results")
+    line.option("--csv", FILE, "write the table to this file, too, with all that is known of a setting")
+    line.option("--markdown", FILE, "write the table to this file, too (*.md)")
+    line.option("--latex", FILE, "write the table to this file, too (*.tex; needs \\usepackage{booktabs})")
+    what = "where the report goes, and compare.json beside it; else report.html in the (first) folder"
+    line.option("--out", FILE, what)
+    line.option("--uri", TEXT, "address of an MLflow store; else ./mlflow.db; repeatable", action="append")
     return line
 
 
 def command(arguments: Sequence[str]) -> None:
-    """Prints the table and the verdict, and writes the report."""
+    """Prints the table and what may be said of it, and writes the report and the other files."""
     parsed = parser().parse(arguments or ["--help"])
-    places, metric = parsed.words, parsed.metric
+    places = parsed.words
     if not places:
         raise UserError("mft compare needs a folder or the name of an MLflow experiment.")
-    from mft.runs import results
-    from mft.runs.ranking import columns, prepare, verdicts
-    from mft.runs.report import write
+    from mft.runs import compare_json, ranked_table, report, results
+    from mft.runs.comparison import compare
+    from mft.runs.verdicts import covered, sentence
 
-    runs = [run for place in places for run in results.at(place, parsed.uri, metric)]
+    metrics, by = ([name for name in text.split(",") if name] for text in (parsed.metric, parsed.group_by))
+    runs = [run for place in places for run in results.at(place, (parsed.uri or [""])[0], metrics[0])]
     if not runs:
         raise UserError(f"There is no run in {', '.join(places)}.")
-    groups = prepare(runs, metric, [key for key in parsed.group_by.split(",") if key], parsed.better or "")
-    head, rows = columns(groups, metric)
-    console().print(table(f"{len(runs)} runs, {len(groups)} settings", head, rows))
-    say(verdicts(groups)[1])
+    title, better = ", ".join(places), "higher" if parsed.higher else parsed.better or ""
+    comparison = compare(runs, title, metrics or ["mean"], by, better, parsed.baseline)
+    head, rows = ranked_table.text_table(comparison, ranked_table.MOST_TASKS)
+    settings = len(comparison.settings)
+    numbers = {"rank", "n", "p", "seconds"}
+    console().print(table(f"{len(runs)} runs, {settings} settings", head, rows, numbers=numbers))
+    for line in filter(None, (sentence(comparison), covered(comparison.differences), *comparison.notes)):
+        say(line)
     unfinished = [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]
     if unfinished:  # they may still improve, or have seen less data than the others
         say(f"unfinished runs, ranked by their results so far: {', '.join(unfinished)}")
     if parsed.csv:
-        with parsed.csv.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([head, *rows])
+        ranked_table.write_csv(comparison, parsed.csv)
         say(f"table: {parsed.csv}")
+    for kind in ranked_table.PAPER:
+        if path := getattr(parsed, kind):
+            ranked_table.write_paper_table(comparison, path, kind)
+            say(f"table: {path}")
     first = Path(places[0])
     out = parsed.out or (first if first.is_dir() else Path(".")) / "report.html"
-    say(f"report: {write(groups, metric, out, ', '.join(places))}")
+    say(f"report: {report.write(comparison, out)}")
+    say(f"for other programs: {compare_json.write(comparison, out.with_name(compare_json.FILE))}")

@@ -58,13 +58,13 @@ def divided(runs: Sequence[Run], metric: Metric, baseline: str) -> tuple[list[Ru
     Runs on one task beside runs on several are not ranked among them: their means would be over other tasks.
     Raises UserError where `--baseline single` has nothing to compare, or with.
     """
-    several = [run for run in runs if len(run.tasks) != 1]
+    several = [run for run in runs if len(run.tasks) > 1]
     one = [run for run in runs if len(run.tasks) == 1]
     if baseline == "single" and not (several and one):
         raise UserError("--baseline single: needs runs on one task each, beside runs on several of them.")
     of_one_task = any(metric.name in run.tasks for run in runs)
     aside = bool(several and one) and (baseline == "single" or not of_one_task)
-    return (one, several) if aside else ([], list(runs))
+    return (one, [run for run in runs if len(run.tasks) != 1]) if aside else ([], list(runs))
 
 
 def single_tasks(runs: Sequence[Run], tasks: Sequence[str], pairing: Sequence[str]) -> SingleTasks:

@@ -100,10 +100,10 @@ def compare(
     """
     shorten_paths(runs)  # before keys become labels of settings
     every_task = list(dict.fromkeys(task for run in runs for task in run.tasks))
+    _require_known(runs, metrics, by)
     measured = tuple(Metric(name, higher_is_better(name, every_task, better)) for name in metrics)
     single, ranked = baselines.divided(runs, measured[0], baseline)
     tasks, others = common_tasks(ranked, measured[0])
-    _require_known(runs, measured, by)
     differ = differing(ranked)
     keys = list(by) or [key for key in differ if key != SEED]
     pairing = tuple(dict.fromkeys([SEED, *(key for key in differ if key not in keys)]))
@@ -191,7 +191,7 @@ def _take_differences(result: Comparison) -> None:
     result.differences = [None if d is None else next(adjusted) for d in result.differences]
 
 
-def _require_known(runs: Sequence[Run], metrics: Sequence[Metric], by: Sequence[str]) -> None:
+def _require_known(runs: Sequence[Run], metrics: Sequence[str], by: Sequence[str]) -> None:
     """Raises UserError for a key or a metric that no run has."""
     keys = sorted({key for run in runs for key in run.values})
     for key in by:
@@ -200,9 +200,8 @@ def _require_known(runs: Sequence[Run], metrics: Sequence[Metric], by: Sequence[
     logged = {name for run in runs for row in run.rows for name, value in row.items() if value is not None}
     names = ["mean", "worst", *dict.fromkeys(task for run in runs for task in run.tasks), *sorted(logged)]
     for metric in metrics if any(run.rows for run in runs) else ():
-        if metric.name not in names:
-            hint = nearest(metric.name, names) or "."
-            raise UserError(f"--metric {metric.name}: no run logged this metric{hint}")
+        if metric not in names:
+            raise UserError(f"--metric {metric}: no run logged this metric{nearest(metric, names) or '.'}")
 
 
 def _notes(result: Comparison, count: int) -> list[str]:

@@ -6,9 +6,10 @@ A linear model of main effects, one value a run: what it leaves over are interac
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mft.runs.comparison import Comparison
 from mft.runs.settings import SEED
@@ -50,8 +51,8 @@ class Effect:
 def effects(comparison: Comparison) -> tuple[list[Effect], float]:
     """Returns the keys that differ, the one that explains most first, and the share that none explains.
 
-    Keys that change only together with others have a share of 0. ([], NaN) below three runs, or without any
-    variance.
+    Keys that change only together with others have a share of 0 and no levels. ([], NaN) below three runs, or
+    without any variance.
     """
     table = _table(comparison)
     keys = [key for key in table.columns if key != "value" and table[key].nunique() > 1]
@@ -63,9 +64,10 @@ def effects(comparison: Comparison) -> tuple[list[Effect], float]:
     for key in keys:
         rest = _fit(table, [other for other in keys if other != key])
         explained = max(0.0, float(rest.ssr - full.ssr))
-        testable = full.df_resid > 0 and rest.df_resid > full.df_resid
-        p = float(full.compare_f_test(rest)[1]) if testable else math.nan
-        found.append(Effect(key, explained / total, p, tuple(_levels(table, keys, key, full))))
+        alone = rest.df_resid > full.df_resid  # it changes also where the others stay as they are
+        p = float(full.compare_f_test(rest)[1]) if alone and full.df_resid > 0 else math.nan
+        levels = _levels(table, keys, key, full) if alone else ()
+        found.append(Effect(key, explained / total if alone else 0.0, p, tuple(levels)))
     return sorted(found, key=lambda effect: -effect.share), float(full.ssr) / total
 
 
@@ -99,20 +101,24 @@ def _design(table: pandas.DataFrame, keys: Sequence[str]) -> pandas.DataFrame:
     columns: dict[str, object] = {"all": 1.0}
     for key in keys:
         *values, last = sorted(table[key].unique())
+        of_last = (table[key] == last).astype(float)
         for value in values:
-            columns[f"{key}={value}"] = (table[key] == value).astype(float) - (table[key] == last).astype(
-                float
-            )
+            columns[f"{key}={value}"] = (table[key] == value).astype(float) - of_last
     return pd.DataFrame(columns, index=table.index)
 
 
-def _fit(table: pandas.DataFrame, keys: Sequence[str]):  # type: ignore[no-untyped-def]
+def _fit(table: pandas.DataFrame, keys: Sequence[str]) -> Any:
+    """Returns statsmodels' results of the least squares fit."""
     import statsmodels.api as sm
+    from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 
-    return sm.OLS(table["value"], _design(table, keys)).fit()
+    with warnings.catch_warnings():  # of keys that change together, which `effects` tells
+        warnings.simplefilter("ignore", SingularMatrixWarning)
+        return sm.OLS(table["value"], _design(table, keys)).fit()
 
 
-def _levels(table: pandas.DataFrame, keys: Sequence[str], key: str, full) -> list[Level]:  # type: ignore[no-untyped-def]
+def _levels(table: pandas.DataFrame, keys: Sequence[str], key: str, full: Any) -> list[Level]:
+    """Returns the effect of every value of a key. full: the fit of all keys."""
     import numpy as np
 
     columns = list(_design(table, keys).columns)

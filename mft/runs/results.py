@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,18 @@ class Run:
 
     command: str = ""
     """The command that repeats it."""
+
+    folder: Path | None = None
+    tokens: float | None = None
+    flops: float | None = None
+    test: dict[str, float] = field(default_factory=dict)
+    test_step: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+    @property
+    def seed(self) -> str:
+        return self.values.get("train.seed", "")
 
     @property
     def tasks(self) -> list[str]:

@@ -49,6 +49,7 @@ def paired_rows(pairs: Sequence[tuple[Weighted, Weighted]]) -> list[PairedRows]:
 
     pairs: for each seed, the parts of the tasks in the metric (1 / K in a mean over K tasks) and the rows, of
     the setting and of the other one. [] where one of these tasks has no two rows in common.
+    `PairedRows.complete` says whether all rows of all runs are among them.
     """
     tasks = dict.fromkeys(task for pair in pairs for weights, _ in pair for task in weights)
     result = []
@@ -68,5 +69,6 @@ def paired_rows(pairs: Sequence[tuple[Weighted, Weighted]]) -> list[PairedRows]:
             for (mine, _), (theirs, _) in pairs
         ]
         tokens_N = sides[0].tokens_N[np.searchsorted(sides[0].row_N, common)]
-        result.append(PairedRows(np.stack(difference), tokens_N))
+        complete = all(len(side.row_N) == len(common) for side in sides)
+        result.append(PairedRows(np.stack(difference), tokens_N, complete))
     return result

@@ -159,6 +159,17 @@ class Setting:
         """Returns the mean over seeds, NaN without any."""
         return fmean(values) if (values := self.values(metric).values()) else math.nan
 
+    def test(self) -> dict[str, float]:
+        """Returns the losses on test rows by task, means over the runs that measured them.
+
+        They are of the checkpoint that the run itself chose on its validations (train.best).
+        """
+        tested: dict[str, list[float]] = {}
+        for run in self.runs:
+            for task, loss in run.test.items():
+                tested.setdefault(task, []).append(loss)
+        return {task: fmean(losses) for task, losses in tested.items()}
+
     def rows(self, block: Block, metric: Metric) -> Weighted | None:
         """Returns the part of each task in a seed's value, and the losses of its validation rows.
 
