@@ -1,0 +1,77 @@
+"""compare.json is documented and plain JSON; tables hold the same numbers, escaped for where they go."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mft.runs import compare_json, ranked_table
+from mft.runs.comparison import Comparison, compare
+from tests.runs.made_runs import run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    shifts = {"coba": -0.05, "a|b & 50% $x_1$": 0.0}
+    noise = {1: 0.1, 2: 0.2, 3: 0.15}
+    return compare(
+        [
+            run({"x": 1 + shift + more + shift * more / 50, "y": 2 + more}, seed, loss=loss)
+            for loss, shift in shifts.items()
+            for seed, more in noise.items()
+        ],
+        "here",
+        ["mean", "worst"],
+    )
+
+
+def test_every_field_of_compare_json_is_documented(comparison: Comparison, tmp_path: Path) -> None:
+    path = compare_json.write(comparison, tmp_path / "compare.json")
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is no JSON")
+
+    content = json.loads(path.read_text(), parse_constant=refuse)
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs/comparison.md").read_text()))
+    (run, *_), (setting, other) = content["runs"], content["settings"]
+    for part in (content, content["metrics"][0], content["effects"][0], content["effects"][0]["levels"][0]):
+        assert part.keys() <= documented
+    for part in (run, setting, other["difference"], other["by_task"]["x"]):
+        assert part.keys() <= documented, part.keys() - documented
+    assert content["format"] == "mft-compare" and content["winner"] == "loss=coba"
+    assert setting["difference"] is None and other["difference"]["told_apart"] is True
+    assert setting["seeds"]["mean"] == pytest.approx({"1": 1.5239, "2": 1.6229, "3": 1.5734}, abs=1e-3)
+
+
+def test_the_csv_has_plain_numbers(comparison: Comparison, tmp_path: Path) -> None:
+    ranked_table.write_csv(comparison, tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert first["loss"] == "coba" and first["verdict"] == "lowest" and first["difference"] == ""
+    assert float(second["mean"]) - float(first["mean"]) == pytest.approx(float(second["difference"]))
+    assert float(second["low"]) < float(second["difference"]) < float(second["high"])
+    assert float(second["x difference"]) == pytest.approx(0.05, abs=0.001) and float(second["y"]) == 2.15
+
+
+def test_tables_for_papers_are_escaped(comparison: Comparison, tmp_path: Path) -> None:
+    for kind, name in (("markdown", "t.md"), ("latex", "t.tex")):
+        ranked_table.write_paper_table(comparison, tmp_path / name, kind)
+    markdown = (tmp_path / "t.md").read_text().splitlines()
+    columns = [len(re.findall(r"(?<!\\)\|", line)) for line in markdown]
+    assert len(set(columns)) == 1 and r"a\|b & 50% $x_1$" in markdown[3]
+    latex = (tmp_path / "t.tex").read_text()
+    assert r"\toprule" in latex and r"a|b \& 50\% \$x\_1\$" in latex
+
+
+def test_the_terminal_has_a_row_for_the_model_before_training(comparison: Comparison) -> None:
+    head, rows = ranked_table.text_table(comparison, 1)
+    assert head == ["rank", "loss", "n", "mean", "worst", "difference", "p", "x", "seconds", "verdict"]
+    assert [len(row) for row in rows] == [len(head)] * 3
+    assert rows[2][1] == "before training" and rows[2][3] == "4.0000" and rows[1][-1] == "higher"
+    assert re.fullmatch(r"\+0\.02\d\d \[\+0\.02\d\d, \+0\.02\d\d\]", rows[1][5])
