@@ -108,14 +108,8 @@ def main() -> None:
         "settings seeds  sd: seeds rows  effect | coverage  of best  false winner  false verdict  true winner"
     )
     variances = {"seeds": (0.01, 0.0), "rows": (0.0, 0.1), "both": (0.01, 0.1)}
-    for settings, seeds, effect in (
-        (2, 1, 0.0),
-        (2, 3, 0.0),
-        (4, 2, 0.0),
-        (4, 3, 0.0),
-        (4, 5, 0.0),
-        (4, 5, 0.05),
-    ):
+    cases = [(settings, seeds, 0.0) for settings in (2, 4) for seeds in (1, 2, 3, 5)] + [(4, 5, 0.05)]
+    for settings, seeds, effect in cases:
         for name, (of_seeds, of_rows) in variances.items():
             if seeds == 1 and name != "rows":  # an interval over rows makes no claim on seeds
                 continue
