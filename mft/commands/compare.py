@@ -43,11 +43,13 @@ def command(arguments: Sequence[str]) -> None:
     places, metric = parsed.words, parsed.metric
     if not places:
         raise UserError("mft compare needs a folder or the name of an MLflow experiment.")
-    from mft.runs import results
+    from mft.runs.places import at
     from mft.runs.ranking import columns, prepare, verdicts
     from mft.runs.report import write
 
-    runs = [run for place in places for run in results.at(place, parsed.uri, metric)]
+    runs, notes = at(places, [parsed.uri] if parsed.uri else [], [metric])
+    for note in notes:
+        say(note)
     if not runs:
         raise UserError(f"There is no run in {', '.join(places)}.")
     groups = prepare(runs, metric, [key for key in parsed.group_by.split(",") if key], parsed.better or "")
