@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 PAGE = 1000
 """Runs asked of a store at once."""
 
+AT_ONCE = 100
+"""Runs whose points are asked of a database at once: all are in memory then."""
+
 THREADS = 8
 """Questions that a server is asked side by side."""
 
@@ -142,8 +145,8 @@ def histories(
     at_once = getattr(client._tracking_client.store, "get_metric_history_bulk", None)
     if at_once is not None:
         for metric, ids in runs_of_metric.items():
-            for start in range(0, len(ids), PAGE):
-                for found in at_once(ids[start : start + PAGE], metric, None):
+            for start in range(0, len(ids), AT_ONCE):
+                for found in at_once(ids[start : start + AT_ONCE], metric, None):
                     yield found.run_id, metric, found.step, found.value
         return
     wanted = [(run_id, metric) for metric, ids in runs_of_metric.items() for run_id in ids]
