@@ -38,7 +38,7 @@ def short_names(
     for row, words in enumerate(shown):
         name = kept[row] if row < len(kept) else ""
         if not name:
-            name = _free(_joined(words, room, whole=len(settings) == 1) or "as given", taken, room)
+            name = _free(_joined(words, room) or "as given", taken, room)
             taken.add(name)
         names.append(name)
     return names
@@ -68,8 +68,8 @@ def _word(key: str, hint: str, value: str) -> str:
     text = _plain(value)
     if key == "train.seed":
         return f"s{text}"
-    if key.endswith(".lr"):
-        return _power(text)
+    if key.endswith(".lr") and (power := _power(text)) != text:
+        return power
     group = "." not in key
     says = SPEAKS_FOR_ITSELF.fullmatch(text) and text.lower() not in SAYS_NOTHING
     if key.endswith(("path", "paths")) or (group and (says or "+" in text)):
@@ -107,35 +107,50 @@ def _power(text: str) -> str:
 
 def _within(tokens: Sequence[Sequence[str]], room: int) -> list[list[str]]:
     """Returns the words of each run, cut where a name would be too long but still different in each column."""
-    caps = [max(map(len, column)) for column in zip(*tokens, strict=True)]
-    shown = [list(words) for words in tokens]
-    while max(len(SEPARATOR.join(filter(None, words))) for words in shown) > room:
-        wide = sorted(range(len(caps)), key=lambda place: -caps[place])
-        for place in wide:
-            column = [words[place] for words in tokens]
-            cut = [word if NUMBER.fullmatch(word) else _cut(word, caps[place] - 1) for word in column]
-            if caps[place] > SHORTEST and len(set(cut)) == len(set(column)):
-                caps[place] -= 1
-                for words, word in zip(shown, cut, strict=True):
-                    words[place] = word
+    columns = [_shorter(column) for column in zip(*tokens, strict=True)]
+    lengths = [max(cuts) for cuts in columns]
+
+    def shown() -> list[tuple[str, ...]]:
+        now = [cuts[length] for cuts, length in zip(columns, lengths, strict=True)]
+        return list(zip(*now, strict=True)) or [()] * len(tokens)
+
+    while max(len(SEPARATOR.join(filter(None, words))) for words in shown()) > room:
+        able = [place for place, cuts in enumerate(columns) if lengths[place] > min(cuts)]
+        if not able:
+            break
+        widest = max(able, key=lambda place: lengths[place])
+        lengths[widest] = max(length for length in columns[widest] if length < lengths[widest])
+    return [list(words) for words in shown()]
+
+
+def _shorter(column: Sequence[str]) -> dict[int, list[str]]:
+    """Returns {length: words of at most that length}, down to where two different words would be the same."""
+    longest = max(map(len, column))
+    choices: list[dict[int, list[str]]] = []
+    for cut in (_without_middle, _without_end):
+        cuts = {longest: list(column)}
+        for length in range(longest - 1, SHORTEST - 1, -1):
+            words = [word if NUMBER.fullmatch(word) else cut(word, length) for word in column]
+            if len(set(words)) < len(set(column)) or max(map(len, words)) > length:
                 break
-        else:
-            return shown
-    return shown
+            cuts[length] = words
+        choices.append(cuts)
+    return min(choices, key=min)
 
 
-def _cut(word: str, length: int) -> str:
-    """Returns a word of at most so many characters, its middle left out: versions differ at the end."""
-    if len(word) <= length:
-        return word
-    tail = (length - 1) // 2
-    return f"{word[: length - 1 - tail]}…{word[len(word) - tail :]}"
+def _without_middle(word: str, length: int) -> str:
+    tail = (length - 1) // 2  # versions differ at the end
+    return word if len(word) <= length else f"{word[: length - 1 - tail]}…{word[len(word) - tail :]}"
 
 
-def _joined(words: Sequence[str], room: int, whole: bool) -> str:
-    """Returns words as one name; whole: whether a word that does not fit is left out instead of cut."""
+def _without_end(word: str, length: int) -> str:
+    return word if len(word) <= length else f"{word[: length - 1]}…"
+
+
+def _joined(words: Sequence[str], room: int) -> str:
+    """Returns words as one name, without the last ones where they do not fit: half a number is another one."""
     words = [word for word in words if word]
-    while whole and len(words) > 1 and len(SEPARATOR.join(words)) > room:
+    while len(words) > 1 and len(SEPARATOR.join(words)) > room:
         words.pop()
     return SEPARATOR.join(words)[:room].rstrip(" ·")
 

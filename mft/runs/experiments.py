@@ -14,6 +14,8 @@ from mft.files.json_file import read_json
 from mft.runs.facts import facts
 from mft.runs.folders import TEST
 from mft.runs.results import Run, compared, with_contents
+from mft.tracking.params import TAG_LIMIT, safe_name
+from mft.tracking.store import histories, runs_of
 from mft.training.provenance import fingerprint_tag
 
 if TYPE_CHECKING:
@@ -39,9 +41,6 @@ def read_experiment(client: MlflowClient, experiment: str, title: str, metrics: 
     title: its name; metrics: those to read by step besides losses and weights, as the folder of a run names
     them. Of all others the last value is there.
     """
-    from mft.tracking.params import safe_name
-    from mft.tracking.store import histories, runs_of
-
     asked = {safe_name(metric): metric for metric in metrics}
     found = {run.info.run_id: run for run in runs_of(client, experiment)}
     called = {run_id: _real_names(run, asked) for run_id, run in found.items()}
@@ -67,15 +66,14 @@ def read_experiment(client: MlflowClient, experiment: str, title: str, metrics: 
 
 def _real_names(run: MlflowRun, asked: Mapping[str, str]) -> dict[str, str]:
     """Returns {name in MLflow: name in the run's folder} of the metrics whose names may differ."""
-    from mft.tracking.params import safe_name
-
     names = [f"{prefix}/{task}" for task in _tasks(run.data.tags) for prefix in OF_TASKS]
     return {safe: name for name in names if (safe := safe_name(name)) != name} | dict(asked)
 
 
 def _result(run: MlflowRun, rows: list[dict[str, Any]], called: Mapping[str, str], title: str) -> Run:
     info, tags = run.info, run.data.tags
-    last = {called.get(name, name): value for name, value in run.data.metrics.items()}
+    finite = {name: value for name, value in run.data.metrics.items() if math.isfinite(value)}
+    last = {called.get(name, name): value for name, value in finite.items()}
     values = compared({key: _as_in_a_folder(text) for key, text in run.data.params.items()})
     # The version that tags fingerprints tags the tasks, too.
     known = {kind: tags[tag] for kind in CONTENTS if (tag := fingerprint_tag(kind)) in tags}
@@ -92,7 +90,7 @@ def _result(run: MlflowRun, rows: list[dict[str, Any]], called: Mapping[str, str
         state=STATES.get(info.status, info.status.lower()),
         seconds=last.get("total/seconds", took),
         memory=last.get("memory/peak_gib"),
-        command=tags.get("command", ""),
+        command=_command(tags),
         where=f"{title}/{info.run_name or info.run_id}",
         folder=_folder(tags),
         key=tags.get("run_key", ""),
@@ -100,8 +98,8 @@ def _result(run: MlflowRun, rows: list[dict[str, Any]], called: Mapping[str, str
         tokens=last.get("total/tokens"),
         flops=last.get("total/flops"),
         test={name.removeprefix(TEST): loss for name, loss in last.items() if name.startswith(TEST)},
-        test_step=int(step) if math.isfinite(step := last.get("test/step", math.nan)) else None,
-        metrics={name: value for name, value in last.items() if math.isfinite(value)},
+        test_step=int(last["test/step"]) if "test/step" in last else None,
+        metrics=last,
     )
     total = float(tags["total_steps"]) if tags.get("total_steps", "").isdigit() else None
     tasks = _tasks(tags) or sorted(result.tasks)
@@ -110,6 +108,14 @@ def _result(run: MlflowRun, rows: list[dict[str, Any]], called: Mapping[str, str
         {"started": started} | tags, result.values, _object(tags, "data_sizes"), steps, total
     )
     return result
+
+
+def _command(tags: Mapping[str, str]) -> str:
+    """Returns the command that was recorded; a comment for the shell where it was cut."""
+    command = tags.get("command", "")
+    if len(command) < TAG_LIMIT - 1:
+        return command
+    return f"# longer than MLflow keeps; see overrides.json in {tags.get('run_folder', 'the run folder')}"
 
 
 def _folder(tags: Mapping[str, str]) -> Path | None:

@@ -13,6 +13,7 @@ from mft.errors import UserError, nearest
 from mft.runs.experiments import read_experiment
 from mft.runs.folders import read_run
 from mft.runs.results import Run
+from mft.tracking.store import client_for, database_file, reason
 
 
 class Found(NamedTuple):
@@ -43,8 +44,6 @@ def at(places: Sequence[str], uris: Sequence[str] = (), metrics: Iterable[str] =
 
 def _of_stores(name: str, uris: Sequence[str], metrics: Sequence[str]) -> list[Run]:
     """Returns the runs of an experiment in all stores that have it."""
-    from mft.tracking.store import client_for, database_file, reason
-
     if not uris and not Path("mlflow.db").exists():
         raise UserError(
             f"{name} is not a folder, and there is no MLflow store here (mlflow.db) that could hold an "
@@ -76,7 +75,10 @@ def _of_stores(name: str, uris: Sequence[str], metrics: Sequence[str]) -> list[R
 
 
 def _once(runs: Sequence[Run]) -> Found:
-    """Returns the runs without those that are others again; of two readings the one of a folder is kept."""
+    """Returns the runs without those that are others again.
+
+    Of two readings the one of a folder is kept, with the metrics that only the store has.
+    """
     kept: list[Run] = []
     by_key: dict[str, int] = {}
     by_place: dict[str, int] = {}
@@ -93,7 +95,9 @@ def _once(runs: Sequence[Run]) -> Found:
         else:
             again += 1
             if kept[number].store and not run.store:
-                kept[number] = run
+                kept[number], run = run, kept[number]
+            if run.store and not kept[number].store:
+                _add_from_store(kept[number], run)
         if run.key:
             by_key[run.key] = number
         if run.place:
@@ -103,3 +107,14 @@ def _once(runs: Sequence[Run]) -> Found:
         what = "1 run was met twice and counts" if again == 1 else f"{again} runs were met twice and count"
         notes.append(f"{what} once (in a folder and in a store, or in places that overlap).")
     return Found(kept, notes)
+
+
+def _add_from_store(run: Run, stored: Run) -> None:
+    """Adds what was logged to a store alone, by other programs, to the run of a folder."""
+    own = {"step", *run.names()}
+    rows = [
+        {name: value for name, value in row.items() if name not in own} | {"step": row["step"]}
+        for row in stored.rows
+    ]
+    run.rows += [row for row in rows if len(row) > 1]
+    run.metrics |= {name: value for name, value in stored.metrics.items() if name not in own}

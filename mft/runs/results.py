@@ -103,7 +103,8 @@ class Run:
 
     def names(self) -> list[str]:
         """Returns the names of all its metrics."""
-        return list(dict.fromkeys([*(name for row in self.rows for name in row), *self.metrics]))
+        names = dict.fromkeys([*(name for row in self.rows for name in row), *self.metrics])
+        return [name for name in names if name != "step"]
 
     def series(self, metric: str) -> list[tuple[int, float]]:
         """Returns (step, value) of a metric: mean, worst, a task, or the name of any metric.
@@ -118,7 +119,7 @@ class Run:
                 value = criterion(losses, metric, {}) if losses and len(losses) == len(tasks) else None
             else:
                 value = row.get(OF_TASKS + metric if metric in tasks else metric)
-            if value is not None and math.isfinite(value):
+            if isinstance(value, int | float) and math.isfinite(value):
                 points.append((int(row["step"]), float(value)))
         alone = self.metrics.get(metric, math.nan)
         if not points and math.isfinite(alone):
