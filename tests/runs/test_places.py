@@ -17,6 +17,7 @@ from mft.runs.places import at
 from mft.tracking import store
 from mft.tracking.mlflow import Mlflow
 from mft.tracking.store import client_for, prepare
+from tests.tracking.server import free_port, kill_server, start_server
 
 ROWS = [
     {"step": 1, "train/loss": 3.0, "lr": 1e-3},
@@ -214,3 +215,19 @@ def test_a_long_command_that_a_store_has_cut_is_not_shown_as_one(uri: str) -> No
     client.set_tag(run, "command", "x" * 5000)
     client.set_tag(run, "run_folder", "/runs/a")
     assert at(["long"]).runs[0].command == "# longer than MLflow keeps; see overrides.json in /runs/a"
+
+
+@pytest.mark.slow
+def test_a_server_tells_what_its_database_tells(uri: str, tmp_path: Path) -> None:
+    send(leave(Path("runs/a")), uri)
+    send(leave(Path("runs/b"), seed=3), uri)
+    port = free_port()
+    server = start_server(tmp_path, port)
+    try:
+        remote = at(["one"], [f"http://127.0.0.1:{port}"]).runs
+    finally:
+        kill_server(server)
+    for there, here in zip(remote, at(["one"]).runs, strict=True):
+        assert (there.name, there.rows, there.metrics, there.facts) == (
+            *(here.name, here.rows, here.metrics, here.facts),
+        )
