@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
 BY_STEP = ("valid/loss", "train/loss", "train/weight")
-"""Metrics that a comparison needs by step, with those below them; of others it is asked for."""
+"""Metrics that a comparison needs by step, and those of every task; it is asked for others."""
 
 OF_TASKS = (
     *("valid/loss", "valid/perplexity", "best/valid/loss", "test/loss"),
@@ -47,20 +48,19 @@ def read_experiment(client: MlflowClient, experiment: str, title: str, metrics: 
     wanted: dict[str, list[str]] = {}
     for run_id, run in found.items():
         for metric in run.data.metrics:
-            if (
-                metric in asked
-                or metric.startswith(tuple(f"{name}/" for name in BY_STEP))
-                or metric in BY_STEP
-            ):
+            if metric in asked or "/".join(metric.split("/", 2)[:2]) in BY_STEP:
                 wanted.setdefault(metric, []).append(run_id)
     by_step: dict[str, dict[int, dict[str, Any]]] = {run_id: {} for run_id in found}
     for run_id, metric, step, value in histories(client, wanted):
         row = by_step[run_id].setdefault(step, {"step": step})
         row[called[run_id].get(metric, metric)] = value
     results = []
+    names = Counter(run.info.run_name for run in found.values())
     for run_id, run in found.items():
         rows = [row for _, row in sorted(by_step[run_id].items())]
-        results.append(_result(run, rows, called[run_id], title))
+        once = names[run.info.run_name] == 1
+        where = f"{title}/{run.info.run_name}" + ("" if once else f" ({run_id[:8]})")
+        results.append(_result(run, rows, called[run_id], where))
     return results
 
 
@@ -70,7 +70,7 @@ def _real_names(run: MlflowRun, asked: Mapping[str, str]) -> dict[str, str]:
     return {safe: name for name in names if (safe := safe_name(name)) != name} | dict(asked)
 
 
-def _result(run: MlflowRun, rows: list[dict[str, Any]], called: Mapping[str, str], title: str) -> Run:
+def _result(run: MlflowRun, rows: list[dict[str, Any]], called: Mapping[str, str], where: str) -> Run:
     info, tags = run.info, run.data.tags
     finite = {name: value for name, value in run.data.metrics.items() if math.isfinite(value)}
     last = {called.get(name, name): value for name, value in finite.items()}
@@ -82,7 +82,7 @@ def _result(run: MlflowRun, rows: list[dict[str, Any]], called: Mapping[str, str
     name = tags.get("name") or info.run_name or info.run_id
     place = f"{tags['run_folder']} {tags.get('identity', '')}" if tags.get("run_folder") else ""
     started = datetime.fromtimestamp(info.start_time / 1000).astimezone().isoformat(timespec="seconds")
-    steps = max((row["step"] for row in rows), default=None)
+    trained = [row["step"] for row in rows if any(name in row for name in ("train/loss", "valid/loss"))]
     result = Run(
         name=name,
         values=values,
@@ -91,7 +91,7 @@ def _result(run: MlflowRun, rows: list[dict[str, Any]], called: Mapping[str, str
         seconds=last.get("total/seconds", took),
         memory=last.get("memory/peak_gib"),
         command=_command(tags),
-        where=f"{title}/{info.run_name or info.run_id}",
+        where=where,
         folder=_folder(tags),
         key=tags.get("run_key", ""),
         place=place,
@@ -105,7 +105,11 @@ def _result(run: MlflowRun, rows: list[dict[str, Any]], called: Mapping[str, str
     tasks = _tasks(tags) or sorted(result.tasks)
     result.values |= with_contents(tasks, tags.get("data_fingerprint", ""), prints)
     result.facts = facts(
-        {"started": started} | tags, result.values, _object(tags, "data_sizes"), steps, total
+        {"started": started} | tags,
+        result.values,
+        _object(tags, "data_sizes"),
+        max(trained, default=None),
+        total,
     )
     return result
 
@@ -120,12 +124,8 @@ def _command(tags: Mapping[str, str]) -> str:
 
 def _folder(tags: Mapping[str, str]) -> Path | None:
     """Returns the folder of a run, where it is on this machine and still this run's."""
-    folder = Path(tags.get("run_folder") or "/nowhere")
-    return (
-        folder
-        if tags.get("run_key") and read_json(folder / "mlflow.json").text("key") == tags["run_key"]
-        else None
-    )
+    folder, key = Path(tags.get("run_folder", "")), tags.get("run_key")
+    return folder if key and read_json(folder / "mlflow.json").text("key") == key else None
 
 
 def _as_in_a_folder(text: str) -> str:

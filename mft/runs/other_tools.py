@@ -91,7 +91,11 @@ def _measured(runs: Sequence[Run], content: Mapping[str, Any], file: Path) -> Ru
     for place in _models(content):
         path = Path(os.path.expanduser(place)).resolve()
         for run in runs:
-            if run.folder and path.is_relative_to(run.folder.resolve()):
+            # of a run in a store, its folder may be on another machine, where it was measured
+            wrote = run.place.rpartition(" ")[0]
+            if (run.folder and path.is_relative_to(run.folder.resolve())) or (
+                wrote and Path(place).is_relative_to(wrote)
+            ):
                 return run
     said = ", ".join(dict.fromkeys(_models(content)))
     why = (

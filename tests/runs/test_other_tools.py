@@ -99,6 +99,12 @@ def test_the_model_may_be_a_full_one_and_its_arguments_an_object(
     assert "hellaswag/acc" in runs[0].metrics and not runs[1].metrics
 
 
+def test_a_run_in_a_store_may_have_been_measured_on_another_machine(runs: list[Run]) -> None:
+    elsewhere = Run("far", {}, [], "finished", where="x/far", place="/far/runs/a 1234")
+    add_results([*runs, elsewhere], written(of("/far/runs/a/final")))
+    assert elsewhere.metrics["hellaswag/acc"] == 0.4271
+
+
 def test_versions_before_filters(runs: list[Run]) -> None:
     results = {"piqa": {"acc": 0.7, "acc_stderr": 0.01, "acc_norm": 0.71}}
     add_results(runs, written(of("runs/a", results=results)))

@@ -188,6 +188,9 @@ def test_every_page_and_every_run_of_a_question_is_read(uri: str, monkeypatch: p
     assert sorted(runs) == [f"r{number}" for number in range(5)]
     assert all(runs[f"r{n}"].series("x") == [(1, n + 1.0), (2, n + 2.0)] for n in range(5))
     assert runs["r4"].best("other") == 4.0
+    again = client.create_run(experiment, run_name="r4").info.run_id
+    wheres = [run.where for run in at(["many"]).runs]
+    assert "many/r3" in wheres and f"many/r4 ({again[:8]})" in wheres and len(set(wheres)) == 6
     assert "other" in runs["r4"].names() and runs["r4"].command == "" and runs["r4"].folder is None
 
 

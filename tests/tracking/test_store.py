@@ -141,7 +141,7 @@ def test_what_is_used_of_the_insides_of_mlflow_is_there():
     schema = _get_latest_schema_revision()
     assert schema.isalnum() and len(schema) == 12
     assert get_results_from_paginated_fn(lambda count, token: PagedList("ab", None), 2) == ["a", "b"]
-    # A server has no such call; a database that has lost it would be asked run by run, 20 times slower.
+    # A server has no such call; a database that has lost it would be asked run by run.
     assert callable(SqlAlchemyStore.get_metric_history_bulk)
     assert list(signature(SqlAlchemyStore.get_metric_history_bulk).parameters)[1:] == [
         *("run_ids", "metric_key", "max_results"),
