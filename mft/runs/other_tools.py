@@ -40,8 +40,10 @@ def add_results(runs: Sequence[Run], spec: str) -> str:
     metrics = dict(_metrics(content))
     if not metrics:
         raise UserError(f"--with {file}: holds no result of any task. {LAYOUTS}")
-    if double := sorted(metrics.keys() & set(run.names())):
-        raise UserError(f"--with {file}: {run.where} has {double[0]} already; give one file for each run.")
+    if double := [name for name in metrics if name in set(run.names())]:
+        raise UserError(
+            f"--with {file}: {run.where} has {double[0]} already; leave one of the two files out."
+        )
     run.metrics.update(metrics)
     return f"{file}: {', '.join(metrics)} of {run.where}"
 

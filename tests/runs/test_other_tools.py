@@ -162,7 +162,7 @@ def test_a_mistake_gets_a_sentence(runs: list[Run], content: object, spec: str, 
 def test_no_value_is_replaced_and_no_run_is_guessed(runs: list[Run]) -> None:
     file = written(of("runs/a"))
     add_results(runs, file)
-    with pytest.raises(UserError, match="has hellaswag/acc already; give one file"):
+    with pytest.raises(UserError, match="has hellaswag/acc already; leave one"):
         add_results(runs, file)
     runs[1].name = runs[0].name
     with pytest.raises(UserError, match="runs/a, runs/b are called so; name the folder of one"):
