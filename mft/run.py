@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mft.config import build, identity, inputs, schema, validate
+from mft.config import build, identity, inputs, repetition, schema, validate
 from mft.console.tables import settings_table
 from mft.data import datasets, mixture, report
 from mft.data.loader import BatchLoader
@@ -253,7 +253,8 @@ def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, start
     answers.ask("before")
     restore_newest(r, t)
     status = RunStatus.failed
-    t.tracker.open(folder, schema.plain(r.cfg), run_tags(r.cfg, folder), t.state.step)
+    tags = provenance.recorded(folder, run_tags(r)) if engine.is_main else {}
+    t.tracker.open(folder, schema.plain(r.cfg), tags, t.state.step)
     try:
         t.progress.start(t.state.step, t.total_steps)
         status = fit(t)
@@ -299,12 +300,19 @@ def require_unchanged(
         recorded.require({**(of_tasks or {}), **of_files}, schema.plain(cfg))
 
 
-def run_tags(cfg: DictConfig, run_dir: Path) -> dict[str, str]:
+def run_tags(r: Run) -> dict[str, str]:
     """Returns what a tracker keeps beside the config: command, sweep, data, versions, host."""
+    cfg, run_dir = r.cfg, r.folder
     record, recorded = read_json(run_dir / "overrides.json"), identity.identity_of(run_dir)
-    overrides = " ".join(record.texts("overrides"))
-    tags = provenance.tags() | {
-        "overrides": overrides,
+    overrides, plugins = record.texts("overrides"), record.texts("plugins")
+    command = repetition.command(overrides, record.text("folder"), record.texts("search"), plugins)
+    sizes = {task: counts["splits"] for task, counts in read_json(run_dir / "report" / "data.json").items()}
+    tags = provenance.tags(r.engine.device.type, r.engine.world) | {
+        "name": record.text("name"),
+        "command": command,
+        "overrides": " ".join(overrides),
+        "data_sizes": json.dumps(sizes),
+        "total_steps": str(int(read_json(run_dir / "plan.json").number("total_steps") or 0)),
         "identity": recorded.extended if recorded else "",
         "data_fingerprint": record.text("data"),
         "run_folder": str(run_dir),
@@ -315,5 +323,5 @@ def run_tags(cfg: DictConfig, run_dir: Path) -> dict[str, str]:
             tags[provenance.fingerprint_tag(name)] = recorded.fingerprints[name]
     tags |= {group: cfg.choices[group] for group in ("model", "peft", "dist", "loss") if group in cfg.choices}
     if record.text("sweep"):
-        tags |= {"sweep": record.text("sweep"), "job": record.text("label") or overrides}
+        tags |= {"sweep": record.text("sweep"), "job": record.text("label") or tags["overrides"]}
     return tags

@@ -54,14 +54,18 @@ def command(arguments: Sequence[str]) -> None:
     places = parsed.words
     if not places:
         raise UserError("mft compare needs a folder or the name of an MLflow experiment.")
-    from mft.runs import compare_json, ranked_table, report, results
+    from mft.runs import compare_json, ranked_table, report
     from mft.runs.comparison import compare
+    from mft.runs.other_tools import add_results
+    from mft.runs.places import at
     from mft.runs.verdicts import covered, sentence
 
     metrics, by = ([name for name in text.split(",") if name] for text in (parsed.metric, parsed.group_by))
-    runs = [run for place in places for run in results.at(place, (parsed.uri or [""])[0], metrics[0])]
+    runs, notes = at(places, parsed.uri or [], metrics)
     if not runs:
         raise UserError(f"There is no run in {', '.join(places)}.")
+    for note in [*notes, *(add_results(runs, results) for results in parsed.results or ())]:
+        say(note)
     title, better = ", ".join(places), "higher" if parsed.higher else parsed.better or ""
     comparison = compare(runs, title, metrics or ["mean"], by, better, parsed.baseline)
     head, rows = ranked_table.text_table(comparison, ranked_table.MOST_TASKS)

@@ -20,7 +20,8 @@ from mft.commands.arguments import Parser, existing_folder
 from mft.console.screen import console
 from mft.console.tables import table
 from mft.files.json_file import read_json
-from mft.runs.results import Run, read_run
+from mft.runs.folders import read_run
+from mft.runs.results import Run
 from mft.sweep.folder import RECORD
 
 ROOTS = ("outputs", "multirun")

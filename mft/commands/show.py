@@ -15,7 +15,8 @@ from mft.commands.runs import steps
 from mft.console.screen import console
 from mft.errors import UserError
 from mft.files.json_file import Values, read_json
-from mft.runs.results import Run, flat, read_run
+from mft.runs.folders import read_run
+from mft.runs.results import Run, flat
 
 FILES = {
     "config": "config.yaml",

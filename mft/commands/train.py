@@ -103,7 +103,8 @@ def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) ->
         overrides = with_output_dir(overrides)
         plugins.name(recorded_plugins(overrides))  # a resumed run needs no --plugin again
         cfg = compose_resolved(overrides, config_dirs)
-        checked = job.checked(cfg, overrides, starts=not dry_run)
+        search = [str(folder.resolve()) for folder in config_dirs]
+        checked = job.checked(cfg, overrides, starts=not dry_run, search=search)
         inert = without_effect(checked.cfg, checked.world, given_keys(overrides, config_dirs))
         for note in [*replaced(overrides), *of_hydra(overrides, sweep=False), *inert]:
             say(f"mft: {note}", sys.stderr)

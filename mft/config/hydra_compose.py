@@ -6,7 +6,7 @@ override parser; `tests/config/test_hydra_compose.py` fails where one of them is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,14 @@ def places_of(search: str) -> list[str]:
         elif not Path(place.removeprefix("file://")).is_dir():
             raise UserError(f"hydra.searchpath: {place} is not a folder; --config-dir DIR adds one.")
     return places
+
+
+def recorded_places(places: Iterable[str]) -> list[str]:
+    """Returns what a search path has beside conf/ and the folders of plug-ins: folders, and packages as
+    pkg://…"""
+    of_plugins = set(map(str, plugins.yaml_folders()))
+    folders = [place.removeprefix("file://") for place in places]
+    return [folder for folder in folders if folder not in of_plugins]
 
 
 def without_search_path(overrides: Sequence[str]) -> list[str]:

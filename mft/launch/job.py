@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft.config import inputs, plugins
 from mft.config.identity import Identity
+from mft.config.inputs import under
+from mft.config.overrides import key_of
 from mft.config.schema import Launch, LaunchMode, resolve_precision
 from mft.config.validate import check
+from mft.console.short_names import ROOM, short_names
 from mft.errors import UserError
 from mft.files.json_file import Values
 from mft.launch import placement, resume_choice, spawn
@@ -39,6 +43,10 @@ class Job:
     """Fingerprint of all tasks, 12 hex digits."""
     plugins: tuple[str, ...] = ()
     """Packages named with --plugin, beside installed plug-ins."""
+    search: tuple[str, ...] = ()
+    """Folders of yaml files beside conf/ and those of plug-ins, and packages as pkg://…"""
+    name: str = ""
+    """Tells it apart in legends; "" for a run outside of sweeps, which gets one when it starts."""
 
     def judged(self, row: Mapping[str, Any]) -> float | None:
         """Returns the objective (`train.best`) of a row of metrics.jsonl, None unless it is a validation."""
@@ -57,23 +65,40 @@ class Job:
         output_dir, resume = Path(self.cfg.output_dir), self.cfg.train.resume
         return resume_choice.choose(output_dir, dated, resume, self.identity, config)
 
-    def describe(self) -> dict[str, Any]:
-        """Returns the content of overrides.json in its run folder."""
+    def describe(self, earlier: str = "") -> dict[str, Any]:
+        """Returns the content of overrides.json in its run folder; earlier: the name that is there."""
         return {
             "overrides": self.overrides,
+            "name": self.name or earlier or self._own_name(),
             "label": self.label,
             "sweep": self.cfg.sweep or "",
             "data": self.data,
             "folder": str(Path.cwd()),
             "plugins": list(self.plugins),
+            "search": list(self.search),
         }
 
+    def _own_name(self) -> str:
+        """Returns a short name from what the command line sets, and the time, since a run may be repeated."""
+        left_out = ("hydra", *inputs.CANNOT_CHANGE_THE_RESULT, *inputs.FINGERPRINTED)
+        pairs = [(key_of(override), override.partition("=")[2]) for override in self.overrides]
+        settings = {key: value for key, value in pairs if not under(key.replace("/", "."), left_out)}
+        clock = time.strftime(" %H%M%S")
+        room = ROOM - len(clock)
+        return f"{short_names([settings or {'name': str(self.cfg.name)}], room=room)[0]}{clock}"
 
-def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: bool = True) -> Job:
+
+def checked(
+    cfg: DictConfig,
+    overrides: Sequence[str],
+    label: str = "",
+    starts: bool = True,
+    search: Sequence[str] = (),
+) -> Job:
     """Checks a resolved config (UserError with a sentence) and returns it with its identity.
 
     label: what distinguishes the job from the others of its sweep; starts: whether this process is about to
-    run it. Reads the task files once to fingerprint them; loads no model and starts no rank.
+    run it; search: see `Job`. Reads the task files once to fingerprint them; loads no model and starts no rank.
     """
     cfg = copy.deepcopy(cfg)  # the caller keeps what it composed
     cfg.train.precision = resolve_precision(cfg.train.precision)
@@ -97,7 +122,7 @@ def checked(cfg: DictConfig, overrides: Sequence[str], label: str = "", starts: 
     of_tasks = sorted((name, value) for name, value in fingerprints.items() if name.startswith("task."))
     data = hashlib.sha1(repr(of_tasks).encode()).hexdigest()[:12]
     identity = inputs.identity(cfg, world, [task.name for task in components.tasks], fingerprints)
-    return Job(cfg, list(overrides), world, identity, label, data, plugins.named())
+    return Job(cfg, list(overrides), world, identity, label, data, plugins.named(), tuple(search))
 
 
 def objective(summary: dict[str, Any]) -> float:

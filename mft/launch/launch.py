@@ -88,7 +88,8 @@ def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
         freeze(cfg, folder / "config.yaml")
         # after the config: a folder with an identity holds a run, whose config differences are shown
         write_json(folder / "identity.json", job.identity.as_json(), durable=True)
-        write_json(folder / "overrides.json", job.describe())
+        written = read_json(folder / "overrides.json")
+        write_json(folder / "overrides.json", job.describe(written.text("name")))
         # last: from here on the other ranks and hosts read the folder
         placement.broadcast_from_rank0(str(folder))
         if nodes:

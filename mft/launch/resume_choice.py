@@ -14,7 +14,7 @@ from mft.errors import UserError
 from mft.run_folder import LOCK, RunStatus, is_locked, status
 from mft.training.checkpoint import newest
 
-BEFORE_A_RUN = ("config.yaml", "identity.json", "overrides.json", "plan.json")
+BEFORE_A_RUN = ("config.yaml", "identity.json", "overrides.json", "plan.json", "provenance.json")
 """Files left by a run that was killed, or found its disk full, before its first step."""
 
 PARTIAL = (LOCK, "log", *BEFORE_A_RUN, *(f"{name.rpartition('.')[0]}.tmp" for name in BEFORE_A_RUN))

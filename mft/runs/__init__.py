@@ -1,8 +1,10 @@
 """Reads finished and running runs back from their folders or from MLflow, ranks them, and reports on them.
 
-`results` reads a run back from its folder, or all runs of an MLflow experiment, as `Run`: its config, its
-metrics, its state. `differences` finds the keys that tell runs apart, among them the contents of data and
-models, not their paths alone. `direction` knows whether a lower or a higher value of a metric is better.
+`places.at` returns the runs of folders and of MLflow experiments, each once: `folders` reads a run from its
+folder, `experiments` those of an experiment, as `results.Run`: config, metrics, state, `facts`. `other_tools`
+adds what other programs measured. `differences` finds the keys that tell runs apart, among them the contents
+of data and models, not their paths alone. `direction` knows whether a lower or a higher value of a metric is
+better.
 `ranking` makes groups of runs that differ by their seed, ranks them, and names a winner only where the noise
 between seeds allows it. `report` writes the HTML file with its pictures.
 

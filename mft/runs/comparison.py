@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from mft.console.short_names import short_names
 from mft.errors import UserError, nearest
 from mft.runs import baseline as baselines
 from mft.runs.differences import differing, shorten_paths
-from mft.runs.direction import higher_is_better
+from mft.runs.direction import directions
 from mft.runs.results import Run
 from mft.runs.rows import Weighted, paired_rows
 from mft.runs.settings import SEED, Metric, Setting, settings_of
@@ -94,20 +95,23 @@ def compare(
     """Returns the comparison of runs.
 
     metrics: the first ranks; by: the keys that make a setting, () for all that differ but the seed; better:
-    lower or higher, for metrics whose name does not tell; baseline: KEY=VALUE,… of a setting, `single`, or ""
+    see `directions`; baseline: KEY=VALUE,… of a setting, `single`, or ""
     for the best. Raises UserError for a key, a value or a metric that no run has, and where a name does not
     tell.
     """
     shorten_paths(runs)  # before keys become labels of settings
     every_task = list(dict.fromkeys(task for run in runs for task in run.tasks))
     _require_known(runs, metrics, by)
-    measured = tuple(Metric(name, higher_is_better(name, every_task, better)) for name in metrics)
+    higher = directions(metrics, every_task, better)
+    measured = tuple(Metric(name, higher[name]) for name in dict.fromkeys(metrics))
     single, ranked = baselines.divided(runs, measured[0], baseline)
     tasks, others = common_tasks(ranked, measured[0])
     differ = differing(ranked)
     keys = list(by) or [key for key in differ if key != SEED]
     pairing = tuple(dict.fromkeys([SEED, *(key for key in differ if key not in keys)]))
     settings = settings_of(ranked, keys, pairing, measured[0], tasks)
+    for setting, name in zip(settings, short_names([setting.keys for setting in settings]), strict=True):
+        setting.label = name
     result = Comparison(title, measured, settings, tasks, others, pairing)
     if single:
         result.reference = baselines.single_tasks(single, tasks, pairing)
@@ -197,9 +201,8 @@ def _require_known(runs: Sequence[Run], metrics: Sequence[str], by: Sequence[str
     for key in by:
         if key not in keys:
             raise UserError(f"--group-by {key}: no run has this key{nearest(key, keys) or '.'}")
-    logged = {name for run in runs for row in run.rows for name, value in row.items() if value is not None}
-    names = ["mean", "worst", *dict.fromkeys(task for run in runs for task in run.tasks), *sorted(logged)]
-    for metric in metrics if any(run.rows for run in runs) else ():
+    names = ["mean", "worst", *dict.fromkeys(name for run in runs for name in (*run.tasks, *run.names()))]
+    for metric in metrics if any(run.rows or run.metrics for run in runs) else ():
         if metric not in names:
             raise UserError(f"--metric {metric}: no run logged this metric{nearest(metric, names) or '.'}")
 

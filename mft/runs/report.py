@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from mft import run_folder
 from mft.runs.differences import differing
 from mft.runs.direction import LOSSES
+from mft.runs.folders import read_run
 from mft.runs.ranking import SEED, Group, columns, prepare, verdicts
-from mft.runs.results import read_run
 from mft.training.panels import MOST, color_of, label_axes, most, panel_grid
 
 if TYPE_CHECKING:

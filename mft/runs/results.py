@@ -1,33 +1,24 @@
-"""Runs read back: from their folders, or from an MLflow experiment."""
+"""A run read back, and how it is compared: its metrics, and its config as flat text."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mft import run_folder
-from mft.config import yaml_file
-from mft.config.identity import CONTENTS, VERSION, identity_of
+from mft.config.identity import CONTENTS
 from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, under
-from mft.errors import UserError, nearest
-from mft.files.json_file import read_json
 from mft.objective import criterion
-from mft.training.provenance import fingerprint_tag
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run as MlflowRun
-    from mlflow.store.entities import PagedList
 
 NOT_COMPARED = (
     *(key for key in CANNOT_CHANGE_THE_RESULT if "batch_size" not in key),
     # Of these, the names of the tasks and the fingerprint of the data tell more.
     *("task.*.paths", "task.*.valid", "task.*.name"),
+    *("tracking", "launch", "debug", "experiment"),
 )
 
 FINGERPRINT = " fingerprint"
@@ -35,8 +26,8 @@ FINGERPRINT = " fingerprint"
 
 DATA = f"data{FINGERPRINT}"
 
-PAGE = 1000
-"""Runs asked of an MLflow store at once."""
+OF_TASKS = "valid/loss/"
+"""Begins the names of the validation losses of tasks."""
 
 
 @dataclass
@@ -44,14 +35,14 @@ class Run:
     """What one run folder, or one run of an MLflow experiment, holds."""
 
     name: str
-    """The folder as seen from here, or the run's name in MLflow."""
+    """Short, of at most 20 characters; two runs may have the same. `where` tells them apart."""
 
     values: dict[str, str]
     """The flat config, with the option chosen of every group. `task` holds the names of all tasks in order;
     keys that end in FINGERPRINT hold hashes of contents, where they were recorded."""
 
     rows: list[dict[str, Any]]
-    """metrics.jsonl."""
+    """metrics.jsonl; of a store the metrics that were asked for, by step."""
 
     state: str
     """running, finished, pruned, stopped, failed or killed."""
@@ -63,69 +54,81 @@ class Run:
     """Peak memory in GiB; None where that was not recorded."""
 
     command: str = ""
-    """The command that repeats it."""
+    """The line for a shell that repeats it in a new folder; "" where that was not recorded."""
+
+    where: str = ""
+    """The folder as seen from here, or experiment/run of a store."""
 
     folder: Path | None = None
+    """Its run folder; None where that is not on this machine."""
+
+    store: str = ""
+    """Address of the MLflow store it was read from, without credentials; "" if it was read from its folder."""
+
+    key: str = ""
+    """The name that it has for itself in trackers; "" without one."""
+
+    place: str = ""
+    """The folder it wrote, on whichever machine, and its identity; "" where that was not recorded."""
+
     tokens: float | None = None
+    """Processed without padding, over all ranks; None where that was not recorded."""
+
     flops: float | None = None
+    """Of training, over all ranks; None where that was not recorded."""
+
     test: dict[str, float] = field(default_factory=dict)
+    """Loss on the test rows of each task that has some, nats per token."""
+
     test_step: int | None = None
+    """Step of the checkpoint that was tested."""
+
     facts: dict[str, Any] = field(default_factory=dict)
-    where: str = ""
+    """When, where and on what it ran, see `mft.runs.facts`."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Single values without a step: results of other tools, and of a store the last value of each metric."""
 
     @property
-    def seed(self) -> str:
-        return self.values.get("train.seed", "")
+    def seed(self) -> int | None:
+        """train.seed; None where it was not recorded."""
+        text = self.values.get("train.seed", "")
+        return int(text) if text.lstrip("-").isdigit() else None
 
-    @property
+    @functools.cached_property
     def tasks(self) -> list[str]:
         """The validated tasks, in the order in which they appear."""
-        prefix = "valid/loss/"
-        names = dict.fromkeys(name for row in self.rows for name in row if name.startswith(prefix))
-        return [name.removeprefix(prefix) for name in names]
+        names = dict.fromkeys(name for row in self.rows for name in row if name.startswith(OF_TASKS))
+        return [name.removeprefix(OF_TASKS) for name in names]
+
+    def names(self) -> list[str]:
+        """Returns the names of all its metrics."""
+        names = dict.fromkeys([*(name for row in self.rows for name in row), *self.metrics])
+        return [name for name in names if name != "step"]
 
     def series(self, metric: str) -> list[tuple[int, float]]:
-        """Returns (step, value) of a metric: mean, worst, a task, or a name in metrics.jsonl."""
+        """Returns (step, value) of a metric: mean, worst, a task, or the name of any metric.
+
+        A value without a step stands at the last one.
+        """
         points, tasks = [], self.tasks
         for row in self.rows:
-            losses = {task: loss for task in tasks if (loss := row.get(f"valid/loss/{task}")) is not None}
-            # A mean over fewer tasks than the run validates is not comparable with the others.
             if metric in ("mean", "worst"):
+                losses = {task: loss for task in tasks if (loss := row.get(OF_TASKS + task)) is not None}
+                # A mean over fewer tasks than the run validates is not comparable with the others.
                 value = criterion(losses, metric, {}) if losses and len(losses) == len(tasks) else None
             else:
-                value = losses.get(metric, row.get(metric))
-            if value is not None and math.isfinite(value):
+                value = row.get(OF_TASKS + metric if metric in tasks else metric)
+            if isinstance(value, int | float) and math.isfinite(value):
                 points.append((int(row["step"]), float(value)))
+        alone = self.metrics.get(metric, math.nan)
+        if not points and math.isfinite(alone):
+            points = [(max((int(row["step"]) for row in self.rows), default=0), alone)]
         return points
 
     def best(self, metric: str, higher: bool = False) -> float | None:
         """Returns the lowest (or highest) value of a metric, None where it was not logged."""
         return (max if higher else min)((value for _, value in self.series(metric)), default=None)
-
-
-def read_run(folder: Path) -> Run:
-    """Returns the run of a folder; what is missing or damaged there is left out."""
-    try:
-        config = yaml_file.load(folder / "config.yaml") or {}
-    except (OSError, UserError):
-        config = {}
-    config = config if isinstance(config, dict) else {}
-    record, summary = read_json(folder / "overrides.json"), read_json(folder / "summary.json")
-    identity = identity_of(folder)
-    if identity is not None and identity.version == VERSION:
-        contents = with_contents(identity.tasks, record.text("data"), identity.fingerprints)
-    else:  # of another version of mft: its fingerprints may be of something else
-        tasks = read_json(folder / "plan.json").texts("tasks")
-        contents = with_contents(tasks, record.text("data"), None)
-    return Run(
-        name=os.path.relpath(folder),
-        values=flat(config) | contents,
-        rows=run_folder.metric_rows(folder / "metrics.jsonl")[0],
-        state=run_folder.state(folder),
-        seconds=summary.number("seconds"),
-        memory=summary.number("peak_memory_gib"),
-        command=shlex.join(["mft", "train", *record.texts("overrides")]),
-    )
 
 
 def with_contents(tasks: Sequence[str], data: str, fingerprints: Mapping[str, str] | None) -> dict[str, str]:
@@ -144,76 +147,28 @@ def with_contents(tasks: Sequence[str], data: str, fingerprints: Mapping[str, st
 
 def flat(config: Mapping[str, Any]) -> dict[str, str]:
     """Returns {dotted key: text} of what can change a result, with `loss: coba` beside loss.tau."""
-    values: dict[str, str] = dict(config.get("choices", {}))
+    values: dict[str, str] = {key: str(option) for key, option in (config.get("choices") or {}).items()}
 
     def walk(node: Mapping[str, Any], prefix: str) -> None:
         for key, value in node.items():
-            path = f"{prefix}{key}"
-            if key == "_target_" or under(path, NOT_COMPARED):
-                continue
             if isinstance(value, Mapping):
-                walk(value, f"{path}.")
+                walk(value, f"{prefix}{key}.")
             else:
-                values[path] = f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
+                values[f"{prefix}{key}"] = value if isinstance(value, str) else _text(value)
 
     walk(config, "")
-    skipped = ("tracking", "launch", "debug", "experiment")
-    return {key: value for key, value in values.items() if key.split(".")[0] not in skipped}
+    return compared(values)
 
 
-def read_experiment(name: str, uri: str, extra: str = "mean") -> list[Run]:
-    """Returns the runs of an MLflow experiment; extra: a metric to read besides the losses."""
-    from mlflow.utils import get_results_from_paginated_fn
-
-    from mft.tracking.params import safe_name
-    from mft.tracking.store import client_for
-
-    client = client_for(uri)
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        names = [e.name for e in client.search_experiments()]
-        raise UserError(f"{name} is neither a folder nor an experiment of {uri}{nearest(name, names) or '.'}")
-    runs = []
-
-    def page(count: int, token: str | None) -> PagedList[MlflowRun]:
-        return client.search_runs([experiment.experiment_id], max_results=count, page_token=token)
-
-    for run in get_results_from_paginated_fn(page, PAGE):
-        # A store keeps a history for each metric; a comparison needs them by step, as metrics.jsonl has them.
-        rows: dict[int, dict[str, Any]] = {}
-        for metric in run.data.metrics:
-            if metric.startswith(("valid/", "train/weight/", "train/loss")) or metric == safe_name(extra):
-                called = extra if metric == safe_name(extra) else metric
-                for point in client.get_metric_history(run.info.run_id, metric):
-                    rows.setdefault(point.step, {"step": point.step})[called] = point.value
-        # MLflow has a flat config only, and times instead of a summary.
-        start, end = run.info.start_time, run.info.end_time
-        skipped = (*NOT_COMPARED, "tracking", "launch")
-        params = run.data.params.items()
-        values = {k: v for k, v in params if not k.endswith("_target_") and not under(k, skipped)}
-        tags = run.data.tags
-        command = f"mft train {tags.get('overrides', '')}"
-        seconds = (end - start) / 1000 if end else None
-        by_step = [rows[step] for step in sorted(rows)]
-        result = Run(run.info.run_name, values, by_step, run.info.status.lower(), seconds, None, command)
-        fingerprints = {kind: tags[tag] for kind in CONTENTS if (tag := fingerprint_tag(kind)) in tags}
-        tasks = json.loads(tags["tasks"]) if "tasks" in tags else sorted(result.tasks)
-        recorded = fingerprints if "tasks" in tags else None  # the version that tags them tags the tasks, too
-        result.values |= with_contents(tasks, tags.get("data_fingerprint", ""), recorded)
-        runs.append(result)
-    return runs
+def compared(values: Mapping[str, str]) -> dict[str, str]:
+    """Returns the values of a flat config that can change a result."""
+    return {key: value for key, value in values.items() if _is_compared(key)}
 
 
-def at(place: str, uri: str, metric: str = "mean") -> list[Run]:
-    """Returns the runs of a folder, or of an MLflow experiment of that name.
+@functools.cache
+def _is_compared(key: str) -> bool:  # asked for the same hundred keys of a thousand runs
+    return not key.endswith("_target_") and not under(key, NOT_COMPARED)
 
-    uri: of its store, else ./mlflow.db; metric: the one to compare by.
-    """
-    if Path(place).is_dir():
-        return [read_run(path) for path in run_folder.runs_under(Path(place))]
-    if not uri and not Path("mlflow.db").exists():
-        raise UserError(
-            f"{place} is not a folder, and there is no MLflow store here (mlflow.db) that could hold an "
-            "experiment; --uri names another."
-        )
-    return read_experiment(place, uri or f"sqlite:///{Path('mlflow.db').resolve()}", metric)
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean, stdev
-from typing import Any
 
 from mft.objective import criterion
 from mft.runs.results import Run
@@ -69,15 +68,11 @@ class Judged:
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """Returns (step, value) of a metric, without values that are not finite."""
-        points: list[tuple[int, Any]]
-        if name in ("mean", "worst"):
-            parts = [(step, {task: of[task] for task in self.tasks}) for step, of in self.losses.items()]
-            points = [(step, criterion(part, name, {}) if part else None) for step, part in parts]
-        elif name in self.run.tasks:
-            points = [(int(row["step"]), row.get(f"valid/loss/{name}")) for row in self.run.rows]
-        else:
-            points = [(int(row["step"]), row.get(name)) for row in self.run.rows]
-        return [(step, float(value)) for step, value in points if value is not None and math.isfinite(value)]
+        if name not in ("mean", "worst"):
+            return self.run.series(name)
+        parts = [(step, {task: of[task] for task in self.tasks}) for step, of in self.losses.items()]
+        points = [(step, criterion(part, name, {})) for step, part in parts if part]
+        return [(step, value) for step, value in points if math.isfinite(value)]
 
     def value(self, metric: Metric) -> float | None:
         """Returns what the run reached, None where it was not logged.

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mft.config.compose import resolved
-from mft.config.hydra_compose import without_hydra
+from mft.config.hydra_compose import recorded_places, without_hydra
 from mft.config.inert import given_keys, without_effect
 from mft.config.messages import explained
 from mft.config.overrides import check_overrides, key_of
@@ -39,6 +39,7 @@ class Composer:
         self.fixed = {key_of(o) for o in cfg.hydra.overrides.task if not is_sweep(o)}
         self.bases: dict[tuple[str, ...], DictConfig] = {}
         folders = [Path(str(folder).removeprefix("file://")) for folder in cfg.hydra.searchpath]
+        self.search = recorded_places(map(str, cfg.hydra.searchpath))
         self.given_keys = given_keys(cfg.hydra.overrides.task, folders)
         self.notes: list[str] | None = None
         """Settings without effect in every job so far."""
@@ -54,12 +55,17 @@ class Composer:
             if cfg.launch.nnodes > 1:
                 raise UserError("a sweep runs on one machine; launch.nnodes is for one run on several.")
             own = [o for o in overrides if key_of(o) != "sweep"]
-            job = checked(cfg, own, label, self.starts)
+            job = checked(cfg, own, label, self.starts, self.search)
         except UserError as error:
             raise UserError(f"job {label}: {error}") from error
         notes = without_effect(job.cfg, job.world, self.given_keys, sweep=True)
         self.notes = notes if self.notes is None else [note for note in self.notes if note in notes]
         return job
+
+    def swept(self, job: Job) -> dict[str, str]:
+        """Returns {key: value} of the overrides that are not the same in all jobs."""
+        pairs = [(key_of(override), override.partition("=")[2]) for override in job.overrides]
+        return {key: value for key, value in pairs if key not in self.fixed}
 
     def _composed(self, overrides: Sequence[str]) -> DictConfig:
         """Returns what Hydra composes of these overrides (150 ms), or sets swept values in a copy of that."""

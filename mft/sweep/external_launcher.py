@@ -6,6 +6,7 @@ same command skips finished jobs and resumes the others.
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from mft.files.json_file import read_json
 from mft.launch import launch, signals
 from mft.launch.job import checked, objective
 from mft.run_folder import RunStatus, plugins_of, state
-from mft.sweep import pool
+from mft.sweep import names, pool
 from mft.sweep.folder import RECORD, SweepContext, is_sweep, job_folder
 from mft.sweep.jobs import carry_out, plan_jobs
 from mft.sweep.pool import SweepJob
@@ -88,8 +89,10 @@ def one_job(cfg: DictConfig) -> float:
     overrides = [o for o in of_job if key_of(o) != "sweep"]
     label = " ".join(o for o in overrides if key_of(o) not in fixed)
     composed = hydra_compose.with_choices(cfg, hydra.runtime.choices)
-    job = checked(resolved(composed), overrides, label)
+    search = hydra_compose.recorded_places(map(str, hydra.searchpath))
+    job = checked(resolved(composed), overrides, label, search=search)
     run_dir = job_folder(job, folder)
+    job = dataclasses.replace(job, name=names.recorded(folder).get(run_dir.name, ""))
     try:
         return objective(launch.launch(job, run_dir))
     except Exception as error:

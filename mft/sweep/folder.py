@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from mft.config.identity import VERSION, identity_of
 from mft.config.inputs import CANNOT_CHANGE_THE_RESULT, under
 from mft.config.overrides import key_of
 from mft.errors import UserError
-from mft.files.json_file import write_json
+from mft.files.json_file import read_json, write_json
 from mft.launch.job import Job
 
 if TYPE_CHECKING:
@@ -126,9 +126,12 @@ def checking(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
+def taken(cfg: DictConfig, folder: Path, names: Mapping[str, str] | None = None) -> Iterator[None]:
     """Holds a sweep's folder for this process and records the command there: the newest one, when values were
-    added."""
+    added.
+
+    names: {folder: name} of the jobs, for those that another package's launcher starts.
+    """
     try:
         lock = run_folder.lock(folder)
     except UserError:
@@ -137,8 +140,13 @@ def taken(cfg: DictConfig, folder: Path) -> Iterator[None]:
         # unresolved: what ${oc.env:…} stands for, a password perhaps, is not written
         overrides: Any = OmegaConf.to_container(cfg.hydra.overrides, resolve=False)
         of_hydra = [o for o in overrides["hydra"] if key_of(o) != "hydra.mode"]
-        record = {"id": cfg.sweep, "plugins": list(plugins.named()), "folder": str(Path.cwd())}
+        record: dict[str, Any] = {
+            "id": cfg.sweep,
+            "plugins": list(plugins.named()),
+            "folder": str(Path.cwd()),
+        }
         record |= {"overrides": [*overrides["task"], *of_hydra], "sweep_dir": str(folder)}
+        record["names"] = read_json(folder / RECORD).part("names") | dict(names or {})
         write_json(folder / RECORD, record)
         yield
     finally:

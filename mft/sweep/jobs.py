@@ -22,6 +22,7 @@ from mft.run_folder import RunStatus, state, status
 from mft.sweep import display, pool
 from mft.sweep.composer import Composer, check_all
 from mft.sweep.folder import DryRunDone, SweepContext, checking, job_folder, taken
+from mft.sweep.names import named
 from mft.sweep.pool import SweepJob
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def plan_jobs(
     jobs: list[SweepJob] = []
     with checking(context.folder):
         composer = Composer(context, starts)
-        for number, job in enumerate(check_all(composer, job_overrides), start=1):
+        checked = check_all(composer, job_overrides)
+        checked = named(checked, [composer.swept(job) for job in checked], context.folder)
+        for number, job in enumerate(checked, start=1):
             jobs.append(sweep_job(job, context.folder, number, jobs))
         for note in composer.notes or ():
             say(note)
@@ -75,7 +78,7 @@ def carry_out(
     """Runs the waiting jobs by `run`, which returns the signal that ended it, and reports; raises as
     `run_grid`."""
     waiting = [job for job in jobs if job.state == RunStatus.waiting]
-    with taken(context.cfg, context.folder):
+    with taken(context.cfg, context.folder, {job.folder.name: job.checked.name for job in jobs}):
         display.start(jobs, context.folder)
         finish(jobs, context.folder, run(waiting) if waiting else 0)
     require_success(jobs)

@@ -21,7 +21,7 @@ from mft.files.json_file import read_json, write_json
 from mft.launch.job import objective
 from mft.launch.placement import detect_rank
 from mft.run_folder import RunStatus
-from mft.sweep import display
+from mft.sweep import display, names
 from mft.sweep.composer import Composer, check_all
 from mft.sweep.folder import DryRunDone, SweepContext, checking, is_sweep, taken
 from mft.sweep.jobs import finish, require_success, run_side_by_side, sweep_job
@@ -100,6 +100,8 @@ class Search:
         self.jobs: list[SweepJob] = []
         self.trial_numbers: dict[int, int] = {}
         """Number of a job → number of its trial."""
+        self.names = names.recorded(folder)
+        """Name of a job's folder → name of the job."""
         self.refused: list[str] = []
         """Why a proposed combination could not run."""
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
@@ -173,6 +175,7 @@ class Search:
 
     def _add(self, trial: Trial | FrozenTrial) -> SweepJob:
         checked = self.composer.job([*self.fixed, *to_overrides(trial.params)])
+        checked = names.next_named(checked, self.composer.swept(checked), self.folder, self.names)
         job = sweep_job(checked, self.folder, len(self.jobs) + 1, self.jobs)
         self.jobs.append(job)
         self.trial_numbers[job.number] = trial.number

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mft import cli
-from mft.runs import results
+from mft.tracking import store
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_the_sweep_leaves_its_report(here: Path) -> None:
 def test_all_pages_of_an_experiment_are_read(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(results, "PAGE", 1)
+    monkeypatch.setattr(store, "PAGE", 1)
     assert "4 runs, 2 settings" in compare(capsys, "small", "--out", str(tmp_path / "r.html"))
 
 

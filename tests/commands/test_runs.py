@@ -53,7 +53,9 @@ def test_show_says_what_was_changed_how_it_went_and_where_its_files_are(here: Pa
     ):
         assert part in text, text
     assert "model.hidden_size" not in text, "what follows from an option is no change"
-    assert f"model {run.relative_to(here)}/final" in text and "again mft train debug=fast" in text
+    assert (
+        f"model {run.relative_to(here)}/final" in text and f"again cd {here} && mft train debug=fast" in text
+    )
     losses = read_json(run / "summary.json")
     assert (
         f"docs │ {losses['first']['valid/loss/docs']:.3f} │ {losses['last']['valid/loss/docs']:.3f}" in text

@@ -11,7 +11,7 @@ from mft import cli
 from mft.config.compose import compose_resolved
 from mft.config.schema import load
 from mft.errors import UserError
-from mft.runs.results import read_run
+from mft.runs.folders import read_run
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)

@@ -1,5 +1,4 @@
-"""What tells settings apart in a comparison: tasks, data, base, adapter; and which direction of a metric is
-better."""
+"""What tells settings apart in a comparison: tasks, data, base, adapter."""
 
 from __future__ import annotations
 
@@ -13,10 +12,8 @@ import pytest
 from mft import cli
 from mft.config.compose import compose_resolved
 from mft.config.schema import freeze
-from mft.errors import UserError
 from mft.files.json_file import write_json
 from mft.launch import job
-from mft.runs.direction import higher_is_better
 from tests.tiny_runs import write_task
 
 
@@ -122,43 +119,6 @@ def test_settings_of_a_model_made_in_code_say_which_one_it_is(runs: Runs, capsys
         runs.leave(f"{layers}", "data.paths=[x]", f"model.layers={layers}")
     table, _ = compared(capsys)
     assert table[0][1:3] == ["model.layers", "n"]
-
-
-@pytest.mark.parametrize(
-    ("metric", "higher"),
-    [
-        ("mean", False),
-        ("worst", False),
-        ("accuracy", False),  # the name of a task: its loss
-        ("valid/loss/accuracy", False),
-        ("valid/perplexity/f1", False),
-        ("speed/tokens_per_second", True),
-        ("speed/seconds_per_step", False),
-        ("speed/mfu", True),
-        ("memory/peak_gib", False),
-        ("eval/accuracy", True),
-        ("pass@1", True),
-        ("humaneval/pass_at_10", True),
-        ("exact_match", True),
-        ("rougeL", True),
-        ("macro-F1", True),
-        ("eval/error_rate", False),
-        ("test_loss", False),
-    ],
-)
-def test_the_direction_follows_from_the_name(metric: str, higher: bool) -> None:
-    assert higher_is_better(metric, ["accuracy"]) is higher
-    assert higher_is_better(metric, ["accuracy"], "higher") is True
-
-
-@pytest.mark.parametrize(
-    "metric", ["lr", "epoch", "train/weight/x", "grad_norm", "accuracy_loss", "my_metric"]
-)
-def test_a_name_that_does_not_tell_is_asked_about(metric: str) -> None:
-    with pytest.raises(UserError, match="add --better lower or --better higher"):
-        higher_is_better(metric, ["x"])
-    with pytest.raises(UserError, match="must be lower or higher; did you mean higher"):
-        higher_is_better(metric, ["x"], "highr")
 
 
 def test_the_highest_value_wins_where_higher_is_better(runs: Runs, capsys) -> None:

@@ -4,6 +4,7 @@ import logging
 import sqlite3
 import subprocess
 import sys
+from inspect import signature
 
 import pytest
 
@@ -131,14 +132,21 @@ def test_a_run_goes_to_the_store_of_the_environment(tmp_path, monkeypatch):
 
 
 def test_what_is_used_of_the_insides_of_mlflow_is_there():
-    """Fails when an upgrade of MLflow removes a private part that tracking.store or runs.results uses."""
+    """Fails when an upgrade of MLflow removes a private part that tracking.store uses."""
     from mlflow.store.db.utils import _get_latest_schema_revision
     from mlflow.store.entities import PagedList
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from mlflow.utils import get_results_from_paginated_fn
 
     schema = _get_latest_schema_revision()
     assert schema.isalnum() and len(schema) == 12
     assert get_results_from_paginated_fn(lambda count, token: PagedList("ab", None), 2) == ["a", "b"]
+    # A server has no such call; a database that has lost it would be asked run by run.
+    assert callable(SqlAlchemyStore.get_metric_history_bulk)
+    assert list(signature(SqlAlchemyStore.get_metric_history_bulk).parameters)[1:] == [
+        *("run_ids", "metric_key", "max_results"),
+    ]
+    assert hasattr(client_for("http://unused")._tracking_client, "store")
     values = next(system_metrics())
     assert {"system/cpu_utilization_percentage", "system/disk_usage_percentage"} <= set(values)
     import mlflow.store.db.utils

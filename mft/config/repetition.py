@@ -1,0 +1,35 @@
+"""The command that repeats a run, from what was recorded when it was started."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from mft.config.inputs import under
+from mft.config.overrides import key_of
+
+NOT_REPEATED = ("output_dir", "train.resume", "sweep", "hydra")
+"""Keys of where a run went and how its sweep was started: its repetition has a folder of its own."""
+
+
+def command(
+    overrides: Sequence[str], folder: str = "", search: Sequence[str] = (), plugins: Sequence[str] = ()
+) -> str:
+    """Returns a line for a shell that trains the same run again, from its start, in a new folder.
+
+    The new folder is `outputs/<name>/<date>`, unless a yaml file names another. overrides: of its command
+    line; folder: where that was typed, which relative paths start from, "" where it was not recorded;
+    search: folders of yaml files, and packages as pkg://…; plugins: packages.
+    """
+    keys = {override: key_of(override).replace("/", ".") for override in overrides}
+    kept = [o for o in overrides if keys[o] == "hydra.searchpath" or not under(keys[o], NOT_REPEATED)]
+    if packages := [place for place in search if place.startswith("pkg://")]:
+        kept.append(f"hydra.searchpath=[{','.join(packages)}]")
+    words = ["mft", "train"]
+    for place in search:
+        words += [] if place in packages else ["--config-dir", place]
+    for package in plugins:
+        words += ["--plugin", package]
+    # never: an unfinished run of the same identity would be resumed instead
+    line = shlex.join([*words, *kept, "train.resume=never"])
+    return f"cd {shlex.quote(folder)} && {line}" if folder else line
