@@ -1,2 +1,0 @@
-def read(folder, split, step):
-    return None
