@@ -11,7 +11,7 @@ LOSSES = ("mean", "worst", "weighted")
 """Metrics of a comparison beside the tasks; all are validation losses."""
 
 OURS = {
-    r"(train|valid)/loss(/.*)?|valid/(worst|weighted|perplexity/.*)|train/router": "lower",
+    r"(train|valid|test|best/valid)/loss(/.*)?|valid/(worst|weighted|perplexity/.*)|train/router": "lower",
     r"memory/.*|speed/seconds_per_step": "lower",
     r"speed/(tokens_per_second|mfu)|data/fill": "higher",
 }
