@@ -52,7 +52,7 @@ def fit(t: Trainer) -> RunStatus:
             t.learn_after(step, batches)  # never from a step that changed nothing
         else:
             t.meter.skip(data.batches)
-        state.advance(data, counts)
+        state.advance(data, int(counts.processed))
         t.progress.advance(step)
         # counts.stop is a sum over ranks: all of them end after the same step, whichever was asked to stop
         complete, stopping = step == t.total_steps, bool(counts.stop)

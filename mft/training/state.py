@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from mft.batch import StepBatches, StepCounts
+from mft.batch import StepBatches
 from mft.training.best import BestTracker
 
 T = TypeVar("T", BestTracker, "State")
@@ -38,10 +38,10 @@ class State:
     meter: list[dict[str, Any]] = field(default_factory=list)
     """What each rank has summed since the last logged row (`Meter.state`)."""
 
-    def advance(self, data: StepBatches, counts: StepCounts) -> None:
-        """Counts a step as done. counts: of all ranks."""
+    def advance(self, data: StepBatches, tokens: int) -> None:
+        """Counts a step as done. tokens: of all ranks, without padding."""
         self.step += 1
-        self.tokens += int(counts.processed)
+        self.tokens += tokens
         self.epoch, self.rows_consumed, self.epochs_done = data.epoch, data.rows_consumed, data.epochs_done
 
     def as_dict(self) -> dict[str, Any]:

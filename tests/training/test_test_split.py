@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from mft.commands import show
+from mft.runs.direction import higher_is_better
+from mft.runs.results import read_run
 from mft.training import sample_answers, test_split
 from mft.training.sample_losses import read
 from mft.training.trainer import Trainer
@@ -78,6 +80,10 @@ def test_the_last_row_and_the_summary_say_what_was_the_best_what_was_tested_and_
     assert summary["seconds"] > 0
     train(finished.parent, cache_dir, *OVERSHOOTING)
     assert logged(finished) == rows, "a finished run is run again"
+    run = read_run(finished)  # the last row is no validation
+    assert run.tasks == ["adding", "naming"] and [step for step, _ in run.series("mean")] == [*range(9)]
+    assert run.series("test/loss") == [(8, summary["test"]["test/loss"])]
+    assert not higher_is_better("test/loss/pass", run.tasks)
     capsys.readouterr()
     show.command([str(finished)])
     said = " ".join(capsys.readouterr().out.split())
@@ -166,6 +172,18 @@ def test_the_answers_after_training_are_those_of_the_final_weights(
         tmp_path, cache_dir, f"train.prompts={prompts}", "train.prompts_max_new_tokens=1", "train.max_steps=1"
     )
     assert order == ["ask", "ask", "test"]
+
+
+def test_a_weight_that_is_packed_to_4_bits_costs_what_it_costs_unpacked(
+    tmp_path: Path, cache_dir: Path
+) -> None:
+    runs = [
+        train(
+            tmp_path, cache_dir, f"peft={peft}", "train.max_steps=1", "train.eval_at_start=false", out=peft
+        )[0]
+        for peft in ("lora", "qlora")
+    ]
+    assert runs[0]["flops"] == runs[1]["flops"] > 0
 
 
 def test_a_damaged_best_checkpoint_is_told_of_and_not_tested(
