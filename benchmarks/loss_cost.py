@@ -59,7 +59,7 @@ def assembled(folder: Path):  # type: ignore[no-untyped-def]
 class NoValidation:
     """Steps alone are timed."""
 
-    def by_name(self, module: Any) -> dict[str, float]:
+    def by_name(self, module: Any, samples: Any = None) -> dict[str, float]:
         return {}
 
 

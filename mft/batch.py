@@ -114,6 +114,8 @@ class StepCounts:
     """Micro-batches that have a trained token."""
     stop: float = 0.0
     """Ranks that were asked to stop."""
+    processed: float = 0.0
+    """All tokens, trained or not, without padding."""
 
     @classmethod
     def of(cls, batches: Iterable[Batch], tasks: int, stop: bool = False) -> StepCounts:
@@ -122,7 +124,7 @@ class StepCounts:
 
         tokens_K = torch.zeros(tasks, dtype=torch.float64)
         samples_K = torch.zeros(tasks, dtype=torch.float64)
-        micro_batches = 0
+        micro_batches = processed = 0
         for batch in batches:
             trained_BT = batch.target_BT != IGNORE
             task_n = batch.task_BT[trained_BT].cpu()
@@ -131,20 +133,21 @@ class StepCounts:
             pairs = torch.stack([task_n, batch.sample_BT[trained_BT].cpu()])
             samples_K += torch.bincount(torch.unique(pairs, dim=1)[0], minlength=tasks).double()
             micro_batches += int(task_n.numel() > 0)
-        return cls(tokens_K, samples_K, float(micro_batches), float(stop))
+            processed += int((batch.sample_BT >= 0).sum())
+        return cls(tokens_K, samples_K, float(micro_batches), float(stop), float(processed))
 
     def tensor(self) -> torch.Tensor:
-        """Returns the float64 vector [2K + 2] that one all-reduce sums over the ranks."""
+        """Returns the float64 vector [2K + 3] that one all-reduce sums over the ranks."""
         import torch
 
-        tail = torch.tensor([self.micro_batches, self.stop], dtype=torch.float64)
+        tail = torch.tensor([self.micro_batches, self.stop, self.processed], dtype=torch.float64)
         return torch.cat([self.tokens_K.cpu(), self.samples_K.cpu(), tail])
 
     @classmethod
     def from_tensor(cls, vector: torch.Tensor) -> StepCounts:
         """Inverse of `tensor`; tokens_K and samples_K stay on the vector's device."""
-        tasks = (vector.numel() - 2) // 2
-        return cls(vector[:tasks], vector[tasks : 2 * tasks], float(vector[-2]), float(vector[-1]))
+        tasks = (vector.numel() - 3) // 2
+        return cls(vector[:tasks], vector[tasks : 2 * tasks], *map(float, vector[-3:]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,12 +26,12 @@ from mft.files.json_file import read_json, write_json
 from mft.hardware import quiet_libraries
 from mft.run_folder import RunStatus
 from mft.tracking.base import FanOut, Jsonl, Tracker
-from mft.training import metrics, provenance, resume, summary
+from mft.training import metrics, provenance, resume, sample_losses, summary, test_split
 from mft.training.checkpoint import Checkpoints, restore, write_final
 from mft.training.loop import fit
 from mft.training.progress import Terminal
 from mft.training.sample_answers import Answers
-from mft.training.settings import TrainSettings
+from mft.training.settings import KeptLosses, TrainSettings
 from mft.training.trainer import Trainer
 from mft.training.validate import Evaluator
 
@@ -142,7 +142,7 @@ def make_trainer(
 ) -> tuple[Trainer, Export]:
     """Returns what the loop works on, and what writes the model to a folder."""
     from mft.model.export import save_final
-    from mft.model.introspect import base_of
+    from mft.model.introspect import base_of, full_shape
     from mft.model.token_loss import TokenLoss
 
     engine, names, loss, settings = r.engine, r.data.names, r.parts.loss, r.settings
@@ -161,10 +161,14 @@ def make_trainer(
         return Evaluator(engine, names, lambda: loader.probe(step, loss.probe_samples)).losses(module)
 
     total, base_lr, scheduler = loader.total_steps(), r.parts.base_lr, r.parts.scheduler
-    flops = metrics.flops_per_token(token_loss)
+    flops = metrics.flops_per_token(token_loss, full_shape)
     keep = settings.keep if settings.keep is not None else r.parts.peft.default_checkpoint_limit
     # without gathering a checkpoint holds the sharded state alone
     write_model: Export = export if engine.gather_on_save else lambda folder: None
+    kept, stores = settings.sample_losses, r.data.stores
+    by_sample = sample_losses.SampleLosses(
+        r.folder, engine, names, lambda task, index_N: stores[task].digest_N[index_N], kept
+    )
     trainer = Trainer(
         engine=engine,
         module=module,
@@ -183,7 +187,9 @@ def make_trainer(
         settings=settings,
         total_steps=total,
         stop_requested=stop,
-        origin=lambda sample: r.data.stores[sample[0]].origin(sample[1]),
+        origin=lambda sample: stores[sample[0]].origin(sample[1]),
+        test=Evaluator(engine, names, loader.test) if len(loader.test_samples) else None,
+        sample_losses=by_sample if kept is not KeptLosses.none else None,
     )
     show_model(r, loader, model, checkpointing)
     return trainer, export
@@ -238,6 +244,9 @@ def restore_newest(r: Run, t: Trainer) -> None:
     for name, problem in damaged.items() if t.engine.is_main else ():
         moved = resume.set_aside(r.folder / "checkpoints" / name, "damaged")
         t.progress.show(f"{name} is damaged and passed over: {problem}; it is now checkpoints/{moved.name}")
+    if t.engine.is_main:
+        step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+        sample_losses.discard_after(r.folder, step)
     if checkpoint is None:
         seed_everything(r.settings.seed + 1 + t.engine.rank)  # dropout differs from rank to rank
         return
@@ -252,7 +261,8 @@ def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, start
     engine, folder = t.engine, r.folder
     answers.ask("before")
     restore_newest(r, t)
-    status = RunStatus.failed
+    t.counted_until = started
+    status, tested = RunStatus.failed, test_split.Tested()
     tags = provenance.recorded(folder, run_tags(r)) if engine.is_main else {}
     t.tracker.open(folder, schema.plain(r.cfg), tags, t.state.step)
     try:
@@ -262,7 +272,12 @@ def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, start
         if status is RunStatus.finished:
             write_final(folder, engine, export)
             answers.ask("after")
-        result = summary.summarise(t, status, folder, time.perf_counter() - started)
+            tested = test_split.evaluate(t, folder)  # last: it may load another checkpoint
+        result = summary.summarise(t, status, folder, tested)
+        if t.sample_losses:
+            t.sample_losses.prune(t.state.best, tested.step)
+        if status is RunStatus.finished:
+            t.tracker.log(t.state.step, summary.last_row(result))
         if engine.is_main:
             summary.write(result, folder)
         engine.barrier()  # the other ranks exit with the code that the status in the summary stands for
@@ -283,7 +298,7 @@ def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, start
         t.tracker.close(status)
     if answers.prompts:
         t.progress.show(answers.table())
-    summary.show(result, t, folder)
+    summary.show(result, t, folder, tested)
     return status
 
 

@@ -1,7 +1,7 @@
 """The run folder: the names in it, the status of its run, its metrics, and the lock of who writes it.
 
 config.yaml · identity.json · overrides.json · plan.json · provenance.json · metrics.jsonl · summary.json ·
-checkpoints/step-N/ · final/ · log/ · report/
+checkpoints/step-N/ · final/ · sample_losses/ · log/ · report/
 """
 
 from __future__ import annotations

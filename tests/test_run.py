@@ -99,9 +99,9 @@ def test_the_time_of_a_step_is_without_validating_and_saving(
         time.sleep(2)
         return save(self, state)
 
-    def slow_validation(self, module):
+    def slow_validation(self, *arguments):
         time.sleep(2)
-        return validation(self, module)
+        return validation(self, *arguments)
 
     monkeypatch.setattr(Checkpoints, "save", slow_save)
     monkeypatch.setattr(Evaluator, "by_name", slow_validation)

@@ -65,7 +65,8 @@ def train(tmp_path: Path, cache_dir: Path, *overrides: str, out: str = "run") ->
 def logged(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the rows of metrics.jsonl without what depends on the clock and the machine."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("speed/", "memory/"))} for row in rows]
+    clocked = ("speed/", "memory/", "total/seconds")
+    return [{k: v for k, v in row.items() if not k.startswith(clocked)} for row in rows]
 
 
 def resume(tmp_path: Path, cache_dir: Path, *overrides: str, step: int, out: str = "run") -> dict[str, Any]:

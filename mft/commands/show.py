@@ -15,6 +15,7 @@ from mft.commands.runs import steps
 from mft.console.screen import console
 from mft.errors import UserError
 from mft.files.json_file import Values, read_json
+from mft.objective import VALID_LOSS
 from mft.runs.folders import read_run
 from mft.runs.results import Run, flat
 
@@ -56,8 +57,10 @@ def command(arguments: Sequence[str]) -> None:
     changed = [(key, Text.assemble(value, "  ", (default, "dim"))) for key, value, default in changes(run)]
     terminal.print(settings_table(changed, "changed from the defaults (dim: the default)"))
     first, last, best = (losses_in(summary, part) for part in ("first", "last", "best"))
-    if last:
-        terminal.print(losses_table(first, last, best, int(summary.part("best").number("step") or 0)))
+    test = losses_in(summary, "test", "test/loss/")
+    if last or test:
+        steps_of = [int(summary.part(part).number("step") or 0) for part in ("best", "test")]
+        terminal.print(losses_table(first, last, best, steps_of[0], test, steps_of[1]))
     files = [(name, folder / file) for name, file in FILES.items()]
     shown = [(name, path) for name, path in files if path.exists()]
     error = [("error", summary.text("error"))] if summary.text("error") else []
@@ -65,9 +68,8 @@ def command(arguments: Sequence[str]) -> None:
     terminal.print(settings_table(rows, "files, and the command"), soft_wrap=True)
 
 
-def losses_in(summary: Values, part: str) -> dict[str, float]:
-    """Returns the validation losses of a part of summary.json by task; one that was not finite is inf."""
-    prefix = "valid/loss/"
+def losses_in(summary: Values, part: str, prefix: str = VALID_LOSS) -> dict[str, float]:
+    """Returns the losses in a part of summary.json by task; one that was not finite is inf."""
     return {
         key.removeprefix(prefix): math.inf if loss is None else float(loss)
         for key, loss in summary.part(part).items()

@@ -34,7 +34,7 @@ _WHY_LEFT_OUT = {
     "the components that were chosen enter": "choices",
     "a place": "output_dir cache_dir model.cache_dir",
     "who starts ranks; their number enters as the global batch, and a pruned run is unfinished": "launch",
-    "records": "tracking train.log_every",
+    "records": "tracking train.log_every train.sample_losses",
     "which folder is continued": "train.resume",
     "which checkpoints stay": "train.keep train.keep_task_best",
     "a run that ends without a skipped step is the same for all values": "train.skip_nonfinite_steps",

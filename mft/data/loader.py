@@ -48,6 +48,7 @@ class BatchLoader:
         self.settings, self.data = train, data
         samples = Samples(stores, "train", data.limit)
         self.train_samples, self.valid_samples = samples, Samples(stores, "valid")
+        self.test_samples = Samples(stores, "test")
         count_K = counts_per_epoch(samples, shares, data)
         self.sampler = Sampler(samples, rows, data.seq_length, sizes.total, train.seed, data.window, count_K)
 
@@ -83,21 +84,27 @@ class BatchLoader:
             dealt = deal(rows, self.rank, self.sizes.world, self.sizes.accumulation, length)
             # (epoch, rows_consumed) stands after the step, which is what a checkpoint resumes from
             epochs_done = epoch + rows_consumed / max(1, self.sampler.rows_in_epoch(epoch))
-            yield StepBatches(self._batches(self.train_samples, dealt), epoch, rows_consumed, epochs_done)
+            batches = list(self._batches(self.train_samples, dealt))
+            yield StepBatches(batches, epoch, rows_consumed, epochs_done)
 
-    def validation(self) -> list[Batch]:
-        """Returns this rank's micro-batches of a validation, the same every time."""
-        return self._evaluation(spread(self.valid_samples, self.settings.eval_samples))
+    def validation(self) -> Iterator[Batch]:
+        """Yields this rank's micro-batches of a validation, the same every time."""
+        return self._evaluation(self.valid_samples, spread(self.valid_samples, self.settings.eval_samples))
 
-    def probe(self, step: int, per_task: int) -> list[Batch]:
-        """Returns this rank's micro-batches of a probe: validation samples drawn anew for every step."""
-        return self._evaluation(draw(self.valid_samples, per_task, self.settings.seed, step))
+    def test(self) -> Iterator[Batch]:
+        """Yields this rank's micro-batches of the test split: all of it, whatever train.eval_samples."""
+        return self._evaluation(self.test_samples, np.arange(len(self.test_samples)))
 
-    def _evaluation(self, numbers: np.ndarray) -> list[Batch]:
+    def probe(self, step: int, per_task: int) -> Iterator[Batch]:
+        """Yields this rank's micro-batches of a probe: validation samples drawn anew for every step."""
+        chosen = draw(self.valid_samples, per_task, self.settings.seed, step)
+        return self._evaluation(self.valid_samples, chosen)
+
+    def _evaluation(self, samples: Samples, numbers: np.ndarray) -> Iterator[Batch]:
         per_device, seq_length = self.settings.per_device_eval_batch_size, self.data.seq_length
-        samples, rank, world = self.valid_samples, self.rank, self.sizes.world
-        dealt = eval_batches(samples, numbers, self.rows, seq_length, per_device, rank, world)
-        return self._batches(self.valid_samples, dealt)
+        dealt = eval_batches(samples, numbers, self.rows, seq_length, per_device, self.rank, self.sizes.world)
+        return self._batches(samples, dealt)
 
-    def _batches(self, samples: Samples, dealt: Sequence[Sequence[Row]]) -> list[Batch]:
-        return [self.rows.collate(samples.load(rows), self.pad_id, self.data.seq_length) for rows in dealt]
+    def _batches(self, samples: Samples, dealt: Sequence[Sequence[Row]]) -> Iterator[Batch]:
+        # one after the other: those of a large test split would fill the memory
+        return (self.rows.collate(samples.load(rows), self.pad_id, self.data.seq_length) for rows in dealt)

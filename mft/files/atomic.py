@@ -10,7 +10,12 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str, durable: bool = False, temporary: Path | None = None) -> None:
-    """Writes a text file; its folder is made where it is not there.
+    """Writes a text file in UTF-8; see `write_bytes`."""
+    write_bytes(path, text.encode(), durable, temporary)
+
+
+def write_bytes(path: Path, content: bytes, durable: bool = False, temporary: Path | None = None) -> None:
+    """Writes a file; its folder is made where it is not there.
 
     durable: a power cut leaves the old file or the new one, never an empty one; temporary: what it is called
     while it is written, path.tmp by default.
@@ -18,8 +23,8 @@ def write_text(path: Path, text: str, durable: bool = False, temporary: Path | N
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or path.with_suffix(".tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             if durable:
                 os.fsync(file.fileno())

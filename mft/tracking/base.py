@@ -16,6 +16,9 @@ from mft.files.atomic import write_text
 
 log = logging.getLogger(__name__)
 
+TOTAL = "total/"
+"""Metrics that begin with this are in one row alone, the last one of a finished run."""
+
 
 class Tracker:
     """Keeps the record of a run. Only rank 0 has one. Order: open; log, artifact, checkpoint, model; close.
@@ -63,8 +66,9 @@ class Tracker:
 class Jsonl(Tracker):
     """`metrics.jsonl` in the run folder: one object a logged step, `{"step": 10, "train/loss": 1.23, ...}`.
 
-    On resume the lines of steps after the checkpoint are cut off, so that no step appears twice; a run that
-    starts afresh in its folder starts a new file. Non-finite values are written as null, which every JSON
+    On resume the lines of steps after the checkpoint are cut off, so that no step appears twice, and so is the
+    last line of a run that had finished and is extended; a run that starts afresh in its folder starts a new
+    file. Non-finite values are written as null, which every JSON
     reader understands. Rows that meet a full disk stay in memory and are written with a later row, or when
     the run ends.
     """
@@ -77,7 +81,8 @@ class Jsonl(Tracker):
         kept = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n") if step else ():
             try:
-                if json.loads(line)["step"] <= step:
+                row = json.loads(line)
+                if row["step"] <= step and not any(name.startswith(TOTAL) for name in row):
                     kept.append(line)
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # half a line, as a kill leaves it; its step is trained and logged again

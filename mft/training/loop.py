@@ -52,7 +52,7 @@ def fit(t: Trainer) -> RunStatus:
             t.learn_after(step, batches)  # never from a step that changed nothing
         else:
             t.meter.skip(data.batches)
-        state.advance(data)
+        state.advance(data, int(counts.processed))
         t.progress.advance(step)
         # counts.stop is a sum over ranks: all of them end after the same step, whichever was asked to stop
         complete, stopping = step == t.total_steps, bool(counts.stop)
@@ -61,7 +61,10 @@ def fit(t: Trainer) -> RunStatus:
         # A stopped run saves at once; the validation it leaves out is made when it is resumed.
         validated = not stopping and (complete or every(step, settings.eval_every))
         improved = validated and t.validate()
-        ending = complete or stopping or (validated and t.patience_exhausted())
+        stalled = validated and t.patience_exhausted()
+        if stalled:  # before saving: what is killed after this checkpoint ends at it again
+            state.stalled_of = t.total_steps
+        ending = complete or stopping or stalled
         if ending or every(step, settings.save_every) or worth_keeping(t, improved):
             t.save_checkpoint()
         if ending:
@@ -72,7 +75,7 @@ def fit(t: Trainer) -> RunStatus:
 def validate_before_training(t: Trainer) -> bool:
     """Makes the validation before the first step, or the one that a stopped run left out.
 
-    Returns whether it ends the run.
+    Returns whether the run ends here: by this validation, or since it had stalled before it was killed.
     """
     import torch
 
@@ -83,6 +86,8 @@ def validate_before_training(t: Trainer) -> bool:
             losses = [state.best.last.get(name, math.nan) for name in t.names]
             t.loss.set_initial_losses(torch.tensor(losses, dtype=torch.float64))
         return False
+    if state.stalled_of == t.total_steps:
+        return True
     due = every(state.step, settings.eval_every) or state.step >= t.total_steps
     if not due or state.best.last_step >= state.step:
         return False

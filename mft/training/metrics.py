@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -196,8 +196,10 @@ def known_peak(device: torch.device | str) -> float | None:
     return next((float(peak) for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)
 
 
-def flops_per_token(model: torch.nn.Module) -> float:
+def flops_per_token(model: torch.nn.Module, shape_of: Callable[[torch.Tensor], Sequence[int]]) -> float:
     """Returns the matrix work of one token in one training step, in FLOPs.
+
+    shape_of: of a weight, also where it is packed to 4 bits or divided over the ranks.
 
     2 N forward, 2 N back through the activations, and 2 more for every trained weight (Kaplan et al. 2020,
     section 2.1). N leaves out the embedding table, attention's quadratic part and recomputation.
@@ -208,8 +210,9 @@ def flops_per_token(model: torch.nn.Module) -> float:
         own = {id(parameter) for parameter in part.parameters(recurse=False)}
         looked_up |= own if type(part).__name__ == "Embedding" else set()
         multiplied |= own if hasattr(part, "out_features") else set()
-    matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in looked_up - multiplied]
-    return sum(((6.0 if p.requires_grad else 4.0) * p.numel() for p in matrices), 0.0)
+    used = [p for p in model.parameters() if id(p) not in looked_up - multiplied]
+    matrices = [(p, shape) for p in used if len(shape := shape_of(p)) > 1]
+    return sum(((6.0 if p.requires_grad else 4.0) * math.prod(shape) for p, shape in matrices), 0.0)
 
 
 def peak_memory_gib(device: torch.device | str) -> float:

@@ -58,8 +58,8 @@ class Terminal:
         self._line(step, numbers, values, "train/loss/")  # kept in the log, unlike the bar
 
     @contextmanager
-    def validating(self) -> Iterator[None]:
-        self.bar.update(self.task, description="validating")
+    def evaluating(self, split: str) -> Iterator[None]:
+        self.bar.update(self.task, description={"valid": "validating", "test": "testing"}[split])
         yield
         self.bar.update(self.task, description="training")
 
@@ -83,14 +83,24 @@ class Terminal:
 
 
 def losses_table(
-    first: Mapping[str, float], last: Mapping[str, float], best: Mapping[str, float], best_step: int
+    first: Mapping[str, float],
+    last: Mapping[str, float],
+    best: Mapping[str, float],
+    best_step: int,
+    test: Mapping[str, float] | None = None,
+    test_step: int | None = None,
 ) -> Table:
-    """Returns the table at the end of a run: each task's first, last and best loss (nats/token)."""
+    """Returns the table at the end of a run: each task's first, last and best validation loss and its test
+    loss (nats/token)."""
 
-    def row(name: str, a: float, b: float, c: float) -> list[str]:
-        return [name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{c:.3f}"]
+    def row(name: str, a: float, b: float, c: float, d: float) -> list[str]:
+        return [name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}", f"{c:.3f}", f"{d:.3f}"][: 1 + len(numbers)]
 
-    numbers = ("first", "last", "change", f"at best step {best_step}")
-    rows = [row(name, first.get(name, math.nan), last[name], best.get(name, math.nan)) for name in last]
-    mean = row("mean", *(mean_of_tasks(losses) for losses in (first, last, best))) if len(last) > 1 else None
-    return table("Validation loss per task (nats per token)", ["task", *numbers], rows, numbers, total=mean)
+    numbers = ["first", "last", "change", f"at best step {best_step}"]
+    numbers += [f"test at step {test_step}"] if test else []
+    title = "Validation and test loss" if test else "Validation loss"
+    columns, names = (first, last, best, test or {}), dict.fromkeys([*last, *(test or {})])
+    rows = [row(name, *(losses.get(name, math.nan) for losses in columns)) for name in names]
+    mean = row("mean", *map(mean_of_tasks, columns)) if len(names) > 1 else None
+    title = f"{title} per task (nats per token)"
+    return table(title, ["task", *numbers], rows, numbers, total=mean)

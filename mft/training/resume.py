@@ -18,18 +18,21 @@ def newest_sound(run_dir: Path, engine: Engine | None = None) -> tuple[Path | No
 
     engine: its ranks divide the reading and agree; all of them call it. None: this process is alone.
     """
-    part = (engine.rank, engine.world) if engine else (0, 1)
     steps = marked_steps(run_dir / "checkpoints")
     damaged: dict[str, str] = {}
     # the ranks may see a shared disk at different ages: they take the list of the first one
     for step in reversed(engine.gather(steps)[0] if engine else steps):
         folder = run_dir / "checkpoints" / f"step-{step}"
-        problem = trouble(folder, part)
-        problem = next(filter(None, engine.gather(problem)), "") if engine else problem
+        problem = trouble_of_all(folder, engine) if engine else trouble(folder)
         if not problem:
             return folder, damaged
         damaged[folder.name] = problem
     return None, damaged
+
+
+def trouble_of_all(folder: Path, engine: Engine) -> str:
+    """Returns `trouble`, the same on all ranks, which divide the reading; all of them call it."""
+    return next(filter(None, engine.gather(trouble(folder, (engine.rank, engine.world)))), "")
 
 
 def trouble(folder: Path, part: tuple[int, int] = (0, 1)) -> str:

@@ -18,6 +18,15 @@ class Precision(StrEnum):
     fp32 = "fp32"
 
 
+class KeptLosses(StrEnum):
+    """Which validations keep the losses of their single rows, in sample_losses/ of the run folder."""
+
+    best = "best"
+    """The first, the best and the last one, the test, and the best as of every checkpoint that is there."""
+    all = "all"
+    none = "none"
+
+
 @dataclass
 class TrainSettings:
     """What the loop does and when: length, batch, precision, validation, checkpoints."""
@@ -48,6 +57,8 @@ class TrainSettings:
     """Validate before the first step, so that progress has a baseline."""
     eval_samples: int | None = ranged(None, min=1)
     """Validation samples per task; null: all of them."""
+    sample_losses: KeptLosses = KeptLosses.best
+    """Which validations keep the loss of every row, by which runs are compared row by row."""
     save_every: int | None = ranged(100, min=1)
     """Steps between two checkpoints; null: only at the end."""
     keep: int | None = ranged(None, min=1)

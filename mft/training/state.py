@@ -25,15 +25,23 @@ class State:
     """Epochs done, with fraction."""
     skipped: int = 0
     """Steps that were not applied because their loss or gradient was not finite."""
+    tokens: int = 0
+    """Tokens of the steps done, without padding, over all ranks; a checkpoint of an earlier version counts as
+    0."""
+    seconds: float = 0.0
+    """What these steps took since the start of each process, without what a kill undid."""
+    stalled_of: int = 0
+    """The length in steps of the run that early stopping ended at this step, 0: it has not."""
     best: BestTracker = field(default_factory=BestTracker)
     learned: dict[str, float] = field(default_factory=dict)
     """What the loss mode has reported since the last logged row."""
     meter: list[dict[str, Any]] = field(default_factory=list)
     """What each rank has summed since the last logged row (`Meter.state`)."""
 
-    def advance(self, data: StepBatches) -> None:
-        """Counts a step as done."""
+    def advance(self, data: StepBatches, tokens: int) -> None:
+        """Counts a step as done. tokens: of all ranks, without padding."""
         self.step += 1
+        self.tokens += tokens
         self.epoch, self.rows_consumed, self.epochs_done = data.epoch, data.rows_consumed, data.epochs_done
 
     def as_dict(self) -> dict[str, Any]:

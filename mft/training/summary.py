@@ -13,14 +13,17 @@ from mft.console.credentials import hidden
 from mft.console.tables import settings_table
 from mft.files.json_file import write_json
 from mft.objective import mean_of_tasks
+from mft.tracking.base import TOTAL
 from mft.training import plots
 from mft.training.metrics import peak_memory_gib
 from mft.training.progress import losses_table
+from mft.training.test_split import Tested
 from mft.training.trainer import Trainer
 
 
-def summarise(t: Trainer, status: str, run_dir: Path, seconds: float) -> dict[str, Any]:
+def summarise(t: Trainer, status: str, run_dir: Path, tested: Tested) -> dict[str, Any]:
     """Returns the content of summary.json. All ranks call it (peak memory is the largest of all)."""
+    t.count_time()
     # the named steps may have been pruned since: a path is given only if it is there
     best, checkpoints = t.state.best, run_dir / "checkpoints"
     rows, _ = run_folder.metric_rows(run_dir / "metrics.jsonl")
@@ -35,17 +38,28 @@ def summarise(t: Trainer, status: str, run_dir: Path, seconds: float) -> dict[st
         "steps": t.state.step,
         "total_steps": t.total_steps,
         "epochs": round(t.state.epochs_done, 4),
-        "seconds": round(seconds, 1),
+        "seconds": round(t.state.seconds, 1),
+        "tokens": t.state.tokens,
+        "flops": t.state.tokens * t.meter.flops_per_token,
         "peak_memory_gib": round(max(t.engine.gather(peak_memory_gib(t.engine.device))), 3),
         "first": _losses(best.first),
         "last": _losses(best.last),
         "best": _losses(best.losses) | judged,
+        "test": {"step": tested.step} | _losses(tested.losses, "test") if tested.losses else {},
         "best_by_task": {name: by_task[name] for name in t.names if name in by_task},
         "skipped_steps": t.state.skipped,
         "train/loss": logged[-1] if logged else None,
         "best_checkpoint": _existing(checkpoints / f"step-{best.saved_step}"),
         "final": _existing(run_dir / "final"),
     }
+
+
+def last_row(summary: dict[str, Any]) -> dict[str, float]:
+    """Returns what is logged once, when a run has finished: its best validation, its test and its cost."""
+    row = {f"best/{name}": value for name, value in summary["best"].items() if name not in ("by", "value")}
+    row |= {"test/step" if name == "step" else name: value for name, value in summary["test"].items()}
+    row |= {f"{TOTAL}{name}": summary[name] for name in ("tokens", "flops", "seconds")}
+    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def write(summary: dict[str, Any], run_dir: Path) -> None:
@@ -62,11 +76,12 @@ def failed(run_dir: Path, error: BaseException, steps: int) -> None:
     write_json(run_dir / "summary.json", values)
 
 
-def show(summary: dict[str, Any], t: Trainer, run_dir: Path) -> None:
+def show(summary: dict[str, Any], t: Trainer, run_dir: Path, tested: Tested) -> None:
     """Prints the losses of every task, where the model is, how to load it and how to look at the tracker."""
     state, progress = t.state, t.progress
-    if state.best.last:
-        progress.show(losses_table(state.best.first, state.best.last, state.best.losses, state.best.step))
+    if state.best.last or tested.losses:
+        best = state.best
+        progress.show(losses_table(best.first, best.last, best.losses, best.step, tested.losses, tested.step))
     folder = _shown(run_dir)
     rows = [("run folder", folder)]
     if summary["final"]:
@@ -85,12 +100,12 @@ def show(summary: dict[str, Any], t: Trainer, run_dir: Path) -> None:
     progress.show(settings_table(rows, f"{summary['status']} after {summary['steps']} steps"))
 
 
-def _losses(by_task: dict[str, float]) -> dict[str, float | None]:
+def _losses(by_task: dict[str, float], split: str = "valid") -> dict[str, float | None]:
     """Returns the losses by the names they have in metrics.jsonl; null where one is not finite, as there."""
     if not by_task:
         return {}
-    named = {"valid/loss": mean_of_tasks(by_task)}
-    named |= {f"valid/loss/{name}": loss for name, loss in by_task.items()}
+    named = {f"{split}/loss": mean_of_tasks(by_task)}
+    named |= {f"{split}/loss/{name}": loss for name, loss in by_task.items()}
     return {name: value if math.isfinite(value) else None for name, value in named.items()}
 
 

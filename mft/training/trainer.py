@@ -7,6 +7,7 @@ trained tokens] of each task, S the sums that a loss asks for.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -21,6 +22,7 @@ from mft.objective import criterion, mean_of_tasks, perplexity
 from mft.tracking.base import Tracker
 from mft.training.metrics import Meter, task_means
 from mft.training.progress import Terminal
+from mft.training.sample_losses import SampleLosses, SampleSums
 from mft.training.settings import TrainSettings
 from mft.training.state import State
 from mft.training.validate import Evaluator, forward
@@ -70,7 +72,13 @@ class Trainer:
     """Whether this rank was asked to end after the current step."""
     origin: Callable[[tuple[int, int]], str]
     """(task, index) of a sample → file:line."""
+    test: Evaluator | None = None
+    """Evaluates the test split; None: no row is in it."""
+    sample_losses: SampleLosses | None = None
+    """Keeps the losses of single rows; None: they are not kept."""
     state: State = field(default_factory=State)
+    counted_until: float = field(default_factory=time.perf_counter)
+    """Until when `state.seconds` holds the time of this process (`time.perf_counter`)."""
 
     def count(self, data: StepBatches) -> StepCounts:
         """Returns the denominators of a step's losses over all ranks, and how many ranks were asked to stop.
@@ -138,8 +146,7 @@ class Trainer:
         Raises UserError, on all ranks, where no task's loss is finite.
         """
         step, best = self.state.step, self.settings.best
-        with self.meter.paused(), self.progress.validating():
-            losses = self.evaluator.by_name(self.module)
+        losses = self.evaluate(self.evaluator, "valid", step)
         if not losses:
             return False
         value = criterion(losses, best, dict(zip(self.names, self.weights, strict=True)))
@@ -156,6 +163,15 @@ class Trainer:
             raise UserError(f"{problem}; these weights were not saved. {ADVICE}.")
         return self.state.best.update(step, losses, value)
 
+    def evaluate(self, evaluator: Evaluator, split: str, step: int) -> dict[str, float]:
+        """Returns the losses by task of the split valid or test; those of its rows are kept as of `step`."""
+        with self.meter.paused(), self.progress.evaluating(split):
+            sums = SampleSums() if self.sample_losses else None
+            losses = evaluator.by_name(self.module, sums)
+            if self.sample_losses and sums and losses:
+                self.sample_losses.write(split, step, sums)
+        return losses
+
     def patience_exhausted(self) -> bool:
         """Whether early stopping ends the run."""
         settings = self.settings
@@ -167,4 +183,13 @@ class Trainer:
         self.state.best.mark_saved(self.state.step)
         with self.meter.paused():
             self.state.meter = self.meter.state(self.engine)
+            self.count_time()
             self.save(self.state)
+            if self.sample_losses:
+                self.sample_losses.prune(self.state.best)
+
+    def count_time(self) -> None:
+        """Adds the time since the last call to that of the run."""
+        now = time.perf_counter()
+        self.state.seconds += now - self.counted_until
+        self.counted_until = now

@@ -6,7 +6,7 @@ Shapes: `x_K` one value for each task, `sums_2K` the rows [sum of token losses, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mft.loss.base import task_sums
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from mft.batch import Batch
     from mft.distributed.engine import Engine
+    from mft.training.sample_losses import SampleSums
 
 
 def forward(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,18 +27,19 @@ def forward(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.
 
 
 class Evaluator:
-    """Validates on the same micro-batches every time.
+    """Validates, or tests, on the same micro-batches every time.
 
     batches: makes this rank's micro-batches (all ranks have equally many; fillers hold only empty rows).
     """
 
-    def __init__(self, engine: Engine, names: Sequence[str], batches: Callable[[], Sequence[Batch]]):
+    def __init__(self, engine: Engine, names: Sequence[str], batches: Callable[[], Iterable[Batch]]):
         self.engine, self.names, self.batches = engine, list(names), batches
 
-    def losses(self, module: torch.nn.Module) -> torch.Tensor:
+    def losses(self, module: torch.nn.Module, samples: SampleSums | None = None) -> torch.Tensor:
         """Returns token means, float64 [K] on the CPU: NaN for a task without tokens, inf where not finite.
 
-        All ranks must call it. The module comes back in the mode it was in; no random number is drawn.
+        All ranks must call it. samples: collects the losses of single samples. The module comes back in the
+        mode it was in; no random number is drawn.
         """
         import torch
 
@@ -50,10 +52,12 @@ class Evaluator:
                 batch = batch.to(self.engine.device)
                 nll_BT, _ = forward(module, batch)
                 sums_2K += task_sums(nll_BT, batch, len(self.names))
+                if samples is not None:
+                    samples.add(nll_BT, batch)
         module.train(training)
         return task_means(self.engine.sum(sums_2K)).cpu()
 
-    def by_name(self, module: torch.nn.Module) -> dict[str, float]:
-        """Returns the losses of the tasks that have validation samples, by task name."""
-        means = zip(self.names, self.losses(module).tolist(), strict=True)
+    def by_name(self, module: torch.nn.Module, samples: SampleSums | None = None) -> dict[str, float]:
+        """Returns the losses of the tasks that have samples here, by task name; samples: see `losses`."""
+        means = zip(self.names, self.losses(module, samples).tolist(), strict=True)
         return {name: mean for name, mean in means if not math.isnan(mean)}

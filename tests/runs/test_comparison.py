@@ -27,7 +27,7 @@ def seeds(loss: str, *means: float, tasks: tuple[str, ...] = ("a",), **values: s
 
 def test_settings_are_ordered_by_their_mean_and_those_without_a_value_come_last() -> None:
     runs = [*seeds("c", 3.0), *seeds("a", 1.0, 2.0), *seeds("b", 2.0)]
-    runs.append(Run("empty", {"loss": "none", "train.seed": "1"}, [], "running"))
+    runs.append(Run("empty", {"loss": "none", "train.seed": "1", "data.paths": "[]"}, [], "running"))
     result = compare(runs, "here")
     assert [setting.title for setting in result.settings] == ["loss=a", "loss=b", "loss=c", "loss=none"]
     assert result.settings[0].mean(Metric("mean")) == 1.5 and result.settings[0].spread(Metric("mean"))
@@ -111,7 +111,7 @@ def test_rows_are_paired_across_task_sets_and_seeds(tmp_path: Path) -> None:
         folder = tmp_path / loss
         sums_N = (hard_N + shift + random.normal(0, 0.02, 300)) * tokens_N
         tasks = {"x": (row_N[order], tokens_N[order], sums_N[order])}
-        tasks |= {"y": (row_N + 1, tokens_N, sums_N)} if loss == "a" else {}
+        tasks |= {"y" if loss == "a" else "z": (row_N + 1, tokens_N, sums_N)}
         runs.append(run(write_rows(folder, 20, **tasks), 1, folder, loss=loss))
     result = compare(runs, "here", ["x"])
     found = result.difference(result.settings[1])
@@ -122,8 +122,8 @@ def test_rows_are_paired_across_task_sets_and_seeds(tmp_path: Path) -> None:
     mean = compare(runs, "here")
     assert (
         mean.tasks == ["x"]
-        and mean.other_tasks == {"y": 1}
-        and any("left out: y (1 of 2 runs)" in n for n in mean.notes)
+        and mean.other_tasks == {"y": 1, "z": 1}
+        and any("left out: y (1 of 2 runs), z (1 of 2 runs)" in n for n in mean.notes)
     )
 
 

@@ -42,7 +42,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best() -> None:
 
 def test_a_state_comes_back_from_its_file() -> None:
     state = State(learned={"train/weight/a": 0.5})
-    state.advance(StepBatches([], epoch=1, rows_consumed=8, epochs_done=1.25))
+    state.advance(StepBatches([], epoch=1, rows_consumed=8, epochs_done=1.25), tokens=12)
     state.best.update(1, {"a": 2.0}, 2.0)
     again = State.from_dict(json.loads(json.dumps(state.as_dict())))
     assert again == state and (again.step, again.rows_consumed, again.epochs_done) == (1, 8, 1.25)

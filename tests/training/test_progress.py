@@ -8,6 +8,14 @@ from mft.console.tables import settings_table
 from mft.training.progress import Terminal, losses_table
 
 
+def test_a_task_with_test_rows_alone_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    valid, test = {"a": 2.0, "b": 1.0}, {"a": 3.0, "c": 5.0}
+    Terminal(list("abc")).show(losses_table(valid, valid, valid, 4, test, 4))
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    shown = {name.strip(): last.strip() for name, *_, last in rows}
+    assert shown == {"a": "3.000", "b": "nan", "c": "5.000", "mean": "4.000"}
+
+
 def test_names_in_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     name, losses = "docs [old]", {"docs [old]": 1.0, "more": 2.0}
     progress = Terminal(list(losses))

@@ -96,7 +96,7 @@ def test_a_run_that_is_ended_at_any_moment_leaves_the_rows_of_the_undisturbed_on
     summary, run = train(tmp_path, cache_dir, *given)
     assert summary["status"] == "finished"
     rows = logged(run)
-    assert [row["step"] for row in rows] == [0, 3, 4, 6, 8, 9, 11, 11]
+    assert [row["step"] for row in rows] == [0, 3, 4, 6, 8, 9, 11, 11, 11]
     assert rows == logged(whole)
     weighted = [row["step"] for row in rows if any(name.startswith("train/weight/") for name in row)]
     assert weighted == ([] if loss == "task_token_mean" else [3, 6, 9, 11])
