@@ -54,7 +54,7 @@ class Mlflow(Tracker):
     """Name of the experiment; change it to compare runs on a separate page."""
 
     run_name: str | None = None
-    """Name in the table. None = the job's overrides in a sweep, else the name of the run folder."""
+    """Name in the table. None = the short name of the run, which its tag `name` holds."""
 
     system_metrics: bool = False
     """Whether to log cpu, memory, disk, network and gpu of rank 0's machine every 10 s as system/…"""
@@ -98,7 +98,9 @@ class Mlflow(Tracker):
             tags["mlflow.source.git.commit"] = tags["git_commit"]  # the page's column Version
         record.tags = tags | ({"resumed_from_step": str(step)} if resumed else {})
         record.experiment = self.experiment
-        record.run_name = cut(self.run_name or tags.get("job") or run_dir.resolve().name, 200)
+        record.run_name = cut(
+            self.run_name or tags.get("name") or tags.get("job") or run_dir.resolve().name, 200
+        )
         record.register_as, record.checkpoints = self.register_as or "", self.checkpoints
         record.started = record.started or now
         record.outcome = record.ended = ""

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REFUSED = {
+    401: "it does not accept user and password (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or a "
+    "token in MLFLOW_TRACKING_TOKEN)",
+    403: "this user may not write to the experiment",
+}
+"""What a server with authentication answers, by HTTP status."""
+
 
 def client_for(uri: str) -> MlflowClient:
     """Returns a client that fails at once instead of retrying by itself (248 s for a dead server by default).
@@ -77,6 +84,9 @@ def reason(error: Exception, uri: str) -> str:
         return hidden(str(error))
     if database is not None and not database.exists():
         return f"{database} was deleted or moved"
+    status = getattr(error, "get_http_status_code", int)()
+    if status in REFUSED:
+        return REFUSED[status]
     text = hidden(str(error)).strip()
     if "out-of-date database schema" in text:  # of a database other than SQLite
         command = f"mlflow db upgrade {hidden(uri)}"
