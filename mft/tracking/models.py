@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LOSSES = ("valid/loss", "test/loss")
 POINTS_A_CALL = 1000  # MLflow's own limit of one log_batch
 MODELS_A_CALL = 100
+SHOWN = ("mlflow.user", "mlflow.source.name", "mlflow.source.type")  # of the run, on a model's page
 PARAMS = ("choices.model", "model.path", "choices.peft", "choices.loss", "optimizer.lr", "train.seed")
 
 
@@ -67,6 +68,7 @@ def send_models(
     for (name, step), folder in kept.items():
         if (name, step) not in there:
             tags = {"step": str(step), "path": cut(hidden(str(folder.resolve())), TAG_LIMIT)}
+            tags |= {tag: run.data.tags[tag] for tag in SHOWN if tag in run.data.tags}
             there[name, step] = client.create_logged_model(
                 run.info.experiment_id,
                 name,

@@ -1,6 +1,7 @@
 """The description of a run on MLflow's page: what `mft show` says of it, as Markdown.
 
-All text of the run is escaped: a task, path or override is never structure of the page.
+All text of the run stands in blocks of code, which it cannot end: a task, path or override is never structure
+of the page. Markdown's own tables have no space between columns there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from mft.files.json_file import Values, read_json
 from mft.tracking.params import TAG_LIMIT, cut
 
 FILES = {
+    "run folder": "",
     "model": "final",
     "checkpoints": "checkpoints",
     "metrics": "metrics.jsonl",
@@ -22,13 +24,12 @@ FILES = {
     "output": "log/output.txt",
     "traceback": "log/traceback.txt",
 }
+"""What is named of a run folder, where it is there."""
+
 TASKS_SHOWN = 20
 CELL = 160  # characters
-PREFIX = "valid/loss"
-LOSSES = {"first": "first", "last": "last", "best": "best"}
-
-_STRUCTURE = re.compile(r"[^\w\s,/=%-]|(?<=www)\.", re.ASCII)
-_SPACE = re.compile(r"\s+")
+LONGEST = TAG_LIMIT // 4  # characters of an error or command
+LOSS = "valid/loss"
 
 
 def note(run_dir: Path, outcome: str) -> str:
@@ -37,40 +38,23 @@ def note(run_dir: Path, outcome: str) -> str:
         return ""
     record, summary = read_json(run_dir / "overrides.json"), read_json(run_dir / "summary.json")
     summary = summary if outcome else Values()  # of an earlier attempt
-    parts = [_state(summary, outcome)]
-    if error := summary.text("error"):
-        parts.append(fenced(error))
-    parts += _losses(summary)
-    if settings := [override.partition("=")[::2] for override in record.texts("overrides")]:
-        parts += ["#### Settings given", _table(("key", "value"), settings)]
-    files = [
-        (name, str(run_dir.resolve() / file)) for name, file in FILES.items() if (run_dir / file).exists()
-    ]
-    parts += ["#### Files", _table(("", "path"), [("run folder", str(run_dir.resolve())), *files])]
-    parts += ["#### Command", fenced(shlex.join(["mft", "train", *record.texts("overrides")]))]
-    kept = [parts.pop(0)]
-    for part in parts:  # a part is left out whole: half a table or an open fence would spoil the page
-        if len("\n\n".join([*kept, part])) <= TAG_LIMIT:
-            kept.append(part)
-    return "\n\n".join(kept)
-
-
-def escaped(text: str) -> str:
-    """Returns text as Markdown that shows it as it is, on one line, in a cell of a table as well.
-
-    Characters that could be structure or make a link become HTML entities, which every Markdown takes;
-    backslashes are not taken before all of them.
-    """
-    line = _SPACE.sub(" ", hidden(text)).strip()
-    line = "".join(character for character in line if character.isprintable())
-    return _STRUCTURE.sub(lambda match: f"&#{ord(match[0])};", cut(line, CELL))
+    overrides, folder = record.texts("overrides"), run_dir.resolve()
+    settings = [override.partition("=")[::2] for override in overrides]
+    files = [(name, str(folder / file)) for name, file in FILES.items() if (folder / file).exists()]
+    parts = {"error": summary.text("error"), "losses": _losses(summary), "settings given": _table(settings)}
+    parts |= {"files": _table(files), "command": shlex.join(["mft", "train", *overrides])}
+    text = _state(summary, outcome)
+    for title, part in parts.items():
+        more = f"\n\n**{title}**\n{fenced(part)}"
+        if part and len(text) + len(more) <= TAG_LIMIT:  # whole: an open block would swallow the rest
+            text += more
+    return text
 
 
 def fenced(text: str) -> str:
-    """Returns text as a block of code, which no backticks in it can end."""
-    text = cut(hidden(text).replace("\r", "\n"), TAG_LIMIT // 4)
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    """Returns text as a block of code, which no backticks in it can end; at most LONGEST characters of it."""
+    text = cut(hidden(text).replace("\r", "\n"), LONGEST)
+    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
     return f"{fence}\n{text}\n{fence}"
 
 
@@ -86,29 +70,28 @@ def _state(summary: Values, outcome: str) -> str:
     return state
 
 
-def _losses(summary: Values) -> list[str]:
-    """Returns a table of validation losses, a row for each task; [] without validation."""
-    parts = {title: summary.part(key) for title, key in LOSSES.items()}
-    if (step := parts["best"].number("step")) is not None:
-        parts[f"best (step {step:.0f})"] = parts.pop("best")
-    names = [name for name in parts["last"] if name == PREFIX or name.startswith(f"{PREFIX}/")]
-    tests = summary.part("test")
-    if tests:
-        tested = tests.number("step")
-        parts["test" if tested is None else f"test (step {tested:.0f})"] = Values(
-            {name.replace("test/", "valid/", 1): value for name, value in tests.items()}
-        )
-    if not names:
-        return []
+def _losses(summary: Values) -> str:
+    """Returns a table of losses with a line for each task, "" without validation."""
+    columns = {title: summary.part(title) for title in ("first", "last", "best")}
+    names = [name for name in columns["last"] if name == LOSS or name.startswith(f"{LOSS}/")]
+    if test := summary.part("test"):
+        columns["test"] = Values({name.replace("test/", "valid/", 1): loss for name, loss in test.items()})
+        columns["test"]["step"] = test.get("step")
     rows = []
     for name in names[: TASKS_SHOWN + 1]:
-        values = (part.number(name) for part in parts.values())
-        cells = ["-" if value is None else f"{value:.4f}" for value in values]
-        rows.append((name.removeprefix(PREFIX).lstrip("/") or "mean of tasks", *cells))
-    more = len(names) - len(rows)
-    return ["#### Losses", _table(("task", *parts), rows), *([f"and {more} more tasks"] if more else [])]
+        values = (column.number(name) for column in columns.values())
+        cells = ("-" if value is None else f"{value:.4f}" for value in values)
+        rows.append((name.removeprefix(LOSS).lstrip("/") or "mean of tasks", *cells))
+    if len(names) > len(rows):
+        rows.append((f"and {len(names) - len(rows)} more tasks", *["" for _ in columns]))
+    steps = {title: column.number("step") for title, column in columns.items()}
+    heads = [title if step is None else f"{title} (step {step:.0f})" for title, step in steps.items()]
+    return _table(rows, ["task", *heads]) if rows else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([escaped(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
+    """Returns aligned columns, a line for each row."""
+    from tabulate import tabulate
+
+    lines = [[cut(" ".join(cell.split()), CELL) for cell in row] for row in rows]
+    return tabulate(lines, head, tablefmt="plain", disable_numparse=True)

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REFUSED = {
-    401: "it does not accept user and password (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or a "
-    "token in MLFLOW_TRACKING_TOKEN)",
-    403: "this user may not write to the experiment",
+    "UNAUTHENTICATED": "it does not accept the user and password given (MLFLOW_TRACKING_USERNAME, "
+    "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN)",
+    "PERMISSION_DENIED": "this user may not write to the experiment",
 }
-"""What a server with authentication answers, by HTTP status."""
+"""What the errors of a server with authentication mean."""
 
 
 def client_for(uri: str) -> MlflowClient:
@@ -84,9 +84,8 @@ def reason(error: Exception, uri: str) -> str:
         return hidden(str(error))
     if database is not None and not database.exists():
         return f"{database} was deleted or moved"
-    status = getattr(error, "get_http_status_code", int)()
-    if status in REFUSED:
-        return REFUSED[status]
+    if (refused := REFUSED.get(getattr(error, "error_code", ""))) is not None:
+        return refused
     text = hidden(str(error)).strip()
     if "out-of-date database schema" in text:  # of a database other than SQLite
         command = f"mlflow db upgrade {hidden(uri)}"

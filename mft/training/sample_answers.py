@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-COLUMNS = ("task", "prompt", "before", "after", "expected")
+COLUMNS = ("prompt", "after", "before", "expected", "task")
+"""Of answers.json; MLflow's page groups runs by the first and compares the second."""
 
 
 class Answers:
@@ -43,8 +44,8 @@ class Answers:
     def write(self, path: Path) -> None:
         """Writes prompts and full answers as Markdown, and beside it as a table in JSON.
 
-        The table, path with the suffix .json, is {"columns": […], "data": [[…], …]} with the columns task,
-        prompt, before, after and expected; an answer that was not asked for is empty.
+        The table, path with the suffix .json, is {"columns": […], "data": [[…], …]} with COLUMNS; an answer
+        that was not asked for is empty.
         """
         parts = ["# Answers\n"]
         for number, prompt in enumerate(self.prompts):
@@ -63,9 +64,9 @@ class Answers:
         for number, prompt in enumerate(self.prompts):
             turns = prompt.messages
             asked = turns[0]["content"] if len(turns) == 1 else "\n\n".join(map(_turn, turns))
-            answers = (self.answers.get(when) for when in ("before", "after"))
+            answers = (self.answers.get(when) for when in ("after", "before"))
             given = ["" if texts is None else texts[number] for texts in answers]
-            rows.append([prompt.task, asked, *given, prompt.expected])
+            rows.append([asked, *given, prompt.expected, prompt.task])
         return rows
 
 
