@@ -48,13 +48,15 @@ def dataset_name(task: str) -> str:
     return cut(hidden(task), NAME_LIMIT)
 
 
-def _profile(account: Values) -> dict[str, object]:
-    totals: dict[str, object] = {
-        key: account.number(key) for key in ("rows", "kept", "samples", "tokens", "trained_tokens")
-    }
-    by_split = {split: account.part("sizes").part(split) for split in CONTEXTS}
-    dropped = {reason: count for reason, count in account.part("dropped").items() if count}
-    return totals | {"dropped": dropped} | by_split
+def _profile(account: Values) -> dict[str, int | float]:
+    """Returns counts by name, all on one level: MLflow's page shows a line for each."""
+    profile = {key: account.number(key) for key in ("rows", "kept", "samples", "tokens", "trained_tokens")}
+    profile |= {f"dropped_{why}": count or None for why, count in account.part("dropped").items()}
+    for split in CONTEXTS:
+        sizes = account.part("sizes").part(split)
+        if sizes.number("samples"):
+            profile |= {f"{split}_{count}": sizes.number(count) for count in sizes}
+    return {name: value for name, value in profile.items() if value is not None}
 
 
 def _source(account: Values) -> str:

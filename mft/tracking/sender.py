@@ -26,6 +26,7 @@ from mft.tracking.params import TAG_LIMIT, cut, flattened, safe_name
 from mft.tracking.record import NAME, Record, read_config
 from mft.tracking.store import artifact_root, database_file, prepare, reason
 from mft.tracking.uploads import Uploads
+from mft.tracking.view import VIEW, VIEW_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -125,11 +126,13 @@ class Sender:
         name, database = self.record.experiment, database_file(self.uri)
         folder = None if database is None else (artifact_root(database).resolve() / safe_name(name)).as_uri()
         try:
-            return str(self.client.create_experiment(name, artifact_location=folder))
+            return str(self.client.create_experiment(name, folder, {VIEW_TAG: VIEW}))
         except MlflowException:
             experiment = self.client.get_experiment_by_name(name)  # it exists: the usual case
             if experiment is None:
                 raise
+        if VIEW_TAG not in experiment.tags:  # one that a person has changed stays
+            self.client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, VIEW)
         if experiment.lifecycle_stage == "deleted":
             self.client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mft.tracking.mlflow import CHARTS
+from mft.tracking.view import CHARTS
 from mft.tracking.store import client_for
 from tests.browser import CHROMIUM, MISSING, page
 from tests.tracking.server import free_port, kill_server, start_server
