@@ -36,7 +36,7 @@ METRIC_FILES = ("metrics.jsonl", "system.jsonl")
 METRICS_A_CALL = 1000  # MLflow's own limits of one log_batch
 TEXTS_A_CALL = 100
 LOCK_SECONDS = 4.0  # to wait for another sender of the same folder
-NOTE, NOTE_DIGEST = "mlflow.note.content", "note_digest"
+NOTE, NOTE_DIGEST = "mlflow.note.content", "mlflow.note.digest"  # the page hides the second
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
