@@ -6,12 +6,12 @@ of the page. Markdown's own tables have no space between columns there.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mft.console.credentials import hidden
+from mft.console.markdown import fenced
 from mft.files.json_file import Values, read_json
 from mft.tracking.params import TAG_LIMIT, cut
 
@@ -28,7 +28,7 @@ FILES = {
 
 TASKS_SHOWN = 20
 CELL = 160  # characters
-LONGEST = TAG_LIMIT // 4  # characters of an error or command
+LONGEST = TAG_LIMIT // 4  # characters of each part
 LOSS = "valid/loss"
 
 
@@ -45,17 +45,10 @@ def note(run_dir: Path, outcome: str) -> str:
     parts |= {"files": _table(files), "command": shlex.join(["mft", "train", *overrides])}
     text = _state(summary, outcome)
     for title, part in parts.items():
-        more = f"\n\n**{title}**\n{fenced(part)}"
+        more = f"\n\n**{title}**\n{fenced(cut(hidden(part), LONGEST))}"
         if part and len(text) + len(more) <= TAG_LIMIT:  # whole: an open block would swallow the rest
             text += more
     return text
-
-
-def fenced(text: str) -> str:
-    """Returns text as a block of code, which no backticks in it can end; at most LONGEST characters of it."""
-    text = cut(hidden(text).replace("\r", "\n"), LONGEST)
-    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
-    return f"{fence}\n{text}\n{fence}"
 
 
 def _state(summary: Values, outcome: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mft.batch import Prompt
+from mft.console.markdown import code, fenced
 from mft.console.tables import table
 from mft.files.json_file import write_json
 
@@ -49,11 +50,11 @@ class Answers:
         """
         parts = ["# Answers\n"]
         for number, prompt in enumerate(self.prompts):
-            parts.append(f"## {prompt.task}\n")
-            parts += [f"**{m['role']}**\n\n```\n{m['content']}\n```\n" for m in prompt.messages]
+            parts.append(f"## {code(prompt.task)}\n")
+            parts += [f"**{code(m['role'])}**\n\n{fenced(m['content'])}\n" for m in prompt.messages]
             texts = {when: answers[number] for when, answers in self.answers.items()}
             texts["expected"] = prompt.expected
-            parts += [f"**{title}**\n\n```\n{text}\n```\n" for title, text in texts.items()]
+            parts += [f"**{title}**\n\n{fenced(text)}\n" for title, text in texts.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(parts), encoding="utf-8")
         if self.prompts:

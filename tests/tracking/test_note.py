@@ -3,7 +3,7 @@
 import pytest
 
 from mft.files.json_file import read_json, write_json
-from mft.tracking.note import fenced, note
+from mft.tracking.note import note
 from mft.tracking.params import TAG_LIMIT
 from mft.tracking.record import Record
 from mft.tracking.sender import sync
@@ -63,7 +63,6 @@ def test_text_of_the_run_cannot_end_its_block(tmp_path, store):
         elif not open_with:
             assert not line or line.startswith("**")
     assert not open_with
-    assert fenced("a\r`````\rb").splitlines() == ["``````", "a", "`````", "b", "``````"]
 
 
 def test_it_fits_into_a_tag_and_stays_whole(run_dir):
