@@ -7,8 +7,9 @@ of the page. Markdown's own tables have no space between columns there.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mft.console.credentials import hidden
 from mft.console.markdown import fenced
@@ -32,17 +33,26 @@ LONGEST = TAG_LIMIT // 4  # characters of each part
 LOSS = "valid/loss"
 
 
-def note(run_dir: Path, outcome: str) -> str:
-    """Returns the description of a run, "" for a folder that is none. outcome: "" while it is running."""
-    if not (run_dir / "config.yaml").exists():
+def note(run_dir: Path, outcome: str, config: Mapping[str, Any]) -> str:
+    """Returns the description of a run, "" for a folder that is none (without a config).
+
+    outcome: "" while it is running.
+    """
+    if not config:
         return ""
     record, summary = read_json(run_dir / "overrides.json"), read_json(run_dir / "summary.json")
     summary = summary if outcome else Values()  # of an earlier attempt
     overrides, folder = record.texts("overrides"), run_dir.resolve()
     settings = [override.partition("=")[::2] for override in overrides]
-    files = [(name, str(folder / file)) for name, file in FILES.items() if (folder / file).exists()]
+    files = [("started in", record.text("folder"))] if record.text("folder") else []
+    files += [(name, str(folder / file)) for name, file in FILES.items() if (folder / file).exists()]
     parts = {"error": summary.text("error"), "losses": _losses(summary), "settings given": _table(settings)}
-    parts |= {"files": _table(files), "command": shlex.join(["mft", "train", *overrides])}
+    choices = [(str(group), str(choice)) for group, choice in (config.get("choices") or {}).items()]
+    parts |= {
+        "options chosen": _table(choices),
+        "files": _table(files),
+        "command": shlex.join(["mft", "train", *overrides]),
+    }
     text = _state(summary, outcome)
     for title, part in parts.items():
         more = f"\n\n**{title}**\n{fenced(cut(hidden(part), LONGEST))}"

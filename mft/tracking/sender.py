@@ -154,7 +154,7 @@ class Sender:
         for name, value in params.items():
             if there.get(name, value) != value:
                 tags[f"changed.{name}"] = f"{there[name]} -> {value}"
-        text, shown = note(self.run_dir, outcome), run.data.tags.get(NOTE, "")
+        text, shown = note(self.run_dir, outcome, config), run.data.tags.get(NOTE, "")
         if text and (not shown or _digest(shown) == run.data.tags.get(NOTE_DIGEST)):
             tags |= {NOTE: text, NOTE_DIGEST: _digest(text)}
         new = [Param(name, value) for name, value in params.items() if name not in there]

@@ -41,7 +41,7 @@ def write_run(
     """Writes a finished run with a validation and a checkpoint at each of `steps`, and a test of one; `sync`
     sends it to the store."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
     last, test = max(steps), losses_at(tested, tasks, "test")
     best = {f"best/{name}": value for name, value in losses_at(last, tasks).items()}
     rows = [{"step": step, "train/loss": 1 / step} | losses_at(step, tasks) for step in steps]
