@@ -245,6 +245,8 @@ def test_answers_before_and_after_are_kept_side_by_side(tmp_path: Path, cache_di
     _, run_dir = train(tmp_path, cache_dir, f"train.prompts={prompts}", "train.prompts_max_new_tokens=4")
     text = (run_dir / "report" / "answers.md").read_text()
     assert "**before**" in text and "**after**" in text and "it is 3" in text
+    (row,) = json.loads((run_dir / "report" / "answers.json").read_text())["data"]
+    assert (row[0], *row[3:]) == ("what comes next?", "it is 3", "adding")
 
 
 def test_same_seed_same_loss_other_seed_other_loss(tmp_path: Path, cache_dir: Path) -> None:

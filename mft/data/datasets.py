@@ -49,7 +49,9 @@ class Dataset:
 
     def write_report(self, folder: Path) -> None:
         """Writes data.json, the account of each task, and dropped.jsonl, every row that became no sample."""
-        write_json(folder / "data.json", report.as_json(self.stores, self.names))
+        accounts = report.as_json(self.stores, self.names)
+        paths = {task.name: {"paths": [*task.paths, *task.valid]} for task in self.tasks}
+        write_json(folder / "data.json", {name: accounts[name] | paths[name] for name in self.names})
         report.write_dropped(folder / "dropped.jsonl", self.stores, self.names)
 
 

@@ -29,9 +29,11 @@ FIELDS_NAMED, FILES_NAMED = 12, 6
 
 
 def as_json(stores: Sequence[Store], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns each task's report (see Store), its lengths in tokens, and the files held out by name."""
+    """Returns each task's report (see Store), its sizes by split, lengths in tokens, and the files held out by
+    name."""
     return {
-        name: store.report | {"length": _lengths(store), "held_out_files": store.held_out_files()}
+        name: store.report
+        | {"sizes": _sizes(store), "length": _lengths(store), "held_out_files": store.held_out_files()}
         for store, name in zip(stores, names, strict=True)
     }
 
@@ -136,6 +138,17 @@ def write_dropped(path: Path, stores: Sequence[Store], names: Sequence[str]) -> 
         for store, name in zip(stores, names, strict=True):
             for dropped in store.dropped():
                 file.write(json.dumps({"task": name} | dropped, ensure_ascii=False) + "\n")
+
+
+def _sizes(store: Store) -> dict[str, dict[str, int]]:
+    """Returns rows, samples, tokens and trained tokens of each split."""
+    summed = {"rows": store.begins_N(), "tokens": store.lengths_N, "trained_tokens": store.trained_N}
+    sizes = {}
+    for index, split in enumerate(SPLITS):
+        of_split_N = store.split_N == index
+        sums = {name: int(count_N[of_split_N].sum(dtype=np.int64)) for name, count_N in summed.items()}
+        sizes[split] = {"samples": int(of_split_N.sum())} | sums
+    return sizes
 
 
 def _lengths(store: Store) -> dict[str, float]:

@@ -33,8 +33,9 @@ class Tracker:
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         """Starts the record of this run, or continues it on resume.
 
-        config: the resolved config, nested; tags: identity, git_commit, versions, overrides; step: the
-        optimizer step the run resumes from (0 = fresh); points of later steps are logged again.
+        config: the resolved config, nested; tags: name (short, of the run), identity, git_commit, versions,
+        overrides; step: the optimizer step the run resumes from (0 = fresh); points of later steps are logged
+        again.
         """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

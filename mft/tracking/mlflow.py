@@ -21,6 +21,7 @@ from mft.tracking.params import cut
 from mft.tracking.record import Record
 from mft.tracking.sender import Sender
 from mft.tracking.store import database_file, prepare, reason, system_metrics
+from mft.tracking.view import CHARTS, TABLE
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,6 @@ SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databrick
 PATIENCE = 4.0  # seconds without any progress after which open and close stop waiting
 COLLECT = 0.5  # seconds in which points gather before they are sent in one call
 RETRY = (1.0, 60.0)  # seconds until a store that did not answer is tried again: doubled each time, at most
-# MLflow's page opens on traces of language model apps, which are empty here; this opens the runs' charts.
-CHARTS = "compareRunsMode=CHART&workflowType=machine_learning"
 SYSTEM_EVERY = 10.0  # seconds between two looks at cpu, memory, disk, network and gpu
 
 
@@ -54,7 +53,7 @@ class Mlflow(Tracker):
     """Name of the experiment; change it to compare runs on a separate page."""
 
     run_name: str | None = None
-    """Name in the table. None = the job's overrides in a sweep, else the name of the run folder."""
+    """Name in the table. None = the short name of the run, which its tag `name` holds."""
 
     system_metrics: bool = False
     """Whether to log cpu, memory, disk, network and gpu of rank 0's machine every 10 s as system/…"""
@@ -98,7 +97,9 @@ class Mlflow(Tracker):
             tags["mlflow.source.git.commit"] = tags["git_commit"]  # the page's column Version
         record.tags = tags | ({"resumed_from_step": str(step)} if resumed else {})
         record.experiment = self.experiment
-        record.run_name = cut(self.run_name or tags.get("job") or run_dir.resolve().name, 200)
+        record.run_name = cut(
+            self.run_name or tags.get("name") or tags.get("job") or run_dir.resolve().name, 200
+        )
         record.register_as, record.checkpoints = self.register_as or "", self.checkpoints
         record.started = record.started or now
         record.outcome = record.ended = ""
@@ -153,8 +154,9 @@ class Mlflow(Tracker):
         if not experiment or not (local or uri.startswith("http")):
             return command or without_credentials(uri)
         server = "http://127.0.0.1:5000" if local else without_credentials(uri)
-        page = f"{server}/#/experiments/{experiment}/runs?{CHARTS}"
-        return f"{command}  then open {page}" if local else page
+        page = f"{server}/#/experiments/{experiment}/runs?"
+        pages = f"{page}{CHARTS}\nor, as a table, the best run first: {page}{TABLE}"
+        return f"{command}  then open {pages}" if local else pages
 
     def _address(self, last: str = "") -> str:
         """Returns the configured store, MLFLOW_TRACKING_URI, `last` (which has this run) or the default."""

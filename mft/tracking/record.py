@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mft.files.json_file import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -60,7 +62,8 @@ class Record:
     """File of metrics → [its inode, bytes sent, time in ms of the last row]; a resume rewrites the file."""
 
     uploaded: dict[str, int] = field(default_factory=dict)
-    """File or folder → its latest change in ns as it was uploaded; one that has changed is uploaded again."""
+    """File, folder, `data sets` or `models` → the latest change in ns of the files it was made of, as it was
+    sent; what has changed is sent again."""
 
     def __post_init__(self) -> None:
         self.key = self.key or uuid.uuid4().hex
@@ -88,6 +91,15 @@ class Record:
     def restart(self, uri: str) -> None:
         """Forgets what has arrived: the run goes to another store, or the store has lost it."""
         self.uri, self.run_id, self.ended, self.places, self.uploaded = uri, "", "", {}, {}
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """Returns the frozen config of a run folder; {} where there is none, as in the folder of a sweep."""
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 _EMPTY = Record()

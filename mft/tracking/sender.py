@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import hashlib
 import math
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import yaml
 from filelock import FileLock, Timeout
 
 from mft.console.credentials import as_written, filled, hidden, without_credentials
 from mft.errors import UserError
 from mft.run_folder import metric_rows, status
+from mft.tracking.note import note
 from mft.tracking.params import TAG_LIMIT, cut, flattened, safe_name
-from mft.tracking.record import NAME, Record
+from mft.tracking.record import NAME, Record, read_config
 from mft.tracking.store import artifact_root, database_file, prepare, reason
+from mft.tracking.uploads import Uploads
+from mft.tracking.view import VIEW, VIEW_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,8 +36,7 @@ METRIC_FILES = ("metrics.jsonl", "system.jsonl")
 METRICS_A_CALL = 1000  # MLflow's own limits of one log_batch
 TEXTS_A_CALL = 100
 LOCK_SECONDS = 4.0  # to wait for another sender of the same folder
-SLOW_DISK = 5e6  # bytes a second that an upload is given before it counts as stuck
-TEXT_FILES = {".yaml", ".yml", ".json", ".jsonl", ".txt", ".log", ".md", ".html", ".csv"}
+NOTE, NOTE_DIGEST = "mlflow.note.content", "mlflow.note.digest"  # the page hides the second
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
@@ -52,6 +54,7 @@ class Sender:
         self._waiting: dict[str, tuple[list[Metric], list[int]]] = {}  # file → points, place behind
         self._sent: dict[str, set[int]] | None = None  # metric → steps that the store has
         self._tags: dict[str, str] | None = None  # those that have arrived
+        self._noted = ""  # the outcome that the run's description speaks of
         kept = as_written(without_credentials(uri))
         if record.uri != kept:
             record.restart(kept)
@@ -65,8 +68,8 @@ class Sender:
         try:
             if not self.attached:
                 self._attach()
-            if self._tags is not self.record.tags:
-                self._describe()
+            if self._tags is not self.record.tags or self._noted != outcome:
+                self._describe(outcome)
             count = sum(self._send_points(name) for name in METRIC_FILES)
             # Behind the points, so that a run which is shown as finished has all of them.
             if outcome and self.record.ended != outcome:
@@ -75,7 +78,7 @@ class Sender:
                 self.client.set_terminated(self.record.run_id, STATUS[outcome], end_time=int(1000 * end))
                 self.record.ended = outcome
                 self.record.save(self.run_dir)
-            return count + self._send_files()
+            return count + Uploads(self.client, self.run_dir, self.record, self._alive).send()
         except Exception:
             self.attached = False  # the store may come back without the run
             raise
@@ -123,17 +126,23 @@ class Sender:
         name, database = self.record.experiment, database_file(self.uri)
         folder = None if database is None else (artifact_root(database).resolve() / safe_name(name)).as_uri()
         try:
-            return str(self.client.create_experiment(name, artifact_location=folder))
+            return str(self.client.create_experiment(name, folder, {VIEW_TAG: VIEW}))
         except MlflowException:
             experiment = self.client.get_experiment_by_name(name)  # it exists: the usual case
             if experiment is None:
                 raise
+        if VIEW_TAG not in experiment.tags:  # one that a person has changed stays
+            self.client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, VIEW)
         if experiment.lifecycle_stage == "deleted":
             self.client.restore_experiment(experiment.experiment_id)
         return str(experiment.experiment_id)
 
-    def _describe(self) -> None:
-        """Sends parameters and tags. MLflow replaces no parameter: one that a resume changed is a tag."""
+    def _describe(self, outcome: str) -> None:
+        """Sends parameters, tags and description.
+
+        MLflow replaces no parameter: one that a resume changed is a tag. A description that a person has
+        edited stays: it has another digest than ours had.
+        """
         from mlflow.entities import Param, RunTag
 
         now, run_id = self.record.tags, self.record.run_id
@@ -145,13 +154,16 @@ class Sender:
         for name, value in params.items():
             if there.get(name, value) != value:
                 tags[f"changed.{name}"] = f"{there[name]} -> {value}"
+        text, shown = note(self.run_dir, outcome, config), run.data.tags.get(NOTE, "")
+        if text and (not shown or _digest(shown) == run.data.tags.get(NOTE_DIGEST)):
+            tags |= {NOTE: text, NOTE_DIGEST: _digest(text)}
         new = [Param(name, value) for name, value in params.items() if name not in there]
         texts = [RunTag(safe_name(name), cut(value, TAG_LIMIT)) for name, value in tags.items()]
         for start in range(0, max(len(new), len(texts)), TEXTS_A_CALL):
             part = slice(start, start + TEXTS_A_CALL)
             self.client.log_batch(run_id, params=new[part], tags=texts[part])
             self._alive()
-        self._tags = now
+        self._tags, self._noted = now, outcome
 
     # ---- metrics ----
 
@@ -200,51 +212,9 @@ class Sender:
             self._sent[name] = {point.step for point in history}
         return self._sent is not None and step in self._sent[name]
 
-    # ---- files ----
 
-    def _send_files(self) -> int:
-        """Uploads what is new or has changed; the files of its end once the run has ended."""
-        names, count = ["config.yaml"], 0
-        if self.record.ended:
-            names += ["summary.json", "report", "report.html"]
-            if self.record.checkpoints:
-                marks = sorted(self.run_dir.glob("checkpoints/step-*/COMPLETE"))
-                names += [mark.parent.relative_to(self.run_dir).as_posix() for mark in marks]
-            if self.record.register_as and self.record.ended == "finished":
-                names.append("final")
-        for name in names:
-            source = self.run_dir / name
-            files = [file for file in (source, *sorted(source.rglob("*"))) if file.is_file()]
-            changed = max((file.stat().st_mtime_ns for file in files), default=0)
-            if changed in (0, self.record.uploaded.get(name)):
-                continue
-            for file in files:
-                self._alive(file.stat().st_size / SLOW_DISK)
-                self._upload(file)
-            if name == "final":
-                self._register()
-            self.record.uploaded = {**self.record.uploaded, name: changed}
-            self.record.save(self.run_dir)
-            count += 1
-        return count
-
-    def _upload(self, file: Path) -> None:
-        name, run_id = file.relative_to(self.run_dir), self.record.run_id
-        text = file.read_text(encoding="utf-8", errors="replace") if file.suffix in TEXT_FILES else ""
-        if hidden(text) != text:
-            self.client.log_text(run_id, hidden(text), name.as_posix())
-        else:
-            self.client.log_artifact(run_id, str(file), name.parent.as_posix() if name.parent.name else None)
-
-    def _register(self) -> None:
-        """Adds a version of the registered model that points at this run's copy of final/."""
-        from mlflow.exceptions import MlflowException
-
-        name, run_id = self.record.register_as, self.record.run_id
-        with contextlib.suppress(MlflowException):  # it exists, or the next call says what is wrong
-            self.client.create_registered_model(name)
-        source = f"{self.client.get_run(run_id).info.artifact_uri}/final"
-        self.client.create_model_version(name, source, run_id=run_id)
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def sync(run_dir: Path, uri: str = "") -> tuple[int, bool]:
@@ -281,12 +251,3 @@ def sync(run_dir: Path, uri: str = "") -> tuple[int, bool]:
         raise UserError(f"{run_dir} was not sent to {hidden(uri)}: {why}. Nothing is lost.") from error
     finally:
         sender.lock.release(force=True)
-
-
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """Returns the frozen config of a run folder; {} where there is none, as in the folder of a sweep."""
-    try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}

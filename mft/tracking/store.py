@@ -40,6 +40,13 @@ AT_ONCE = 100
 THREADS = 8
 """Questions that a server is asked side by side."""
 
+REFUSED = {
+    "UNAUTHENTICATED": "it does not accept the user and password given (MLFLOW_TRACKING_USERNAME, "
+    "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN)",
+    "PERMISSION_DENIED": "this user may not write to the experiment",
+}
+"""What the errors of a server with authentication mean."""
+
 
 def client_for(uri: str) -> MlflowClient:
     """Returns a client that fails at once instead of retrying by itself (248 s for a dead server by default).
@@ -89,6 +96,8 @@ def reason(error: Exception, uri: str) -> str:
         return hidden(str(error))
     if database is not None and not database.exists():
         return f"{database} was deleted or moved"
+    if (refused := REFUSED.get(getattr(error, "error_code", ""))) is not None:
+        return refused
     text = hidden(str(error)).strip()
     if "out-of-date database schema" in text:  # of a database other than SQLite
         command = f"mlflow db upgrade {hidden(uri)}"

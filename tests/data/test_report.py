@@ -42,6 +42,12 @@ def test_the_tables_account_for_every_row(make_store):
     assert tokens["b"] == ["64", str(b.report["trained_tokens"]), tokens["b"][2], "64", "64", "64", "64"]
     stored = json.loads(json.dumps(as_json([a, b], ["a", "b"])))
     assert stored["a"]["rows"] == 32 and stored["b"]["length"]["max"] == 64
+    for account in stored.values():
+        sizes = account["sizes"]
+        assert {split: sizes[split]["samples"] for split in sizes} == account["splits"]
+        counted = {"kept": "rows", "tokens": "tokens", "trained_tokens": "trained_tokens"}
+        for total, part in counted.items():
+            assert sum(size[part] for size in sizes.values()) == account[total]
 
 
 @pytest.mark.parametrize("width", [80, 120])

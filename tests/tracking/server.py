@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -18,7 +19,9 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start_server(store: Path, port: int) -> subprocess.Popen[bytes]:
+def start_server(
+    store: Path, port: int, options: Sequence[str] = (), **variables: str
+) -> subprocess.Popen[bytes]:
     """Starts a server over the database in a folder and waits until it answers."""
     command = [
         sys.executable,
@@ -39,9 +42,9 @@ def start_server(store: Path, port: int) -> subprocess.Popen[bytes]:
         f"{store}/served",
     ]
     quiet = subprocess.DEVNULL
-    env = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    env = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"} | variables
     process = subprocess.Popen(
-        command, cwd=store, start_new_session=True, stdout=quiet, stderr=quiet, env=env
+        [*command, *options], cwd=store, start_new_session=True, stdout=quiet, stderr=quiet, env=env
     )
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:

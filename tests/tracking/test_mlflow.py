@@ -20,6 +20,7 @@ from mft.tracking.base import FanOut, Jsonl
 from mft.tracking.mlflow import PATIENCE, Mlflow
 from mft.tracking.sender import sync
 from mft.tracking.store import client_for
+from tests.tracking.folders import sent
 from tests.tracking.server import free_port, kill_server, start_server
 
 FEW_SECONDS = 3 * PATIENCE
@@ -27,14 +28,6 @@ FEW_SECONDS = 3 * PATIENCE
 busy."""
 
 CONFIG = {"optimizer": {"lr": 1e-5}, "task": {"docs": {"weight": 2.0}}}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A folder with a database, made once; experiments keep the tests apart."""
-    folder = tmp_path_factory.mktemp("store")
-    Mlflow(store=str(folder)).prepare()
-    return folder
 
 
 @pytest.fixture
@@ -60,18 +53,6 @@ def write_config(run_dir, config):
 def close(tracks, run_dir, status="finished"):
     tracks.close(status)
     return sent(run_dir)
-
-
-def sent(run_dir):
-    """Waits until all has arrived: `close` leaves to sync what takes a busy disk longer than PATIENCE."""
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            return sync(run_dir)[0]
-        except UserError:  # the sender is still at it
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
 
 
 def recorded(run_dir, uri=None):
@@ -120,6 +101,38 @@ def test_a_run_is_there_with_all_it_was_given(tracker, run_dir, store):
         command == f"mlflow ui --backend-store-uri sqlite:///{store}/mlflow.db --host 127.0.0.1 --port 5000"
     )
     assert page.startswith(f"http://127.0.0.1:5000/#/experiments/{run.info.experiment_id}/runs?")
+
+
+@pytest.mark.parametrize(
+    ("run_name", "tags", "shown"),
+    [
+        (None, {"name": "coba lr=2e-3", "job": "loss=coba optimizer.lr=2e-3"}, "coba lr=2e-3"),
+        ("mine", {"name": "coba"}, "mine"),
+        (None, {}, "run"),
+        (None, {"name": "<b>`x`|" + "n" * 300}, "<b>`x`|"),
+    ],
+)
+def test_the_name_of_a_run(tracker, run_dir, run_name, tags, shown):
+    tracks = tracker(run_name=run_name)
+    tracks.open(run_dir, {}, tags)
+    close(tracks, run_dir)
+    name = recorded(run_dir)[0].info.run_name
+    assert name == shown or (name.startswith(shown) and len(name) <= 200)
+
+
+def test_answers_are_a_table_that_a_resumed_run_writes_again(tracker, run_dir):
+    (run_dir / "report").mkdir()
+    for answer in ("<b>one</b> | `x`", "two"):
+        table = {"columns": ["prompt", "after"], "data": [["what?", answer], ["http://me:pw@h/", answer]]}
+        write_json(run_dir / "report" / "answers.json", table)
+        tracks = tracker()
+        tracks.open(run_dir, {}, {})
+        close(tracks, run_dir)
+        run, client = recorded(run_dir)
+        (shown,) = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+        assert shown == {"path": "report/answers.json", "type": "table"}
+        stored = json.loads(Path(client.download_artifacts(run.info.run_id, shown["path"])).read_text())
+        assert stored["data"] == [["what?", answer], ["http://***@h/", answer]]
 
 
 @pytest.mark.parametrize(("status", "shown"), [("failed", "FAILED"), ("stopped", "KILLED")])
@@ -210,15 +223,17 @@ def test_a_file_that_was_cut_back_and_has_grown_again_is_sent_from_its_start(tra
     assert history(run_dir, "train/loss") == [(step, float(step)) for step in range(2, 9)]
 
 
-def test_the_run_can_be_sent_to_another_store_and_again_to_one_that_lost_it(tracker, run_dir, tmp_path):
+def test_the_run_can_be_sent_to_another_store_and_again_to_one_that_lost_it(tracker, run_dir, other_store):
     tracks = tracker()
     tracks.open(run_dir, CONFIG, {})
     tracks.log(1, {"train/loss": 1.0})
     close(tracks, run_dir)
-    other = f"sqlite:///{tmp_path}/other.db"
-    assert sync(run_dir, other) == (2, False) and sync(run_dir, other) == (0, False)
-    run, client = recorded(run_dir, other)
-    assert history(run_dir, "train/loss", other) == [(1, 1.0)] and run.data.params["optimizer.lr"] == "1e-05"
+    assert sync(run_dir, other_store) == (2, False) and sync(run_dir, other_store) == (0, False)
+    run, client = recorded(run_dir, other_store)
+    assert (
+        history(run_dir, "train/loss", other_store) == [(1, 1.0)]
+        and run.data.params["optimizer.lr"] == "1e-05"
+    )
     client.delete_run(run.info.run_id)
     assert sync(run_dir) == (2, False)
     assert recorded(run_dir)[0].info.lifecycle_stage == "active" and history(run_dir, "train/loss") == [
