@@ -70,7 +70,8 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
         record: dict[str, Any] = {"rank": place + 1, **setting.keys}
         record["n"] = len(setting.values(comparison.metric))
         for metric in comparison.metrics:
-            record |= {metric.name: setting.mean(metric), f"{metric.name} spread": setting.spread(metric)}
+            spread = "spread" if metric is comparison.metric else f"{metric.name} spread"
+            record |= {metric.name: setting.mean(metric), spread: setting.spread(metric)}
         if difference := comparison.differences[place]:
             for name in ("low", "high", "p", "adjusted_p", "detectable", "covers"):
                 record[name] = getattr(difference, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -30,23 +31,43 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_flags(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "r.html"), f"--csv={tmp_path / 't.csv'}"]
+    out += ["--markdown", str(tmp_path / "t.md"), "--latex", str(tmp_path / "t.tex")]
     said = compare(capsys, "multirun/small", *out)
-    assert "4 runs, 2 settings" in said and "Noise between seeds" in said
+    assert "4 runs, 2 settings" in said and "No winner: one more is not told apart" in said
+    assert "cover the choice of seeds and of validation rows" in said
     table = rows(tmp_path / "t.csv")
     assert [row["n"] for row in table] == ["2", "2"] and {row["loss"] for row in table} == {
         "task_token_mean",
         "coba",
     }
     assert float(table[0]["mean"]) <= float(table[1]["mean"]) and table[0]["verdict"] == "lowest"
-    worst = [max(float(row["docs"]), float(row["code"])) for row in table]
-    assert [float(row["worst"]) for row in table] == pytest.approx(
-        worst, abs=0.02
-    )  # mean of worsts, worst of means
-    compare(capsys, "multirun/small", *out, "--metric", "docs", "--group-by", "train.seed")
+    content = json.loads((tmp_path / "compare.json").read_text())
+    assert [setting["rank"] for setting in content["settings"]] == [1, 2] and content["winner"] is None
+    assert content["settings"][1]["difference"]["rows"] > 4, "losses of single rows were read"
+    assert "\\toprule" in (tmp_path / "t.tex").read_text() and "| verdict" in (tmp_path / "t.md").read_text()
+    compare(
+        capsys, "multirun/small", *out, "--metric", "docs,speed/tokens_per_second", "--group-by", "train.seed"
+    )
     table = rows(tmp_path / "t.csv")
     assert {row["train.seed"] for row in table} == {"1", "2"} and all(row["n"] == "2" for row in table)
-    html = (tmp_path / "r.html").read_text()
-    assert "ranked by <b>docs</b>" in html and html.count("data:image/png") >= 4
+    assert float(table[0]["speed/tokens_per_second"]) > 0
+    assert "docs" in (tmp_path / "r.html").read_text()
+    said = compare(capsys, "multirun/small", *out, "--baseline", "loss=task_token_mean")
+    assert "than the baseline" in said or "from the baseline (loss=task_token_mean)" in said
+
+
+def test_results_of_other_tools_are_metrics(here: Path, tmp_path: Path, capsys) -> None:
+    runs = sorted(here.glob("multirun/small/*/*/identity.json"))
+    given = []
+    for number, run in enumerate(runs):
+        results = {"results": {"hellaswag": {"acc,none": 0.3 + number / 100, "acc_stderr,none": 0.01}}}
+        results["config"] = {"model_args": f"pretrained=base,peft={run.parent}/final"}
+        (tmp_path / f"{number}.json").write_text(json.dumps(results))
+        given += ["--with", str(tmp_path / f"{number}.json")]
+    out = ["--out", str(tmp_path / "r.html"), f"--csv={tmp_path / 't.csv'}"]
+    compare(capsys, "multirun/small", *given, "--metric", "hellaswag/acc,mean", *out)
+    table = rows(tmp_path / "t.csv")
+    assert float(table[0]["hellaswag/acc"]) > float(table[1]["hellaswag/acc"]), "the highest first"
 
 
 def test_an_mlflow_experiment_by_name_gives_the_same_table(here: Path, tmp_path: Path, capsys) -> None:
@@ -65,6 +86,9 @@ def test_an_mlflow_experiment_by_name_gives_the_same_table(here: Path, tmp_path:
         (["multirun/small", "--metric", "wurst"], ["--metric wurst", "did you mean worst?"]),
         (["multirun/small", "--group-by", "los"], ["--group-by los", "did you mean loss?"]),
         (["multirun/small", "--csv"], ["--csv needs a file"]),
+        (["multirun/small", "--baseline", "loss=cobra"], ["--baseline loss=cobra", "did you mean coba?"]),
+        (["multirun/small", "--metric", "lr"], ["--metric lr", "add --better lower, or --higher"]),
+        (["multirun/small", "--with", "nothing.json"], ["--with nothing.json"]),
         (["smal"], ["neither a folder nor an experiment", "did you mean small?"]),
         ([str(Path(__file__).parents[1] / "data")], ["There is no run"]),
     ],
