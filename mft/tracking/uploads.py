@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +17,13 @@ from mft.tracking.record import Record, read_config
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+log = logging.getLogger(__name__)
+
 SLOW_DISK = 5e6  # bytes a second that an upload is given before it counts as stuck
 TEXT_FILES = {".yaml", ".yml", ".json", ".jsonl", ".txt", ".log", ".md", ".html", ".csv"}
-TABLE = "report/answers.json"
+NEWER = {"data sets": "2.4", "models": "3.0"}
+"""What earlier servers do not know → the version that does."""
+ANSWERS = "report/answers.json"
 """A file that MLflow's page shows as a table, {"columns": […], "data": [[…], …]}, as `log_table` writes."""
 
 
@@ -58,7 +63,15 @@ class Uploads:
         changed = max((file.stat().st_mtime_ns for file in files), default=0)
         if changed in (0, self.record.uploaded.get(name)):
             return 0
-        count = send(files)
+        from mlflow.exceptions import MlflowException
+
+        try:
+            count = send(files)
+        except MlflowException as error:
+            if name not in NEWER or error.error_code != "ENDPOINT_NOT_FOUND":
+                raise
+            log.warning("The MLflow server is older than %s and keeps no %s of runs", NEWER[name], name)
+            count = 0
         self.record.uploaded = {**self.record.uploaded, name: changed}
         self.record.save(self.run_dir)
         return count
@@ -76,9 +89,9 @@ class Uploads:
             self.client.log_text(run_id, hidden(text), path.as_posix())
         else:
             self.client.log_artifact(run_id, str(file), path.parent.as_posix() if path.parent.name else None)
-        if path.as_posix() == TABLE:
+        if path.as_posix() == ANSWERS:
             # Not by log_table, which appends to what it finds: a resumed run writes its answers again.
-            shown = json.dumps([{"path": TABLE, "type": "table"}])
+            shown = json.dumps([{"path": ANSWERS, "type": "table"}])
             self.client.set_tag(run_id, "mlflow.loggedArtifacts", shown)
 
     def _send_datasets(self, _: Iterable[Path]) -> int:

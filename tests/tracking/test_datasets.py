@@ -1,6 +1,8 @@
 """Tasks as data sets of a real store."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -9,6 +11,7 @@ from mft.tracking.datasets import dataset_inputs
 from mft.tracking.record import Record
 from mft.tracking.sender import sync
 from mft.tracking.store import client_for
+from mft.tracking.uploads import Uploads
 from tests.tracking.folders import write_run
 
 
@@ -71,3 +74,30 @@ def test_names_and_paths_may_be_anything(tmp_path, store, request):
     run = client.get_run(record.run_id)
     (model,) = [m for m in client.search_logged_models([run.info.experiment_id]) if m.name == "final"]
     assert len(model.metrics) == len(tasks) + 1 and len(run.outputs.model_outputs) == 4
+
+
+class Unknown(BaseHTTPRequestHandler):
+    """Answers as a server does that is too old for what it is asked."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_error(404)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_older_server_goes_without_and_is_not_asked_again(tmp_path, caplog):
+    run_dir = write_run(tmp_path / "run", "")
+    (run_dir / "config.yaml").unlink()
+    record = Record.read(run_dir)
+    record.run_id = "0" * 32
+    with ThreadingHTTPServer(("127.0.0.1", 0), Unknown) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = client_for(f"http://127.0.0.1:{server.server_port}")
+        uploads = Uploads(client, run_dir, record, lambda _: None)
+        assert uploads.send() == uploads.send() == 0
+        server.shutdown()
+    assert [r.message for r in caplog.records if r.name.startswith("mft")] == [
+        "The MLflow server is older than 2.4 and keeps no data sets of runs"
+    ]

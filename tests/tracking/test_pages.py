@@ -138,9 +138,8 @@ def test_a_run_names_its_data_sets_with_their_counts(pages: Pages) -> None:
 
 
 def test_the_description_shows_the_run_and_executes_nothing(pages: Pages) -> None:
-    pages.open(f"runs/{pages.run(HOSTILE)}?{MODEL_TRAINING}", "6 of 6 steps", "Show more")
-    pages.click("Show more")
-    text = pages.shown("mft train loss=coba optimizer.lr=0.002", "mean of tasks")
+    said = ["6 of 6 steps", "mean of tasks", "mft train loss=coba optimizer.lr=0.002"]
+    text = pages.open(f"runs/{pages.run(HOSTILE)}?{MODEL_TRAINING}", *said)
     assert text.count(HOSTILE) >= 2, "the run's name, and the task in the table of losses"
     assert pages.browser.js("window.hacked === undefined && !document.querySelector('img[src=x]')")
     assert not [error for error in pages.browser.errors if "hacked" in error]
