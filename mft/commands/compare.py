@@ -14,13 +14,11 @@ examples:
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from mft.commands.arguments import FILE, TEXT, Parser, one_of
-from mft.console.screen import console, say
-from mft.console.tables import table
+from mft.console.screen import say
 from mft.errors import UserError
 
 
@@ -44,23 +42,10 @@ def command(arguments: Sequence[str]) -> None:
     if not places:
         raise UserError("mft compare needs a folder or the name of an MLflow experiment.")
     from mft.runs import results
-    from mft.runs.ranking import columns, prepare, verdicts
+    from mft.runs.comparison import compare
     from mft.runs.report import write
 
     runs = [run for place in places for run in results.at(place, parsed.uri, metric)]
-    if not runs:
-        raise UserError(f"There is no run in {', '.join(places)}.")
-    groups = prepare(runs, metric, [key for key in parsed.group_by.split(",") if key], parsed.better or "")
-    head, rows = columns(groups, metric)
-    console().print(table(f"{len(runs)} runs, {len(groups)} settings", head, rows))
-    say(verdicts(groups)[1])
-    unfinished = [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]
-    if unfinished:  # they may still improve, or have seen less data than the others
-        say(f"unfinished runs, ranked by their results so far: {', '.join(unfinished)}")
-    if parsed.csv:
-        with parsed.csv.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([head, *rows])
-        say(f"table: {parsed.csv}")
     first = Path(places[0])
     out = parsed.out or (first if first.is_dir() else Path(".")) / "report.html"
-    say(f"report: {write(groups, metric, out, ', '.join(places))}")
+    say(f"report: {write(compare(runs, ', '.join(places), [metric]), out)}")

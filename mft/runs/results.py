@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,16 @@ class Run:
     command: str = ""
     """The command that repeats it."""
 
-    @property
+    where: str = ""
+    folder: Path | None = None
+    tokens: float | None = None
+    flops: float | None = None
+    test: dict[str, float] = field(default_factory=dict)
+    test_step: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @functools.cached_property
     def tasks(self) -> list[str]:
         """The validated tasks, in the order in which they appear."""
         prefix = "valid/loss/"
