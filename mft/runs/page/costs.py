@@ -1,0 +1,145 @@
+"""Pictures of trade-offs: the metric over what a run costs, two tasks against each other, time and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from mft.runs.comparison import Comparison
+from mft.runs.multitask import front
+from mft.runs.page.differences import MOST_LINES, WIDE, height, limited, name_lines, name_of
+from mft.runs.page.svg import GOOD, GREY, INK, Canvas, Entry, Section, hint, short
+from mft.runs.page.units import COSTS, number
+from mft.runs.settings import Metric, Setting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_NUMBERS = 8
+"""Points of a front that have their rank beside them."""
+
+MOST_PAIRS = 3
+"""Pairs of tasks, those that disagree most."""
+
+TELLS = 1.01
+"""Highest over lowest cost from which a picture of it says something."""
+
+
+def fronts(comparison: Comparison, canvas: Canvas) -> Section | None:
+    """Draws which settings no other one beats, on costs and on pairs of tasks."""
+    metric, ranked = comparison.metric, comparison.ranked
+    pictures = []
+    for name, (called, _) in COSTS.items():
+        costs = [(setting, setting.cost(name)) for setting in ranked]
+        points = [(setting, cost, setting.mean(metric)) for setting, cost in costs if cost is not None]
+        if name != "memory" and _tells([cost for _, cost, _ in points]):
+            x_label = {"seconds": "time of a run (s)"}.get(name, f"{called} of a run")
+            draw = _scatter(ranked, points, (x_label, metric.name), (1, metric.sign))
+            pictures.append(canvas.picture(f"{metric.name} over {called}, by setting", draw))
+    pairs = conflicting(comparison)
+    for one, other in pairs:
+        points = [(s, s.mean(Metric(one)), s.mean(Metric(other))) for s in ranked]
+        points = [point for point in points if not math.isnan(point[1] + point[2])]
+        draw = _scatter(ranked, points, (f"loss of {one}", f"loss of {other}"), (1, 1))
+        pictures.append(canvas.picture(f"loss of {other} over that of {one}, by setting", draw))
+    if not pictures:
+        return None
+    every = len(comparison.tasks) * (len(comparison.tasks) - 1) // 2
+    text = [
+        "On the front: no other setting is at least as good on both axes and better on one. Numbers are ranks.",
+        f"The {len(pairs)} pairs of tasks that disagree most, of {every}." if len(pairs) < every else "",
+    ]
+    return Section("Trade-offs", text, pictures, [Entry("on the front", GOOD), Entry("beaten", GREY)])
+
+
+def resources(comparison: Comparison, canvas: Canvas) -> Section | None:
+    """Draws time, tokens, FLOPs and memory of a run, those of them that differ."""
+    ranked = comparison.ranked[:MOST_LINES]
+    pictures, text = [], [limited(comparison)]
+    for name, (called, written) in COSTS.items():
+        costs = [setting.cost(name) for setting in ranked]
+        known = [cost for cost in costs if cost is not None]
+        if not known or len(ranked) < 2:
+            continue
+        if not _tells(known):
+            text.append(f"{called[0].upper()}{called[1:]}: {written(max(known))} in all of them.")
+            continue
+        pictures.append(
+            canvas.picture(
+                f"{called} of a run, by setting",
+                lambda axis, costs=costs, called=called, written=written: _bars(  # type: ignore[misc]
+                    axis, ranked, costs, called, written
+                ),
+                (WIDE, height(len(ranked))),
+            )
+        )
+    return Section("Time and memory", text, pictures) if pictures else None
+
+
+def conflicting(comparison: Comparison) -> list[tuple[str, str]]:
+    """Returns the pairs of tasks whose losses agree least over the settings (Spearman), the first first."""
+    import pandas as pd
+
+    ranked, tasks = comparison.ranked, comparison.tasks
+    if len(ranked) < 3 or len(tasks) < 2:
+        return []
+    losses = pd.DataFrame({task: [s.mean(Metric(task)) for s in ranked] for task in tasks})
+    ranks = losses.rank()
+    agreement = {pair: ranks[pair[0]].corr(ranks[pair[1]]) for pair in combinations(tasks, 2)}
+    known = [pair for pair, value in agreement.items() if not math.isnan(value)]
+    return sorted(known, key=lambda pair: agreement[pair])[:MOST_PAIRS]
+
+
+def _tells(costs: Sequence[float]) -> bool:
+    return len(costs) > 1 and max(costs) > TELLS * min(costs)
+
+
+def _scatter(
+    ranked: Sequence[Setting],
+    points: Sequence[tuple[Setting, float, float]],
+    names: tuple[str, str],
+    signs: tuple[int, int],
+) -> Callable[[Axes], None]:
+    """Returns what draws points with their front. signs: 1 where lower is better, else -1."""
+    on_front = front([(signs[0] * x, signs[1] * y) for _, x, y in points])
+    best = sorted((point for point, on in zip(points, on_front, strict=True) if on), key=lambda p: p[1])
+    rank = {id(setting): place for place, setting in enumerate(ranked, start=1)}
+
+    def draw(axis: Axes) -> None:
+        for (setting, x, y), on in zip(points, on_front, strict=True):
+            style: dict[str, Any] = {"color": GOOD, "zorder": 3}
+            if not on:
+                style = {"color": GREY, "fillstyle": "none", "alpha": 0.8}
+            (dot,) = axis.plot([x], [y], "o", markersize=5, **style)
+            if len(points) <= MOST_TITLES:
+                dot.set_gid(hint(f"{rank[id(setting)]}: {setting.title}: {number(x)}, {number(y)}"))
+        axis.step([x for _, x, _ in best], [y for _, _, y in best], where="post", color=GOOD, linewidth=1)
+        for setting, x, y in best if len(best) <= MOST_NUMBERS else ():
+            axis.annotate(str(rank[id(setting)]), (x, y), (4, 4), textcoords="offset points", color=INK)
+        axis.set_xlabel(short(names[0], 44))
+        axis.set_ylabel(short(names[1], 32))
+        axis.margins(0.1)
+
+    return draw
+
+
+MOST_TITLES = 200
+"""Points of a picture of which each says what it is where the pointer rests on it."""
+
+
+def _bars(
+    axis: Axes,
+    settings: Sequence[Setting],
+    costs: Sequence[float | None],
+    called: str,
+    written: Callable[[float], str],
+) -> None:
+    for place, cost in enumerate(costs):
+        if cost is not None:
+            axis.barh(place, cost, height=0.62, color="#56B4E9", alpha=0.75)
+            axis.text(cost, place, f" {written(cost)}", va="center", fontsize=7.5)
+    name_lines(axis, [name_of(setting) for setting in settings])
+    axis.set_xlim(0, 1.16 * max(cost for cost in costs if cost is not None))
+    axis.set_xlabel({"seconds": "s", "memory": "GiB"}.get(called, called))
