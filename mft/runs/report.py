@@ -17,7 +17,7 @@ from mft.runs.differences import differing
 from mft.runs.effects import effects
 from mft.runs.multitask import multitask
 from mft.runs.page import costs, curves, differences, facts, keys, search, summary, tables
-from mft.runs.page.svg import INK, Canvas, Section
+from mft.runs.page.svg import THEMED, Canvas, Section
 from mft.runs.results import Run, read_run
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _environment() -> Environment:
         return value if isinstance(value, Markup) or not isinstance(value, str) else shown(value)
 
     result = Environment(autoescape=True, finalize=safe, trim_blocks=True)
-    result.globals["ink"] = lambda color: "currentColor" if color == INK else color
+    result.globals["themed"] = lambda color: THEMED.get(color.lower(), color)
     result.globals["dashes"] = lambda dash: " ".join(str(2.5 * float(part)) for part in dash.split())
     return result
 

@@ -11,7 +11,7 @@ from mft.runs.comparison import Comparison
 from mft.runs.multitask import front
 from mft.runs.page.differences import MOST_LINES, WIDE, height, limited, name_lines, name_of
 from mft.runs.page.svg import GOOD, GREY, INK, Canvas, Entry, Section, hint, short
-from mft.runs.page.units import COSTS, number
+from mft.runs.page.units import COSTS, count, number
 from mft.runs.settings import Metric, Setting
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 MOST_NUMBERS = 8
 """Points of a front that have their rank beside them."""
+
+MOST_POINTS = 400
+"""Points beside the front, those of the best settings."""
 
 MOST_PAIRS = 3
 """Pairs of tasks, those that disagree most."""
@@ -36,7 +39,7 @@ def fronts(comparison: Comparison, canvas: Canvas) -> Section | None:
         points = [(setting, cost, setting.mean(metric)) for setting, cost in costs if cost is not None]
         if name != "memory" and _tells([cost for _, cost, _ in points]):
             x_label = {"seconds": "time of a run (s)"}.get(name, f"{called} of a run")
-            draw = _scatter(ranked, points, (x_label, metric.name), (1, metric.sign))
+            draw = _scatter(ranked, points, (x_label, metric.name), (1, metric.sign), name != "seconds")
             pictures.append(canvas.picture(f"{metric.name} over {called}, by setting", draw))
     pairs = conflicting(comparison)
     for one, other in pairs:
@@ -46,12 +49,15 @@ def fronts(comparison: Comparison, canvas: Canvas) -> Section | None:
         pictures.append(canvas.picture(f"loss of {other} over that of {one}, by setting", draw))
     if not pictures:
         return None
+    many = f"Beside the front the best {MOST_POINTS} settings." if len(ranked) > MOST_POINTS else ""
     every = len(comparison.tasks) * (len(comparison.tasks) - 1) // 2
     text = [
         "On the front: no other setting is at least as good on both axes and better on one. Numbers are ranks.",
+        many,
         f"The {len(pairs)} pairs of tasks that disagree most, of {every}." if len(pairs) < every else "",
     ]
-    return Section("Trade-offs", text, pictures, [Entry("on the front", GOOD), Entry("beaten", GREY)])
+    legend = [Entry("on the front", GOOD, shape="disc"), Entry("beaten", GREY, shape="ring")]
+    return Section("Trade-offs", text, pictures, legend)
 
 
 def resources(comparison: Comparison, canvas: Canvas) -> Section | None:
@@ -101,31 +107,41 @@ def _scatter(
     points: Sequence[tuple[Setting, float, float]],
     names: tuple[str, str],
     signs: tuple[int, int],
+    counted: bool = False,
 ) -> Callable[[Axes], None]:
-    """Returns what draws points with their front. signs: 1 where lower is better, else -1."""
+    """Returns what draws points with their front.
+
+    signs: 1 where lower is better, else -1; counted: whether x are large numbers, of tokens or FLOPs.
+    """
     on_front = front([(signs[0] * x, signs[1] * y) for _, x, y in points])
     best = sorted((point for point, on in zip(points, on_front, strict=True) if on), key=lambda p: p[1])
+    beaten = [(x, y) for (_, x, y), on in zip(points, on_front, strict=True) if not on]
+    beaten = beaten[:MOST_POINTS] or [(math.nan, math.nan)]
     rank = {id(setting): place for place, setting in enumerate(ranked, start=1)}
+    ahead: dict[str, Any] = {"color": GOOD, "marker": "o", "linestyle": "", "markersize": 5, "zorder": 3}
+    behind = ahead | {"color": GREY, "fillstyle": "none", "alpha": 0.8, "zorder": 2}
 
     def draw(axis: Axes) -> None:
-        for (setting, x, y), on in zip(points, on_front, strict=True):
-            style: dict[str, Any] = {"color": GOOD, "zorder": 3}
-            if not on:
-                style = {"color": GREY, "fillstyle": "none", "alpha": 0.8}
-            (dot,) = axis.plot([x], [y], "o", markersize=5, **style)
-            if len(points) <= MOST_TITLES:
-                dot.set_gid(hint(f"{rank[id(setting)]}: {setting.title}: {number(x)}, {number(y)}"))
+        if len(points) > MOST_TITLES:  # a group for each point would take seconds
+            axis.plot(*zip(*beaten, strict=True), **behind)
+            axis.plot(*zip(*((x, y) for _, x, y in best), strict=True), **ahead)
+        for (setting, x, y), on in zip(points, on_front, strict=True) if len(points) <= MOST_TITLES else ():
+            (dot,) = axis.plot([x], [y], **(ahead if on else behind))
+            dot.set_gid(hint(f"{rank[id(setting)]}: {setting.title}: {number(x)}, {number(y)}"))
         axis.step([x for _, x, _ in best], [y for _, _, y in best], where="post", color=GOOD, linewidth=1)
         for setting, x, y in best if len(best) <= MOST_NUMBERS else ():
             axis.annotate(str(rank[id(setting)]), (x, y), (4, 4), textcoords="offset points", color=INK)
         axis.set_xlabel(short(names[0], 44))
         axis.set_ylabel(short(names[1], 32))
         axis.margins(0.1)
+        axis.locator_params(nbins=6)
+        if counted:
+            axis.xaxis.set_major_formatter(lambda x, _: count(x))
 
     return draw
 
 
-MOST_TITLES = 200
+MOST_TITLES = 120
 """Points of a picture of which each says what it is where the pointer rests on it."""
 
 
@@ -142,4 +158,6 @@ def _bars(
             axis.text(cost, place, f" {written(cost)}", va="center", fontsize=7.5)
     name_lines(axis, [name_of(setting) for setting in settings])
     axis.set_xlim(0, 1.16 * max(cost for cost in costs if cost is not None))
-    axis.set_xlabel({"seconds": "s", "memory": "GiB"}.get(called, called))
+    axis.xaxis.set_major_formatter(lambda x, _: written(x))
+    axis.locator_params(axis="x", nbins=6)
+    axis.set_xlabel(f"{called} of a run")

@@ -113,11 +113,13 @@ def weights(comparison: Comparison, canvas: Canvas) -> Section | None:
     shown = adaptive[:MOST_CURVES]
     colors = [str(color_of(task, tasks)) if len(tasks) <= len(HUES) else _hex(task, tasks) for task in tasks]
 
+    highest = max(v for _, series in shown for points in series for values in points.values() for v in values)
+
     def draw(axis: Axes, title: str, series: Sequence[dict[int, list[float]]]) -> None:
         axis.set_title(short(title, 44))
         for color, points in zip(colors, series, strict=True):
             axis.plot(list(points), [fmean(values) for values in points.values()], color=color, linewidth=1.4)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * highest)  # one scale, so that settings can be compared
         axis.set_xlabel("optimizer step")
         axis.set_ylabel("weight")
 

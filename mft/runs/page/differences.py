@@ -117,10 +117,11 @@ def _forest(
 
 def tested(comparison: Comparison, canvas: Canvas) -> Section | None:
     """Draws the loss on test rows beside that on validation rows, for settings that have both."""
+    tasks = test_tasks(comparison)
     lines = [
         (setting, *losses)
         for setting in comparison.ranked
-        if (losses := losses_beside(setting, test_tasks(comparison))) is not None
+        if (losses := losses_beside(setting, tasks)) is not None
     ]
     if not lines:
         return None
@@ -130,7 +131,7 @@ def tested(comparison: Comparison, canvas: Canvas) -> Section | None:
         for place, (setting, valid, test) in enumerate(shown):
             axis.plot([valid, test], [place, place], color=GREY, linewidth=1.2)
             axis.plot([valid], [place], "o", color=GOOD, markersize=5.5)
-            (dot,) = axis.plot([test], [place], "D", color=BAD, markersize=5)
+            (dot,) = axis.plot([test], [place], "o", color=BAD, markersize=5.5)
             dot.set_gid(hint(f"{setting.title}: validation {valid:.4f}, test {test:.4f}"))
         name_lines(axis, [name_of(setting) for setting, _, _ in shown])
         axis.set_xlabel("mean loss over tasks (nats/token)")
@@ -143,7 +144,7 @@ def tested(comparison: Comparison, canvas: Canvas) -> Section | None:
     ]
     label = "mean loss on test rows beside that on validation rows, by setting"
     picture = canvas.picture(label, draw, (WIDE, height(len(shown))))
-    legend = [Entry("validation", GOOD), Entry("test", BAD)]
+    legend = [Entry("validation", GOOD, shape="disc"), Entry("test", BAD, shape="disc")]
     return Section("Test beside validation", text, [picture], legend)
 
 

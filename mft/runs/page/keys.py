@@ -201,9 +201,15 @@ def _effect(axis: Axes, effect: Effect, name: str, reach: float) -> None:
     axis.set_xlim(-1.08 * reach, 1.08 * reach)  # one scale, so that keys can be compared
     axis.locator_params(axis="x", nbins=5)
     axis.grid(False, axis="y")
-    p = f", p = {p_text(effect.p)}" if p_text(effect.p) else ""
+    p = f", {p_says(effect.p)}" if p_text(effect.p) else ""
     axis.set_title(f"{short(effect.key, 24)}: {100 * effect.share:.0f} %{p}")
     axis.set_xlabel(short(f"effect on {name} (runs in brackets)", 44))
+
+
+def p_says(p: float) -> str:
+    """Returns p = 0.043 or p < 0.001."""
+    text = p_text(p)
+    return f"p {text[0]} {text[1:]}" if text.startswith("<") else f"p = {text}"
 
 
 def _shares(canvas: Canvas, drawn: Sequence[Effect], rest: float):  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from mft.runs.multitask import MultiTask
 from mft.runs.page.differences import losses_beside, name_of, test_tasks
 from mft.runs.page.units import COSTS, number
 from mft.runs.settings import Setting
-from mft.runs.verdicts import covered, p_text, sentence, signed
+from mft.runs.verdicts import covered, p_text, sentence
 
 MOST_NAMED = 5
 """Names in a sentence."""
@@ -43,8 +44,6 @@ def summary(comparison: Comparison, accounts: Sequence[MultiTask]) -> Summary:
     if best is not None and other is not None:
         tiles += [_difference(comparison, best, other), _cost(best, other)]
         tiles += _tasks(comparison, accounts, best, other)
-    if best is not None:
-        tiles += _test(comparison, best)
     return Summary(sentence(comparison), tiles, [note for note in notes if note])
 
 
@@ -74,27 +73,31 @@ def _setting(comparison: Comparison, best: Setting) -> Tile:
     value = f"{number(best.mean(metric))}{f' ± {number(spread)}' if spread is not None else ''}"
     keys = [(key, value, "") for key, value in best.keys.items()]
     what = f"{'highest' if metric.higher else 'lowest'} {metric.name}: {value}, {seeds}"
-    return Tile("Best setting", name_of(best), what, keys)
+    return Tile("Best setting", name_of(best), what, keys + _test(comparison, best))
 
 
 def _difference(comparison: Comparison, best: Setting, other: Setting) -> Tile:
-    against = "baseline" if comparison.baseline else "next"
+    """Returns by how much the best setting differs from the other one, and how sure that is."""
     known = comparison.difference(best if comparison.baseline else other)
-    title = f"{against[0].upper()}{against[1:]} setting" if against == "next" else "Baseline"
+    title = "Against the baseline" if comparison.baseline else "Against the next"
     remark = f"{name_of(other)}: {number(other.mean(comparison.metric))}"
     if known is None:
         return Tile(title, "not comparable", f"{remark}; no seed in common")
-    subject = "best minus baseline" if comparison.baseline else "next minus best"
-    lines = [(subject, signed(known), "")]
+    ends = known.estimate, known.low, known.high
+    # Without a baseline, differences are those of the others from the best.
+    estimate, low, high = ends if comparison.baseline else (-ends[0], -ends[2], -ends[1])
+    lines = []
+    if not math.isnan(low):
+        lines.append(("95 % interval", f"{low:+.4f} to {high:+.4f}", ""))
     if p := p_text(known.adjusted_p):
-        lines.append(("p after Holm's correction", p, ""))
+        lines.append(("p after Holm", p, ""))
     lines.append(("paired seeds", str(known.seeds), ""))
     if known.rows:
-        lines.append(("paired validation rows", f"{known.rows:,}", ""))
+        lines.append(("paired rows", f"{known.rows:,}", ""))
     if detectable := number(known.detectable):
-        lines.append(("detectable", detectable, "told in 4 of 5 such comparisons"))
-    word = "told apart" if known.told_apart else "not told apart" if known.seeds > 1 else "one seed"
-    return Tile(title, word, remark, lines)
+        lines.append(("detectable", detectable, ""))
+    sure = "told apart" if known.told_apart else "not told apart" if known.seeds > 1 else "one seed"
+    return Tile(title, f"{estimate:+.4f}, {sure}", remark, lines)
 
 
 def _cost(best: Setting, other: Setting) -> Tile:
@@ -104,9 +107,10 @@ def _cost(best: Setting, other: Setting) -> Tile:
         if mine is None:
             continue
         ratio = f"{100 * (mine / theirs - 1):+.0f} %" if theirs else ""
-        lines.append((called, written(mine), f"against {written(theirs)}: {ratio}" if ratio else ""))
+        remark = "" if not ratio else "the same" if ratio[1:] == "0 %" else f"{ratio} of {written(theirs)}"
+        lines.append((called, written(mine), remark))
     value = lines[0][1] if lines else "not recorded"
-    return Tile("Cost of a run", value, f"against {name_of(other)}", lines)
+    return Tile("Cost of a run", value, f"beside {name_of(other)}", lines)
 
 
 def _tasks(
@@ -124,18 +128,19 @@ def _tasks(
         (word, str(len(tasks)), _named(tasks))
         for word, tasks in (("better", won), ("worse", lost), ("not told apart", account.undecided))
     ]
-    return [Tile("Task by task", f"{len(won)} better, {len(lost)} worse", f"than {name_of(other)}", lines)]
+    told = f"{len(won)} better, {len(lost)} worse" if won or lost else "none told apart"
+    return [Tile("Task by task", told, f"than {name_of(other)}", lines)]
 
 
-def _test(comparison: Comparison, best: Setting) -> list[Tile]:
+def _test(comparison: Comparison, best: Setting) -> list[tuple[str, str, str]]:
     tasks = test_tasks(comparison)
     beside = losses_beside(best, tasks)
     if beside is None:
         return []
     valid, test = beside
-    over = f"mean over {len(tasks)} tasks" if len(tasks) > 1 else "loss"
-    lines = [("validation", number(valid), ""), ("gap", f"{test - valid:+.4f}", "")]
-    return [Tile("Test", number(test), f"{over}; never used to choose", lines)]
+    over = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
+    remark = f"{over}; {test - valid:+.4f} from validation; never used to choose"
+    return [("test", number(test), remark)]
 
 
 def _named(tasks: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from mft.console.screen import shown
+from mft.training.panels import COLORS
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -22,11 +23,17 @@ INK = "#010203"
 GREY = "#888888"
 """Of what is in the background, on white and on black."""
 
-GOOD, BAD = "#0072B2", "#D55E00"
+THEMED = {
+    INK: "currentColor",
+    **{color.lower(): f"var(--c{place})" for place, color in enumerate(COLORS) if color != "#000000"},
+}
+"""Color of a drawing → that of the page, which is a lighter one in dark mode."""
+
+GOOD, BAD = COLORS[:2]
 """Better and worse; the colour-blind tell them apart, too."""
 
-PANEL = (3.7, 2.7)
-"""Inches of a picture of which three stand side by side."""
+PANEL = (3.35, 2.5)
+"""Inches of a picture of which four stand side by side."""
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and has the page's font
@@ -55,11 +62,12 @@ NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a legend. dash: as the attribute stroke-dasharray; color INK: that of the page's text."""
+    """A line of a legend. dash: as the attribute stroke-dasharray; shape: line, disc or ring."""
 
     text: str
     color: str
     dash: str = ""
+    shape: str = "line"
 
 
 @dataclass
@@ -86,6 +94,7 @@ class Canvas:
         label: what the picture shows, for readers who do not see it.
         """
         import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure  # without pyplot: no window system, no state shared with anybody
 
         self._count += 1
@@ -96,8 +105,12 @@ class Canvas:
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             figure = Figure(figsize=size, layout="constrained")
             draw(figure.add_subplot())
+            for axis in figure.axes:
+                axis.patch.set_visible(False)
+            figure.patch.set_visible(False)
             buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+            # Figure.savefig would draw everything twice.
+            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
         return inlined(buffer.getvalue(), label)
 
 
@@ -134,7 +147,7 @@ def _rewrite(element: ElementTree.Element, used: set[str]) -> None:
             size = re.search(r"[\d.]+px", value)
             name, value = "font-size", size[0] if size else ""
         if value and name != "font-family":
-            attributes[name] = "currentColor" if value == INK else value
+            attributes[name] = THEMED.get(value.lower(), value)
     if "d" in attributes:  # a hundredth of a point is enough
         attributes["d"] = re.sub(r"(\.\d\d)\d+", r"\1", " ".join(attributes["d"].split()))
     own = attributes.get("id", "")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from itertools import groupby
 from typing import NamedTuple
 
 from mft.runs.comparison import Comparison
@@ -17,8 +19,8 @@ from mft.runs.settings import SEED, Metric, Setting
 from mft.runs.statistics import Difference
 from mft.runs.verdicts import p_text, signed, verdict
 
-MOST_CELLS = 36_000
-"""Of a table: what a browser on a phone sorts within a second, and about 2 MB."""
+MOST_CELLS = 30_000
+"""Of a table: what a browser on a phone sorts within a second, and about 1 MB."""
 
 MOST_LINES = 100
 """Settings in the table of differences by task, the best first."""
@@ -31,31 +33,53 @@ SHADES = 5
 
 
 class Cell(NamedTuple):
-    """One cell. value: what it is sorted by, where that is not its text; hint: shown where the pointer rests."""
+    """One cell. value: what it is sorted by, None: its text; hint: shown where the pointer rests."""
 
     text: str
     value: float | None = None
     css: str = ""
     hint: str = ""
 
+    @property
+    def key(self) -> str:
+        """What it is sorted by, "" where that is its text."""
+        return "" if self.value is None or PLAIN.fullmatch(self.text) else f"{self.value:.6g}"
+
+
+PLAIN = re.compile(r"[-+]?\d+(\.\d+)?")
+"""Text that a script reads as a number."""
+
 
 class Head(NamedTuple):
-    """The head of a column."""
+    """The head of a column. group: what stands above it and its neighbours of the same group."""
 
     text: str
     hint: str = ""
     number: bool = True
+    group: str = ""
 
 
 @dataclass
 class Table:
-    """A table that can be sorted. groups: (title, columns) above the heads; fixed: rows that stay on top."""
+    """A table that can be sorted. fixed: rows that stay on top."""
 
-    groups: list[tuple[str, int]] = field(default_factory=list)
     heads: list[Head] = field(default_factory=list)
     fixed: list[list[Cell]] = field(default_factory=list)
     rows: list[list[Cell]] = field(default_factory=list)
     note: str = ""
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """The titles above the heads, with their number of columns; [] without any."""
+        found = [(title, len(list(heads))) for title, heads in groupby(self.heads, lambda head: head.group)]
+        return found if any(title for title, _ in found) else []
+
+    def without_empty(self) -> Table:
+        """Returns the table without columns in which no row has anything."""
+        rows = [*self.fixed, *self.rows]
+        kept = [place for place in range(len(self.heads)) if any(row[place].text for row in rows)]
+        fixed, shown = ([[row[i] for i in kept] for row in of] for of in (self.fixed, self.rows))
+        return Table([self.heads[i] for i in kept], fixed, shown, self.note)
 
 
 def ranked(comparison: Comparison, accounts: Sequence[MultiTask]) -> Table:
@@ -64,7 +88,7 @@ def ranked(comparison: Comparison, accounts: Sequence[MultiTask]) -> Table:
     accounts: what `multitask.multitask` returns.
     """
     columns = _Columns(comparison)
-    table = Table(columns.groups(), columns.heads())
+    table = Table(columns.heads())
     reference = comparison.reference
     if reference is not None and all(reference is not setting for setting in comparison.settings):
         table.fixed.append(columns.row(reference, "", None, "baseline"))
@@ -80,7 +104,10 @@ def ranked(comparison: Comparison, accounts: Sequence[MultiTask]) -> Table:
     if len(columns.tasks) < len(comparison.tasks):
         few = f"The {len(columns.tasks)} tasks with the highest loss of {len(comparison.tasks)}."
         table.note = f"{table.note} {few}".strip()
-    return table
+    return table.without_empty()
+
+
+OVER_TASKS = "over the tasks"
 
 
 class _Columns:
@@ -103,45 +130,41 @@ class _Columns:
         self.costs = [name for name in COSTS if any(getattr(run, name) is not None for run in runs)]
         self.front = comparison.tasks if several else []
 
-    def groups(self) -> list[tuple[str, int]]:
-        test = 2 + (len(self.tested) if len(self.tested) > 1 else 0)
-        known = [
-            ("setting", 3 + len(self.keys)),
-            (self.comparison.metric.name, 5),
-            ("further metrics", len(self.comparison.metrics) - 1),
-            ("validation loss", len(self.losses)),
-            ("test loss, never used to choose", test if self.tested else 0),
-            ("over the tasks", 4 if self.front else 0),
-            ("cost of a run", len(self.costs)),
-        ]
-        return [(title, count) for title, count in known if count]
-
     def heads(self) -> list[Head]:
         metric, against = self.comparison.metric, _against(self.comparison)
-        way = "higher" if metric.higher else "lower"
-        heads = [Head("setting", "", False), Head("rank"), *(Head(key, "", False) for key in self.keys)]
+        way, group = ("higher" if metric.higher else "lower"), metric.name
+        heads = [Head("setting", "", False, "setting"), Head("rank", "", True, "setting")]
+        heads += [Head(key, "", False, "setting") for key in self.keys]
         heads += [
-            Head("n", "runs with a value"),
-            Head("mean ± spread", f"mean over seeds ± standard deviation; {way} is better"),
-            Head("difference [95 %]", f"from {against}, paired by seed, with its interval"),
-            Head("p", "two-sided, after Holm's correction"),
-            Head("detectable", "smallest true difference that 4 of 5 such comparisons would tell from zero"),
-            Head("verdict", "", False),
+            Head("n", "runs with a value", True, group),
+            Head("mean ± spread", f"over seeds, standard deviation; {way} is better", True, group),
+            Head("difference [95 %]", f"from {against}, paired by seed, with its interval", True, group),
+            Head("p", "two-sided, after Holm's correction", True, group),
+            Head("detectable", "smallest true difference told from zero in 4 of 5 cases", True, group),
+            Head("verdict", "", False, group),
         ]
-        heads += [Head(one.name) for one in self.comparison.metrics[1:]]
-        heads += [Head(name) for name in self.losses]
+        heads += [Head(one.name, "", True, "further metrics") for one in self.comparison.metrics[1:]]
+        heads += [Head(name, "", True, "validation loss") for name in self.losses]
         if self.tested:
+            group = "test loss, never used to choose"
             over = f"mean over {len(self.tested)} tasks" if len(self.tested) > 1 else self.tested[0]
-            heads += [Head(over), Head("gap", "test minus validation, over the same tasks")]
-            heads += [Head(task) for task in self.tested] if len(self.tested) > 1 else []
-        if self.front:
             heads += [
-                Head("Δm %", f"mean over tasks of the loss saved against {against}; higher is better"),
-                Head("regret %", "how far the task that is worst off lies behind the best setting on it"),
-                Head("+ / − / ?", f"tasks better, worse, and not told apart from {against}"),
-                Head("front", "● no other setting is as good on every task and better on one", False),
+                Head(over, "", True, group),
+                Head("gap", "test minus validation, same tasks", True, group),
             ]
-        return heads + [Head(COSTS[name][0], _cost_hint(name)) for name in self.costs]
+            heads += [Head(task, "", True, group) for task in self.tested if len(self.tested) > 1]
+        if self.front:
+            saved = f"mean over tasks of the loss saved against {against}; higher is better"
+            regret = "how far the task that is worst off lies behind the best setting on it"
+            counts = f"tasks better, worse, and not told apart from {against}"
+            front = "● no other setting is as good on every task and better on one"
+            heads += [
+                Head("Δm %", saved, True, OVER_TASKS),
+                Head("regret %", regret, True, OVER_TASKS),
+                Head("+ / − / ?", counts, True, OVER_TASKS),
+                Head("front", front, False, OVER_TASKS),
+            ]
+        return heads + [Head(COSTS[name][0], _cost_hint(name), True, "cost of a run") for name in self.costs]
 
     def row(self, setting: Setting, rank: str, account: MultiTask | None, word: str) -> list[Cell]:
         comparison, metric = self.comparison, self.comparison.metric
