@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING
 
 from mft.runs.comparison import Comparison
@@ -23,8 +24,8 @@ MOST_AXES = 7
 FEWEST = 8
 """Settings from which these pictures say something."""
 
-DECADES = 1.0
-"""Powers of ten from which an axis is logarithmic."""
+DECADE = 10
+"""Highest over lowest value from which an axis may be logarithmic: where values lie as in a geometric row."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def coordinates(found: Sequence[Effect], comparison: Comparison, canvas: Canvas)
 
 
 def scale(key: str, values: Sequence[str]) -> Scale:
-    """Returns the axis of a key: linear, logarithmic from a decade on, evenly spaced where values are words."""
+    """Returns the axis of a key: linear or logarithmic, evenly spaced where values are words."""
     try:
         numbers = {value: float(value) for value in values}
     except ValueError:
@@ -86,7 +87,8 @@ def scale(key: str, values: Sequence[str]) -> Scale:
         place = {value: i / last for i, value in enumerate(values)}
         return Scale(key, place, [(at, short(value, 16)) for value, at in place.items()], numbers=False)
     low, high = min(numbers.values()), max(numbers.values())
-    log = low > 0 and math.log10(high / low) >= DECADES
+    middle = median(numbers.values())
+    log = low > 0 and high / low >= DECADE and middle < math.sqrt(math.sqrt(low * high) * (low + high) / 2)
     measure: Callable[[float], float] = math.log10 if log else float
     start, width = measure(low), measure(high) - measure(low)
     if len(values) <= 5:

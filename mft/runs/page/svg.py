@@ -107,6 +107,8 @@ class Canvas:
             draw(figure.add_subplot())
             for axis in figure.axes:
                 axis.patch.set_visible(False)
+                for artist in (*axis.lines, *axis.collections, *axis.patches):
+                    artist.set_in_layout(False)  # they lie within their axes; to measure them takes long
             figure.patch.set_visible(False)
             buffer = io.StringIO()
             # Figure.savefig would draw everything twice.

@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from itertools import groupby
+from statistics import fmean
 from typing import NamedTuple
 
 from mft.runs.comparison import Comparison
