@@ -1,58 +1,243 @@
-"""What a person sees in a browser: MLflow's page with the runs of a real sweep, and the sweep's report."""
+"""The page of a comparison: complete without its script, without network, and text of runs stays text."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
+import time
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from mft.tracking.mlflow import CHARTS
-from mft.tracking.store import client_for
+from mft.runs import report
+from mft.runs.comparison import Comparison, compare
+from mft.runs.page.svg import INK, Canvas, short
+from mft.runs.results import Run
 from tests.browser import CHROMIUM, MISSING, page
-from tests.tracking.server import free_port, kill_server, start_server
+from tests.runs.made_runs import TASKS, grid, made_run, search
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=MISSING)]
-
-RUNS = [f"loss={loss} train.seed={seed}" for loss in ("task_token_mean", "coba") for seed in (1, 2)]
-
-LINES = """Object.fromEntries([...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"]')].map(
-  card => [card.querySelector('[title]')?.title, [...card.querySelectorAll('path.js-line')].filter(
-    line => line.getAttribute('d')?.includes('L')).length / 2]))"""
-"""Of every chart of MLflow's page: its metric, and the number of runs with a line in it (as logged, and
-smoothed)."""
-
-
-def test_mlflow_shows_every_run_in_the_table_and_in_the_charts(swept: Path, tmp_path: Path) -> None:
-    port = free_port()
-    server = start_server(swept, port)
-    try:
-        (experiment,) = [
-            e for e in client_for(f"sqlite:///{swept}/mlflow.db").search_experiments() if e.name == "small"
-        ]
-        with page(tmp_path / "profile") as browser:
-            address = f"http://127.0.0.1:{port}/#/experiments/{experiment.experiment_id}/runs?{CHARTS}"
-            browser.open(address, height=12000)  # charts are drawn where they can be seen
-            said = [*RUNS, "4 matching runs"]
-            browser.until(f"{said}.every(text => document.body.innerText.includes(text))", seconds=300)
-            wanted = ["valid/loss", "valid/loss/docs", "valid/loss/code", "train/loss/docs", "lr"]
-            every = " && ".join(f"(({LINES})['{name}'] == {len(RUNS)})" for name in wanted)
-            browser.until(every, seconds=300)
-            lines = browser.js(LINES)
-            assert lines["train/weight/docs"] == 2, "the runs of coba"
-    finally:
-        kill_server(server)
+HOSTILE = (
+    "<script>window.ran=1</script>",
+    "\"><img src=x onerror='window.ran=1'>",
+    "</title></svg></style><svg onload=window.ran=1>",
+    "$x_{1}$ & {{ 7*7 }} \\frac{",
+    "a\nb\tc",
+    "\u202eevil\u2066\x1b[31m\x00",
+    "'; --x=javascript:window.ran=1",
+    "任务 ĝ̵ 🙂",
+)
 
 
-def test_the_report_opens_without_network_and_without_complaint(swept: Path, tmp_path: Path) -> None:
-    (report,) = swept.glob("multirun/small/*/report.html")
-    with page(tmp_path / "profile") as browser:
-        browser.open(report.as_uri(), height=3000, offline=True)
-        assert browser.errors == []
-        assert {request.split(":")[0] for request in browser.requests} == {"file", "data"}
-        sizes = browser.js("[...document.images].map(image => image.naturalWidth)")
-        assert len(sizes) >= 4 and min(sizes) > 300, "a picture is missing"
-        assert browser.js("document.querySelectorAll('table')[0].rows.length") == 3, (
-            "two settings and the head"
+SURROGATE = "\ud800"
+"""Half a pair, as in the names of files that are no UTF-8: neither UTF-8 nor XML has it."""
+
+
+class Parsed(HTMLParser):
+    """The elements of a page: (tag, attributes), its text by the element that holds it, and its headings."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.inside = ""
+        self.feed(path.read_text(encoding="utf-8"))
+        self.headings = [text for tag, text in self.texts if tag == "h2"]
+        self.text = "\n".join(text for tag, text in self.texts if tag not in ("script", "style"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.inside, data))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def written(comparison: Comparison, folder: Path) -> Parsed:
+    return Parsed(report.write(comparison, folder / "report.html"))
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+    """A comparison of two keys and three seeds, and its page."""
+    comparison = compare(grid(), "a study")
+    return comparison, report.write(comparison, tmp_path_factory.mktemp("study") / "report.html")
+
+
+def hostile_runs() -> list[Run]:
+    """Runs in which everything that a person or a data set can name is hostile."""
+    runs = []
+    for place, value in enumerate(HOSTILE):
+        for seed in (1, 2):
+            losses = {
+                f"{task}{SURROGATE}": 1 + 0.1 * i + 0.05 * place + 0.001 * seed
+                for i, task in enumerate(HOSTILE)
+            }
+            facts = dict.fromkeys(("host", value), value) | {"data": {value: {value: 3}}}
+            named = {"name": value, "where": f"{value}/{seed}", "command": f"mft train '{value}'"}
+            values = {"loss": value, value: HOSTILE[place - 1]}
+            runs.append(made_run(values, losses, seed, facts=facts, state=value, **named))
+    return runs
+
+
+def test_the_page_answers_with_everything_a_comparison_knows(studied: tuple[Comparison, Path]) -> None:
+    comparison, page = studied[0], Parsed(studied[1])
+    assert page.headings == [
+        "Settings",
+        "Differences by task",
+        "Differences and seeds",
+        "Learning curves",
+        "What each key does",
+        "Two keys together",
+        "Trade-offs",
+        "Test beside validation",
+        "Weights of the tasks over time",
+        "Time and memory",
+        "What the runs stand on",
+        "Samples of the tasks",
+        "What differs between the runs",
+        "To reproduce a run",
+    ]
+    for text in (
+        "is lower than all others",
+        "95 % interval",
+        "p after Holm",
+        "never used to choose",
+        "regret %",
+    ):
+        assert text in page.text, text
+    for run in comparison.runs:
+        assert run.command in page.text
+    shown = {text for tag, text in page.texts if tag in ("text", "td", "th", "dd")}
+    assert {*TASKS, "lowest", "higher", "before training", "0123456789ab", "1 M ●"} <= shown
+
+
+def test_what_is_not_the_same_in_all_runs_is_listed(tmp_path: Path) -> None:
+    runs = grid()
+    runs[0].facts["host"] = "elsewhere"
+    page = written(compare(runs, "a study"), tmp_path)
+    assert "Not the same in all runs" in page.headings
+    assert "elsewhere " in page.text and "(1 runs)" in page.text and "(11 runs)" in page.text
+
+
+def test_single_task_runs_and_the_base_model_have_rows_of_their_own(tmp_path: Path) -> None:
+    runs = grid(rates=("0.001",))
+    runs += [made_run({"loss": "mean"}, {task: 1.1}, seed) for task in TASKS for seed in (1, 2, 3)]
+    page = written(compare(runs, "mixes"), tmp_path)
+    assert {"single-task runs", "before training"} <= {text for tag, text in page.texts if tag == "th"}
+    assert "baseline: single-task runs" in page.text
+    # beside one run on three tasks stand three runs on one
+    assert re.search(r"of 5 min|of 30\d s|of 29\d s", page.text)
+
+
+def test_no_picture_says_nothing(tmp_path: Path) -> None:
+    one_value = [made_run({}, {"docs": 1.0}, steps=0)]
+    page = written(compare(one_value, "one run"), tmp_path)
+    assert page.all("svg") == []
+    assert "One setting only" in page.text
+
+
+def test_a_search_has_its_pictures_and_no_grid_of_single_cells(tmp_path: Path) -> None:
+    page = written(compare(search(30), "a search"), tmp_path)
+    labels = [attributes.get("aria-label") or "" for attributes in page.all("svg")]
+    assert any("parallel coordinates" in label for label in labels)
+    assert any("over optimizer.lr and optimizer.weight_decay" in label for label in labels)
+    assert "Two keys together" not in page.headings
+
+
+def test_a_thousand_settings_stay_one_page_of_some_megabytes(tmp_path: Path) -> None:
+    comparison = compare(search(1200), "a large search")
+    begin = time.process_time()
+    page = written(comparison, tmp_path)
+    assert time.process_time() - begin < 30  # 4 s on one idle core
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
+    assert "of 1,200 settings" in page.text and "further commands" not in page.text
+
+
+def test_ids_are_unique_and_nothing_refers_to_nowhere(studied: tuple[Comparison, Path]) -> None:
+    page = Parsed(studied[1])
+    ids = Counter(attributes["id"] for _, attributes in page.elements if "id" in attributes)
+    assert ids and max(ids.values()) == 1
+    text = studied[1].read_text(encoding="utf-8")
+    assert set(re.findall(r'(?:href="|url\()#(\w+)', text)) <= set(ids)
+    assert INK not in text and "currentColor" in text
+
+
+def test_the_policy_allows_the_page_s_own_style_and_script_alone(studied: tuple[Comparison, Path]) -> None:
+    page = Parsed(studied[1])
+    (policy,) = [a["content"] or "" for a in page.all("meta") if a.get("http-equiv")]
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy
+    for tag, kind in (("script", "script-src"), ("style", "style-src")):
+        text = "".join(text for name, text in page.texts if name == tag)
+        allowed = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind} 'sha256-{allowed}'" in policy
+    assert not [a for _, a in page.elements if "style" in a]
+
+
+def test_hostile_names_stay_text_everywhere(tmp_path: Path) -> None:
+    page = written(compare(hostile_runs(), HOSTILE[0]), tmp_path)
+    assert len(page.all("script")) == len(page.all("style")) == len(page.all("h1")) == 1
+    assert page.all("img") == [] and page.all("iframe") == []
+    handlers = [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert handlers == []
+    links = [a[name] or "" for _, a in page.elements for name in ("href", "src") if name in a]
+    assert all(link.startswith(("#", "data:,")) for link in links)
+    everything = page.text + "".join(value or "" for _, a in page.elements for value in a.values())
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069]", everything)
+    assert "{{ 7*7 }}" in page.text and "\\u202eevil" in page.text
+    for tag in ("td", "th", "dd", "text", "h1"):  # tables, facts and pictures show it as it is written
+        assert any("<script>" in text for name, text in page.texts if name == tag), tag
+
+
+def test_a_picture_takes_its_text_as_it_is() -> None:
+    picture = str(
+        Canvas().picture(
+            HOSTILE[1], lambda axis: axis.set_title(short(HOSTILE[0] + HOSTILE[5] + SURROGATE, 99))
         )
-        assert "within seed noise" in browser.js("document.body.innerText")
-        browser.picture(tmp_path / "report.png")
+    )
+    assert "<script>" not in picture and "&lt;script&gt;" in picture and "\\x1b" in picture
+    assert 'role="img"' in picture and "<img" not in picture
+
+
+ORDER = "[...document.querySelector('table.sorts').tBodies].at(-1).rows"
+COLUMN = "[...document.querySelector('table.sorts').tHead.rows[1].cells]"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_a_browser_shows_the_page_on_any_screen_and_runs_nothing_of_the_runs(
+    swept: Path, tmp_path: Path
+) -> None:
+    hostile = report.write(compare(hostile_runs(), HOSTILE[0]), tmp_path / "hostile.html")
+    (of_sweep,) = swept.glob("multirun/small/*/report.html")
+    with page(tmp_path / "profile") as browser:
+        for file in (hostile, of_sweep, report.write(compare(grid(), "a study"), tmp_path / "grid.html")):
+            for width in (1400, 390):
+                browser.open(file.as_uri(), width=width, height=900, offline=True)
+                assert browser.errors == []
+                assert {request.split(":")[0] for request in browser.requests} <= {"file", "data"}
+                assert browser.js("window.ran === undefined")
+                assert browser.js("document.documentElement.scrollWidth <= window.innerWidth"), (file, width)
+                assert browser.js("[...document.querySelectorAll('svg')].every(s => s.clientWidth > 5)")
+        names = f"[...{ORDER}].map(row => row.cells[0].textContent)"
+        ranked = browser.js(names)
+        button = f"{COLUMN}.find(cell => cell.textContent == 'mean ± spread').querySelector('button')"
+        browser.js(f"{button}.click()")
+        assert browser.js(names) == ranked
+        browser.js(f"{button}.focus()")
+        browser.send("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", text="\r")
+        assert browser.js(names) == ranked[::-1]
+        assert browser.js(f"{button}.parentElement.getAttribute('aria-sort')") == "descending"
+        dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+        browser.send("Emulation.setEmulatedMedia", features=dark)
+        paper = browser.js("getComputedStyle(document.body).backgroundColor")
+        assert max(map(int, re.findall(r"\d+", paper))) < 60
+        assert browser.errors == []

@@ -91,9 +91,9 @@ def conflicting(comparison: Comparison) -> list[tuple[str, str]]:
     ranked, tasks = comparison.ranked, comparison.tasks
     if len(ranked) < 3 or len(tasks) < 2:
         return []
-    losses = pd.DataFrame({task: [s.mean(Metric(task)) for s in ranked] for task in tasks})
+    losses = pd.DataFrame({i: [s.mean(Metric(task)) for s in ranked] for i, task in enumerate(tasks)})
     ranks = losses.rank()
-    agreement = {pair: ranks[pair[0]].corr(ranks[pair[1]]) for pair in combinations(tasks, 2)}
+    agreement = {(tasks[i], tasks[j]): ranks[i].corr(ranks[j]) for i, j in combinations(ranks.columns, 2)}
     known = [pair for pair, value in agreement.items() if not math.isnan(value)]
     return sorted(known, key=lambda pair: agreement[pair])[:MOST_PAIRS]
 

@@ -123,7 +123,7 @@ def tested(comparison: Comparison, canvas: Canvas) -> Section | None:
         for setting in comparison.ranked
         if (losses := losses_beside(setting, tasks)) is not None
     ]
-    if not lines:
+    if len(lines) < 2:
         return None
     shown = lines[:MOST_LINES]
 

@@ -125,7 +125,7 @@ def inlined(drawing: str, label: str) -> Markup:
     """
     from markupsafe import Markup
 
-    root = ElementTree.fromstring(NO_XML.sub(lambda match: f"\\u{ord(match[0]):04x}", drawing))
+    root = ElementTree.fromstring(_held(drawing))
     for element in list(root.iter()):
         element.tag = element.tag.rpartition("}")[2]
     used = set(re.findall(r'(?:href="|url\()#(\w+)', drawing))
@@ -166,6 +166,10 @@ def _rewrite(element: ElementTree.Element, used: set[str]) -> None:
         element.insert(0, title)
 
 
+def _held(text: str) -> str:
+    return NO_XML.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def hint(text: str) -> str:
     """Returns the group id that shows text where the pointer rests."""
     return f"{HINT}{text}"
@@ -173,7 +177,7 @@ def hint(text: str) -> str:
 
 def short(text: str, room: int = 28) -> str:
     """Returns text in one line of at most so many characters, its middle left out."""
-    text = " ".join(shown(text).split())
+    text = " ".join(_held(shown(text)).split())
     if len(text) <= room:
         return text
     tail = (room - 1) // 2
