@@ -205,7 +205,7 @@ def _ceiling(series: Sequence[dict[int, list[float]]]) -> float:
     last = max((step for points in series for step in points), default=0)
     every = [(step, value) for points in series for step, values in points.items() for value in values]
     highest = max(value for _, value in every)
-    later = [value for step, value in every if step > first + 0.15 * (last - first)]
+    later = [value for step, value in every if step > first + 0.3 * (last - first)]
     low, high = (min(later), max(later)) if later else (highest, highest)
     room = high + 0.6 * (high - low)
     return highest + 0.05 * (high - low) if not later or highest <= room or high == low else room

@@ -22,8 +22,9 @@ FINGERPRINTS = ("base model", "tokenizer", "code", "adapter", "template")
 
 @dataclass
 class Facts:
-    """common: (name, value) of all runs; differing: (name, [(value, number of runs)])."""
+    """runs: their number; common: (name, value) of all of them; differing: (name, [(value, number of runs)])."""
 
+    runs: int
     common: list[tuple[str, str]]
     differing: list[tuple[str, list[tuple[str, int]]]] = field(default_factory=list)
     data: Table | None = None
@@ -35,7 +36,7 @@ def facts(comparison: Comparison) -> Facts:
     if comparison.reference is not None:
         known = {id(run) for run in runs}
         runs += [judged.run for judged in comparison.reference.judged if id(judged.run) not in known]
-    result = Facts([("runs", f"{len(runs):,} in {len(comparison.settings):,} settings")])
+    result = Facts(len(runs), [("runs", f"{len(runs):,} in {len(comparison.settings):,} settings")])
     started = sorted(str(run.facts["started"]) for run in runs if run.facts.get("started"))
     if started:
         first, last = started[0][:16], started[-1][:16]

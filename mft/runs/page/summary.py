@@ -107,7 +107,7 @@ def _cost(best: Setting, other: Setting) -> Tile:
         if mine is None:
             continue
         ratio = f"{100 * (mine / theirs - 1):+.0f} %" if theirs else ""
-        remark = "" if not ratio else "the same" if ratio[1:] == "0 %" else f"{ratio} of {written(theirs)}"
+        remark = "" if not ratio else "the same" if ratio[1:] == "0 %" else f"{ratio} from {written(theirs)}"
         lines.append((called, written(mine), remark))
     value = lines[0][1] if lines else "not recorded"
     return Tile("Cost of a run", value, f"beside {name_of(other)}", lines)
