@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,6 @@ from mft.runs.settings import Metric, Setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-MOST_NUMBERS = 8
-"""Points of a front that have their rank beside them."""
 
 MOST_POINTS = 400
 """Points beside the front, those of the best settings."""
@@ -129,16 +126,26 @@ def _scatter(
             (dot,) = axis.plot([x], [y], **(ahead if on else behind))
             dot.set_gid(hint(f"{rank[id(setting)]}: {setting.title}: {number(x)}, {number(y)}"))
         axis.step([x for _, x, _ in best], [y for _, _, y in best], where="post", color=GOOD, linewidth=1)
-        for setting, x, y in best if len(best) <= MOST_NUMBERS else ():
-            axis.annotate(str(rank[id(setting)]), (x, y), (4, 4), textcoords="offset points", color=INK)
         axis.set_xlabel(short(names[0], 44))
         axis.set_ylabel(short(names[1], 32))
         axis.margins(0.1)
+        _number(axis, {rank[id(setting)]: (x, y) for setting, x, y in best})
         axis.locator_params(nbins=6)
         if counted:
             axis.xaxis.set_major_formatter(lambda x, _: count(x))
 
     return draw
+
+
+def _number(axis: Axes, ranks: Mapping[int, tuple[float, float]]) -> None:
+    """Writes ranks beside their points, but not where they would lie on that of a better one."""
+    axis.autoscale_view()  # else the limits are not those of the points yet
+    taken: list[tuple[float, float]] = []
+    for rank, point in sorted(ranks.items()):
+        x, y = axis.transLimits.transform(point)
+        if all(abs(x - left) > 0.1 or abs(y - low) > 0.1 for left, low in taken):
+            axis.annotate(str(rank), point, (4, 4), textcoords="offset points", color=INK)
+            taken.append((x, y))
 
 
 MOST_TITLES = 120

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 MOST_SETTINGS = 300
 """Lines of the parallel coordinates, the best first."""
 
+CELLS = 10
+"""Of the surface along each axis, from so many points on that there is one for each cell."""
+
 MOST_AXES = 7
 FEWEST = 8
 """Settings from which these pictures say something."""
@@ -73,6 +76,8 @@ def coordinates(found: Sequence[Effect], comparison: Comparison, canvas: Canvas)
                 "The surface is interpolated between the points that were run; other keys differ among them. "
                 "Ring: the best one."
             )
+            if len(comparison.ranked) > CELLS**2:
+                text.append(f"It is of means over the cells of a grid of {CELLS} by {CELLS}.")
     return Section("The search", text, pictures)
 
 
@@ -141,13 +146,15 @@ def _surface(comparison: Comparison, across: Scale, up: Scale) -> Callable[[Axes
     """Returns what draws the metric over two keys; None where the points lie on a line."""
     import numpy as np
 
-    metric, ranked = comparison.metric, comparison.ranked[:MOST_SETTINGS]
-    of_places: dict[tuple[float, float], list[float]] = {}
-    for setting in ranked:
-        place = across.place[setting.keys[across.key]], up.place[setting.keys[up.key]]
-        of_places.setdefault(place, []).append(setting.mean(metric))
-    points = np.array(list(of_places))
-    means = np.array([np.mean(values) for values in of_places.values()])
+    metric, ranked = comparison.metric, comparison.ranked
+    places = np.array([(across.place[s.keys[across.key]], up.place[s.keys[up.key]]) for s in ranked])
+    values = np.array([setting.mean(metric) for setting in ranked])
+    # Many points would show the noise of each: those of a cell count as one.
+    cells = np.round(places * CELLS) if len(ranked) > CELLS**2 else places
+    _, cell = np.unique(cells, axis=0, return_inverse=True)
+    counts = np.bincount(cell.ravel())
+    points = np.stack([np.bincount(cell.ravel(), column) / counts for column in places.T], axis=1)
+    means = np.bincount(cell.ravel(), values) / counts
     spread = np.linalg.svd(points - points.mean(axis=0), compute_uv=False) if len(points) >= FEWEST else [0]
     if min(spread) < 1e-3 or means.min() == means.max():
         return None
@@ -160,9 +167,11 @@ def _surface(comparison: Comparison, across: Scale, up: Scale) -> Callable[[Axes
         filled = axis.tricontourf(
             points[:, 0], points[:, 1], means, levels=levels, cmap=colors, extend="both"
         )
-        axis.plot(*points.T, ".", color=INK, markersize=4)
-        best = points[int(np.argmin(metric.sign * means))]
-        axis.plot(*best, "o", color=BAD, fillstyle="none", markersize=10, markeredgewidth=2)
+        few = len(ranked) <= CELLS**2
+        axis.plot(
+            *places[:MOST_SETTINGS].T, ".", color=INK, markersize=4 if few else 2, alpha=1 if few else 0.5
+        )
+        axis.plot(*places[0], "o", color=BAD, fillstyle="none", markersize=10, markeredgewidth=2)
         bar = axis.figure.colorbar(filled, ax=axis, aspect=18, pad=0.03)
         bar.set_label(short(metric.name))
         bar.ax.grid(False)
