@@ -44,7 +44,7 @@ class Commands:
 
 def write(comparison: Comparison, path: Path) -> Path:
     """Writes the report; returns its file. Times, versions and commands are those of the runs."""
-    accounts = multitask(comparison)
+    accounts, runs = multitask(comparison), facts.every_run(comparison)
     style, script = _part("report.css"), _part("sort.js")
     page = _environment().from_string(_part("report.html"))
     from markupsafe import Markup
@@ -58,8 +58,8 @@ def write(comparison: Comparison, path: Path) -> Path:
         against=differences.name_of(comparison.reference) if comparison.reference else "",
         sections=sections(comparison),
         facts=facts.facts(comparison),
-        runs=tables.runs_table(comparison, differing(comparison.runs), MOST_RUNS),
-        commands=_commands(comparison.runs),
+        runs=tables.runs_table(runs, differing(runs), MOST_RUNS),
+        commands=_commands(runs),
         # Both are of this package; all other text is escaped.
         style=Markup(style),
         script=Markup(script),

@@ -140,6 +140,7 @@ def test_single_task_runs_and_the_base_model_have_rows_of_their_own(tmp_path: Pa
     page = written(compare(runs, "mixes"), tmp_path)
     assert {"single-task runs", "before training"} <= {text for tag, text in page.texts if tag == "th"}
     assert "baseline: single-task runs" in page.text
+    assert all(run.command in page.text for run in runs)
     # beside one run on three tasks stand three runs on one
     assert re.search(r"from (5 min|30\d s|29\d s)", page.text)
 

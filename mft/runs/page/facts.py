@@ -32,10 +32,7 @@ class Facts:
 
 def facts(comparison: Comparison) -> Facts:
     """Returns the facts of all runs of a comparison, those of the baseline as well."""
-    runs = list(comparison.runs)
-    if comparison.reference is not None:
-        known = {id(run) for run in runs}
-        runs += [judged.run for judged in comparison.reference.judged if id(judged.run) not in known]
+    runs = every_run(comparison)
     result = Facts(len(runs), [("runs", f"{len(runs):,} in {len(comparison.settings):,} settings")])
     started = sorted(str(run.facts["started"]) for run in runs if run.facts.get("started"))
     if started:
@@ -57,6 +54,13 @@ def facts(comparison: Comparison) -> Facts:
     result.common.append(("report", f"{now}, mft {mft.__version__}"))
     result.data = _data(runs)
     return result
+
+
+def every_run(comparison: Comparison) -> list[Run]:
+    """Returns the runs of all settings in their order, then those of a baseline that is no setting."""
+    reference = comparison.reference
+    baseline = [judged.run for judged in reference.judged] if reference is not None else []
+    return list({id(run): run for run in (*comparison.runs, *baseline)}.values())
 
 
 def _of_run(run: Run) -> dict[str, str]:

@@ -15,6 +15,7 @@ from mft.runs.multitask import COSTS as FRONTS
 from mft.runs.multitask import MultiTask, losses_of
 from mft.runs.page.differences import losses_beside, name_of, test_loss, test_tasks
 from mft.runs.page.units import COSTS, number, percent
+from mft.runs.results import Run
 from mft.runs.settings import SEED, Metric, Setting
 from mft.runs.statistics import Difference
 from mft.runs.verdicts import p_text, signed, verdict
@@ -256,9 +257,8 @@ def table_tasks(comparison: Comparison) -> list[str]:
     return most(comparison.tasks, highest, MOST_COLUMNS)
 
 
-def runs_table(comparison: Comparison, keys: Sequence[str], limit: int) -> Table:
+def runs_table(runs: Sequence[Run], keys: Sequence[str], limit: int) -> Table:
     """Returns the values that differ, a row for each run."""
-    runs = comparison.runs
     heads = [Head(name, "", False) for name in ("run", "state", *keys)]
     if SEED not in keys:
         heads.append(Head(SEED))
