@@ -16,7 +16,19 @@ from mft.runs.comparison import Comparison, compare
 from mft.runs.differences import differing
 from mft.runs.effects import effects
 from mft.runs.multitask import multitask
-from mft.runs.page import costs, curves, differences, facts, keys, search, summary, tables
+from mft.runs.page import (
+    by_task,
+    costs,
+    curves,
+    differences,
+    facts,
+    keys,
+    ranked,
+    search,
+    summary,
+    table,
+    tested,
+)
 from mft.runs.page.svg import THEMED, Canvas, Section
 from mft.runs.results import Run, read_run
 
@@ -53,12 +65,12 @@ def write(comparison: Comparison, path: Path) -> Path:
         title=comparison.title,
         lead=_lead(comparison),
         summary=summary.summary(comparison, accounts),
-        ranked=tables.ranked(comparison, accounts),
-        by_task=tables.by_task(comparison),
+        ranked=ranked.ranked(comparison, accounts),
+        by_task=by_task.by_task(comparison),
         against=differences.name_of(comparison.reference) if comparison.reference else "",
         sections=sections(comparison),
         facts=facts.facts(comparison),
-        runs=tables.runs_table(runs, differing(runs), MOST_RUNS),
+        runs=table.runs_table(runs, differing(runs), MOST_RUNS),
         commands=_commands(runs),
         # Both are of this package; all other text is escaped.
         style=Markup(style),
@@ -92,7 +104,7 @@ def sections(comparison: Comparison) -> list[Section]:
         keys.heat(found[0], comparison, canvas),
         search.coordinates(found[0], comparison, canvas),
         costs.fronts(comparison, canvas),
-        differences.tested(comparison, canvas),
+        tested.tested(comparison, canvas),
         curves.weights(comparison, canvas),
         costs.resources(comparison, canvas),
     )

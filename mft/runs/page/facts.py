@@ -10,7 +10,7 @@ from typing import Any
 
 import mft
 from mft.runs.comparison import Comparison
-from mft.runs.page.tables import Cell, Head, Table
+from mft.runs.page.table import Cell, Head, Table
 from mft.runs.results import FINGERPRINT, Run
 from mft.runs.settings import SEED
 

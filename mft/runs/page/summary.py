@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from mft.runs.comparison import Comparison
 from mft.runs.multitask import MultiTask
-from mft.runs.page.differences import losses_beside, name_of, test_tasks
+from mft.runs.page.differences import name_of
+from mft.runs.page.tested import losses_beside, test_tasks
 from mft.runs.page.units import COSTS, number
 from mft.runs.settings import Setting
 from mft.runs.verdicts import covered, p_text, sentence

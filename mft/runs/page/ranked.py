@@ -1,86 +1,28 @@
-"""The tables of the report: settings ranked, and their differences by task in colours."""
+"""The ranked table: all that is known of each setting, the best first."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
 from statistics import fmean
-from typing import NamedTuple
 
 from mft.runs.comparison import Comparison
 from mft.runs.multitask import COSTS as FRONTS
-from mft.runs.multitask import MultiTask, losses_of
-from mft.runs.page.differences import losses_beside, name_of, test_loss, test_tasks
+from mft.runs.multitask import MultiTask
+from mft.runs.page.differences import name_of
+from mft.runs.page.table import Cell, Head, Table
+from mft.runs.page.tested import losses_beside, test_loss, test_tasks
 from mft.runs.page.units import COSTS, number, percent
-from mft.runs.results import Run
-from mft.runs.settings import SEED, Metric, Setting
+from mft.runs.settings import Metric, Setting
 from mft.runs.statistics import Difference
 from mft.runs.verdicts import p_text, signed, verdict
+from mft.training.panels import most
 
 MOST_CELLS = 30_000
-"""Of a table: what a browser on a phone sorts within a second, and about 1 MB."""
-
-MOST_LINES = 100
-"""Settings in the table of differences by task, the best first."""
+"""Of the table: what a browser on a phone sorts within a second, and about 1 MB."""
 
 MOST_COLUMNS = 60
 """Tasks in a table; of more, those with the highest loss."""
-
-SHADES = 5
-"""Of a colour, from pale to strong."""
-
-
-class Cell(NamedTuple):
-    """One cell. value: what it is sorted by, None: its text; hint: shown where the pointer rests."""
-
-    text: str
-    value: float | None = None
-    css: str = ""
-    hint: str = ""
-
-    @property
-    def key(self) -> str:
-        """What it is sorted by, "" where that is its text."""
-        return "" if self.value is None or PLAIN.fullmatch(self.text) else f"{self.value:.6g}"
-
-
-PLAIN = re.compile(r"[-+]?\d+(\.\d+)?")
-"""Text that a script reads as a number."""
-
-
-class Head(NamedTuple):
-    """The head of a column. group: what stands above it and its neighbours of the same group."""
-
-    text: str
-    hint: str = ""
-    number: bool = True
-    group: str = ""
-
-
-@dataclass
-class Table:
-    """A table that can be sorted. fixed: rows that stay on top."""
-
-    heads: list[Head] = field(default_factory=list)
-    fixed: list[list[Cell]] = field(default_factory=list)
-    rows: list[list[Cell]] = field(default_factory=list)
-    note: str = ""
-
-    @property
-    def groups(self) -> list[tuple[str, int]]:
-        """The titles above the heads, with their number of columns; [] without any."""
-        found = [(title, len(list(heads))) for title, heads in groupby(self.heads, lambda head: head.group)]
-        return found if any(title for title, _ in found) else []
-
-    def without_empty(self) -> Table:
-        """Returns the table without columns in which no row has anything."""
-        rows = [*self.fixed, *self.rows]
-        kept = [place for place in range(len(self.heads)) if any(row[place].text for row in rows)]
-        fixed, shown = ([[row[i] for i in kept] for row in of] for of in (self.fixed, self.rows))
-        return Table([self.heads[i] for i in kept], fixed, shown, self.note)
 
 
 def ranked(comparison: Comparison, accounts: Sequence[MultiTask]) -> Table:
@@ -180,13 +122,13 @@ class _Columns:
             *_difference_cells(difference),
             Cell(word, None, _verdict_css(comparison, difference)),
         ]
-        cells += [_measured(setting.mean(one)) for one in comparison.metrics[1:]]
-        cells += [_measured(setting.mean(Metric(loss))) for loss in self.losses]
+        cells += [measured(setting.mean(one)) for one in comparison.metrics[1:]]
+        cells += [measured(setting.mean(Metric(loss))) for loss in self.losses]
         if self.tested:
             beside = losses_beside(setting, self.tested)
-            cells += [_measured(beside[1]), _measured(beside[1] - beside[0])] if beside else [Cell("")] * 2
+            cells += [measured(beside[1]), measured(beside[1] - beside[0])] if beside else [Cell("")] * 2
             losses = [test_loss(setting, task) for task in self.tested] if len(self.tested) > 1 else []
-            cells += [_measured(loss) for loss in losses]
+            cells += [measured(loss) for loss in losses]
         if self.front:
             cells += _account_cells(account)
         for cost in self.costs:
@@ -205,76 +147,13 @@ class _Columns:
         cells += [Cell("")] * len(self.keys)
         cells += [
             Cell(""),
-            _measured(of.get(self.comparison.metric.name)),
+            measured(of.get(self.comparison.metric.name)),
             *[Cell("")] * 3,
             Cell("base model"),
         ]
-        cells += [_measured(of.get(one.name)) for one in self.comparison.metrics[1:]]
-        cells += [_measured(of.get(loss)) for loss in self.losses]
+        cells += [measured(of.get(one.name)) for one in self.comparison.metrics[1:]]
+        cells += [measured(of.get(loss)) for loss in self.losses]
         return cells + [Cell("")] * (len(self.heads()) - len(cells))
-
-
-def by_task(comparison: Comparison) -> Table | None:
-    """Returns the differences from the reference on each task, coloured; None where there is nothing to see.
-
-    Shades are of the difference in per cent of the reference's loss, on one scale for all cells.
-    """
-    reference, tasks = comparison.reference, table_tasks(comparison)
-    if reference is None or not tasks or len(comparison.settings) < 2:
-        return None
-    losses = losses_of(reference, tasks)
-    shown = [
-        (setting, found)
-        for setting, found in zip(comparison.settings, comparison.by_task, strict=True)
-        if setting is not reference and found
-    ]
-    if not shown:
-        return None
-    table = Table(heads=[Head("setting", "", False), *(Head(task) for task in tasks)])
-    table.fixed = [[Cell(f"{name_of(reference)} (loss)"), *(_measured(losses.get(task)) for task in tasks)]]
-    relative = [
-        abs(d.estimate) / losses[task] for _, found in shown for task, d in found.items() if losses.get(task)
-    ]
-    # One wild setting must not leave all others pale.
-    largest = sorted(relative)[int(0.95 * (len(relative) - 1))] if relative else 0.0
-    for setting, found in shown[:MOST_LINES]:
-        row = [Cell(name_of(setting), None, "", setting.title)]
-        row += [_coloured(found.get(task), losses.get(task), largest) for task in tasks]
-        table.rows.append(row)
-    if len(shown) > MOST_LINES:
-        table.note = f"The best {MOST_LINES} of {len(shown):,} settings."
-    return table
-
-
-def table_tasks(comparison: Comparison) -> list[str]:
-    """Returns the tasks that have a column: all, or of very many those with the highest loss."""
-    from mft.training.panels import most
-
-    if len(comparison.tasks) <= MOST_COLUMNS:
-        return comparison.tasks
-    best = comparison.ranked[:20]
-    highest = {task: max((s.mean(Metric(task)) for s in best), default=0.0) for task in comparison.tasks}
-    return most(comparison.tasks, highest, MOST_COLUMNS)
-
-
-def runs_table(runs: Sequence[Run], keys: Sequence[str], limit: int) -> Table:
-    """Returns the values that differ, a row for each run."""
-    heads = [Head(name, "", False) for name in ("run", "state", *keys)]
-    if SEED not in keys:
-        heads.append(Head(SEED))
-    names = [head.text for head in heads[2:]]
-    rows = [
-        [
-            Cell(run.name, None, "", run.where),
-            Cell(run.state),
-            *(Cell(run.values.get(key, "-")) for key in names),
-        ]
-        for run in runs[:limit]
-    ]
-    note = (
-        f"The first {limit:,} of {len(runs):,} runs, by rank of their setting." if len(runs) > limit else ""
-    )
-    return Table(heads=heads, rows=rows, note=note)
 
 
 def _against(comparison: Comparison) -> str:
@@ -283,7 +162,8 @@ def _against(comparison: Comparison) -> str:
     return "the setting with the best mean"
 
 
-def _measured(value: float | None) -> Cell:
+def measured(value: float | None) -> Cell:
+    """Returns the cell of a loss or another metric, empty for None and NaN."""
     return Cell("") if value is None or math.isnan(value) else Cell(number(value), value)
 
 
@@ -297,7 +177,7 @@ def _difference_cells(difference: Difference | None) -> list[Cell]:
     return [
         Cell(signed(difference), difference.estimate, "", about),
         Cell(p_text(p), None if math.isnan(p) else p),
-        _measured(difference.detectable),
+        measured(difference.detectable),
     ]
 
 
@@ -328,14 +208,10 @@ def _cost_hint(name: str) -> str:
     return f"mean over runs; ● no setting as good takes less {COSTS[name][0]}" if name in FRONTS else ""
 
 
-def _coloured(difference: Difference | None, loss: float | None, largest: float) -> Cell:
-    if difference is None:
-        return Cell("")
-    share = difference.estimate / loss if loss else 0.0
-    shade = max(1, min(SHADES, math.ceil(SHADES * abs(share) / largest))) if largest and share else 0
-    way = "b" if share < 0 else "w"
-    css = "" if not shade else f"{way}{shade} sure" if difference.told_apart else f"{way}0 open"
-    hint = f"{100 * share:+.2f} %; {signed(difference)}"
-    p = p_text(difference.adjusted_p)
-    hint += f"; p = {p} after Holm's correction over tasks" if p else ""
-    return Cell(f"{difference.estimate:+.4f}", difference.estimate, css, hint)
+def table_tasks(comparison: Comparison) -> list[str]:
+    """Returns the tasks that have a column: all, or of very many those with the highest loss."""
+    if len(comparison.tasks) <= MOST_COLUMNS:
+        return comparison.tasks
+    best = comparison.ranked[:20]
+    highest = {task: max((s.mean(Metric(task)) for s in best), default=0.0) for task in comparison.tasks}
+    return most(comparison.tasks, highest, MOST_COLUMNS)
