@@ -51,7 +51,7 @@ def fronts(comparison: Comparison, canvas: Canvas) -> Section | None:
     text = [
         "On the front: no other setting is at least as good on both axes and better on one. Numbers are ranks.",
         many,
-        f"The {len(pairs)} pairs of tasks that disagree most, of {every}." if len(pairs) < every else "",
+        f"The {len(pairs)} pairs of tasks that disagree most, of {every}." if 0 < len(pairs) < every else "",
     ]
     legend = [Entry("on the front", GOOD, shape="disc"), Entry("beaten", GREY, shape="ring")]
     return Section("Trade-offs", text, pictures, legend)

@@ -117,8 +117,10 @@ def weights(comparison: Comparison, canvas: Canvas) -> Section | None:
 
     def draw(axis: Axes, title: str, series: Sequence[dict[int, list[float]]]) -> None:
         axis.set_title(short(title, 44))
-        for color, points in zip(colors, series, strict=True):
-            axis.plot(list(points), [fmean(values) for values in points.values()], color=color, linewidth=1.4)
+        for place, (color, points) in enumerate(zip(colors, series, strict=True)):
+            means = [fmean(values) for values in points.values()]
+            # Equal weights lie on each other: a later line is thinner, so that an earlier one shows below it.
+            axis.plot(list(points), means, color=color, linewidth=1.2 + 2.4 * (1 - (place + 1) / len(colors)))
         axis.set_ylim(0, 1.05 * highest)  # one scale, so that settings can be compared
         axis.set_xlabel("optimizer step")
         axis.set_ylabel("weight")

@@ -86,7 +86,7 @@ def _difference(comparison: Comparison, best: Setting, other: Setting) -> Tile:
         return Tile(title, "not comparable", f"{remark}; no seed in common")
     ends = known.estimate, known.low, known.high
     # Without a baseline, differences are those of the others from the best.
-    estimate, low, high = ends if comparison.baseline else (-ends[0], -ends[2], -ends[1])
+    estimate, low, high = ends if comparison.baseline else (0 - ends[0], 0 - ends[2], 0 - ends[1])
     lines = []
     if not math.isnan(low):
         lines.append(("95 % interval", f"{low:+.4f} to {high:+.4f}", ""))
@@ -98,7 +98,8 @@ def _difference(comparison: Comparison, best: Setting, other: Setting) -> Tile:
     if detectable := number(known.detectable):
         lines.append(("detectable", detectable, ""))
     sure = "told apart" if known.told_apart else "not told apart" if known.seeds > 1 else "one seed"
-    return Tile(title, f"{estimate:+.4f}, {sure}", remark, lines)
+    by = f"{estimate:+.4f}, {sure}" if estimate else "no difference"
+    return Tile(title, by, remark, lines)
 
 
 def _cost(best: Setting, other: Setting) -> Tile:
