@@ -51,6 +51,14 @@ class SingleTasks(Setting):
             return {max(tasks, key=lambda task: losses[task]): 1.0}, known
         return dict.fromkeys(tasks, 1 / len(tasks)), known
 
+    def cost(self, name: str) -> float | None:
+        """Returns what a run on each task takes together, of memory what the largest takes."""
+        costs = [part.cost(name) for part in self.parts.values()]
+        known = [cost for cost in costs if cost is not None]
+        if not known or len(known) < len(costs) or not self.complete:
+            return None
+        return max(known) if name == "memory" else sum(known)
+
 
 def divided(runs: Sequence[Run], metric: Metric, baseline: str) -> tuple[list[Run], list[Run]]:
     """Returns the runs on one task that are a baseline and no settings, and the runs to rank.

@@ -1,0 +1,71 @@
+"""The loss on test rows, which nothing was chosen by, beside that on validation rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from mft.runs.comparison import Comparison
+from mft.runs.page.differences import MOST_LINES, WIDE, height, name_lines, name_of
+from mft.runs.page.svg import BAD, GOOD, GREY, Canvas, Entry, Section, hint
+from mft.runs.settings import Metric, Setting
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def tested(comparison: Comparison, canvas: Canvas) -> Section | None:
+    """Draws the loss on test rows beside that on validation rows, for settings that have both."""
+    tasks = test_tasks(comparison)
+    lines = [
+        (setting, *losses)
+        for setting in comparison.ranked
+        if (losses := losses_beside(setting, tasks)) is not None
+    ]
+    if len(lines) < 2:
+        return None
+    shown = lines[:MOST_LINES]
+
+    def draw(axis: Axes) -> None:
+        for place, (setting, valid, test) in enumerate(shown):
+            axis.plot([valid, test], [place, place], color=GREY, linewidth=1.2)
+            axis.plot([valid], [place], "o", color=GOOD, markersize=5.5)
+            (dot,) = axis.plot([test], [place], "o", color=BAD, markersize=5.5)
+            dot.set_gid(hint(f"{setting.title}: validation {valid:.4f}, test {test:.4f}"))
+        name_lines(axis, [name_of(setting) for setting, _, _ in shown])
+        axis.set_xlabel("mean loss over tasks (nats/token)")
+
+    text = [
+        f"The best {len(shown)} of {len(lines):,} settings with test rows."
+        if len(shown) < len(lines)
+        else "",
+        "The test rows were looked at once, at each run's best checkpoint, and never used to choose.",
+    ]
+    label = "mean loss on test rows beside that on validation rows, by setting"
+    picture = canvas.picture(label, draw, (WIDE, height(len(shown))))
+    legend = [Entry("validation", GOOD, shape="disc"), Entry("test", BAD, shape="disc")]
+    return Section("Test beside validation", text, [picture], legend)
+
+
+def test_loss(setting: Setting, task: str) -> float | None:
+    """Returns the mean over seeds of the loss on the test rows of a task, None where there are none."""
+    values = [judged.run.test[task] for judged in setting.judged if task in judged.run.test]
+    return fmean(values) if values else None
+
+
+def test_tasks(comparison: Comparison) -> list[str]:
+    """Returns the common tasks that every run with test rows has test rows of."""
+    tested = [run.test for run in comparison.runs if run.test]
+    return [task for task in comparison.tasks if tested and all(task in of_run for of_run in tested)]
+
+
+def losses_beside(setting: Setting, tasks: Sequence[str]) -> tuple[float, float] | None:
+    """Returns the mean validation and test loss over tasks; None where one of them is not known."""
+    test = [test_loss(setting, task) for task in tasks]
+    valid = [setting.mean(Metric(task)) for task in tasks]
+    known = [loss for loss in test if loss is not None]
+    if not tasks or len(known) < len(tasks) or any(map(math.isnan, valid)):
+        return None
+    return fmean(valid), fmean(known)
