@@ -2,7 +2,7 @@
 
 Sweeps are drawn from a model with three parts that may be switched off: how well a seed happens to do in a
 setting, how well a setting happens to do on a row, and both together. The true difference of two settings is
-the one over all seeds and all rows that there might be. All goes through `mft.runs.statistics`.
+the one over all seeds and all rows that there might be. All goes through `mft.comparison.statistics`.
 
   python -m benchmarks.comparison                 2,000 sweeps a line
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mft.runs.statistics import Difference, PairedRows, corrected, paired
+from mft.comparison.statistics import Difference, PairedRows, corrected, paired
 
 TASKS = 2
 

@@ -54,11 +54,11 @@ def command(arguments: Sequence[str]) -> None:
     places = parsed.words
     if not places:
         raise UserError("mft compare needs a folder or the name of an MLflow experiment.")
-    from mft.runs import compare_json, ranked_table, report
-    from mft.runs.comparison import compare
+    from mft.comparison import compare_json, ranked_table, report
+    from mft.comparison.compare import compare
+    from mft.comparison.verdicts import covered, sentence
     from mft.runs.other_tools import add_results
     from mft.runs.places import at
-    from mft.runs.verdicts import covered, sentence
 
     metrics, by = ([name for name in text.split(",") if name] for text in (parsed.metric, parsed.group_by))
     runs, notes = at(places, parsed.uri or [], metrics)

@@ -105,7 +105,7 @@ def finish(jobs: Sequence[SweepJob], folder: Path, signum: int) -> None:
         say(f"stopped; resume with: mft sweep resume {os.path.relpath(folder)}")
         raise signals.Stopped(signum, signals.INTERRUPTED if signum == signal.SIGINT else signals.SAVED)
     try:
-        from mft.runs.report import leave_report
+        from mft.comparison.report import leave_report
 
         if report := leave_report(folder):
             say(f"report: {os.path.relpath(report)}")

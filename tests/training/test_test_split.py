@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mft.commands import show
-from mft.runs.direction import higher_is_better
+from mft.comparison.direction import higher_is_better
 from mft.runs.results import read_run
 from mft.training import sample_answers, test_split
 from mft.training.trainer import Trainer

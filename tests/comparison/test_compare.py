@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mft.comparison.compare import compare
+from mft.comparison.multitask import front, multitask
+from mft.comparison.settings import Metric
+from mft.comparison.statistics import Covers
+from mft.comparison.verdicts import covered, sentence, verdict
 from mft.errors import UserError
-from mft.runs.comparison import compare
-from mft.runs.multitask import front, multitask
 from mft.runs.results import Run
-from mft.runs.settings import Metric
-from mft.runs.statistics import Covers
-from mft.runs.verdicts import covered, sentence, verdict
-from tests.runs.made_runs import run, write_rows
+from tests.comparison.made_runs import run, write_rows
 
 
 def seeds(loss: str, *means: float, tasks: tuple[str, ...] = ("a",), **values: str) -> list[Run]:

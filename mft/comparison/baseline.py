@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from mft.comparison.differences import differing
+from mft.comparison.rows import Weighted
+from mft.comparison.settings import Block, Judged, Metric, Setting, settings_of
 from mft.errors import UserError, nearest
-from mft.runs.differences import differing
 from mft.runs.results import Run
-from mft.runs.rows import Weighted
-from mft.runs.settings import Block, Judged, Metric, Setting, settings_of
 
 SINGLE = "single-task runs"
 """The baseline that is put together from runs on one task each."""

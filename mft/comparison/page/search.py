@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from mft.runs.comparison import Comparison
-from mft.runs.effects import MANY, Effect
-from mft.runs.page.keys import SHADES, explained_first, values_of
-from mft.runs.page.svg import BAD, INK, PANEL, Canvas, Section, hint, short
-from mft.runs.settings import Setting
+from mft.comparison.compare import Comparison
+from mft.comparison.effects import MANY, Effect
+from mft.comparison.page.keys import SHADES, explained_first, values_of
+from mft.comparison.page.svg import BAD, INK, PANEL, Canvas, Section, hint, short
+from mft.comparison.settings import Setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

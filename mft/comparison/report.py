@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mft import run_folder
-from mft.console.screen import shown
-from mft.runs import compare_json
-from mft.runs.comparison import Comparison, compare
-from mft.runs.differences import differing
-from mft.runs.effects import effects
-from mft.runs.folders import read_run
-from mft.runs.multitask import multitask
-from mft.runs.page import (
+from mft.comparison import compare_json
+from mft.comparison.compare import Comparison, compare
+from mft.comparison.differences import differing
+from mft.comparison.effects import effects
+from mft.comparison.multitask import multitask
+from mft.comparison.page import (
     by_task,
     costs,
     curves,
@@ -31,7 +29,9 @@ from mft.runs.page import (
     table,
     tested,
 )
-from mft.runs.page.svg import THEMED, Canvas, Section
+from mft.comparison.page.svg import THEMED, Canvas, Section
+from mft.console.screen import shown
+from mft.runs.folders import read_run
 from mft.runs.results import Run
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _environment() -> Environment:
 
 
 def _part(name: str) -> str:
-    return (resources.files("mft.runs.page") / name).read_text(encoding="utf-8")
+    return (resources.files("mft.comparison.page") / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from mft.runs.baseline import SingleTasks
-from mft.runs.comparison import Comparison
-from mft.runs.page.differences import name_of
-from mft.runs.page.svg import INK, Canvas, Entry, Section, short
-from mft.runs.settings import Metric, Setting
+from mft.comparison.baseline import SingleTasks
+from mft.comparison.compare import Comparison
+from mft.comparison.page.differences import name_of
+from mft.comparison.page.svg import INK, Canvas, Entry, Section, short
+from mft.comparison.settings import Metric, Setting
 from mft.training.panels import COLORS, MOST, color_of, most
 
 if TYPE_CHECKING:

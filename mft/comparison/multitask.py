@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mft.runs.comparison import Comparison
-from mft.runs.settings import Metric, Setting
+from mft.comparison.compare import Comparison
+from mft.comparison.settings import Metric, Setting
 
 COSTS = ("seconds", "tokens", "flops")
 """What a run costs, as attributes of `Run`."""

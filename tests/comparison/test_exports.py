@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mft.runs import compare_json, ranked_table
-from mft.runs.comparison import Comparison, compare
-from tests.runs.made_runs import run
+from mft.comparison import compare_json, ranked_table
+from mft.comparison.compare import Comparison, compare
+from tests.comparison.made_runs import run
 
 ROOT = Path(__file__).parents[2]
 

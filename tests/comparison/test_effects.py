@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from mft.runs.comparison import compare
-from mft.runs.effects import effects
-from tests.runs.made_runs import run
+from mft.comparison.compare import compare
+from mft.comparison.effects import effects
+from tests.comparison.made_runs import run
 
 
 def test_shares_and_effects_of_a_grid_are_those_it_was_made_of() -> None:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from mft.runs.comparison import Comparison
-from mft.runs.multitask import front
-from mft.runs.page.differences import MOST_LINES, WIDE, height, limited, name_lines, name_of
-from mft.runs.page.svg import GOOD, GREY, INK, Canvas, Entry, Section, hint, short
-from mft.runs.page.units import COSTS, count, number
-from mft.runs.settings import Metric, Setting
+from mft.comparison.compare import Comparison
+from mft.comparison.multitask import front
+from mft.comparison.page.differences import MOST_LINES, WIDE, height, limited, name_lines, name_of
+from mft.comparison.page.svg import GOOD, GREY, INK, Canvas, Entry, Section, hint, short
+from mft.comparison.page.units import COSTS, count, number
+from mft.comparison.settings import Metric, Setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

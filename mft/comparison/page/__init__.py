@@ -1,4 +1,4 @@
-"""The parts of the HTML report; `mft.runs.report` puts them together.
+"""The parts of the HTML report; `mft.comparison.report` puts them together.
 
 `summary` is the first screen, `facts` says on what the runs stand. `table` is what a table is, `ranked` and
 `by_task` are the two large ones. `svg` turns a drawing of matplotlib into a picture inside the page; `curves`,

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mft.runs.comparison import Comparison
-from mft.runs.multitask import MultiTask
-from mft.runs.page.differences import name_of
-from mft.runs.page.tested import losses_beside, test_tasks
-from mft.runs.page.units import COSTS, number
-from mft.runs.settings import Setting
-from mft.runs.verdicts import covered, p_text, sentence
+from mft.comparison.compare import Comparison
+from mft.comparison.multitask import MultiTask
+from mft.comparison.page.differences import name_of
+from mft.comparison.page.tested import losses_beside, test_tasks
+from mft.comparison.page.units import COSTS, number
+from mft.comparison.settings import Setting
+from mft.comparison.verdicts import covered, p_text, sentence
 
 MOST_NAMED = 5
 """Names in a sentence."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
+from mft.comparison.settings import SEED
 from mft.runs.results import Run
-from mft.runs.settings import SEED
 
 
 class Cell(NamedTuple):

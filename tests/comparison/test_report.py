@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from mft.runs import report
-from mft.runs.comparison import Comparison, compare
-from mft.runs.page.svg import INK, Canvas, short
+from mft.comparison import report
+from mft.comparison.compare import Comparison, compare
+from mft.comparison.page.svg import INK, Canvas, short
 from mft.runs.results import Run
 from tests.browser import CHROMIUM, MISSING, page
-from tests.runs.made_grids import TASKS, grid, made_run, search
+from tests.comparison.made_grids import TASKS, grid, made_run, search
 
 HOSTILE = (
     "<script>window.ran=1</script>",

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from mft.runs.comparison import Comparison
-from mft.runs.effects import Effect
-from mft.runs.page.curves import few_tasks, worst_tasks
-from mft.runs.page.svg import GREY, INK, PANEL, Canvas, Section, short
-from mft.runs.settings import SEED, Metric, Setting
-from mft.runs.verdicts import p_text
+from mft.comparison.compare import Comparison
+from mft.comparison.effects import Effect
+from mft.comparison.page.curves import few_tasks, worst_tasks
+from mft.comparison.page.svg import GREY, INK, PANEL, Canvas, Section, short
+from mft.comparison.settings import SEED, Metric, Setting
+from mft.comparison.verdicts import p_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

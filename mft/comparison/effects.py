@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mft.runs.comparison import Comparison
-from mft.runs.settings import SEED
+from mft.comparison.compare import Comparison
+from mft.comparison.settings import SEED
 
 if TYPE_CHECKING:
     import pandas

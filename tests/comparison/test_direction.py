@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from mft.comparison.direction import directions
 from mft.errors import UserError
-from mft.runs.direction import directions
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from mft.runs.comparison import Comparison
-from mft.runs.page.differences import MOST_LINES, WIDE, height, name_lines, name_of
-from mft.runs.page.svg import BAD, GOOD, GREY, Canvas, Entry, Section, hint
-from mft.runs.settings import Metric, Setting
+from mft.comparison.compare import Comparison
+from mft.comparison.page.differences import MOST_LINES, WIDE, height, name_lines, name_of
+from mft.comparison.page.svg import BAD, GOOD, GREY, Canvas, Entry, Section, hint
+from mft.comparison.settings import Metric, Setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mft.comparison.compare import Comparison
+from mft.comparison.multitask import losses_of, multitask
+from mft.comparison.settings import Metric, Setting
+from mft.comparison.verdicts import p_text, signed, verdict
 from mft.files.atomic import write_text
-from mft.runs.comparison import Comparison
-from mft.runs.multitask import losses_of, multitask
-from mft.runs.settings import Metric, Setting
-from mft.runs.verdicts import p_text, signed, verdict
 
 MOST_TASKS = 6
 """Tasks with a column in the terminal; the report and the files have all."""

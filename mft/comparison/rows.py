@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mft.runs.statistics import PairedRows
+from mft.comparison.statistics import PairedRows
 from mft.training import sample_losses
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from mft.runs.comparison import Comparison
-from mft.runs.multitask import losses_of
-from mft.runs.page.differences import name_of
-from mft.runs.page.ranked import measured, table_tasks
-from mft.runs.page.table import Cell, Head, Table
-from mft.runs.statistics import Difference
-from mft.runs.verdicts import p_text, signed
+from mft.comparison.compare import Comparison
+from mft.comparison.multitask import losses_of
+from mft.comparison.page.differences import name_of
+from mft.comparison.page.ranked import measured, table_tasks
+from mft.comparison.page.table import Cell, Head, Table
+from mft.comparison.statistics import Difference
+from mft.comparison.verdicts import p_text, signed
 
 MOST_LINES = 100
 """Settings in the table, the best first."""

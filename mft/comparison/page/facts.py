@@ -9,10 +9,10 @@ from datetime import datetime
 from typing import Any
 
 import mft
-from mft.runs.comparison import Comparison
-from mft.runs.page.table import Cell, Head, Table
+from mft.comparison.compare import Comparison
+from mft.comparison.page.table import Cell, Head, Table
+from mft.comparison.settings import SEED
 from mft.runs.results import FINGERPRINT, Run
-from mft.runs.settings import SEED
 
 MOST_NAMED = 6
 """Values of a fact that are listed."""

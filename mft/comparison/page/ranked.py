@@ -6,16 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from mft.runs.comparison import Comparison
-from mft.runs.multitask import COSTS as FRONTS
-from mft.runs.multitask import MultiTask
-from mft.runs.page.differences import name_of
-from mft.runs.page.table import Cell, Head, Table
-from mft.runs.page.tested import losses_beside, test_loss, test_tasks
-from mft.runs.page.units import COSTS, number, percent
-from mft.runs.settings import Metric, Setting
-from mft.runs.statistics import Difference
-from mft.runs.verdicts import p_text, signed, verdict
+from mft.comparison.compare import Comparison
+from mft.comparison.multitask import COSTS as FRONTS
+from mft.comparison.multitask import MultiTask
+from mft.comparison.page.differences import name_of
+from mft.comparison.page.table import Cell, Head, Table
+from mft.comparison.page.tested import losses_beside, test_loss, test_tasks
+from mft.comparison.page.units import COSTS, number, percent
+from mft.comparison.settings import Metric, Setting
+from mft.comparison.statistics import Difference
+from mft.comparison.verdicts import p_text, signed, verdict
 from mft.training.panels import most
 
 MOST_CELLS = 30_000

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from mft.comparison import baseline as baselines
+from mft.comparison.differences import differing, shorten_paths
+from mft.comparison.direction import directions
+from mft.comparison.rows import Weighted, paired_rows
+from mft.comparison.settings import SEED, Metric, Setting, settings_of
+from mft.comparison.statistics import Difference, corrected, paired
 from mft.console.short_names import short_names
 from mft.errors import UserError, nearest
-from mft.runs import baseline as baselines
-from mft.runs.differences import differing, shorten_paths
-from mft.runs.direction import directions
 from mft.runs.results import Run
-from mft.runs.rows import Weighted, paired_rows
-from mft.runs.settings import SEED, Metric, Setting, settings_of
-from mft.runs.statistics import Difference, corrected, paired
 
 DETAILED = 60
 """Settings, the best first, whose differences are taken row by row; the others have their seeds alone."""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from mft.runs.comparison import Comparison
-from mft.runs.page.svg import BAD, GOOD, GREY, INK, Canvas, Section, hint, short
-from mft.runs.settings import Metric, Setting
-from mft.runs.statistics import Difference
-from mft.runs.verdicts import signed
+from mft.comparison.compare import Comparison
+from mft.comparison.page.svg import BAD, GOOD, GREY, INK, Canvas, Section, hint, short
+from mft.comparison.settings import Metric, Setting
+from mft.comparison.statistics import Difference
+from mft.comparison.verdicts import signed
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mft.runs.comparison import Comparison
-from mft.runs.settings import Setting
-from mft.runs.statistics import Covers, Difference
+from mft.comparison.compare import Comparison
+from mft.comparison.settings import Setting
+from mft.comparison.statistics import Covers, Difference
 
 
 def verdict(comparison: Comparison, setting: Setting) -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean, stdev
 
+from mft.comparison.rows import Weighted, of_run
 from mft.objective import criterion
 from mft.runs.results import Run
-from mft.runs.rows import Weighted, of_run
 
 SEED = "train.seed"
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mft import __version__
+from mft.comparison.compare import Comparison
+from mft.comparison.effects import effects
+from mft.comparison.multitask import MultiTask, losses_of, multitask
+from mft.comparison.settings import Judged, Metric, Setting
+from mft.comparison.statistics import CONFIDENCE, Difference
+from mft.comparison.verdicts import sentence, verdict
 from mft.files.json_file import write_json
-from mft.runs.comparison import Comparison
-from mft.runs.effects import effects
-from mft.runs.multitask import MultiTask, losses_of, multitask
-from mft.runs.settings import Judged, Metric, Setting
-from mft.runs.statistics import CONFIDENCE, Difference
-from mft.runs.verdicts import sentence, verdict
 
 FILE = "compare.json"
 

@@ -10,7 +10,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from mft.runs.statistics import Covers, PairedRows, corrected, detectable, paired
+from mft.comparison.statistics import Covers, PairedRows, corrected, detectable, paired
 
 NOISE = np.array([0.001, 0.0, -0.001])
 
