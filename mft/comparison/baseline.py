@@ -63,16 +63,20 @@ class SingleTasks(Setting):
 def divided(runs: Sequence[Run], metric: Metric, baseline: str) -> tuple[list[Run], list[Run]]:
     """Returns the runs on one task that are a baseline and no settings, and the runs to rank.
 
-    Runs on one task beside runs on several are not ranked among them: their means would be over other tasks.
-    Raises UserError where `--baseline single` has nothing to compare, or with.
+    Runs on one task beside runs on several are a baseline where they have all tasks between them, or where no
+    task is common to all runs; otherwise all runs are ranked by their common tasks. Raises UserError where
+    `--baseline single` has nothing to compare, or with.
     """
-    several = [run for run in runs if len(run.tasks) > 1]
     one = [run for run in runs if len(run.tasks) == 1]
+    several = [run for run in runs if len(run.tasks) > 1]
     if baseline == "single" and not (several and one):
         raise UserError("--baseline single: needs runs on one task each, beside runs on several of them.")
-    of_one_task = any(metric.name in run.tasks for run in runs)
-    aside = bool(several and one) and (baseline == "single" or not of_one_task)
-    return (one, [run for run in runs if len(run.tasks) != 1]) if aside else ([], list(runs))
+    alone, mixed = {run.tasks[0] for run in one}, {task for run in several for task in run.tasks}
+    common = mixed.intersection(*(run.tasks for run in (*one, *several)))
+    unranked = bool(several and one) and (alone >= mixed or not common)
+    if baseline == "single" or (unranked and not baseline and metric.name not in alone | mixed):
+        return one, [run for run in runs if len(run.tasks) != 1]
+    return [], list(runs)
 
 
 def single_tasks(runs: Sequence[Run], tasks: Sequence[str], pairing: Sequence[str]) -> SingleTasks:

@@ -83,14 +83,15 @@ def _table(comparison: Comparison) -> pandas.DataFrame:
         for one in judged
         if (value := one.value(comparison.metric)) is not None
     ]
-    table = pd.DataFrame(lines, columns=[*keys, "value"])
+    # object: pandas' own type of text refuses half a surrogate pair, as file names may have
+    table = pd.DataFrame(lines, columns=[*keys, "value"], dtype=object)
+    table["value"] = table["value"].astype(float)
     for key in keys:
         numbers = pd.to_numeric(table[key], errors="coerce")
         if key != SEED and numbers.notna().all() and numbers.nunique() >= MANY:
-            table[key] = pd.qcut(numbers, BINS, duplicates="drop").map(
-                lambda part: f"{part.left:g} to {part.right:g}"
-            )
-        table[key] = table[key].astype(str)
+            parts = pd.qcut(numbers, BINS, labels=False, duplicates="drop")
+            ends = numbers.groupby(parts).agg(["min", "max"])
+            table[key] = [f"{ends['min'][part]:g} to {ends['max'][part]:g}" for part in parts]
     return table
 
 
@@ -129,10 +130,11 @@ def _levels(table: pandas.DataFrame, keys: Sequence[str], key: str, full: Any) -
         contrast = np.zeros(len(columns))
         for other in named:
             contrast[columns.index(f"{key}={other}")] = -1.0 if value == last else float(other == value)
-        test = full.t_test(contrast)
-        low, high = test.conf_int()[0] if full.df_resid else (math.nan, math.nan)
-        runs = int((table[key] == value).sum())
-        result.append(Level(value, runs, float(test.effect[0]), float(low), float(high)))
+        low = high = math.nan
+        if full.df_resid > 0:
+            low, high = map(float, full.t_test(contrast).conf_int()[0])
+        runs, effect = int((table[key] == value).sum()), float(contrast @ full.params.to_numpy())
+        result.append(Level(value, runs, effect, low, high))
     return result
 
 

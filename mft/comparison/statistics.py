@@ -22,6 +22,12 @@ CONFIDENCE = 0.95
 POWER = 0.8
 """Probability with which `Difference.detectable` would have been told from zero."""
 
+ROUNDING = 1e-12
+"""What rounding makes of equal numbers, as a part of them, or in nats."""
+
+OUT_OF_REACH = 1000.0
+"""Standard errors beyond which no difference counts as detectable: two seeds and a hundred comparisons."""
+
 RESAMPLES = 2000
 """Of the bootstrap: the ends of an interval then vary by about 2 % of its width."""
 
@@ -122,9 +128,8 @@ def _tested(known: Difference) -> Difference:
     """Returns a difference with interval and p by its error and degrees of freedom."""
     from scipy.stats import t
 
-    # Equal in every pair, or differing by exactly the same, to rounding: there is no error to judge it by.
-    if known.error <= 1e-12 * abs(known.estimate):
-        p = 1.0 if known.estimate == 0 else math.nan
+    if known.error <= ROUNDING * abs(known.estimate):  # the same in every pair: the limit of the test
+        p = 0.0 if abs(known.estimate) > ROUNDING else 1.0
         return replace(known, low=known.estimate, high=known.estimate, p=p)
     reach = float(t.isf((1 - CONFIDENCE) / 2, known.freedom)) * known.error
     p = float(2 * t.sf(abs(known.estimate) / known.error, known.freedom))
@@ -210,13 +215,18 @@ def corrected(differences: Sequence[Difference], family: int = 0) -> list[Differ
 
 
 def detectable(difference: Difference, level: float) -> float:
-    """Returns the true difference that a two-sided t-test of this error tells from zero with `POWER`."""
+    """Returns the true difference that a two-sided t-test of this error tells from zero with `POWER`.
+
+    NaN where there is none within `OUT_OF_REACH` standard errors.
+    """
     from scipy.optimize import brentq
     from scipy.stats import nct, t
 
     if not difference.error > 0:
         return math.nan
     threshold = float(t.isf(level / 2, difference.freedom))
+    if threshold > OUT_OF_REACH:
+        return math.nan
 
     def missing(shift: float) -> float:
         return float(nct.sf(threshold, difference.freedom, shift)) - POWER
