@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mft.commands import show
-from mft.comparison.direction import higher_is_better
-from mft.runs.results import read_run
+from mft.comparison.direction import directions
+from mft.runs.folders import read_run
 from mft.training import sample_answers, test_split
 from mft.training.trainer import Trainer
 from tests.tiny_runs import logged, train
@@ -82,7 +82,7 @@ def test_the_last_row_and_the_summary_say_what_was_the_best_what_was_tested_and_
     run = read_run(finished)  # the last row is no validation
     assert run.tasks == ["adding", "naming"] and [step for step, _ in run.series("mean")] == [*range(9)]
     assert run.series("test/loss") == [(8, summary["test"]["test/loss"])]
-    assert not higher_is_better("test/loss/pass", run.tasks)
+    assert directions(["test/loss/pass"], run.tasks) == {"test/loss/pass": False}
     capsys.readouterr()
     show.command([str(finished)])
     said = " ".join(capsys.readouterr().out.split())
