@@ -41,6 +41,7 @@ def note(run_dir: Path, outcome: str, config: Mapping[str, Any]) -> str:
     if not config:
         return ""
     record, summary = read_json(run_dir / "overrides.json"), read_json(run_dir / "summary.json")
+    provenance = read_json(run_dir / "provenance.json")
     summary = summary if outcome else Values()  # of an earlier attempt
     overrides, folder = record.texts("overrides"), run_dir.resolve()
     settings = [override.partition("=")[::2] for override in overrides]
@@ -51,7 +52,7 @@ def note(run_dir: Path, outcome: str, config: Mapping[str, Any]) -> str:
     parts |= {
         "options chosen": _table(choices),
         "files": _table(files),
-        "command": shlex.join(["mft", "train", *overrides]),
+        "command": provenance.text("command") or shlex.join(["mft", "train", *overrides]),
     }
     text = _state(summary, outcome)
     for title, part in parts.items():
