@@ -25,6 +25,9 @@ from mft.runs.results import Run
 DETAILED = 60
 """Settings, the best first, whose differences are taken row by row; the others have their seeds alone."""
 
+MOST_NAMED = 5
+"""Runs that a note names."""
+
 
 @dataclass
 class Comparison:
@@ -75,8 +78,11 @@ class Comparison:
         ranked = self.ranked
         if len(ranked) < 2 or self.reference is not ranked[0] or self.baseline:
             return None
+        # Means are over the seeds of each setting, differences over those in common: the best mean may be
+        # that of the worse one.
         others = [self.difference(setting) for setting in ranked[1:]]
-        return ranked[0] if all(other is not None and other.told_apart for other in others) else None
+        behind = [d is not None and d.told_apart and self.metric.sign * d.estimate > 0 for d in others]
+        return ranked[0] if all(behind) else None
 
     def difference(self, setting: Setting) -> Difference | None:
         """Returns the entry of `differences` for a setting."""
@@ -221,7 +227,29 @@ def _notes(result: Comparison, count: int) -> list[str]:
             notes.append(f"No run was trained on these tasks alone: {', '.join(without)}.")
     if len(result.pairing) > 1:
         notes.append(f"Runs are paired by {' and '.join(result.pairing)}.")
+    notes += _seeds_left_out(result)
     again = sum(len(of_block) - 1 for setting in result.settings for of_block in setting.blocks.values())
     if again:
         notes.append(f"{again} runs repeat a seed of their setting; a seed counts once, with their mean.")
+    return notes
+
+
+def _seeds_left_out(result: Comparison) -> list[str]:
+    """Returns what is said where means are not over the same seeds, or not over all runs of a setting."""
+    notes, metric, ranked = [], result.metric, result.ranked
+    outside = result.reference is not None and all(result.reference is not one for one in ranked)
+    compared = [*ranked, result.reference] if outside and result.reference is not None else ranked
+    blocks = [frozenset(setting.values(metric)) for setting in compared]
+    if len(set(filter(None, blocks))) > 1:
+        what = "seeds" if len(result.pairing) == 1 else "pairs"
+        notes.append(
+            f"Not all settings have the same {what}: means are over those of each, differences over those in "
+            "common."
+        )
+    partly = [s for s in ranked if len(s.values(metric)) < len(s.judged)]
+    missing = [one.run for setting in partly for one in setting.judged if one.value(metric) is None]
+    if missing:
+        names = ", ".join(f"{run.name} ({run.state})" for run in missing[:MOST_NAMED])
+        more = f" and {len(missing) - MOST_NAMED:,} more" if len(missing) > MOST_NAMED else ""
+        notes.append(f"Without a value, and not counted in their settings: {names}{more}.")
     return notes

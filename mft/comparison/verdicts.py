@@ -18,7 +18,7 @@ def verdict(comparison: Comparison, setting: Setting) -> str:
     if setting is comparison.reference:
         return "baseline" if comparison.baseline else "highest" if metric.higher else "lowest"
     if difference is None:
-        return "no seed in common"
+        return incomparable(comparison)
     way = "higher" if difference.estimate > 0 else "lower"
     if difference.told_apart:
         return way
@@ -26,6 +26,13 @@ def verdict(comparison: Comparison, setting: Setting) -> str:
         return "not told apart"
     apart = difference.low > 0 or difference.high < 0
     return f"one seed: {way} on these rows" if apart else "one seed: not told apart"
+
+
+def incomparable(comparison: Comparison) -> str:
+    """Returns why a setting with a value has no difference from the reference."""
+    reference = comparison.reference
+    without = reference is not None and not reference.values(comparison.metric)
+    return "baseline without a value" if without else "no seed in common"
 
 
 def sentence(comparison: Comparison) -> str:
@@ -37,7 +44,8 @@ def sentence(comparison: Comparison) -> str:
     if comparison.baseline:
         return _of_baseline(comparison)
     if len(ranked) == 1:
-        return "One setting only: nothing to compare it with."
+        few = "One setting only" if len(comparison.settings) == 1 else "Only one setting has a value"
+        return f"{few}: nothing to compare it with."
     others = [comparison.difference(setting) for setting in ranked[1:]]
     if (winner := comparison.winner) is not None:
         next_one = others[0]
@@ -48,24 +56,52 @@ def sentence(comparison: Comparison) -> str:
         )
     if all(other is None or other.seeds == 1 for other in others):
         hint = "Repeat with train.seed=1,2,3 to know how much seeds matter."
-        return f"No winner: the {best} mean is of one seed (n = 1). {hint}"
+        if len(ranked[0].values(comparison.metric)) == 1:
+            return f"No winner: the {best} mean is of one seed (n = 1). {hint}"
+        return f"No winner: no other setting has two seeds in common with the {best}. {hint}"
+    if ahead := [
+        s.title for s, d in zip(ranked[1:], others, strict=True) if _told(comparison, d, better=True)
+    ]:
+        is_ = "is" if len(ahead) == 1 else "are"
+        return (
+            f"No winner: {ranked[0].title} has the {best} mean, but {_some(ahead)} {is_} {better} in pairs "
+            "with it, of the same seeds and validation rows."
+        )
     near = sum(other is None or not other.told_apart for other in others)
     more = "one more is" if near == 1 else f"{near} more are"
     return f"No winner: {more} not told apart from the {best}.{_power(others)}"
 
 
+def _told(comparison: Comparison, difference: Difference | None, better: bool) -> bool:
+    """Whether a setting is told apart from the reference, and better (or worse) than it."""
+    if difference is None or not difference.told_apart:
+        return False
+    return (comparison.metric.sign * difference.estimate < 0) == better
+
+
+def _some(titles: Sequence[str]) -> str:
+    return f"{', '.join(titles[:3])}{' and others' if len(titles) > 3 else ''}"
+
+
 def _of_baseline(comparison: Comparison) -> str:
-    sign, better, worse = comparison.metric.sign, "better", "worse"
-    known = [(s, d) for s in comparison.ranked if (d := comparison.difference(s)) is not None]
-    told = [(setting, d) for setting, d in known if d.told_apart]
-    ahead = [setting.title for setting, d in told if sign * d.estimate < 0]
-    baseline = f"than the baseline ({comparison.baseline})"
-    if not told:
-        what = f"No setting is told apart from the baseline ({comparison.baseline})."
-        return what + _power([d for _, d in known])
-    names = f": {', '.join(ahead[:3])}{' and others' if len(ahead) > 3 else ''}" if ahead else ""
-    behind = f", {len(told) - len(ahead)} {worse}" if len(told) > len(ahead) else ""
-    return f"{len(ahead)} of {len(known)} settings {better}{behind} {baseline}{names}."
+    baseline, reference = f"the baseline ({comparison.baseline})", comparison.reference
+    others = [setting for setting in comparison.ranked if setting is not reference]
+    known = [(s, d) for s in others if (d := comparison.difference(s)) is not None]
+    if not known:
+        if reference is not None and not reference.values(comparison.metric):
+            return f"Nothing to compare with: {baseline} has no value of {comparison.metric.name}."
+        if not others:
+            return f"No other setting than {baseline} has a value of {comparison.metric.name}."
+        return f"No setting that has a value has a seed in common with {baseline}."
+    ahead = [s.title for s, d in known if _told(comparison, d, better=True)]
+    worse = sum(_told(comparison, d, better=False) for _, d in known)
+    apart = len(others) - len(known)
+    left = f" {apart} without a seed in common with it." if apart else ""
+    if not ahead and not worse:
+        return f"No setting is told apart from {baseline}.{_power([d for _, d in known])}{left}"
+    names = f": {_some(ahead)}" if ahead else ""
+    behind = f", {worse} worse" if worse else ""
+    return f"{len(ahead)} of {len(known)} settings better{behind} than {baseline}{names}.{left}"
 
 
 def _power(differences: Sequence[Difference | None]) -> str:

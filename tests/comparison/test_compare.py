@@ -173,3 +173,44 @@ def test_the_front_is_what_nothing_beats() -> None:
 def test_what_no_run_has_is_refused(given: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         compare([*seeds("a", 1.0, 1.1), *seeds("b", 2.0, 2.1)], "here", **given)  # type: ignore[arg-type]
+
+
+def test_the_best_mean_of_other_seeds_is_no_winner() -> None:
+    """Seeds 1 and 2 are easy, and only one setting has them: in pairs it is the worse one."""
+    runs = [*seeds("a", 1.0, 1.001, 3.0, 3.002, 3.001)]
+    runs += [run({"a": 2.9}, seed, loss="b") for seed in (3, 4, 5)]
+    result = compare(runs, "here")
+    assert result.ranked[0].title == "loss=a" and result.winner is None
+    assert "loss=a has the lowest mean, but loss=b is lower in pairs with it" in sentence(result)
+    assert any("Not all settings have the same seeds" in note for note in result.notes)
+
+
+def test_runs_without_a_value_are_named() -> None:
+    runs = [*seeds("a", 1.0, 1.1, float("inf")), *seeds("b", 2.0, 2.1, 2.2)]
+    for row in runs[2].rows:
+        row["valid/loss/a"] = float("inf")
+    notes = compare(runs, "here").notes
+    assert any("not counted in their settings: a-3 (finished)." in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "others", "said", "word"),
+    [
+        ([], seeds("b", 1.0), "the baseline (loss=a) has no value of mean", "baseline without a value"),
+        (seeds("a", 1.0), [run({"a": 2.0}, 2, loss="b")], "has a seed in common", "no seed in common"),
+    ],
+)
+def test_a_baseline_that_nothing_can_be_compared_with_is_told(
+    baseline: list[Run], others: list[Run], said: str, word: str
+) -> None:
+    empty = Run("empty", {"loss": "a", "train.seed": "9", "data.paths": "[]"}, [], "running")
+    result = compare([*(baseline or [empty]), *others], "here", baseline="loss=a")
+    (other,) = [setting for setting in result.settings if setting.keys["loss"] == "b"]
+    assert said in sentence(result) and verdict(result, other) == word
+
+
+def test_words_fit_the_number_of_values_and_seeds() -> None:
+    empty = Run("empty", {"loss": "c", "train.seed": "1", "data.paths": "[]"}, [], "running")
+    assert sentence(compare([*seeds("a", 1.0), empty], "here")).startswith("Only one setting has a value")
+    apart = [*seeds("a", 1.0, 1.1), *(run({"a": 2.0}, seed, loss="b") for seed in (2, 3))]
+    assert "no other setting has two seeds in common with the lowest" in sentence(compare(apart, "here"))

@@ -12,7 +12,7 @@ from mft.comparison.page.differences import name_of
 from mft.comparison.page.tested import losses_beside, test_tasks
 from mft.comparison.page.units import COSTS, number
 from mft.comparison.settings import Setting
-from mft.comparison.verdicts import covered, p_text, sentence
+from mft.comparison.verdicts import covered, incomparable, p_text, sentence
 
 MOST_NAMED = 5
 """Names in a sentence."""
@@ -83,7 +83,7 @@ def _difference(comparison: Comparison, best: Setting, other: Setting) -> Tile:
     title = "Against the baseline" if comparison.baseline else "Against the next"
     remark = f"{name_of(other)}: {number(other.mean(comparison.metric))}"
     if known is None:
-        return Tile(title, "not comparable", f"{remark}; no seed in common")
+        return Tile(title, "not comparable", f"{remark}; {incomparable(comparison)}")
     ends = known.estimate, known.low, known.high
     # Without a baseline, differences are those of the others from the best.
     estimate, low, high = ends if comparison.baseline else (0 - ends[0], 0 - ends[2], 0 - ends[1])
