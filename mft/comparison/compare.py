@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from mft.comparison import baseline as baselines
 from mft.comparison.differences import differing, shorten_paths
 from mft.comparison.direction import directions
-from mft.comparison.rows import Weighted, paired_rows
+from mft.comparison.rows import Weighted, differ, paired_rows
 from mft.comparison.settings import SEED, Metric, Setting, settings_of
-from mft.comparison.statistics import Difference, corrected, paired
+from mft.comparison.statistics import Covers, Difference, corrected, paired
 from mft.console.short_names import short_names
 from mft.errors import UserError, nearest
-from mft.runs.results import Run
+from mft.runs.results import DATA, Run
 
 DETAILED = 60
 """Settings, the best first, whose differences are taken row by row; the others have their seeds alone."""
@@ -179,7 +179,9 @@ def difference_of(
             pairs.clear()
             break
         pairs.append((sides[0], sides[1]))
-    return paired([mine[block] - theirs[block] for block in blocks], paired_rows(pairs) if pairs else ())
+    found = paired([mine[block] - theirs[block] for block in blocks], paired_rows(pairs) if pairs else ())
+    other_rows, other_tokens = differ(pairs)
+    return replace(found, other_rows=other_rows, other_tokens=other_tokens)
 
 
 def _take_differences(result: Comparison) -> None:
@@ -227,7 +229,7 @@ def _notes(result: Comparison, count: int) -> list[str]:
             notes.append(f"No run was trained on these tasks alone: {', '.join(without)}.")
     if len(result.pairing) > 1:
         notes.append(f"Runs are paired by {' and '.join(result.pairing)}.")
-    notes += _seeds_left_out(result)
+    notes += _seeds_left_out(result) + _rows_that_differ(result)
     again = sum(len(of_block) - 1 for setting in result.settings for of_block in setting.blocks.values())
     if again:
         notes.append(f"{again} runs repeat a seed of their setting; a seed counts once, with their mean.")
@@ -253,3 +255,49 @@ def _seeds_left_out(result: Comparison) -> list[str]:
         more = f" and {len(missing) - MOST_NAMED:,} more" if len(missing) > MOST_NAMED else ""
         notes.append(f"Without a value, and not counted in their settings: {names}{more}.")
     return notes
+
+
+def _rows_that_differ(result: Comparison) -> list[str]:
+    """Returns what is said where a difference may be one of the validation rows."""
+    notes, reference = [], result.reference
+    if reference is None:
+        return []
+    what = "the baseline" if result.baseline else "the best one"
+    known = [(s, d) for s, d in zip(result.settings, result.differences, strict=True) if d is not None]
+    common = sum(d.other_rows and d.rows > 0 for _, d in known)
+    if common:
+        notes.append(
+            f"{_settings(common)} validated on other rows than {what}; differences are of the rows in common."
+        )
+    apart = sum(d.other_rows and d.rows == 0 for _, d in known)
+    if apart:
+        notes.append(
+            f"{_settings(apart)} validated on other rows than {what}, with fewer than two of a task in common: "
+            "differences are of the rows as well."
+        )
+    data = {one.run.values.get(DATA) for one in reference.judged}
+    unknown = [
+        s
+        for s, d in known
+        if d.rows == 0 and not d.other_rows and {one.run.values.get(DATA) for one in s.judged} != data
+    ]
+    if unknown and not isinstance(reference, baselines.SingleTasks):
+        notes.append(
+            f"{_settings(len(unknown))} trained on other data than {what}, and the losses of single rows are not "
+            "at hand: whether the validation rows were the same is not known."
+        )
+    tokens = sum(d.other_tokens for _, d in known)
+    if tokens:
+        notes.append(
+            f"{_settings(tokens)} validated on other tokens of the same rows than {what} (tokenizer, template or "
+            "limit of length): losses per token are of different tokens."
+        )
+    if len(known) >= DETAILED and any(d.covers in (Covers.both, Covers.rows) for _, d in known):
+        notes.append(
+            f"Losses of single rows are read of the best {DETAILED} settings; others have seeds alone."
+        )
+    return notes
+
+
+def _settings(count: int) -> str:
+    return "1 setting was" if count == 1 else f"{count:,} settings were"

@@ -67,11 +67,16 @@ class Difference:
     """Standard error of the estimate."""
     freedom: float = math.nan
     """Degrees of freedom of the error."""
+    other_rows: bool = False
+    """Whether the two were validated on different rows. Those in common decide; with none (`rows` is 0) the
+    difference is also that of the rows."""
+    other_tokens: bool = False
+    """Whether the two have different tokens in the same rows, as of another tokenizer."""
 
     @property
     def told_apart(self) -> bool:
-        """Whether it is told from zero after the correction; never with one seed."""
-        return self.adjusted_p < 1 - CONFIDENCE
+        """Whether it is told from zero after the correction; never with one seed, or without a row in common."""
+        return self.adjusted_p < 1 - CONFIDENCE and not (self.other_rows and self.rows == 0)
 
 
 @dataclass(frozen=True)

@@ -214,3 +214,57 @@ def test_words_fit_the_number_of_values_and_seeds() -> None:
     assert sentence(compare([*seeds("a", 1.0), empty], "here")).startswith("Only one setting has a value")
     apart = [*seeds("a", 1.0, 1.1), *(run({"a": 2.0}, seed, loss="b") for seed in (2, 3))]
     assert "no other setting has two seeds in common with the lowest" in sentence(compare(apart, "here"))
+
+
+def with_rows(folder: Path, shift: int = 0, longer: int = 1, **values: str) -> list[Run]:
+    """Returns two settings on three seeds, whose second one has other keys or tokens of its 60 rows."""
+    random, runs = np.random.default_rng(0), []
+    tokens_N, hard_N = random.integers(5, 50, 60).astype(float), random.normal(2.0, 0.5, 60)
+    for loss, worse in (("a", 0.0), ("b", 0.05)):
+        for seed in (1, 2, 3):
+            of_b = loss == "b"
+            row_N, own_N = np.arange(60) + shift * of_b, tokens_N * (longer if of_b else 1)
+            loss_N = (hard_N + worse + random.normal(0, 0.001) + random.normal(0, 0.02, 60)) * own_N
+            place = folder / f"{loss}{seed}"
+            runs.append(
+                run(write_rows(place, 20, x=(row_N, own_N, loss_N)), seed, place, loss=loss, **values)
+            )
+    return runs
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_other_tokens_of_the_same_rows_leave_the_interval_around_the_difference(
+    seeds: int, tmp_path: Path
+) -> None:
+    """Of twice as many tokens, loss sums are twice as large: their difference would be one of length."""
+    same, longer = (
+        compare([r for r in with_rows(tmp_path / str(n), longer=n) if (r.seed or 0) <= seeds], "here")
+        for n in (1, 2)
+    )
+    known, found = same.difference(same.settings[1]), longer.difference(longer.settings[1])
+    assert known is not None and found is not None
+    assert (found.low, found.estimate, found.high) == pytest.approx(
+        (known.low, known.estimate, known.high), abs=1e-6
+    )
+    assert found.other_tokens and not known.other_tokens
+    assert any("other tokens of the same rows" in note for note in longer.notes) and same.notes == []
+
+
+@pytest.mark.parametrize(
+    ("shift", "said"), [(10, "differences are of the rows in common"), (60, "are of the rows as well")]
+)
+def test_other_validation_rows_are_told(shift: int, said: str, tmp_path: Path) -> None:
+    result = compare(with_rows(tmp_path, shift), "here")
+    assert any(said in note for note in result.notes)
+    assert result.winner is None, "a difference of rows is no winner's"
+
+
+def test_other_data_without_losses_of_rows_is_told() -> None:
+    runs = [
+        run({"a": 1 + i + s / 10}, s, loss=x, **{"data fingerprint": x})
+        for i, x in enumerate("ab")
+        for s in (1, 2)
+    ]
+    assert any(
+        "whether the validation rows were the same is not known" in n for n in compare(runs, "h").notes
+    )
