@@ -68,6 +68,13 @@ class Comparison:
         return [run for setting in self.settings for run in setting.runs]
 
     @property
+    def paired_over(self) -> str:
+        """What the pairs of two settings differ in, in words: seeds, or other keys as well."""
+        values = zip(*(block for setting in self.settings for block in setting.blocks), strict=True)
+        keys = [key for key, of in zip(self.pairing, values, strict=False) if len(set(of)) > 1]
+        return " and ".join("seeds" if key == SEED else key for key in keys or [SEED])
+
+    @property
     def ranked(self) -> list[Setting]:
         """Settings that have a value, the best first."""
         return [setting for setting in self.settings if setting.values(self.metric)]
@@ -228,7 +235,8 @@ def _notes(result: Comparison, count: int) -> list[str]:
         if without:
             notes.append(f"No run was trained on these tasks alone: {', '.join(without)}.")
     if len(result.pairing) > 1:
-        notes.append(f"Runs are paired by {' and '.join(result.pairing)}.")
+        paired_by = " and ".join(result.pairing)
+        notes.append(f"Runs are paired by {paired_by}; intervals take the pairs as independent.")
     notes += _seeds_left_out(result) + _rows_that_differ(result)
     again = sum(len(of_block) - 1 for setting in result.settings for of_block in setting.blocks.values())
     if again:

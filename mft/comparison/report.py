@@ -120,7 +120,8 @@ def _lead(comparison: Comparison) -> str:
     what = f"{best} {metric.name}{' validation loss' if loss else ''}"
     runs, settings = len(comparison.runs), len(comparison.settings)
     return (
-        f"{runs:,} runs, {settings:,} settings, ranked by {metric.name}: each run's {what}, mean over seeds."
+        f"{runs:,} runs, {settings:,} settings, ranked by {metric.name}: each run's {what}, "
+        f"mean over {comparison.paired_over}."
     )
 
 

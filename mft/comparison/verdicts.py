@@ -50,7 +50,8 @@ def sentence(comparison: Comparison) -> str:
     if (winner := comparison.winner) is not None:
         next_one = others[0]
         assert next_one is not None
-        how_sure = f"p = {p_text(next_one.adjusted_p)} after Holm's correction, {next_one.seeds} seeds"
+        pairs = "seeds" if comparison.paired_over == "seeds" else "pairs"
+        how_sure = f"p = {p_text(next_one.adjusted_p)} after Holm's correction, {next_one.seeds} {pairs}"
         return (
             f"{winner.title} is {better} than all others: {by_how_much(next_one)} than the next, {how_sure}."
         )
@@ -131,12 +132,12 @@ def p_text(p: float) -> str:
     return "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "<0.001"
 
 
-def covered(differences: Sequence[Difference | None]) -> str:
-    """Returns a sentence on what the intervals take into account."""
+def covered(differences: Sequence[Difference | None], paired_over: str = "seeds") -> str:
+    """Returns a sentence on what the intervals take into account. paired_over: see `Comparison`."""
     kinds = {d.covers for d in differences if d is not None}
     sentences = {
-        Covers.both: "Intervals (95 %) cover the choice of seeds and of validation rows.",
-        Covers.seeds: "Intervals (95 %) cover the choice of seeds, on these validation rows.",
+        Covers.both: f"Intervals (95 %) cover the choice of {paired_over} and of validation rows.",
+        Covers.seeds: f"Intervals (95 %) cover the choice of {paired_over}, on these validation rows.",
         Covers.rows: "With one seed, intervals (95 %) cover the choice of validation rows only.",
         Covers.nothing: "Without an interval: one seed, and the losses of single rows are not known.",
     }

@@ -268,3 +268,14 @@ def test_other_data_without_losses_of_rows_is_told() -> None:
     assert any(
         "whether the validation rows were the same is not known" in n for n in compare(runs, "h").notes
     )
+
+
+def test_other_keys_that_pair_runs_are_not_called_seeds() -> None:
+    """One seed each: what the interval covers is the choice of the learning rate."""
+    noise = iter((0.0, 0.0, 0.1, 0.101, 0.2, 0.202))
+    runs = [run({"a": 1 + next(noise) + i}, lr=lr, loss=x) for lr in "123" for i, x in enumerate("ab")]
+    result = compare(runs, "here", by=["loss"])
+    assert "correction, 3 pairs." in sentence(result)
+    assert "the choice of lr, on these" in covered(result.differences, result.paired_over)
+    more = [run({"a": 1 + i}, 2, lr="1", loss=x) for i, x in enumerate("ab")]
+    assert compare([*runs, *more], "here", by=["loss"]).paired_over == "seeds and lr"

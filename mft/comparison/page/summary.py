@@ -39,7 +39,8 @@ class Summary:
 
 def summary(comparison: Comparison, accounts: Sequence[MultiTask]) -> Summary:
     """Returns what the first screen says. accounts: what `multitask.multitask` returns."""
-    notes = [covered(comparison.differences), *comparison.notes, *unfinished(comparison)]
+    kinds = covered(comparison.differences, comparison.paired_over)
+    notes = [kinds, *comparison.notes, *unfinished(comparison)]
     best, other = _pair(comparison)
     tiles = [] if best is None else [_setting(comparison, best)]
     if best is not None and other is not None:
@@ -70,7 +71,8 @@ def _pair(comparison: Comparison) -> tuple[Setting | None, Setting | None]:
 def _setting(comparison: Comparison, best: Setting) -> Tile:
     metric = comparison.metric
     values, spread = best.values(metric), best.spread(metric)
-    seeds = f"{len(values)} seeds" if len(values) > 1 else "1 seed"
+    word = "seed" if comparison.paired_over == "seeds" else "pair"
+    seeds = f"{len(values)} {word}s" if len(values) > 1 else f"1 {word}"
     value = f"{number(best.mean(metric))}{f' ± {number(spread)}' if spread is not None else ''}"
     keys = [(key, value, "") for key, value in best.keys.items()]
     what = f"{'highest' if metric.higher else 'lowest'} {metric.name}: {value}, {seeds}"
@@ -92,7 +94,8 @@ def _difference(comparison: Comparison, best: Setting, other: Setting) -> Tile:
         lines.append(("95 % interval", f"{low:+.4f} to {high:+.4f}", ""))
     if p := p_text(known.adjusted_p):
         lines.append(("p after Holm", p, ""))
-    lines.append(("paired seeds", str(known.seeds), ""))
+    seeds = comparison.paired_over == "seeds"
+    lines.append(("paired seeds" if seeds else "pairs", str(known.seeds), ""))
     if known.rows:
         lines.append(("paired rows", f"{known.rows:,}", ""))
     if detectable := number(known.detectable):
