@@ -152,6 +152,18 @@ def test_no_picture_says_nothing(tmp_path: Path) -> None:
     assert "One setting only" in page.text
 
 
+def test_keys_that_cannot_be_told_apart_have_no_picture_and_are_named(tmp_path: Path) -> None:
+    lines = (("mean", "-", 0.3), ("coba", "1", 0.0), ("coba", "2", 0.1))
+    runs = [
+        made_run({"loss": x, "loss.tau": tau}, {"docs": 1 + d + s / 100}, s)
+        for x, tau, d in lines
+        for s in (1, 2)
+    ]
+    page = written(compare(runs, "a study"), tmp_path)
+    assert not any("effect of" in (attributes.get("aria-label") or "") for attributes in page.all("svg"))
+    assert "Not told from other keys" in page.text
+
+
 def test_a_search_has_its_pictures_and_no_grid_of_single_cells(tmp_path: Path) -> None:
     page = written(compare(search(30), "a search"), tmp_path)
     labels = [attributes.get("aria-label") or "" for attributes in page.all("svg")]
