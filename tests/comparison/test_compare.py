@@ -279,3 +279,14 @@ def test_other_keys_that_pair_runs_are_not_called_seeds() -> None:
     assert "the choice of lr, on these" in covered(result.differences, result.paired_over)
     more = [run({"a": 1 + i}, 2, lr="1", loss=x) for i, x in enumerate("ab")]
     assert compare([*runs, *more], "here", by=["loss"]).paired_over == "seeds and lr"
+
+
+def test_a_metric_of_whole_runs_ranks_runs_on_one_task_as_well() -> None:
+    """There is no accuracy of single-task runs put together: as a baseline they would leave nothing to say."""
+    runs = [run({t: 1.0}, s, task=f"[{t}]") for t in "ab" for s in (1, 2)]
+    runs += [run({"a": 1.0, "b": 1.0}, s, task="[a,b]") for s in (1, 2)]
+    for place, one in enumerate(runs):
+        one.metrics["mmlu/acc"] = 0.5 + place // 2 / 10 + place % 2 / 1000
+    result = compare(runs, "here", ["mmlu/acc"])
+    assert not result.baseline and len(result.ranked) == 3 and result.winner is result.ranked[0]
+    assert result.ranked[0].keys == {"task": "[a,b]"} and "is higher than all others" in sentence(result)
