@@ -238,9 +238,20 @@ def _notes(result: Comparison, count: int) -> list[str]:
         paired_by = " and ".join(result.pairing)
         notes.append(f"Runs are paired by {paired_by}; intervals take the pairs as independent.")
     notes += _seeds_left_out(result) + _rows_that_differ(result)
+    judged = [one for setting in [*result.settings, result.reference] if setting for one in setting.judged]
+    validated = [one for one in judged if one.step is not None and one.run.test]
+    other = len({id(one.run) for one in validated if one.run.test_step not in (None, one.step)})
+    if other:
+        notes.append(
+            f"Test losses of {_runs(other)} are of another step than their validation losses: the best "
+            "checkpoint by train.best, which need not be the best validation by the metric that ranks."
+        )
     again = sum(len(of_block) - 1 for setting in result.settings for of_block in setting.blocks.values())
     if again:
-        notes.append(f"{again} runs repeat a seed of their setting; a seed counts once, with their mean.")
+        what = "repeats" if again == 1 else "repeat"
+        notes.append(
+            f"{_runs(again)} {what} a seed of the setting; a seed counts once, with the mean of its runs."
+        )
     return notes
 
 
@@ -305,6 +316,10 @@ def _rows_that_differ(result: Comparison) -> list[str]:
             f"Losses of single rows are read of the best {DETAILED} settings; others have seeds alone."
         )
     return notes
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count:,} runs"
 
 
 def _settings(count: int) -> str:

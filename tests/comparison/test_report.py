@@ -15,6 +15,7 @@ import pytest
 from mft.comparison import report
 from mft.comparison.compare import Comparison, compare
 from mft.comparison.page.svg import INK, Canvas, short
+from mft.comparison.page.tested import losses_beside
 from mft.runs.results import Run
 from tests.browser import CHROMIUM, MISSING, page
 from tests.comparison.made_grids import TASKS, grid, made_run, search
@@ -162,6 +163,17 @@ def test_keys_that_cannot_be_told_apart_have_no_picture_and_are_named(tmp_path: 
     page = written(compare(runs, "a study"), tmp_path)
     assert not any("effect of" in (attributes.get("aria-label") or "") for attributes in page.all("svg"))
     assert "Not told from other keys" in page.text
+
+
+def test_test_and_validation_losses_are_of_the_same_runs_or_a_note_says_so() -> None:
+    """Of three seeds one is tested, and that one, which happens to be the worst, at another step."""
+    runs = [made_run({"loss": "mean"}, {"docs": loss}, seed, test={}) for seed, loss in ((1, 1.0), (2, 1.2))]
+    runs.append(made_run({"loss": "mean"}, {"docs": 2.0}, 3, test={"docs": 2.1}))
+    comparison = compare(runs, "a study")
+    assert losses_beside(comparison.settings[0], ["docs"]) == pytest.approx((2.0, 2.1), abs=0.01)
+    assert not any("another step" in note for note in comparison.notes)
+    runs[2].test_step = 8
+    assert any("Test losses of 1 run are of another step" in n for n in compare(runs, "a study").notes)
 
 
 def test_a_search_has_its_pictures_and_no_grid_of_single_cells(tmp_path: Path) -> None:

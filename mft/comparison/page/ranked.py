@@ -94,7 +94,7 @@ class _Columns:
             over = f"mean over {len(self.tested)} tasks" if len(self.tested) > 1 else self.tested[0]
             heads += [
                 Head(over, "", True, group),
-                Head("gap", "test minus validation, same tasks", True, group),
+                Head("gap", "test minus validation, of the same tasks and runs", True, group),
             ]
             heads += [Head(task, "", True, group) for task in self.tested if len(self.tested) > 1]
         if self.front:
