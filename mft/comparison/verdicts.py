@@ -106,25 +106,38 @@ def _of_baseline(comparison: Comparison) -> str:
 
 
 def _power(differences: Sequence[Difference | None]) -> str:
-    """Returns a sentence on the smallest difference that could have been seen, "" where none is known."""
-    known = [d.detectable for d in differences if d is not None and not math.isnan(d.detectable)]
-    seen = "told in 4 of 5 such comparisons"
-    return f" A difference of {min(known):.2g} would have been {seen}." if known else ""
+    """Returns a sentence on what could have been seen of those not told apart, "" where that is not known."""
+    open_ = [d.detectable for d in differences if d is not None and not d.told_apart]
+    known = [value for value in open_ if not math.isnan(value)]
+    if not known:
+        return ""
+    least, most = f"{min(known):.2g}", f"{max(known):.2g}"
+    size = least if least == most else f"{least} to {most}, by setting,"
+    return f" A difference of {size} would have been told in 4 of 5 such comparisons."
 
 
 def by_how_much(difference: Difference) -> str:
     """Returns the size of a difference, without its sign, with its interval."""
     low, high = sorted((abs(difference.low), abs(difference.high)))
-    return f"by {abs(difference.estimate):.4f} [{low:.4f}, {high:.4f}]"
+    digits = decimals(difference)
+    return f"by {abs(difference.estimate):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def decimals(difference: Difference) -> int:
+    """Returns with how many decimals a difference and its interval are written: 4, more where they are small."""
+    ends = (difference.estimate, difference.low, difference.high)
+    size = max(abs(end) for end in ends if not math.isnan(end))
+    return 4 if size >= 0.001 or size == 0 else min(12, 2 - math.floor(math.log10(size)))
 
 
 def signed(difference: Difference | None) -> str:
     """Returns a difference with its interval: "+0.0120 [-0.0010, +0.0250]"; "" where there is none."""
     if difference is None:
         return ""
+    digits = decimals(difference)
     if math.isnan(difference.low):
-        return f"{difference.estimate:+.4f}"
-    return f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+        return f"{difference.estimate:+.{digits}f}"
+    return f"{difference.estimate:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
 
 
 def p_text(p: float) -> str:

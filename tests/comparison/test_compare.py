@@ -290,3 +290,17 @@ def test_a_metric_of_whole_runs_ranks_runs_on_one_task_as_well() -> None:
     result = compare(runs, "here", ["mmlu/acc"])
     assert not result.baseline and len(result.ranked) == 3 and result.winner is result.ranked[0]
     assert result.ranked[0].keys == {"task": "[a,b]"} and "is higher than all others" in sentence(result)
+
+
+def test_small_differences_are_written_with_their_digits() -> None:
+    runs = [*seeds("a", 1.0, 2.0, 3.0), *seeds("b", 1 + 1e-5, 2 + 1.01e-5, 3 + 1.02e-5)]
+    assert "by 0.0000101 [0.0000099, 0.0000103]" in sentence(compare(runs, "here"))
+
+
+def test_what_could_have_been_told_is_of_the_settings_that_were_not() -> None:
+    """One setting is close to the best in every seed and told apart, the other two are not."""
+    runs = [*seeds("a", 1.0, 1.1, 1.2), *seeds("b", 1.5, 1.6001, 1.7)]
+    runs += [*seeds("c", 1.6, 1.5, 1.9), *seeds("d", 1.6, 2.9, 1.1)]
+    result = compare(runs, "here")
+    _, *open_ = [d.detectable for d in result.differences if d is not None]
+    assert f"{min(open_):.2g} to {max(open_):.2g}, by setting, would have been told" in sentence(result)

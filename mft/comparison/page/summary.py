@@ -12,7 +12,7 @@ from mft.comparison.page.differences import name_of
 from mft.comparison.page.tested import losses_beside, test_tasks
 from mft.comparison.page.units import COSTS, number
 from mft.comparison.settings import Setting
-from mft.comparison.verdicts import covered, incomparable, p_text, sentence
+from mft.comparison.verdicts import covered, decimals, incomparable, p_text, sentence
 
 MOST_NAMED = 5
 """Names in a sentence."""
@@ -89,9 +89,9 @@ def _difference(comparison: Comparison, best: Setting, other: Setting) -> Tile:
     ends = known.estimate, known.low, known.high
     # Without a baseline, differences are those of the others from the best.
     estimate, low, high = ends if comparison.baseline else (0 - ends[0], 0 - ends[2], 0 - ends[1])
-    lines = []
+    lines, digits = [], decimals(known)
     if not math.isnan(low):
-        lines.append(("95 % interval", f"{low:+.4f} to {high:+.4f}", ""))
+        lines.append(("95 % interval", f"{low:+.{digits}f} to {high:+.{digits}f}", ""))
     if p := p_text(known.adjusted_p):
         lines.append(("p after Holm", p, ""))
     seeds = comparison.paired_over == "seeds"
@@ -101,7 +101,7 @@ def _difference(comparison: Comparison, best: Setting, other: Setting) -> Tile:
     if detectable := number(known.detectable):
         lines.append(("detectable", detectable, ""))
     sure = "told apart" if known.told_apart else "not told apart" if known.seeds > 1 else "one seed"
-    by = f"{estimate:+.4f}, {sure}" if estimate else "no difference"
+    by = f"{estimate:+.{digits}f}, {sure}" if estimate else "no difference"
     return Tile(title, by, remark, lines)
 
 
