@@ -182,8 +182,12 @@ class Setting:
         return stdev(values) if len(values) > 1 else None
 
     def cost(self, name: str) -> float | None:
-        """Returns the mean of a run's seconds, memory, tokens or flops, None where no run recorded it."""
-        values = [value for run in self.runs if (value := getattr(run, name)) is not None]
+        """Returns the mean of a run's seconds, memory, tokens or flops, None where no run recorded it.
+
+        Runs that did not finish have taken less: they count only where no run finished.
+        """
+        runs = [run for run in self.runs if run.state == "finished"] or self.runs
+        values = [value for run in runs if (value := getattr(run, name)) is not None]
         return fmean(values) if values else None
 
 

@@ -176,6 +176,17 @@ def test_test_and_validation_losses_are_of_the_same_runs_or_a_note_says_so() -> 
     assert any("Test losses of 1 run are of another step" in n for n in compare(runs, "a study").notes)
 
 
+def test_a_run_that_did_not_finish_is_named_and_costs_nothing(tmp_path: Path) -> None:
+    runs = grid(rates=("0.001",))
+    runs += [made_run({"loss": "mean"}, {task: 1.1}, seed) for task in TASKS for seed in (1, 2, 3)]
+    runs[0].state, runs[0].seconds, runs[-1].state = "stopped", 1.0, "killed"
+    comparison = compare(runs, "mixes")
+    page = written(comparison, tmp_path)
+    assert "ranked by what they have: mean · 0.001 · s1 (stopped), mean · s3 (killed)" in page.text
+    assert "6 in 2 settings, and 9 of the baseline" in page.text
+    assert all((setting.cost("seconds") or 0) > 80 for setting in comparison.settings)
+
+
 def test_a_search_has_its_pictures_and_no_grid_of_single_cells(tmp_path: Path) -> None:
     page = written(compare(search(30), "a search"), tmp_path)
     labels = [attributes.get("aria-label") or "" for attributes in page.all("svg")]
