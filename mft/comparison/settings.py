@@ -51,7 +51,9 @@ class Judged:
         found = {}
         for row in self.run.rows:
             of_row = {task: row.get(f"valid/loss/{task}") for task in self.run.tasks}
-            losses = {task: float(loss) for task, loss in of_row.items() if loss is not None}
+            numbers = {task: float(loss) for task, loss in of_row.items() if loss is not None}
+            # NaN is smaller than nothing and larger than nothing: the worst task would be any other one
+            losses = {task: loss for task, loss in numbers.items() if not math.isnan(loss)}
             if losses and losses.keys() >= set(self.tasks):
                 found[int(row["step"])] = losses
         return found

@@ -304,3 +304,10 @@ def test_what_could_have_been_told_is_of_the_settings_that_were_not() -> None:
     result = compare(runs, "here")
     _, *open_ = [d.detectable for d in result.differences if d is not None]
     assert f"{min(open_):.2g} to {max(open_):.2g}, by setting, would have been told" in sentence(result)
+
+
+def test_a_validation_with_a_loss_that_is_no_number_does_not_count() -> None:
+    one = run({"a": 2.0, "b": 1.0})
+    one.rows[2]["valid/loss/a"] = float("nan")  # the best one, whose worst loss would be that of b
+    (setting,) = compare([one], "here", ["worst"]).settings
+    assert setting.mean(Metric("worst")) == pytest.approx(2.1)
