@@ -311,7 +311,8 @@ def _rows_that_differ(result: Comparison) -> list[str]:
             f"{_settings(tokens)} validated on other tokens of the same rows than {what} (tokenizer, template or "
             "limit of length): losses per token are of different tokens."
         )
-    if len(known) >= DETAILED and any(d.covers in (Covers.both, Covers.rows) for _, d in known):
+    later = any(d is not None for d in result.differences[DETAILED:])
+    if later and any(d.covers in (Covers.both, Covers.rows) for _, d in known):
         notes.append(
             f"Losses of single rows are read of the best {DETAILED} settings; others have seeds alone."
         )

@@ -311,3 +311,13 @@ def test_a_validation_with_a_loss_that_is_no_number_does_not_count() -> None:
     one.rows[2]["valid/loss/a"] = float("nan")  # the best one, whose worst loss would be that of b
     (setting,) = compare([one], "here", ["worst"]).settings
     assert setting.mean(Metric("worst")) == pytest.approx(2.1)
+
+
+def test_of_many_settings_it_is_told_that_rows_are_read_of_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = with_rows(tmp_path) + [run({"x": 3.0}, seed, loss="c") for seed in (1, 2, 3)]
+    for most, told in ((2, True), (3, False)):
+        monkeypatch.setattr("mft.comparison.compare.DETAILED", most)
+        notes = compare(runs, "here").notes
+        assert told == any(f"read of the best {most} settings; others" in note for note in notes)
