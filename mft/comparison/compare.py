@@ -239,6 +239,9 @@ def _notes(result: Comparison, count: int) -> list[str]:
         notes.append(f"Runs are paired by {paired_by}; intervals take the pairs as independent.")
     notes += _seeds_left_out(result) + _rows_that_differ(result)
     judged = [one for setting in [*result.settings, result.reference] if setting for one in setting.judged]
+    before = len({id(one.run) for one in judged if one.step == 0 and max(one.losses) > 0})
+    if before:
+        notes.append(f"The best validation of {_runs(before)} is the one before training.")
     validated = [one for one in judged if one.step is not None and one.run.test]
     other = len({id(one.run) for one in validated if one.run.test_step not in (None, one.step)})
     if other:

@@ -321,3 +321,8 @@ def test_of_many_settings_it_is_told_that_rows_are_read_of_the_best(
         monkeypatch.setattr("mft.comparison.compare.DETAILED", most)
         notes = compare(runs, "here").notes
         assert told == any(f"read of the best {most} settings; others" in note for note in notes)
+
+
+def test_runs_that_training_made_worse_are_counted() -> None:
+    runs = [*seeds("a", 1.0, 1.1), *seeds("b", 9.0)]
+    assert "The best validation of 1 run is the one before training." in compare(runs, "here").notes
