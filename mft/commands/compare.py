@@ -72,7 +72,10 @@ def command(arguments: Sequence[str]) -> None:
     settings = len(comparison.settings)
     numbers = {"rank", "n", "p", "seconds"}
     console().print(table(f"{len(runs)} runs, {settings} settings", head, rows, numbers=numbers))
-    for line in filter(None, (sentence(comparison), covered(comparison.differences), *comparison.notes)):
+    for line in filter(
+        None,
+        (sentence(comparison), covered(comparison.differences, comparison.paired_over), *comparison.notes),
+    ):
         say(line)
     unfinished = [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]
     if unfinished:  # they may still improve, or have seen less data than the others

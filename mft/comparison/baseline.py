@@ -64,7 +64,8 @@ def divided(runs: Sequence[Run], metric: Metric, baseline: str) -> tuple[list[Ru
     """Returns the runs on one task that are a baseline and no settings, and the runs to rank.
 
     Runs on one task beside runs on several are a baseline where they have all tasks between them, or where no
-    task is common to all runs; otherwise all runs are ranked by their common tasks. Raises UserError where
+    task is common to all runs; otherwise all runs are ranked by their common tasks, and by a metric of whole
+    runs, which a run on one task has as well. Raises UserError where
     `--baseline single` has nothing to compare, or with.
     """
     one = [run for run in runs if len(run.tasks) == 1]
@@ -74,7 +75,8 @@ def divided(runs: Sequence[Run], metric: Metric, baseline: str) -> tuple[list[Ru
     alone, mixed = {run.tasks[0] for run in one}, {task for run in several for task in run.tasks}
     common = mixed.intersection(*(run.tasks for run in (*one, *several)))
     unranked = bool(several and one) and (alone >= mixed or not common)
-    if baseline == "single" or (unranked and not baseline and metric.name not in alone | mixed):
+    over_tasks = metric.name in ("mean", "worst") and metric.name not in alone | mixed
+    if baseline == "single" or (unranked and not baseline and over_tasks):
         return one, [run for run in runs if len(run.tasks) != 1]
     return [], list(runs)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mft import __version__
+from mft.comparison.baseline import SingleTasks
 from mft.comparison.compare import Comparison
 from mft.comparison.effects import effects
 from mft.comparison.multitask import MultiTask, losses_of, multitask
@@ -34,6 +35,7 @@ def content(comparison: Comparison) -> dict[str, Any]:
     of_keys, unexplained = effects(comparison)
     reference, winner = comparison.reference, comparison.winner
     accounts = multitask(comparison)
+    every_setting = [*comparison.settings, *([reference] if isinstance(reference, SingleTasks) else [])]
     known: dict[str, Any] = _plain(
         {
             "format": "mft-compare",
@@ -51,14 +53,31 @@ def content(comparison: Comparison) -> dict[str, Any]:
             "winner": winner.title if winner else None,
             "sentence": sentence(comparison),
             "notes": comparison.notes,
+            "single_tasks": _single_tasks(comparison),
             "settings": [_setting(comparison, i, account) for i, account in enumerate(accounts)],
             "before_training": comparison.base,
             "effects": [asdict(effect) for effect in of_keys],
             "unexplained": unexplained,
-            "runs": [_run(comparison, s, one) for s in comparison.settings for one in s.judged],
+            "runs": [_run(comparison, s, one) for s in every_setting for one in s.judged],
         }
     )
     return known
+
+
+def _single_tasks(comparison: Comparison) -> dict[str, Any] | None:
+    """Returns what the single-task runs reached where they are the baseline, else None."""
+    reference, metrics = comparison.reference, comparison.metrics
+    if not isinstance(reference, SingleTasks):
+        return None
+    return {
+        "mean": {metric.name: reference.mean(metric) for metric in metrics},
+        "spread": {metric.name: reference.spread(metric) for metric in metrics},
+        "losses": losses_of(reference, comparison.tasks),
+        "seconds": reference.cost("seconds"),
+        "tokens": reference.cost("tokens"),
+        "flops": reference.cost("flops"),
+        "memory_gib": reference.cost("memory"),
+    }
 
 
 def _setting(comparison: Comparison, place: int, account: MultiTask) -> dict[str, Any]:

@@ -51,8 +51,9 @@ class Effect:
 def effects(comparison: Comparison) -> tuple[list[Effect], float]:
     """Returns the keys that differ, the one that explains most first, and the share that none explains.
 
-    Keys that change only together with others have a share of 0 and no levels. ([], NaN) below three runs, or
-    without any variance.
+    Keys that change only together with others have a share of 0 and no levels. A key of which one value does
+    so (loss.tau, which is not set where loss is mean) has a share, but no levels: what belongs to which key is
+    not known. ([], NaN) below three runs, or without any variance.
     """
     table = _table(comparison)
     keys = [key for key in table.columns if key != "value" and table[key].nunique() > 1]
@@ -119,10 +120,14 @@ def _fit(table: pandas.DataFrame, keys: Sequence[str]) -> Any:
 
 
 def _levels(table: pandas.DataFrame, keys: Sequence[str], key: str, full: Any) -> list[Level]:
-    """Returns the effect of every value of a key. full: the fit of all keys."""
+    """Returns the effect of every value of a key, [] where the runs do not determine it. full: of all keys."""
     import numpy as np
 
-    columns = list(_design(table, keys).columns)
+    design = _design(table, keys)
+    columns = list(design.columns)
+    # of what the fit determines: all else is a choice of least squares, and no effect
+    _, sizes, directions = np.linalg.svd(design.to_numpy(), full_matrices=False)
+    known = directions[sizes > 1e-9 * sizes.max()]
     values = sorted(table[key].unique(), key=_order)
     *named, last = sorted(table[key].unique())
     result = []
@@ -130,6 +135,8 @@ def _levels(table: pandas.DataFrame, keys: Sequence[str], key: str, full: Any) -
         contrast = np.zeros(len(columns))
         for other in named:
             contrast[columns.index(f"{key}={other}")] = -1.0 if value == last else float(other == value)
+        if not np.allclose(contrast @ known.T @ known, contrast, atol=1e-6):
+            return []
         low = high = math.nan
         if full.df_resid > 0:
             low, high = map(float, full.t_test(contrast).conf_int()[0])

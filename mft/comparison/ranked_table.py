@@ -35,7 +35,8 @@ def text_table(comparison: Comparison, most_tasks: int | None = None) -> tuple[l
     rows = []
     for rank, setting in enumerate(comparison.settings, start=1):
         difference = comparison.difference(setting)
-        row = [str(rank), *setting.keys.values(), str(len(setting.values(comparison.metric)))]
+        place = str(rank) if setting.values(comparison.metric) else ""
+        row = [place, *setting.keys.values(), str(len(setting.values(comparison.metric)))]
         row += [with_spread(setting, metric) for metric in metrics]
         row += [signed(difference), p_text(difference.adjusted_p) if difference else ""]
         row += [_number(setting.mean(Metric(task))) for task in tasks]
@@ -43,9 +44,10 @@ def text_table(comparison: Comparison, most_tasks: int | None = None) -> tuple[l
         row += [_number(setting.cost("seconds"), ".0f"), verdict(comparison, setting)]
         rows.append(row)
     for model, losses in comparison.base.items():
-        of_metric = [
-            _mean(losses, comparison.tasks) if metric.name == "mean" else math.nan for metric in metrics
-        ]
+        whole = _mean(losses, comparison.tasks)
+        worst = math.nan if math.isnan(whole) else max(losses[task] for task in comparison.tasks)
+        of = {"mean": whole, "worst": worst, **losses}
+        of_metric = [of.get(metric.name) for metric in metrics]
         name = f"before training {model}".strip()
         row = ["", *([name] + [""] * (len(keys) - 1) if keys else []), "", *map(_number, of_metric), "", ""]
         row += (

@@ -65,6 +65,7 @@ def write(comparison: Comparison, path: Path) -> Path:
 
     text = page.render(
         title=comparison.title,
+        over=comparison.paired_over,
         lead=_lead(comparison),
         summary=summary.summary(comparison, accounts),
         ranked=ranked.ranked(comparison, accounts),
@@ -85,10 +86,12 @@ def write(comparison: Comparison, path: Path) -> Path:
 
 
 def leave_report(folder: Path) -> Path | None:
-    """Writes `report.html` and compare.json of the runs in a sweep's folder; None where none has a result."""
+    """Writes `report.html` and compare.json of the runs in a sweep's folder; None where none has a result.
+
+    Runs without one, as those that failed, are in them as well.
+    """
     runs = [read_run(path) for path in run_folder.runs_under(folder)]
-    runs = [run for run in runs if run.best("mean") is not None]
-    if not runs:
+    if all(run.best("mean") is None for run in runs):
         return None
     comparison = compare(runs, folder.name)
     compare_json.write(comparison, folder / compare_json.FILE)
@@ -120,7 +123,8 @@ def _lead(comparison: Comparison) -> str:
     what = f"{best} {metric.name}{' validation loss' if loss else ''}"
     runs, settings = len(comparison.runs), len(comparison.settings)
     return (
-        f"{runs:,} runs, {settings:,} settings, ranked by {metric.name}: each run's {what}, mean over seeds."
+        f"{runs:,} runs, {settings:,} settings, ranked by {metric.name}: each run's {what}, "
+        f"mean over {comparison.paired_over}."
     )
 
 

@@ -61,14 +61,44 @@ def paired_rows(pairs: Sequence[tuple[Weighted, Weighted]]) -> list[PairedRows]:
         for side in sides[1:]:
             if not np.array_equal(side.row_N, common):
                 common = np.intersect1d(common, side.row_N, assume_unique=True)
-        if len(common) < 2:
+        tokens_N = sides[0].tokens_N[np.searchsorted(sides[0].row_N, common)]
+        if len(common) < 2 or not tokens_N.sum() > 0:
             return []
-        loss_N = iter(side.loss_N[np.searchsorted(side.row_N, common)] for side in sides)
+        loss_N = iter(_sums(side, common, tokens_N) for side in sides)
         difference = [
             mine.get(task, 0.0) * next(loss_N) - theirs.get(task, 0.0) * next(loss_N)
             for (mine, _), (theirs, _) in pairs
         ]
-        tokens_N = sides[0].tokens_N[np.searchsorted(sides[0].row_N, common)]
         complete = all(len(side.row_N) == len(common) for side in sides)
         result.append(PairedRows(np.stack(difference), tokens_N, complete))
     return result
+
+
+def differ(pairs: Sequence[tuple[Weighted, Weighted]]) -> tuple[bool, bool]:
+    """Returns whether the runs of a pair were validated on different rows, and on different tokens of one."""
+    rows = tokens = False
+    for (weights, mine), (_, theirs) in pairs:
+        for task in weights.keys() & mine.keys() & theirs.keys():
+            one, other = mine[task], theirs[task]
+            if np.array_equal(one.row_N, other.row_N):
+                tokens |= not np.array_equal(one.tokens_N, other.tokens_N)
+                continue
+            rows = True
+            _, at, there = np.intersect1d(one.row_N, other.row_N, assume_unique=True, return_indices=True)
+            tokens |= not np.array_equal(one.tokens_N[at], other.tokens_N[there])
+    return rows, tokens
+
+
+def _sums(side: RowLosses, common: np.ndarray, tokens_N: np.ndarray) -> np.ndarray:
+    """Returns the loss sums of the common rows, as they would be had the rows so many tokens.
+
+    Another tokenizer, template or limit of length gives a row other tokens. What each row adds to the loss
+    per token stays the same, and so does that loss.
+    """
+    places = np.searchsorted(side.row_N, common)
+    loss_N, own_N = side.loss_N[places], side.tokens_N[places]
+    if np.array_equal(own_N, tokens_N) or not own_N.sum() > 0:
+        return loss_N
+    mean = loss_N.sum() / own_N.sum()
+    influence_N: np.ndarray = (loss_N - mean * own_N) * (tokens_N.sum() / own_N.sum())
+    return mean * tokens_N + influence_N

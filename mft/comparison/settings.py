@@ -51,7 +51,9 @@ class Judged:
         found = {}
         for row in self.run.rows:
             of_row = {task: row.get(f"valid/loss/{task}") for task in self.run.tasks}
-            losses = {task: float(loss) for task, loss in of_row.items() if loss is not None}
+            numbers = {task: float(loss) for task, loss in of_row.items() if loss is not None}
+            # NaN is smaller than nothing and larger than nothing: the worst task would be any other one
+            losses = {task: loss for task, loss in numbers.items() if not math.isnan(loss)}
             if losses and losses.keys() >= set(self.tasks):
                 found[int(row["step"])] = losses
         return found
@@ -182,8 +184,12 @@ class Setting:
         return stdev(values) if len(values) > 1 else None
 
     def cost(self, name: str) -> float | None:
-        """Returns the mean of a run's seconds, memory, tokens or flops, None where no run recorded it."""
-        values = [value for run in self.runs if (value := getattr(run, name)) is not None]
+        """Returns the mean of a run's seconds, memory, tokens or flops, None where no run recorded it.
+
+        Runs that did not finish have taken less: they count only where no run finished.
+        """
+        runs = [run for run in self.runs if run.state == "finished"] or self.runs
+        values = [value for run in runs if (value := getattr(run, name)) is not None]
         return fmean(values) if values else None
 
 

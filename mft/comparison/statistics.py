@@ -67,11 +67,16 @@ class Difference:
     """Standard error of the estimate."""
     freedom: float = math.nan
     """Degrees of freedom of the error."""
+    other_rows: bool = False
+    """Whether the two were validated on different rows. Those in common decide; with none (`rows` is 0) the
+    difference is also that of the rows."""
+    other_tokens: bool = False
+    """Whether the two have different tokens in the same rows, as of another tokenizer."""
 
     @property
     def told_apart(self) -> bool:
-        """Whether it is told from zero after the correction; never with one seed."""
-        return self.adjusted_p < 1 - CONFIDENCE
+        """Whether it is told from zero after the correction; never with one seed, or without a row in common."""
+        return self.adjusted_p < 1 - CONFIDENCE and not (self.other_rows and self.rows == 0)
 
 
 @dataclass(frozen=True)
@@ -141,23 +146,35 @@ def _crossed(of_seeds: float, n: int, tasks: Sequence[PairedRows]) -> tuple[floa
 
     of_seeds: the variance of the mean as the seeds show it.
     """
-    of_rows = of_both = 0.0
+    of_rows, freedom_of_rows = _of_rows(tasks)
+    of_both = 0.0
     for task in tasks:
         influence_nN = _influence(task)
         count = influence_nN.shape[1]
         row_N = influence_nN.mean(axis=0)
-        of_rows += float(np.var(row_N, ddof=1)) / count
         of_both += float(np.sum((influence_nN - row_N) ** 2)) / ((n - 1) * (count - 1)) / (n * count)
     # The estimate may be smaller than one of its parts, which only chance can bring about.
     variance = max(of_seeds + of_rows - of_both, of_seeds, of_rows)
-    if of_seeds == 0:
+    if of_seeds + of_rows == 0:
         return variance, math.inf
-    # What makes the variance uncertain are the few seeds: the smaller their part, the more is known of it.
+    # What makes the variance uncertain are mostly the few seeds: the smaller their part, the more is known of it.
     # Satterthwaite's approximation divides by the square of the part, which is itself uncertain: with three
     # seeds its intervals hold the truth in 92 to 96 % of sweeps, these in 94 to 96 %. With two seeds the part
     # is hardly known, and its root keeps to 93 to 98 %, where Satterthwaite falls to 87 %.
     part = of_seeds / (of_seeds + of_rows)
-    return variance, (n - 1) / (part**0.5 if n == 2 else part)
+    of_few = (part**0.5 if n == 2 else part) / (n - 1) + (1 - part) / freedom_of_rows
+    return variance, 1 / of_few
+
+
+def _of_rows(tasks: Sequence[PairedRows]) -> tuple[float, float]:
+    """Returns the variance over rows of a mean over seeds and its degrees of freedom (Satterthwaite)."""
+    counts = [len(task.tokens_N) for task in tasks]
+    parts = [
+        float(np.var(_influence(task).mean(axis=0), ddof=1)) / count
+        for task, count in zip(tasks, counts, strict=True)
+    ]
+    uncertain = sum(part**2 / (count - 1) for part, count in zip(parts, counts, strict=True))
+    return sum(parts), sum(parts) ** 2 / uncertain if uncertain > 0 else math.inf
 
 
 def _influence(task: PairedRows) -> np.ndarray:
@@ -171,7 +188,7 @@ def _influence(task: PairedRows) -> np.ndarray:
 
 def _bootstrap(tasks: Sequence[PairedRows]) -> tuple[float, float, float]:
     """Returns the interval of one pair's difference over draws of rows within each task, and its error."""
-    from scipy.stats import bootstrap
+    from scipy.stats import bootstrap, norm, t
 
     def statistic(*numbers: np.ndarray, axis: int = -1) -> np.ndarray:
         parts = [
@@ -181,15 +198,19 @@ def _bootstrap(tasks: Sequence[PairedRows]) -> tuple[float, float, float]:
         return np.sum(parts, axis=0)
 
     numbers = [np.arange(len(task.tokens_N)) for task in tasks]
-    largest = max(len(task.tokens_N) for task in tasks)
+    held = sum(len(task.tokens_N) for task in tasks)
+    # Draws from few rows vary too little. The level that makes up for it in a mean (Hesterberg 2015, "What
+    # Teachers Should Know About the Bootstrap"): 95.4 % of 100 rows, 96.8 % of 20.
+    _, freedom = _of_rows(tasks)
+    reach = float(t.isf((1 - CONFIDENCE) / 2, freedom)) * math.sqrt(1 + 1 / freedom)
     result = bootstrap(
         numbers,
         statistic,
         n_resamples=RESAMPLES,
-        batch=max(1, 2_000_000 // largest),  # draws held in memory at once
+        batch=max(1, 2_000_000 // held),  # draws held in memory at once
         vectorized=True,
         method="percentile",
-        confidence_level=CONFIDENCE,
+        confidence_level=1 - 2 * float(norm.sf(reach)),
         rng=np.random.default_rng(0),  # the same numbers give the same interval
     )
     interval = result.confidence_interval

@@ -18,7 +18,7 @@ def verdict(comparison: Comparison, setting: Setting) -> str:
     if setting is comparison.reference:
         return "baseline" if comparison.baseline else "highest" if metric.higher else "lowest"
     if difference is None:
-        return "no seed in common"
+        return incomparable(comparison)
     way = "higher" if difference.estimate > 0 else "lower"
     if difference.told_apart:
         return way
@@ -26,6 +26,13 @@ def verdict(comparison: Comparison, setting: Setting) -> str:
         return "not told apart"
     apart = difference.low > 0 or difference.high < 0
     return f"one seed: {way} on these rows" if apart else "one seed: not told apart"
+
+
+def incomparable(comparison: Comparison) -> str:
+    """Returns why a setting with a value has no difference from the reference."""
+    reference = comparison.reference
+    without = reference is not None and not reference.values(comparison.metric)
+    return "baseline without a value" if without else "no seed in common"
 
 
 def sentence(comparison: Comparison) -> str:
@@ -37,57 +44,100 @@ def sentence(comparison: Comparison) -> str:
     if comparison.baseline:
         return _of_baseline(comparison)
     if len(ranked) == 1:
-        return "One setting only: nothing to compare it with."
+        few = "One setting only" if len(comparison.settings) == 1 else "Only one setting has a value"
+        return f"{few}: nothing to compare it with."
     others = [comparison.difference(setting) for setting in ranked[1:]]
     if (winner := comparison.winner) is not None:
         next_one = others[0]
         assert next_one is not None
-        how_sure = f"p = {p_text(next_one.adjusted_p)} after Holm's correction, {next_one.seeds} seeds"
+        pairs = "seeds" if comparison.paired_over == "seeds" else "pairs"
+        how_sure = f"p = {p_text(next_one.adjusted_p)} after Holm's correction, {next_one.seeds} {pairs}"
         return (
             f"{winner.title} is {better} than all others: {by_how_much(next_one)} than the next, {how_sure}."
         )
     if all(other is None or other.seeds == 1 for other in others):
         hint = "Repeat with train.seed=1,2,3 to know how much seeds matter."
-        return f"No winner: the {best} mean is of one seed (n = 1). {hint}"
+        if len(ranked[0].values(comparison.metric)) == 1:
+            return f"No winner: the {best} mean is of one seed (n = 1). {hint}"
+        return f"No winner: no other setting has two seeds in common with the {best}. {hint}"
+    if ahead := [
+        s.title for s, d in zip(ranked[1:], others, strict=True) if _told(comparison, d, better=True)
+    ]:
+        is_ = "is" if len(ahead) == 1 else "are"
+        return (
+            f"No winner: {ranked[0].title} has the {best} mean, but {_some(ahead)} {is_} {better} in pairs "
+            "with it, of the same seeds and validation rows."
+        )
     near = sum(other is None or not other.told_apart for other in others)
     more = "one more is" if near == 1 else f"{near} more are"
     return f"No winner: {more} not told apart from the {best}.{_power(others)}"
 
 
+def _told(comparison: Comparison, difference: Difference | None, better: bool) -> bool:
+    """Whether a setting is told apart from the reference, and better (or worse) than it."""
+    if difference is None or not difference.told_apart:
+        return False
+    return (comparison.metric.sign * difference.estimate < 0) == better
+
+
+def _some(titles: Sequence[str]) -> str:
+    return f"{', '.join(titles[:3])}{' and others' if len(titles) > 3 else ''}"
+
+
 def _of_baseline(comparison: Comparison) -> str:
-    sign, better, worse = comparison.metric.sign, "better", "worse"
-    known = [(s, d) for s in comparison.ranked if (d := comparison.difference(s)) is not None]
-    told = [(setting, d) for setting, d in known if d.told_apart]
-    ahead = [setting.title for setting, d in told if sign * d.estimate < 0]
-    baseline = f"than the baseline ({comparison.baseline})"
-    if not told:
-        what = f"No setting is told apart from the baseline ({comparison.baseline})."
-        return what + _power([d for _, d in known])
-    names = f": {', '.join(ahead[:3])}{' and others' if len(ahead) > 3 else ''}" if ahead else ""
-    behind = f", {len(told) - len(ahead)} {worse}" if len(told) > len(ahead) else ""
-    return f"{len(ahead)} of {len(known)} settings {better}{behind} {baseline}{names}."
+    baseline, reference = f"the baseline ({comparison.baseline})", comparison.reference
+    others = [setting for setting in comparison.ranked if setting is not reference]
+    known = [(s, d) for s in others if (d := comparison.difference(s)) is not None]
+    if not known:
+        if reference is not None and not reference.values(comparison.metric):
+            return f"Nothing to compare with: {baseline} has no value of {comparison.metric.name}."
+        if not others:
+            return f"No other setting than {baseline} has a value of {comparison.metric.name}."
+        return f"No setting that has a value has a seed in common with {baseline}."
+    ahead = [s.title for s, d in known if _told(comparison, d, better=True)]
+    worse = sum(_told(comparison, d, better=False) for _, d in known)
+    apart = len(others) - len(known)
+    left = f" {apart} without a seed in common with it." if apart else ""
+    if not ahead and not worse:
+        return f"No setting is told apart from {baseline}.{_power([d for _, d in known])}{left}"
+    names = f": {_some(ahead)}" if ahead else ""
+    behind = f", {worse} worse" if worse else ""
+    return f"{len(ahead)} of {len(known)} settings better{behind} than {baseline}{names}.{left}"
 
 
 def _power(differences: Sequence[Difference | None]) -> str:
-    """Returns a sentence on the smallest difference that could have been seen, "" where none is known."""
-    known = [d.detectable for d in differences if d is not None and not math.isnan(d.detectable)]
-    seen = "told in 4 of 5 such comparisons"
-    return f" A difference of {min(known):.2g} would have been {seen}." if known else ""
+    """Returns a sentence on what could have been seen of those not told apart, "" where that is not known."""
+    open_ = [d.detectable for d in differences if d is not None and not d.told_apart]
+    known = [value for value in open_ if not math.isnan(value)]
+    if not known:
+        return ""
+    least, most = f"{min(known):.2g}", f"{max(known):.2g}"
+    size = least if least == most else f"{least} to {most}, by setting,"
+    return f" A difference of {size} would have been told in 4 of 5 such comparisons."
 
 
 def by_how_much(difference: Difference) -> str:
     """Returns the size of a difference, without its sign, with its interval."""
     low, high = sorted((abs(difference.low), abs(difference.high)))
-    return f"by {abs(difference.estimate):.4f} [{low:.4f}, {high:.4f}]"
+    digits = decimals(difference)
+    return f"by {abs(difference.estimate):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def decimals(difference: Difference) -> int:
+    """Returns with how many decimals a difference and its interval are written: 4, more where they are small."""
+    ends = (difference.estimate, difference.low, difference.high)
+    size = max(abs(end) for end in ends if not math.isnan(end))
+    return 4 if size >= 0.001 or size == 0 else min(12, 2 - math.floor(math.log10(size)))
 
 
 def signed(difference: Difference | None) -> str:
     """Returns a difference with its interval: "+0.0120 [-0.0010, +0.0250]"; "" where there is none."""
     if difference is None:
         return ""
+    digits = decimals(difference)
     if math.isnan(difference.low):
-        return f"{difference.estimate:+.4f}"
-    return f"{difference.estimate:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+        return f"{difference.estimate:+.{digits}f}"
+    return f"{difference.estimate:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
 
 
 def p_text(p: float) -> str:
@@ -95,12 +145,12 @@ def p_text(p: float) -> str:
     return "" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "<0.001"
 
 
-def covered(differences: Sequence[Difference | None]) -> str:
-    """Returns a sentence on what the intervals take into account."""
+def covered(differences: Sequence[Difference | None], paired_over: str = "seeds") -> str:
+    """Returns a sentence on what the intervals take into account. paired_over: see `Comparison`."""
     kinds = {d.covers for d in differences if d is not None}
     sentences = {
-        Covers.both: "Intervals (95 %) cover the choice of seeds and of validation rows.",
-        Covers.seeds: "Intervals (95 %) cover the choice of seeds, on these validation rows.",
+        Covers.both: f"Intervals (95 %) cover the choice of {paired_over} and of validation rows.",
+        Covers.seeds: f"Intervals (95 %) cover the choice of {paired_over}, on these validation rows.",
         Covers.rows: "With one seed, intervals (95 %) cover the choice of validation rows only.",
         Covers.nothing: "Without an interval: one seed, and the losses of single rows are not known.",
     }

@@ -173,3 +173,156 @@ def test_the_front_is_what_nothing_beats() -> None:
 def test_what_no_run_has_is_refused(given: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         compare([*seeds("a", 1.0, 1.1), *seeds("b", 2.0, 2.1)], "here", **given)  # type: ignore[arg-type]
+
+
+def test_the_best_mean_of_other_seeds_is_no_winner() -> None:
+    """Seeds 1 and 2 are easy, and only one setting has them: in pairs it is the worse one."""
+    runs = [*seeds("a", 1.0, 1.001, 3.0, 3.002, 3.001)]
+    runs += [run({"a": 2.9}, seed, loss="b") for seed in (3, 4, 5)]
+    result = compare(runs, "here")
+    assert result.ranked[0].title == "loss=a" and result.winner is None
+    assert "loss=a has the lowest mean, but loss=b is lower in pairs with it" in sentence(result)
+    assert any("Not all settings have the same seeds" in note for note in result.notes)
+
+
+def test_runs_without_a_value_are_named() -> None:
+    runs = [*seeds("a", 1.0, 1.1, float("inf")), *seeds("b", 2.0, 2.1, 2.2)]
+    for row in runs[2].rows:
+        row["valid/loss/a"] = float("inf")
+    notes = compare(runs, "here").notes
+    assert any("not counted in their settings: a-3 (finished)." in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "others", "said", "word"),
+    [
+        ([], seeds("b", 1.0), "the baseline (loss=a) has no value of mean", "baseline without a value"),
+        (seeds("a", 1.0), [run({"a": 2.0}, 2, loss="b")], "has a seed in common", "no seed in common"),
+    ],
+)
+def test_a_baseline_that_nothing_can_be_compared_with_is_told(
+    baseline: list[Run], others: list[Run], said: str, word: str
+) -> None:
+    empty = Run("empty", {"loss": "a", "train.seed": "9", "data.paths": "[]"}, [], "running")
+    result = compare([*(baseline or [empty]), *others], "here", baseline="loss=a")
+    (other,) = [setting for setting in result.settings if setting.keys["loss"] == "b"]
+    assert said in sentence(result) and verdict(result, other) == word
+
+
+def test_words_fit_the_number_of_values_and_seeds() -> None:
+    empty = Run("empty", {"loss": "c", "train.seed": "1", "data.paths": "[]"}, [], "running")
+    assert sentence(compare([*seeds("a", 1.0), empty], "here")).startswith("Only one setting has a value")
+    apart = [*seeds("a", 1.0, 1.1), *(run({"a": 2.0}, seed, loss="b") for seed in (2, 3))]
+    assert "no other setting has two seeds in common with the lowest" in sentence(compare(apart, "here"))
+
+
+def with_rows(folder: Path, shift: int = 0, longer: int = 1, **values: str) -> list[Run]:
+    """Returns two settings on three seeds, whose second one has other keys or tokens of its 60 rows."""
+    random, runs = np.random.default_rng(0), []
+    tokens_N, hard_N = random.integers(5, 50, 60).astype(float), random.normal(2.0, 0.5, 60)
+    for loss, worse in (("a", 0.0), ("b", 0.05)):
+        for seed in (1, 2, 3):
+            of_b = loss == "b"
+            row_N, own_N = np.arange(60) + shift * of_b, tokens_N * (longer if of_b else 1)
+            loss_N = (hard_N + worse + random.normal(0, 0.001) + random.normal(0, 0.02, 60)) * own_N
+            place = folder / f"{loss}{seed}"
+            runs.append(
+                run(write_rows(place, 20, x=(row_N, own_N, loss_N)), seed, place, loss=loss, **values)
+            )
+    return runs
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_other_tokens_of_the_same_rows_leave_the_interval_around_the_difference(
+    seeds: int, tmp_path: Path
+) -> None:
+    """Of twice as many tokens, loss sums are twice as large: their difference would be one of length."""
+    same, longer = (
+        compare([r for r in with_rows(tmp_path / str(n), longer=n) if (r.seed or 0) <= seeds], "here")
+        for n in (1, 2)
+    )
+    known, found = same.difference(same.settings[1]), longer.difference(longer.settings[1])
+    assert known is not None and found is not None
+    assert (found.low, found.estimate, found.high) == pytest.approx(
+        (known.low, known.estimate, known.high), abs=1e-6
+    )
+    assert found.other_tokens and not known.other_tokens
+    assert any("other tokens of the same rows" in note for note in longer.notes) and same.notes == []
+
+
+@pytest.mark.parametrize(
+    ("shift", "said"), [(10, "differences are of the rows in common"), (60, "are of the rows as well")]
+)
+def test_other_validation_rows_are_told(shift: int, said: str, tmp_path: Path) -> None:
+    result = compare(with_rows(tmp_path, shift), "here")
+    assert any(said in note for note in result.notes)
+    assert result.winner is None, "a difference of rows is no winner's"
+
+
+def test_other_data_without_losses_of_rows_is_told() -> None:
+    runs = [
+        run({"a": 1 + i + s / 10}, s, loss=x, **{"data fingerprint": x})
+        for i, x in enumerate("ab")
+        for s in (1, 2)
+    ]
+    assert any(
+        "whether the validation rows were the same is not known" in n for n in compare(runs, "h").notes
+    )
+
+
+def test_other_keys_that_pair_runs_are_not_called_seeds() -> None:
+    """One seed each: what the interval covers is the choice of the learning rate."""
+    noise = iter((0.0, 0.0, 0.1, 0.101, 0.2, 0.202))
+    runs = [run({"a": 1 + next(noise) + i}, lr=lr, loss=x) for lr in "123" for i, x in enumerate("ab")]
+    result = compare(runs, "here", by=["loss"])
+    assert "correction, 3 pairs." in sentence(result)
+    assert "the choice of lr, on these" in covered(result.differences, result.paired_over)
+    more = [run({"a": 1 + i}, 2, lr="1", loss=x) for i, x in enumerate("ab")]
+    assert compare([*runs, *more], "here", by=["loss"]).paired_over == "seeds and lr"
+
+
+def test_a_metric_of_whole_runs_ranks_runs_on_one_task_as_well() -> None:
+    """There is no accuracy of single-task runs put together: as a baseline they would leave nothing to say."""
+    runs = [run({t: 1.0}, s, task=f"[{t}]") for t in "ab" for s in (1, 2)]
+    runs += [run({"a": 1.0, "b": 1.0}, s, task="[a,b]") for s in (1, 2)]
+    for place, one in enumerate(runs):
+        one.metrics["mmlu/acc"] = 0.5 + place // 2 / 10 + place % 2 / 1000
+    result = compare(runs, "here", ["mmlu/acc"])
+    assert not result.baseline and len(result.ranked) == 3 and result.winner is result.ranked[0]
+    assert result.ranked[0].keys == {"task": "[a,b]"} and "is higher than all others" in sentence(result)
+
+
+def test_small_differences_are_written_with_their_digits() -> None:
+    runs = [*seeds("a", 1.0, 2.0, 3.0), *seeds("b", 1 + 1e-5, 2 + 1.01e-5, 3 + 1.02e-5)]
+    assert "by 0.0000101 [0.0000099, 0.0000103]" in sentence(compare(runs, "here"))
+
+
+def test_what_could_have_been_told_is_of_the_settings_that_were_not() -> None:
+    """One setting is close to the best in every seed and told apart, the other two are not."""
+    runs = [*seeds("a", 1.0, 1.1, 1.2), *seeds("b", 1.5, 1.6001, 1.7)]
+    runs += [*seeds("c", 1.6, 1.5, 1.9), *seeds("d", 1.6, 2.9, 1.1)]
+    result = compare(runs, "here")
+    _, *open_ = [d.detectable for d in result.differences if d is not None]
+    assert f"{min(open_):.2g} to {max(open_):.2g}, by setting, would have been told" in sentence(result)
+
+
+def test_a_validation_with_a_loss_that_is_no_number_does_not_count() -> None:
+    one = run({"a": 2.0, "b": 1.0})
+    one.rows[2]["valid/loss/a"] = float("nan")  # the best one, whose worst loss would be that of b
+    (setting,) = compare([one], "here", ["worst"]).settings
+    assert setting.mean(Metric("worst")) == pytest.approx(2.1)
+
+
+def test_of_many_settings_it_is_told_that_rows_are_read_of_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = with_rows(tmp_path) + [run({"x": 3.0}, seed, loss="c") for seed in (1, 2, 3)]
+    for most, told in ((2, True), (3, False)):
+        monkeypatch.setattr("mft.comparison.compare.DETAILED", most)
+        notes = compare(runs, "here").notes
+        assert told == any(f"read of the best {most} settings; others" in note for note in notes)
+
+
+def test_runs_that_training_made_worse_are_counted() -> None:
+    runs = [*seeds("a", 1.0, 1.1), *seeds("b", 9.0)]
+    assert "The best validation of 1 run is the one before training." in compare(runs, "here").notes

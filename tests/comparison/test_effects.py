@@ -63,3 +63,16 @@ def test_keys_that_change_together_are_not_told_apart() -> None:
 
 def test_nothing_is_said_of_too_few_runs() -> None:
     assert effects(compare([run({"a": 1.0}, loss="a"), run({"a": 2.0}, loss="b")], "here"))[0] == []
+
+
+def test_no_effect_is_made_up_where_a_value_comes_only_with_one_of_another_key() -> None:
+    """tau is "-" where loss is mean: what of the 0.3 is of which key is not in the runs."""
+    lines = (("mean", "-", 0.3), ("coba", "1", 0.0), ("coba", "2", 0.1))
+    runs = [
+        run({"a": 1 + more + seed / 1000}, seed, loss=loss, loss__tau=tau)
+        for loss, tau, more in lines
+        for seed in (1, 2, 3)
+    ]
+    by_key = {effect.key: effect for effect in effects(compare(runs, "here"))[0]}
+    assert by_key["loss.tau"].share > 0.05 and by_key["loss.tau"].p < 0.001
+    assert by_key["loss.tau"].levels == by_key["loss"].levels == () and by_key["train.seed"].levels

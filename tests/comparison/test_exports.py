@@ -75,3 +75,22 @@ def test_the_terminal_has_a_row_for_the_model_before_training(comparison: Compar
     assert [len(row) for row in rows] == [len(head)] * 3
     assert rows[2][1] == "before training" and rows[2][3] == "4.0000" and rows[1][-1] == "higher"
     assert re.fullmatch(r"\+0\.02\d\d \[\+0\.02\d\d, \+0\.02\d\d\]", rows[1][5])
+
+
+def test_a_baseline_of_single_task_runs_is_in_the_json_as_well() -> None:
+    runs = [run({task: 1.0 + seed}, seed, task=f"[{task}]") for task in "ab" for seed in (1, 2)]
+    runs += [run({"a": 0.9, "b": 2.2 + seed}, seed, task="[a,b]") for seed in (1, 2)]
+    content = compare_json.content(compare(runs, "here"))
+    single = content["single_tasks"]
+    assert len(content["runs"]) == 6 and single["mean"] == {"mean": 2.5} and single["seconds"] == 20.0
+    assert single["losses"] == {"a": 2.5, "b": 2.5}
+
+
+def test_the_row_before_training_has_every_loss_that_is_asked_for() -> None:
+    runs = [run({"x": 1.0, "y": 2.0}, seed, loss=loss) for loss in "ab" for seed in (1, 2)]
+    runs[0].rows[0]["valid/loss/y"] = 5.0
+    head, rows = ranked_table.text_table(compare(runs, "here", ["y", "worst", "mean"]))
+    assert (
+        dict(zip(head, rows[-1], strict=True)).items()
+        >= {"y": "4.2500", "worst": "4.2500", "x": "4.0000"}.items()
+    )

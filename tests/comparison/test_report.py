@@ -15,6 +15,7 @@ import pytest
 from mft.comparison import report
 from mft.comparison.compare import Comparison, compare
 from mft.comparison.page.svg import INK, Canvas, short
+from mft.comparison.page.tested import losses_beside
 from mft.runs.results import Run
 from tests.browser import CHROMIUM, MISSING, page
 from tests.comparison.made_grids import TASKS, grid, made_run, search
@@ -150,6 +151,40 @@ def test_no_picture_says_nothing(tmp_path: Path) -> None:
     page = written(compare(one_value, "one run"), tmp_path)
     assert page.all("svg") == []
     assert "One setting only" in page.text
+
+
+def test_keys_that_cannot_be_told_apart_have_no_picture_and_are_named(tmp_path: Path) -> None:
+    lines = (("mean", "-", 0.3), ("coba", "1", 0.0), ("coba", "2", 0.1))
+    runs = [
+        made_run({"loss": x, "loss.tau": tau}, {"docs": 1 + d + s / 100}, s)
+        for x, tau, d in lines
+        for s in (1, 2)
+    ]
+    page = written(compare(runs, "a study"), tmp_path)
+    assert not any("effect of" in (attributes.get("aria-label") or "") for attributes in page.all("svg"))
+    assert "Not told from other keys" in page.text
+
+
+def test_test_and_validation_losses_are_of_the_same_runs_or_a_note_says_so() -> None:
+    """Of three seeds one is tested, and that one, which happens to be the worst, at another step."""
+    runs = [made_run({"loss": "mean"}, {"docs": loss}, seed, test={}) for seed, loss in ((1, 1.0), (2, 1.2))]
+    runs.append(made_run({"loss": "mean"}, {"docs": 2.0}, 3, test={"docs": 2.1}))
+    comparison = compare(runs, "a study")
+    assert losses_beside(comparison.settings[0], ["docs"]) == pytest.approx((2.0, 2.1), abs=0.01)
+    assert not any("another step" in note for note in comparison.notes)
+    runs[2].test_step = 8
+    assert any("Test losses of 1 run are of another step" in n for n in compare(runs, "a study").notes)
+
+
+def test_a_run_that_did_not_finish_is_named_and_costs_nothing(tmp_path: Path) -> None:
+    runs = grid(rates=("0.001",))
+    runs += [made_run({"loss": "mean"}, {task: 1.1}, seed) for task in TASKS for seed in (1, 2, 3)]
+    runs[0].state, runs[0].seconds, runs[-1].state = "stopped", 1.0, "killed"
+    comparison = compare(runs, "mixes")
+    page = written(comparison, tmp_path)
+    assert "ranked by what they have: mean · 0.001 · s1 (stopped), mean · s3 (killed)" in page.text
+    assert "6 in 2 settings, and 9 of the baseline" in page.text
+    assert all((setting.cost("seconds") or 0) > 80 for setting in comparison.settings)
 
 
 def test_a_search_has_its_pictures_and_no_grid_of_single_cells(tmp_path: Path) -> None:

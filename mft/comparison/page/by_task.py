@@ -10,7 +10,7 @@ from mft.comparison.page.differences import name_of
 from mft.comparison.page.ranked import measured, table_tasks
 from mft.comparison.page.table import Cell, Head, Table
 from mft.comparison.statistics import Difference
-from mft.comparison.verdicts import p_text, signed
+from mft.comparison.verdicts import decimals, p_text, signed
 
 MOST_LINES = 100
 """Settings in the table, the best first."""
@@ -61,4 +61,4 @@ def _coloured(difference: Difference | None, loss: float | None, largest: float)
     hint = f"{100 * share:+.2f} %; {signed(difference)}"
     p = p_text(difference.adjusted_p)
     hint += f"; p = {p} after Holm's correction over tasks" if p else ""
-    return Cell(f"{difference.estimate:+.4f}", difference.estimate, css, hint)
+    return Cell(f"{difference.estimate:+.{decimals(difference)}f}", difference.estimate, css, hint)

@@ -33,7 +33,9 @@ class Facts:
 def facts(comparison: Comparison) -> Facts:
     """Returns the facts of all runs of a comparison, those of the baseline as well."""
     runs = every_run(comparison)
-    result = Facts(len(runs), [("runs", f"{len(runs):,} in {len(comparison.settings):,} settings")])
+    ranked = len(comparison.runs)
+    beside = f", and {len(runs) - ranked:,} of the baseline" if len(runs) > ranked else ""
+    result = Facts(len(runs), [("runs", f"{ranked:,} in {len(comparison.settings):,} settings{beside}")])
     started = sorted(str(run.facts["started"]) for run in runs if run.facts.get("started"))
     if started:
         first, last = started[0][:16], started[-1][:16]

@@ -37,8 +37,9 @@ def main_effects(found: tuple[list[Effect], float], comparison: Comparison, canv
     """
     keys, rest = found
     swept = [effect for effect in keys if effect.key != SEED]
-    drawn = [effect for effect in swept if len(effect.levels) <= MOST_VALUES][:MOST_KEYS]
-    if len(swept) < 2 or not drawn:
+    known = [effect for effect in swept if effect.levels]
+    drawn = [effect for effect in known if len(effect.levels) <= MOST_VALUES][:MOST_KEYS]
+    if len(swept) < 2 or not any(effect.share for effect in swept):
         return None
     name = comparison.metric.name
     largest = _reach(drawn)
@@ -57,9 +58,11 @@ def main_effects(found: tuple[list[Effect], float], comparison: Comparison, canv
         "all, the other keys being equal; line: 95 % interval.",
         "The variance that no key explains is of seeds, and of keys that change each other's effect.",
     ]
-    if len(drawn) < len(swept):
-        few = f"{len(drawn)} of {len(swept)} keys, those that explain most"
+    if len(drawn) < len(known):
+        few = f"{len(drawn)} of {len(known)} keys, those that explain most"
         text.append(f"{few}; keys with more than {MOST_VALUES} values have no picture.")
+    if together := [effect.key for effect in swept if not effect.levels]:
+        text.append(f"Not told from other keys, with which values change together: {', '.join(together)}.")
     return Section("What each key does", text, pictures)
 
 

@@ -76,12 +76,13 @@ class _Columns:
     def heads(self) -> list[Head]:
         metric, against = self.comparison.metric, _against(self.comparison)
         way, group = ("higher" if metric.higher else "lower"), metric.name
+        over = self.comparison.paired_over
         heads = [Head("setting", "", False, "setting"), Head("rank", "", True, "setting")]
         heads += [Head(key, "", False, "setting") for key in self.keys]
         heads += [
-            Head("n", "runs with a value", True, group),
-            Head("mean ± spread", f"over seeds, standard deviation; {way} is better", True, group),
-            Head("difference [95 %]", f"from {against}, paired by seed, with its interval", True, group),
+            Head("n", f"{over} with a value", True, group),
+            Head("mean ± spread", f"over {over}, standard deviation; {way} is better", True, group),
+            Head("difference [95 %]", f"from {against}, in pairs, with its interval", True, group),
             Head("p", "two-sided, after Holm's correction", True, group),
             Head("detectable", "smallest true difference told from zero in 4 of 5 cases", True, group),
             Head("verdict", "", False, group),
@@ -93,7 +94,7 @@ class _Columns:
             over = f"mean over {len(self.tested)} tasks" if len(self.tested) > 1 else self.tested[0]
             heads += [
                 Head(over, "", True, group),
-                Head("gap", "test minus validation, same tasks", True, group),
+                Head("gap", "test minus validation, of the same tasks and runs", True, group),
             ]
             heads += [Head(task, "", True, group) for task in self.tested if len(self.tested) > 1]
         if self.front:
@@ -171,7 +172,7 @@ def _difference_cells(difference: Difference | None) -> list[Cell]:
     if difference is None:
         return [Cell("")] * 3
     p = difference.adjusted_p
-    about = f"{difference.seeds} paired seeds"
+    about = "1 pair" if difference.seeds == 1 else f"{difference.seeds} pairs"
     if difference.rows:
         about += f", {difference.rows:,} paired validation rows"
     return [

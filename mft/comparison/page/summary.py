@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from mft.comparison.compare import Comparison
 from mft.comparison.multitask import MultiTask
 from mft.comparison.page.differences import name_of
+from mft.comparison.page.facts import every_run
 from mft.comparison.page.tested import losses_beside, test_tasks
 from mft.comparison.page.units import COSTS, number
 from mft.comparison.settings import Setting
-from mft.comparison.verdicts import covered, p_text, sentence
+from mft.comparison.verdicts import covered, decimals, incomparable, p_text, sentence
 
 MOST_NAMED = 5
 """Names in a sentence."""
@@ -39,7 +40,8 @@ class Summary:
 
 def summary(comparison: Comparison, accounts: Sequence[MultiTask]) -> Summary:
     """Returns what the first screen says. accounts: what `multitask.multitask` returns."""
-    notes = [covered(comparison.differences), *comparison.notes, *unfinished(comparison)]
+    kinds = covered(comparison.differences, comparison.paired_over)
+    notes = [kinds, *comparison.notes, *unfinished(comparison)]
     best, other = _pair(comparison)
     tiles = [] if best is None else [_setting(comparison, best)]
     if best is not None and other is not None:
@@ -50,7 +52,7 @@ def summary(comparison: Comparison, accounts: Sequence[MultiTask]) -> Summary:
 
 def unfinished(comparison: Comparison) -> list[str]:
     """Returns a sentence on runs that may still change, or have seen less data than the others."""
-    runs = [run for run in comparison.runs if run.state != "finished"]
+    runs = [run for run in every_run(comparison) if run.state != "finished"]
     if not runs:
         return []
     names = ", ".join(f"{run.name} ({run.state})" for run in runs[:MOST_NAMED])
@@ -70,7 +72,8 @@ def _pair(comparison: Comparison) -> tuple[Setting | None, Setting | None]:
 def _setting(comparison: Comparison, best: Setting) -> Tile:
     metric = comparison.metric
     values, spread = best.values(metric), best.spread(metric)
-    seeds = f"{len(values)} seeds" if len(values) > 1 else "1 seed"
+    word = "seed" if comparison.paired_over == "seeds" else "pair"
+    seeds = f"{len(values)} {word}s" if len(values) > 1 else f"1 {word}"
     value = f"{number(best.mean(metric))}{f' ± {number(spread)}' if spread is not None else ''}"
     keys = [(key, value, "") for key, value in best.keys.items()]
     what = f"{'highest' if metric.higher else 'lowest'} {metric.name}: {value}, {seeds}"
@@ -83,22 +86,23 @@ def _difference(comparison: Comparison, best: Setting, other: Setting) -> Tile:
     title = "Against the baseline" if comparison.baseline else "Against the next"
     remark = f"{name_of(other)}: {number(other.mean(comparison.metric))}"
     if known is None:
-        return Tile(title, "not comparable", f"{remark}; no seed in common")
+        return Tile(title, "not comparable", f"{remark}; {incomparable(comparison)}")
     ends = known.estimate, known.low, known.high
     # Without a baseline, differences are those of the others from the best.
     estimate, low, high = ends if comparison.baseline else (0 - ends[0], 0 - ends[2], 0 - ends[1])
-    lines = []
+    lines, digits = [], decimals(known)
     if not math.isnan(low):
-        lines.append(("95 % interval", f"{low:+.4f} to {high:+.4f}", ""))
+        lines.append(("95 % interval", f"{low:+.{digits}f} to {high:+.{digits}f}", ""))
     if p := p_text(known.adjusted_p):
         lines.append(("p after Holm", p, ""))
-    lines.append(("paired seeds", str(known.seeds), ""))
+    seeds = comparison.paired_over == "seeds"
+    lines.append(("paired seeds" if seeds else "pairs", str(known.seeds), ""))
     if known.rows:
         lines.append(("paired rows", f"{known.rows:,}", ""))
     if detectable := number(known.detectable):
         lines.append(("detectable", detectable, ""))
     sure = "told apart" if known.told_apart else "not told apart" if known.seeds > 1 else "one seed"
-    by = f"{estimate:+.4f}, {sure}" if estimate else "no difference"
+    by = f"{estimate:+.{digits}f}, {sure}" if estimate else "no difference"
     return Tile(title, by, remark, lines)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -62,10 +61,16 @@ def test_tasks(comparison: Comparison) -> list[str]:
 
 
 def losses_beside(setting: Setting, tasks: Sequence[str]) -> tuple[float, float] | None:
-    """Returns the mean validation and test loss over tasks; None where one of them is not known."""
-    test = [test_loss(setting, task) for task in tasks]
-    valid = [setting.mean(Metric(task)) for task in tasks]
-    known = [loss for loss in test if loss is not None]
-    if not tasks or len(known) < len(tasks) or any(map(math.isnan, valid)):
-        return None
-    return fmean(valid), fmean(known)
+    """Returns the mean validation and test loss over tasks; None where one of them is not known.
+
+    Both are of the runs that have both: a run that goes on has no test yet.
+    """
+    valid, test = [], []
+    for task in tasks:
+        runs = [(one.value(Metric(task)), one.run.test.get(task)) for one in setting.judged]
+        known = [(mine, other) for mine, other in runs if mine is not None and other is not None]
+        if not known:
+            return None
+        valid.append(fmean(mine for mine, _ in known))
+        test.append(fmean(other for _, other in known))
+    return (fmean(valid), fmean(test)) if tasks else None
