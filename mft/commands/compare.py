@@ -56,15 +56,16 @@ def command(arguments: Sequence[str]) -> None:
         raise UserError("mft compare needs a folder or the name of an MLflow experiment.")
     from mft.comparison import compare_json, ranked_table, report
     from mft.comparison.compare import compare
+    from mft.comparison.notes import notes
     from mft.comparison.verdicts import covered, sentence
     from mft.runs.other_tools import add_results
     from mft.runs.places import at
 
     metrics, by = ([name for name in text.split(",") if name] for text in (parsed.metric, parsed.group_by))
-    runs, notes = at(places, parsed.uri or [], metrics)
+    runs, twice = at(places, parsed.uri or [], metrics)
     if not runs:
         raise UserError(f"There is no run in {', '.join(places)}.")
-    for note in [*notes, *(add_results(runs, results) for results in parsed.results or ())]:
+    for note in [*twice, *(add_results(runs, results) for results in parsed.results or ())]:
         say(note)
     title, better = ", ".join(places), "higher" if parsed.higher else parsed.better or ""
     comparison = compare(runs, title, metrics or ["mean"], by, better, parsed.baseline)
@@ -74,7 +75,7 @@ def command(arguments: Sequence[str]) -> None:
     console().print(table(f"{len(runs)} runs, {settings} settings", head, rows, numbers=numbers))
     for line in filter(
         None,
-        (sentence(comparison), covered(comparison.differences, comparison.paired_over), *comparison.notes),
+        (sentence(comparison), covered(comparison.differences, comparison.paired_over), *notes(comparison)),
     ):
         say(line)
     unfinished = [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]

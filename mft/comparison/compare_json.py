@@ -13,6 +13,7 @@ from mft.comparison.baseline import SingleTasks
 from mft.comparison.compare import Comparison
 from mft.comparison.effects import effects
 from mft.comparison.multitask import MultiTask, losses_of, multitask
+from mft.comparison.notes import notes
 from mft.comparison.settings import Judged, Metric, Setting
 from mft.comparison.statistics import CONFIDENCE, Difference
 from mft.comparison.verdicts import sentence, verdict
@@ -52,7 +53,7 @@ def content(comparison: Comparison) -> dict[str, Any]:
             "reference": reference.title if reference else None,
             "winner": winner.title if winner else None,
             "sentence": sentence(comparison),
-            "notes": comparison.notes,
+            "notes": notes(comparison),
             "single_tasks": _single_tasks(comparison),
             "settings": [_setting(comparison, i, account) for i, account in enumerate(accounts)],
             "before_training": comparison.base,

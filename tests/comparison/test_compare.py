@@ -10,6 +10,7 @@ import pytest
 
 from mft.comparison.compare import compare
 from mft.comparison.multitask import front, multitask
+from mft.comparison.notes import notes
 from mft.comparison.settings import Metric
 from mft.comparison.statistics import Covers
 from mft.comparison.verdicts import covered, sentence, verdict
@@ -123,7 +124,7 @@ def test_rows_are_paired_across_task_sets_and_seeds(tmp_path: Path) -> None:
     assert (
         mean.tasks == ["x"]
         and mean.other_tasks == {"y": 1, "z": 1}
-        and any("left out: y (1 of 2 runs), z (1 of 2 runs)" in n for n in mean.notes)
+        and any("left out: y (1 of 2 runs), z (1 of 2 runs)" in n for n in notes(mean))
     )
 
 
@@ -182,15 +183,15 @@ def test_the_best_mean_of_other_seeds_is_no_winner() -> None:
     result = compare(runs, "here")
     assert result.ranked[0].title == "loss=a" and result.winner is None
     assert "loss=a has the lowest mean, but loss=b is lower in pairs with it" in sentence(result)
-    assert any("Not all settings have the same seeds" in note for note in result.notes)
+    assert any("Not all settings have the same seeds" in note for note in notes(result))
 
 
 def test_runs_without_a_value_are_named() -> None:
     runs = [*seeds("a", 1.0, 1.1, float("inf")), *seeds("b", 2.0, 2.1, 2.2)]
     for row in runs[2].rows:
         row["valid/loss/a"] = float("inf")
-    notes = compare(runs, "here").notes
-    assert any("not counted in their settings: a-3 (finished)." in note for note in notes)
+    said = notes(compare(runs, "here"))
+    assert any("not counted in their settings: a-3 (finished)." in note for note in said)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_other_tokens_of_the_same_rows_leave_the_interval_around_the_difference(
         (known.low, known.estimate, known.high), abs=1e-6
     )
     assert found.other_tokens and not known.other_tokens
-    assert any("other tokens of the same rows" in note for note in longer.notes) and same.notes == []
+    assert any("other tokens of the same rows" in note for note in notes(longer)) and notes(same) == []
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_other_tokens_of_the_same_rows_leave_the_interval_around_the_difference(
 )
 def test_other_validation_rows_are_told(shift: int, said: str, tmp_path: Path) -> None:
     result = compare(with_rows(tmp_path, shift), "here")
-    assert any(said in note for note in result.notes)
+    assert any(said in note for note in notes(result))
     assert result.winner is None, "a difference of rows is no winner's"
 
 
@@ -266,7 +267,7 @@ def test_other_data_without_losses_of_rows_is_told() -> None:
         for s in (1, 2)
     ]
     assert any(
-        "whether the validation rows were the same is not known" in n for n in compare(runs, "h").notes
+        "whether the validation rows were the same is not known" in n for n in notes(compare(runs, "h"))
     )
 
 
@@ -319,10 +320,10 @@ def test_of_many_settings_it_is_told_that_rows_are_read_of_the_best(
     runs = with_rows(tmp_path) + [run({"x": 3.0}, seed, loss="c") for seed in (1, 2, 3)]
     for most, told in ((2, True), (3, False)):
         monkeypatch.setattr("mft.comparison.compare.DETAILED", most)
-        notes = compare(runs, "here").notes
-        assert told == any(f"read of the best {most} settings; others" in note for note in notes)
+        said = notes(compare(runs, "here"))
+        assert told == any(f"read of the best {most} settings; others" in note for note in said)
 
 
 def test_runs_that_training_made_worse_are_counted() -> None:
     runs = [*seeds("a", 1.0, 1.1), *seeds("b", 9.0)]
-    assert "The best validation of 1 run is the one before training." in compare(runs, "here").notes
+    assert "The best validation of 1 run is the one before training." in notes(compare(runs, "here"))

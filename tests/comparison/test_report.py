@@ -14,6 +14,7 @@ import pytest
 
 from mft.comparison import report
 from mft.comparison.compare import Comparison, compare
+from mft.comparison.notes import notes
 from mft.comparison.page.svg import INK, Canvas, short
 from mft.comparison.page.tested import losses_beside
 from mft.runs.results import Run
@@ -171,9 +172,9 @@ def test_test_and_validation_losses_are_of_the_same_runs_or_a_note_says_so() -> 
     runs.append(made_run({"loss": "mean"}, {"docs": 2.0}, 3, test={"docs": 2.1}))
     comparison = compare(runs, "a study")
     assert losses_beside(comparison.settings[0], ["docs"]) == pytest.approx((2.0, 2.1), abs=0.01)
-    assert not any("another step" in note for note in comparison.notes)
+    assert not any("another step" in note for note in notes(comparison))
     runs[2].test_step = 8
-    assert any("Test losses of 1 run are of another step" in n for n in compare(runs, "a study").notes)
+    assert any("Test losses of 1 run are of another step" in n for n in notes(compare(runs, "a study")))
 
 
 def test_a_run_that_did_not_finish_is_named_and_costs_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from mft.comparison.compare import Comparison
 from mft.comparison.multitask import MultiTask
+from mft.comparison.notes import notes
 from mft.comparison.page.differences import name_of
 from mft.comparison.page.facts import every_run
 from mft.comparison.page.tested import losses_beside, test_tasks
@@ -41,13 +42,13 @@ class Summary:
 def summary(comparison: Comparison, accounts: Sequence[MultiTask]) -> Summary:
     """Returns what the first screen says. accounts: what `multitask.multitask` returns."""
     kinds = covered(comparison.differences, comparison.paired_over)
-    notes = [kinds, *comparison.notes, *unfinished(comparison)]
+    said = [kinds, *notes(comparison), *unfinished(comparison)]
     best, other = _pair(comparison)
     tiles = [] if best is None else [_setting(comparison, best)]
     if best is not None and other is not None:
         tiles += [_difference(comparison, best, other), _cost(best, other)]
         tiles += _tasks(comparison, accounts, best, other)
-    return Summary(sentence(comparison), tiles, [note for note in notes if note])
+    return Summary(sentence(comparison), tiles, [note for note in said if note])
 
 
 def unfinished(comparison: Comparison) -> list[str]:
