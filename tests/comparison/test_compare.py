@@ -319,7 +319,8 @@ def test_of_many_settings_it_is_told_that_rows_are_read_of_the_best(
 ) -> None:
     runs = with_rows(tmp_path) + [run({"x": 3.0}, seed, loss="c") for seed in (1, 2, 3)]
     for most, told in ((2, True), (3, False)):
-        monkeypatch.setattr("mft.comparison.compare.DETAILED", most)
+        for module in ("compare", "notes"):
+            monkeypatch.setattr(f"mft.comparison.{module}.DETAILED", most)
         said = notes(compare(runs, "here"))
         assert told == any(f"read of the best {most} settings; others" in note for note in said)
 
