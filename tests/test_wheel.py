@@ -43,7 +43,7 @@ assert cfg.loss._target_ == "mft.loss.means.TokenMean" and cfg.train.max_steps =
     assert done.stdout.strip() == str(site / "mft" / "conf")
     names = zipfile.ZipFile(wheel).namelist()
     assert "hydra_plugins/mft_launcher.py" in names and "mft/conf/loss/task_token_mean.yaml" in names
-    page = {f"mft/runs/page/{name}" for name in ("report.html", "report.css", "sort.js")}
+    page = {f"mft/comparison/page/{name}" for name in ("report.html", "report.css", "sort.js")}
     assert page <= set(names)
     inside = {name.removeprefix("mft/conf/") for name in names if name.startswith("mft/conf/")}
     here = {

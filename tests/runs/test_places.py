@@ -99,7 +99,9 @@ def test_a_store_tells_of_a_run_what_its_folder_tells(uri: str) -> None:
     folder = leave(Path("runs/a"))
     send(folder, uri)
     (here,), (there,) = at(["runs"])[0], at(["one"])[0]
-    assert there.store == uri and here.store == "" and there.where == "one/a" and here.where == "runs/a"
+    assert (
+        there.store == uri and here.store == "" and there.where == "one/coba · s2" and here.where == "runs/a"
+    )
     assert there.folder == folder.resolve() and here.folder == folder
     for run in (here, there):
         assert (run.name, run.seed, run.state, run.tasks) == ("coba · s2", 2, "finished", ["c++", "sql"])
@@ -154,8 +156,9 @@ def test_an_experiment_is_looked_for_in_every_store(uri: str, empty_store: Path)
     send(leave(Path("runs/a")), uris[0])
     send(leave(Path("runs/b"), seed=3), uris[1])
     send(leave(Path("runs/c"), seed=4), uris[1], "two")
-    assert sorted(run.where for run in at(["one"], uris).runs) == ["one/a", "one/b"]
-    assert [run.where for run in at(["two"], uris).runs] == ["two/c"]
+    found = at(["one"], uris).runs
+    assert {run.place for run in found} == {f"{Path('runs', name).resolve()} {'2' * 40}" for name in "ab"}
+    assert [run.where for run in at(["two"], uris).runs] == ["two/coba · s2"]
     with pytest.raises(UserError, match=r"tow is neither a folder nor an experiment of .*; did you mean two"):
         at(["tow"], uris)
 

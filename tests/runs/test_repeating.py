@@ -69,6 +69,7 @@ def test_a_run_of_ones_own_yaml_with_names_that_a_shell_would_read_otherwise(tmp
     assert again != new
 
 
+@pytest.mark.long
 def test_a_job_of_a_search(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     work = two_tasks(tmp_path / "work")
