@@ -76,7 +76,18 @@ class Comparison:
         if len(ranked) < 2 or self.reference is not ranked[0] or self.baseline:
             return None
         others = [self.difference(setting) for setting in ranked[1:]]
-        return ranked[0] if all(other is not None and other.told_apart for other in others) else None
+        told = all(other is not None and other.told_apart for other in others)
+        return ranked[0] if told and not self.ahead else None
+
+    @property
+    def ahead(self) -> list[Setting]:
+        """Settings that are told to be better than the reference.
+
+        Where that is the best mean, it is of other seeds: in those that both have, the setting is better.
+        """
+        known = [(setting, self.difference(setting)) for setting in self.ranked]
+        better = [(s, d) for s, d in known if d is not None and self.metric.sign * d.estimate < 0]
+        return [setting for setting, difference in better if difference.told_apart]
 
     def difference(self, setting: Setting) -> Difference | None:
         """Returns the entry of `differences` for a setting."""
@@ -221,6 +232,8 @@ def _notes(result: Comparison, count: int) -> list[str]:
             notes.append(f"No run was trained on these tasks alone: {', '.join(without)}.")
     if len(result.pairing) > 1:
         notes.append(f"Runs are paired by {' and '.join(result.pairing)}.")
+    if len({frozenset(setting.values(result.metric)) for setting in result.ranked}) > 1:
+        notes.append("Not all settings have the same seeds: a difference is of those that both have.")
     again = sum(len(of_block) - 1 for setting in result.settings for of_block in setting.blocks.values())
     if again:
         notes.append(f"{again} runs repeat a seed of their setting; a seed counts once, with their mean.")

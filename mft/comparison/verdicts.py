@@ -49,23 +49,34 @@ def sentence(comparison: Comparison) -> str:
     if all(other is None or other.seeds == 1 for other in others):
         hint = "Repeat with train.seed=1,2,3 to know how much seeds matter."
         return f"No winner: the {best} mean is of one seed (n = 1). {hint}"
+    if comparison.ahead:
+        are = "is" if len(comparison.ahead) == 1 else "are"
+        return (
+            f"No winner: in equal seeds {_listed(comparison.ahead)} {are} {better} than the {best} mean, "
+            f"{ranked[0].title}."
+        )
     near = sum(other is None or not other.told_apart for other in others)
     more = "one more is" if near == 1 else f"{near} more are"
     return f"No winner: {more} not told apart from the {best}.{_power(others)}"
 
 
 def _of_baseline(comparison: Comparison) -> str:
-    sign, better, worse = comparison.metric.sign, "better", "worse"
+    better, worse = "better", "worse"
     known = [(s, d) for s in comparison.ranked if (d := comparison.difference(s)) is not None]
     told = [(setting, d) for setting, d in known if d.told_apart]
-    ahead = [setting.title for setting, d in told if sign * d.estimate < 0]
+    ahead = comparison.ahead
     baseline = f"than the baseline ({comparison.baseline})"
     if not told:
         what = f"No setting is told apart from the baseline ({comparison.baseline})."
         return what + _power([d for _, d in known])
-    names = f": {', '.join(ahead[:3])}{' and others' if len(ahead) > 3 else ''}" if ahead else ""
+    names = f": {_listed(ahead)}" if ahead else ""
     behind = f", {len(told) - len(ahead)} {worse}" if len(told) > len(ahead) else ""
     return f"{len(ahead)} of {len(known)} settings {better}{behind} {baseline}{names}."
+
+
+def _listed(settings: Sequence[Setting], most: int = 3) -> str:
+    names = ", ".join(setting.title for setting in settings[:most])
+    return f"{names}{' and others' if len(settings) > most else ''}"
 
 
 def _power(differences: Sequence[Difference | None]) -> str:
