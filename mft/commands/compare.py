@@ -68,10 +68,13 @@ def command(arguments: Sequence[str]) -> None:
         say(note)
     title, better = ", ".join(places), "higher" if parsed.higher else parsed.better or ""
     comparison = compare(runs, title, metrics or ["mean"], by, better, parsed.baseline)
-    head, rows = ranked_table.text_table(comparison, ranked_table.MOST_TASKS)
-    settings = len(comparison.settings)
+    screen = console()
+    head, rows, widths, left_out, _ = ranked_table.fitted_table(comparison, screen.width)
+    counted = f"{_counted(len(runs), 'run')}, {_counted(len(comparison.settings), 'setting')}"
     numbers = {"rank", "n", "p", "seconds"}
-    console().print(table(f"{len(runs)} runs, {settings} settings", head, rows, numbers=numbers))
+    screen.print(table(counted, head, rows, numbers=numbers, widths=widths))
+    if left_out:
+        say(f"no room here, but in the report: {', '.join(left_out)}")
     for line in filter(None, (sentence(comparison), covered(comparison.differences), *comparison.notes)):
         say(line)
     unfinished = [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]
@@ -88,3 +91,7 @@ def command(arguments: Sequence[str]) -> None:
     out = parsed.out or (first if first.is_dir() else Path(".")) / "report.html"
     say(f"report: {report.write(comparison, out)}")
     say(f"for other programs: {compare_json.write(comparison, out.with_name(compare_json.FILE))}")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

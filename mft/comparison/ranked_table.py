@@ -12,6 +12,7 @@ from mft.comparison.compare import Comparison
 from mft.comparison.multitask import losses_of, multitask
 from mft.comparison.settings import Metric, Setting
 from mft.comparison.verdicts import p_text, signed, verdict
+from mft.console.tables import Fitted, fitted
 from mft.files.atomic import write_text
 
 MOST_TASKS = 6
@@ -21,8 +22,14 @@ PAPER = {"markdown": "pipe", "latex": "latex_booktabs"}
 """Formats for papers → tabulate's names of them."""
 
 
-def text_table(comparison: Comparison, most_tasks: int | None = None) -> tuple[list[str], list[list[str]]]:
-    """Returns the head and the rows as text; most_tasks: only so many tasks have columns."""
+def text_table(
+    comparison: Comparison, most_tasks: int | None = None, short: bool = False
+) -> tuple[list[str], list[list[str]]]:
+    """Returns the head and the rows as text.
+
+    most_tasks: only so many tasks have columns; short: whether one column, with the short names of the
+    settings, stands for those of the keys.
+    """
     tasks = comparison.tasks[:most_tasks]
     metrics = [
         metric for metric in comparison.metrics if metric.name not in tasks or metric is comparison.metric
@@ -30,12 +37,14 @@ def text_table(comparison: Comparison, most_tasks: int | None = None) -> tuple[l
     tasks = [task for task in tasks if task != comparison.metric.name]
     tested = any(setting.test() for setting in comparison.settings)
     keys = list(comparison.settings[0].keys) if comparison.settings else []
+    keys = ["setting"] if short and keys else keys
     head = ["rank", *keys, "n", *(metric.name for metric in metrics), "difference", "p", *tasks]
     head += [*(["test"] if tested else []), "seconds", "verdict"]
     rows = []
     for rank, setting in enumerate(comparison.settings, start=1):
         difference = comparison.difference(setting)
-        row = [str(rank), *setting.keys.values(), str(len(setting.values(comparison.metric)))]
+        named = [setting.label] if short and keys else list(setting.keys.values())
+        row = [str(rank), *named, str(len(setting.values(comparison.metric)))]
         row += [with_spread(setting, metric) for metric in metrics]
         row += [signed(difference), p_text(difference.adjusted_p) if difference else ""]
         row += [_number(setting.mean(Metric(task))) for task in tasks]
@@ -55,6 +64,20 @@ def text_table(comparison: Comparison, most_tasks: int | None = None) -> tuple[l
         )
         rows.append(row)
     return head, rows
+
+
+def fitted_table(comparison: Comparison, width: int) -> Fitted:
+    """Returns the table for a terminal: what says least is left out where it has no room."""
+    tasks = comparison.tasks[:MOST_TASKS]
+    metrics = [metric.name for metric in comparison.metrics]
+    others = [name for name in tasks if name not in metrics]
+    spare = ("seconds", *reversed(others), "test", *reversed(metrics[1:]), "p", "difference")
+    whole = {"rank", "n", "p", *metrics, *tasks, "test", "seconds"}
+    full, short = (
+        fitted(*text_table(comparison, MOST_TASKS, by_name), width, whole, spare) for by_name in (False, True)
+    )
+    # the values of many keys take the room of the numbers, which the names leave
+    return full if full.whole_words and "difference" not in full.left_out else short
 
 
 def with_spread(setting: Setting, metric: Metric) -> str:

@@ -75,3 +75,15 @@ def test_the_terminal_has_a_row_for_the_model_before_training(comparison: Compar
     assert [len(row) for row in rows] == [len(head)] * 3
     assert rows[2][1] == "before training" and rows[2][3] == "4.0000" and rows[1][-1] == "higher"
     assert re.fullmatch(r"\+0\.02\d\d \[\+0\.02\d\d, \+0\.02\d\d\]", rows[1][5])
+
+
+def test_a_narrow_terminal_shows_names_and_differences_before_other_numbers(comparison: Comparison) -> None:
+    wide = ranked_table.fitted_table(comparison, 200)
+    assert wide.columns == ranked_table.text_table(comparison)[0] and not wide.left_out
+    narrow = ranked_table.fitted_table(comparison, 80)
+    assert narrow.whole_words and narrow.columns[1:3] == ["loss", "n"] and "difference" in narrow.columns
+    assert narrow.left_out[:2] == ["seconds", "y"]
+    keys = {f"key_of_a_long_name_{number}": "some_value" for number in range(4)}
+    runs = [run({"x": loss}, loss=str(loss), **{k: f"{v}{loss}" for k, v in keys.items()}) for loss in (1, 2)]
+    names = ranked_table.fitted_table(compare(runs, "here"), 80)
+    assert names.columns[:2] == ["rank", "setting"] and names.whole_words
