@@ -124,6 +124,19 @@ def settings_table(rows: Iterable[tuple[str, object]], title: str) -> Table:
     return result
 
 
+def pasted(rows: Iterable[tuple[str, object]], title: str) -> Text:
+    """Returns names and values to be printed with soft_wrap: nothing breaks a command or an address that a
+    person copies."""
+    from rich.text import Text
+
+    rows = list(rows)
+    names = max((len(name) for name, _ in rows), default=0) + 4
+    lines = [_cell(title, "italic")]
+    for name, value in rows:
+        lines.append(Text.assemble((f"  {name}".ljust(names + 2), "dim"), _cell(value)))
+    return Text("\n").join(lines)
+
+
 def _cell(value: object, style: str = "") -> Text:
     from rich.text import Text
 
