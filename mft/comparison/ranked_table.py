@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ MOST_TASKS = 6
 
 PAPER = {"markdown": "pipe", "latex": "latex_booktabs"}
 """Formats for papers → tabulate's names of them."""
+
+MARKUP = re.compile(r"[\\`*<|]|(?<=\])\(")
+"""What would be more than text in a cell of Markdown: code, emphasis, tags, the end of the cell, links."""
+
+FORMULA = re.compile(r"[=+@\t\r-].")
+"""How a cell begins that a spreadsheet computes."""
+
+NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
 
 
 def text_table(
@@ -118,7 +127,10 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def write_csv(comparison: Comparison, path: Path) -> None:
-    """Writes `records` as CSV, an empty cell for what is not known."""
+    """Writes `records` as CSV, an empty cell for what is not known.
+
+    Text that a spreadsheet would run as a formula begins with an apostrophe.
+    """
     rows = records(comparison)
     columns = dict.fromkeys(name for row in rows for name in row)
     ends = (
@@ -136,9 +148,10 @@ def write_csv(comparison: Comparison, path: Path) -> None:
     last = [name for name in (*ends, "verdict") if name in columns]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*(name for name in columns if name not in last), *last])
-        writer.writeheader()
-        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+        writer = csv.writer(file)
+        names = [*(name for name in columns if name not in last), *last]
+        writer.writerow(map(_cell, names))
+        writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
 
 
 def write_paper_table(comparison: Comparison, path: Path, kind: str) -> None:
@@ -147,7 +160,7 @@ def write_paper_table(comparison: Comparison, path: Path, kind: str) -> None:
 
     head, rows = text_table(comparison)
     if kind == "markdown":  # tabulate escapes for LaTeX alone
-        escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, *rows]]
+        escaped = [[MARKUP.sub(r"\\\g<0>", cell.replace("\n", " ")) for cell in row] for row in [head, *rows]]
         head, rows = escaped[0], escaped[1:]
     text = tabulate(rows, head, tablefmt=PAPER[kind], disable_numparse=True)
     write_text(path, text + "\n")
@@ -163,4 +176,6 @@ def _number(value: float | None, spec: str = ".4f") -> str:
 
 
 def _cell(value: Any) -> Any:
+    if isinstance(value, str) and FORMULA.match(value) and not NUMBER.fullmatch(value):
+        return f"'{value}"
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value

@@ -69,6 +69,22 @@ def test_tables_for_papers_are_escaped(comparison: Comparison, tmp_path: Path) -
     assert r"\toprule" in latex and r"a|b \& 50\% \$x\_1\$" in latex
 
 
+def test_names_run_nothing_where_a_table_is_opened(tmp_path: Path) -> None:
+    names = {"=1+1": "'=1+1", "@x": "'@x", "-2+3": "'-2+3", "-2e-3": "-2e-3", "+.5": "+.5", "-": "-"}
+    result = compare([run({"=t()": 1.0}, loss=name) for name in names], "here")
+    ranked_table.write_csv(result, tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["loss"] for line in lines} == set(names.values())
+    assert "'=t()" in lines[0] and float(lines[1]["difference"]) == 0
+    result = compare(
+        [run({"<b>": 1.0}, loss=name) for name in ("<img src=x>", "`a` *b* c_d", "[x](y)")], "here"
+    )
+    ranked_table.write_paper_table(result, tmp_path / "t.md", "markdown")
+    text = (tmp_path / "t.md").read_text()
+    assert all(name in text for name in (r"\<b>", r"\<img src=x>", r"\`a\` \*b\* c_d", r"[x]\(y)"))
+
+
 def test_the_terminal_has_a_row_for_the_model_before_training(comparison: Comparison) -> None:
     head, rows = ranked_table.text_table(comparison, 1)
     assert head == ["rank", "loss", "n", "mean", "worst", "difference", "p", "x", "seconds", "verdict"]
