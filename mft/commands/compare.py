@@ -96,8 +96,10 @@ def command(arguments: Sequence[str]) -> None:
     out = parsed.out or (first if first.is_dir() else Path("."))
     out = out / "report.html" if out.is_dir() else out
     with _writing("--out" if parsed.out else "the report (--out FILE puts it elsewhere)", out):
-        say(f"report: {report.write(comparison, out)}")
-        say(f"for other programs: {compare_json.write(comparison, out.with_name(compare_json.FILE))}")
+        page = report.write(comparison, out)
+        values = compare_json.write(comparison, out.with_name(compare_json.FILE))
+    say(f"report: {page}")
+    say(f"for other programs: {values}")
 
 
 @contextmanager

@@ -236,5 +236,10 @@ def _notes(result: Comparison, count: int) -> list[str]:
         notes.append("Not all settings have the same seeds: a difference is of those that both have.")
     again = sum(len(of_block) - 1 for setting in result.settings for of_block in setting.blocks.values())
     if again:
-        notes.append(f"{again} runs repeat a seed of their setting; a seed counts once, with their mean.")
+        repeat = (
+            "1 run repeats a seed of its setting"
+            if again == 1
+            else f"{again} runs repeat a seed of their setting"
+        )
+        notes.append(f"{repeat}; a seed counts once, with the mean of its runs.")
     return notes
