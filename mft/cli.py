@@ -51,7 +51,7 @@ COMMANDS = {
 }
 """Verb -> module:function(arguments)."""
 
-WRITE = ("train", "sweep", "tracking", "merge", "convert", "demo")
+WRITE = ("train", "sweep", "compare", "tracking", "merge", "convert", "demo")
 """Verbs whose work is not what they print: they finish it when nobody reads their output any more."""
 
 

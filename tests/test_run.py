@@ -13,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mft import run_folder
 from mft.errors import UserError
+from mft.files.json_file import read_json
+from mft.launch import launch
 from mft.training.checkpoint import COMPLETE, Checkpoints, complete_steps
 from mft.training.validate import Evaluator
 from tests.tiny_runs import logged, train, two_tasks, write_task
@@ -143,6 +146,26 @@ def test_finished_run_is_skipped_and_a_longer_one_goes_on(tmp_path: Path, cache_
     longer, _ = train(tmp_path, cache_dir, "train.max_steps=5")
     assert longer["steps"] == 5
     assert [row["step"] for row in logged(run_dir) if "train/loss" in row] == [1, 2, 3, 4, 5]
+
+
+def test_a_longer_run_that_was_killed_is_not_finished(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder still holds the summary of the shorter one, and the length of the longer one."""
+    _, run_dir = train(tmp_path, cache_dir)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(launch, "_run_ranks", killed)
+        train(tmp_path, cache_dir, "train.max_steps=5")
+    assert run_folder.state(run_dir) == "killed" and read_json(run_dir / "summary.json")["last"]
+    again, _ = train(tmp_path, cache_dir, "train.max_steps=5")
+    assert again["steps"] == 5 and again["status"] == "finished"
 
 
 def test_folder_of_another_config_is_refused(tmp_path: Path, cache_dir: Path) -> None:

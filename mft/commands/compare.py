@@ -17,7 +17,8 @@ examples:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mft.commands.arguments import FILE, TEXT, Parser, Value, one_of
@@ -42,7 +43,7 @@ def parser() -> Parser:
     line.option("--csv", FILE, "write the table to this file, too, with all that is known of a setting")
     line.option("--markdown", FILE, "write the table to this file, too (*.md)")
     line.option("--latex", FILE, "write the table to this file, too (*.tex; needs \\usepackage{booktabs})")
-    what = "where the report goes, and compare.json beside it; else report.html in the (first) folder"
+    what = "where the report goes, and compare.json beside it; a file, or a folder; else the (first) folder"
     line.option("--out", FILE, what)
     line.option("--uri", TEXT, "address of an MLflow store; else ./mlflow.db; repeatable", action="append")
     return line
@@ -54,6 +55,8 @@ def command(arguments: Sequence[str]) -> None:
     places = parsed.words
     if not places:
         raise UserError("mft compare needs a folder or the name of an MLflow experiment.")
+    if parsed.higher and parsed.better == "lower":
+        raise UserError("--higher and --better lower contradict each other; leave one of them out.")
     from mft.comparison import compare_json, ranked_table, report
     from mft.comparison.compare import compare
     from mft.comparison.notes import notes
@@ -69,26 +72,46 @@ def command(arguments: Sequence[str]) -> None:
         say(note)
     title, better = ", ".join(places), "higher" if parsed.higher else parsed.better or ""
     comparison = compare(runs, title, metrics or ["mean"], by, better, parsed.baseline)
-    head, rows = ranked_table.text_table(comparison, ranked_table.MOST_TASKS)
-    settings = len(comparison.settings)
+    screen = console()
+    head, rows, widths, left_out, _ = ranked_table.fitted_table(comparison, screen.width)
+    counted = f"{_counted(len(runs), 'run')}, {_counted(len(comparison.settings), 'setting')}"
     numbers = {"rank", "n", "p", "seconds"}
-    console().print(table(f"{len(runs)} runs, {settings} settings", head, rows, numbers=numbers))
-    for line in filter(
-        None,
-        (sentence(comparison), covered(comparison.differences, comparison.paired_over), *notes(comparison)),
-    ):
+    screen.print(table(counted, head, rows, numbers=numbers, widths=widths))
+    if left_out:
+        say(f"no room here, but in the report: {', '.join(left_out)}")
+    said = [sentence(comparison), covered(comparison.differences, comparison.paired_over)]
+    for line in filter(None, [*said, *notes(comparison)]):
         say(line)
     unfinished = [f"{run.name} ({run.state})" for run in runs if run.state != "finished"]
     if unfinished:  # they may still improve, or have seen less data than the others
         say(f"unfinished runs, ranked by their results so far: {', '.join(unfinished)}")
     if parsed.csv:
-        ranked_table.write_csv(comparison, parsed.csv)
+        with _writing("--csv", parsed.csv):
+            ranked_table.write_csv(comparison, parsed.csv)
         say(f"table: {parsed.csv}")
     for kind in ranked_table.PAPER:
         if path := getattr(parsed, kind):
-            ranked_table.write_paper_table(comparison, path, kind)
+            with _writing(f"--{kind}", path):
+                ranked_table.write_paper_table(comparison, path, kind)
             say(f"table: {path}")
     first = Path(places[0])
-    out = parsed.out or (first if first.is_dir() else Path(".")) / "report.html"
-    say(f"report: {report.write(comparison, out)}")
-    say(f"for other programs: {compare_json.write(comparison, out.with_name(compare_json.FILE))}")
+    out = parsed.out or (first if first.is_dir() else Path("."))
+    out = out / "report.html" if out.is_dir() else out
+    with _writing("--out" if parsed.out else "the report (--out FILE puts it elsewhere)", out):
+        page = report.write(comparison, out)
+        values = compare_json.write(comparison, out.with_name(compare_json.FILE))
+    say(f"report: {page}")
+    say(f"for other programs: {values}")
+
+
+@contextmanager
+def _writing(what: str, path: Path) -> Iterator[None]:
+    """Says in a sentence where a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {path} cannot be written: {error.strerror or error}.") from error
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from mft import run_folder
 from mft.commands.arguments import Parser, existing_folder
 from mft.console.screen import console
-from mft.console.tables import table
+from mft.console.tables import fitted, table
 from mft.files.json_file import read_json
 from mft.runs.folders import read_run
 from mft.runs.results import Run
@@ -31,6 +31,10 @@ WRITTEN_BY_RUNS = ("metrics.jsonl", "summary.json", "identity.json")
 """Files of a run folder whose times tell when it last wrote something."""
 
 COLUMNS = ("folder", "state", "age", "steps", "best", "of each task", "changed")
+
+
+SPARE = ("of each task", "steps", "age", "changed")
+"""Columns that a narrow terminal does without, the first one first."""
 
 
 def parser() -> Parser:
@@ -59,7 +63,10 @@ def command(arguments: Sequence[str]) -> None:
         in_sweep = (folder.parent / RECORD).exists() and folder.parent.resolve() not in named
         sweeps.setdefault(folder.parent if in_sweep else folder, []).append(folder)
     rows = [run_row(path) if jobs == [path] else sweep_row(path, jobs) for path, jobs in sweeps.items()]
-    console().print(table(f"{len(rows)} runs and sweeps", COLUMNS, rows))
+    screen = console()
+    # a folder is pasted into other commands
+    shown = fitted(COLUMNS, rows, screen.width, ("folder", "age", "steps", "best"), SPARE)
+    screen.print(table(f"{len(rows)} runs and sweeps", shown.columns, shown.rows, widths=shown.widths))
 
 
 def run_row(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from mft.errors import UserError
 from mft.files.json_file import Values, read_json
 from mft.objective import VALID_LOSS
 from mft.runs.folders import read_run
-from mft.runs.results import Run, flat
+from mft.runs.results import FINGERPRINT, Run, flat
 
 FILES = {
     "config": "config.yaml",
@@ -46,7 +46,7 @@ def command(arguments: Sequence[str]) -> None:
         raise UserError(f"{folder} is not a run folder: it has no config.yaml (see mft runs).")
     from rich.text import Text
 
-    from mft.console.tables import settings_table
+    from mft.console.tables import pasted, settings_table
     from mft.training.progress import losses_table
 
     run, summary = read_run(folder), read_json(folder / "summary.json")
@@ -65,7 +65,7 @@ def command(arguments: Sequence[str]) -> None:
     shown = [(name, path) for name, path in files if path.exists()]
     error = [("error", summary.text("error"))] if summary.text("error") else []
     rows = [*shown, *error, ("again", run.command)]
-    terminal.print(settings_table(rows, "files, and the command"), soft_wrap=True)
+    terminal.print(pasted(rows, "files, and the command"), soft_wrap=True)
 
 
 def losses_in(summary: Values, part: str, prefix: str = VALID_LOSS) -> dict[str, float]:
@@ -95,5 +95,7 @@ def changes(run: Run) -> list[tuple[str, str, str]]:
     except UserError:  # an option of the user's own folder, which --config-dir named then
         base = defaults
     others = [key for key in run.values if key not in groups and not key.endswith("cache_dir")]
+    # a fingerprint of what the run does not have is no change
+    others = [key for key in others if not (key.endswith(FINGERPRINT) and run.values[key] == "none")]
     values = [(key, run.values[key], base.get(key, "-")) for key in others]
     return options + [change for change in values if change[1] != base.get(change[0])]

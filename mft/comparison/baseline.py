@@ -99,6 +99,10 @@ def named(settings: Sequence[Setting], baseline: str) -> Setting:
     runs = [run for setting in settings for run in setting.runs]
     keys = sorted({key for run in runs for key in run.values})
     for key, value in wanted:
+        if key and not value:
+            having = [other for other in keys if key in {run.values.get(other) for run in runs}]
+            hint = f"; did you mean {having[0]}={key}?" if having else "."
+            raise UserError(f"--baseline {key}: expected KEY=VALUE{hint}")
         if key not in keys:
             raise UserError(f"--baseline {key}={value}: no run has this key{nearest(key, keys) or '.'}")
         values = sorted({run.values[key] for run in runs if key in run.values})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from mft.comparison.compare import Comparison
 from mft.comparison.multitask import losses_of, multitask
 from mft.comparison.settings import Metric, Setting
 from mft.comparison.verdicts import p_text, signed, verdict
+from mft.console.tables import Fitted, fitted
 from mft.files.atomic import write_text
 
 MOST_TASKS = 6
@@ -20,9 +22,23 @@ MOST_TASKS = 6
 PAPER = {"markdown": "pipe", "latex": "latex_booktabs"}
 """Formats for papers → tabulate's names of them."""
 
+MARKUP = re.compile(r"[\\`*<|]|(?<=\])\(")
+"""What would be more than text in a cell of Markdown: code, emphasis, tags, the end of the cell, links."""
 
-def text_table(comparison: Comparison, most_tasks: int | None = None) -> tuple[list[str], list[list[str]]]:
-    """Returns the head and the rows as text; most_tasks: only so many tasks have columns."""
+FORMULA = re.compile(r"[=+@\t\r-].")
+"""How a cell begins that a spreadsheet computes."""
+
+NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
+
+
+def text_table(
+    comparison: Comparison, most_tasks: int | None = None, short: bool = False
+) -> tuple[list[str], list[list[str]]]:
+    """Returns the head and the rows as text.
+
+    most_tasks: only so many tasks have columns; short: whether one column, with the short names of the
+    settings, stands for those of the keys.
+    """
     tasks = comparison.tasks[:most_tasks]
     metrics = [
         metric for metric in comparison.metrics if metric.name not in tasks or metric is comparison.metric
@@ -30,13 +46,15 @@ def text_table(comparison: Comparison, most_tasks: int | None = None) -> tuple[l
     tasks = [task for task in tasks if task != comparison.metric.name]
     tested = any(setting.test() for setting in comparison.settings)
     keys = list(comparison.settings[0].keys) if comparison.settings else []
+    keys = ["setting"] if short and keys else keys
     head = ["rank", *keys, "n", *(metric.name for metric in metrics), "difference", "p", *tasks]
     head += [*(["test"] if tested else []), "seconds", "verdict"]
     rows = []
     for rank, setting in enumerate(comparison.settings, start=1):
         difference = comparison.difference(setting)
         place = str(rank) if setting.values(comparison.metric) else ""
-        row = [place, *setting.keys.values(), str(len(setting.values(comparison.metric)))]
+        named = [setting.label] if short and keys else list(setting.keys.values())
+        row = [place, *named, str(len(setting.values(comparison.metric)))]
         row += [with_spread(setting, metric) for metric in metrics]
         row += [signed(difference), p_text(difference.adjusted_p) if difference else ""]
         row += [_number(setting.mean(Metric(task))) for task in tasks]
@@ -57,6 +75,20 @@ def text_table(comparison: Comparison, most_tasks: int | None = None) -> tuple[l
         )
         rows.append(row)
     return head, rows
+
+
+def fitted_table(comparison: Comparison, width: int) -> Fitted:
+    """Returns the table for a terminal: what says least is left out where it has no room."""
+    tasks = comparison.tasks[:MOST_TASKS]
+    metrics = [metric.name for metric in comparison.metrics]
+    others = [name for name in tasks if name not in metrics]
+    spare = ("seconds", *reversed(others), "test", *reversed(metrics[1:]), "p", "difference")
+    whole = {"rank", "n", "p", *metrics, *tasks, "test", "seconds"}
+    full, short = (
+        fitted(*text_table(comparison, MOST_TASKS, by_name), width, whole, spare) for by_name in (False, True)
+    )
+    # the values of many keys take the room of the numbers, which the names leave
+    return full if full.whole_words and "difference" not in full.left_out else short
 
 
 def with_spread(setting: Setting, metric: Metric) -> str:
@@ -97,7 +129,10 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def write_csv(comparison: Comparison, path: Path) -> None:
-    """Writes `records` as CSV, an empty cell for what is not known."""
+    """Writes `records` as CSV, an empty cell for what is not known.
+
+    Text that a spreadsheet would run as a formula begins with an apostrophe.
+    """
     rows = records(comparison)
     columns = dict.fromkeys(name for row in rows for name in row)
     ends = (
@@ -115,9 +150,10 @@ def write_csv(comparison: Comparison, path: Path) -> None:
     last = [name for name in (*ends, "verdict") if name in columns]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*(name for name in columns if name not in last), *last])
-        writer.writeheader()
-        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+        writer = csv.writer(file)
+        names = [*(name for name in columns if name not in last), *last]
+        writer.writerow(map(_cell, names))
+        writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
 
 
 def write_paper_table(comparison: Comparison, path: Path, kind: str) -> None:
@@ -126,7 +162,7 @@ def write_paper_table(comparison: Comparison, path: Path, kind: str) -> None:
 
     head, rows = text_table(comparison)
     if kind == "markdown":  # tabulate escapes for LaTeX alone
-        escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [head, *rows]]
+        escaped = [[MARKUP.sub(r"\\\g<0>", cell.replace("\n", " ")) for cell in row] for row in [head, *rows]]
         head, rows = escaped[0], escaped[1:]
     text = tabulate(rows, head, tablefmt=PAPER[kind], disable_numparse=True)
     write_text(path, text + "\n")
@@ -142,4 +178,6 @@ def _number(value: float | None, spec: str = ".4f") -> str:
 
 
 def _cell(value: Any) -> Any:
+    if isinstance(value, str) and FORMULA.match(value) and not NUMBER.fullmatch(value):
+        return f"'{value}"
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value

@@ -31,6 +31,7 @@ from mft.comparison.page import (
 )
 from mft.comparison.page.svg import THEMED, Canvas, Section
 from mft.console.screen import shown
+from mft.files.atomic import write_bytes
 from mft.runs.folders import read_run
 from mft.runs.results import Run
 
@@ -80,8 +81,7 @@ def write(comparison: Comparison, path: Path) -> Path:
         script=Markup(script),
         hashes={"style": _hash(style), "script": _hash(script)},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_bytes(path, text.encode(errors="backslashreplace"))
     return path
 
 

@@ -83,6 +83,7 @@ def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
         resumed, step = resume_choice.step_of(job.cfg.train.resume)
         if resumed == folder and step is not None:
             say(rewind(folder, step))
+        _reopen(folder)
         cfg = copy.deepcopy(job.cfg)
         cfg.output_dir = str(folder)
         freeze(cfg, folder / "config.yaml")
@@ -101,6 +102,16 @@ def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
     finally:
         held.release()
     return read_json(folder / "summary.json")
+
+
+def _reopen(folder: Path) -> None:
+    """Notes that a finished run is trained further: where it is killed on the way, it is not finished.
+
+    Before its identity has the new length, by which it would be. The results so far stay readable.
+    """
+    if status(folder) is RunStatus.finished:
+        summary = read_json(folder / "summary.json")
+        write_json(folder / "summary.json", summary | {"status": RunStatus.unfinished}, durable=True)
 
 
 def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None) -> None:

@@ -62,10 +62,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_code(run_dir: Path, signum: int) -> int:
-    """Returns the exit code after a signal: 130 after Ctrl-C, else 75 with and 143 without a checkpoint."""
+    """Returns the exit code after a signal: 130 after Ctrl-C, else 0 where the run finished nevertheless, 75
+    with and 143 without a checkpoint.
+
+    A run that finished is not to be resumed: the same command would train it again, from the start.
+    """
     if signum == signal.SIGINT:
         return INTERRUPTED
-    return SAVED if status(run_dir) in (RunStatus.stopped, RunStatus.finished) else UNSAVED
+    return {RunStatus.finished: 0, RunStatus.stopped: SAVED}.get(status(run_dir), UNSAVED)
 
 
 @contextmanager

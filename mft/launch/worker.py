@@ -105,7 +105,9 @@ def rank_main(
     for name in signals.SIGNALS:
         signal.signal(name, lambda signum, frame: os._exit(signals.SAVED))
     if stop():
-        raise SystemExit(signals.exit_code(Path(log).parent, stop.signal))
+        code = signals.exit_code(Path(log).parent, stop.signal)
+        # a launching process that was signalled takes no result any more, and looks into the folder itself
+        raise SystemExit(code if code or variables is None else signals.SAVED)
     return result
 
 

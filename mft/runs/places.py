@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mft import run_folder
 from mft.console.credentials import hidden, without_credentials
-from mft.errors import UserError, nearest
+from mft.errors import UserError, nearest, nearest_sibling
 from mft.runs.experiments import read_experiment
 from mft.runs.folders import read_run
 from mft.runs.results import Run
@@ -45,6 +45,8 @@ def at(places: Sequence[str], uris: Sequence[str] = (), metrics: Iterable[str] =
 def _of_stores(name: str, uris: Sequence[str], metrics: Sequence[str]) -> list[Run]:
     """Returns the runs of an experiment in all stores that have it."""
     if not uris and not Path("mlflow.db").exists():
+        if hint := nearest_sibling(Path(name)):
+            raise UserError(f"{name} is not a folder{hint}")
         raise UserError(
             f"{name} is not a folder, and there is no MLflow store here (mlflow.db) that could hold an "
             "experiment; --uri names another."
@@ -68,9 +70,8 @@ def _of_stores(name: str, uris: Sequence[str], metrics: Sequence[str]) -> list[R
             raise UserError(f"--uri {hidden(uri)}: cannot be read: {reason(error, uri)}") from error
     if not found:
         stores = ", ".join(map(hidden, uris)) or "./mlflow.db"
-        raise UserError(
-            f"{name} is neither a folder nor an experiment of {stores}{nearest(name, names) or '.'}"
-        )
+        hint = nearest(name, names) or nearest_sibling(Path(name)) or "."
+        raise UserError(f"{name} is neither a folder nor an experiment of {stores}{hint}")
     return runs
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -150,13 +151,15 @@ class Mlflow(Tracker):
         sender: Sender | None = getattr(self, "_sender", None)
         uri, experiment = (sender.uri, sender.experiment_id) if sender else (self._address(), "")
         local = database_file(uri) is not None
-        command = f"mlflow ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000" if local else ""
+        command = (
+            f"mlflow ui --backend-store-uri {shlex.quote(uri)} --host 127.0.0.1 --port 5000" if local else ""
+        )
         if not experiment or not (local or uri.startswith("http")):
             return command or without_credentials(uri)
         server = "http://127.0.0.1:5000" if local else without_credentials(uri)
         page = f"{server}/#/experiments/{experiment}/runs?"
         pages = f"{page}{CHARTS}\nor, as a table, the best run first: {page}{TABLE}"
-        return f"{command}  then open {pages}" if local else pages
+        return f"{command}\nthen open {pages}" if local else pages
 
     def _address(self, last: str = "") -> str:
         """Returns the configured store, MLFLOW_TRACKING_URI, `last` (which has this run) or the default."""

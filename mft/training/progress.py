@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mft.console.screen import console
-from mft.console.tables import table
+from mft.console.tables import pasted, table
 from mft.objective import mean_of_tasks
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ class Terminal:
 
     def show(self, renderable: object) -> None:
         self.console.print(renderable, markup=False)
+
+    def show_pasted(self, rows: Iterable[tuple[str, object]], title: str) -> None:
+        """Shows names and values, those that a person copies among them, see `tables.pasted`."""
+        self.console.print(pasted(rows, title), soft_wrap=True)
 
     def start(self, done: int, total: int) -> None:
         self.total = total

@@ -110,7 +110,8 @@ class SampleLosses:
             # durable: a checkpoint counts on that of the best validation
             write_bytes(path, _parquet(merged(parts), self.names), durable=True)
         except OSError as error:
-            warnings.warn(f"{path} was not written: {error}. Training continues", stacklevel=2)
+            why = error.strerror or error
+            warnings.warn(f"{path} was not written: {why}. Training continues", stacklevel=2)
 
     def prune(self, best: BestTracker, tested: int | None = None) -> None:
         """Removes the files that are not kept. tested: the step of the test, once the run has made it."""

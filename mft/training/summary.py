@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from mft import run_folder
 from mft.console.credentials import hidden
-from mft.console.tables import settings_table
 from mft.files.json_file import write_json
 from mft.objective import mean_of_tasks
 from mft.tracking.base import TOTAL
@@ -95,9 +95,9 @@ def show(summary: dict[str, Any], t: Trainer, run_dir: Path, tested: Tested) -> 
     if summary["status"] == "stopped":
         rows.append(("resume", "the same command again (train.resume=auto)"))
     if where := t.tracker.where():
-        rows.append(("tracker", where))
+        rows += [(name, line) for name, line in zip_longest(["tracker"], where.splitlines(), fillvalue="")]
     rows.append(("took", f"{summary['seconds']:.0f} s, {summary['peak_memory_gib']:.1f} GiB at most"))
-    progress.show(settings_table(rows, f"{summary['status']} after {summary['steps']} steps"))
+    progress.show_pasted(rows, f"{summary['status']} after {summary['steps']} steps")
 
 
 def _losses(by_task: dict[str, float], split: str = "valid") -> dict[str, float | None]:

@@ -90,6 +90,12 @@ def test_an_mlflow_experiment_by_name_gives_the_same_table(here: Path, tmp_path:
         (["multirun/small", "--baseline", "loss=cobra"], ["--baseline loss=cobra", "did you mean coba?"]),
         (["multirun/small", "--metric", "lr"], ["--metric lr", "add --better lower, or --higher"]),
         (["multirun/small", "--with", "nothing.json"], ["--with nothing.json"]),
+        (["multirun/smal"], ["neither a folder nor an experiment", "did you mean multirun/small?"]),
+        (["multirun/small", "--higher", "--better", "lower"], ["contradict each other"]),
+        (["multirun/small", "--baseline", "coba"], ["expected KEY=VALUE; did you mean loss=coba?"]),
+        (["multirun/small", "--csv", "/proc/t.csv"], ["--csv: /proc/t.csv cannot be written: No such file"]),
+        (["multirun/small", "--latex", "multirun"], ["--latex: multirun cannot be written: Is a directory"]),
+        (["multirun/small", "--out", "/proc/r.html"], ["--out: /proc/r.html cannot be written"]),
         (["smal"], ["neither a folder nor an experiment", "did you mean small?"]),
         ([str(Path(__file__).parents[1] / "data")], ["There is no run"]),
     ],
@@ -105,6 +111,7 @@ def test_the_sweep_leaves_its_report(here: Path) -> None:
     (report,) = here.glob("multirun/small/*/report.html")
     text = report.read_text()
     assert text.count("<svg") >= 4 and text.count("<script") == 1, "pictures, and what sorts the table"
+    assert "http://" not in text and "https://" not in text
     assert text.count("mft train debug=fast") == 4, "a command for every run"
     content = json.loads((report.parent / "compare.json").read_text())
     assert len(content["runs"]) == 4 and all(run["command"] in html.unescape(text) for run in content["runs"])

@@ -53,6 +53,7 @@ def test_show_says_what_was_changed_how_it_went_and_where_its_files_are(here: Pa
     ):
         assert part in text, text
     assert "model.hidden_size" not in text, "what follows from an option is no change"
+    assert "data fingerprint" in text and "adapter fingerprint" not in text, "there is no adapter"
     assert (
         f"model {run.relative_to(here)}/final" in text and f"again cd {here} && mft train debug=fast" in text
     )

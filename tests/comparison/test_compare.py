@@ -89,6 +89,16 @@ def test_a_winner_is_named_only_where_pairs_of_seeds_tell_it_apart(
     assert verdict(result, result.settings[-1]) == word and said in sentence(result) and result.winner is None
 
 
+def test_a_setting_that_lost_its_worst_seed_is_no_winner() -> None:
+    """b lost its worst seed; in those that both have, a is lower by 0.02."""
+    runs = [*seeds("a", 1.0, 2.0, 3.0, 9.0), *seeds("b", 1.02, 2.021, 3.02)]
+    result = compare(runs, "here")
+    assert result.settings[0].title == "loss=b" and result.winner is None
+    assert verdict(result, result.settings[1]) == "lower"
+    assert "No winner: loss=b has the lowest mean, but loss=a is lower in pairs with it" in sentence(result)
+    assert any("Not all settings have the same seeds" in note for note in result.notes)
+
+
 def test_the_best_of_many_is_held_to_all_pairs_a_baseline_to_its_own() -> None:
     runs = [r for loss, shift in (("a", 0.0), ("b", 0.02), ("c", 0.03)) for r in seeds(loss, *_near(shift))]
     best, named = compare(runs, "here"), compare(runs, "here", baseline="loss=a")

@@ -97,7 +97,7 @@ def test_equal_contents_in_other_places_are_seeds_of_one_setting(runs: Runs, cap
     shutil.copytree(runs.root / "x", runs.root / "elsewhere" / "x")
     runs.leave("here", "data.paths=[x]", "train.seed=1")
     runs.leave("there", "data.paths=[elsewhere/x]", "train.seed=2")
-    assert "2 runs, 1 settings" in compared(capsys)[1]
+    assert "2 runs, 1 setting" in compared(capsys)[1]
 
 
 def test_a_retrained_adapter_is_another_setting(runs: Runs, capsys) -> None:

@@ -69,6 +69,22 @@ def test_tables_for_papers_are_escaped(comparison: Comparison, tmp_path: Path) -
     assert r"\toprule" in latex and r"a|b \& 50\% \$x\_1\$" in latex
 
 
+def test_names_run_nothing_where_a_table_is_opened(tmp_path: Path) -> None:
+    names = {"=1+1": "'=1+1", "@x": "'@x", "-2+3": "'-2+3", "-2e-3": "-2e-3", "+.5": "+.5", "-": "-"}
+    result = compare([run({"=t()": 1.0}, loss=name) for name in names], "here")
+    ranked_table.write_csv(result, tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["loss"] for line in lines} == set(names.values())
+    assert "'=t()" in lines[0] and float(lines[1]["difference"]) == 0
+    result = compare(
+        [run({"<b>": 1.0}, loss=name) for name in ("<img src=x>", "`a` *b* c_d", "[x](y)")], "here"
+    )
+    ranked_table.write_paper_table(result, tmp_path / "t.md", "markdown")
+    text = (tmp_path / "t.md").read_text()
+    assert all(name in text for name in (r"\<b>", r"\<img src=x>", r"\`a\` \*b\* c_d", r"[x]\(y)"))
+
+
 def test_the_terminal_has_a_row_for_the_model_before_training(comparison: Comparison) -> None:
     head, rows = ranked_table.text_table(comparison, 1)
     assert head == ["rank", "loss", "n", "mean", "worst", "difference", "p", "x", "seconds", "verdict"]
@@ -94,3 +110,15 @@ def test_the_row_before_training_has_every_loss_that_is_asked_for() -> None:
         dict(zip(head, rows[-1], strict=True)).items()
         >= {"y": "4.2500", "worst": "4.2500", "x": "4.0000"}.items()
     )
+
+
+def test_a_narrow_terminal_shows_names_and_differences_before_other_numbers(comparison: Comparison) -> None:
+    wide = ranked_table.fitted_table(comparison, 200)
+    assert wide.columns == ranked_table.text_table(comparison)[0] and not wide.left_out
+    narrow = ranked_table.fitted_table(comparison, 80)
+    assert narrow.whole_words and narrow.columns[1:3] == ["loss", "n"] and "difference" in narrow.columns
+    assert narrow.left_out[:2] == ["seconds", "y"]
+    keys = {f"key_of_a_long_name_{number}": "some_value" for number in range(4)}
+    runs = [run({"x": loss}, loss=str(loss), **{k: f"{v}{loss}" for k, v in keys.items()}) for loss in (1, 2)]
+    names = ranked_table.fitted_table(compare(runs, "here"), 80)
+    assert names.columns[:2] == ["rank", "setting"] and names.whole_words

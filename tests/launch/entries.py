@@ -39,12 +39,17 @@ def be_killed(run_dir: str) -> None:
     _together(kill=1)
 
 
-def until_stopped(run_dir: str) -> None:
+def until_stopped(run_dir: str, status: str = "stopped") -> None:
     """Trains until it is asked to stop, then saves."""
     stop.listen()
     _wait(run_dir, stop)
     if os.environ.get("RANK", "0") == "0":
-        (Path(run_dir) / "summary.json").write_text(json.dumps({"status": "stopped"}))
+        (Path(run_dir) / "summary.json").write_text(json.dumps({"status": status}))
+
+
+def signalled_at_its_end(run_dir: str) -> None:
+    """Is asked to stop while it is tested, and finishes."""
+    until_stopped(run_dir, "finished")
 
 
 def deaf(run_dir: str) -> None:

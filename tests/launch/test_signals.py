@@ -13,6 +13,10 @@ def test_exit_codes(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"status": "stopped"}')
     assert exit_code(tmp_path, signal.SIGTERM) == 75
     assert exit_code(tmp_path, signal.SIGINT) == 130
+    # a signal that came while it was tested: a scheduler that looks for 75 does not start it again
+    (tmp_path / "summary.json").write_text('{"status": "finished"}')
+    assert exit_code(tmp_path, signal.SIGTERM) == 0
+    assert exit_code(tmp_path, signal.SIGINT) == 130
     assert isinstance(Stopped(signal.SIGINT, 130), KeyboardInterrupt)
 
 

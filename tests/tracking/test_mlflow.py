@@ -96,7 +96,7 @@ def test_a_run_is_there_with_all_it_was_given(tracker, run_dir, store):
         "report/losses.png"
     }
     assert run.info.artifact_uri.startswith((store / "mlartifacts").as_uri())
-    command, page = tracks.where().split("  then open ")
+    command, page = tracks.where().split("\nthen open ")
     assert (
         command == f"mlflow ui --backend-store-uri sqlite:///{store}/mlflow.db --host 127.0.0.1 --port 5000"
     )

@@ -30,3 +30,14 @@ def test_names_in_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[s
     shown = [line for line in lines if "docs" in line]
     assert len(shown) == 6 and all(name in line for line in shown), shown
     assert lines[0].startswith("step 1/1  valid 1.500  docs [old] 1.000 · more 2.000")
+
+
+def test_a_line_that_is_copied_is_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    address, command = f"http://127.0.0.1:5000/#/{'x' * 300}", " ".join(["mft", "generate", *"a" * 200])
+    Terminal([]).show_pasted([("ask it", command), ("tracker", address)], "finished [after] 6 steps")
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "finished [after] 6 steps"
+    assert [line.split(maxsplit=k) for line, k in zip(lines, (2, 1), strict=True)] == [
+        ["ask", "it", command],
+        ["tracker", address],
+    ]
