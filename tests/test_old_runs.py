@@ -63,7 +63,7 @@ def test_they_are_listed_shown_and_compared(old: Path, capsys: pytest.CaptureFix
         shown = mft(capsys, "show", run)
         assert f"{state}, " in shown and "peft.rank" in shown
     compared = mft(capsys, "compare", str(SWEEP), "--out", "r.html")
-    assert "2 runs, 1 setting" in compared and "Noise between seeds" in compared
+    assert "2 runs, 1 setting" in compared and "One setting only" in compared
     assert "2 runs, 2 settings" in mft(capsys, "compare", "finished", "stopped", "--out", "r.html")
 
 
