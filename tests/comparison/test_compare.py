@@ -96,7 +96,7 @@ def test_a_setting_that_lost_its_worst_seed_is_no_winner() -> None:
     assert result.settings[0].title == "loss=b" and result.winner is None
     assert verdict(result, result.settings[1]) == "lower"
     assert "No winner: loss=b has the lowest mean, but loss=a is lower in pairs with it" in sentence(result)
-    assert any("Not all settings have the same seeds" in note for note in result.notes)
+    assert any("Not all settings have the same seeds" in note for note in notes(result))
 
 
 def test_the_best_of_many_is_held_to_all_pairs_a_baseline_to_its_own() -> None:
