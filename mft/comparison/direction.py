@@ -20,7 +20,8 @@ OURS = {
 """Full names that mft logs (docs/architecture.md), whatever the tasks are called."""
 
 WHOLE = {
-    r"(bits|bytes|nats)_per_(byte|token|word|char)|brier(_score)?|ece|ter|.*hallucination.*|.*toxicity.*": "lower",
+    r"(bits|bytes|nats)_per_(byte|token|word|char)|brier(_score)?|ece|ter"
+    r"|.*hallucination.*|.*toxicity.*": "lower",
     r"mc[12]|(prompt|inst)_level_(strict|loose)_acc|.*tokens_per_second|acc_(norm|mutual_info).*": "higher",
 }
 """The last part of any other name, where its words alone would not tell or tell wrongly."""

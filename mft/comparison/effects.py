@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas
 
 MANY = 6
-"""Different numbers from which a key counts as one that was searched: its values are taken in `BINS` parts."""
+"""Different numbers from which a key counts as searched: its values are taken in `BINS` parts."""
 
 BINS = 4
 
@@ -52,8 +52,8 @@ def effects(comparison: Comparison) -> tuple[list[Effect], float]:
     """Returns the keys that differ, the one that explains most first, and the share that none explains.
 
     Keys that change only together with others have a share of 0 and no levels. A key of which one value does
-    so (loss.tau, which is not set where loss is mean) has a share, but no levels: what belongs to which key is
-    not known. ([], NaN) below three runs, or without any variance.
+    so (loss.tau, which is not set where loss is mean) has a share, but no levels: what belongs to which key
+    is not known. ([], NaN) below three runs, or without any variance.
     """
     table = _table(comparison)
     keys = [key for key in table.columns if key != "value" and table[key].nunique() > 1]
@@ -97,7 +97,7 @@ def _table(comparison: Comparison) -> pandas.DataFrame:
 
 
 def _design(table: pandas.DataFrame, keys: Sequence[str]) -> pandas.DataFrame:
-    """Returns columns of 1, 0 and -1: a column for each value of a key but its last, whose effects add to 0."""
+    """Returns columns of 1, 0 and -1: one for each value of a key but its last, whose effects add to 0."""
     import pandas as pd
 
     columns: dict[str, object] = {"all": 1.0}
@@ -120,7 +120,7 @@ def _fit(table: pandas.DataFrame, keys: Sequence[str]) -> Any:
 
 
 def _levels(table: pandas.DataFrame, keys: Sequence[str], key: str, full: Any) -> list[Level]:
-    """Returns the effect of every value of a key, [] where the runs do not determine it. full: of all keys."""
+    """Returns the effect of each value of a key, [] where the runs do not determine it. full: of all keys."""
     import numpy as np
 
     design = _design(table, keys)

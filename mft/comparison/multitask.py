@@ -81,7 +81,7 @@ def delta_m(losses: dict[str, float], reference: dict[str, float]) -> float | No
 
 
 def front(points: Sequence[Sequence[float] | None]) -> list[bool]:
-    """Returns whether each point is on the Pareto front: no other is as low in all places and lower in one."""
+    """Returns whether each point is on the Pareto front: none is as low in all places and lower in one."""
 
     def beats(one: Sequence[float], other: Sequence[float]) -> bool:
         pairs = list(zip(one, other, strict=True))

@@ -83,8 +83,8 @@ def _rows_that_differ(result: Comparison) -> list[str]:
     apart = sum(d.other_rows and d.rows == 0 for _, d in known)
     if apart:
         notes.append(
-            f"{_settings(apart)} validated on other rows than {what}, with fewer than two of a task in common: "
-            "differences are of the rows as well."
+            f"{_settings(apart)} validated on other rows than {what}, with fewer than two of a task in "
+            "common: differences are of the rows as well."
         )
     data = {one.run.values.get(DATA) for one in reference.judged}
     unknown = [
@@ -94,14 +94,14 @@ def _rows_that_differ(result: Comparison) -> list[str]:
     ]
     if unknown and not isinstance(reference, SingleTasks):
         notes.append(
-            f"{_settings(len(unknown))} trained on other data than {what}, and the losses of single rows are not "
-            "at hand: whether the validation rows were the same is not known."
+            f"{_settings(len(unknown))} trained on other data than {what}, and the losses of single rows are "
+            "not at hand: whether the validation rows were the same is not known."
         )
     tokens = sum(d.other_tokens for _, d in known)
     if tokens:
         notes.append(
-            f"{_settings(tokens)} validated on other tokens of the same rows than {what} (tokenizer, template or "
-            "limit of length): losses per token are of different tokens."
+            f"{_settings(tokens)} validated on other tokens of the same rows than {what} (tokenizer, "
+            "template or limit of length): losses per token are of different tokens."
         )
     later = any(d is not None for d in result.differences[DETAILED:])
     if later and any(d.covers in (Covers.both, Covers.rows) for _, d in known):

@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML file with its pictures inside; no network, one small script that sorts."""
+"""The report of a comparison: one HTML file with its pictures inside; no network, a small script to sort."""
 
 from __future__ import annotations
 

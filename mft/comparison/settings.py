@@ -39,7 +39,7 @@ class Metric:
 
 @dataclass
 class Judged:
-    """One run, as the metric that ranks chose its validation. tasks: those that mean and worst are taken over."""
+    """One run, as the metric that ranks chose its validation. tasks: those mean and worst are taken over."""
 
     run: Run
     metric: Metric
@@ -93,7 +93,7 @@ class Judged:
         return next(value for at, value in series if at == step)
 
     def weights(self, metric: Metric) -> dict[str, float] | None:
-        """Returns the part each task has in the metric at the chosen step; None where it is no mean of them."""
+        """Returns each task's part in the metric at the chosen step; None where it is no mean of them."""
         if metric.name in self.run.tasks:
             return {metric.name: 1.0}
         losses = self.losses.get(self.step) if self.step is not None else None

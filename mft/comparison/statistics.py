@@ -57,7 +57,7 @@ class Difference:
     adjusted_p: float = math.nan
     """The same after Holm's correction for the number of comparisons."""
     detectable: float = math.nan
-    """Smallest true difference that `POWER` of such comparisons would tell from zero, after the correction."""
+    """Smallest true difference that `POWER` of such comparisons would tell from 0, after the correction."""
     seeds: int = 1
     """Paired seeds."""
     rows: int = 0
@@ -75,7 +75,7 @@ class Difference:
 
     @property
     def told_apart(self) -> bool:
-        """Whether it is told from zero after the correction; never with one seed, or without a row in common."""
+        """Whether it is told from 0 after the correction; never with one seed or without a row in common."""
         return self.adjusted_p < 1 - CONFIDENCE and not (self.other_rows and self.rows == 0)
 
 
@@ -99,13 +99,13 @@ class PairedRows:
 def paired(difference_n: Sequence[float], tasks: Sequence[PairedRows] = ()) -> Difference:
     """Returns the difference of two settings from those of their paired seeds.
 
-    tasks: () where the losses of single rows are not known. Where runs were validated on different rows, those
-    that they have in common decide, not `difference_n`. A task with one row is of no use.
+    tasks: () where the losses of single rows are not known. Where runs were validated on different rows,
+    those that they have in common decide, not `difference_n`. A task with one row is of no use.
 
     From two seeds on it is a t-interval of the paired mean. Where rows are known, seeds and rows are two
     crossed random factors: the variance of the mean is that of the seeds plus that of the rows minus that of
-    their interaction, which both contain (Clark 1973, "The language-as-fixed-effect fallacy"). With one seed it
-    is a bootstrap over rows, within tasks.
+    their interaction, which both contain (Clark 1973, "The language-as-fixed-effect fallacy"). With one seed
+    it is a bootstrap over rows, within tasks.
     """
     difference = np.asarray(difference_n, np.float64)
     if not all(task.complete for task in tasks):
@@ -157,10 +157,10 @@ def _crossed(of_seeds: float, n: int, tasks: Sequence[PairedRows]) -> tuple[floa
     variance = max(of_seeds + of_rows - of_both, of_seeds, of_rows)
     if of_seeds + of_rows == 0:
         return variance, math.inf
-    # What makes the variance uncertain are mostly the few seeds: the smaller their part, the more is known of it.
-    # Satterthwaite's approximation divides by the square of the part, which is itself uncertain: with three
-    # seeds its intervals hold the truth in 92 to 96 % of sweeps, these in 94 to 96 %. With two seeds the part
-    # is hardly known, and its root keeps to 93 to 98 %, where Satterthwaite falls to 87 %.
+    # What makes the variance uncertain are mostly the few seeds: the smaller their part, the more is known of
+    # it. Satterthwaite's approximation divides by the square of the part, which is itself uncertain: with
+    # three seeds its intervals hold the truth in 92 to 96 % of sweeps, these in 94 to 96 %. With two seeds
+    # the part is hardly known, and its root keeps to 93 to 98 %, where Satterthwaite falls to 87 %.
     part = of_seeds / (of_seeds + of_rows)
     of_few = (part**0.5 if n == 2 else part) / (n - 1) + (1 - part) / freedom_of_rows
     return variance, 1 / of_few

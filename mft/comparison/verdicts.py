@@ -36,7 +36,7 @@ def incomparable(comparison: Comparison) -> str:
 
 
 def sentence(comparison: Comparison) -> str:
-    """Returns what may be said of all settings, in a sentence or two; a winner only where each is told apart."""
+    """Returns what may be said of all settings in a sentence or two; a winner only if each is told apart."""
     ranked, higher = comparison.ranked, comparison.metric.higher
     best, better = ("highest", "higher") if higher else ("lowest", "lower")
     if not ranked:
@@ -124,7 +124,7 @@ def by_how_much(difference: Difference) -> str:
 
 
 def decimals(difference: Difference) -> int:
-    """Returns with how many decimals a difference and its interval are written: 4, more where they are small."""
+    """Returns how many decimals a difference and its interval are written with: 4, more where small."""
     ends = (difference.estimate, difference.low, difference.high)
     size = max(abs(end) for end in ends if not math.isnan(end))
     return 4 if size >= 0.001 or size == 0 else min(12, 2 - math.floor(math.log10(size)))

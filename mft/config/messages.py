@@ -46,8 +46,8 @@ REASON = (
 """Finds the line in which OmegaConf says what is wrong with a value."""
 
 GONE = {
-    "train.allow_targets": "unknown; a package of your own classes is allowed with --plugin PACKAGE on the command "
-    "line, or by its installed entry point (docs/plugins.md)."
+    "train.allow_targets": "unknown; a package of your own classes is allowed with --plugin PACKAGE on the "
+    "command line, or by its installed entry point (docs/plugins.md)."
 }
 """Keys of earlier versions → what replaces them."""
 

@@ -64,7 +64,7 @@ def _rank(key: str) -> int:
 
 
 def _word(key: str, hint: str, value: str) -> str:
-    """Returns the word for a value: 6e-2 for optimizer.lr=0.06, s2 for train.seed=2, rank 16 for peft.rank=16."""
+    """Returns a value's word: 6e-2 for optimizer.lr=0.06, s2 for train.seed=2, rank 16 for peft.rank=16."""
     text = _plain(value)
     if key == "train.seed":
         return f"s{text}"
@@ -106,7 +106,7 @@ def _power(text: str) -> str:
 
 
 def _within(tokens: Sequence[Sequence[str]], room: int) -> list[list[str]]:
-    """Returns the words of each run, cut where a name would be too long but still different in each column."""
+    """Returns the words of each run, cut where a name would be too long but still distinct in each column."""
     columns = [_shorter(column) for column in zip(*tokens, strict=True)]
     lengths = [max(cuts) for cuts in columns]
 
@@ -148,7 +148,7 @@ def _without_end(word: str, length: int) -> str:
 
 
 def _joined(words: Sequence[str], room: int) -> str:
-    """Returns words as one name, without the last ones where they do not fit: half a number is another one."""
+    """Returns words as one name, without the last where they do not fit: half a number is another one."""
     words = [word for word in words if word]
     while len(words) > 1 and len(SEPARATOR.join(words)) > room:
         words.pop()

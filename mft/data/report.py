@@ -29,8 +29,8 @@ FIELDS_NAMED, FILES_NAMED = 12, 6
 
 
 def as_json(stores: Sequence[Store], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns each task's report (see Store), its sizes by split, lengths in tokens, and the files held out by
-    name."""
+    """Returns each task's report (see Store), its sizes by split, lengths in tokens, and the files held out
+    by name."""
     return {
         name: store.report
         | {"sizes": _sizes(store), "length": _lengths(store), "held_out_files": store.held_out_files()}

@@ -109,7 +109,7 @@ def definitions(statements: Iterable[ast.stmt], owner: str = "") -> Iterator[tup
 
 
 def first_line(node: ast.stmt) -> int:
-    """Returns the line of a statement's first decorator, which ast does not count as part of it, or its own."""
+    """Returns the line of a statement's first decorator, which ast does not count as a part, or its own."""
     return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
 
 

@@ -98,7 +98,8 @@ def checked(
     """Checks a resolved config (UserError with a sentence) and returns it with its identity.
 
     label: what distinguishes the job from the others of its sweep; starts: whether this process is about to
-    run it; search: see `Job`. Reads the task files once to fingerprint them; loads no model and starts no rank.
+    run it; search: see `Job`. Reads the task files once to fingerprint them; loads no model and starts no
+    rank.
     """
     cfg = copy.deepcopy(cfg)  # the caller keeps what it composed
     cfg.train.precision = resolve_precision(cfg.train.precision)

@@ -55,8 +55,8 @@ def check_tensors(who: str, method: str, settings: Settings, stored: Tensors, fo
         )
     if method and stored and not quantised:
         raise UserError(
-            f"{who}: config.json says that the weights are quantised by {method}, but all {len(stored)} are plain "
-            f"{next(iter(stored.values())).dtype}; if these are real values, remove quantization_config"
+            f"{who}: config.json says that the weights are quantised by {method}, but all {len(stored)} are "
+            f"plain {next(iter(stored.values())).dtype}; if these are real values, remove quantization_config"
         )
     for name, tensor in quantised.items() if method else ():
         if why := UNREADABLE[method](name, tensor, stored, settings):

@@ -1,4 +1,4 @@
-"""Results of other tools as metrics of runs: lm-evaluation-harness and EvalPlus, from the files they write."""
+"""Results of other tools as metrics of runs: lm-evaluation-harness and EvalPlus, from files they write."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def add_results(runs: Sequence[Run], spec: str) -> str:
     """Adds the results in a file to the metrics of the run that they are of; returns a sentence on that.
 
     spec: FILE, whose model lies in the folder of a run, or RUN=FILE, where RUN is the name, the folder or
-    `Run.where` of one. Raises UserError for a file that is damaged, of another layout, or of none of the runs,
-    and for a metric that the run has already.
+    `Run.where` of one. Raises UserError for a file that is damaged, of another layout, or of none of the
+    runs, and for a metric that the run has already.
     """
     named, file = _split(spec)
     content = _content(file)
@@ -112,7 +112,7 @@ def _listed(runs: Sequence[Run], most: int = 6) -> str:
 
 
 def _models(content: Mapping[str, Any]) -> list[str]:
-    """Returns what lm-evaluation-harness records as the model: text `a=b,c=d`, or an object in new versions."""
+    """Returns what lm-evaluation-harness records as the model: text `a=b,c=d`, in new versions an object."""
     config = content.get("config")
     arguments = config.get("model_args") if isinstance(config, dict) else None
     if isinstance(arguments, str):

@@ -63,7 +63,7 @@ class Run:
     """Its run folder; None where that is not on this machine."""
 
     store: str = ""
-    """Address of the MLflow store it was read from, without credentials; "" if it was read from its folder."""
+    """Address of the MLflow store it was read from, without credentials; "" if read from its folder."""
 
     key: str = ""
     """The name that it has for itself in trackers; "" without one."""

@@ -67,11 +67,10 @@ class Tracker:
 class Jsonl(Tracker):
     """`metrics.jsonl` in the run folder: one object a logged step, `{"step": 10, "train/loss": 1.23, ...}`.
 
-    On resume the lines of steps after the checkpoint are cut off, so that no step appears twice, and so is the
-    last line of a run that had finished and is extended; a run that starts afresh in its folder starts a new
-    file. Non-finite values are written as null, which every JSON
-    reader understands. Rows that meet a full disk stay in memory and are written with a later row, or when
-    the run ends.
+    On resume the lines of steps after the checkpoint are cut off, so that no step appears twice, and so is
+    the last line of a run that had finished and is extended; a run that starts afresh in its folder starts a
+    new file. Non-finite values are written as null, which every JSON reader understands. Rows that meet a
+    full disk stay in memory and are written with a later row, or when the run ends.
     """
 
     def open(self, run_dir: Path, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:

@@ -49,7 +49,8 @@ def fronts(comparison: Comparison, canvas: Canvas) -> Section | None:
     many = f"Beside the front the best {MOST_POINTS} settings." if len(ranked) > MOST_POINTS else ""
     every = len(comparison.tasks) * (len(comparison.tasks) - 1) // 2
     text = [
-        "On the front: no other setting is at least as good on both axes and better on one. Numbers are ranks.",
+        "On the front: no other setting is at least as good on both axes and better on one. "
+        "Numbers are ranks.",
         many,
         f"The {len(pairs)} pairs of tasks that disagree most, of {every}." if 0 < len(pairs) < every else "",
     ]

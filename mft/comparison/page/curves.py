@@ -83,7 +83,7 @@ def learning(comparison: Comparison, canvas: Canvas) -> Section | None:
         pictures.append(
             canvas.picture(
                 f"{name} over optimizer steps, by setting",
-                lambda axis, name=name, series=series: _curves(axis, name, series, styles),  # type: ignore[misc]
+                lambda axis, name=name, of=series: _curves(axis, name, of, styles),  # type: ignore[misc]
             )
         )
         cut = cut or any(_ceiling(series) < max(values) for points in series for values in points.values())
@@ -93,8 +93,8 @@ def learning(comparison: Comparison, canvas: Canvas) -> Section | None:
     text = [
         f"The best {MOST_CURVES} of {count:,} settings." if count > MOST_CURVES else "",
         few_tasks(comparison, tasks),
-        "Mean over seeds, band: lowest to highest seed. Where curves lie on each other, the better setting is "
-        "the thinner one on top.",
+        "Mean over seeds, band: lowest to highest seed. Where curves lie on each other, the better setting "
+        "is the thinner one on top.",
         "Curves that leave a panel begin higher." if cut else "",
     ]
     return Section("Learning curves", text, pictures, legend)
@@ -128,7 +128,7 @@ def weights(comparison: Comparison, canvas: Canvas) -> Section | None:
     pictures = [
         canvas.picture(
             f"weights of the tasks over optimizer steps: {setting.title}",
-            lambda axis, setting=setting, series=series: draw(axis, name_of(setting), series),  # type: ignore[misc]
+            lambda axis, one=setting, of=series: draw(axis, name_of(one), of),  # type: ignore[misc]
         )
         for setting, series in shown
     ]

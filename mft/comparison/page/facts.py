@@ -22,7 +22,7 @@ FINGERPRINTS = ("base model", "tokenizer", "code", "adapter", "template")
 
 @dataclass
 class Facts:
-    """runs: their number; common: (name, value) of all of them; differing: (name, [(value, number of runs)])."""
+    """runs: their number; common: (name, value) of all; differing: (name, [(value, number of runs)])."""
 
     runs: int
     common: list[tuple[str, str]]

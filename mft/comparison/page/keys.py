@@ -54,8 +54,8 @@ def main_effects(found: tuple[list[Effect], float], comparison: Comparison, canv
             )
         )
     text = [
-        "A linear model of main effects over all runs. Dot: how far runs with this value lie from the mean of "
-        "all, the other keys being equal; line: 95 % interval.",
+        "A linear model of main effects over all runs. Dot: how far runs with this value lie from the mean "
+        "of all, the other keys being equal; line: 95 % interval.",
         "The variance that no key explains is of seeds, and of keys that change each other's effect.",
     ]
     if len(drawn) < len(known):

@@ -1,4 +1,4 @@
-"""Drawings of matplotlib as pictures inside an HTML page: vectors whose text and axes have the page's colour."""
+"""Drawings of matplotlib as pictures in an HTML page: vectors whose text and axes have the page's colour."""
 
 from __future__ import annotations
 

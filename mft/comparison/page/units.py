@@ -8,7 +8,7 @@ UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k
 
 
 def number(value: float | None) -> str:
-    """Returns a loss or another metric with 4 decimals, more digits where it is small; "" for None and NaN."""
+    """Returns a loss or another metric with 4 decimals, more digits where small; "" for None and NaN."""
     if value is None or math.isnan(value):
         return ""
     return f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
