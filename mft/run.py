@@ -26,7 +26,7 @@ from mft.files.json_file import read_json, write_json
 from mft.hardware import quiet_libraries
 from mft.run_folder import RunStatus
 from mft.tracking.base import FanOut, Jsonl, Tracker
-from mft.training import metrics, provenance, resume, sample_losses, summary, test_split
+from mft.training import final_test, metrics, provenance, resume, sample_losses, summary
 from mft.training.checkpoint import Checkpoints, restore, write_final
 from mft.training.loop import fit
 from mft.training.progress import Terminal
@@ -262,7 +262,7 @@ def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, start
     answers.ask("before")
     restore_newest(r, t)
     t.counted_until = started
-    status, tested = RunStatus.failed, test_split.Tested()
+    status, tested = RunStatus.failed, final_test.Tested()
     tags = provenance.recorded(folder, run_tags(r)) if engine.is_main else {}
     t.tracker.open(folder, schema.plain(r.cfg), tags, t.state.step)
     try:
@@ -272,7 +272,7 @@ def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, start
         if status is RunStatus.finished:
             write_final(folder, engine, export)
             answers.ask("after")
-            tested = test_split.evaluate(t, folder)  # last: it may load another checkpoint
+            tested = final_test.evaluate(t, folder)  # last: it may load another checkpoint
         result = summary.summarise(t, status, folder, tested)
         if t.sample_losses:
             t.sample_losses.prune(t.state.best, tested.step)

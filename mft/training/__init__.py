@@ -3,7 +3,7 @@
 `loop.fit` is the order of events of a step, on one page. It works on a `trainer.Trainer`, whose methods are
 the single actions; `state` is the position of the run, `best` tracks the best validations, `nonfinite`
 decides about a step that must not be applied, `metrics` sums what is measured, `validate` makes a validation,
-`sample_losses` keeps the losses of its rows. `test_split` is the test of a finished run. `checkpoint` writes
+`sample_losses` keeps the losses of its rows. `final_test` is the test of a finished run. `checkpoint` writes
 and restores, `resume` finds the newest undamaged checkpoint. For people: `progress` while it runs, `summary`,
 `plots` and `sample_answers` when it ends.
 

@@ -15,9 +15,9 @@ from mft.files.json_file import write_json
 from mft.objective import mean_of_tasks
 from mft.tracking.base import TOTAL
 from mft.training import plots
+from mft.training.final_test import Tested
 from mft.training.metrics import peak_memory_gib
 from mft.training.progress import losses_table
-from mft.training.test_split import Tested
 from mft.training.trainer import Trainer
 
 

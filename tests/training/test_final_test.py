@@ -13,7 +13,7 @@ import pytest
 from mft.commands import show
 from mft.comparison.direction import directions
 from mft.runs.folders import read_run
-from mft.training import sample_answers, test_split
+from mft.training import final_test, sample_answers
 from mft.training.trainer import Trainer
 from tests.tiny_runs import logged, train
 from tests.training.test_resume import flip
@@ -94,7 +94,7 @@ def test_a_test_that_was_killed_is_made_when_the_run_is_resumed(
     finished: Path, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Ended):
-        patch.setattr(test_split, "evaluate", killed)
+        patch.setattr(final_test, "evaluate", killed)
         train(tmp_path, cache_dir, *OVERSHOOTING)
     run = tmp_path / "run"
     assert (run / "final").is_dir() and not (run / "summary.json").exists() and not ends(run)
@@ -117,7 +117,7 @@ def test_so_is_that_of_a_run_that_was_stopped_early_at_the_step_it_ended_at(
     whole, folder = train(tmp_path, cache_dir, *given, out="whole")
     assert whole["steps"] < 8 and whole["test"]["step"] == whole["best"]["step"] < whole["steps"]
     with monkeypatch.context() as patch, pytest.raises(Ended):
-        patch.setattr(test_split, "evaluate", killed)
+        patch.setattr(final_test, "evaluate", killed)
         train(tmp_path, cache_dir, *given)
     again, run = train(tmp_path, cache_dir, *given)
     assert (again["steps"], again["test"]) == (whole["steps"], whole["test"])
@@ -165,7 +165,7 @@ def test_the_answers_after_training_are_those_of_the_final_weights(
         return calling
 
     monkeypatch.setattr(sample_answers.Answers, "ask", noted("ask", sample_answers.Answers.ask))
-    monkeypatch.setattr(test_split, "evaluate", noted("test", test_split.evaluate))
+    monkeypatch.setattr(final_test, "evaluate", noted("test", final_test.evaluate))
     prompts = tmp_path / "prompts.jsonl"
     turns = [{"role": "human", "content": "what comes next?"}, {"role": "bot", "content": "it is 3"}]
     prompts.write_text(json.dumps({"chat_rounds": turns}) + "\n")
