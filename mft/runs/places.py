@@ -39,7 +39,10 @@ def at(places: Sequence[str], uris: Sequence[str] = (), metrics: Iterable[str] =
             runs += [read_run(folder, metrics) for folder in run_folder.runs_under(Path(place))]
         else:
             runs += _of_stores(place, uris, metrics)
-    return _once(runs)
+    found = _once(runs)
+    if uris and all(Path(place).is_dir() for place in places):
+        found.notes.append("--uri has no effect: the places are folders, and no experiment is looked for.")
+    return found
 
 
 def _of_stores(name: str, uris: Sequence[str], metrics: Sequence[str]) -> list[Run]:

@@ -150,6 +150,14 @@ def test_a_run_trained_again_in_its_place_is_another(uri: str) -> None:
     assert {run.folder for run in runs} == {folder, None}, "the folder is of the second"
 
 
+def test_a_store_beside_folders_is_told_to_be_of_no_use(uri: str) -> None:
+    leave(Path("runs/a"))
+    assert at(["runs"]).notes == []
+    assert at(["runs"], [uri]).notes == [
+        "--uri has no effect: the places are folders, and no experiment is looked for."
+    ]
+
+
 def test_an_experiment_is_looked_for_in_every_store(uri: str, empty_store: Path) -> None:
     shutil.copy(empty_store, "other.db")
     uris = [uri, f"sqlite:///{Path('other.db').resolve()}"]
