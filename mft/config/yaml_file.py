@@ -56,6 +56,15 @@ def load(path: Path) -> Any:
         raise UserError(refusal(error, path)) from error
 
 
+def of_run(folder: Path) -> dict[str, Any]:
+    """Returns the config of a run folder as it was written; {} where it cannot be read."""
+    try:
+        config = load(folder / "config.yaml")
+    except (OSError, UserError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
 def refusal(error: yaml.YAMLError, path: Path | None = None) -> str:
     """Returns the sentence for what is not YAML; path: the file, where the error does not name it."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)

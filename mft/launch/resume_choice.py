@@ -114,20 +114,11 @@ def _another(folder: Path, recorded: Identity, identity: Identity, config: Mappi
             f"holds a run that another version of mft wrote {recorded.numbers()}, so it cannot be resumed; "
             f"mft show, compare, merge and generate still read it{more}"
         )
-    contents, values = differences(recorded, identity, _config(folder), config)
+    contents, values = differences(recorded, identity, yaml_file.of_run(folder), config)
     differing = [f"on other inputs: {contents}"] if contents else []
     if values or not contents:
         differing.append(f"of another config: {values}")
     return f"holds a run {'; and '.join(differing)}"
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """Returns the config of a run folder as it was written; {} where it cannot be read."""
-    try:
-        config = yaml_file.load(folder / "config.yaml")
-    except (OSError, UserError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _require_not_begun(folder: Path) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from mft import run_folder
 from mft.config import repetition, yaml_file
 from mft.config.identity import VERSION, identity_of
-from mft.errors import UserError
 from mft.files.json_file import Values, read_json
 from mft.runs.facts import facts
 from mft.runs.results import Run, flat, with_contents
@@ -35,7 +33,7 @@ def read_run(folder: Path, metrics: Iterable[str] = ()) -> Run:
         contents = with_contents(identity.tasks, record.text("data"), identity.fingerprints)
     else:  # of another version of mft: its fingerprints may be of something else
         contents = with_contents(plan.texts("tasks"), record.text("data"), None)
-    values = flat(_config(folder)) | contents
+    values = flat(yaml_file.of_run(folder)) | contents
     rows = run_folder.metric_rows(folder / "metrics.jsonl")[0]
     steps = max((row["step"] for row in rows), default=None)
     if any(metric.startswith(SYSTEM) for metric in metrics):
@@ -69,14 +67,6 @@ def read_run(folder: Path, metrics: Iterable[str] = ()) -> Run:
             {name: tags.text(name) for name in tags}, values, sizes, steps, plan.number("total_steps")
         ),
     )
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = yaml_file.load(folder / "config.yaml")
-    except (OSError, UserError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _command(record: Values) -> str:
