@@ -63,6 +63,22 @@ class Comparison:
         return [run for setting in self.settings for run in setting.runs]
 
     @property
+    def outside(self) -> Setting | None:
+        """The reference where it is none of the settings, as the single-task runs are; else None."""
+        within = any(setting is self.reference for setting in self.settings)
+        return None if within else self.reference
+
+    @property
+    def every_setting(self) -> list[Setting]:
+        """All settings, and after them a reference that is none."""
+        return [*self.settings, *([self.outside] if self.outside else [])]
+
+    @property
+    def every_run(self) -> list[Run]:
+        """The runs of `every_setting`."""
+        return [run for setting in self.every_setting for run in setting.runs]
+
+    @property
     def paired_over(self) -> str:
         """What the pairs of two settings differ in, in words: seeds, or other keys as well."""
         values = zip(*(block for setting in self.settings for block in setting.blocks), strict=True)

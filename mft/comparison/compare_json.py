@@ -36,7 +36,6 @@ def content(comparison: Comparison) -> dict[str, Any]:
     of_keys, unexplained = effects(comparison)
     reference, winner = comparison.reference, comparison.winner
     accounts = multitask(comparison)
-    every_setting = [*comparison.settings, *([reference] if isinstance(reference, SingleTasks) else [])]
     known: dict[str, Any] = _plain(
         {
             "format": "mft-compare",
@@ -59,7 +58,7 @@ def content(comparison: Comparison) -> dict[str, Any]:
             "before_training": comparison.base,
             "effects": [asdict(effect) for effect in of_keys],
             "unexplained": unexplained,
-            "runs": [_run(comparison, s, one) for s in every_setting for one in s.judged],
+            "runs": [_run(comparison, s, one) for s in comparison.every_setting for one in s.judged],
         }
     )
     return known

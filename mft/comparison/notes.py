@@ -27,12 +27,12 @@ def notes(result: Comparison) -> list[str]:
         paired_by = " and ".join(result.pairing)
         found.append(f"Runs are paired by {paired_by}; intervals take the pairs as independent.")
     found += _seeds_left_out(result) + _rows_that_differ(result)
-    judged = [one for setting in [*result.settings, result.reference] if setting for one in setting.judged]
-    before = len({id(one.run) for one in judged if one.step == 0 and max(one.losses) > 0})
+    judged = [one for setting in result.every_setting for one in setting.judged]
+    before = sum(one.step == 0 and max(one.losses) > 0 for one in judged)
     if before:
         found.append(f"The best validation of {_runs(before)} is the one before training.")
     validated = [one for one in judged if one.step is not None and one.run.test]
-    other = len({id(one.run) for one in validated if one.run.test_step not in (None, one.step)})
+    other = sum(one.run.test_step not in (None, one.step) for one in validated)
     if other:
         found.append(
             f"Test losses of {_runs(other)} are of another step than their validation losses: the best "
@@ -50,9 +50,7 @@ def notes(result: Comparison) -> list[str]:
 def _seeds_left_out(result: Comparison) -> list[str]:
     """Returns what is said where means are not over the same seeds, or not over all runs of a setting."""
     notes, metric, ranked = [], result.metric, result.ranked
-    outside = result.reference is not None and all(result.reference is not one for one in ranked)
-    compared = [*ranked, result.reference] if outside and result.reference is not None else ranked
-    blocks = [frozenset(setting.values(metric)) for setting in compared]
+    blocks = [frozenset(setting.values(metric)) for setting in result.every_setting]
     if len(set(filter(None, blocks))) > 1:
         what = "seeds" if len(result.pairing) == 1 else "pairs"
         notes.append(

@@ -59,7 +59,7 @@ class Commands:
 
 def write(comparison: Comparison, path: Path) -> Path:
     """Writes the report; returns its file. Times, versions and commands are those of the runs."""
-    accounts, runs = multitask(comparison), facts.every_run(comparison)
+    accounts, runs = multitask(comparison), comparison.every_run
     style, script = _part("report.css"), _part("sort.js")
     page = _environment().from_string(_part("report.html"))
     from markupsafe import Markup

@@ -132,7 +132,7 @@ class Setting:
     @property
     def runs(self) -> list[Run]:
         """All its runs."""
-        return [judged.run for of_block in self.blocks.values() for judged in of_block]
+        return [judged.run for judged in self.judged]
 
     @property
     def judged(self) -> list[Judged]:

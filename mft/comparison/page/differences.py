@@ -54,11 +54,8 @@ def seeds(comparison: Comparison, canvas: Canvas) -> Section | None:
     if len(comparison.ranked) < 2:
         return None
     metric, reference = comparison.metric, comparison.reference
-    outside = reference is not None and all(reference is not setting for setting in comparison.settings)
-    lines = [
-        *([reference] if outside and reference is not None and reference.values(metric) else []),
-        *ranked,
-    ]
+    outside = comparison.outside
+    lines = [*([outside] if outside is not None and outside.values(metric) else []), *ranked]
     text = [limited(comparison), "Thin ring: a seed. Bar: mean."]
     pictures = [
         canvas.picture(

@@ -12,7 +12,7 @@ import mft
 from mft.comparison.compare import Comparison
 from mft.comparison.page.table import Cell, Head, Table
 from mft.comparison.settings import SEED
-from mft.runs.results import FINGERPRINT, Run
+from mft.runs.results import DATA, FINGERPRINT, Run
 
 MOST_NAMED = 6
 """Values of a fact that are listed."""
@@ -32,7 +32,7 @@ class Facts:
 
 def facts(comparison: Comparison) -> Facts:
     """Returns the facts of all runs of a comparison, those of the baseline as well."""
-    runs = every_run(comparison)
+    runs = comparison.every_run
     ranked = len(comparison.runs)
     beside = f", and {len(runs) - ranked:,} of the baseline" if len(runs) > ranked else ""
     result = Facts(len(runs), [("runs", f"{ranked:,} in {len(comparison.settings):,} settings{beside}")])
@@ -58,13 +58,6 @@ def facts(comparison: Comparison) -> Facts:
     return result
 
 
-def every_run(comparison: Comparison) -> list[Run]:
-    """Returns the runs of all settings in their order, then those of a baseline that is no setting."""
-    reference = comparison.reference
-    baseline = [judged.run for judged in reference.judged] if reference is not None else []
-    return list({id(run): run for run in (*comparison.runs, *baseline)}.values())
-
-
 def _of_run(run: Run) -> dict[str, str]:
     """Returns the facts of a run as text, without those that have a place of their own."""
     aside = ("data", "started")
@@ -75,8 +68,8 @@ def _of_run(run: Run) -> dict[str, str]:
         value = run.values.get(f"{name}{FINGERPRINT}", "none")
         if value not in ("none", "") and name not in found:
             found[f"{name}{FINGERPRINT}"] = value
-    if (data := run.values.get(f"data{FINGERPRINT}")) and f"data{FINGERPRINT}" not in found:
-        found[f"data{FINGERPRINT}"] = data
+    if (data := run.values.get(DATA)) and DATA not in found:
+        found[DATA] = data
     if "steps" not in found and run.rows:
         found["steps"] = f"{run.rows[-1].get('step', 0):,}"
     if SEED in run.values:

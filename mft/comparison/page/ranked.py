@@ -11,7 +11,7 @@ from mft.comparison.multitask import COSTS as FRONTS
 from mft.comparison.multitask import MultiTask
 from mft.comparison.page.differences import name_of
 from mft.comparison.page.table import Cell, Head, Table
-from mft.comparison.page.tested import losses_beside, test_loss, test_tasks
+from mft.comparison.page.tested import losses_beside, test_tasks
 from mft.comparison.page.units import COSTS, number, percent
 from mft.comparison.settings import Metric, Setting
 from mft.comparison.statistics import Difference
@@ -32,9 +32,8 @@ def ranked(comparison: Comparison, accounts: Sequence[MultiTask]) -> Table:
     """
     columns = _Columns(comparison)
     table = Table(columns.heads())
-    reference = comparison.reference
-    if reference is not None and all(reference is not setting for setting in comparison.settings):
-        table.fixed.append(columns.row(reference, "", None, "baseline"))
+    if comparison.outside is not None:
+        table.fixed.append(columns.row(comparison.outside, "", None, "baseline"))
     for model, losses in comparison.base.items():
         table.fixed.append(columns.base(model, losses))
     shown = max(10, MOST_CELLS // len(table.heads))
@@ -128,8 +127,8 @@ class _Columns:
         if self.tested:
             beside = losses_beside(setting, self.tested)
             cells += [measured(beside[1]), measured(beside[1] - beside[0])] if beside else [Cell("")] * 2
-            losses = [test_loss(setting, task) for task in self.tested] if len(self.tested) > 1 else []
-            cells += [measured(loss) for loss in losses]
+            losses = setting.test()
+            cells += [measured(losses.get(task)) for task in self.tested if len(self.tested) > 1]
         if self.front:
             cells += _account_cells(account)
         for cost in self.costs:

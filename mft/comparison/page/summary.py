@@ -10,7 +10,6 @@ from mft.comparison.compare import Comparison
 from mft.comparison.multitask import MultiTask
 from mft.comparison.notes import notes
 from mft.comparison.page.differences import name_of
-from mft.comparison.page.facts import every_run
 from mft.comparison.page.tested import losses_beside, test_tasks
 from mft.comparison.page.units import COSTS, number
 from mft.comparison.settings import Setting
@@ -53,7 +52,7 @@ def summary(comparison: Comparison, accounts: Sequence[MultiTask]) -> Summary:
 
 def unfinished(comparison: Comparison) -> list[str]:
     """Returns a sentence on runs that may still change, or have seen less data than the others."""
-    runs = [run for run in every_run(comparison) if run.state != "finished"]
+    runs = [run for run in comparison.every_run if run.state != "finished"]
     if not runs:
         return []
     names = ", ".join(f"{run.name} ({run.state})" for run in runs[:MOST_NAMED])

@@ -48,12 +48,6 @@ def tested(comparison: Comparison, canvas: Canvas) -> Section | None:
     return Section("Test beside validation", text, [picture], legend)
 
 
-def test_loss(setting: Setting, task: str) -> float | None:
-    """Returns the mean over seeds of the loss on the test rows of a task, None where there are none."""
-    values = [judged.run.test[task] for judged in setting.judged if task in judged.run.test]
-    return fmean(values) if values else None
-
-
 def test_tasks(comparison: Comparison) -> list[str]:
     """Returns the common tasks that every run with test rows has test rows of."""
     tested = [run.test for run in comparison.runs if run.test]
