@@ -6,8 +6,9 @@ Losses are means over seeds, in nats per token; per cents are of the reference's
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from mft.comparison.compare import Comparison
 from mft.comparison.settings import Metric, Setting
@@ -72,6 +73,12 @@ def losses_of(setting: Setting, tasks: Sequence[str]) -> dict[str, float]:
     """Returns the mean loss of a setting on each of the tasks that it has."""
     found = {task: setting.mean(Metric(task)) for task in tasks}
     return {task: loss for task, loss in found.items() if not math.isnan(loss)}
+
+
+def over_tasks(losses: Mapping[str, float], tasks: Sequence[str]) -> dict[str, float]:
+    """Returns mean and worst of the losses of all tasks, {} unless every one has a loss."""
+    known = [losses[task] for task in tasks if task in losses]
+    return {"mean": fmean(known), "worst": max(known)} if known and len(known) == len(tasks) else {}
 
 
 def delta_m(losses: dict[str, float], reference: dict[str, float]) -> float | None:

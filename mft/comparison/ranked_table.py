@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mft.comparison.compare import Comparison
-from mft.comparison.multitask import losses_of, multitask
+from mft.comparison.multitask import losses_of, multitask, over_tasks
 from mft.comparison.settings import Metric, Setting
 from mft.comparison.verdicts import p_text, signed, verdict
 from mft.console.tables import Fitted, fitted
@@ -58,21 +57,16 @@ def text_table(
         row += [with_spread(setting, metric) for metric in metrics]
         row += [signed(difference), p_text(difference.adjusted_p) if difference else ""]
         row += [_number(setting.mean(Metric(task))) for task in tasks]
-        row += [_number(_mean(setting.test(), comparison.tasks))] if tested else []
+        row += [_number(over_tasks(setting.test(), comparison.tasks).get("mean"))] if tested else []
         row += [_number(setting.cost("seconds"), ".0f"), verdict(comparison, setting)]
         rows.append(row)
     for model, losses in comparison.base.items():
-        whole = _mean(losses, comparison.tasks)
-        worst = math.nan if math.isnan(whole) else max(losses[task] for task in comparison.tasks)
-        of = {"mean": whole, "worst": worst, **losses}
+        of = {**over_tasks(losses, comparison.tasks), **losses}
         of_metric = [of.get(metric.name) for metric in metrics]
         name = f"before training {model}".strip()
         row = ["", *([name] + [""] * (len(keys) - 1) if keys else []), "", *map(_number, of_metric), "", ""]
-        row += (
-            [_number(losses.get(task)) for task in tasks]
-            + ([""] if tested else [])
-            + ["", "" if keys else name]
-        )
+        row += [_number(losses.get(task)) for task in tasks]
+        row += [*([""] if tested else []), "", "" if keys else name]
         rows.append(row)
     return head, rows
 
@@ -166,11 +160,6 @@ def write_paper_table(comparison: Comparison, path: Path, kind: str) -> None:
         head, rows = escaped[0], escaped[1:]
     text = tabulate(rows, head, tablefmt=PAPER[kind], disable_numparse=True)
     write_text(path, text + "\n")
-
-
-def _mean(losses: dict[str, float], tasks: Sequence[str]) -> float:
-    known = [losses[task] for task in tasks if task in losses]
-    return sum(known) / len(known) if known and len(known) == len(tasks) else math.nan
 
 
 def _number(value: float | None, spec: str = ".4f") -> str:

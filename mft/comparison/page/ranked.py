@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 
 from mft.comparison.compare import Comparison
 from mft.comparison.multitask import COSTS as FRONTS
-from mft.comparison.multitask import MultiTask
+from mft.comparison.multitask import MultiTask, over_tasks
 from mft.comparison.page.differences import name_of
 from mft.comparison.page.table import Cell, Head, Table
 from mft.comparison.page.tested import losses_beside, test_tasks
@@ -140,9 +139,7 @@ class _Columns:
 
     def base(self, model: str, losses: Mapping[str, float]) -> list[Cell]:
         """Returns the row of the base model before any training."""
-        known = [losses[task] for task in self.comparison.tasks if task in losses]
-        whole = bool(known) and len(known) == len(self.comparison.tasks)
-        of = {"mean": fmean(known), "worst": max(known), **losses} if whole else dict(losses)
+        of = {**over_tasks(losses, self.comparison.tasks), **losses}
         cells = [Cell(f"before training{f': {model}' if model else ''}"), Cell("")]
         cells += [Cell("")] * len(self.keys)
         cells += [
