@@ -30,7 +30,7 @@ class Found(NamedTuple):
     false_winners: float
     """Sweeps in which a winner is named that is not truly the best one."""
     false_verdicts: float
-    """Sweeps in which any setting is told apart from the best one, and in the wrong direction or without cause."""
+    """Sweeps in which some setting is called worse than the best one without being so."""
     true_winners: float
     """Sweeps in which the truly best setting is named."""
 
