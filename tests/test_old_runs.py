@@ -58,7 +58,7 @@ def again(run: Path, *more: str) -> list[str]:
 
 def test_they_are_listed_shown_and_compared(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     listed = mft(capsys, "runs", "finished", "stopped", "multirun")
-    assert "3 runs and sweeps" in listed and "sweep of 2 jobs" in listed
+    assert "runs and sweeps: 3" in listed and "sweep of 2 jobs" in listed
     for run, state in (("finished", "finished"), ("stopped", "stopped"), (str(STOPPED_JOB), "stopped")):
         shown = mft(capsys, "show", run)
         assert f"{state}, " in shown and "peft.rank" in shown

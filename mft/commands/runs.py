@@ -66,7 +66,7 @@ def command(arguments: Sequence[str]) -> None:
     screen = console()
     # a folder is pasted into other commands
     shown = fitted(COLUMNS, rows, screen.width, ("folder", "age", "steps", "best"), SPARE)
-    screen.print(table(f"{len(rows)} runs and sweeps", shown.columns, shown.rows, widths=shown.widths))
+    screen.print(table(f"runs and sweeps: {len(rows)}", shown.columns, shown.rows, widths=shown.widths))
 
 
 def run_row(folder: Path) -> list[str]:

@@ -25,13 +25,13 @@ def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 def test_a_sweep_is_one_line_and_its_jobs_are_listed_by_its_folder(here: Path, capsys) -> None:
     (sweep,) = here.glob("multirun/small/*")
     text = said(capsys, "runs")
-    assert "1 runs and sweeps" in text and f"multirun/small/{sweep.name}" in text
+    assert "runs and sweeps: 1" in text and f"multirun/small/{sweep.name}" in text
     assert "4 finished" in text and "sweep of 4 jobs, best: loss=" in text
     bests = [read_json(run / "summary.json")["best"] for run in run_folder.runs_under(sweep)]
     best = min(bests, key=lambda values: values["valid/loss"])
     assert f"{best['valid/loss']:.4f}" in text and f"docs {best['valid/loss/docs']:.3f}" in text
     text = said(capsys, "runs", str(sweep))
-    assert "4 runs and sweeps" in text and text.count("6/6") == 4 and "sweep of" not in text
+    assert "runs and sweeps: 4" in text and text.count("6/6") == 4 and "sweep of" not in text
     for loss in ("task_token_mean", "coba"):
         assert all(f"loss={loss} train.seed={seed}" in text for seed in (1, 2))
     with pytest.raises(SystemExit):
