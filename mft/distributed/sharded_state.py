@@ -54,16 +54,16 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def save(shards: Sequence[Shard], optimizer: torch.optim.Optimizer, folder: Path, rank: int) -> None:
     """Writes the shards of this rank and what the optimizer keeps for them; nothing is copied as a whole."""
-    for kind, content in _contents(shards, optimizer).items():
+    for kind, content in contents(shards, optimizer).items():
         write_tensors(folder / f"{kind}-{rank}.safetensors", *content)
 
 
 def size(shards: Sequence[Shard], optimizer: torch.optim.Optimizer) -> int:
     """Returns the bytes that `save` would write."""
-    return sum(size_of(*content) for content in _contents(shards, optimizer).values())
+    return sum(size_of(*content) for content in contents(shards, optimizer).values())
 
 
-def _contents(
+def contents(
     shards: Sequence[Shard], optimizer: torch.optim.Optimizer
 ) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]:
     """Returns the tensors, as views, and the metadata of each file of this rank, by how its name begins."""
