@@ -2,7 +2,7 @@
 
     python -m benchmarks.saving
 
-A llama of 126 million parameters (480 MiB in fp32) after a step of AdamW, on a CPU with gloo; one process for
+A llama of 119 million parameters (453 MiB in fp32) after a step of AdamW, on a CPU with gloo; one process for
 single, two for zero2 and fsdp. Printed is by how much the memory of the rank that takes most rises while it
 writes its part of the resume state: all tensors at once, as `safetensors.torch.save_file` takes them from
 copies, and one after the other, both in the same run; then the same of the exported model, which sharding

@@ -140,7 +140,9 @@ def test_a_disk_without_room_is_told_of_before_a_checkpoint_is_written(
         checkpoint, "written", lambda folder, *rest: begun.append(folder) or written(folder, *rest)
     )
     told = r"no room for the checkpoint, which takes ([\d.]+) MiB \(([\d.]+) MiB are free\)"
-    with pytest.raises(UserError, match=rf"{told}.*train\.save_state=last.* resumes from step-\d") as error:
+    with pytest.raises(
+        UserError, match=rf"{told}.* older checkpoints than step-\d, .*train\.save_state=last"
+    ) as error:
         train(run.parent, cache_dir, "peft=full", "train.save_every=1", "train.keep=9")
     steps = complete_steps(run / "checkpoints")
     assert [folder.name for folder in begun] == [f"step-{step}" for step in steps] != []
@@ -156,9 +158,7 @@ def test_a_disk_that_no_checkpoint_fits_on_is_told_of_before_training(
     disk: Callable[[str], Path], cache_dir: Path
 ) -> None:
     run = disk("size=640k") / "run"
-    with pytest.raises(
-        UserError, match=r"no room for the checkpoint.*\(train\.keep, train\.save_state=last\)$"
-    ):
+    with pytest.raises(UserError, match=r"no room for the checkpoint.* Make room\.$"):
         train(run.parent, cache_dir, "peft=full")
     assert not (run / "metrics.jsonl").exists() and not (run / "checkpoints").exists()
 
@@ -169,7 +169,7 @@ def test_a_checkpoint_that_ends_in_a_full_disk_leaves_the_older_one(
     """As a quota would: there is room, but no file more is taken."""
     run = disk("size=64m,nr_inodes=90") / "run"
     with pytest.raises(
-        UserError, match=r"The disk is full: .*\.step-\d\.tmp could not .* resumes from step-\d"
+        UserError, match=r"The disk is full: .*\.step-\d\.tmp could not .* older checkpoints than step-\d"
     ):
         train(run.parent, cache_dir, "train.max_steps=9", "train.save_every=1", "train.keep=9")
     assert complete_steps(run / "checkpoints") and not list((run / "checkpoints").glob(".step*"))

@@ -83,9 +83,6 @@ class Checkpoints:
 
         Checkpoints that `save` removes do so when the new one is complete: their room is not free yet.
         """
-        if self.engine.is_main:  # first: what killed saves left behind
-            for leftover in (self.run_dir / "checkpoints").glob(".step-*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
         own = self.engine.state_size() + (self.export.size if self.engine.is_main else 0)
         require_room(self.run_dir, "checkpoint", own, self.engine)
 
@@ -148,17 +145,22 @@ def require_room(run_dir: Path, what: str, own: int, engine: Engine) -> None:
     what: its name; own: bytes that this rank will write. All ranks write to the folder of rank 0, those of
     other machines, too. Small files are not counted: what is refused could not have been written.
     """
-    free = shutil.disk_usage(run_dir).free
-    needed, (free, *_) = sum(engine.gather(own)), engine.gather(free)
+    if engine.is_main:  # first: what killed saves left behind
+        for leftover in (*run_dir.glob("checkpoints/.step-*.tmp"), *run_dir.glob(".final.*tmp")):
+            shutil.rmtree(leftover, ignore_errors=True)
+    of_ranks = engine.gather((own, shutil.disk_usage(run_dir).free))
+    needed, free = sum(size for size, _ in of_ranks), of_ranks[0][1]
     if needed > free:
         message = f"{run_dir}: the disk has no room for the {what}, which takes {_mib(needed)} MiB "
         raise UserError(f"{message}({_mib(free)} MiB are free). {_how_to_make_room(run_dir)}")
 
 
 def _how_to_make_room(run_dir: Path) -> str:
-    advice = "Make room, or keep less of the older checkpoints (train.keep, train.save_state=last)"
-    older = newest(run_dir)
-    return f"{advice}; the same command then resumes from {older.name}" if older else advice
+    if not (older := newest(run_dir)):
+        return "Make room."
+    # by hand: the settings take effect when the next checkpoint is complete
+    advice = f"Make room, for instance by removing older checkpoints than {older.name}, from which the same "
+    return advice + "command resumes; train.keep and train.save_state=last keep less of them."
 
 
 def _mib(size: int) -> str:
