@@ -27,7 +27,7 @@ from mft.hardware import quiet_libraries
 from mft.run_folder import RunStatus
 from mft.tracking.base import FanOut, Jsonl, Tracker
 from mft.training import final_test, metrics, provenance, resume, sample_losses, summary
-from mft.training.checkpoint import Checkpoints, restore, write_final
+from mft.training.checkpoint import Checkpoints, ModelExport, marked_steps, restore, write_final
 from mft.training.loop import fit
 from mft.training.progress import Terminal
 from mft.training.sample_answers import Answers
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     Model = PreTrainedModel | PeftModel
-
-    Export = Callable[[Path], None]
-    """Writes the model to a folder; all ranks call it."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,8 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool]) -> RunStatus:
     r = start(schema.typed(cfg), run_dir)
     loader = make_loader(r)
     model = load_model(r)
-    trainer, export = make_trainer(r, loader, model, stop)
-    status = train_and_record(r, trainer, export, make_answers(r, model), started)
+    trainer, checkpoints, export = make_trainer(r, loader, model, stop)
+    status = train_and_record(r, trainer, checkpoints, export, make_answers(r, model), started)
     r.engine.close()
     return status
 
@@ -139,8 +136,8 @@ def load_model(r: Run) -> Model:
 
 def make_trainer(
     r: Run, loader: BatchLoader, model: Model, stop: Callable[[], bool]
-) -> tuple[Trainer, Export]:
-    """Returns what the loop works on, and what writes the model to a folder."""
+) -> tuple[Trainer, Checkpoints, ModelExport]:
+    """Returns what the loop works on, its checkpoints, and what writes the model to a folder."""
     from mft.model.export import save_final
     from mft.model.introspect import base_of, full_shape
     from mft.model.token_loss import TokenLoss
@@ -151,9 +148,10 @@ def make_trainer(
     optimizer = r.parts.optimizer.build(token_loss.named_parameters(), r.parts.base_lr)
     module, optimizer = engine.prepare(token_loss, optimizer)
 
-    def export(folder: Path) -> None:
-        # the base below an adapter is not saved, so it need not be gathered
-        weights = engine.full_state(trainable=base_of(model) is not model)
+    adapted = base_of(model) is not model  # the base below an adapter is not saved: it need not be gathered
+
+    def write(folder: Path) -> None:
+        weights = engine.full_state(trainable=adapted)
         if engine.is_main:
             save_final(token_loss, r.data.tokenizer, folder, state_dict=weights)
 
@@ -163,8 +161,12 @@ def make_trainer(
     total, base_lr, scheduler = loader.total_steps(), r.parts.base_lr, r.parts.scheduler
     flops = metrics.flops_per_token(token_loss, full_shape)
     keep = settings.keep if settings.keep is not None else r.parts.peft.default_checkpoint_limit
+    export = ModelExport(write, engine.full_size(trainable=adapted))
     # without gathering a checkpoint holds the sharded state alone
-    write_model: Export = export if engine.gather_on_save else lambda folder: None
+    in_checkpoint = export if engine.gather_on_save else ModelExport(lambda folder: None, 0)
+    checkpoints = Checkpoints(
+        r.folder, engine, loss, in_checkpoint, keep, settings.keep_task_best, settings.save_state
+    )
     kept, stores = settings.sample_losses, r.data.stores
     by_sample = sample_losses.SampleLosses(
         r.folder, engine, names, lambda task, index_N: stores[task].digest_N[index_N], kept
@@ -180,7 +182,7 @@ def make_trainer(
         learning_rate=lambda step: scheduler.lr(step, total, base_lr),
         evaluator=Evaluator(engine, names, loader.validation),
         probe=probe,
-        save=Checkpoints(r.folder, engine, loss, write_model, keep, settings.keep_task_best).save,
+        save=checkpoints.save,
         meter=metrics.Meter(names, engine.device, flops, settings.peak_tflops),
         tracker=FanOut([Jsonl(), *r.parts.trackers]) if engine.is_main else Tracker(),
         progress=r.progress,
@@ -192,7 +194,7 @@ def make_trainer(
         sample_losses=by_sample if kept is not KeptLosses.none else None,
     )
     show_model(r, loader, model, checkpointing)
-    return trainer, export
+    return trainer, checkpoints, export
 
 
 def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: bool) -> None:
@@ -239,8 +241,8 @@ def make_answers(r: Run, model: Model) -> Answers:
 def restore_newest(r: Run, t: Trainer) -> None:
     """Restores the newest sound checkpoint; renames the damaged ones that are newer."""
     checkpoint, damaged = resume.newest_sound(r.folder, t.engine)
-    if checkpoint is None and damaged:
-        raise resume.all_damaged(r.folder, damaged)
+    if checkpoint is None and any(t.engine.gather(marked_steps(r.folder / "checkpoints"))):
+        raise resume.none_sound(r.folder, damaged)
     for name, problem in damaged.items() if t.engine.is_main else ():
         moved = resume.set_aside(r.folder / "checkpoints" / name, "damaged")
         t.progress.show(f"{name} is damaged and passed over: {problem}; it is now checkpoints/{moved.name}")
@@ -255,7 +257,9 @@ def restore_newest(r: Run, t: Trainer) -> None:
     t.progress.show(f"resuming from {checkpoint.name}{note}")
 
 
-def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, started: float) -> RunStatus:
+def train_and_record(
+    r: Run, t: Trainer, checkpoints: Checkpoints, export: ModelExport, answers: Answers, started: float
+) -> RunStatus:
     """Resumes, trains, and writes the final model, the summary and the record of the trackers. started: a
     time.perf_counter()."""
     engine, folder = t.engine, r.folder
@@ -266,6 +270,10 @@ def train_and_record(r: Run, t: Trainer, export: Export, answers: Answers, start
     tags = provenance.recorded(folder, run_tags(r)) if engine.is_main else {}
     t.tracker.open(folder, schema.plain(r.cfg), tags, t.state.step)
     try:
+        if (
+            t.state.step < t.total_steps
+        ):  # before the first step without the optimizer, which has no state yet
+            checkpoints.require_room()
         t.progress.start(t.state.step, t.total_steps)
         status = fit(t)
         t.progress.close()

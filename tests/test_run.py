@@ -4,9 +4,10 @@ told."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mft import run_folder
 from mft.errors import UserError
 from mft.files.json_file import read_json
 from mft.launch import launch
+from mft.training import checkpoint
 from mft.training.checkpoint import COMPLETE, Checkpoints, complete_steps
 from mft.training.validate import Evaluator
 from tests.tiny_runs import logged, train, two_tasks, write_task
@@ -115,27 +117,63 @@ def test_the_time_of_a_step_is_without_validating_and_saving(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 4 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True
-    ).returncode:
-        pytest.skip("a disk may be mounted by root only")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system with the options given: its size, or how many files it takes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder]).returncode:
+            pytest.skip("a disk may be mounted by root only")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", folder], capture_output=True)
 
 
-def test_a_full_disk_is_told_of_and_leaves_the_older_checkpoint(small_disk: Path, cache_dir: Path) -> None:
-    settings = ["peft=full", "train.save_every=1"]
+def test_a_disk_without_room_is_told_of_before_a_checkpoint_is_written(
+    disk: Callable[[str], Path], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, begun = disk("size=4m") / "run", []
+    written = checkpoint.written
+    monkeypatch.setattr(
+        checkpoint, "written", lambda folder, *rest: begun.append(folder) or written(folder, *rest)
+    )
+    told = r"no room for the checkpoint, which takes ([\d.]+) MiB \(([\d.]+) MiB are free\)"
     with pytest.raises(
-        UserError, match=r"The disk is full: .*\.step-\d\.tmp could not .* resumes from step-\d"
+        UserError, match=rf"{told}.* older checkpoints than step-\d, .*train\.save_state=last"
+    ) as error:
+        train(run.parent, cache_dir, "peft=full", "train.save_every=1", "train.keep=9")
+    steps = complete_steps(run / "checkpoints")
+    assert [folder.name for folder in begun] == [f"step-{step}" for step in steps] != []
+    needed, free = map(float, re.search(told, str(error.value)).groups())  # type: ignore[union-attr]
+    newest = [path for path in (run / "checkpoints" / f"step-{steps[-1]}").rglob("*") if path.is_file()]
+    taken = sum(path.stat().st_size for path in newest) / 2**20
+    assert free < needed < taken < needed + 0.2, "small files are not counted"
+    assert not list((run / "checkpoints").glob(".step*"))
+    assert "has no room" in (run / "summary.json").read_text()
+
+
+def test_a_disk_that_no_checkpoint_fits_on_is_told_of_before_training(
+    disk: Callable[[str], Path], cache_dir: Path
+) -> None:
+    run = disk("size=640k") / "run"
+    with pytest.raises(UserError, match=r"no room for the checkpoint.* Make room\.$"):
+        train(run.parent, cache_dir, "peft=full")
+    assert not (run / "metrics.jsonl").exists() and not (run / "checkpoints").exists()
+
+
+def test_a_checkpoint_that_ends_in_a_full_disk_leaves_the_older_one(
+    disk: Callable[[str], Path], cache_dir: Path
+) -> None:
+    """As a quota would: there is room, but no file more is taken."""
+    run = disk("size=64m,nr_inodes=90") / "run"
+    with pytest.raises(
+        UserError, match=r"The disk is full: .*\.step-\d\.tmp could not .* older checkpoints than step-\d"
     ):
-        train(small_disk, cache_dir, *settings, "train.keep=9")
-    steps = complete_steps(small_disk / "run" / "checkpoints")
-    assert steps and not list((small_disk / "run" / "checkpoints").glob(".step*"))
-    assert "The disk is full" in (small_disk / "run" / "summary.json").read_text()
+        train(run.parent, cache_dir, "train.max_steps=9", "train.save_every=1", "train.keep=9")
+    assert complete_steps(run / "checkpoints") and not list((run / "checkpoints").glob(".step*"))
+    assert "The disk is full" in (run / "summary.json").read_text()
 
 
 def test_finished_run_is_skipped_and_a_longer_one_goes_on(tmp_path: Path, cache_dir: Path) -> None:

@@ -18,7 +18,7 @@ def final_folder(run: str) -> Path:
     """
     from mft.files.checksums import require_sound
     from mft.model.generate import model_folder
-    from mft.training.resume import all_damaged, newest_sound
+    from mft.training.resume import newest_sound, none_sound
 
     folder = existing_folder(run)
     if (folder / "final").is_dir():
@@ -29,9 +29,9 @@ def final_folder(run: str) -> Path:
             mend = f" {checkpoint} is sound; train.resume={checkpoint} writes final/ anew."
             raise UserError(f"{error}{mend if checkpoint else ''}") from error
         return model_folder(folder)
-    checkpoint, damaged = newest_sound(folder)
+    checkpoint, damaged = newest_sound(folder, weights=True)
     if checkpoint is None and damaged:
-        raise all_damaged(folder, damaged)
+        raise none_sound(folder, damaged)
     for name, problem in damaged.items():
         say(f"mft: skipping {name}, which is damaged: {problem}", sys.stderr)
     return model_folder(checkpoint or folder)

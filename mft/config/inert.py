@@ -77,6 +77,10 @@ def validates(run: Run) -> bool:
     return run.cfg.data.split[1] > 0 or any(task.get("valid") for task in run.cfg.task.values())
 
 
+def keeps_one_checkpoint(run: Run) -> bool:
+    return run.cfg.train.keep == 1 and not validates(run)  # else the best one stays beside it
+
+
 def pads(run: Run) -> bool:
     return str(run.value("data.rows._target_")).endswith("Pad")
 
@@ -119,6 +123,7 @@ RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
     ("train.eval_every", (WITHOUT_VALIDATION, ends_before("train.eval_every"))),
     ("train.eval_at_start train.eval_samples train.per_device_eval_batch_size", (WITHOUT_VALIDATION,)),
     ("train.best train.keep_task_best", (WITHOUT_VALIDATION,)),
+    ("train.save_state", (where(keeps_one_checkpoint, "train.keep=1 keeps one checkpoint"),)),
     ("train.save_every", (ends_before("train.save_every"),)),
     ("train.log_every", (ends_before("train.log_every"),)),
     ("launch.jobs", (OUTSIDE_A_SWEEP, INLINE)),

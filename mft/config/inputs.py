@@ -36,7 +36,7 @@ _WHY_LEFT_OUT = {
     "who starts ranks; their number enters as the global batch, and a pruned run is unfinished": "launch",
     "records": "tracking train.log_every train.sample_losses",
     "which folder is continued": "train.resume",
-    "which checkpoints stay": "train.keep train.keep_task_best",
+    "what stays of checkpoints": "train.keep train.keep_task_best train.save_state",
     "a run that ends without a skipped step is the same for all values": "train.skip_nonfinite_steps",
     "saving draws no random number": "train.save_every",
     "answered without random numbers": "train.prompts train.prompts_max_new_tokens",

@@ -107,6 +107,9 @@ class DeepSpeedEngine(Engine):
                 full = safe_get_full_fp32_param(tensor)
             return full.to("cpu", copy=True) if self.is_main else full.new_empty(0)
 
+    def _numel(self, tensor: torch.Tensor) -> int:
+        return int(getattr(tensor, "ds_numel", tensor.numel()))  # of which ZeRO-3 keeps a part on a rank
+
     def _shards(self) -> list[Shard]:
         """Returns the runs of each trained parameter in this rank's part of DeepSpeed's flat fp32 buffers."""
         zero, shards = self._optimizer, []

@@ -216,10 +216,7 @@ class Engine:
         All ranks call it. trainable: only parameters that are trained (an adapter), else the whole state
         dict.
         """
-        if trainable:
-            tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        else:
-            tensors = self.model.state_dict(keep_vars=True)
+        tensors = self._saved_tensors(trainable)
         # one tensor after the other, so that rank 0 has memory for one at a time; a tied weight stays tied
         copies: dict[int, torch.Tensor] = {}
         for tensor in tensors.values():
@@ -229,27 +226,58 @@ class Engine:
             return {}
         return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
+    def full_size(self, trainable: bool = False) -> int:
+        """Returns the bytes of the tensors of `full_state`, which is not made for it."""
+        tensors = {id(tensor): tensor for tensor in self._saved_tensors(trainable).values()}
+        # what is trained is saved in fp32, also where a backend computes with a copy in half precision
+        return sum(self._numel(t) * (4 if t.requires_grad else t.element_size()) for t in tensors.values())
+
+    def _saved_tensors(self, trainable: bool) -> dict[str, torch.Tensor]:
+        if trainable:
+            return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return self.model.state_dict(keep_vars=True)
+
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns a whole parameter or buffer, for saving; all ranks call it, for rank 0."""
         return tensor.detach()
 
+    def _numel(self, tensor: torch.Tensor) -> int:
+        """Returns the elements of a whole parameter or buffer."""
+        return tensor.numel()
+
     def save_state(self, folder: Path) -> None:
         """Writes what an exact resume needs: trained parameters, optimizer, loss scaler, random states.
 
-        All ranks call it, after `prepare`. Layout: engine.json, shard-<rank>.safetensors by each rank that
-        keeps a part of the optimizer (see `sharded_state`), rng-<rank>.pt by each rank. Parameters that are
-        not trained are not written: they come from the base model. Not atomic: the caller writes into a
-        temporary folder and renames it after all ranks have returned.
+        All ranks call it, after `prepare`. Layout: engine.json, shard-<rank> and optimizer-<rank>.safetensors
+        by each rank that keeps a part of the optimizer (see `sharded_state`), rng-<rank>.pt by each rank.
+        Parameters that are not trained are not written: they come from the base model. Not atomic: the caller
+        writes into a temporary folder and renames it after all ranks have returned.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self.divided or self.is_main:
-            path = folder / f"shard-{self.rank}.safetensors"
-            sharded_state.save(self._shards(), self._optimizer.optimizer, path)
+            sharded_state.save(self._shards(), self._optimizer.optimizer, folder, self.rank)
         if self.is_main:
-            shards, scaler = self.world if self.divided else 1, self._scaler_state()
-            values = {"dist": self.name, "world": self.world, "shards": shards, "scaler": scaler}
+            shards = self.world if self.divided else 1
+            values = {"dist": self.name, "world": self.world, "shards": shards, "optimizers": shards}
+            values["scaler"] = self._scaler_state()
             (folder / "engine.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         rng.save(folder / f"rng-{self.rank}.pt")
+        self.barrier()
+
+    def state_size(self) -> int:
+        """Returns the bytes of the tensors that this rank would write in `save_state`."""
+        if not (self.divided or self.is_main):
+            return 0
+        return sharded_state.size(self._shards(), self._optimizer.optimizer)
+
+    def load_weights(self, folder: Path) -> None:
+        """Restores the trained parameters alone of what `save_state` wrote; all ranks call it.
+
+        The files of the optimizer and of the random states may be gone. Raises UserError when the state is of
+        another model.
+        """
+        sharded_state.load(self._shards(), None, folder, self._trained())
+        self._sync_computed_weights()
         self.barrier()
 
     def load_state(self, folder: Path) -> bool:
@@ -262,8 +290,7 @@ class Engine:
         layout.
         """
         saved = read_state(folder)
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        sharded_state.load(self._shards(), self._optimizer.optimizer, folder, trained)
+        sharded_state.load(self._shards(), self._optimizer.optimizer, folder, self._trained())
         self._sync_computed_weights()
         if saved["scaler"]:
             self._load_scaler(saved["scaler"])
@@ -272,6 +299,10 @@ class Engine:
             rng.load(random)
         self.barrier()
         return bool(saved["dist"] == self.name and saved["world"] == self.world)
+
+    def _trained(self) -> set[str]:
+        """Returns the names of all trained parameters."""
+        return {name for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _shards(self) -> list[sharded_state.Shard]:
         """Returns what this rank updates: here whole parameters."""

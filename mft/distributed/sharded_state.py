@@ -1,10 +1,11 @@
 """The resume state of any backend on any number of ranks: shards of the flattened trained parameters.
 
 However a backend divides a parameter (whole, by rows, by a run of a flat buffer), what a rank keeps of it is
-a run of consecutive elements. Each rank writes its runs with the optimizer's numbers for them into
-shard-<rank>.safetensors; each rank of the next start reads what overlaps its own runs, from whichever files
-hold it. With the same layout these are the same runs, so nothing is lost; there is no conversion between
-layouts, and nothing that would be unpickled.
+a run of consecutive elements. Each rank writes its runs into shard-<rank>.safetensors and the optimizer's
+numbers for them into optimizer-<rank>.safetensors; each rank of the next start reads what overlaps its own
+runs, from whichever files hold it. With the same layout these are the same runs, so nothing is lost; there is
+no conversion between layouts, and nothing that would be unpickled. The weights can be read without the
+optimizer's files. Earlier versions wrote both into shard-<rank>.safetensors, which is read, too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
+from mft.files.tensor_file import size_of, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -50,14 +52,26 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def save(shards: Sequence[Shard], optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Writes the shards of this rank and what the optimizer keeps for them."""
-    from safetensors.torch import save_file
+def save(shards: Sequence[Shard], optimizer: torch.optim.Optimizer, folder: Path, rank: int) -> None:
+    """Writes the shards of this rank and what the optimizer keeps for them; nothing is copied as a whole."""
+    for kind, content in contents(shards, optimizer).items():
+        write_tensors(folder / f"{kind}-{rank}.safetensors", *content)
 
-    tensors: dict[str, torch.Tensor] = {}
-    index = []
+
+def size(shards: Sequence[Shard], optimizer: torch.optim.Optimizer) -> int:
+    """Returns the bytes that `save` would write."""
+    return sum(size_of(*content) for content in contents(shards, optimizer).values())
+
+
+def contents(
+    shards: Sequence[Shard], optimizer: torch.optim.Optimizer
+) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]:
+    """Returns the tensors, as views, and the metadata of each file of this rank, by how its name begins."""
+    weights: dict[str, torch.Tensor] = {}  # by the number of the shard
+    of_optimizer: dict[str, torch.Tensor] = {}  # number/key
+    places, pieces = [], []
     for number, shard in enumerate(shards):
-        tensors[f"{number}"] = shard.values  # without the optimizer's tensors, which are number/key
+        weights[f"{number}"] = shard.values
         scalars: dict[str, Any] = {}
         state = optimizer.state.get(shard.owner, {})
         kept = {key: value for key, value in state.items() if not _is_scalar(value)}
@@ -67,13 +81,15 @@ def save(shards: Sequence[Shard], optimizer: torch.optim.Optimizer, path: Path) 
             if key not in kept:
                 scalars[key] = {"value": value.item()} if hasattr(value, "item") else value
             elif not blocks:
-                tensors[f"{number}/{key}"] = shard.of(value)
+                of_optimizer[f"{number}/{key}"] = shard.of(value)
             elif shard.offset == 0:  # all that is kept for the owner, once
-                tensors[f"{number}/{key}"] = local(value)
-        index.append({"name": shard.name, "start": shard.start, "scalars": scalars, "blocks": blocks})
-    # copies: safetensors refuses views that share memory, and shards are views of one flat buffer
-    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    save_file(copies, path, metadata={"pieces": json.dumps(index)})
+                of_optimizer[f"{number}/{key}"] = local(value)
+        places.append({"name": shard.name, "start": shard.start})
+        pieces.append({"scalars": scalars, "blocks": blocks})
+    return {
+        "shard": (weights, {"pieces": json.dumps(places)}),
+        "optimizer": (of_optimizer, {"pieces": json.dumps(pieces)}),
+    }
 
 
 def _is_scalar(value: torch.Tensor | float) -> bool:
@@ -84,9 +100,12 @@ def _is_scalar(value: torch.Tensor | float) -> bool:
 class _Saved:
     """A shard in a file."""
 
-    file: safe_open
+    weights: safe_open
+    """The file of its elements."""
+    optimizer: safe_open
+    """The file of what the optimizer kept for it."""
     number: int
-    """Of the shard in the file: the tensors' names begin with it."""
+    """Of the shard in the files: the tensors' names begin with it."""
     numel: int
     keys: list[str]
     """Of the tensors that the optimizer kept for it."""
@@ -98,56 +117,76 @@ class _Saved:
 
     def tensor(self, key: str) -> Any:
         """Returns an unread tensor: a slice of it reads what it covers. key: "" for the elements."""
-        return self.file.get_slice(f"{self.number}/{key}" if key else f"{self.number}")
+        name = f"{self.number}"
+        return self.optimizer.get_slice(f"{name}/{key}") if key else self.weights.get_slice(name)
 
 
-def load(shards: Sequence[Shard], optimizer: torch.optim.Optimizer, folder: Path, trained: set[str]) -> None:
+def load(
+    shards: Sequence[Shard], optimizer: torch.optim.Optimizer | None, folder: Path, trained: set[str]
+) -> None:
     """Puts the saved values and the optimizer's state into this rank's shards.
 
-    trained: names of all trained parameters, of all ranks. Raises UserError when the saved parameters are
-    others, when an element is in no file, and when the optimizer's state is in blocks that fit the layout
-    that wrote them only.
+    optimizer: None reads the values alone, which is possible also where nothing else was kept; trained: names
+    of all trained parameters, of all ranks. Raises UserError when the saved parameters are others, when an
+    element is in no file, and when the optimizer's state is in blocks that fit the layout that wrote them
+    only.
     """
     import torch
 
-    saved = _read(folder)
+    saved = _read(folder, values_alone=optimizer is None)
     if set(saved) != trained:
         only = sorted(set(saved) ^ trained)
         difference = f"{len(only)} parameters are only in one of them, e.g. {only[0]}"
         raise UserError(f"{folder} does not fit the model: {difference}")
     with torch.no_grad():
         for shard in shards:
-            parts = saved[shard.name]
-            _fill(shard.values, shard, parts, "", folder)
-            source = parts[0]
-            if any(part.blocks for part in parts):
-                source = _same_shard(shard, optimizer, parts, folder)
-                for key in source.keys:
-                    optimizer.state[shard.owner][key] = source.tensor(key)[:].to(shard.owner.device)
-            else:
-                state = optimizer.state[shard.owner]
-                for key in source.keys:
-                    if key not in state:  # the optimizer has not stepped yet
-                        state[key] = torch.zeros_like(shard.owner, dtype=source.tensor(key)[:0].dtype)
-                    _fill(shard.of(state[key]), shard, parts, key, folder)
-            _load_scalars(shard, optimizer, source)
+            _fill(shard.values, shard, saved[shard.name], "", folder)
+            if optimizer is not None:
+                _load_optimizer(shard, optimizer, saved[shard.name], folder)
 
 
-def _read(folder: Path) -> dict[str, list[_Saved]]:
+def _load_optimizer(
+    shard: Shard, optimizer: torch.optim.Optimizer, parts: Sequence[_Saved], folder: Path
+) -> None:
+    import torch
+
+    source = parts[0]
+    if any(part.blocks for part in parts):
+        source = _same_shard(shard, optimizer, parts, folder)
+        for key in source.keys:
+            optimizer.state[shard.owner][key] = source.tensor(key)[:].to(shard.owner.device)
+    else:
+        state = optimizer.state[shard.owner]
+        for key in source.keys:
+            if key not in state:  # the optimizer has not stepped yet
+                state[key] = torch.zeros_like(shard.owner, dtype=source.tensor(key)[:0].dtype)
+            _fill(shard.of(state[key]), shard, parts, key, folder)
+    _load_scalars(shard, optimizer, source)
+
+
+def _read(folder: Path, values_alone: bool) -> dict[str, list[_Saved]]:
     """Returns the shards in the files of a folder by the name of their parameter; only headers are read."""
     from safetensors import safe_open
 
     saved: dict[str, list[_Saved]] = {}
     for path in sorted(folder.glob("shard-*.safetensors")):
         # stays open: `_Saved.tensor` reads slices of it, so that no rank holds another one's shards
-        file = safe_open(str(path), framework="pt")
+        weights = optimizer = safe_open(str(path), framework="pt")
+        entries = json.loads(weights.metadata()["pieces"])
+        pieces: list[dict[str, Any]] = [{"scalars": {}, "blocks": False} for _ in entries]
+        if not values_alone and any("blocks" not in entry for entry in entries):
+            beside = path.with_name(path.name.replace("shard", "optimizer"))
+            optimizer = safe_open(str(beside), framework="pt")
+            pieces = json.loads(optimizer.metadata()["pieces"])
         keys: dict[int, list[str]] = {}
-        for name in list(file.keys()):
+        for name in list(optimizer.keys()):
             number, _, key = name.partition("/")
             keys.setdefault(int(number), []).extend([key] if key else [])
-        for number, entry in enumerate(json.loads(file.metadata()["pieces"])):
-            name, numel = entry.pop("name"), file.get_slice(f"{number}").get_shape()[0]
-            saved.setdefault(name, []).append(_Saved(file, number, numel, keys[number], **entry))
+        for number, (entry, piece) in enumerate(zip(entries, pieces, strict=True)):
+            name, numel = entry.pop("name"), weights.get_slice(f"{number}").get_shape()[0]
+            values = piece | entry  # an entry of an earlier version has what is a piece's now
+            part = _Saved(weights, optimizer, number, numel, keys.get(number, []), **values)
+            saved.setdefault(name, []).append(part)
     return saved
 
 
@@ -200,7 +239,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         shards = [f"shard-{rank}.safetensors" for rank in range(saved["shards"])]
-        files = [*shards, *(f"rng-{rank}.pt" for rank in range(saved["world"]))]
+        # of an earlier version the shards hold the optimizer's numbers, too
+        optimizers = [f"optimizer-{rank}.safetensors" for rank in range(saved.get("optimizers", 0))]
+        files = [*shards, *optimizers, *(f"rng-{rank}.pt" for rank in range(saved["world"]))]
         if not (shards and isinstance(saved["dist"], str) and isinstance(saved["scaler"], dict)):
             raise ValueError("values of another shape")
     except FileNotFoundError:

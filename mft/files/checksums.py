@@ -64,6 +64,11 @@ def seal(folder: Path, marker: str = MODEL, sums: Sums | None = None) -> None:
         os.close(descriptor)
 
 
+def listed(folder: Path, marker: str = MODEL) -> Sums:
+    """Returns what a folder's marker lists, {} for one of an earlier version and for one that is damaged."""
+    return _read(folder / marker)[0] or {}
+
+
 def damage(folder: Path, marker: str = MODEL, part: tuple[int, int] = (0, 1), hashed: bool = True) -> str:
     """Returns the first file of a folder that is not as its marker says, with what is expected; "" when it is
     sound.

@@ -19,7 +19,19 @@ from mft.errors import UserError, is_full_disk
 from mft.files.atomic import publish, remove
 from mft.files.checksums import COMPLETE, damage, measure, seal
 from mft.loss.base import TaskLoss
+from mft.training.settings import KeptState
 from mft.training.state import State
+from mft.training.weights_only import is_weights_only, reduce_to_weights
+
+
+@dataclass(frozen=True)
+class ModelExport:
+    """What writes the model as transformers or peft load it."""
+
+    write: Callable[[Path], None]
+    """Writes it to a folder; all ranks call it."""
+    size: int
+    """Bytes of its weights."""
 
 
 @dataclass
@@ -29,20 +41,22 @@ class Checkpoints:
     run_dir: Path
     engine: Engine
     loss: TaskLoss
-    export: Callable[[Path], None]
-    """Writes the model to a folder; all ranks call it."""
+    export: ModelExport
     keep: int | None
     """Newest checkpoints that stay beside the best one; None: all."""
     keep_task_best: bool = False
     """Whether the best one of each task stays, too."""
+    save_state: KeptState = KeptState.all
+    """Which checkpoints keep what a resume needs beyond the weights."""
 
     def save(self, state: State) -> Path:
         """Writes the checkpoint of `state.step`, makes it count, and prunes."""
         import torch
 
         folder, engine = self.run_dir / "checkpoints", self.engine
+        self.require_room()
         with written(folder / f"step-{state.step}", self.run_dir, engine) as temporary:
-            self.export(temporary)
+            self.export.write(temporary)
             engine.save_state(temporary / "state")
             if engine.is_main:
                 torch.save(self.loss.state_dict(), temporary / "state" / "loss.pt")
@@ -64,21 +78,31 @@ class Checkpoints:
         engine.barrier()
         return folder / f"step-{state.step}"
 
+    def require_room(self) -> None:
+        """Raises UserError where the disk has no room for a checkpoint as it would be now; all ranks call it.
+
+        Checkpoints that `save` removes do so when the new one is complete: their room is not free yet.
+        """
+        own = self.engine.state_size() + (self.export.size if self.engine.is_main else 0)
+        require_room(self.run_dir, "checkpoint", own, self.engine)
+
     def _prune(self, folder: Path, state: State) -> None:
-        """Removes the oldest complete checkpoints over the limit, and what killed saves left behind."""
-        for leftover in folder.glob(".step-*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        """Removes the oldest complete checkpoints over the limit, and what older ones are not to keep."""
         best_of_tasks = state.best.task_saved_step.values() if self.keep_task_best else ()
         protected = {state.step, state.best.saved_step, *best_of_tasks}
         for step in complete_steps(folder)[: -self.keep] if self.keep else ():
             if step not in protected:
                 remove(folder / f"step-{step}")
+        older = (step for step in complete_steps(folder) if step != state.step)
+        for step in older if self.save_state is KeptState.last else ():
+            reduce_to_weights(folder / f"step-{step}")
 
 
-def write_final(run_dir: Path, engine: Engine, export: Callable[[Path], None]) -> None:
-    """Writes the trained model to final/. All ranks call it, and `export`, which writes it to a folder."""
+def write_final(run_dir: Path, engine: Engine, export: ModelExport) -> None:
+    """Writes the trained model to final/. All ranks call it."""
+    require_room(run_dir, "final model", export.size if engine.is_main else 0, engine)
     with written(run_dir / "final", run_dir, engine) as temporary:
-        export(temporary)
+        export.write(temporary)
         if engine.is_main:
             seal(temporary)
 
@@ -107,15 +131,40 @@ def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
         if not is_full_disk(error) and free > 2**20:
             raise
         shutil.rmtree(temporary, ignore_errors=True)
-        message = f"The disk is full: {temporary} could not be written ({free / 2**20:,.0f} MiB were free). "
-        message += "Make room, or keep fewer checkpoints (train.keep)"
-        if older := newest(run_dir):
-            message += f"; the same command then resumes from {older.name}"
-        raise UserError(message) from error
+        message = f"The disk is full: {temporary} could not be written ({_mib(free)} MiB were free)."
+        raise UserError(f"{message} {_how_to_make_room(run_dir)}") from error
     # barriers: no rank writes before the folder exists, or continues before it is complete
     if engine.is_main:
         publish(temporary, final)
     engine.barrier()
+
+
+def require_room(run_dir: Path, what: str, own: int, engine: Engine) -> None:
+    """Raises UserError, on all ranks, where the disk of a run has no room for what they are about to write.
+
+    what: its name; own: bytes that this rank will write. All ranks write to the folder of rank 0, those of
+    other machines, too. Small files are not counted: what is refused could not have been written.
+    """
+    if engine.is_main:  # first: what killed saves left behind
+        for leftover in (*run_dir.glob("checkpoints/.step-*.tmp"), *run_dir.glob(".final.*tmp")):
+            shutil.rmtree(leftover, ignore_errors=True)
+    of_ranks = engine.gather((own, shutil.disk_usage(run_dir).free))
+    needed, free = sum(size for size, _ in of_ranks), of_ranks[0][1]
+    if needed > free:
+        message = f"{run_dir}: the disk has no room for the {what}, which takes {_mib(needed)} MiB "
+        raise UserError(f"{message}({_mib(free)} MiB are free). {_how_to_make_room(run_dir)}")
+
+
+def _how_to_make_room(run_dir: Path) -> str:
+    if not (older := newest(run_dir)):
+        return "Make room."
+    # by hand: the settings take effect when the next checkpoint is complete
+    advice = f"Make room, for instance by removing older checkpoints than {older.name}, from which the same "
+    return advice + "command resumes; train.keep and train.save_state=last keep less of them."
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
 
 
 def restore(folder: Path, state: State, engine: Engine, loss: TaskLoss) -> bool:
@@ -138,7 +187,7 @@ def restore(folder: Path, state: State, engine: Engine, loss: TaskLoss) -> bool:
 
 def _writer(path: Path) -> int:
     """Returns the rank that wrote a file of a checkpoint."""
-    by_rank = re.fullmatch(r"(shard|rng)-(\d+)\.\w+", path.name)
+    by_rank = re.fullmatch(r"(shard|optimizer|rng)-(\d+)\.\w+", path.name)
     return int(by_rank[2]) if by_rank else 0
 
 
@@ -161,6 +210,6 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def newest(run_dir: Path) -> Path | None:
-    """Returns the newest complete checkpoint of a run, or None."""
-    steps = complete_steps(run_dir / "checkpoints")
-    return run_dir / "checkpoints" / f"step-{steps[-1]}" if steps else None
+    """Returns the newest complete checkpoint that a run can be resumed from, or None."""
+    folders = [run_dir / "checkpoints" / f"step-{step}" for step in complete_steps(run_dir / "checkpoints")]
+    return next((folder for folder in reversed(folders) if not is_weights_only(folder)), None)

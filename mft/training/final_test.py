@@ -36,5 +36,5 @@ def evaluate(t: Trainer, run_dir: Path) -> Tested:
                 f"the test split is not evaluated: {folder.name}, the best, is damaged: {problem}"
             )
             return Tested()
-        t.engine.load_state(folder / "state")
+        t.engine.load_weights(folder / "state")
     return Tested(t.evaluate(t.test, "test", step), step)

@@ -1,4 +1,7 @@
-"""Which checkpoint a run is resumed from: the newest with undamaged files, or the requested one."""
+"""Which checkpoint a run is resumed from: the newest with undamaged files, or the requested one.
+
+Weights-only checkpoints are passed over.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,18 @@ from mft.errors import UserError
 from mft.files.checksums import COMPLETE, damage
 from mft.training.checkpoint import marked_steps
 from mft.training.state import State
+from mft.training.weights_only import is_weights_only
 
 
-def newest_sound(run_dir: Path, engine: Engine | None = None) -> tuple[Path | None, dict[str, str]]:
+def newest_sound(
+    run_dir: Path, engine: Engine | None = None, weights: bool = False
+) -> tuple[Path | None, dict[str, str]]:
     """Returns the newest undamaged checkpoint of a run, or None, and what is wrong with the newer ones.
 
-    engine: its ranks divide the reading and agree; all of them call it. None: this process is alone.
+    engine: its ranks divide the reading and agree; all of them call it. None: this process is alone. weights:
+    whether a weights-only one will do.
     """
-    steps = marked_steps(run_dir / "checkpoints")
+    steps = marked_steps(run_dir / "checkpoints") if weights else resumable_steps(run_dir)
     damaged: dict[str, str] = {}
     # the ranks may see a shared disk at different ages: they take the list of the first one
     for step in reversed(engine.gather(steps)[0] if engine else steps):
@@ -30,6 +37,12 @@ def newest_sound(run_dir: Path, engine: Engine | None = None) -> tuple[Path | No
     return None, damaged
 
 
+def resumable_steps(run_dir: Path) -> list[int]:
+    """Returns the steps of the checkpoints that were written to their end and kept their state, ascending."""
+    checkpoints = run_dir / "checkpoints"
+    return [s for s in marked_steps(checkpoints) if not is_weights_only(checkpoints / f"step-{s}")]
+
+
 def trouble_of_all(folder: Path, engine: Engine) -> str:
     """Returns `trouble`, the same on all ranks, which divide the reading; all of them call it."""
     return next(filter(None, engine.gather(trouble(folder, (engine.rank, engine.world)))), "")
@@ -37,7 +50,8 @@ def trouble_of_all(folder: Path, engine: Engine) -> str:
 
 def trouble(folder: Path, part: tuple[int, int] = (0, 1)) -> str:
     """Returns what is wrong with a checkpoint, "" if nothing is. part: see `checksums.damage`."""
-    if problem := damage(folder, COMPLETE, part):
+    problem = damage(folder, COMPLETE, part)
+    if problem or is_weights_only(folder):
         return problem
     try:  # nothing but this tells of a damaged one that was written without checksums
         read_state(folder / "state")
@@ -61,13 +75,27 @@ def set_aside(folder: Path, why: str) -> Path:
     return new
 
 
-def all_damaged(run_dir: Path, damaged: Mapping[str, str]) -> UserError:
-    """Returns the error of a run without a sound checkpoint. damaged: what is wrong with each."""
-    problems = "; ".join(f"{name}: {problem}" for name, problem in damaged.items())
+def none_sound(run_dir: Path, damaged: Mapping[str, str]) -> UserError:
+    """Returns the error of a run without a sound checkpoint that will do. damaged: what is wrong with each;
+    those that are not among them hold the weights alone."""
+    checkpoints = run_dir / "checkpoints"
+    names = [f"step-{step}" for step in reversed(marked_steps(checkpoints))]
+    weights_only = [name for name in names if name not in damaged]
+    problems = [f"{name}: {problem}" for name, problem in damaged.items()]
+    problems += [f"{name}: holds the weights alone" for name in weights_only]
+    resumable = " and has the state that a resume needs" if weights_only else ""
+    instead = _from_its_weights(checkpoints / weights_only[0]) if weights_only else ""
     return UserError(
-        f"No checkpoint in {run_dir / 'checkpoints'} is sound: {problems}. Copy them again, or start anew: "
-        "with another output_dir, or after removing the damaged checkpoints."
+        f"No checkpoint in {checkpoints} is sound{resumable}: {'; '.join(problems)}. Copy the damaged ones "
+        f"again, or start anew: with another output_dir, or after removing these checkpoints.{instead}"
     )
+
+
+def _from_its_weights(folder: Path) -> str:
+    """Returns " KEY=FOLDER starts a new run from its weights.", "" for a checkpoint without a model."""
+    files = {"adapter_config.json": "peft.path", "config.json": "model.path"}
+    key = next((key for name, key in files.items() if (folder / name).exists()), "")
+    return f" {key}={folder} starts a new run from its weights." if key else ""
 
 
 def rewind(run_dir: Path, step: int) -> str:
@@ -77,9 +105,14 @@ def rewind(run_dir: Path, step: int) -> str:
     """
     checkpoints = run_dir / "checkpoints"
     steps, folder = marked_steps(checkpoints), checkpoints / f"step-{step}"
-    if step not in steps:
-        allowed = ", ".join(f"step-{other}" for other in steps) or "none"
-        raise UserError(f"train.resume={folder} does not exist or is incomplete. Allowed: {allowed}.")
+    resumable = resumable_steps(run_dir)
+    if step not in resumable:
+        problem = "does not exist or is incomplete"
+        if step in steps:
+            problem = "holds the weights alone (train.save_state=last), so it cannot be resumed"
+        allowed = ", ".join(f"step-{other}" for other in resumable) or "none"
+        instead = _from_its_weights(folder) if step in steps else ""
+        raise UserError(f"train.resume={folder} {problem}. Allowed: {allowed}.{instead}")
     if problem := trouble(folder):
         mend = f"Choose another step, or train.resume={run_dir}."
         raise UserError(f"train.resume={folder} is damaged: {problem}. {mend}")

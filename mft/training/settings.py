@@ -27,6 +27,14 @@ class KeptLosses(StrEnum):
     none = "none"
 
 
+class KeptState(StrEnum):
+    """Which checkpoints keep what a resume needs beyond the weights: the optimizer and the random states."""
+
+    all = "all"
+    last = "last"
+    """The newest one; when it is complete, older ones become weights-only."""
+
+
 @dataclass
 class TrainSettings:
     """What the loop does and when: length, batch, precision, validation, checkpoints."""
@@ -63,6 +71,8 @@ class TrainSettings:
     """Steps between two checkpoints; null: only at the end."""
     keep: int | None = ranged(None, min=1)
     """Newest checkpoints kept beside the best one; null: 3 with peft=full, else all."""
+    save_state: KeptState = KeptState.all
+    """Which checkpoints a run can be resumed from; the others hold the weights alone."""
     best: str = "mean"
     """How a validation is judged: mean, worst, weighted, or the name of one task (`mft.objective`)."""
     keep_task_best: bool = False

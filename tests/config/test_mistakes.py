@@ -275,6 +275,10 @@ def inert(*overrides: str, world: int = 1, sweep: bool = False) -> list[str]:
         (["launch.jobs=2"], "this is one run, not a sweep (-m)"),
         (["train.eval_every=7", "data.split=[100,0,0]"], "no task has validation samples"),
         (["train.keep_task_best=true", "data.split=[100,0,0]"], "no task has validation samples"),
+        (
+            ["train.save_state=last", "train.keep=1", "data.split=[100,0,0]"],
+            "train.keep=1 keeps one checkpoint",
+        ),
         (["train.save_every=50", "train.max_steps=20"], "train.max_steps=20 ends the run first"),
         (["launch.main_port=29400"], "launch.nnodes is 1"),
         (["launch.shutdown_seconds=5", "launch=inline"], "launch.mode is inline"),
@@ -303,6 +307,7 @@ def test_a_setting_without_effect_is_reported_with_the_reason(overrides: list[st
 def test_a_setting_with_an_effect_is_not_reported() -> None:
     assert not inert("train.early_stopping=true", "train.early_stopping_stall_num=5")
     assert not inert("launch.prune=true", "launch.prune_after=3", "launch.jobs=2", sweep=True)
+    assert not inert("train.save_state=last", "train.keep=1")
     assert not inert("data=pad", "data.length_group=8", "data.pad_to=longest")
     assert not inert("dist=ddp", "dist.find_unused_parameters=true", world=2)
     assert not inert(

@@ -19,8 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
+from mft.distributed import sharded_state
+from mft.distributed.engine import Engine
 from mft.model.causal_lm import CausalLM
+from mft.model.export import save_final
 from mft.model.peft.full import Full
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
@@ -103,26 +107,30 @@ def loadings(cases: dict[str, tuple[Any, Full]], first: str, path: str) -> dict[
     return {name: loading(backend, peft, path) for name, (backend, peft) in cases.items()}
 
 
+def trained(engine: Engine, peft: Full, path: str, steps: int) -> None:
+    """Loads and prepares a model and trains it on short rows; the engine keeps it."""
+    torch.manual_seed(0)
+    family = CausalLM(path)
+    with engine.loading():
+        model = family.model(torch.float32, peft.quantization(torch.float32), compute_dtype=torch.float32)
+    module = TokenLoss(peft.attach(model, family), family)
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
+    del model
+    module, optimizer = engine.prepare(module, optimizer)
+    ids_BT = torch.arange(16)[None] + engine.rank
+    for _ in range(steps):
+        with engine.accumulating(last=True):
+            nll_BT, _ = module(ids_BT, ids_BT, torch.arange(16)[None], torch.zeros_like(ids_BT))
+            engine.backward(nll_BT.sum() / 32)
+        assert engine.step(1.0) > 0
+
+
 def training(backend: Any, peft: Full, path: str, steps: int = 2) -> float:
     """Returns in MiB how far this rank's memory rose while a model was loaded, prepared and trained on short
     rows."""
     engine = backend.start("fp32", cpu=True)
-    torch.manual_seed(0)
-    family = CausalLM(path)
     with Watch() as watch:
-        with engine.loading():
-            model = family.model(torch.float32, peft.quantization(torch.float32), compute_dtype=torch.float32)
-        module = TokenLoss(peft.attach(model, family), family)
-        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
-        del model
-        module, optimizer = engine.prepare(module, optimizer)
-        ids_BT = torch.arange(16)[None] + engine.rank
-        for _ in range(steps):
-            with engine.accumulating(last=True):
-                nll_BT, _ = module(ids_BT, ids_BT, torch.arange(16)[None], torch.zeros_like(ids_BT))
-                engine.backward(nll_BT.sum() / 32)
-            assert engine.step(1.0) > 0
-    del module, optimizer, nll_BT
+        trained(engine, peft, path, steps)
     engine.close()
     return watch.peak
 
@@ -135,3 +143,48 @@ def trainings(cases: dict[str, tuple[Any, Full]], first: str, path: str) -> dict
     for backend, peft in cases.values():
         training(backend, peft, first, steps=1)
     return {name: training(backend, peft, path) for name, (backend, peft) in cases.items()}
+
+
+def save_all_at_once(engine: Engine, folder: Path) -> None:
+    """Writes the tensors of a resume state as `Engine.save_state` did before: copied, and all at once."""
+    parts = sharded_state.contents(engine._shards(), engine._optimizer.optimizer).values()
+    tensors = {name: tensor for part, _ in parts for name, tensor in part.items()}
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    save_file(copies, folder / f"{engine.rank}.safetensors")
+
+
+def saving(backend: Any, path: str, folder: Path) -> dict[str, float]:
+    """Trains all weights of a model for a step and saves them; returns for this rank in MiB the state that it
+    writes, and how far its memory rose while it wrote that at once, by `save_state`, and the exported model
+    (`model`)."""
+    engine = backend.start("fp32", cpu=True)
+    trained(engine, Full(), path, steps=1)
+    found = {"state": engine.state_size() / 2**20}
+    with Watch() as watch:
+        if found["state"]:
+            save_all_at_once(engine, folder)
+    found["at once"] = watch.peak
+    with Watch() as watch:
+        engine.save_state(folder / "state")
+    found["save_state"] = watch.peak
+    engine.barrier()
+    with Watch() as watch:
+        weights = engine.full_state()
+        if engine.is_main:
+            save_final(engine.model, CausalLM(path).tokenizer(), folder / "model", weights)
+        del weights
+    found["model"] = watch.peak
+    engine.close()
+    return found
+
+
+def savings(cases: dict[str, Any], first: str, path: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Returns `saving` of each backend; each has saved the model in `first` before, so that all imports are
+    done."""
+    torch.set_num_threads(1)
+    give_back_what_is_freed()
+    for name, backend in cases.items():
+        for part in ("first", "big"):
+            (folder / part / name).mkdir(parents=True, exist_ok=True)
+        saving(backend, first, folder / "first" / name)
+    return {name: saving(backend, path, folder / "big" / name) for name, backend in cases.items()}

@@ -12,6 +12,7 @@ import pytest
 
 from mft.run_folder import metric_rows
 from mft.training.sample_losses import read
+from mft.training.weights_only import is_weights_only
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import BACKENDS, LAYOUTS, Tree, play
 from tests.selection import long, selected
@@ -27,6 +28,7 @@ SETTINGS = (
     "train.eval_samples=null",
     "train.save_every=1",
     "train.sample_losses=all",
+    "train.save_state=last",  # the best checkpoint is weights-only when it is tested
 )
 CASES = {
     f"{peft}-{layout}": (f"peft={peft}", *LAYOUTS[layout]) for peft in ("full", "lora") for layout in LAYOUTS
@@ -82,6 +84,8 @@ def test_two_ranks_of_any_backend_find_for_every_row_what_one_process_does(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_best_checkpoint_is_tested_and_the_cost_is_the_same(tree: Tree, backend: str, case: str) -> None:
     alone, together = end(tree.folder("single", case)), end(tree.folder(backend, case))
+    best = tree.folder(backend, case) / "checkpoints" / f"step-{together['test/step']}"
+    assert is_weights_only(best) and not list((best / "state").glob("optimizer-*"))
     exact = ("best/step", "test/step", "total/tokens", "total/flops")
     assert {name: alone[name] for name in exact} == {name: together[name] for name in exact}
     assert together == pytest.approx(alone, rel=1e-5)

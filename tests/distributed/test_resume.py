@@ -185,7 +185,7 @@ def test_pieces_fit_any_other_division(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW([weight])
     stepped(optimizer, weight, 2)
     for rank, mine in enumerate(dealt(weight, [0, 5, 6, 21])):
-        sharded_state.save(mine, optimizer, tmp_path / f"shard-{rank}.safetensors")
+        sharded_state.save(mine, optimizer, tmp_path, rank)
     expected = stepped(optimizer, weight, 2)
 
     other = torch.nn.Parameter(torch.zeros(7, 3))
@@ -205,7 +205,7 @@ def test_state_in_blocks_goes_on_only_with_the_division_that_wrote_it(tmp_path: 
     weight = torch.nn.Parameter(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))
     optimizer = torch.optim.Adafactor([weight], lr=0.1)  # keeps a number per row and one per column
     stepped(optimizer, weight, 2)
-    sharded_state.save(dealt(weight, [0, 32])[0], optimizer, tmp_path / "shard-0.safetensors")
+    sharded_state.save(dealt(weight, [0, 32])[0], optimizer, tmp_path, 0)
     expected = stepped(optimizer, weight, 2)
 
     other = torch.nn.Parameter(torch.zeros(8, 4))

@@ -32,7 +32,7 @@ from mft.loss.base import TaskLoss
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
 from mft.tracking.base import Tracker
-from mft.training.checkpoint import Checkpoints
+from mft.training.checkpoint import Checkpoints, ModelExport
 from mft.training.loop import fit
 from mft.training.metrics import Meter
 from mft.training.progress import Terminal
@@ -188,7 +188,9 @@ class Stage:
             probe=lambda step: Evaluator(
                 engine, names, lambda: self.feed.probe(step, loss.probe_samples)
             ).losses(module),
-            save=Checkpoints(run_dir or self.root / "run", engine, loss, lambda folder: None, keep=None).save,
+            save=Checkpoints(
+                run_dir or self.root / "run", engine, loss, ModelExport(lambda folder: None, 0), keep=None
+            ).save,
             meter=Meter(names, engine.device),
             tracker=recorder,
             progress=Terminal((), quiet=True),

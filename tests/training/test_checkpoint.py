@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from mft.distributed.ddp import Ddp
+from mft.errors import UserError
 from mft.training import checkpoint
+from tests.distributed.ranks import run_ranks
 from tests.test_run import same, weights
 from tests.tiny_runs import SAVING, logged, train
 
@@ -72,3 +75,25 @@ def test_a_run_killed_three_times_while_it_saves_is_the_uninterrupted_one(
     assert logged(run) == logged(whole)
     assert [path.name for path in run.glob("checkpoints/*")] == ["step-6"]
     assert not list(run.glob(".final*"))
+
+
+def asked_for_room(folder: Path, of_free: list[float]) -> str:
+    """Returns what this rank is told that will write so many times what is free."""
+    engine = Ddp().start("fp32", cpu=True)
+    try:
+        own = int(of_free[engine.rank] * shutil.disk_usage(folder).free)
+        checkpoint.require_room(folder, "checkpoint", own, engine)
+        return ""
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_what_all_ranks_write_counts_and_they_agree(tmp_path: Path) -> None:
+    for of_free in ([0.7, 0.7], [0.0, 2.0]):
+        first, second = run_ranks(2, asked_for_room, tmp_path, of_free)
+        assert first == second and "no room for the checkpoint" in first
+    assert run_ranks(2, asked_for_room, tmp_path, [0.1, 0.1]) == ["", ""]

@@ -40,7 +40,7 @@ class Full:
     """Learning rate where optimizer.lr is null."""
 
     default_checkpoint_limit: ClassVar[int | None] = 3
-    """Checkpoints kept beside the best one (None = all). A full checkpoint holds 12 bytes a parameter."""
+    """Checkpoints kept beside the best one (None = all). With AdamW a full one holds 16 bytes a parameter."""
 
     @property
     def full_weights_reason(self) -> str:
