@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+def compile_nothing() -> None:
+    """Keeps DeepSpeed from compiling an op for CPUs, which takes minutes and a compiler.
+
+    It adds numbers up through shared memory for tensor parallelism, and nothing here calls it. DeepSpeed
+    looks it up among the ops that it finds compatible, and goes on without it.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
+
+
 class DeepSpeedEngine(Engine):
     """Drives a DeepSpeed engine. From stage 2 on each micro-batch exchanges gradients: no rank keeps all."""
 
@@ -41,13 +52,16 @@ class DeepSpeedEngine(Engine):
 
         A model quantised while loading is divided in `prepare` instead.
         """
+        from accelerate.utils import patch_environment
         from transformers.integrations import HfDeepSpeedConfig
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         # transformers looks for it by a weak reference: the name keeps it alive
         alive = HfDeepSpeedConfig(deepcopy(self.config)) if self.stage == 3 else None
         try:
-            yield
+            # DeepSpeed wants the variable; launch=inline has none
+            with patch_environment(LOCAL_RANK=self.local_rank):
+                yield
         finally:
             unset_hf_deepspeed_config()
             del alive
@@ -57,7 +71,7 @@ class DeepSpeedEngine(Engine):
         from accelerate.utils import patch_environment
 
         module.to(self.device)
-        # DeepSpeed wants the variable, though it does not use it; launch=inline has none
+        # as in `loading`
         with patch_environment(LOCAL_RANK=self.local_rank):
             config = deepcopy(self.config)
             engine, zero, _, _ = deepspeed.initialize(

@@ -98,9 +98,10 @@ def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         # fails if one could not be removed: what it holds must not be sealed as part of the new folder
         temporary.mkdir(parents=True)
-    engine.barrier()
     try:
-        yield temporary
+        with engine.patient():
+            engine.barrier()  # no rank writes before the folder exists
+            yield temporary
     except Exception as error:
         # json, safetensors and torch raise kinds of their own, torch without the reason: hence the free space
         free = shutil.disk_usage(run_dir).free
@@ -112,10 +113,9 @@ def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
         if older := newest(run_dir):
             message += f"; the same command then resumes from {older.name}"
         raise UserError(message) from error
-    # barriers: no rank writes before the folder exists, or continues before it is complete
     if engine.is_main:
         publish(temporary, final)
-    engine.barrier()
+    engine.barrier()  # no rank continues before it is complete
 
 
 def restore(folder: Path, state: State, engine: Engine, loss: TaskLoss) -> bool:
