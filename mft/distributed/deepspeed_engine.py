@@ -9,7 +9,7 @@ All that is private of DeepSpeed is here (read in 0.19); tests/distributed/test_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,16 @@ class DeepSpeedEngine(Engine):
     divided = True
 
     def __init__(self, accelerator: Accelerator, owns_group: bool, config: dict[str, Any]):
+        from accelerate.utils import patch_environment
+
         self.stage: int = config["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
         self.parameters = "partitioned" if self.stage == 3 else "whole"
         super().__init__(accelerator, owns_group)
         self.config = config
+        # DeepSpeed reads the variable while loading and in every step; launch=inline has none
+        self._environment = ExitStack()
+        self._environment.enter_context(patch_environment(LOCAL_RANK=self.local_rank))
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -52,31 +57,25 @@ class DeepSpeedEngine(Engine):
 
         A model quantised while loading is divided in `prepare` instead.
         """
-        from accelerate.utils import patch_environment
         from transformers.integrations import HfDeepSpeedConfig
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         # transformers looks for it by a weak reference: the name keeps it alive
         alive = HfDeepSpeedConfig(deepcopy(self.config)) if self.stage == 3 else None
         try:
-            # DeepSpeed wants the variable; launch=inline has none
-            with patch_environment(LOCAL_RANK=self.local_rank):
-                yield
+            yield
         finally:
             unset_hf_deepspeed_config()
             del alive
 
     def _wrap(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         import deepspeed
-        from accelerate.utils import patch_environment
 
         module.to(self.device)
-        # as in `loading`
-        with patch_environment(LOCAL_RANK=self.local_rank):
-            config = deepcopy(self.config)
-            engine, zero, _, _ = deepspeed.initialize(
-                None, module, optimizer, dist_init_required=False, config=config
-            )
+        config = deepcopy(self.config)
+        engine, zero, _, _ = deepspeed.initialize(
+            None, module, optimizer, dist_init_required=False, config=config
+        )
         if self.stage == 3:
             # weights that a module uses without calling their owner, so that no hook would gather them
             for weight in getattr(module, "direct_weights", list)():
@@ -169,4 +168,5 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         if self._module is not None:
             self._module.destroy()
+        self._environment.close()
         super().close()

@@ -95,7 +95,7 @@ def test_a_rank_that_is_stopped_while_it_saves(tmp_path: Path) -> None:
 def test_a_rank_that_lives_but_does_not_come(tmp_path: Path) -> None:
     run_dir = run_of(tmp_path, "train.max_steps=100000")
     acting = Act(run_dir, lambda folder: (folder / "ready1").exists(), lambda pids: None)
-    sentence, seconds = ended(run_dir, entries.deadlock, acting)
+    sentence, _ = ended(run_dir, entries.deadlock, acting)
     assert "rank 1 has stalled: other ranks have waited in vain since 20" in sentence
     assert "in deadlocked" in (run_dir / "log" / "rank1.log").read_text()
 
