@@ -67,9 +67,10 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool]) -> RunStatus:
     started = time.perf_counter()
     quiet_libraries()
     r = start(schema.typed(cfg), run_dir)
-    loader = make_loader(r)
-    model = load_model(r)
-    trainer, checkpoints, export = make_trainer(r, loader, model, stop)
+    with r.engine.patient():  # few ranks read the weights, rank 0 alone writes the reports
+        loader = make_loader(r)
+        model = load_model(r)
+        trainer, checkpoints, export = make_trainer(r, loader, model, stop)
     status = train_and_record(r, trainer, checkpoints, export, make_answers(r, model), started)
     r.engine.close()
     return status
@@ -81,6 +82,7 @@ def start(cfg: DictConfig, folder: Path) -> Run:
     In this order: the ranks that wait for the tokens would wait in a collective otherwise, and time out.
     """
     parts = build.build_components(cfg)
+    parts.dist.meet()
     settings, data_settings = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)
     assert isinstance(settings, TrainSettings) and isinstance(data_settings, DataSettings)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine; no process group says it yet
@@ -263,32 +265,33 @@ def train_and_record(
     """Resumes, trains, and writes the final model, the summary and the record of the trackers. started: a
     time.perf_counter()."""
     engine, folder = t.engine, r.folder
-    answers.ask("before")
-    restore_newest(r, t)
-    t.counted_until = started
     status, tested = RunStatus.failed, final_test.Tested()
-    tags = provenance.recorded(folder, run_tags(r)) if engine.is_main else {}
-    t.tracker.open(folder, schema.plain(r.cfg), tags, t.state.step)
+    with engine.patient():  # one rank may answer for all, and open the trackers
+        answers.ask("before")
+        restore_newest(r, t)
+        t.counted_until = started
+        tags = provenance.recorded(folder, run_tags(r)) if engine.is_main else {}
+        t.tracker.open(folder, schema.plain(r.cfg), tags, t.state.step)
     try:
-        if (
-            t.state.step < t.total_steps
-        ):  # before the first step without the optimizer, which has no state yet
+        # before the first step without the optimizer, which has no state yet
+        if t.state.step < t.total_steps:
             checkpoints.require_room()
         t.progress.start(t.state.step, t.total_steps)
         status = fit(t)
         t.progress.close()
         if status is RunStatus.finished:
             write_final(folder, engine, export)
-            answers.ask("after")
+            with engine.patient():
+                answers.ask("after")
             tested = final_test.evaluate(t, folder)  # last: it may load another checkpoint
-        result = summary.summarise(t, status, folder, tested)
-        if t.sample_losses:
-            t.sample_losses.prune(t.state.best, tested.step)
-        if status is RunStatus.finished:
-            t.tracker.log(t.state.step, summary.last_row(result))
-        if engine.is_main:
-            summary.write(result, folder)
-        engine.barrier()  # the other ranks exit with the code that the status in the summary stands for
+        with engine.patient():  # at its end: other ranks exit with the code that the summary's status means
+            result = summary.summarise(t, status, folder, tested)
+            if t.sample_losses:
+                t.sample_losses.prune(t.state.best, tested.step)
+            if status is RunStatus.finished:
+                t.tracker.log(t.state.step, summary.last_row(result))
+            if engine.is_main:
+                summary.write(result, folder)
         if engine.is_main:
             answers.write(folder / "report" / "answers.md")
             for path in ("config.yaml", "summary.json", "report"):

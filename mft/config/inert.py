@@ -148,7 +148,7 @@ RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
     ("loss.probe_samples", (when("loss.source", "train"),)),
     (
         "dist.find_unused_parameters dist.overlap_comm dist.reduce_bucket_size dist.allgather_bucket_size "
-        "dist.prefetch_bucket_size dist.persistence_threshold",
+        "dist.prefetch_bucket_size dist.persistence_threshold dist.timeout_minutes",
         (ONE_RANK,),
     ),
     ("dist.reduce_every_micro_batch", (ONE_RANK, where(one_micro_batch, "a step has one micro-batch"))),

@@ -39,24 +39,6 @@ def refuse_fp16(precision: str, cpu: bool) -> None:
         raise UserError("train.precision=fp16 needs a GPU; on the CPU choose bf16 or fp32")
 
 
-def grouped(precision: str, cpu: bool | None, *handlers: KwargsHandler) -> tuple[Accelerator, bool]:
-    """Returns the Accelerator of this rank inside a process group, and whether the group was made here.
-
-    Ranks are read from the environment (RANK, WORLD_SIZE, ...); without them this is a group of one.
-    """
-    import torch
-    from accelerate.utils import patch_environment
-
-    alone: dict[str, str | int] = {}
-    if "WORLD_SIZE" not in os.environ:
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}  # 0: any free port
-    # tests and notebooks have one already, which outlives the engine
-    owns_group = not torch.distributed.is_initialized()
-    with patch_environment(**alone):
-        return accelerator(precision, cpu, *handlers), owns_group
-
-
 def forget_foreign_settings() -> None:
     """Removes accelerate's settings from the environment, since conf/dist decides; warns of them once."""
     foreign = sorted(name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_")))

@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mft.distributed.accelerator import RANK_VARIABLES, accelerator, grouped
+from mft.distributed.accelerator import RANK_VARIABLES, accelerator
 from mft.distributed.engine import Backend, Engine
+from mft.distributed.process_group import GroupBackend
 from mft.errors import UserError
 
 
@@ -41,7 +42,7 @@ class Single(Backend):
 
 
 @dataclass
-class Ddp(Backend):
+class Ddp(GroupBackend):
     """torch's DistributedDataParallel. One rank is a process group of one, with the same code path."""
 
     public_name: ClassVar[str] = "ddp"
@@ -59,4 +60,4 @@ class Ddp(Backend):
             gradient_as_bucket_view=True,
             find_unused_parameters=self.find_unused_parameters,
         )
-        return DdpEngine(*grouped(precision, cpu, options))
+        return DdpEngine(*self.grouped(precision, cpu, options))

@@ -9,10 +9,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mft.distributed import build_lock
-from mft.distributed.accelerator import grouped
-from mft.distributed.deepspeed_engine import DeepSpeedEngine
-from mft.distributed.engine import Backend
+from mft.distributed.deepspeed_engine import DeepSpeedEngine, compile_nothing
+from mft.distributed.process_group import GroupBackend
 from mft.errors import UserError, nearest, ranged
 
 OURS = {
@@ -61,7 +59,7 @@ def refuse_unknown(config: Mapping[str, Any]) -> None:
 
 
 @dataclass
-class Zero(Backend):
+class Zero(GroupBackend):
     """What both backends of DeepSpeed have in common."""
 
     casts_weights: ClassVar[bool] = True
@@ -95,12 +93,12 @@ class Zero(Backend):
     def start(self, precision: str, cpu: bool | None = None) -> DeepSpeedEngine:
         """Also raises UserError for a `config` that DeepSpeed does not take."""
         self.check()
-        accelerator, owns_group = grouped(precision, cpu)
+        accelerator, owns_group = self.grouped(precision, cpu)
         gpu = accelerator.device.type != "cpu"
         # else DeepSpeed takes a GPU it finds, also where the engine is started with cpu=True
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
         if not gpu:
-            build_lock.load()
+            compile_nothing()
         config: dict[str, Any] = {
             # one micro-batch a step, as DeepSpeed sees it: the engine scales and says when a step ends
             "train_micro_batch_size_per_gpu": 1,

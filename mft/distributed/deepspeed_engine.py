@@ -9,7 +9,7 @@ All that is private of DeepSpeed is here (read in 0.19); tests/distributed/test_
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+def compile_nothing() -> None:
+    """Keeps DeepSpeed from compiling an op for CPUs, which takes minutes and a compiler.
+
+    It adds numbers up through shared memory for tensor parallelism, and nothing here calls it. DeepSpeed
+    looks it up among the ops that it finds compatible, and goes on without it.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
+
+
 class DeepSpeedEngine(Engine):
     """Drives a DeepSpeed engine. From stage 2 on each micro-batch exchanges gradients: no rank keeps all."""
 
@@ -29,11 +40,16 @@ class DeepSpeedEngine(Engine):
     divided = True
 
     def __init__(self, accelerator: Accelerator, owns_group: bool, config: dict[str, Any]):
+        from accelerate.utils import patch_environment
+
         self.stage: int = config["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
         self.parameters = "partitioned" if self.stage == 3 else "whole"
         super().__init__(accelerator, owns_group)
         self.config = config
+        # DeepSpeed reads the variable while loading and in every step; launch=inline has none
+        self._environment = ExitStack()
+        self._environment.enter_context(patch_environment(LOCAL_RANK=self.local_rank))
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -54,15 +70,12 @@ class DeepSpeedEngine(Engine):
 
     def _wrap(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         import deepspeed
-        from accelerate.utils import patch_environment
 
         module.to(self.device)
-        # DeepSpeed wants the variable, though it does not use it; launch=inline has none
-        with patch_environment(LOCAL_RANK=self.local_rank):
-            config = deepcopy(self.config)
-            engine, zero, _, _ = deepspeed.initialize(
-                None, module, optimizer, dist_init_required=False, config=config
-            )
+        config = deepcopy(self.config)
+        engine, zero, _, _ = deepspeed.initialize(
+            None, module, optimizer, dist_init_required=False, config=config
+        )
         if self.stage == 3:
             # weights that a module uses without calling their owner, so that no hook would gather them
             for weight in getattr(module, "direct_weights", list)():
@@ -158,4 +171,5 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         if self._module is not None:
             self._module.destroy()
+        self._environment.close()
         super().close()

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from mft.distributed import rng, sharded_state
+from mft.distributed import heartbeat, rng, sharded_state
 from mft.distributed.sharded_state import read_state as read_state  # part of the contract, for floor 2
 from mft.errors import UserError
 
@@ -35,6 +35,9 @@ class Backend(ABC):
 
     def check_ranks(self, world: int) -> None:
         """Raises UserError for a number of ranks that this backend cannot have."""
+
+    def meet(self) -> None:
+        """Connects this rank with the others, before `start`, so that each knows which of them are alive."""
 
     @abstractmethod
     def start(self, precision: str, cpu: bool | None = None) -> Engine:
@@ -206,9 +209,18 @@ class Engine:
         return values
 
     def barrier(self) -> None:
-        """Waits until every rank is here."""
-        if self.world > 1:
-            self.accelerator.wait_for_everyone()
+        """Waits until every rank is here, however long one of them works alone: in no collective.
+
+        Raises `heartbeat.Stalled` when a rank gives no sign of life any more.
+        """
+        heartbeat.wait_for_all()
+
+    def patient(self) -> AbstractContextManager[None]:
+        """Context for work that takes ranks very different times, where collectives wait as long as `barrier`.
+
+        All ranks enter it; it ends with a `barrier`.
+        """
+        return heartbeat.patient()
 
     def full_state(self, trainable: bool = False) -> dict[str, torch.Tensor]:
         """Returns whole tensors by name, for saving; complete on rank 0, a backend may return {} on others.
@@ -276,9 +288,9 @@ class Engine:
         The files of the optimizer and of the random states may be gone. Raises UserError when the state is of
         another model.
         """
-        sharded_state.load(self._shards(), None, folder, self._trained())
-        self._sync_computed_weights()
-        self.barrier()
+        with self.patient():
+            sharded_state.load(self._shards(), None, folder, self._trained())
+            self._sync_computed_weights()
 
     def load_state(self, folder: Path) -> bool:
         """Restores what `save_state` wrote, of this or another backend, on any number of ranks; all call it.
@@ -289,15 +301,15 @@ class Engine:
         have. Raises UserError when the state is not complete, is of another model, or does not fit another
         layout.
         """
-        saved = read_state(folder)
-        sharded_state.load(self._shards(), self._optimizer.optimizer, folder, self._trained())
-        self._sync_computed_weights()
-        if saved["scaler"]:
-            self._load_scaler(saved["scaler"])
-        random = folder / f"rng-{self.rank}.pt"
-        if random.exists():
-            rng.load(random)
-        self.barrier()
+        with self.patient():
+            saved = read_state(folder)
+            sharded_state.load(self._shards(), self._optimizer.optimizer, folder, self._trained())
+            self._sync_computed_weights()
+            if saved["scaler"]:
+                self._load_scaler(saved["scaler"])
+            random = folder / f"rng-{self.rank}.pt"
+            if random.exists():
+                rng.load(random)
         return bool(saved["dist"] == self.name and saved["world"] == self.world)
 
     def _trained(self) -> set[str]:
@@ -326,6 +338,7 @@ class Engine:
         import torch
         from accelerate.state import AcceleratorState, GradientState
 
+        heartbeat.stop()
         self._module = self._optimizer = None
         self.accelerator.free_memory()
         if self._owns_group and torch.distributed.is_initialized():

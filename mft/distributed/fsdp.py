@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mft.distributed.accelerator import grouped
-from mft.distributed.engine import Backend, Engine
+from mft.distributed.engine import Engine
+from mft.distributed.process_group import GroupBackend
 from mft.distributed.sharded_state import Shard, local
 from mft.errors import UserError, nearest
 
@@ -145,7 +145,7 @@ class FsdpEngine(Engine):
 
 
 @dataclass
-class Fsdp(Backend):
+class Fsdp(GroupBackend):
     """PyTorch's FSDP2. Sharding unit: the family's decoder layer (`model.shard_layers`)."""
 
     public_name: ClassVar[str] = "fsdp"
@@ -164,12 +164,11 @@ class Fsdp(Backend):
 
     def start(self, precision: str, cpu: bool | None = None) -> FsdpEngine:
         import torch
-        from accelerate import InitProcessGroupKwargs
 
         # NCCL cannot add up parts in the CPU's memory; on a CPU accelerate takes no other group than gloo's
         gpu = torch.cuda.is_available() and not cpu
-        both = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if self.offload and gpu else []
-        return FsdpEngine(*grouped(precision, cpu, *both), self)
+        both = "cuda:nccl,cpu:gloo" if self.offload and gpu else None
+        return FsdpEngine(*self.grouped(precision, cpu, backend=both), self)
 
     def options(self, mixed_precision: str, device: torch.device) -> dict[str, Any]:
         """Returns the arguments of `fully_shard`; mixed_precision: accelerate's name of it."""

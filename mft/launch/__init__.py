@@ -7,6 +7,7 @@ by torch's elastic agent), in this very process, or as what torchrun, accelerate
 
 What can go wrong has a module each: `signals` (asked to stop, exit codes), `failures` (which rank's error is
 the cause of the others), `out_of_memory` (which settings to lower), `rank_log` (what each rank prints).
+`stacks` shows where a rank stands.
 `multinode` lets several machines meet over the store of `network`; `node_group` keeps them together.
 `torch_private` holds everything private of torch.
 """

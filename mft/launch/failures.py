@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.console import credentials, screen
+from mft.distributed.heartbeat import TIMED_OUT, Stalled
 from mft.errors import UserError
 from mft.files.json_file import Values, read_json, write_json
 
@@ -25,9 +26,10 @@ FULL = 2**16
 CAUSE_SECONDS = 5.0
 """How long to wait for the report of the cause, while all reports are of broken connections."""
 
-ROOT, HOST_GONE, LOST_CONNECTION = 0, 1, 2
+ROOT, HOST_GONE, STALLED, LOST_CONNECTION = 0, 1, 2, 3
 """How far a failure is from the cause: a rank's own failure; a host that is gone, whose ranks cannot report
-any more; a rank that only lost its connection to another one, which is the cause."""
+any more; a rank that waited in vain for another one; a rank that only lost its connection to another one,
+which is the cause."""
 
 BROKEN = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|failed to connect|remote process exited|NCCL|Gloo",
@@ -68,6 +70,7 @@ def write_report(path: Path, error: BaseException, rank: int, **more: Any) -> No
         "type": type(error).__name__,
         "message": credentials.hidden(str(error)),
         "user": isinstance(error, UserError),
+        "stalled": vars(error) if isinstance(error, Stalled) else None,
         "traceback": credentials.hidden("".join(traceback.format_exception(error))),
     }
     write_json(path, report | more)
@@ -104,6 +107,10 @@ def cause_elsewhere(report: Path, since: float) -> Exception | None:
             if other["time"] >= since and causal_distance(other) < LOST_CONNECTION:
                 return _error_of(other)
         time.sleep(0.2)
+    if own and causal_distance(own) == STALLED:
+        time.sleep(CAUSE_SECONDS / 2)  # other ranks, too, report that they waited in vain
+        reports = [other for other in reports_in(report.parent) if other["time"] >= since]
+        return _stalled(own, reports)
     return None
 
 
@@ -129,6 +136,8 @@ def failure_of(
         if _only_lost(reports) and (gone := lost(CAUSE_SECONDS - 1)):
             return gone
     # a rank without a report was killed: it, not a report of a lost connection, is the cause
+    if reports and causal_distance(reports[0]) == STALLED:
+        return _stalled(reports[0], reports)
     if reports and not (silent and _only_lost(reports)):
         return _error_of(reports[0])
     rank = next((rank for rank in silent if codes.get(rank)), silent[0] if silent else 0)
@@ -137,6 +146,15 @@ def failure_of(
 
 def _only_lost(reports: list[Values]) -> bool:
     return not reports or causal_distance(reports[0]) == LOST_CONNECTION
+
+
+def _stalled(report: Values, reports: list[Values]) -> Stalled:
+    """Returns the error of a rank that waited in vain; where it cannot tell for which, for those that reported
+    nothing: not even that they, too, waited."""
+    facts = report.part("stalled")
+    reported = {other["rank"] for other in reports}
+    ranks = facts["ranks"] or [rank for rank in range(facts["world"]) if rank not in reported]
+    return Stalled(ranks, facts["since"], facts["limit"], facts["silent"], facts["world"])
 
 
 def _silent_death(log: Path, rank: int, code: int | None, ranks: int) -> Exception:
@@ -153,8 +171,24 @@ def _silent_death(log: Path, rank: int, code: int | None, ranks: int) -> Excepti
             f"The disk is full: rank {rank} could not even write its error report to {log} ({free:,} bytes "
             "free). Make room; the same command then resumes."
         )
+    if code == -signal.SIGABRT and _shows_timeout(log / f"rank{rank}.log"):
+        return UserError(
+            f"A collective timed out in rank {rank}, as one does after dist.timeout_minutes: another rank has "
+            f"stalled. The stacks of all ranks that still ran are in {log}/rank<r>.log. What was saved is "
+            "intact: the same command resumes."
+        )
     how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     return WorkerError(f"rank {rank} {how} without a report; its output is in {log}.")
+
+
+def _shows_timeout(log: Path) -> bool:
+    """Whether the end of a rank's log has what NCCL's watchdog says before it aborts the process."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 2**20))
+            return bool(TIMED_OUT.search(file.read().decode(errors="replace")))
+    except OSError:
+        return False
 
 
 def reports_in(log: Path, host: int | None = None) -> list[Values]:
@@ -176,9 +210,9 @@ def _read(path: Path) -> Values:
 
 
 def causal_distance(report: Values) -> int:
-    """Returns ROOT, HOST_GONE or LOST_CONNECTION."""
-    if report["type"] == HostGone.__name__:
-        return HOST_GONE
+    """Returns ROOT, HOST_GONE, STALLED or LOST_CONNECTION."""
+    if report["type"] in (HostGone.__name__, Stalled.__name__):
+        return HOST_GONE if report["type"] == HostGone.__name__ else STALLED
     # torch's DistBackendError, DistNetworkError, …; gloo and MPI raise a bare RuntimeError
     return LOST_CONNECTION if report["type"].startswith("Dist") or BROKEN.search(report["message"]) else ROOT
 

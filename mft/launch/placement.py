@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError
@@ -19,6 +20,9 @@ from mft.hardware import visible_gpus
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+CHECKING = timedelta(hours=24)
+"""How long ranks wait until rank 0 has checked its command line and read all data, at most."""
 
 _stores: list[Store] = []
 """The store of the placed ranks, then one more for each broadcast; kept, since rank 0's serves the others."""
@@ -99,6 +103,7 @@ def broadcast_from_rank0(value: Any) -> Any:
     # over the store itself: a process group would leave addresses there that break the engine's own group
     if not _stores:
         _stores.append(next(rendezvous("env://"))[0])
+        _stores[0].set_timeout(CHECKING)
     store = PrefixStore(f"mft/broadcast/{len(_stores)}", _stores[0])
     _stores.append(store)
     if placed.rank == 0:

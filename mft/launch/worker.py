@@ -23,9 +23,10 @@ from typing import Any
 from mft import run_folder
 from mft.config import plugins
 from mft.console.screen import guard_logs, say
+from mft.distributed import heartbeat
 from mft.errors import UserError, full_disk
 from mft.hardware import quiet_without_gpu
-from mft.launch import failures, placement, rank_log, signals, torch_private
+from mft.launch import failures, placement, rank_log, signals, stacks, torch_private
 
 FAILED_PEER_SECONDS = 5.0
 """How long a rank lives after another one failed: it may wait for that one in a collective that never ends,
@@ -59,7 +60,7 @@ def run_job(run_dir: str) -> None:
     try:
         run(cfg, folder, stop)
     except Exception as error:
-        if explained := explain(error, cfg) or full_disk(error, folder):
+        if explained := heartbeat.explained(error) or explain(error, cfg) or full_disk(error, folder):
             raise explained from error
         raise
 
@@ -83,9 +84,10 @@ def rank_main(
     started = time.time()
     guard_logs()
     with rank_log.written_to(report.with_name(f"rank{rank}.log"), rank) as terminal:
+        stacks.written_to(report.with_name(f"rank{rank}.log"))
         _limit_threads()
         gc.freeze()  # else closing an engine makes the collector walk over all imports: 0.3 to 0.5 s
-        threading.Thread(target=_watch, args=(report, started), daemon=True, name="watchdog").start()
+        threading.Thread(target=_watch, args=(report, rank, started), daemon=True, name="watchdog").start()
         try:
             # else no rank could use a GPU
             assert not torch_private.forked_after_cuda(), "a preloaded module initialised CUDA"
@@ -94,6 +96,8 @@ def rank_main(
             # a full disk takes neither report nor traceback; the launching process looks at the free space
             with suppress(OSError):
                 failures.write_report(report, error, rank)
+            if isinstance(error, heartbeat.Stalled):
+                stacks.dump(error)
             if rank > 0:
                 with suppress(OSError):
                     traceback.print_exc()
@@ -139,9 +143,9 @@ def _limit_threads() -> None:
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
 
 
-def _watch(report: Path, started: float) -> None:
-    """Ends this rank when the launching process is gone (kill -9 leaves no other trace), or a peer has
-    failed."""
+def _watch(report: Path, rank: int, started: float) -> None:
+    """Ends this rank when the launching process is gone (kill -9 leaves no other trace), or a peer has failed
+    or stalled: then its stacks are in its log."""
     parent = multiprocessing.parent_process()  # the process that asked the fork server, not the server
     started_by = os.getppid()
     failed_since: float | None = None
@@ -155,10 +159,19 @@ def _watch(report: Path, started: float) -> None:
         if gone:
             os._exit(signals.UNSAVED)
         others = (path for path in report.parent.glob("*.error.json") if path != report)
-        if any(path.stat().st_mtime >= started for path in others):  # an older one is of an earlier attempt
-            failed_since = failed_since or time.monotonic()
-            if time.monotonic() - failed_since > FAILED_PEER_SECONDS:
-                os._exit(1)
+        # an older one is of an earlier attempt
+        failed = [path for path in others if path.stat().st_mtime >= started]
+        stalled = heartbeat.stalled()
+        if not (failed or stalled):
+            continue
+        if failed_since is None:
+            failed_since = time.monotonic()
+            stacks.dump(stalled or f"another rank has failed ({failed[0].name})")
+        if time.monotonic() - failed_since > FAILED_PEER_SECONDS:
+            if stalled and not report.exists():  # the main thread waits where nothing reaches it
+                with suppress(OSError):
+                    failures.write_report(report, stalled, rank)
+            os._exit(1)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -115,16 +115,15 @@ def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
     """
     temporary = final.with_name(f".{final.name}.tmp")
     if engine.is_main:
-        for leftover in (
-            temporary,
-            final.with_name(f".{final.name}.old.tmp"),
-        ):  # of a process that was killed
+        # of a process that was killed
+        for leftover in (temporary, final.with_name(f".{final.name}.old.tmp")):
             shutil.rmtree(leftover, ignore_errors=True)
         # fails if one could not be removed: what it holds must not be sealed as part of the new folder
         temporary.mkdir(parents=True)
-    engine.barrier()
     try:
-        yield temporary
+        with engine.patient():
+            engine.barrier()  # no rank writes before the folder exists
+            yield temporary
     except Exception as error:
         # json, safetensors and torch raise kinds of their own, torch without the reason: hence the free space
         free = shutil.disk_usage(run_dir).free
@@ -133,10 +132,9 @@ def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         message = f"The disk is full: {temporary} could not be written ({_mib(free)} MiB were free)."
         raise UserError(f"{message} {_how_to_make_room(run_dir)}") from error
-    # barriers: no rank writes before the folder exists, or continues before it is complete
     if engine.is_main:
         publish(temporary, final)
-    engine.barrier()
+    engine.barrier()  # no rank continues before it is complete
 
 
 def require_room(run_dir: Path, what: str, own: int, engine: Engine) -> None:
@@ -148,6 +146,7 @@ def require_room(run_dir: Path, what: str, own: int, engine: Engine) -> None:
     if engine.is_main:  # first: what killed saves left behind
         for leftover in (*run_dir.glob("checkpoints/.step-*.tmp"), *run_dir.glob(".final.*tmp")):
             shutil.rmtree(leftover, ignore_errors=True)
+    engine.barrier()
     of_ranks = engine.gather((own, shutil.disk_usage(run_dir).free))
     needed, free = sum(size for size, _ in of_ranks), of_ranks[0][1]
     if needed > free:

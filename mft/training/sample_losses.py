@@ -103,12 +103,14 @@ class SampleLosses:
     def write(self, split: str, step: int, sums: SampleSums) -> None:
         """Writes the file of an evaluation; where the disk does not take it, warns and goes on."""
         parts = self.engine.gather(sums.lines(self.digests))
-        if not self.engine.is_main:
-            return
-        path = _path(self.run_dir, split, step)
+        if self.engine.is_main:
+            self._write(_path(self.run_dir, split, step), merged(parts))
+        self.engine.barrier()
+
+    def _write(self, path: Path, lines: Lines) -> None:
         try:
             # durable: a checkpoint counts on that of the best validation
-            write_bytes(path, _parquet(merged(parts), self.names), durable=True)
+            write_bytes(path, _parquet(lines, self.names), durable=True)
         except OSError as error:
             why = error.strerror or error
             warnings.warn(f"{path} was not written: {why}. Training continues", stacklevel=2)

@@ -139,6 +139,7 @@ class Trainer:
         state.learned = {}  # a row holds what was learned since the row before
         self.tracker.log(state.step, values)
         self.progress.report(state.step, values)
+        self.engine.barrier()  # rank 0 alone has written
 
     def validate(self) -> bool:
         """Validates every task and logs it; returns whether it is the best validation so far.
@@ -157,6 +158,7 @@ class Trainer:
             values |= {f"valid/loss/{name}": loss, f"valid/perplexity/{name}": perplexity(loss)}
         self.tracker.log(step, values)
         self.progress.validated(step, losses)
+        self.engine.barrier()  # as in `log`
         # after logging, so that the record shows where it diverged
         if not any(math.isfinite(loss) for loss in losses.values()):
             problem = f"The validation after step {step} has no finite loss for any task: training diverged"
@@ -187,6 +189,7 @@ class Trainer:
             self.save(self.state)
             if self.sample_losses:
                 self.sample_losses.prune(self.state.best)
+            self.engine.barrier()
 
     def count_time(self) -> None:
         """Adds the time since the last call to that of the run."""

@@ -294,6 +294,7 @@ def inert(*overrides: str, world: int = 1, sweep: bool = False) -> list[str]:
         (["loss=famo", "loss.probe_samples=4"], "loss.source is train"),
         (["dist=ddp", "dist.find_unused_parameters=true"], "the run has one rank"),
         (["dist=zero2", "dist.reduce_bucket_size=1000"], "the run has one rank"),
+        (["dist=fsdp", "dist.timeout_minutes=5"], "the run has one rank"),
         (["tracking.mlflow.store=here", "tracking.mlflow.uri=http://h:5000"], "tracking.mlflow.uri is given"),
         (["sweep=mine"], "this is one run, not a sweep (-m)"),
     ],

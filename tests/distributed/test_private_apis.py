@@ -1,7 +1,8 @@
-"""What is used of DeepSpeed and accelerate without being public is there; it fails by its name where it is gone."""
+"""What is used of DeepSpeed, accelerate and torch beside their public interfaces is there; a failure names it."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 
 import pytest
@@ -34,3 +35,20 @@ def test_accelerate_can_be_started_anew_in_one_process() -> None:
 
     assert "reset_partial_state" in inspect.signature(AcceleratorState._reset_state).parameters
     assert callable(GradientState._reset_state)
+
+
+def test_torch_has_timeouts_that_can_be_changed() -> None:
+    from datetime import timedelta
+
+    from torch.distributed import distributed_c10d
+
+    assert callable(distributed_c10d._set_pg_timeout) and isinstance(distributed_c10d._world.pg_map, dict)
+    source = inspect.getsource(distributed_c10d._get_default_timeout)
+    assert "default_pg_timeout" in source and "default_pg_nccl_timeout" in source
+    assert isinstance(distributed_c10d.default_pg_timeout, timedelta)
+
+
+def test_deepspeed_compiles_nothing_that_it_does_not_find_compatible() -> None:
+    pytest.importorskip("deepspeed")
+    source = inspect.getsource(importlib.import_module("deepspeed.comm.torch").build_shm_op)
+    assert "__compatible_ops__.get(builder.NAME, False)" in source

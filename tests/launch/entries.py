@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mft.errors import UserError
-from mft.launch.worker import stop
+from mft.launch.worker import run_job, stop
 
 
 def report(run_dir: str) -> None:
@@ -83,3 +85,47 @@ def _together(raise_in: int = -1, error: Exception | None = None, kill: int = -1
     if rank == kill:
         os.kill(os.getpid(), signal.SIGKILL)
     torch.distributed.all_reduce(torch.ones(1))
+
+
+def train(run_dir: str) -> None:
+    """Runs the frozen run of the folder, as `run_job` does."""
+    rank = os.environ["RANK"]
+    (Path(run_dir) / f"ready{rank}").write_text(str(os.getpid()))
+    run_job(run_dir)
+
+
+def save_slowly(run_dir: str, seconds: float = 3600.0) -> None:
+    """The same, but rank 0 takes so long to complete its first checkpoint."""
+    from mft.training import checkpoint
+
+    seal = checkpoint.seal
+
+    def slow_seal(folder: Path, *arguments: Any) -> None:
+        saving = Path(run_dir) / "saving"
+        if not saving.exists():
+            saving.touch()
+            time.sleep(seconds)
+        seal(folder, *arguments)
+
+    checkpoint.seal = slow_seal  # type: ignore[assignment]
+    train(run_dir)
+
+
+def save_for_a_while(run_dir: str) -> None:
+    """The same, but longer than a collective may take."""
+    save_slowly(run_dir, 10.0)
+
+
+def deadlock(run_dir: str) -> None:
+    """The same, but rank 1 waits forever in its third step."""
+    from mft.training.trainer import Trainer
+
+    learning_rate = Trainer.set_learning_rate
+
+    def deadlocked(trainer: Trainer, step: int) -> float:
+        if trainer.engine.rank == 1 and step == 3:
+            threading.Event().wait()
+        return learning_rate(trainer, step)
+
+    Trainer.set_learning_rate = deadlocked  # type: ignore[method-assign]
+    train(run_dir)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mft.distributed.heartbeat import Stalled
 from mft.errors import UserError
 from mft.files.json_file import Values, read_json, write_json
 from mft.launch import failures
@@ -16,6 +17,7 @@ from mft.launch.failures import (
     HOST_GONE,
     LOST_CONNECTION,
     ROOT,
+    STALLED,
     HostGone,
     WorkerError,
     causal_distance,
@@ -55,8 +57,9 @@ def write(log: Path, rank: int, error: BaseException, seconds: float = 0.0) -> P
     ],
 )
 def test_a_lost_connection_is_further_from_the_cause_than_a_failure(error: Exception, distance: int) -> None:
-    assert ROOT < HOST_GONE < LOST_CONNECTION
-    for kind, expected in ((error, distance), (HostGone("host 1 is gone"), HOST_GONE)):
+    assert ROOT < HOST_GONE < STALLED < LOST_CONNECTION
+    stalled = Stalled([], 0.0, "dist.timeout_minutes=1", silent=False, world=2)
+    for kind, expected in ((error, distance), (HostGone("host 1 is gone"), HOST_GONE), (stalled, STALLED)):
         report = Values({"type": type(kind).__name__, "message": str(kind)})
         assert causal_distance(report) == expected
 
@@ -83,6 +86,37 @@ def test_the_rank_that_failed_first_is_the_failure_of_all(tmp_path: Path) -> Non
     write(tmp_path, 1, UserError("data.paths: /nowhere does not exist"))
     failure = failure_of(tmp_path, range(2), {0: 1, 1: 1})
     assert isinstance(failure, UserError) and str(failure) == "data.paths: /nowhere does not exist"
+
+
+@pytest.mark.parametrize(
+    ("known", "waiting", "sentence"),
+    [
+        ([2], [0], "rank 2 has stalled: other ranks have waited in vain since 20"),
+        ([], [0, 2, 3], "rank 1 has stalled: other ranks have waited in vain since 20"),
+        ([], [0, 3], "ranks 1 and 2 have stalled: "),
+        ([], [0, 1, 2, 3], "a rank has stalled: "),
+    ],
+)
+def test_who_reports_nothing_has_stalled_where_nobody_can_tell(
+    tmp_path: Path, known: list[int], waiting: list[int], sentence: str
+) -> None:
+    error = Stalled(known, time.time(), "dist.timeout_minutes=0.1", silent=False, world=4)
+    for rank in waiting:
+        write(tmp_path, rank, LOST if rank == 3 else error)
+    failure = failure_of(tmp_path, range(4), {0: 1, 1: 1})
+    assert isinstance(failure, UserError) and str(failure).startswith(sentence)
+    assert "longer than dist.timeout_minutes=0.1. The stacks" in str(failure)
+
+
+def test_an_abort_by_nccl_is_a_collective_that_timed_out(tmp_path: Path) -> None:
+    words = "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)"
+    (tmp_path / "rank1.log").write_text(f"[rank1]:[E ProcessGroupNCCL.cpp:632] {words}\n")
+    failure = failure_of(tmp_path, range(2), {1: -signal.SIGABRT})
+    assert isinstance(failure, UserError)
+    assert "A collective timed out in rank 1, as one does after dist.timeout_minutes" in str(failure)
+    assert isinstance(
+        failure_of(tmp_path, range(2), {0: -signal.SIGABRT}), WorkerError
+    )  # it does not say why
 
 
 @pytest.mark.parametrize(
