@@ -61,7 +61,7 @@ def check_all(overrides: Sequence[str], config_dirs: Sequence[Path], steps: int)
         except UserError as error:
             cell = Cell(given, label, refusal=str(error))
         cells.append(cell)
-        if time.monotonic() - reported > NEWS_SECONDS:
+        if number < len(combinations) and time.monotonic() - reported > NEWS_SECONDS:
             reported = time.monotonic()
             say(f"checking cells: {number} of {len(combinations)}")
     return cells

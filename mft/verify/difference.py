@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from safetensors import safe_open
 
-ORDER = (("train/loss", "train/router"), ("grad_norm",), ("train/weight/", "lr"), ("valid/",))
+ORDER = ("train/loss", "train/router", "grad_norm", "train/weight/", "lr", "valid/")
 """Beginnings of the names of metrics that are compared first; the others follow."""
 
 CLOCK = ("speed/", "memory/", "total/seconds")
@@ -95,7 +95,7 @@ def logged(run: Path) -> dict[int, dict[str, Any]]:
 
 def place(name: str) -> tuple[int, str]:
     """Returns where a metric stands in the order of comparison."""
-    return next((number for number, names in enumerate(ORDER) if name.startswith(names)), len(ORDER)), name
+    return next((number for number, first in enumerate(ORDER) if name.startswith(first)), len(ORDER)), name
 
 
 def shown(value: Any) -> str:
