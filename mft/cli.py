@@ -4,6 +4,7 @@ commands:
   mft train [KEY=VALUE …]         compose a run from conf/, check it, run it   (-m sweeps, --cfg job prints)
   mft data report [KEY=VALUE …]   what becomes of every task's rows (also: show, prepare)
   mft sweep resume DIR            resume an interrupted sweep
+  mft verify-resume [KEY=VALUE …] prove that a stopped and resumed run is the uninterrupted one, to the bit
   mft runs [DIR …]                runs and sweeps: state, age, best loss, folder
   mft show RUN                    a run's config beside the defaults, its losses, its files
   mft compare DIR                 ranked table and HTML report of a sweep (or of an MLflow experiment)
@@ -39,6 +40,7 @@ COMMANDS = {
     "train": "mft.commands.train:command",
     "data": "mft.commands.data:command",
     "sweep": "mft.commands.sweep:command",
+    "verify-resume": "mft.commands.verify_resume:command",
     "runs": "mft.commands.runs:command",
     "show": "mft.commands.show:command",
     "compare": "mft.commands.compare:command",

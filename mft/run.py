@@ -32,6 +32,7 @@ from mft.training.loop import fit
 from mft.training.progress import Terminal
 from mft.training.sample_answers import Answers
 from mft.training.settings import KeptLosses, TrainSettings
+from mft.training.trace import Trace
 from mft.training.trainer import Trainer
 from mft.training.validate import Evaluator
 
@@ -59,10 +60,10 @@ class Run:
     """Whether this is the first rank of its machine: it tokenises and checks for all."""
 
 
-def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool]) -> RunStatus:
+def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool], trace: Trace | None = None) -> RunStatus:
     """Runs, or resumes, the run of a frozen config; returns finished or stopped.
 
-    stop: whether this rank was asked to end after the current step.
+    stop: whether this rank was asked to end after the current step; trace: what to record of the steps.
     """
     started = time.perf_counter()
     quiet_libraries()
@@ -71,6 +72,8 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool]) -> RunStatus:
         loader = make_loader(r)
         model = load_model(r)
         trainer, checkpoints, export = make_trainer(r, loader, model, stop)
+    if trace:
+        trainer.loader = trace.steps_of(loader, trainer.state, run_dir, r.engine.rank)
     status = train_and_record(r, trainer, checkpoints, export, make_answers(r, model), started)
     r.engine.close()
     return status

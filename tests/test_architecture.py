@@ -19,7 +19,7 @@ FLOOR = {
     "training": 2,
     "config": 3,
     **dict.fromkeys(("run", "launch", "runs", "comparison"), 4),
-    "sweep": 5,
+    **dict.fromkeys(("sweep", "verify"), 5),
     **dict.fromkeys(("commands", "demo", "cli"), 6),
 }
 """A folder or module of mft → its floor: vocabulary, components, training, config, runs, sweeps, commands."""

@@ -1,4 +1,4 @@
-"""Print a script that completes verbs, flags and, for train and data, config groups with their options.
+"""Print a script that completes verbs, flags and, for verbs with overrides, config groups with their options.
 
 The Tab key starts no Python: the script holds all words. bash and zsh take it anew in each shell; the file
 for fish is to be written again after an upgrade.
@@ -65,7 +65,8 @@ def command(arguments: Sequence[str]) -> None:
     shell, _ = action_of(line, line.parse(arguments or ["--help"]).words)
     names = [module.name for module in pkgutil.iter_modules(commands.__path__)]
     modules = {name: importlib.import_module(f"{commands.__name__}.{name}") for name in names}
-    lines = {verb: module.parser() for verb, module in modules.items() if hasattr(module, "parser")}
+    parsers = [module.parser() for module in modules.values() if hasattr(module, "parser")]
+    lines = {line.prog.removeprefix("mft "): line for line in parsers}
     if shell == "fish":  # it has descriptions, and needs no function that looks at the line
         print(fish(lines))
         return
@@ -79,7 +80,7 @@ def offered(verb: str, line: Parser) -> list[str]:
     from mft.commands.train import group_table
 
     # Options of conf/ alone: no folder of --config-dir is known when the script is written.
-    groups = group_table() if verb in ("train", "data") else {}
+    groups = group_table() if verb in ("train", "data", "verify-resume") else {}
     choices = [f"{group}={option}" for group, options in groups.items() for option in options]
     return [*line.actions, *(flag for flag in line.flags if flag.startswith("--")), *choices]
 

@@ -9,6 +9,7 @@ import copy
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
@@ -22,6 +23,9 @@ from mft.launch.node_group import NodeGroup
 from mft.launch.spawn import spawn
 from mft.run_folder import RunStatus, lock, status
 from mft.training.resume import rewind
+
+if TYPE_CHECKING:
+    from mft.training.trace import Trace
 
 
 def launch_command(job: Job, dated: bool) -> None:
@@ -63,12 +67,12 @@ def follow_rank0() -> None:
         worker.placed_rank_main(Path(folder))
 
 
-def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
+def launch(job: Job, folder: Path, nodes: NodeGroup | None = None, trace: Trace | None = None) -> Values:
     """Runs the job in `folder`, resumes it or skips it when it is finished; returns its summary.
 
-    nodes: the machines of the run, of which this is number 0. Raises UserError for a mistake found in a rank
-    (its sentence alone), WorkerError with the traceback of the rank that failed first, Stopped when a signal
-    ended the run.
+    nodes: the machines of the run, of which this is number 0; trace: see `mft.run.run`. Raises UserError for a
+    mistake found in a rank (its sentence alone), WorkerError with the traceback of the rank that failed first,
+    Stopped when a signal ended the run.
     """
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
     if resume_choice.is_finished(folder, job.identity, job.cfg.train.resume):
@@ -96,7 +100,7 @@ def launch(job: Job, folder: Path, nodes: NodeGroup | None = None) -> Values:
         if nodes:
             failures.forget_failures(folder / "log")
             nodes.share_folder(folder)
-        _run_ranks(job, folder, nodes)
+        _run_ranks(job, folder, nodes, trace)
     except OSError as error:
         raise full_disk(error, folder) or error from error
     finally:
@@ -114,7 +118,7 @@ def _reopen(folder: Path) -> None:
         write_json(folder / "summary.json", summary | {"status": RunStatus.unfinished}, durable=True)
 
 
-def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None) -> None:
+def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None, trace: Trace | None = None) -> None:
     """Runs this machine's ranks of the run in `folder`. Raises what ended it, also a signal to another
     machine."""
     settings, log = job.cfg.launch, folder / "log"
@@ -124,13 +128,13 @@ def _run_ranks(job: Job, folder: Path, nodes: NodeGroup | None) -> None:
         elif settings.mode is LaunchMode.inline:
             log.mkdir(parents=True, exist_ok=True)
             with signals.handlers(worker.stop.request), rank_log.written_to(log / "rank0.log", 0):
-                worker.run_job(str(folder))
+                worker.run_job(str(folder), trace)
             if worker.stop():
                 raise signals.Stopped(worker.stop.signal, signals.exit_code(folder, worker.stop.signal))
         else:
             nproc, seconds = job.world // settings.nnodes, settings.shutdown_seconds
             try:
-                spawn(worker.run_job, (str(folder),), nproc, log, seconds, nodes)
+                spawn(worker.run_job, (str(folder), trace), nproc, log, seconds, nodes)
             except signals.Stopped as stopped:
                 raise signals.Stopped(stopped.signum, signals.exit_code(folder, stopped.signum)) from None
     except UserError as error:

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mft import run_folder
 from mft.config import plugins
@@ -27,6 +27,9 @@ from mft.distributed import heartbeat
 from mft.errors import UserError, full_disk
 from mft.hardware import quiet_without_gpu
 from mft.launch import failures, placement, rank_log, signals, stacks, torch_private
+
+if TYPE_CHECKING:
+    from mft.training.trace import Trace
 
 FAILED_PEER_SECONDS = 5.0
 """How long a rank lives after another one failed: it may wait for that one in a collective that never ends,
@@ -38,8 +41,8 @@ stop = signals.Stop()
 quiet_without_gpu()  # here, because the fork server imports this module before all others
 
 
-def run_job(run_dir: str) -> None:
-    """Runs the run of a folder in this rank: reads its config.yaml and trains.
+def run_job(run_dir: str, trace: Trace | None = None) -> None:
+    """Runs the run of a folder in this rank: reads its config.yaml and trains. trace: see `mft.run.run`.
 
     Raises UserError for mistakes and for memory that ran out. A signal lets it stop in good order; the caller
     looks at `stop` afterwards.
@@ -58,7 +61,7 @@ def run_job(run_dir: str) -> None:
     check_variables(cfg)
     stop.listen()
     try:
-        run(cfg, folder, stop)
+        run(cfg, folder, stop, trace)
     except Exception as error:
         if explained := heartbeat.explained(error) or explain(error, cfg) or full_disk(error, folder):
             raise explained from error

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import DictConfig
 
@@ -33,6 +33,9 @@ from mft.launch import launch, rank_log, spawn
 from mft.launch.job import Job
 from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, first_signal
 from mft.run_folder import RunStatus, metric_rows
+
+if TYPE_CHECKING:
+    from mft.training.trace import Trace
 
 LOOK_SECONDS = 0.5
 """How often the running jobs' metrics are read."""
@@ -71,6 +74,8 @@ class SweepJob:
     """Bytes of metrics.jsonl that have been read."""
     prune_reason: str = ""
     """Why it was asked to end early, in a sentence."""
+    trace: Trace | None = None
+    """What its ranks are to record, see `mft.run.run`."""
 
     @property
     def best(self) -> float | None:
@@ -196,8 +201,9 @@ def _start(job: SweepJob, cores: list[int], gpus: list[str]) -> BaseProcess:
     log = job.folder / "log"
     log.mkdir(parents=True, exist_ok=True)
     (log / "traceback.txt").unlink(missing_ok=True)
-    context, arguments = multiprocessing.get_context("forkserver"), (job.checked, job.folder, cores, gpus)
-    process = context.Process(target=supervise, args=(*arguments, spawn.environment()))
+    context = multiprocessing.get_context("forkserver")
+    arguments = (job.checked, job.folder, cores, gpus, spawn.environment(), job.trace)
+    process = context.Process(target=supervise, args=arguments)
     process.start()
     return process
 
@@ -221,7 +227,14 @@ def _ended(job: SweepJob, code: int) -> None:
         job.error = sentence or f"the process exited unexpectedly (code {code}); see {job.folder}/log"
 
 
-def supervise(job: Job, folder: Path, cores: list[int], gpus: list[str], environment: dict[str, str]) -> None:
+def supervise(
+    job: Job,
+    folder: Path,
+    cores: list[int],
+    gpus: list[str],
+    environment: dict[str, str],
+    trace: Trace | None = None,
+) -> None:
     """Runs one job in ranks of this process; exits with 0, 1 (failed: log/failure.json) or a rank's code."""
     os.setsid()  # a Ctrl-C of the terminal reaches the sweep alone, which forwards it once
     os.environ.update(environment)  # the fork server has that of the sweep's start
@@ -232,7 +245,7 @@ def supervise(job: Job, folder: Path, cores: list[int], gpus: list[str], environ
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     threading.Thread(target=_end_with_sweep, daemon=True, name="watchdog").start()
     try:
-        launch.launch(job, folder)
+        launch.launch(job, folder, trace=trace)
     except Stopped as stopped:
         raise SystemExit(stopped.code) from None
     except KeyboardInterrupt:  # before the ranks were up
@@ -243,18 +256,17 @@ def supervise(job: Job, folder: Path, cores: list[int], gpus: list[str], environ
 
 
 def leave_failure(folder: Path, error: Exception) -> None:
-    """Writes why a job failed to its folder: log/failure.json (a sentence), log/traceback.txt, and status
-    failed."""
+    """Writes why a job failed to its folder: log/failure.json (a sentence, and whether it is a UserError's),
+    log/traceback.txt, and status failed."""
     # a WorkerError has both; the traceback of this process shows nothing of the rank's
     trace = getattr(error, "traceback", "") or "".join(traceback.format_exception(error))
-    sentence = getattr(error, "sentence", "") or (
-        str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    )
+    user = isinstance(error, UserError)
+    sentence = getattr(error, "sentence", "") or (str(error) if user else f"{type(error).__name__}: {error}")
     sentence = hidden(str(full_disk(error) or sentence))
     log = folder / "log"
     with suppress(OSError):  # the disk that ended the job may be full
         log.mkdir(parents=True, exist_ok=True)
-        write_json(log / "failure.json", {"sentence": sentence, "time": time.time()})
+        write_json(log / "failure.json", {"sentence": sentence, "user": user, "time": time.time()})
         summary = read_json(folder / "summary.json")
         write_json(folder / "summary.json", summary | {"status": RunStatus.failed, "error": sentence})
         (log / "traceback.txt").write_text(hidden(trace), encoding="utf-8")

@@ -116,8 +116,8 @@ def test_subcommands(line: Parser) -> None:
 
 def test_the_table_of_verbs_is_what_the_folder_holds() -> None:
     modules = {name: importlib.import_module(target.partition(":")[0]) for name, target in COMMANDS.items()}
-    files = {path.stem for path in Path(train.__file__).parent.glob("*.py")}
-    assert set(COMMANDS) == files - {"__init__", "arguments", "trained_model"}
+    files = {path.stem.replace("_", "-") for path in Path(train.__file__).parent.glob("[a-z]*.py")}
+    assert set(COMMANDS) == files - {"arguments", "trained-model"}
     assert all(callable(module.command) for module in modules.values())
     assert all(f"mft {verb}" in HELP for verb in COMMANDS)
     verbs = {name: module.parser() for name, module in modules.items()}

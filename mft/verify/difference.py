@@ -1,0 +1,171 @@
+"""The first difference of two runs of one config, bit by bit.
+
+By step; within a step: the batches of every rank, losses, gradient norm, task weights and learning rate,
+validation, all else that is logged. Then the parameters of final/ and the resume state of the last step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mft.run_folder import metric_rows
+from mft.training import trace
+from mft.training.checkpoint import newest
+
+if TYPE_CHECKING:
+    import torch
+    from safetensors import safe_open
+
+ORDER = ("train/loss", "train/router", "grad_norm", "train/weight/", "lr", "valid/")
+"""Beginnings of the names of metrics that are compared first; the others follow."""
+
+CLOCK = ("speed/", "memory/", "total/seconds")
+"""Metrics that tell how a run went on this machine, not what it computed."""
+
+OF_THE_BEST_CHECKPOINT = ("test/",)
+"""Metrics of the best step that has a checkpoint: the stop saves one that the other run does not have."""
+
+ABSENT = "absent"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A value that two runs do not share."""
+
+    what: str
+    """Of which value: the name of a metric, "batches", a file and a parameter."""
+    uninterrupted: str
+    """The value, as a hex float or a digest."""
+    resumed: str
+    step: int | None = None
+    """None for what is there at the end of a run alone."""
+    rank: int | None = None
+    """None for what is summed over the ranks."""
+
+    def __str__(self) -> str:
+        step = [] if self.step is None else [f"step {self.step}"]
+        rank = [] if self.rank is None else [f"rank {self.rank}"]
+        values = f"{self.uninterrupted} uninterrupted, {self.resumed} resumed"
+        return f"{', '.join([*step, *rank, self.what])}: {values}"
+
+
+def first_difference(uninterrupted: Path, resumed: Path) -> Difference | None:
+    """Returns the first difference of two finished runs, given by their folders; None: there is none."""
+    return next(chain(in_steps(uninterrupted, resumed), in_tensors(uninterrupted, resumed)), None)
+
+
+def in_steps(uninterrupted: Path, resumed: Path) -> Iterator[Difference]:
+    """Yields the differences of what the steps were given and what they logged, in the order of the steps."""
+    traces, logs = [trace.read(run) for run in (uninterrupted, resumed)], []
+    for rank in sorted({*traces[0], *traces[1]}):
+        steps = [[step for step, _ in each.get(rank, [])] for each in traces]
+        for one, two in zip_longest(*steps):  # a run that began anew has steps twice
+            if one != two:
+                yield Difference("step trained", str(one or ABSENT), str(two or ABSENT), one or two, rank)
+    for run in (uninterrupted, resumed):
+        logs.append(logged(run))
+    batches = [{rank: dict(lines) for rank, lines in each.items()} for each in traces]
+    for step in sorted({*logs[0], *logs[1]}):
+        for rank in sorted(batches[0]):
+            one, two = (each[rank].get(step, ABSENT) for each in batches)
+            if one != two:
+                yield Difference("batches", one, two, step, rank)
+        rows = [log.get(step, {}) for log in logs]
+        for name in sorted({*rows[0], *rows[1]}, key=place):
+            one, two = (shown(row[name]) if name in row else ABSENT for row in rows)
+            if one != two:
+                yield Difference(name, one, two, step)
+
+
+def logged(run: Path) -> dict[int, dict[str, Any]]:
+    """Returns {step: {metric: value}} of a run, without what depends on the clock or on which checkpoints
+    there are."""
+    found: dict[int, dict[str, Any]] = defaultdict(dict)
+    for row in metric_rows(run / "metrics.jsonl")[0]:
+        left_out = ("step", *CLOCK, *OF_THE_BEST_CHECKPOINT)
+        found[row["step"]] |= {name: value for name, value in row.items() if not name.startswith(left_out)}
+    return found
+
+
+def place(name: str) -> tuple[int, str]:
+    """Returns where a metric stands in the order of comparison."""
+    return next((number for number, first in enumerate(ORDER) if name.startswith(first)), len(ORDER)), name
+
+
+def shown(value: Any) -> str:
+    """Returns a number so that two of them are equal exactly where their bits are."""
+    return value.hex() if isinstance(value, float) else repr(value)
+
+
+def in_tensors(uninterrupted: Path, resumed: Path) -> Iterator[Difference]:
+    """Yields the differences of the final parameters, then of the last step's resume state: its trained
+    parameters, then what the optimizer keeps."""
+    folders = [[run / "final", *states(run)] for run in (uninterrupted, resumed)]
+    for one, two in zip_longest(*folders):
+        if one is None or two is None:
+            yield Difference("the last checkpoint", str(one or ABSENT), str(two or ABSENT))
+            continue
+        names = {file.name for folder in (one, two) for file in folder.glob("*.safetensors")}
+        for name in sorted(names):
+            about = (one / name).relative_to(uninterrupted)
+            first, second = ((folder / name).exists() for folder in (one, two))
+            if first and second:
+                yield from in_file(one / name, two / name, str(about))
+            else:
+                yield Difference(str(about), presence(first), presence(second))
+
+
+def presence(there: bool) -> str:
+    """Returns how it is said whether something is there."""
+    return "there" if there else ABSENT
+
+
+def states(run: Path) -> list[Path]:
+    """Returns the folder of the newest resume state, if there is one."""
+    checkpoint = newest(run)
+    return [] if checkpoint is None else [checkpoint / "state"]
+
+
+def in_file(one: Path, two: Path, about: str) -> Iterator[Difference]:
+    """Yields the differences of two files of tensors. about: how they are named."""
+    from safetensors import safe_open
+
+    with safe_open(str(one), "pt") as first, safe_open(str(two), "pt") as second:
+        keys = [set(file.keys()) for file in (first, second)]
+        for key in sorted(keys[0] | keys[1], key=lambda key: ("/" in key, key)):
+            what = f"{about} {parameter(first if key in keys[0] else second, key)}"
+            if not (key in keys[0] and key in keys[1]):
+                yield Difference(what, presence(key in keys[0]), presence(key in keys[1]))
+            elif found := in_tensor(first.get_tensor(key), second.get_tensor(key)):
+                yield Difference(f"{what}{found[0]}", found[1], found[2])
+
+
+def parameter(file: safe_open, key: str) -> str:
+    """Returns what a tensor of a file is called: in a resume state its key is the number of a shard, which
+    the file names, and what the optimizer keeps for it."""
+    number, _, kept = key.partition("/")
+    pieces = json.loads((file.metadata() or {}).get("pieces", "[]"))
+    if not number.isdigit() or int(number) >= len(pieces):
+        return key
+    return pieces[int(number)]["name"] + (f", {kept} of the optimizer" if kept else "")
+
+
+def in_tensor(one: torch.Tensor, two: torch.Tensor) -> tuple[str, str, str] | None:
+    """Returns ([index], value, value) of the first element with other bits, None where there is none."""
+    import torch
+
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return "", f"{one.dtype} {tuple(one.shape)}", f"{two.dtype} {tuple(two.shape)}"
+    flat = [tensor.contiguous().reshape(-1) for tensor in (one, two)]
+    differing = flat[0].view(torch.uint8) != flat[1].view(torch.uint8)
+    if not differing.any():
+        return None
+    index = int(differing.nonzero()[0]) // one.element_size()
+    first, second = (shown(tensor[index].item()) for tensor in flat)
+    return f"[{index}]", first, second
