@@ -23,7 +23,7 @@ from typing import Any
 from mft import run_folder
 from mft.config import plugins
 from mft.console.screen import guard_logs, say
-from mft.errors import UserError, full_disk
+from mft.errors import UserError, refused_by_system
 from mft.hardware import quiet_without_gpu
 from mft.launch import failures, placement, rank_log, signals, torch_private
 
@@ -59,7 +59,7 @@ def run_job(run_dir: str) -> None:
     try:
         run(cfg, folder, stop)
     except Exception as error:
-        if explained := explain(error, cfg) or full_disk(error, folder):
+        if explained := explain(error, cfg) or refused_by_system(error, folder):
             raise explained from error
         raise
 
