@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks.faults.campaign import Result, kind_of, play, record, table
@@ -31,7 +32,13 @@ def main() -> int:
     line.add_argument("faults", type=int, help="how many")
     line.add_argument("--seed", type=int, default=1)
     line.add_argument("--first", type=int, default=1, help="the number of the first one")
-    line.add_argument("--only", action="append", choices=[kind.name for kind in KINDS], help="only this kind")
+    line.add_argument(
+        "--only",
+        action="append",
+        choices=[kind.name for kind in KINDS],
+        metavar="KIND",
+        help="only this kind",
+    )
     line.add_argument("--record", type=Path, help="append each result to this file, a JSON object a line")
     line.add_argument("--keep", action="store_true", help="keep the folders of all faults")
     line.add_argument("--side-by-side", type=int, default=2, metavar="N", help="faults played at once")
@@ -40,6 +47,7 @@ def main() -> int:
     for kind in [kind for kind in chosen if not kind.possible()]:
         print(f"{kind.name}: cannot be played here (it mounts a small disk, which needs root)")
         chosen.remove(kind)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends what it has started
     prepare_server()
     root = Path(tempfile.mkdtemp(prefix="mft-faults-"))
     bench, results = Bench(root), []
@@ -49,8 +57,9 @@ def main() -> int:
 
     try:
         with ThreadPoolExecutor(given.side_by_side) as pool:
-            for result in pool.map(one, range(given.first, given.first + given.faults)):
-                results.append(result)
+            playing = [pool.submit(one, n) for n in range(given.first, given.first + given.faults)]
+            for future in as_completed(playing):
+                results.append(result := future.result())
                 if given.record:
                     record(result, given.record)
                 print(f"{result.number:>4} {result.seconds:>6.1f} s  {result.outcome:<10} {result.kind}: "

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.faults.case import GOOD, Failure
-from benchmarks.faults.kinds import KINDS, Kind
+from benchmarks.faults.kinds import Kind
 from benchmarks.faults.places import unmount
 from benchmarks.faults.processes import end_all
-from benchmarks.faults.setups import Bench, dealt
+from benchmarks.faults.setups import Bench, Setup, dealt
 from benchmarks.faults.sweeps import SweepCase
 
 TYPED = 0.1
@@ -36,6 +36,9 @@ class Result:
     setup: str
     typed: bool
     codes: list[int]
+    """Exit codes of its commands."""
+    took: list[float]
+    """Their seconds."""
     seconds: float
     repeat: str
     """The command that plays exactly this fault again."""
@@ -55,15 +58,19 @@ def kind_of(seed: int, number: int, kinds: Sequence[Kind]) -> Kind:
     return deck[place]
 
 
-def play(bench: Bench, seed: int, number: int, kind: Kind, keep: bool = False) -> Result:
-    """Plays one fault, a function of seed, number and kind; the folder stays with `keep`, or where it
-    failed."""
+def play(
+    bench: Bench, seed: int, number: int, kind: Kind, keep: bool = False, setup: Setup | None = None
+) -> Result:
+    """Plays one fault, a function of seed, number and kind; the folder stays with `keep`, or where it failed.
+
+    setup: instead of a random one; its commands are then forked.
+    """
     draw = random.Random(f"{seed} {number} {kind.name}")
     work = bench.root / "cases" / str(number)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    typed = kind.case is SweepCase or draw.random() < TYPED
-    case = kind.case(bench, draw.choice(dealt(seed)), draw, work, typed)
+    typed = kind.case is SweepCase or (draw.random() < TYPED and setup is None)
+    case = kind.case(bench, setup or draw.choice(dealt(seed)), draw, work, typed)
     detail, began = "", time.monotonic()
     try:
         kind.strike(case)
@@ -88,6 +95,7 @@ def play(bench: Bench, seed: int, number: int, kind: Kind, keep: bool = False) -
         case.setup.name,
         case.typed,
         case.codes,
+        case.took,
         seconds,
         repeat,
     )
@@ -107,7 +115,7 @@ def table(results: Sequence[Result]) -> str:
     outcomes = sorted({result.outcome for result in results}, key=lambda name: (name not in GOOD, name))
     counts = Counter((result.kind, result.outcome) for result in results)
     lines = [f"{'':<26}{'count':>7}" + "".join(f"{name:>16}" for name in outcomes)]
-    names = [kind.name for kind in KINDS if any(result.kind == kind.name for result in results)]
+    names = sorted({result.kind for result in results})
     for name in names:
         numbers = [counts[name, outcome] for outcome in outcomes]
         lines.append(f"{name:<26}{sum(numbers):>7}" + "".join(f"{number or '':>16}" for number in numbers))

@@ -78,6 +78,8 @@ class Case:
     """The output of each command."""
     codes: list[int] = field(default_factory=list)
     """Their exit codes."""
+    took: list[float] = field(default_factory=list)
+    """Their seconds."""
     refused: list[str] = field(default_factory=list)
     """The sentences that refused."""
     mounts: list[Path] = field(default_factory=list)
@@ -125,7 +127,7 @@ class Case:
     ) -> Command:
         """Starts its command, or another one. prepare: see `Command`; such a command is forked."""
         output = self.work / f"output-{len(self.said)}-{time.monotonic_ns()}.txt"
-        variables = {"MFT_CACHE": str(self.cache_dir), "COLUMNS": "400"}
+        variables = {"MFT_CACHE": str(self.cache_dir)}
         typed = (typed or self.typed) and prepare is None
         return Command(arguments or self.given(), self.work, output, variables, typed, prepare)
 
@@ -158,6 +160,7 @@ class Case:
             raise Failure("HUNG", f"no end after {HANG_SECONDS:.0f} s; last said: {text[-300:]}")
         self.said.append(command.text())
         self.codes.append(code)
+        self.took.append(round(command.seconds(), 1))
         return code
 
     def strike(self, words: str) -> None:

@@ -152,7 +152,7 @@ def records(case: Case) -> None:
     """The other records of a run, which a resume writes anew or does not need."""
     killed(case)
     names = ["config.yaml", "overrides.json", "plan.json", "provenance.json", ".lock"]
-    damage(case, case.run / case.draw.choice(names))
+    damage(case, case.draw.choice([case.run / name for name in names if (case.run / name).exists()]))
 
 
 def summary(case: Case) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,4 +100,4 @@ def _summary(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     text = json.dumps({name: value for name, value in values.items() if name not in MEASURED})
-    return json.loads(text.replace(f"{run}/", ""))  # type: ignore[no-any-return]
+    return json.loads(re.sub(r'"/[^"]*/(checkpoints|final)', r'"\1', text))  # type: ignore[no-any-return]

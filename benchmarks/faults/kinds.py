@@ -57,6 +57,8 @@ KINDS = (
     Kind("file size limit", limits.file_size, 3),
     Kind("bad tracker", servers.bad_server, 4),
     Kind("bad tracker on resume", servers.server_for_resume, 2),
+    Kind("tracker dies", servers.server_dies, 1),
+    Kind("damage tracker files", servers.tracker_files, 2),
     Kind("start twice", sweeps.run_twice, 2),
     Kind("kill sweep", sweeps.killed, 5, sweeps.SweepCase),
     Kind("signal sweep", sweeps.stopped, 3, sweeps.SweepCase),

@@ -16,8 +16,8 @@ from benchmarks.faults import moments
 from benchmarks.faults.case import Case
 from benchmarks.faults.damages import files
 
-FULL = r"[Dd]isk is full|No space left"
-DENIED = r"[Pp]ermission denied|cannot be (made|written)"
+FULL = r"disk is full|No space left|[Mm]ake room|bytes free"
+DENIED = r"[Pp]ermission|cannot be (made|written)"
 ROOMY = 200 << 20
 """Bytes of a disk with enough room."""
 

@@ -24,10 +24,18 @@ POLL_SECONDS = 0.002
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
+VARIABLES = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "COLUMNS": "400",
+}
+"""The environment of every command besides this process's own."""
+
+
 def prepare_server() -> None:
     """Sets what the fork server imports; it starts with the first command."""
-    os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"})
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     more = ("mft.launch.launch", "mft.commands.train", "mft.config.compose", "deepspeed", "pandas")
     CONTEXT.set_forkserver_preload([*PRELOAD, *more])
 
@@ -47,7 +55,7 @@ class Command:
         """typed: through `python -m mft.cli` rather than forked; prepare: called in the process first, where
         it is forked."""
         self.work, self.output, self.started = work, output, time.monotonic()
-        self._typed, self._forked = None, None
+        self._typed, self._forked, variables = None, None, VARIABLES | dict(variables)
         if typed:
             command = [sys.executable, "-m", "mft.cli", *arguments]
             with output.open("wb") as file:
@@ -131,7 +139,8 @@ def members(work: Path) -> list[int]:
 
 def end_all(work: Path) -> None:
     """Kills every process of a folder."""
-    while pids := members(work):
+    deadline = time.monotonic() + 30
+    while (pids := members(work)) and time.monotonic() < deadline:
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -10,12 +11,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from benchmarks.faults import damages
+from benchmarks.faults import damages, moments
 from benchmarks.faults.case import Case, Failure
 
 PATIENT_SECONDS = 60.0
 """How much longer than the reference a run with a bad server may take: opening and closing wait 4 s each,
 and MLflow is imported."""
+
+
+LATE = ("in a step", "in a save", "in a validation", "in final/", "in the test")
+"""Moments at which the tracker is open."""
 
 
 class Misbehaving(BaseHTTPRequestHandler):
@@ -120,3 +125,40 @@ def with_server(case: Case, behaviour: str, act: Callable[[], int]) -> None:
         raise Failure("LOST", f"ended with {code} as the server {behaviour}: {case.sentence()}")
     if took > 2 * case.seconds() + PATIENT_SECONDS:
         raise Failure("HUNG", f"took {took:.0f} s as the server {behaviour}")
+
+
+def server_dies(case: Case) -> None:
+    """A real MLflow server is killed at a random moment: `mft tracking sync` sends the rest once it is back."""
+    from tests.tracking.server import free_port, kill_server, start_server
+
+    # not in the case's folder, where it would count as a process left behind
+    store, port = case.bench.root / "servers" / case.work.name, free_port()
+    store.mkdir(parents=True)
+    case.more += ["tracking=mlflow", f"tracking.mlflow.uri=http://127.0.0.1:{port}"]
+    server = start_server(store, port)
+    try:
+        moment = moments.draw(case, *LATE)
+        command = case.start()
+        case.strike(f"the tracker's server was killed {moments.reach(case, command, moment)}")
+        kill_server(server)
+        if code := case.end(command):
+            raise Failure("LOST", f"ended with {code}: {case.sentence()}")
+        server = start_server(store, port)
+        if code := case.end(case.start(["tracking", "sync", "run"])):
+            raise Failure("LOST", f"mft tracking sync ended with {code}: {case.sentence()}")
+        case.codes.pop()  # of another command
+    finally:
+        kill_server(server)
+
+
+def tracker_files(case: Case) -> None:
+    """A file of the trackers, after a run that has MLflow and TensorBoard was killed."""
+    case.more += ["tracking=[mlflow,tensorboard]"]
+    command = case.start()
+    command.until((case.run / "checkpoints" / "step-4").is_dir)
+    command.send_group(signal.SIGKILL)
+    case.end(command, anything=True)
+    found = [path for path in damages.files(case.run) if path.name.startswith(("mlflow.", "events."))]
+    found += [path for path in case.work.glob("mlflow.db*") if path.is_file()]
+    if found:
+        damages.damage(case, case.draw.choice(found))
