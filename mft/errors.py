@@ -13,7 +13,7 @@ import errno
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def is_full_disk(error: BaseException) -> bool:
     return _says(error, (errno.ENOSPC, errno.EDQUOT), ("No space left",))
 
 
-def _says(error: BaseException, codes: Iterable[int], texts: Iterable[str]) -> bool:
+def _says(error: BaseException, codes: Sequence[int], texts: Sequence[str]) -> bool:
     """Whether an error, or what caused it, has one of these numbers of the system, or names it in its
     text."""
     link: BaseException | None = error

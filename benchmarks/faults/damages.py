@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.faults import judge
-from benchmarks.faults.case import Case, Refusal
+from benchmarks.faults.case import Case, Failure, Refusal
 from benchmarks.faults.setups import STEPS, write_tasks
 from mft.files.checksums import COMPLETE, PROSE
 
@@ -168,9 +168,8 @@ def final(case: Case) -> None:
     (weights,) = [path for path in files(case.run / "final") if path.suffix == ".safetensors"]
     damage(case, weights)
     code = case.end(case.start(["merge" if case.setup.peft == "lora" else "generate", "run", *_words(case)]))
-    case.expects.append("is damaged: |is missing|no model")
     if code == 0:
-        case.expects.append("(a damaged final/ was used)")
+        raise Failure("UNTOLD", "a damaged final/ was used")
     case.codes.clear()
     again = case.end(case.start([*case.given(), f"train.resume=run/checkpoints/step-{STEPS - 2}"]))
     case.strike(f"resumed from step {STEPS - 2} with exit code {again}")
@@ -195,15 +194,25 @@ def report(case: Case) -> None:
 
 
 def token_cache(case: Case) -> None:
-    """A file of the cache: made anew, or refused with the folder that is to be removed."""
+    """A file of the cache: it is made anew, at once or by the same command."""
     killed(case)
     case.cache = shutil.copytree(case.bench.cache, case.work / "cache", copy_function=shutil.copy2)
-    damage(case, case.draw.choice(files(case.cache)))
+    damage(case, case.draw.choice([path for path in files(case.cache) if "tiny" not in path.parts]))
+    case.refusals.append(Refusal("The same command tokenises the task anew", lambda case: None))
 
-    def remove(case: Case) -> None:
-        shutil.rmtree(case.work / "cache")
 
-    case.refusals.append(Refusal(r"(remove|delete).*cache|cache.*(remove|delete)", remove))
+def base_model(case: Case) -> None:
+    """A file of the base model: refused, and resumed once it is as it was; never trained on another one."""
+    killed(case)
+    case.cache = shutil.copytree(case.bench.cache, case.work / "cache", copy_function=shutil.copy2)
+    path = case.draw.choice([path for path in files(case.cache / "tiny") if path.suffix != ".lock"])
+    damage(case, path)
+
+    def restore(case: Case) -> None:
+        shutil.copy2(case.bench.cache / path.relative_to(case.work / "cache"), path)
+
+    # other inputs, or a sentence that names the file or its folder
+    case.refusals.append(Refusal(f"on other inputs|{path.parent}", restore))
 
 
 def data_changed(case: Case) -> None:

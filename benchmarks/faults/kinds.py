@@ -48,6 +48,7 @@ KINDS = (
     Kind("damage sample losses", damages.sample_losses, 2),
     Kind("damage report", damages.report),
     Kind("damage cache", damages.token_cache, 4),
+    Kind("damage base model", damages.base_model, 2),
     Kind("change data", damages.data_changed, 2),
     Kind("full disk", places.full_from_the_start, 6, possible=places.mountable),
     Kind("disk fills", places.full_later, 5, possible=places.mountable),
