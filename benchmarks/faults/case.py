@@ -145,7 +145,9 @@ class Case:
                 raise Failure("LEFT A PROCESS", f"{len(left)} lived on for {LEAVE_SECONDS:.0f} s")
             time.sleep(0.02)
         text = self.said[-1]
-        if "Traceback (most recent call last)" in text:
+        # Python's own answer to a Ctrl-C while it imports the program
+        python = text.rstrip().endswith("KeyboardInterrupt") and ", in dispatch" not in text
+        if "Traceback (most recent call last)" in text and not python:
             raise Failure("TRACEBACK", text[text.index("Traceback (most") :][-600:])
         if code not in CODES and not anything:
             raise Failure("WRONG CODE", f"{code}; said: {text[-300:]}")

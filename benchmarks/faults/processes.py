@@ -54,7 +54,7 @@ class Command:
     ):
         """typed: through `python -m mft.cli` rather than forked; prepare: called in the process first, where
         it is forked."""
-        self.work, self.output, self.started = work, output, time.monotonic()
+        self.work, self.output = work, output
         self._typed, self._forked, variables = None, None, VARIABLES | dict(variables)
         if typed:
             command = [sys.executable, "-m", "mft.cli", *arguments]
@@ -69,6 +69,8 @@ class Command:
             self._forked = CONTEXT.Process(target=_forked_command, args=target)
             self._forked.start()
             self.pid = self._forked.pid or 0
+            self.until(output.exists)  # before, it is still the fork server's, which ignores Ctrl-C
+        self.started = time.monotonic()
 
     def code(self) -> int | None:
         """Returns the exit code, negative for a signal, None while it runs."""
@@ -164,15 +166,15 @@ def _forked_command(
     prepare: Callable[[], None] | None,
 ) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from mft import cli
+
+    os.chdir(work)
+    os.environ.update(variables)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     os.close(file)
-    os.chdir(work)
-    os.environ.update(variables)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    from mft import cli
-
     if prepare:
         prepare()
     cli.main(arguments)
