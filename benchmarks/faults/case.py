@@ -148,7 +148,7 @@ class Case:
         # Python's own answer to a Ctrl-C while it imports the program
         python = text.rstrip().endswith("KeyboardInterrupt") and ", in dispatch" not in text
         if "Traceback (most recent call last)" in text and not python:
-            raise Failure("TRACEBACK", text[text.index("Traceback (most") :][-600:])
+            raise Failure("TRACEBACK", text[text.index("Traceback (most") :][:1500])
         if code not in CODES and not anything:
             raise Failure("WRONG CODE", f"{code}; said: {text[-300:]}")
         return code
