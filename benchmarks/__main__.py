@@ -6,6 +6,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
+folder = Path(__file__).parent
+for path in sorted([*folder.glob("[a-z]*.py"), *folder.glob("[a-z]*/__main__.py")]):
+    name = path.stem if path.parent == folder else path.parent.name
     first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
-    print(f"python -m benchmarks.{path.stem:<12} {first}")
+    print(f"python -m benchmarks.{name:<12} {first}")

@@ -31,7 +31,7 @@ from mft import __version__
 from mft.commands.arguments import HelpPrinted
 from mft.console.screen import guard_logs, say
 from mft.console.streams import steady, unread
-from mft.errors import UserError, full_disk, nearest, no_path, shortened
+from mft.errors import UserError, nearest, no_path, refused_by_system, shortened
 
 HELP = __doc__ or ""
 """What `mft --help` prints. The verbs below are imported when they are typed, so that it waits for none."""
@@ -93,7 +93,7 @@ def dispatch(args: list[str]) -> None:
     except UserError as error:
         fail(str(error), error.exit_code)
     except Exception as error:
-        if refusal := full_disk(error) or no_path(error):
+        if refusal := refused_by_system(error) or no_path(error):
             fail(str(refusal), refusal.exit_code)
         # A WorkerError carries the traceback of the rank that failed; that of this process would hide it.
         if type(error).__name__ != "WorkerError":

@@ -13,7 +13,7 @@ import errno
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,18 @@ def writable(folder: Path, key: str) -> Path:
 
 def is_full_disk(error: BaseException) -> bool:
     """Whether an error, or what caused it, says that a disk is full or that its quota is used up."""
+    return _says(error, (errno.ENOSPC, errno.EDQUOT), ("No space left",))
+
+
+def _says(error: BaseException, codes: Sequence[int], texts: Sequence[str]) -> bool:
+    """Whether an error, or what caused it, has one of these numbers of the system, or names it in its
+    text."""
     link: BaseException | None = error
-    while link is not None:
-        if getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(link):
+    seen: set[int] = set()  # a chain may be closed: `raise error from error`
+    while link is not None and id(link) not in seen:
+        if getattr(link, "errno", None) in codes or any(text in str(link) for text in texts):
             return True
+        seen.add(id(link))
         link = link.__cause__ or link.__context__
     return False
 
@@ -77,6 +85,36 @@ def full_disk(error: BaseException, folder: Path | None = None) -> UserError | N
     refusal = UserError(f"The disk is full: {file} cannot be written. Make room; the same command resumes.")
     refusal.exit_code = 1
     return refusal
+
+
+LIMITS = (
+    ((errno.EMFILE, errno.ENFILE), ("Too many open files",), "Allow more open files (ulimit -n)"),
+    ((errno.EFBIG,), ("File too large",), "Allow longer files (ulimit -f)"),
+    (
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        ("Permission denied", "Read-only file system"),
+        "Make it writable for this user",
+    ),
+)
+"""What else the system may refuse: its numbers, how libraries write it without one, and what to do."""
+
+
+def refused_by_system(error: BaseException, folder: Path | None = None) -> UserError | None:
+    """Returns the sentence for a full disk, a limit or a missing permission, None for any other error.
+
+    folder: what was being written, should the error not name the file.
+    """
+    if isinstance(error, UserError):
+        return None
+    if refusal := full_disk(error, folder):
+        return refusal
+    for codes, texts, mend in LIMITS:
+        if _says(error, codes, texts):
+            file = getattr(error, "filename", None) or (f"a file in {folder}" if folder else "a file")
+            refusal = UserError(f"{file}: {texts[0].lower()} ({error}). {mend}; the same command resumes.")
+            refusal.exit_code = 1
+            return refusal
+    return None
 
 
 def no_path(error: BaseException) -> UserError | None:

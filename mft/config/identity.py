@@ -166,7 +166,9 @@ def changed_content(name: str, then: Nested, now: Nested) -> str:
     else:
         what, key = CONTENTS.get(name, (name, ""))
         old, new = _at(then, key), _at(now, key)
-    return f"{what} has changed ({new})" if old == new else f"{what} differs ({old} there, {new} here)"
+    if old == new:
+        return f"{what} has changed ({new})" if new else f"{what} has changed"  # model=tiny has no path
+    return f"{what} differs ({old} there, {new} here)"
 
 
 def _below(key: str, paths: Iterable[str]) -> bool:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from mft.config.schema import Launch, LaunchMode, freeze
 from mft.console.screen import say
-from mft.errors import UserError, full_disk
+from mft.errors import UserError, refused_by_system
 from mft.files.json_file import Values, read_json, write_json
 from mft.launch import failures, multinode, placement, rank_log, resume_choice, signals, worker
 from mft.launch.job import Job
@@ -102,7 +102,9 @@ def launch(job: Job, folder: Path, nodes: NodeGroup | None = None, trace: Trace 
             nodes.share_folder(folder)
         _run_ranks(job, folder, nodes, trace)
     except OSError as error:
-        raise full_disk(error, folder) or error from error
+        if refusal := refused_by_system(error, folder):
+            raise refusal from error
+        raise
     finally:
         held.release()
     return read_json(folder / "summary.json")

@@ -24,7 +24,7 @@ from mft import run_folder
 from mft.config import plugins
 from mft.console.screen import guard_logs, say
 from mft.distributed import heartbeat
-from mft.errors import UserError, full_disk
+from mft.errors import UserError, refused_by_system
 from mft.hardware import quiet_without_gpu
 from mft.launch import failures, placement, rank_log, signals, stacks, torch_private
 
@@ -63,7 +63,7 @@ def run_job(run_dir: str, trace: Trace | None = None) -> None:
     try:
         run(cfg, folder, stop, trace)
     except Exception as error:
-        if explained := heartbeat.explained(error) or explain(error, cfg) or full_disk(error, folder):
+        if explained := heartbeat.explained(error) or explain(error, cfg) or refused_by_system(error, folder):
             raise explained from error
         raise
 

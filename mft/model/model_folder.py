@@ -158,7 +158,7 @@ def folder_fingerprint(folder: Path) -> str:
         size = file.stat().st_size
         digest.update(json.dumps([file.name, size]).encode())
         with file.open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
+            header = min(int.from_bytes(stream.read(8), "little"), size)  # of a damaged file it is any number
             digest.update(stream.read(header))
             _update_with_samples(digest, stream, 8 + header, size)
     return digest.hexdigest()

@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from mft.console.credentials import hidden
 from mft.console.screen import say
-from mft.errors import UserError, full_disk
+from mft.errors import UserError, refused_by_system
 from mft.files.json_file import read_json, write_json
 from mft.hardware import visible_gpus
 from mft.launch import launch, rank_log, spawn
@@ -262,7 +262,7 @@ def leave_failure(folder: Path, error: Exception) -> None:
     trace = getattr(error, "traceback", "") or "".join(traceback.format_exception(error))
     user = isinstance(error, UserError)
     sentence = getattr(error, "sentence", "") or (str(error) if user else f"{type(error).__name__}: {error}")
-    sentence = hidden(str(full_disk(error) or sentence))
+    sentence = hidden(str(refused_by_system(error) or sentence))
     log = folder / "log"
     with suppress(OSError):  # the disk that ended the job may be full
         log.mkdir(parents=True, exist_ok=True)

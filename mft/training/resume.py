@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
+from io import BytesIO
 from pathlib import Path
 
 from mft.distributed.engine import Engine, read_state
 from mft.errors import UserError
 from mft.files.checksums import COMPLETE, damage
+from mft.run_folder import metric_rows
 from mft.training.checkpoint import marked_steps
 from mft.training.state import State
 from mft.training.weights_only import is_weights_only
@@ -125,3 +128,21 @@ def rewind(run_dir: Path, step: int) -> str:
         listed = ", ".join(f"checkpoints/{name}" for name in newer)
         sentence += f"; set aside, and yours to remove: {listed}"
     return sentence
+
+
+def lost_rows(run_dir: Path, state: State) -> str:
+    """Returns what metrics.jsonl has lost of the steps up to the one resumed from, "" where nothing is
+    missing.
+
+    Training cannot make these rows again: a person has to know that the record has a gap.
+    """
+    path = run_dir / "metrics.jsonl"
+    rows, end = metric_rows(path)
+    with path.open("rb") if path.exists() else nullcontext(BytesIO()) as file:
+        unreadable = file.read(end).count(b"\n") - len(rows)
+    since = sum(state.meter[0][name] for name in ("steps", "skipped")) if state.meter else 0
+    last = max(state.step - since, state.best.last_step)
+    lost = [f"{unreadable} of them cannot be read"] if unreadable else []
+    if last > 0 and last not in (row["step"] for row in rows):
+        lost.append(f"there is none of step {last}")
+    return f"{path} has lost rows: {', and '.join(lost)}. The others are kept" if lost else ""

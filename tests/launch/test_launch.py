@@ -49,6 +49,14 @@ def test_memory_that_runs_out_names_what_to_lower(
     assert run_folder.status(tmp_path / "run") == "failed"
 
 
+def test_what_the_system_refuses_ends_the_launch(tmp_path: Path, cache_dir: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log").write_text("a file where a folder is to be")
+    with pytest.raises(FileExistsError) as caught:
+        train(tmp_path, cache_dir)
+    assert caught.value.__cause__ is None, "a closed chain: who walks it never comes to an end"
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_torchrun_replays_a_run(tmp_path: Path) -> None:

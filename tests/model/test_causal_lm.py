@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from mft.errors import UserError
 from mft.files.checksums import seal
 from mft.model.causal_lm import CausalLM
+from mft.model.model_folder import folder_fingerprint
 from mft.model.tiny import Tiny
 
 
@@ -187,3 +188,12 @@ def test_components_import_nothing_heavy() -> None:
         ).stdout.strip()
         == "[]"
     )
+
+
+def test_a_damaged_header_of_weights_is_another_model_and_fills_no_memory(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.write(b"\xff" * 8)
+    assert folder_fingerprint(folder) != folder_fingerprint(tiny_folder)

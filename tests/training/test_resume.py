@@ -20,7 +20,8 @@ from mft.files.checksums import COMPLETE, MODEL, PROSE, WITHOUT_SUMS, require_so
 from mft.launch import resume_choice
 from mft.model.merge import merge
 from mft.training.checkpoint import complete_steps
-from mft.training.resume import newest_sound
+from mft.training.resume import lost_rows, newest_sound
+from mft.training.state import State
 from tests.test_run import same, weights
 from tests.tiny_runs import SAVING, logged, train
 
@@ -316,3 +317,27 @@ def test_our_own_files_of_another_shape_are_as_if_absent(
         assert run_folder.state(folder) in ("finished", "killed")
         assert (identity_of(folder) is None) == (name == "identity.json")
     assert "one" in capsys.readouterr().out
+
+
+def test_rows_that_metrics_jsonl_has_lost_are_told_and_the_others_stay(
+    run: Path, tmp_path: Path, cache_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "metrics.jsonl"
+    state = State.from_dict(json.loads((run / "checkpoints" / "step-6" / "state" / "loop.json").read_text()))
+    assert lost_rows(run, state) == ""
+    lines = path.read_text().splitlines(keepends=True)
+    damaged = [*lines[:2], lines[2][:-20] + "\n", *lines[3:]]
+    for content, said in (
+        ([*lines, lines[-1][:9]], ""),  # half a row, as a kill leaves it
+        (damaged, "1 of them cannot be read"),
+        (lines[:3], "there is none of step 6"),
+        ([], "there is none of step 6"),
+    ):
+        path.write_text("".join(content))
+        assert said in lost_rows(run, state) and bool(said) == bool(lost_rows(run, state))
+    path.unlink()
+    assert "there is none of step 6" in lost_rows(run, state)
+    path.write_text("".join(damaged))
+    train(tmp_path, cache_dir, *SAVING)
+    assert "1 of them cannot be read. The others are kept" in capfd.readouterr().out
+    assert [row["step"] for row in logged(run)] == [0, 1, 2, 3, 4, 4, 5, 6, 6, 6]

@@ -1,0 +1,1 @@
+"""Tests of what in benchmarks/ proves something."""
