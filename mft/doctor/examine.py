@@ -14,7 +14,7 @@ from mft.config.compose import compose_resolved
 from mft.console.credentials import hidden
 from mft.doctor import abilities, children, environment, machine, network, places, versions
 from mft.doctor.finding import Finding, Part, State
-from mft.doctor.needs import Needs, needs_of
+from mft.doctor.needs import needs_of
 from mft.errors import UserError
 from mft.launch import job
 from mft.tracking.mlflow import Mlflow
@@ -32,7 +32,8 @@ def examine(
     """Yields everything that was found, the quick things first, and whether the config can run last.
 
     overrides, config_dirs: what composes the config that is judged; variables: of the environment, as it was
-    before libraries added theirs; patience: seconds of each attempt. Raises UserError for a config that cannot be composed.
+    before libraries added theirs; patience: seconds of each attempt. Raises UserError for a config that
+    cannot be composed.
     """
     found: list[Finding] = []
     for finding in _everything(overrides, variables, config_dirs, patience):
