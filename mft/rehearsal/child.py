@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import mft
 from mft.config import plugins
@@ -25,7 +26,7 @@ from mft.launch.job import Job
 def rehearse(job: Job) -> None:
     """Rehearses a checked job. Raises UserError for what a run of it would fail with."""
     spawn.start_fork_server()
-    context = multiprocessing.get_context(spawn.start_method())
+    context: Any = multiprocessing.get_context(spawn.start_method())
     receiving, sending = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="mft-rehearsal-") as folder:
         freeze(job.cfg, Path(folder) / "config.yaml")
@@ -70,7 +71,7 @@ def _main(
         plugins.name(packages)
         cfg = read(Path(folder) / "config.yaml")
         check_variables(cfg)
-        rehearsal.run(cfg)
+        rehearsal.perform(cfg)
     except UserError as error:
         answer.send(str(error))
     except Exception as error:

@@ -59,7 +59,7 @@ class Rehearsal:
         """What is being done, for the sentence that reports a failure."""
         self._count: int | None = None
 
-    def run(self, cfg: DictConfig) -> None:
+    def perform(self, cfg: DictConfig) -> None:
         """Rehearses the run of a frozen config, and prints as it goes. Raises what a run would raise."""
         quiet_libraries()
         r = self._data(schema.typed(cfg))

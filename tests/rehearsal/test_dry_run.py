@@ -42,7 +42,7 @@ def rehearse(tmp_path: Path, cache_dir: Path, *overrides: str) -> Path:
     folder.mkdir()
     freeze(checked.cfg, folder / "config.yaml")
     rehearsal = Rehearsal(folder, tmp_path / "run", checked.world)
-    rehearsal.run(read(folder / "config.yaml"))
+    rehearsal.perform(read(folder / "config.yaml"))
     return folder
 
 
@@ -137,4 +137,4 @@ def test_a_loss_that_fails_is_a_sentence(loss: str, sentence: str, tmp_path: Pat
     given = [*FAST, "--plugin", "myloss", f"loss._target_=myloss.{loss}", "--dry-run"]
     code, said = mft(work, "train", *given)
     assert code == 2 and sentence in said and "Traceback" not in said, said
-    assert ("myloss/__init__.py:10, share" in said) == (loss == "Failing")
+    assert ("myloss/__init__.py:9, share" in said) == (loss == "Failing")

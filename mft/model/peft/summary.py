@@ -91,7 +91,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, .
         yield path, parameter, () if adapter else shape
 
 
-def _bytes(parameter: nn.Parameter) -> int:
+def _bytes(parameter: Any) -> int:
     """Returns the bytes of a parameter in memory, as if it were not divided over ranks, with the scales of 4
     bits; of a model on the meta device what it will take once it is loaded."""
     if parameter.is_meta and getattr(parameter, "bnb_quantized", None) is False:
