@@ -42,6 +42,7 @@ def stand_in(family: CausalLM, folder: Path, rank: int, count: int | None) -> tu
     UserError, saying why, where no small model of this architecture can be made.
     """
     import torch
+    from safetensors.torch import save_model
     from transformers import AutoModelForCausalLM
 
     if family.trust_remote_code:
@@ -62,7 +63,9 @@ def stand_in(family: CausalLM, folder: Path, rank: int, count: int | None) -> tu
             text = " ".join(str(error).split())[:200]
             reason = reason or f"{type(error).__name__}: {text}"
             continue
-        model.save_pretrained(str(folder))
+        # Not the model's save_pretrained, whose first call imports for seconds.
+        model.config.save_pretrained(str(folder))
+        save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
         if family.new_tokens():
             family.read_tokenizer().save_pretrained(str(folder))
         text_config = config.get_text_config()
