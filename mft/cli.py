@@ -14,6 +14,7 @@ commands:
   mft convert FOLDER              write a model's pickled weights as safetensors
   mft convert model=qwen model.path=… --out …  write an original checkpoint as a native folder
   mft generate RUN "a question"   answer a prompt, encoded as in training
+  mft doctor [KEY=VALUE …]        what is installed here, what can run, and the cure for what cannot
   mft demo                        make the demo's model and its five code tasks, once, in the cache folder
   mft completion bash|zsh|fish    print a script that completes all of this on the Tab key
 
@@ -48,6 +49,7 @@ COMMANDS = {
     "merge": "mft.commands.merge:command",
     "convert": "mft.commands.convert:command",
     "generate": "mft.commands.generate:command",
+    "doctor": "mft.commands.doctor:command",
     "demo": "mft.commands.demo:command",
     "completion": "mft.commands.completion:command",
 }

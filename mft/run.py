@@ -69,7 +69,7 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool], trace: Trace |
     quiet_libraries()
     r = start(schema.typed(cfg), run_dir)
     with r.engine.patient():  # few ranks read the weights, rank 0 alone writes the reports
-        loader = make_loader(r)
+        loader = make_loader(r, r.engine.world)
         model = load_model(r)
         trainer, checkpoints, export = make_trainer(r, loader, model, stop)
     if trace:
@@ -97,15 +97,16 @@ def start(cfg: DictConfig, folder: Path) -> Run:
     return Run(cfg, folder, parts, settings, data_settings, data, engine, progress, first)
 
 
-def make_loader(r: Run) -> BatchLoader:
-    """Returns the loader of this rank's micro-batches; shows and writes what the run takes of each task."""
+def make_loader(r: Run, world: int) -> BatchLoader:
+    """Returns the loader of this rank's micro-batches, of `world` ranks; shows and writes what the run takes
+    of each task."""
     data, tasks, names, loss = r.data, r.data.tasks, r.data.names, r.parts.loss
     if r.engine.is_main:  # first: it says why a task has too few samples for what follows
         data.write_report(r.folder / "report")
     for renderable in (*report.tables(data.stores, names), *report.notes(data.stores, names)):
         r.progress.show(renderable)
     pad_id: Any = data.tokenizer.pad_token_id
-    sizes, shares = schema.batch_sizes(r.settings, r.engine.world), [task.share for task in tasks]
+    sizes, shares = schema.batch_sizes(r.settings, world), [task.share for task in tasks]
     loader = BatchLoader(
         data.stores, r.parts.rows, sizes, r.engine.rank, pad_id, r.settings, r.data_settings, shares
     )
@@ -212,17 +213,24 @@ def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: bool) -
     if r.engine.is_main:
         write_json(r.folder / "report" / "trained.json", trained_weights.as_json(trained))
     r.progress.show(trained_weights.table(trained))
-    sizes, attention = loader.sizes, described(base_of(model))
-    micro_batches = f"{sizes.per_device} x {sizes.accumulation} micro-batches x {sizes.world} ranks"
-    facts = {
-        "steps": f"{loader.total_steps():,}",
-        "a step": f"{sizes.total} rows = {micro_batches}",
-        "loss": type(r.parts.loss).__name__,
-        "learning rate": f"{r.parts.base_lr:g}, {type(r.parts.scheduler).__name__}",
-        "precision": f"{r.settings.precision.value} on {r.engine.device}, attention {attention}",
+    precision = f"{r.settings.precision.value} on {r.engine.device}"
+    facts = plan(r.parts, loader) | {
+        "precision": f"{precision}, attention {described(base_of(model))}",
         "gradient checkpointing": "on" if checkpointing else "off",
     }
     r.progress.show(settings_table(facts.items(), "training"))
+
+
+def plan(parts: build.Components, loader: BatchLoader) -> dict[str, str]:
+    """Returns how long the run is and what a step of it is made of, in words."""
+    sizes = loader.sizes
+    micro_batches = f"{sizes.per_device} x {sizes.accumulation} micro-batches x {sizes.world} ranks"
+    return {
+        "steps": f"{loader.total_steps():,}",
+        "a step": f"{sizes.total} rows = {micro_batches}",
+        "loss": type(parts.loss).__name__,
+        "learning rate": f"{parts.base_lr:g}, {type(parts.scheduler).__name__}",
+    }
 
 
 def make_answers(r: Run, model: Model) -> Answers:

@@ -85,7 +85,11 @@ def test_the_pages_hold_commands_of_every_kind() -> None:
 def test_training_commands_compose(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples" / "plugin")  # the package that docs/plugins.md names
     monkeypatch.setattr(plugins, "_named", {})
-    given = [word.replace("…", "owner/name") for word in of_mft(words)[1:] if word not in ("…", "--dry-run")]
+    given = [
+        word.replace("…", "owner/name")
+        for word in of_mft(words)[1:]
+        if word not in ("…", "--dry-run", "--check")
+    ]
     parsed = parser().parse(given)
     overrides, folders = overrides_in(parsed.words), parsed.config_dir or []
     # Launchers of other packages are for Hydra's own command line; tests/sweep/test_external_launcher.py

@@ -127,5 +127,5 @@ def test_their_half_done_sweep_is_refused_before_any_job_starts(
 
 def test_their_adapter_is_where_a_new_run_starts(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [word for word in again(old / "finished") if not word.startswith("output_dir")]
-    said = mft(capsys, *command, "peft.path=finished/final", "output_dir=further", "--dry-run")
+    said = mft(capsys, *command, "peft.path=finished/final", "output_dir=further", "--check")
     assert "would run" in said

@@ -29,7 +29,8 @@ def parser() -> Parser:
     title = f"{line.epilog}\n\nconfig groups (GROUP=OPTION) and their options:"
     line.epilog = "\n".join([title, *groups, "", KEYS])
     line.switch("-m", "--multirun", help="a sweep: every combination of comma-separated values is a job")
-    line.switch("--dry-run", help="print what would run, with all jobs checked, and start nothing")
+    line.switch("--check", help="check everything, print what would run, and start nothing")
+    line.switch("--dry-run", help="the same, and rehearse one run: data, memory, a step of a tiny model")
     line.option("--cfg -c", one_of("PART", "job", "hydra", "all"), "print the composed config and stop")
     line.switch("--resolve", help="with --cfg: interpolations replaced by their values")
     line.option("--package -p", Value("a package, such as train", "KEY"), "with --cfg: this part only")
@@ -58,9 +59,9 @@ def command(arguments: Sequence[str]) -> None:
     if flags := hydra_flags(parsed):
         from mft.sweep.hydra_app import through_hydra
 
-        through_hydra(overrides, config_dirs, flags, parsed.dry_run)
+        through_hydra(overrides, config_dirs, flags, parsed.dry_run or parsed.check)
     else:
-        run_one(overrides, config_dirs, parsed.dry_run)
+        run_one(overrides, config_dirs, parsed.dry_run or parsed.check, rehearses=not parsed.check)
 
 
 def hydra_flags(parsed: argparse.Namespace) -> list[str]:
@@ -84,9 +85,14 @@ def hydra_flags(parsed: argparse.Namespace) -> list[str]:
     return ["-m"] * parsed.multirun + serving + changing
 
 
-def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) -> None:
+def run_one(
+    overrides: list[str], config_dirs: Sequence[Path], dry_run: bool, rehearses: bool = False
+) -> None:
     """Checks one run and starts it. Under torchrun or srun this process is one of its ranks; rank 0 alone
-    checks."""
+    checks.
+
+    dry_run: start nothing; rehearses: then also rehearse the run.
+    """
     from mft.config.compose import compose_resolved
     from mft.config.inert import given_keys, without_effect
     from mft.config.overrides import key_of, of_hydra, replaced, with_output_dir
@@ -114,6 +120,11 @@ def run_one(overrides: list[str], config_dirs: Sequence[Path], dry_run: bool) ->
             return
     folder, resumes = checked.choose(dated)
     finished = resume_choice.is_finished(folder, checked.identity, cfg.train.resume)
+    if rehearses and not finished:
+        from mft.rehearsal.child import rehearse
+
+        say("checked: settings, files, what must fit together")
+        rehearse(checked)
     state = "already finished" if finished else "would resume" if resumes else "would run"
     say(f"{folder}: {state}; nothing was started")
 

@@ -90,6 +90,11 @@ class Zero(GroupBackend):
             options["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
         return options
 
+    def bytes_per_trained_weight(self, half: bool) -> dict[str, int]:
+        if not half:
+            return super().bytes_per_trained_weight(half)
+        return {"weights": 2, "gradients": 2, "optimizer": 4}  # a copy in fp32 is what is updated
+
     def start(self, precision: str, cpu: bool | None = None) -> DeepSpeedEngine:
         """Also raises UserError for a `config` that DeepSpeed does not take."""
         self.check()
@@ -147,6 +152,9 @@ class Zero2(Zero):
             raise UserError(f"dist.allgather_bucket_size={size}: DeepSpeed wants an even number")
         super().check()
 
+    def divided(self) -> set[str]:
+        return {"optimizer", "gradients"} if self.stage == 2 else {"optimizer"}
+
     def zero(self, gpu: bool) -> dict[str, Any]:
         own = {"stage": self.stage, "allgather_bucket_size": self.allgather_bucket_size}
         return super().zero(gpu) | own
@@ -172,6 +180,9 @@ class Zero3(Zero):
     """Most elements gathered at a time; lower saves memory and gathers more often."""
     gather_on_save: bool = True
     """Whether checkpoints also hold the model as transformers or peft load it; `final/` does in any case."""
+
+    def divided(self) -> set[str]:
+        return {"weights", "gradients", "optimizer"}
 
     def zero(self, gpu: bool) -> dict[str, Any]:
         options = super().zero(gpu) | {

@@ -39,6 +39,15 @@ class Backend(ABC):
     def meet(self) -> None:
         """Connects this rank with the others, before `start`, so that each knows which of them are alive."""
 
+    def divided(self) -> set[str]:
+        """Returns what each rank holds a part of only: of "weights", "gradients" and "optimizer"."""
+        return set()
+
+    def bytes_per_trained_weight(self, half: bool) -> dict[str, int]:
+        """Returns the bytes of a trained weight as "weights" and "gradients" hold it, and what "optimizer"
+        keeps of it beside its states; half: whether the run computes in bf16 or fp16."""
+        return {"weights": 4, "gradients": 4, "optimizer": 0}
+
     @abstractmethod
     def start(self, precision: str, cpu: bool | None = None) -> Engine:
         """Returns the engine of this rank, read from the environment (RANK, WORLD_SIZE, ...).

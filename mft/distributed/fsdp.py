@@ -162,6 +162,9 @@ class Fsdp(GroupBackend):
     gather_on_save: bool = True
     """Whether checkpoints also hold the model as transformers or peft load it; `final/` does in any case."""
 
+    def divided(self) -> set[str]:
+        return {"weights", "gradients", "optimizer"}
+
     def start(self, precision: str, cpu: bool | None = None) -> FsdpEngine:
         import torch
 

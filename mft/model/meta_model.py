@@ -14,7 +14,8 @@ from mft.errors import UserError
 from mft.model.model_folder import read_config
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
     from mft.model.causal_lm import CausalLM
 
@@ -29,16 +30,26 @@ def on_meta_device(
     where the config is not on this machine, or only code of the checkpoint's own could build the model."""
     if family.trust_remote_code or not Path(family.location()).is_dir():
         return None
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.quantizers import AutoHfQuantizer
-
     try:
         config = family.config()
     except UserError:
         return None  # loading the model reports it
+    return skeleton(config, quantization)
+
+
+def skeleton(
+    config: PreTrainedConfig,
+    quantization: BitsAndBytesConfig | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Returns the model of a config on the meta device, its linear layers replaced as quantising would; dtype:
+    of its other weights, None = the config's."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers import AutoHfQuantizer
+
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, **({"dtype": dtype} if dtype else {}))
     if quantization:
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model, device_map=None, use_kernels=False)

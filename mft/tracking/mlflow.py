@@ -81,7 +81,7 @@ class Mlflow(Tracker):
             raise UserError(f"{key}={hidden(uri)}: needs three slashes: sqlite:///path/mlflow.db")
 
     def prepare(self) -> None:
-        uri = self._address()
+        uri = self.address()
         if database_file(uri) is None:
             return
         try:
@@ -106,7 +106,7 @@ class Mlflow(Tracker):
         record.outcome = record.ended = ""
         # A resume has cut metrics.jsonl back: it is read from the start, and the store says what it has.
         record.places = {name: [0, 0, now] for name in record.places}
-        self._sender = Sender(run_dir, record, self._address(record.uri))
+        self._sender = Sender(run_dir, record, self.address(record.uri))
         record.save(run_dir)  # `sync` has to know the store, also one that is never reached
         self._news, self._closing = threading.Event(), threading.Event()
         self._attempts, self._failed, self._delivered = 0, False, False
@@ -149,7 +149,7 @@ class Mlflow(Tracker):
 
     def where(self) -> str:
         sender: Sender | None = getattr(self, "_sender", None)
-        uri, experiment = (sender.uri, sender.experiment_id) if sender else (self._address(), "")
+        uri, experiment = (sender.uri, sender.experiment_id) if sender else (self.address(), "")
         local = database_file(uri) is not None
         command = (
             f"mlflow ui --backend-store-uri {shlex.quote(uri)} --host 127.0.0.1 --port 5000" if local else ""
@@ -161,7 +161,7 @@ class Mlflow(Tracker):
         pages = f"{page}{CHARTS}\nor, as a table, the best run first: {page}{TABLE}"
         return f"{command}\nthen open {pages}" if local else pages
 
-    def _address(self, last: str = "") -> str:
+    def address(self, last: str = "") -> str:
         """Returns the configured store, MLFLOW_TRACKING_URI, `last` (which has this run) or the default."""
         uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
         database = database_file(last)

@@ -292,7 +292,7 @@ def test_hydras_own_nodes_fall_under_the_rule(yaml: str, part: str, work: Path) 
 
 
 @pytest.mark.parametrize(
-    "flags", [["-m", "train.seed=1,2"], ["--cfg", "job"], ["--dry-run"], ["-m", "--dry-run"]]
+    "flags", [["-m", "train.seed=1,2"], ["--cfg", "job"], ["--check"], ["--dry-run"], ["-m", "--dry-run"]]
 )
 def test_no_way_in_runs_what_a_yaml_brings(flags: list[str], work: Path) -> None:
     (work / "yaml" / "experiment").mkdir(parents=True)
@@ -388,7 +388,7 @@ def test_an_installed_plugin_needs_no_flag_and_a_sweep_remembers_a_named_one(wor
         f"[mft.components]\n{points.splitlines()[0].replace(chr(34), '')}\n"
     )
     given = [*with_task(work), "train.max_steps=2"]
-    assert "would run" in mft(work, site, "train", *given, "output_dir=run", "--dry-run")
+    assert "would run" in mft(work, site, "train", *given, "output_dir=run", "--check")
     mft(work, site, "train", *given, "launch.nproc=1", "output_dir=run")
     assert (work / "run" / "losses.tsv").is_file()
     sweep = [*given, "-m", "loss.limit=3,4", "launch.nproc=1", "name=swept"]

@@ -187,7 +187,7 @@ def test_a_refusal_shows_such_a_value_as_written(
     ]
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     with pytest.raises(SystemExit):
-        main(["train", *given, "--dry-run"])
+        main(["train", *given, "--check"])
     said = capsys.readouterr().err
     assert S not in said and "${oc.env:MFT_T_PW}" in said
 

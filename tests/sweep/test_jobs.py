@@ -143,15 +143,15 @@ format:
     assert sorted(Counter(readers).values()) == [2 * FIRST_ROWS, 60]
 
 
-def test_a_dry_run_of_one_job_starts_nothing(work: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_check_of_one_job_starts_nothing(work: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(work)
     monkeypatch.setenv("MFT_CACHE", str(work / "cache"))
-    cli.main(["train", *FAST, "--dry-run"])
+    cli.main(["train", *FAST, "--check"])
     said = capsys.readouterr().out
     assert "outputs/debug/" in said and said.endswith(": would run; nothing was started\n")
     assert not (work / "outputs").exists()
     with pytest.raises(SystemExit):
-        cli.main(["train", *FAST, "data.seq_length=0", "--dry-run"])
+        cli.main(["train", *FAST, "data.seq_length=0", "--check"])
     assert "data.seq_length=0 must be at least 2" in capsys.readouterr().err
 
 

@@ -104,7 +104,7 @@ tracks.close("finished")
 
 def test_which_address_wins(tmp_path, monkeypatch):
     def address(last="", **fields):
-        return Mlflow(store=str(tmp_path), **fields)._address(last)
+        return Mlflow(store=str(tmp_path), **fields).address(last)
 
     default = f"sqlite:///{tmp_path}/mlflow.db"
     here = f"sqlite:///{database(tmp_path / 'last.db')}"

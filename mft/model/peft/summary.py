@@ -91,9 +91,14 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, .
         yield path, parameter, () if adapter else shape
 
 
-def _bytes(parameter: nn.Parameter) -> int:
+def _bytes(parameter: Any) -> int:
     """Returns the bytes of a parameter in memory, as if it were not divided over ranks, with the scales of 4
-    bits."""
+    bits; of a model on the meta device what it will take once it is loaded."""
+    if parameter.is_meta and getattr(parameter, "bnb_quantized", None) is False:
+        scale = 1 + 4 / 256 if parameter.compress_statistics else 4  # bytes for a block of values
+        return int(parameter.numel() * (0.5 + scale / parameter.blocksize))
+    if parameter.is_meta and hasattr(parameter, "SCB"):
+        return int(parameter.numel())
     size = (getattr(parameter, "ds_numel", None) or parameter.numel()) * parameter.element_size()
     state = getattr(parameter, "quant_state", None)
     while state is not None:  # with double quantisation the scales have their own state

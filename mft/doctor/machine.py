@@ -1,0 +1,85 @@
+"""Cores, memory and limits of this process, as the system and its control group have them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from mft.doctor.finding import Finding, Part
+
+GIB = 2**30
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+FILES_WANTED = 4096
+"""File handles that many tasks, their caches and a loader of shards may have open together."""
+FILES_LEAST = 256
+"""Fewer than these, and ranks fail to open the files of a model in several parts."""
+
+part = Part("machine")
+
+
+def findings() -> Iterator[Finding]:
+    """Yields a line for cores, memory, open files and git."""
+    yield _cores()
+    yield _memory()
+    yield _open_files()
+    if shutil.which("git"):
+        yield part.ok("git", "installed: a run records the commit of its folder")
+    else:
+        yield part.note("git", "not installed: a run cannot record its commit", "install git")
+
+
+def control_group(name: str, root: Path = CONTROL_GROUPS) -> str:
+    """Returns the first word of a file of this process's control group (version 2), or of the nearest one
+    above it that has the file; "" where there is none.
+
+    name: e.g. memory.max; root: where control groups are mounted.
+    """
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    own = next((line.rpartition(":")[2].lstrip("/") for line in lines if line.startswith("0::")), "")
+    folder = root / own
+    for place in (folder, *folder.parents):
+        if place.is_relative_to(root) and (place / name).is_file():
+            try:
+                return (place / name).read_text(encoding="utf-8").strip()
+            except OSError:
+                return ""
+    return ""
+
+
+def _cores() -> Finding:
+    there = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there
+    found = f"{usable} of {there} may be used by this process"
+    quota, _, period = control_group("cpu.max").partition(" ")
+    if quota.isdigit() and period.isdigit() and (share := int(quota) / int(period)) < usable:
+        cure = f"set OMP_NUM_THREADS={max(1, int(share))}, so that ranks do not start more threads"
+        return part.note("cores", f"{found}, the control group allows the time of {share:g}", cure)
+    return part.ok("cores", found)
+
+
+def _memory() -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / GIB:,.1f} of {memory.total / GIB:,.1f} GiB are free"
+    limit = control_group("memory.max")
+    if limit.isdigit() and int(limit) < memory.total:
+        return part.note("memory", f"{found}; the control group allows {int(limit) / GIB:,.1f} GiB")
+    return part.ok("memory", found)
+
+
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shown = "no limit" if soft == resource.RLIM_INFINITY else f"at most {soft:,} (ulimit -n)"
+    cure = f"ulimit -n {FILES_WANTED if hard == resource.RLIM_INFINITY else min(FILES_WANTED, hard)}"
+    if soft == resource.RLIM_INFINITY or soft >= FILES_WANTED:
+        return part.ok("open files", shown)
+    if soft < FILES_LEAST:
+        return part.problem("open files", shown, cure)
+    return part.note("open files", f"{shown}; many tasks and ranks need more", cure if hard > soft else "")
