@@ -68,7 +68,7 @@ def spawn(
     start_fork_server()  # first, so that its imports run beside our own
     from torch.distributed.elastic.agent.server import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
     info = loopback() if nodes is None else nodes.rendezvous()
     spec = WorkerSpec(
@@ -82,16 +82,16 @@ def spawn(
     torch_private.quiet_agent()
     no_logs = DefaultLogsSpecs(log_dir=os.devnull)  # each rank writes its own
 
-    def end_workers(signum: int) -> None:  # elastic passes the signal of this exception on, and waits
-        raise SignalException(f"signal {signum}", signal.Signals(signum))
-
-    try:
-        with first_signal(end_workers):
-            result = LocalElasticAgent(
+    # The agent asks: what a handler raises is lost where Python cannot raise, as in the hooks of a fork.
+    with first_signal(lambda signum: None) as received:
+        result = torch_private.run_agent(
+            LocalElasticAgent(
                 spec, no_logs, start_method(), EXIT_BARRIER_SECONDS, shutdown_timeout=shutdown_seconds
-            ).run()
-    except SignalException as error:
-        raise Stopped(error.sigval, 128 + error.sigval) from None
+            ),
+            asked=lambda: received[0] if received else 0,
+        )
+    if received or result is None:
+        raise Stopped(received[0], 128 + received[0])
     if not result.is_failed():
         return dict(result.return_values)
     codes = {rank: failure.exitcode for rank, failure in result.failures.items()}

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+    from torch.distributed.elastic.agent.server import RunResult, WorkerGroup
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo
 
 READ_IN = "2.13.0"
@@ -38,6 +42,28 @@ def quiet_agent() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(LOGGERS):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+def run_agent(agent: LocalElasticAgent, asked: Callable[[], int]) -> RunResult | None:
+    """Runs elastic's agent to the end of its ranks; returns None when it has ended them for a signal.
+
+    asked: the signal that asks to end them, 0 for none. The agent is asked each time it looks after its
+    ranks, ten times a second, by the private method that its loop calls for it.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    look_after = agent._monitor_workers
+
+    def look_after_unless_asked(group: WorkerGroup) -> RunResult:
+        if signum := asked():  # the agent passes the signal of this exception on, and waits
+            raise SignalException(f"signal {signum}", signal.Signals(signum))
+        return look_after(group)
+
+    agent._monitor_workers = look_after_unless_asked  # type: ignore[method-assign]
+    try:
+        return agent.run()
+    except SignalException:
+        return None
 
 
 def completed_rendezvous(info: RendezvousInfo) -> RendezvousHandler:

@@ -130,6 +130,33 @@ def test_a_signal_lets_workers_save_and_says_so_in_the_exit_code(
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_a_signal_is_not_lost_that_comes_while_ranks_are_forked(tmp_path: Path) -> None:
+    # Python drops what a signal's handler raises inside a hook of a fork, such as logging's
+    code = f"""if True:
+        import multiprocessing, os, signal
+        from pathlib import Path
+        from mft.launch.signals import Stopped
+        from mft.launch.spawn import spawn
+        from tests.launch import entries
+
+        def supervise():
+            os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signal.SIGTERM))
+            try:
+                spawn(entries.until_stopped, ({str(tmp_path)!r},), 1, Path({str(tmp_path)!r}) / "log")
+            except Stopped as stopped:
+                raise SystemExit(stopped.signum)
+
+        process = multiprocessing.get_context("fork").Process(target=supervise)
+        process.start()
+        process.join()
+        raise SystemExit(process.exitcode)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=90)
+    assert done.returncode == signal.SIGTERM
+    assert not any(map(alive, pids(tmp_path)))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 def test_workers_that_do_not_listen_are_ended_after_shutdown_seconds(tmp_path: Path) -> None:
     process = in_a_process(tmp_path, "deaf", options=", shutdown_seconds=1")
     process.send_signal(signal.SIGTERM)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import operator
 import os
 import threading
 
@@ -27,10 +28,15 @@ ELASTIC = "torch.distributed.elastic"
         (f"{ELASTIC}.rendezvous.static_tcp_rendezvous", "StaticTCPRendezvous"),
         (f"{ELASTIC}.rendezvous.c10d_rendezvous_backend", "C10dRendezvousBackend"),
         (f"{ELASTIC}.rendezvous.dynamic_rendezvous", "create_handler"),
+        (f"{ELASTIC}.agent.server.local_elastic_agent", "LocalElasticAgent._monitor_workers"),
     ],
 )
 def test_names(module: str, name: str) -> None:
-    assert hasattr(importlib.import_module(module), name), f"{module}.{name} is gone {GONE}"
+    found = operator.attrgetter(name)
+    try:
+        found(importlib.import_module(module))
+    except AttributeError:
+        raise AssertionError(f"{module}.{name} is gone {GONE}") from None
 
 
 @pytest.mark.parametrize(
