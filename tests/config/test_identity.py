@@ -131,7 +131,9 @@ def test_every_value_enters_or_is_listed_with_a_reason(place: str, node: DictCon
 
 def test_nothing_is_listed_that_is_no_input() -> None:
     cfgs = [
-        placed(place, node) for place, node in NODES if place in ("model", "peft", "task.x", "tracking.x")
+        placed(place, node)
+        for place, node in NODES
+        if place in ("model", "peft", "dist", "task.x", "tracking.x")
     ]
     paths = {path for cfg in cfgs for path, _ in leaves(cfg)} | {"task.x.valid"}
     for listed, reason in {**CANNOT_CHANGE_THE_RESULT, **FINGERPRINTED}.items():
