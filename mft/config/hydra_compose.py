@@ -64,11 +64,13 @@ def without_search_path(overrides: Sequence[str]) -> list[str]:
     return [o for o in overrides if key_of(o) != "hydra.searchpath"]
 
 
-def check_sweep(overrides: Sequence[str]) -> None:
-    """Judges Hydra's own node of a sweep, before Hydra builds its launcher, sweeper and callbacks."""
+def check_sweep(overrides: Sequence[str]) -> DictConfig:
+    """Judges Hydra's own node of a sweep, before Hydra builds its launcher, sweeper and callbacks; returns
+    the config that it belongs to."""
     cfg = _with_hydra(overrides, sweep=True)
     bound(cfg)
     hydra_node.check(cfg.hydra)
+    return cfg
 
 
 def compose_words(words: Sequence[str]) -> DictConfig:
