@@ -227,7 +227,7 @@ def _nearest_key(wrong: str, names: Sequence[str], cfg: DictConfig, similar: boo
     for path in sorted(_all_keys(cfg), key=lambda path: not path.startswith("train.")):
         places.setdefault(path.rpartition(".")[2], path)
     # A name that the config has itself, such as `seed`, means that one.
-    if ours := places.get(wrong) or setting_here(wrong):
+    if ours := (places.get(wrong) if similar else "") if wrong in places else setting_here(wrong):
         return f"; did you mean {ours}?"
     if hint := nearest(wrong, names):
         return hint

@@ -63,11 +63,16 @@ DEEPEST = 64
 """Brackets that a value on the command line may have; Hydra's parser recurses for each."""
 
 IN_PLAIN_TEXT = (
-    "{}: the address holds a user, a password or a key, and configs are kept with the run; write it as "
+    "{}: {} a user, a password or a key, and configs are kept with the run; write it as "
     "${{oc.env:NAME}}, which is kept as written and read in every rank, or, for MLflow, set "
     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment."
 )
-"""The sentence for a password or key in an address; it does not repeat the secret."""
+"""The sentence for a secret in a config."""
+
+
+def in_plain_text(key: str) -> str:
+    """Returns the sentence for a password or key that stands in a config; it does not repeat the secret."""
+    return IN_PLAIN_TEXT.format(key, "this is" if credentials.SECRET_KEY.search(key) else "the address holds")
 
 
 def key_of(override: str) -> str:
@@ -109,7 +114,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise UserError(f"{shortened(key)}: its value has too many brackets; expected at most {DEEPEST}.")
         # Before anything below repeats the override in a sentence.
         if credentials.written_out(override.partition("=")[2], key):
-            raise UserError(IN_PLAIN_TEXT.format(key))
+            raise UserError(in_plain_text(key))
         parsed = _parsed(override)
         below_hydra = key.startswith("hydra.") and key.count(".") == 1 and key not in HYDRA_VALUES
         if key == "hydra" or below_hydra or under(key, ("hydra.runtime", "hydra.overrides")):

@@ -34,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (work / "pickled" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (work / "pickled" / "adapter_model.bin").write_bytes(b"")
     (work / "wrong.jinja").write_text("{% for message in %}")
-    for _, name, content, _, _ in FILES:
+    for name, content, _, _ in FILES:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return work
@@ -89,7 +89,7 @@ def test_a_wrong_command_line(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parts"), [row[3:] for row in FILES], ids=[" ".join(row[:2]) for row in FILES]
+    ("arguments", "parts"), [row[2:] for row in FILES], ids=[row[0] for row in FILES]
 )
 def test_a_wrong_file(
     arguments: list[str], parts: list[str], work: Path, capsys: pytest.CaptureFixture[str]
