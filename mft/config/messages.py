@@ -20,8 +20,8 @@ from yaml import YAMLError
 
 from mft.config import yaml_file
 from mft.config.hydra_compose import compose_words, places_of
-from mft.config.interpolations import refusal
 from mft.config.inputs import under
+from mft.config.interpolations import refusal
 from mft.config.other_trainers import setting_here
 from mft.config.overrides import MOVED_KEYS, SEVERAL, group_options, groups, key_of
 from mft.config.refusals import REASON, ended, plainly
@@ -86,7 +86,9 @@ def _sentence(error: Exception, search: Sequence[str], overrides: Sequence[str])
     if match := re.search(r"Multiple values for ([^.]+)\.|(\S+) appears more than once", text):
         group = match.group(1) or match.group(2)
         if not any(o.startswith("+") and key_of(o) == group for o in overrides):
-            return f"{group}: a yaml chooses a second option; write `defaults: [override /{group}: NAME]` there."
+            return (
+                f"{group}: a yaml chooses a second option; write `defaults: [override /{group}: NAME]` there."
+            )
         return f"+{group}: an option of this group is already chosen; write {group}=… without the plus."
     if match := re.search(r"Sweep parameters '(.+)' requires --multirun", text):
         return f"{match.group(1)}: several values make a sweep: mft train -m '{match.group(1)}'."
@@ -125,9 +127,7 @@ def _sentence(error: Exception, search: Sequence[str], overrides: Sequence[str])
         override = match.group(1)
         if reason.startswith("must be a list") and key_of(override) in ("train", "launch", "data"):
             reason = "must be a mapping, such as {a: 1}"
-        return (
-            f"{override}: {ended(reason)}" if reason else _unknown_key(key_of(override), search, overrides)
-        )
+        return f"{override}: {ended(reason)}" if reason else _unknown_key(key_of(override), search, overrides)
     if key:
         if "not in '" in text:
             return _unknown_key(key, search, overrides)

@@ -49,7 +49,9 @@ def check_syntax(source: str, name: str) -> None:
     try:
         Environment(extensions=[_Generation, loopcontrols]).parse(source)
     except TemplateSyntaxError as error:
-        raise UserError(f"data.template={name}:{error.lineno}: not a Jinja template: {error.message}") from error
+        raise UserError(
+            f"data.template={name}:{error.lineno}: not a Jinja template: {error.message}"
+        ) from error
 
 
 class Jinja(Template):

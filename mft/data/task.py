@@ -140,7 +140,9 @@ class Task:
             if stops and row_format is None and rows:
                 raise must_be("", "an object with named fields", rows[0][2]).at(file, rows[0][1])
         if empty == self.files():
-            raise UserError(f"{self._at('paths')}: {empty[0]} has no rows{', nor has another file' * (len(empty) > 1)}.")
+            raise UserError(
+                f"{self._at('paths')}: {empty[0]} has no rows{', nor has another file' * (len(empty) > 1)}."
+            )
 
     def find_format(self) -> tuple[str, Format]:
         """Returns the name of the format and the format; Auto finds it by the first row that one fits.

@@ -71,7 +71,9 @@ class Mlflow(Tracker):
             check_address(uri, key)
         if not self.experiment.strip():
             raise UserError("tracking.mlflow.experiment is empty; MLflow groups runs by the name of one.")
-        if self.register_as is not None and (not self.register_as.strip() or set(self.register_as) & set("/:")):
+        if self.register_as is not None and (
+            not self.register_as.strip() or set(self.register_as) & set("/:")
+        ):
             setting = f"tracking.mlflow.register_as={shortened(self.register_as)}"
             raise UserError(f"{setting} must be a name without / and :, or null.")
 

@@ -31,6 +31,7 @@ def words(line: str) -> tuple[dict[str, str], list[str]]:
     pairs = (word[1:].partition("=") for word in variables)
     return {name: value for name, _, value in pairs}, [word for word in split if word not in variables]
 
+
 GLOBAL = "# @package _global_\n"
 TASK = "# @package task.mine\n_target_: mft.data.task.Task\npaths: [alpha]\n"
 ROW = '{"prompt": "a", "answer": "b"}\n'
@@ -44,7 +45,11 @@ EXPERIMENTS: list[tuple[str, str | bytes, list[str]]] = [
     ("png", b"\x89PNG\r\n\x1a\n\0\0", ["cd/experiment/png.yaml:1: is not UTF-8 (byte 0x89)"]),
     ("latin", GLOBAL.encode() + b"name: caf\xe9\n", ["latin.yaml:2: is not UTF-8 (byte 0xe9)", "UTF-8."]),
     ("utf16", f"{GLOBAL}name: x\n".encode("utf-16"), ["utf16.yaml:1: is not UTF-8 (byte 0xff)"]),
-    ("typo", GLOBAL + "train: {max_stesp: 3}\n", ["experiment/typo.yaml: train.max_stesp", "mean max_steps?"]),
+    (
+        "typo",
+        GLOBAL + "train: {max_stesp: 3}\n",
+        ["experiment/typo.yaml: train.max_stesp", "mean max_steps?"],
+    ),
     ("group", GLOBAL + "optimiser: {lr: 1e-3}\n", ["experiment/group.yaml: optimiser", "mean optimizer?"]),
     ("field", GLOBAL + "peft: {rnak: 4}\n", ["peft.rnak: Lora has no such field", "did you mean rank?"]),
     ("type", GLOBAL + "train: {max_steps: ten}\n", ["type.yaml: train.max_steps: must be an integer."]),
@@ -55,10 +60,18 @@ EXPERIMENTS: list[tuple[str, str | bytes, list[str]]] = [
     ("defaults", GLOBAL + "defaults: lora\n", ["cd/experiment/defaults.yaml: defaults: expected a list"]),
     ("nowhere", GLOBAL + "defaults: [nothere]\n", ["experiment=nothere: unknown option", "Allowed: "]),
     ("pfet", GLOBAL + "defaults: [override /pfet: lora]\n", ["no key 'pfet'; did you mean peft?"]),
-    ("cycle", GLOBAL + "defaults: [cycle]\n", ["cd/experiment/cycle.yaml: its defaults lead back to itself."]),
+    (
+        "cycle",
+        GLOBAL + "defaults: [cycle]\n",
+        ["cd/experiment/cycle.yaml: its defaults lead back to itself."],
+    ),
     ("void", GLOBAL + "train: null\n", ["experiment/void.yaml: train: must not be null."]),
     ("nothing", GLOBAL + "model:\n", ["model has no _target_, the class to build; got null", "model=NAME"]),
-    ("anchor", GLOBAL + "name: *nothere\n", ["anchor.yaml:2: not valid YAML: found undefined alias 'nothere'"]),
+    (
+        "anchor",
+        GLOBAL + "name: *nothere\n",
+        ["anchor.yaml:2: not valid YAML: found undefined alias 'nothere'"],
+    ),
     ("self", GLOBAL + "name: &a [*a]\n", ["self.yaml:2: *a stands inside the value it refers to."]),
     ("intkey", GLOBAL + "5: 3\n", ["experiment/intkey.yaml: 5: the config has no key '5'. Allowed: name"]),
     ("inner", GLOBAL + "train: {5: 3}\n", ["experiment/inner.yaml: train.5: train has no key '5'"]),
@@ -66,16 +79,32 @@ EXPERIMENTS: list[tuple[str, str | bytes, list[str]]] = [
     ("nulltarget", GLOBAL + "loss: {_target_: null}\n", ["loss has no _target_, the class to build"]),
     ("target", GLOBAL + "loss: {_target_: os.system}\n", ["loss._target_=os.system: os is not a package"]),
     ("bigint", GLOBAL + f"train: {{seed: {'9' * 5000}}}\n", ["bigint.yaml:2: a number of 5,000 characters"]),
-    ("large", GLOBAL + f"train: {{seed: {'9' * 20}}}\n", [f"train.seed={'9' * 20} must be at least 0 and at"]),
+    (
+        "large",
+        GLOBAL + f"train: {{seed: {'9' * 20}}}\n",
+        [f"train.seed={'9' * 20} must be at least 0 and at"],
+    ),
     ("deep", GLOBAL + f"choices: {'[' * 200 + ']' * 200}\n", ["deep.yaml:2: more than 64 levels of nested"]),
     ("deeper", GLOBAL + f"choices: {'{a: ' * 99}1{'}' * 99}\n", ["deeper.yaml:2: more than 64 levels"]),
     ("tag", GLOBAL + "name: !!python/name:os.system ''\n", ["tag.yaml:2: the tag tag:yaml.org,2002:python"]),
-    ("tab", GLOBAL + "train:\n\tmax_steps: 3\n", ["cd/experiment/tab.yaml:3: not valid YAML: found character"]),
+    (
+        "tab",
+        GLOBAL + "train:\n\tmax_steps: 3\n",
+        ["cd/experiment/tab.yaml:3: not valid YAML: found character"],
+    ),
     ("open", GLOBAL + "train: {max_steps: 3\n", ["cd/experiment/open.yaml:3: not valid YAML: did not find"]),
     ("twice", GLOBAL + "name: a\nname: b\n", ["cd/experiment/twice.yaml:3: not valid YAML: found duplicate"]),
     ("package", "train: {max_steps: 3}\n", ["experiment/package.yaml: its first line must be `# @package"]),
-    ("secret", GLOBAL + "launch: {rdzv_endpoint: 'u:pw1234@h:1'}\n", ["launch.rdzv_endpoint: the address holds"]),
-    ("callback", GLOBAL + "hydra: {callbacks: {x: {_target_: subprocess.Popen}}}\n", ["hydra.callbacks.x._target_"]),
+    (
+        "secret",
+        GLOBAL + "launch: {rdzv_endpoint: 'u:pw1234@h:1'}\n",
+        ["launch.rdzv_endpoint: the address holds"],
+    ),
+    (
+        "callback",
+        GLOBAL + "hydra: {callbacks: {x: {_target_: subprocess.Popen}}}\n",
+        ["hydra.callbacks.x._target_"],
+    ),
     ("plugin", GLOBAL + "plugin: [os]\n", ["experiment/plugin.yaml: plugin: the config has no key 'plugin'"]),
 ]
 """Option of `experiment` → its yaml, and words of the sentence."""
@@ -85,7 +114,11 @@ TASKS: list[tuple[str, str, list[str]]] = [
     ("share", f"{TASK}share: -2\n", ["task.mine.share=-2 must be at least 0, or null."]),
     ("mixture", f"{TASK}share: 2\n", ["task.mine.share=2 does nothing with data.mixture=natural"]),
     ("zero", f"{TASK}weight: -1\n", ["task.mine.weight=-1 must be at least 0."]),
-    ("format", TASK.replace("_t", "defaults: [/format@format: chta]\n_t"), ["format=chta", "did you mean chat?"]),
+    (
+        "format",
+        TASK.replace("_t", "defaults: [/format@format: chta]\n_t"),
+        ["format=chta", "did you mean chat?"],
+    ),
     ("formatname", f"{TASK}format: chta\n", ["task.mine.format='chta': unknown", "did you mean chat?"]),
     ("fmtstr", f"{TASK}format: 5\n", ["task.mine.format=5: unknown format. Allowed: auto, chat"]),
     ("name", f'{TASK}name: "a\\nb"\n', ["must be at most 200 printable characters"]),
@@ -103,24 +136,44 @@ TASKS: list[tuple[str, str, list[str]]] = [
 """Option of `task` → its yaml, and words of the sentence."""
 
 DATA: list[tuple[str, str | bytes, list[str]]] = [
-    ("half", ROW + '{"prompt": "a", "answ', ["half/rows.jsonl:2: is not JSON: Unterminated", "data.bad_rows=skip"]),
+    (
+        "half",
+        ROW + '{"prompt": "a", "answ',
+        ["half/rows.jsonl:2: is not JSON: Unterminated", "data.bad_rows=skip"],
+    ),
     ("array", '["a", "b"]\n', ["array/rows.jsonl:1: must be an object with named fields, got 'a'"]),
     ("fields", '{"foo": "a", "bar": "b"}\n', ["task.fields: no format fits", "'foo, bar'", "prompt/answer"]),
     ("number", f"{ROW}5\n", ["number/rows.jsonl:2: must be an object with the field prompt, got 5"]),
     ("null", f"{ROW}null\n", ["null/rows.jsonl:2: must be an object with the field prompt, got null"]),
     ("text", "hello\n", ["text/rows.jsonl:1: is not JSON: Expecting value at character 0, near 'hello'"]),
-    ("missing", f'{ROW}{{"prompt": "a"}}\n', ["missing/rows.jsonl:2: answer: is missing", "fields: 'prompt'"]),
+    (
+        "missing",
+        f'{ROW}{{"prompt": "a"}}\n',
+        ["missing/rows.jsonl:2: answer: is missing", "fields: 'prompt'"],
+    ),
     ("type", f'{ROW}{{"prompt": "a", "answer": 5}}\n', ["type/rows.jsonl:2: answer: must be text, got 5"]),
     ("empty", "", ["data.paths: data/empty/rows.jsonl has no rows."]),
     ("blank", "\n\n", ["data.paths: data/blank/rows.jsonl has no rows."]),
-    ("latin", ROW.replace("a", "\xe9").encode("latin-1"), ["latin/rows.jsonl:1: is not UTF-8: byte b'\\xe9'"]),
+    (
+        "latin",
+        ROW.replace("a", "\xe9").encode("latin-1"),
+        ["latin/rows.jsonl:1: is not UTF-8: byte b'\\xe9'"],
+    ),
     ("utf16", ROW.encode("utf-16"), ["utf16/rows.jsonl: is UTF-16 text; convert it: iconv -f UTF-16"]),
     ("gzip", b"\x1f\x8b\x08\0abc", ["gzip/rows.jsonl: is gzip data; name it *.jsonl.gz."]),
     ("png", b"\x89PNG\r\n\x1a\n\0\0", ["png/rows.jsonl: is binary data"]),
-    ("role", '{"chat_rounds": [{"role": "humna", "content": "a"}]}\n', ["chat_rounds[0].role", "mean human?"]),
+    (
+        "role",
+        '{"chat_rounds": [{"role": "humna", "content": "a"}]}\n',
+        ["chat_rounds[0].role", "mean human?"],
+    ),
     ("order", '{"chat_rounds": [{"role": "bot", "content": "a"}]}\n', ["'bot' is not allowed here; allowed"]),
     ("content", '{"messages": [{"role": "user", "content": null}]}\n', ["messages[0].content: must be text"]),
-    ("twice", '{"prompt": "a", "prompt": "b", "answer": "c"}\n', ["twice/rows.jsonl:1", "'prompt' comes twice"]),
+    (
+        "twice",
+        '{"prompt": "a", "prompt": "b", "answer": "c"}\n',
+        ["twice/rows.jsonl:1", "'prompt' comes twice"],
+    ),
     ("indent", '{\n  "prompt": "a"\n}\n', ["indent/rows.jsonl:1: is not JSON", "jq -c . rows.jsonl"]),
     ("deep", f"{ROW}{'[' * 9000}{']' * 9000}\n", ["deep/rows.jsonl:2: is not usable", "nested too deeply"]),
     ("escape", '{"prompt": "\x1b]52;c;e\x07"\n', ["escape/rows.jsonl:1: is not JSON", "\\x1b]52;c;e\\x07"]),
@@ -136,7 +189,10 @@ PROMPTS: list[tuple[str, str, list[str]]] = [
 """File of train.prompts → its content, and words of the sentence."""
 
 FILES = [
-    *((f"cd/experiment/{n}.yaml", x, ["--config-dir", "cd", f"experiment={n}"], p) for n, x, p in EXPERIMENTS),
+    *(
+        (f"cd/experiment/{n}.yaml", x, ["--config-dir", "cd", f"experiment={n}"], p)
+        for n, x, p in EXPERIMENTS
+    ),
     *((f"cd/task/{n}.yaml", x, ["--config-dir", "cd", f"task={n}"], p) for n, x, p in TASKS),
     *((f"data/{n}/rows.jsonl", x, [f"data.paths=[data/{n}]"], p) for n, x, p in DATA),
     *((f"{n}.jsonl", x, [f"train.prompts={n}.jsonl"], p) for n, x, p in PROMPTS),

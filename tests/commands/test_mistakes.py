@@ -88,9 +88,7 @@ def test_a_wrong_command_line(
     assert parts and all(part in text for part in parts), text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"), [row[2:] for row in FILES], ids=[row[0] for row in FILES]
-)
+@pytest.mark.parametrize(("arguments", "parts"), [row[2:] for row in FILES], ids=[row[0] for row in FILES])
 def test_a_wrong_file(
     arguments: list[str], parts: list[str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,7 @@ PLANTED = {
 }
 """Where it is planted → the secret; / and + make its forms in an address differ from it."""
 
-PLUGIN = '''
+PLUGIN = """
 import logging
 from dataclasses import dataclass
 from mft.loss.means import TaskTokenMean
@@ -46,7 +46,7 @@ class Breaks(TaskTokenMean):
     api_key: str = ""
     def share(self, *arguments):
         raise RuntimeError(f"no access to https://u:{self.api_key}@host with {self.api_key}")
-'''
+"""
 """A tracker and a loss that tell their keys to whoever listens."""
 
 YAMLS = {
@@ -83,7 +83,11 @@ def test_what_is_planted_is_nowhere_afterwards(tmp_path: Path, monkeypatch: pyte
         (work / "own" / name).write_text(text)
     remote = f"https://oauth2:{quote(PLANTED['git'], safe='')}@127.0.0.1:9/private.git"
     who = ["-c", "user.name=mft", "-c", "user.email=mft@localhost"]
-    for words in (["init", "-q"], ["remote", "add", "origin", remote], ["commit", "-qm", "x", "--allow-empty"]):
+    for words in (
+        ["init", "-q"],
+        ["remote", "add", "origin", remote],
+        ["commit", "-qm", "x", "--allow-empty"],
+    ):
         subprocess.run(["git", *who, *words], cwd=work, check=True)
     proxy = f"http://someone:{quote(PLANTED['proxy'], safe='')}@127.0.0.1:9"
     address = f"http://{quote(PLANTED['user'], safe='')}:{quote(PLANTED['password'], safe='')}@127.0.0.1:9"

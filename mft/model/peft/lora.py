@@ -277,9 +277,13 @@ def _check_adapter_folder(path: str, folder: Path) -> None:
         values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         kind = values.get("peft_type")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"peft.path={path}: its adapter_config.json is not a JSON object: {error}.") from error
+        raise UserError(
+            f"peft.path={path}: its adapter_config.json is not a JSON object: {error}."
+        ) from error
     if kind != "LORA":
-        raise UserError(f"peft.path={path} is an adapter of the kind {shortened(kind)}; mft trains LORA alone.")
+        raise UserError(
+            f"peft.path={path} is an adapter of the kind {shortened(kind)}; mft trains LORA alone."
+        )
     if not (folder / "adapter_model.safetensors").exists():
         pickled = (folder / "adapter_model.bin").exists()
         hint = "; its pickled adapter_model.bin is not loaded" if pickled else ""
