@@ -231,7 +231,8 @@ def _nearest_key(wrong: str, names: Sequence[str], cfg: DictConfig, similar: boo
         return f"; did you mean {ours}?"
     if hint := nearest(wrong, names):
         return hint
-    close = get_close_matches(wrong, places, n=1, cutoff=0.75) if similar else []
+    exact = [wrong] if wrong in places else []
+    close = get_close_matches(wrong, places, n=1, cutoff=0.75) if similar else exact
     return f"; did you mean {places[close[0]]}?" if close else ""
 
 

@@ -105,10 +105,9 @@ def test_what_is_planted_is_nowhere_afterwards(tmp_path: Path, monkeypatch: pyte
     away = ["tracking=[mlflow,keeper]", "tracking.mlflow.uri='${oc.env:T_ADDRESS}'"]
     axis = ["-m", "train.seed=1,2", "launch.jobs=2"]
     commands = [
-        (0, ["train", *own, *sweeping.FAST, *stores, "output_dir=run"]),
-        (1, ["train", *own, *sweeping.FAST, *away, "loss=breaks", "output_dir=failed"]),
+        (0, ["train", *own, *sweeping.FAST, *stores, "output_dir=run", "launch=inline"]),
+        (1, ["train", *own, *sweeping.FAST, *away, "loss=breaks", "output_dir=failed", "launch=inline"]),
         (0, ["train", *own, *sweeping.FAST, *stores, *axis, "hydra.sweep.dir=sweep", "train.eval_every=2"]),
-        (0, ["show", "run"]),
         (0, ["show", "failed"]),
         (0, ["compare", "sweep", "--markdown", "table.md", "--csv", "table.csv"]),
         (2, ["tracking", "sync", "failed"]),
@@ -123,7 +122,7 @@ def test_what_is_planted_is_nowhere_afterwards(tmp_path: Path, monkeypatch: pyte
     assert "opened with ${oc.env:T_KEY}" in said and "no access" in said  # they did tell
     files = [path for path in work.rglob("*") if path.is_file() and path != work / ".git" / "config"]
     names = {path.name for path in files}
-    assert {"mlflow.db", "report.html", "table.md", "config.yaml", "traceback.txt"} <= names
+    assert {"mlflow.db", "report.html", "table.md", "config.yaml", "rank0.log"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert not {str(path): places for path in files if (places := found(path.read_bytes()))}
 
