@@ -210,7 +210,7 @@ def refusal(error: OmegaConfBaseException) -> str:
     if match := re.search(r"Interpolation key '(.+)' not found", reason):
         parent, dot, _ = match[1].rpartition(".")
         node = OmegaConf.select(error.parent_node._get_root(), parent) if error.parent_node else None
-        names = [f"{parent}{dot}{key!s}" for key in (node if isinstance(node, DictConfig) else ())]
+        names = [f"{parent}{dot}{key}" for key in map(str, node if isinstance(node, DictConfig) else ())]
         return f"{setting}: there is no key {match[1]!r}{nearest(match[1], names) or '.'}"
     if match := re.search(r"Unsupported interpolation type (\S+)", reason):
         hint = nearest(match[1], RESOLVERS) or "."

@@ -275,7 +275,7 @@ def _check_adapter_folder(path: str, folder: Path) -> None:
     require_sound(folder)
     try:
         values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        kind = values.get("peft_type")
+        kind = values.get("peft_type", "LORA")
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"peft.path={path}: its adapter_config.json is not a JSON object: {error}."
