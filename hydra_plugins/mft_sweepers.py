@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext
 from omegaconf import DictConfig
@@ -28,6 +29,19 @@ class Grid(basic_sweeper.BasicSweeper):
         if config.hydra.runtime.choices["hydra/launcher"] != "mft":
             context = SweepContext(config, hydra_context.config_loader, task_function.dry_run)
             self.launcher = ExternalLauncher(self.launcher, context)
+
+    @staticmethod
+    def split_arguments(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
+        """Returns batches of jobs, as Hydra does; UserError for an axis without values to combine."""
+        from mft.errors import UserError
+
+        for axis in filter(Override.is_sweep_override, overrides):
+            if not axis.is_discrete_sweep():
+                mend = "name them, or search with hydra/sweeper=optuna"
+                raise UserError(f"{axis.input_line}: a grid combines single values; {mend}.")
+            if not list(axis.sweep_string_iterator()):
+                raise UserError(f"{axis.input_line}: there is no value of this kind, so there is no job.")
+        return basic_sweeper.BasicSweeper.split_arguments(overrides, max_batch_size)
 
     def validate_batch_is_legal(self, batch: Any) -> None:
         """Does nothing: composing every job twice would double the time, and `mft.sweep.jobs` explains

@@ -41,9 +41,9 @@ def printable(text: str) -> str:
 
 def nearest(value: object, allowed: Iterable[object]) -> str:
     """Returns "; did you mean X?" for the closest allowed value, or "" when none is close."""
-    options = [str(option) for option in allowed]
-    matches = difflib.get_close_matches(str(value), options, n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    options = {str(option).lower(): str(option) for option in allowed}
+    matches = difflib.get_close_matches(str(value).lower(), options, n=1, cutoff=0.6)
+    return f"; did you mean {options[matches[0]]}?" if matches else ""
 
 
 def writable(folder: Path, key: str) -> Path:
@@ -126,8 +126,9 @@ def no_path(error: BaseException) -> UserError | None:
 
 
 def shortened(value: object, limit: int = 80) -> str:
-    """Returns repr(value), cut in the middle to at most `limit` characters."""
-    text = repr(value)
+    """Returns a value as JSON and yaml have null, true and false, else repr(value), cut in the middle to at
+    most `limit` characters."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     if len(text) <= limit:
         return text
     half = (limit - 5) // 2
@@ -185,9 +186,10 @@ def check_choice(key: str, value: object, allowed: Iterable[object]) -> None:
     names = ["null" if option is None else str(option) for option in allowed]
     text = "null" if value is None else str(value)
     if text not in names:
-        raise UserError(f"{key}={value!r} is not one of {', '.join(names)}{nearest(text, names)}")
+        hint = nearest(text, names) or "."
+        raise UserError(f"{key}={shortened(value)} is not one of {', '.join(names)}{hint}")
 
 
 def nearest_sibling(path: Path) -> str:
     """Returns "; did you mean X?" for what lies beside a path that does not exist, or ""."""
-    return nearest(path, path.parent.iterdir() if path.parent.is_dir() else ())
+    return nearest(path, (other for other in path.parent.glob("*") if other != path))

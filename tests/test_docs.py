@@ -148,3 +148,11 @@ def test_modules_are_there(words: list[str]) -> None:
 @pytest.mark.parametrize("words", MAKE)
 def test_make_has_the_target(words: list[str]) -> None:
     assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+
+
+def test_what_a_page_says_is_held_by_a_test_is() -> None:
+    named = [
+        pair for page in PAGES for pair in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text("utf-8"))
+    ]
+    assert len(named) > 30
+    assert not [pair for pair in named if f"def {pair[1]}(" not in (ROOT / pair[0]).read_text("utf-8")]

@@ -237,7 +237,7 @@ def existing_folder(text: str) -> Path:
     """Returns a folder that was named; UserError with the nearest one beside it where there is none."""
     folder = Path(text)
     if not folder.is_dir():
-        siblings = [path.name for path in folder.parent.glob("*")]
+        siblings = [path.name for path in folder.parent.glob("*/")]
         raise UserError(f"{text} is not a folder{nearest(folder.name, siblings) or '.'}")
     return folder
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mft.commands.arguments import BOOLEAN, FOLDER, TEXT, Parser
+from mft.commands.arguments import BOOLEAN, FOLDER, TEXT, Parser, existing_folder
 from mft.commands.trained_model import final_folder, import_family
 from mft.console.screen import say
 from mft.errors import UserError
@@ -47,5 +47,7 @@ def command(arguments: Sequence[str]) -> None:
     elif not (adapter and out):
         missing = [name for name, value in (("--adapter", adapter), ("--out", out)) if not value]
         raise UserError(f"mft merge needs {' and '.join(missing)}, or a run folder.")
+    else:
+        existing_folder(str(adapter))
     result = merge(adapter, out, base=parsed.base or None, trust_remote_code=parsed.trust_remote_code)
     say(f"merged into {out}\n{result}")

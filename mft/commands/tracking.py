@@ -33,12 +33,17 @@ def command(arguments: Sequence[str]) -> None:
     _, places = action_of(line, parsed.words)
     from mft.tracking.record import NAME
     from mft.tracking.sender import sync
+    from mft.tracking.store import check_address
 
+    if parsed.uri:
+        check_address(parsed.uri, "--uri")
     folders = run_folders(places)
     sweeps = dict.fromkeys(folder.parent for folder in folders if (folder.parent / RECORD).exists())
     tracked = [folder for folder in (*folders, *sweeps) if (folder / NAME).exists()]  # a sweep's: its report
     if not tracked:
-        raise UserError("There is no run tracked by MLflow here.")
+        raise UserError(
+            f"There is no run tracked by MLflow in {', '.join(places) or 'outputs/ and multirun/'}."
+        )
     failures = []
     for folder in tracked:
         if run_folder.state(folder) == "running":

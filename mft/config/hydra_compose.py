@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, open_dict
 from mft.config import hydra_node, plugins
 from mft.config.components import package_of
 from mft.config.interpolations import bound
-from mft.config.overrides import IN_PLAIN_TEXT, key_of
+from mft.config.overrides import in_plain_text, key_of
 from mft.config.schema import config_dir
 from mft.console import credentials
 from mft.errors import UserError
@@ -64,11 +64,13 @@ def without_search_path(overrides: Sequence[str]) -> list[str]:
     return [o for o in overrides if key_of(o) != "hydra.searchpath"]
 
 
-def check_sweep(overrides: Sequence[str]) -> None:
-    """Judges Hydra's own node of a sweep, before Hydra builds its launcher, sweeper and callbacks."""
+def check_sweep(overrides: Sequence[str]) -> DictConfig:
+    """Judges Hydra's own node of a sweep, before Hydra builds its launcher, sweeper and callbacks; returns
+    the config that it belongs to."""
     cfg = _with_hydra(overrides, sweep=True)
     bound(cfg)
     hydra_node.check(cfg.hydra)
+    return cfg
 
 
 def compose_words(words: Sequence[str]) -> DictConfig:
@@ -125,6 +127,6 @@ def _refuse_credentials(node: DictConfig | ListConfig, path: str = "") -> None:
         value, here = child._value(), f"{path}.{key}" if path else str(key)
         # an item of a list is judged by the name of the list
         if isinstance(value, str) and credentials.written_out(value, path if isinstance(key, int) else here):
-            raise UserError(IN_PLAIN_TEXT.format(here))
+            raise UserError(in_plain_text(here))
         if isinstance(child, DictConfig | ListConfig) and isinstance(value, dict | list):
             _refuse_credentials(child, here)

@@ -16,11 +16,15 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from omegaconf.grammar_parser import parse
 from omegaconf.resolvers import oc
 
+from mft.config.refusals import ended, plainly
 from mft.console import credentials
-from mft.errors import UserError
+from mft.errors import UserError, nearest, shortened
 
 LARGEST = 1_000_000
 """Characters and values that all interpolations may expand to, together."""
+
+RESOLVERS = ("oc.env", "oc.select", "oc.decode", "now", "hydra")
+"""What may stand before the colon of an interpolation, as far as a person may want it."""
 
 _REFERENCE = re.compile(r"\$\{\s*(\.*[^${}:,\s]+)\s*\}")
 _WORD = re.compile(r"[A-Za-z_][\w.\[\]]*")
@@ -53,7 +57,7 @@ def replaced(cfg: DictConfig) -> DictConfig:
     except MissingMandatoryValue as error:
         raise UserError(f"{_first_line(error)}.") from error
     except OmegaConfBaseException as error:
-        raise UserError(_refusal(error)) from error
+        raise UserError(refusal(error)) from error
     assert isinstance(copy, DictConfig)
     return copy
 
@@ -63,7 +67,7 @@ def check_variables(cfg: DictConfig) -> None:
     try:
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(_refusal(error)) from error
+        raise UserError(refusal(error)) from error
 
 
 def bound(cfg: DictConfig) -> None:
@@ -196,11 +200,24 @@ def _escaped(value: object) -> object:
     return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + "\\${", value)
 
 
-def _refusal(error: OmegaConfBaseException) -> str:
+def refusal(error: OmegaConfBaseException) -> str:
+    """Returns the sentence for an interpolation that cannot be resolved: its key, the text, the nearest."""
     reason = _first_line(error)
-    if match := re.search(r"nvironment variable '([^']+)' not found", str(error)):
-        reason = f"the environment variable {match[1]} is not set, and ${{oc.env:{match[1]}}} reads it."
-    return f"{error.full_key}: {reason}"
+    if match := re.search(r"nvironment variable '([^']+)' not found", reason):
+        unset = f"the environment variable {match[1]} is not set, and ${{oc.env:{match[1]}}} reads it."
+        return f"{error.full_key}: {unset}"
+    setting = f"{error.full_key}={shortened(getattr(error.child_node, '_value', str)())[1:-1]}"
+    if match := re.search(r"Interpolation key '(.+)' not found", reason):
+        parent, dot, _ = match[1].rpartition(".")
+        node = OmegaConf.select(error.parent_node._get_root(), parent) if error.parent_node else None
+        names = [f"{parent}{dot}{key}" for key in map(str, node if isinstance(node, DictConfig) else ())]
+        return f"{setting}: there is no key {match[1]!r}{nearest(match[1], names) or '.'}"
+    if match := re.search(r"Unsupported interpolation type (\S+)", reason):
+        hint = nearest(match[1], RESOLVERS) or "."
+        return f"{setting}: there is no resolver {match[1]!r}{hint} Known: {', '.join(RESOLVERS)}."
+    if match := re.search(r"While dereferencing interpolation '.+': (.+)", reason):
+        return f"{setting}: {ended(plainly(match[1]))}"
+    return f"{setting}: {ended(reason)}"
 
 
 def _first_line(error: Exception) -> str:

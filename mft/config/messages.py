@@ -21,29 +21,12 @@ from yaml import YAMLError
 from mft.config import yaml_file
 from mft.config.hydra_compose import compose_words, places_of
 from mft.config.inputs import under
+from mft.config.interpolations import refusal
 from mft.config.other_trainers import setting_here
-from mft.config.overrides import MOVED_KEYS, group_options, groups, key_of
+from mft.config.overrides import MOVED_KEYS, SEVERAL, group_options, groups, key_of
+from mft.config.refusals import REASON, ended, plainly
+from mft.config.schema import config_dir
 from mft.errors import UserError, nearest, no_path
-
-REFUSALS = (
-    (r"could not be converted to Integer", "must be an integer"),
-    (r"could not be converted to Float", "must be a number"),
-    (r"is not a valid bool", "must be true or false"),
-    (r"Cannot convert '\w+' to string|converted to String|is not a subclass of str", "must be a string"),
-    (
-        r"Invalid value assigned|DictConfig with ListConfig|to ListConfig|not a ListConfig",
-        "must be a list, such as [a,b]",
-    ),
-    (r"is not a DictConfig|to DictConfig|subclass of [A-Z]|to Dict\[", "must be a mapping, such as {a: 1}"),
-    (r"is not Optional|None to non-optional", "must not be null"),
-    (r"does not support deletion", "a setting cannot be removed; leave it as it is, or set another value"),
-)
-"""Pattern in OmegaConf's message about a value → our words; the first match counts."""
-
-REASON = (
-    r"Value '|Invalid (value|type)|is not Optional|does not support deletion|Cannot (merge|convert 'list')"
-)
-"""Finds the line in which OmegaConf says what is wrong with a value."""
 
 GONE = {
     "train.allow_targets": "unknown; a package of your own classes is allowed with --plugin PACKAGE on the "
@@ -86,14 +69,6 @@ def explained(search: Sequence[str], overrides: Sequence[str]) -> Iterator[None]
         ) from error
 
 
-def plainly(refusal: str) -> str:
-    """Returns OmegaConf's message about a value in plain words, e.g. "must be an integer"."""
-    if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", refusal):
-        value, options = match.groups()
-        return f"must be one of {options}{nearest(value, options.split(', '))}"
-    return next((plain for pattern, plain in REFUSALS if re.search(pattern, refusal)), refusal)
-
-
 def task_not_chosen(wrong: str, chosen: Sequence[str]) -> str:
     """Returns the sentence for a setting of a task that was not chosen."""
     return (
@@ -110,11 +85,30 @@ def _sentence(error: Exception, search: Sequence[str], overrides: Sequence[str])
         return f"{word}: several values make a sweep, mft train -m {word}; a list is {key}=[{values}]."
     if match := re.search(r"Multiple values for ([^.]+)\.|(\S+) appears more than once", text):
         group = match.group(1) or match.group(2)
+        if not any(o.startswith("+") and key_of(o) == group for o in overrides):
+            return (
+                f"{group}: a yaml chooses a second option; write `defaults: [override /{group}: NAME]` there."
+            )
         return f"+{group}: an option of this group is already chosen; write {group}=… without the plus."
+    if match := re.search(r"Sweep parameters '(.+)' requires --multirun", text):
+        return f"{match.group(1)}: several values make a sweep: mft train -m '{match.group(1)}'."
+    if match := re.search(r"Error resolving interpolation '(.+)', possible", text):
+        override = next(o for o in overrides if match.group(1) in o)
+        options = ", ".join(group_options(key_of(override)))
+        return f"{override}: expected the name of an option, not an interpolation. Allowed: {options}."
+    if match := re.search(r"An item is already at '([^']+)'", text):
+        word = next(o for o in overrides if o.startswith("+") and key_of(o) == match.group(1))
+        return f"{word}: the config has this key; write {word.lstrip('+')}, without the plus."
+    if match := re.search(r"Could not delete '([^']+)'", text):
+        return f"~{match.group(1)}: no option of this group is chosen, so there is none to remove."
+    if match := re.search(r"Could not delete.+\n?.*'([^']+)' (?:does not exist|is )", text):
+        return _unknown_key(match.group(1), search, overrides)
     if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
-        return _missing_option(match.group(1), search)
+        among = re.search(r"Available options in '([^']+)':\n((?:\t\S+\n)+)", text)
+        return _missing_option(match.group(1), search, *(among.groups() if among else ("", "")))
     if match := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(match.group(1).removeprefix("/"), search, overrides)
+        inner = re.search(rf"full_key: ({re.escape(match.group(1))}\.\S+)", text)  # of train={sed: 1}
+        return _unknown_key((inner or match).group(1).removeprefix("/"), search, overrides)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     reason = plainly(next((line for line in lines if re.search(REASON, line)), ""))
     match = re.search(r"full_key: (\S+)", text)
@@ -127,32 +121,36 @@ def _sentence(error: Exception, search: Sequence[str], overrides: Sequence[str])
                 return f"{name}.yaml: its first line must be `# @package _global_`."
             return f"{name}.yaml: {_unknown_key(key, search, [o for o in overrides if key_of(o) != group])}"
         if key and reason:
-            return f"{name}.yaml: {key}: {_ended(reason)}"
+            return f"{name}.yaml: {key}: {ended(reason)}"
         return f"{name}.yaml: contains no keys of the config."
     if match := re.search(r"Error merging override (.+)", text):
         override = match.group(1)
         if reason.startswith("must be a list") and key_of(override) in ("train", "launch", "data"):
             reason = "must be a mapping, such as {a: 1}"
-        return (
-            f"{override}: {_ended(reason)}" if reason else _unknown_key(key_of(override), search, overrides)
-        )
+        return f"{override}: {ended(reason)}" if reason else _unknown_key(key_of(override), search, overrides)
     if key:
         if "not in '" in text:
             return _unknown_key(key, search, overrides)
-        override = next((f"{key}={o.split('=', 1)[1]}" for o in overrides if key_of(o) == key), key)
-        return f"{override}: {_ended(reason or lines[0])}"
+        values = [f"{key}={o.split('=', 1)[1]}" for o in overrides if key_of(o) == key]
+        return f"{values[-1] if values else key}: {ended(reason or lines[0])}"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return refusal(error)
+    if match := re.search(r"Interpolation key '(.+)' not found", text):  # of --resolve, which names no place
+        where = next((o for o in overrides if f"${{{match.group(1)}}}" in o), "The config")
+        return f"{where}: there is no key {match.group(1)!r}."
     return text.strip()
 
 
-def _ended(sentence: str) -> str:
-    return sentence if sentence.endswith(("?", ".")) else f"{sentence}."
+def _missing_option(option: str, search: Sequence[str], above: str, listed: str) -> str:
+    """Of `peft/lroa`: names the group's options and the nearest one.
 
-
-def _missing_option(option: str, search: Sequence[str]) -> str:
-    """Of `peft/lroa`: names the group's options and the nearest one."""
+    above: the group that Hydra knows on the way to it, of which it has `listed` options, one a line.
+    """
     group, _, name = option.rpartition("/")
     folders = [Path(place.removeprefix("file://")) for override in search for place in places_of(override)]
-    options = group_options(group, folders)
+    if not (options := group_options(group, folders)) and above:  # experiment/nowhere, hydra/launcher
+        group, name = above, option.removeprefix(f"{above}/")
+        options = group_options(group, folders) or listed.split()
     sentence = f"{group}={name}: unknown option {name!r} of the config group {group!r}"
     sentence += nearest(name, options) or "."
     if options:
@@ -173,13 +171,14 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
     group, at, package = key.partition("@")
     if at:
         return f"{key}: no option of {group} is placed at {package!r}; choose one with {group}=…, without @."
+    if "/" in key:
+        return f"{key}: a key is names joined by dots; did you mean {key.replace('/', '.')}?"
     wrong_ones = (group, "hydra.searchpath")  # of which `search` takes the place
+    sound = [o for o in overrides if not under(key_of(o).split("@")[0], wrong_ones) and "={" not in o]
     try:
-        cfg = compose_words(
-            [*search, *(o for o in overrides if not under(key_of(o).split("@")[0], wrong_ones))]
-        )
+        cfg = compose_words([*search, *sound])
     except Exception:  # another override is wrong as well
-        return f"There is no key {key!r}."
+        return f"There is no key {key!r}{nearest(key, groups()) or '.'}"
     node: Any = cfg
     parts = key.split(".")
     depth = 0
@@ -187,6 +186,8 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
         node = node._get_node(parts[depth])
         depth += 1
     path = ".".join(parts[:depth])
+    if depth == len(parts) and not isinstance(node, DictConfig):
+        return f"~{key}: a setting cannot be removed; leave it as it is, or set another value."
     if not isinstance(node, DictConfig):
         if type(node) is AnyNode and node._is_none():
             return f"{key}: {path} is null so far; a plus adds keys to it: +{key}=…"
@@ -200,25 +201,39 @@ def _unknown_key(key: str, search: Sequence[str], overrides: Sequence[str]) -> s
         return f"{key}: {task_not_chosen(wrong, names)}"
     if not path:
         names += [group for group in groups() if group not in names]
-    where = f"{path} has" if path else "the config has"
-    hint = _nearest_key(wrong, names, cfg, similar=not path) or "."
-    return f"{key}: {where} no key {wrong!r}{hint} Allowed: {', '.join(names) or 'none'}."
+    where = path or "the config"
+    options = group_options(path) if path in groups() else []
+    if path == "tracking" and wrong in options:
+        return f"{key}: {wrong} is not chosen; tracking=[{', '.join([*names, wrong])}] chooses it."
+    if path in groups() and path not in SEVERAL:
+        where = f"{path}={cfg.choices[path]}"
+    having = [option for option in options if wrong in _keys_of(path, option)]
+    hint = f", which {path}={', '.join(having)} {'has' if len(having) == 1 else 'have'}." if having else ""
+    hint = hint or _nearest_key(wrong, names, cfg, similar=not path) or "."
+    return f"{key}: {where} has no key {wrong!r}{hint} Allowed: {', '.join(names) or 'none'}."
+
+
+def _keys_of(group: str, option: str) -> set[str]:
+    """Returns the keys that an option of conf/ has, those of the yamls that it includes as well."""
+    values = yaml_file.load(config_dir() / group / f"{option}.yaml")
+    included = [name for name in values.pop("defaults", ()) if isinstance(name, str) and name != "_self_"]
+    return set(values).union(*(_keys_of(group, name) for name in included))
 
 
 def _nearest_key(wrong: str, names: Sequence[str], cfg: DictConfig, similar: bool) -> str:
     """Returns "; did you mean optimizer.lr?": what another trainer calls `wrong`, one of `names` like it, or
     a key of that name elsewhere in the config. similar: whether one like it elsewhere counts, too."""
     places: dict[str, str] = {}
-    for path in _all_keys(cfg):
+    for path in sorted(_all_keys(cfg), key=lambda path: not path.startswith("train.")):
         places.setdefault(path.rpartition(".")[2], path)
     # A name that the config has itself, such as `seed`, means that one.
-    if wrong not in places and (ours := setting_here(wrong)):
+    if ours := (places.get(wrong) if similar else "") if wrong in places else setting_here(wrong):
         return f"; did you mean {ours}?"
     if hint := nearest(wrong, names):
         return hint
-    close = get_close_matches(wrong, places, n=1, cutoff=0.75) if similar else []
-    name = wrong if wrong in places else next(iter(close), None)
-    return f"; did you mean {places[name]}?" if name else ""
+    exact = [wrong] if wrong in places else []
+    close = get_close_matches(wrong, places, n=1, cutoff=0.75) if similar else exact
+    return f"; did you mean {places[close[0]]}?" if close else ""
 
 
 def _all_keys(node: Any, prefix: str = "") -> Iterator[str]:

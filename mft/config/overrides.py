@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 from mft.config.inputs import under
 from mft.config.other_trainers import setting_here
 from mft.config.places import check_name
-from mft.config.schema import Config, config_dir
+from mft.config.schema import Config, Launch, config_dir
 from mft.console import credentials
+from mft.data.settings import DataSettings
 from mft.errors import UserError, nearest, shortened
+from mft.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -61,11 +63,16 @@ DEEPEST = 64
 """Brackets that a value on the command line may have; Hydra's parser recurses for each."""
 
 IN_PLAIN_TEXT = (
-    "{}: the address holds a user, a password or a key, and configs are kept with the run; write it as "
+    "{}: {} a user, a password or a key, and configs are kept with the run; write it as "
     "${{oc.env:NAME}}, which is kept as written and read in every rank, or, for MLflow, set "
     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment."
 )
-"""The sentence for a password or key in an address; it does not repeat the secret."""
+"""The sentence for a secret in a config."""
+
+
+def in_plain_text(key: str) -> str:
+    """Returns the sentence for a password or key that stands in a config; it does not repeat the secret."""
+    return IN_PLAIN_TEXT.format(key, "this is" if credentials.SECRET_KEY.search(key) else "the address holds")
 
 
 def key_of(override: str) -> str:
@@ -107,7 +114,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise UserError(f"{shortened(key)}: its value has too many brackets; expected at most {DEEPEST}.")
         # Before anything below repeats the override in a sentence.
         if credentials.written_out(override.partition("=")[2], key):
-            raise UserError(IN_PLAIN_TEXT.format(key))
+            raise UserError(in_plain_text(key))
         parsed = _parsed(override)
         below_hydra = key.startswith("hydra.") and key.count(".") == 1 and key not in HYDRA_VALUES
         if key == "hydra" or below_hydra or under(key, ("hydra.runtime", "hydra.overrides")):
@@ -172,8 +179,9 @@ def not_an_override(word: str) -> str:
     elif "/" in word or (word and Path(word).exists()):
         meant = f"data.paths=[{word}]"
     else:
-        key = setting_here(word) or (word if word in groups() or "." in word else "")
-        meant = f"{key}=…" if key else ""
+        name, _, value = word.replace(":", " ").partition(" ")  # optimizer.lr:1e-4
+        key = _setting(name) or (name if name in groups() or "." in name else "")
+        meant = f"{key}={value.strip() or '…'}" if key else ""
     hint = f"did you mean {meant}?" if meant else "use key=value, such as peft=lora or optimizer.lr=2e-4."
     return f"{word!r} is not a valid override; {hint}"
 
@@ -183,11 +191,18 @@ def unknown_flag(flag: str, flags: Sequence[str], command: str) -> str:
     name, equals, value = flag.lstrip("-").partition("=")
     hint = nearest(flag.partition("=")[0], flags)
     # Users of other trainers write --learning_rate=1e-4, an override here.
-    if not hint and (equals or "." in name or setting_here(name)):
-        ours = setting_here(name) or name
+    if not hint and (equals or "." in name or _setting(name)):
+        ours = _setting(name) or name
         meant = ours if "=" in ours else f"{ours}={value or '…'}"
         hint = f"; did you mean {meant}, without dashes?"
     return f"{command} has no flag {shortened(flag)[1:-1]}{hint or '.'} Flags: {', '.join(flags)}."
+
+
+def _setting(name: str) -> str:
+    """Returns the key of a setting that a person calls by its last name, or as another trainer does; ""."""
+    typed = {"train": TrainSettings, "data": DataSettings, "launch": Launch}
+    fields = [(path, field.name) for path, cls in typed.items() for field in dataclasses.fields(cls)]
+    return next((f"{path}.{field}" for path, field in fields if field == name), setting_here(name) or "")
 
 
 def _check_characters(override: str) -> None:
@@ -221,7 +236,7 @@ def _parsed(override: str) -> Override:
         raise UserError(f"{shortened(override)}: {error}.") from error
     except HydraException as error:
         key = override.partition("=")[0]
-        if not re.fullmatch(r"(\+{1,2}|~)?[\w$][\w$./@:-]*", key):
+        if not re.fullmatch(r"(\+{1,2}|~)?[\w$]([\w$@:-]|[./](?=[\w$]))*", key):
             raise UserError(
                 f"{shortened(override)}: {key!r} is not a key; a key is names joined by dots, such as "
                 "train.max_steps."

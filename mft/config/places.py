@@ -43,8 +43,10 @@ def absolute_paths(cfg: DictConfig) -> DictConfig:
     for key in (*ONE, *FOLDERS):
         if isinstance(value := OmegaConf.select(cfg, key), str):
             _check_length(value, f"{key}={shortened(value)[1:-1]}")
+            if not value and key in ("output_dir", "cache_dir"):
+                raise UserError(f"{key} is empty; write the path of a folder, or leave it out.")
             if value and key in FOLDERS:
-                _check_folder(Path(os.path.expanduser(value)), key)
+                check_folder(Path(os.path.expanduser(value)), key)
     cfg.output_dir, cfg.cache_dir = _absolute(cfg, "output_dir"), _absolute(cfg, "cache_dir")
     cfg.data.paths = _all_absolute(cfg.data.paths, "data.paths")
     if is_file(cfg.data.template):
@@ -72,6 +74,11 @@ def _all_absolute(paths: ListConfig, key: str) -> list[str]:
         if not isinstance(path, str) or not path.strip():
             raise UserError(f"{key}: {shortened(path)} must be a path, in quotes where it is a number.")
         _check_length(path, f"{key}={shortened(path)[1:-1]}")
+        if "://" in path:
+            raise UserError(
+                f"{key}={shortened(path)[1:-1]} is an address; download it and give the folder or file, or "
+                "name a data set of the hub, hf:owner/name."
+            )
     return [_absolute(paths, number) for number in range(len(paths))]
 
 
@@ -86,7 +93,7 @@ def _check_length(path: str, setting: str) -> None:
         raise UserError(f"{setting}: a path of {length:,} bytes; it must have at most {LONGEST_PATH:,}.")
 
 
-def _check_folder(folder: Path, key: str) -> None:
+def check_folder(folder: Path, key: str) -> None:
     """Checks that a folder exists or can be created, as far as that is known without creating it."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():

@@ -13,8 +13,8 @@ from omegaconf.errors import ConfigKeyError, ValidationError
 
 from mft.config import build
 from mft.config.components import component_class
-from mft.config.messages import plainly
 from mft.config.other_trainers import setting_here
+from mft.config.refusals import ended, plainly
 from mft.config.schema import batch_sizes, resolve_precision
 from mft.data.prompts import read_prompts
 from mft.data.settings import BadRows, LongSamples, Mixture
@@ -123,8 +123,8 @@ def _check_fields(node: DictConfig, path: str) -> None:
         try:
             OmegaConf.update(schema, key, value, merge=False)
         except (ValidationError, ConfigKeyError) as error:
-            reason = plainly(str(error).strip().splitlines()[0]).rstrip(".")
-            raise UserError(f"{path}.{key}={shortened(value)}: {reason}.") from error
+            reason = ended(plainly(str(error).strip().splitlines()[0]))
+            raise UserError(f"{path}.{key}={shortened(value)}: {reason}") from error
         if isinstance(value, int | float) and type(schema[key]) is str:
             node[key] = schema[key]  # a name of digits, such as run_name=2026, which yaml reads as a number
 

@@ -110,6 +110,9 @@ def _judge(path: Path, text: str) -> None:
     total = 0
     for event in yaml.parse(text, Loader=LOADER):
         at = f"{path}:{event.start_mark.line + 1}"
+        if total == 0 and isinstance(event, yaml.SequenceStartEvent | yaml.ScalarEvent):
+            found = "a list" if isinstance(event, yaml.SequenceStartEvent) else "one value"
+            raise UserError(f"{at}: contains no keys but {found}; write KEY: VALUE on each line.")
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in [anchor for anchor, _ in open_nodes]:
                 raise UserError(f"{at}: *{event.anchor} stands inside the value it refers to.")

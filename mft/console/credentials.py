@@ -27,10 +27,18 @@ HARMLESS = re.compile(
 ADDRESS = re.compile(r"(^|[._])(uri|url|endpoint|address|addr|proxy|proxies|host)$")
 """Keys whose values are addresses."""
 
+SECRET_KEY = re.compile(
+    r"(^|\.)((\w+_)?(password|passwd|pwd|passphrase|secret|credentials?|(api|access|private|secret)_?key)"
+    r"|((access|api|auth|bearer|hf|secret)_)?token)$",
+    re.IGNORECASE,
+)
+"""Keys whose values are secrets, such as a plug-in's api_key; eos_token is none."""
+
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^{},\s]+)\s*(?:,([^{}]*))?\}")
 _USERINFO = re.compile(r"(?<=://)(?![\w.-]+:\d{1,5}/)[^\s'\"]*@")  # but not the @ in a path behind host:port/
 _WHOLE_USERINFO = re.compile(r"(?<=://)(?![\w.-]+:\d{1,5}/).*@", re.DOTALL)  # of a text that is one address
-_NO_SCHEME = re.compile(r"(?<![\w/:.*{$-])[^\s'\"=/:@,\[\]{}()]+:(?!//)[^\s'\"@]+@(?=[\w.$*-])")
+# user:password@host; hf:owner/name@revision is a data set
+_NO_SCHEME = re.compile(r"(?<![\w/:.*{$-])(?!hf:)[^\s'\"=/:@,\[\]{}()]+:(?!//)[^\s'\"@]+@(?=[\w.$*-])")
 _PARAMETER = re.compile(
     rf"([?&;#]|%3F|%26|%23)([\w.-]*(?:{SECRET}|(?<![\w])key)[\w.-]*)=[^&;\s'\"#]+", re.IGNORECASE
 )
@@ -86,7 +94,8 @@ def without_credentials(uri: str) -> str:
 
 
 def written_out(text: str, key: str = "") -> bool:
-    """Whether an address in a text as it stands in a config has a user, a password or a key written out.
+    """Whether a text as it stands in a config has a user, a password or a key written out: an address, or the
+    value of a SECRET_KEY.
 
     `${oc.env:NAME}` in their place is none. key: where it stands, which says whether all of the text is an
     address.
@@ -94,6 +103,8 @@ def written_out(text: str, key: str = "") -> bool:
     text = _ENVIRONMENT.sub(
         lambda match: "\0" + ("" if (match[2] or "null").strip() == "null" else match[2]), text
     )
+    if SECRET_KEY.search(key) and text.replace("\0", "").strip(" '\"") not in ("", "null"):
+        return True
     for _ in range(3):  # percent signs may be escaped themselves
         text = unicodedata.normalize("NFKC", text)
         if _in_plain(text.strip(" '\"[]"), ADDRESS.search(key) is not None):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mft.console.credentials import hidden
@@ -66,9 +68,11 @@ class _Shown(logging.Formatter):
 
 
 def guard_logs() -> None:
-    """Makes warnings and log lines of this process `shown`, those of libraries as well."""
+    """Makes warnings, log lines and tracebacks of this process `shown`, those of libraries as well."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Shown())
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _traceback
     plain = warnings.formatwarning
     # Every command calls this, and tests run several in one process: it is wrapped once.
     if getattr(plain, "__name__", "") != "_formatted":
@@ -77,3 +81,7 @@ def guard_logs() -> None:
             return shown(plain(*arguments, **options))
 
         warnings.formatwarning = _formatted
+
+
+def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    say("".join(traceback.format_exception(kind, error, trace)).rstrip(), sys.stderr)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 
 from mft.batch import Message
 from mft.data.row_fields import RowError
@@ -30,6 +32,26 @@ OPENED = re.compile(rf"(?:{OPENING})\s*\Z")
 
 PROBE = (Message("user", "What is 1+1?"), Message("assistant", "It is two."))
 """What a template is tried with; an answer that templates neither strip nor escape."""
+
+
+class _Generation(Extension):
+    """The tag with which templates mark answers, read as transformers does, whose own needs its import."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def check_syntax(source: str, name: str) -> None:
+    """Raises UserError, with the line, for a template that Jinja cannot read; nothing is rendered."""
+    try:
+        Environment(extensions=[_Generation, loopcontrols]).parse(source)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"data.template={name}:{error.lineno}: not a Jinja template: {error.message}"
+        ) from error
 
 
 class Jinja(Template):

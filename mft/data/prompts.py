@@ -7,7 +7,7 @@ from pathlib import Path
 from mft.batch import ROLES, Prompt
 from mft.data.readers import Rows
 from mft.data.row_fields import RowError, must_be, required, text_of
-from mft.errors import UserError, shortened
+from mft.errors import UserError, nearest_sibling, shortened
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -18,7 +18,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises UserError with file and line for a row that cannot be read.
     """
     if not path.is_file():
-        raise UserError(f"train.prompts={path} is not a file.")
+        raise UserError(f"train.prompts={path} is not a file{nearest_sibling(path) or '.'}")
     prompts = []
     try:
         for file, line, row in Rows([path]):

@@ -17,7 +17,7 @@ from mft.data.cache.fingerprint import file_digests
 from mft.data.detection import OWN_NAMES, recognise, unrecognised
 from mft.data.formats import KNOWN, Auto, Format
 from mft.data.readers import Rows, stem
-from mft.data.row_fields import SKIP_ADVICE, RowError
+from mft.data.row_fields import SKIP_ADVICE, RowError, must_be
 from mft.data.task_files import DataFile, task_files
 from mft.errors import UserError, check_ranges, nearest, ranged, shortened
 
@@ -114,11 +114,13 @@ class Task:
         where no format fits, and where `stops` RowError for the first bad row.
         """
         row_format: Format | None = None if isinstance(self.format, Auto) else self.format
+        empty = []
         for file in self.files():
             if hub.is_name(file) or file.name.lower().endswith(".parquet"):
                 continue  # slow to open, and no text in which a person could have made a mistake
             bad: list[tuple[int, RowError]] = []
             rows = list(islice(Rows([file]), FIRST_ROWS))
+            empty += [] if rows else [file]
             for _, line, row in rows:
                 try:
                     if isinstance(row, RowError):
@@ -135,6 +137,12 @@ class Task:
             objects = [row for _, _, row in rows if isinstance(row, dict)]
             if stops and row_format is None and objects:
                 raise unrecognised(objects[0], self.name)
+            if stops and row_format is None and rows:
+                raise must_be("", "an object with named fields", rows[0][2]).at(file, rows[0][1])
+        if empty == self.files():
+            raise UserError(
+                f"{self._at('paths')}: {empty[0]} has no rows{', nor has another file' * (len(empty) > 1)}."
+            )
 
     def find_format(self) -> tuple[str, Format]:
         """Returns the name of the format and the format; Auto finds it by the first row that one fits.

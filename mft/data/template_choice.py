@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mft.data.chat_template import Jinja
+from mft.data.chat_template import Jinja, check_syntax
 from mft.data.template import NOTE, OWN, MftCoder, Template
-from mft.errors import UserError, nearest
+from mft.errors import UserError, nearest, nearest_sibling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,8 +32,8 @@ def check(name: str, role_markers: Mapping[str, object] | None = None) -> None:
         names = (*TEMPLATES, OWN)
         allowed = f"{', '.join(names)}, or a file *.jinja{nearest(name, names)}"
         raise UserError(f"data.template: unknown template {name!r}; allowed: {allowed}")
-    if is_file(name) and not Path(name).expanduser().is_file():
-        raise UserError(f"data.template: no such file {name}")
+    if is_file(name):
+        check_syntax(_source(name), name)
     if role_markers:
         raise UserError(f"data.role_markers: has no effect with data.template={name}, which has its own")
 
@@ -53,11 +53,17 @@ def named(
     assert tokenizer is not None, "a Jinja template is rendered by the tokenizer"
     if name == OWN:
         return of_tokenizer(tokenizer)
+    return Jinja(_source(name), tokenizer, name)
+
+
+def _source(name: str) -> str:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.template={name}: there is no such file{nearest_sibling(path) or '.'}")
     try:
-        source = Path(name).expanduser().read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.template={name}: cannot be read as UTF-8 text: {error}") from error
-    return Jinja(source, tokenizer, name)
+        raise UserError(f"data.template={name}: cannot be read as UTF-8 text: {error}.") from error
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from mft.errors import UserError
+from mft.errors import UserError, shortened
 from mft.hardware import visible_gpus
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def detect_rank() -> RankInfo | None:
     variables = os.environ
     # a batch script has SLURM_NTASKS, too; only inside srun does it count processes beside this one
     in_step = "SLURM_STEP_ID" in variables or "SLURM_STEP_NUM_TASKS" in variables
-    tasks = int(variables.get("SLURM_STEP_NUM_TASKS") or variables.get("SLURM_NTASKS") or 1) if in_step else 1
+    tasks = _number("SLURM_STEP_NUM_TASKS") or _number("SLURM_NTASKS") or 1 if in_step else 1
     if "RANK" not in variables and tasks > 1 and "SLURM_PROCID" in variables:
         hosts = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "127.0.0.1")
         first_host = re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", hosts).split(",")[0]  # gpu[03-05,9] -> gpu03
@@ -62,7 +62,18 @@ def detect_rank() -> RankInfo | None:
         variables.setdefault("MASTER_PORT", str(20000 + int(variables.get("SLURM_JOB_ID", 0)) % 10000))
     if not all(name in variables for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return None
-    return RankInfo(int(variables["RANK"]), int(variables["WORLD_SIZE"]))
+    return RankInfo(_number("RANK"), _number("WORLD_SIZE"))
+
+
+def _number(variable: str) -> int:
+    """Returns the number in a variable of the environment, 0 where it is not set."""
+    try:
+        return int(os.environ.get(variable) or 0)
+    except ValueError:
+        raise UserError(
+            f"{variable}={shortened(os.environ[variable])} must be a whole number: torchrun, accelerate launch "
+            "or srun sets it; unset it to start ranks from here."
+        ) from None
 
 
 def ranks(nproc: int | str, mode: str = "processes", jobs: int = 1) -> int:
@@ -82,6 +93,7 @@ def ranks(nproc: int | str, mode: str = "processes", jobs: int = 1) -> int:
     if str(nproc) == "auto":
         return max(1, gpus // jobs)
     if not str(nproc).isdigit() or int(nproc) < 1:
+        nproc = "null" if nproc is None else nproc
         raise UserError(f"launch.nproc={nproc} must be at least 1, or auto: all visible GPUs, 1 without any.")
     if gpus and jobs * int(nproc) > gpus:
         each = f" in each of launch.jobs={jobs} jobs" if jobs > 1 else ""

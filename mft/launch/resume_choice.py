@@ -10,7 +10,7 @@ from typing import Any
 
 from mft.config import yaml_file
 from mft.config.identity import VERSION, Identity, differences, identity_of
-from mft.errors import UserError
+from mft.errors import UserError, nearest
 from mft.run_folder import LOCK, RunStatus, is_locked, status
 from mft.training.checkpoint import newest
 
@@ -73,7 +73,7 @@ def _named(resume: str, identity: Identity, config: Mapping[str, Any]) -> Path:
     recorded = identity_of(folder)
     if recorded is None:
         above = next((path for path in folder.parents if identity_of(path)), None)
-        close = f"; did you mean {above}?" if above else "."
+        close = f"; did you mean {above}?" if above else nearest(resume, ("auto", "never")) or "."
         raise UserError(
             f"train.resume={resume} is not a run folder: its identity.json is missing or damaged. Allowed: "
             f"auto, never, a run folder, or RUN/checkpoints/step-N{close}"

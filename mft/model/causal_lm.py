@@ -105,6 +105,8 @@ class CausalLM:
             self.weight_format()
             # Large files are verified later, where their weights are read anyway.
             require_sound(folder, small_only=True)
+        else:
+            model_folder.check_reachable(self.path, self.revision)
 
     def check_precision(self, precision: str) -> None:
         """Raises UserError for an attention that has no kernel in this precision (fp32, bf16 or fp16)."""

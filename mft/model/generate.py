@@ -129,7 +129,7 @@ def check_options(
     max_new_tokens: int, top_p: float, temperature: float, num_beams: int, repetition_penalty: float
 ) -> None:
     """Raises UserError for values of these options of `answer` with which nothing can be generated."""
-    greedy = "; do_sample=false takes the likeliest token"
+    greedy = "; without do_sample the likeliest token is taken"
     for name, value, valid, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("num_beams", num_beams, num_beams >= 1, "at least 1"),
@@ -138,7 +138,7 @@ def check_options(
         ("top_p", top_p, 0 < top_p <= 1, "greater than 0 and at most 1"),
     ):
         if not valid:
-            raise UserError(f"{name}={value} must be {allowed}")
+            raise UserError(f"{name}={value} must be {allowed}.")
 
 
 def messages(conversation: Conversation, system: str | None = None) -> list[Message]:

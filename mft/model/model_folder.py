@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 def check_path(path: str, hint: str = "") -> None:
     """Raises UserError unless `path` is a model folder or may be a hub name; hint: what to do when a folder
     is missing."""
+    if not path:
+        raise UserError("model.path is empty; give a folder or a hub name such as owner/name.")
     folder, who = Path(path).expanduser(), f"model.path={path}"
     # Meant as a folder, not a hub name: anchored, deeper than owner/name, or inside an existing folder.
     local = path.startswith(("/", "./", "../", "~", "\\")) or path.count("/") > 1
@@ -31,6 +34,19 @@ def check_path(path: str, hint: str = "") -> None:
         raise UserError(f"{who} does not exist{f'; {hint}' if hint else nearest_sibling(folder)}")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(f"model.path={shortened(path)} is neither a folder nor a hub name such as owner/name")
+
+
+def check_reachable(path: str, revision: str | None) -> None:
+    """Raises UserError for a hub name that is not in the cache where the hub must not be asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
+        return
+    if not isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+        raise UserError(
+            f"model.path={path} is neither a folder nor in the hub's cache, and HF_HUB_OFFLINE keeps it from "
+            "being fetched; unset the variable, or give the model's folder."
+        )
 
 
 def _check_folder(who: str, folder: Path) -> None:

@@ -13,7 +13,7 @@ from mft.errors import UserError, nearest, nearest_sibling
 from mft.runs.experiments import read_experiment
 from mft.runs.folders import read_run
 from mft.runs.results import Run
-from mft.tracking.store import client_for, database_file, reason
+from mft.tracking.store import check_address, client_for, database_file, reason
 
 
 class Found(NamedTuple):
@@ -56,6 +56,8 @@ def _of_stores(name: str, uris: Sequence[str], metrics: Sequence[str]) -> list[R
         )
     runs, names, found = [], [], False
     for uri in uris or [f"sqlite:///{Path('mlflow.db').resolve()}"]:
+        if "://" in uri and not uri.startswith("file:"):
+            check_address(uri, "--uri")
         if (database := database_file(uri)) is not None and not database.exists():
             raise UserError(f"--uri {uri}: there is no such file.")  # MLflow would create it
         try:

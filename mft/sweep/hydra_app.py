@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mft import run_folder
 from mft.config import hydra_compose, plugins, schema
 from mft.config.messages import explained
 from mft.config.overrides import check_overrides, key_of, of_hydra, replaced, with_moved_keys
+from mft.config.places import check_folder
 from mft.console.credentials import as_written
 from mft.console.screen import say
-from mft.errors import UserError
+from mft.errors import UserError, nearest
 from mft.files.json_file import read_json
 from mft.sweep.folder import RECORD, DryRunDone, find_sweep, is_sweep, sweep_id
 
@@ -41,8 +42,11 @@ def through_hydra(
     run_one.dry_run = dry_run  # type: ignore[attr-defined]
     check_overrides(overrides)
     for override in overrides:
-        if key_of(override) == "hydra/launcher":
-            require_launcher(override.partition("=")[2])
+        key, value = key_of(override), override.partition("=")[2]
+        if key == "hydra/launcher":
+            require_launcher(value)
+        elif key == "hydra.sweep.dir" and "${" not in value:
+            check_folder(Path(value), key)
     schema.register()
     Plugins.instance()  # registers Hydra's own sweeper, which ours is to replace
     use_own_grid()
@@ -52,7 +56,9 @@ def through_hydra(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     try:
         with explained(search, [o for o in overrides if not is_sweep(o)]):
-            hydra_compose.check_sweep([*search, *overrides])
+            cfg = hydra_compose.check_sweep([*search, *overrides])
+            for flag in flags:
+                require_part(cfg, flag.removeprefix("--package=") if "--package=" in flag else "_global_")
             own: list[str] = []
             if "-m" in flags:
                 for note in [*replaced(overrides), *of_hydra(overrides, sweep=True)]:
@@ -79,6 +85,13 @@ def use_own_grid() -> None:
 
     node = {"_target_": "hydra_plugins.mft_sweepers.Grid", "max_batch_size": None, "params": None}
     ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=node, provider="mft")
+
+
+def require_part(cfg: DictConfig, package: str) -> None:
+    """Raises UserError for a part of the config that is to be printed and is not there."""
+    if package != "_global_" and OmegaConf.select(cfg, package) is None:
+        hint = nearest(package, cfg) or "."
+        raise UserError(f"--package={package}: the config has no such part{hint} Allowed: {', '.join(cfg)}.")
 
 
 def require_launcher(launcher: str) -> None:

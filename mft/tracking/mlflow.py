@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mft.console.credentials import filled, hidden, without_credentials
-from mft.errors import UserError, nearest
+from mft.errors import UserError, shortened
 from mft.tracking.base import Tracker
 from mft.tracking.params import cut
 from mft.tracking.record import Record
 from mft.tracking.sender import Sender
-from mft.tracking.store import database_file, prepare, reason, system_metrics
+from mft.tracking.store import check_address, database_file, prepare, reason, system_metrics
 from mft.tracking.view import CHARTS, TABLE
 
 log = logging.getLogger(__name__)
 
-SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 PATIENCE = 4.0  # seconds without any progress after which open and close stop waiting
 COLLECT = 0.5  # seconds in which points gather before they are sent in one call
 RETRY = (1.0, 60.0)  # seconds until a store that did not answer is tried again: doubled each time, at most
@@ -68,17 +67,15 @@ class Mlflow(Tracker):
     def __post_init__(self) -> None:
         key = "MLFLOW_TRACKING_URI" if self.uri is None else "tracking.mlflow.uri"
         uri = os.environ.get(key, "") if self.uri is None else self.uri
-        if uri == "databricks" or (not uri and self.uri is None):
-            return
-        scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else ""
-        if scheme not in SCHEMES:
-            raise UserError(
-                f"{key}={hidden(uri)}: not an address that mft can send to. Allowed: http(s)://host:port, "
-                f"sqlite:///path/mlflow.db and other databases ({', '.join(SCHEMES)})"
-                f"{nearest(scheme, SCHEMES) if scheme else ''}"
-            )
-        if scheme == "sqlite" and not uri.startswith("sqlite:///"):
-            raise UserError(f"{key}={hidden(uri)}: needs three slashes: sqlite:///path/mlflow.db")
+        if uri or self.uri is not None:
+            check_address(uri, key)
+        if not self.experiment.strip():
+            raise UserError("tracking.mlflow.experiment is empty; MLflow groups runs by the name of one.")
+        if self.register_as is not None and (
+            not self.register_as.strip() or set(self.register_as) & set("/:")
+        ):
+            setting = f"tracking.mlflow.register_as={shortened(self.register_as)}"
+            raise UserError(f"{setting} must be a name without / and :, or null.")
 
     def prepare(self) -> None:
         uri = self.address()

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from filelock import FileLock
 
 from mft.console.credentials import hidden
-from mft.errors import UserError
+from mft.errors import UserError, nearest
 from mft.tracking.params import cut
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from mlflow.store.entities import PagedList
 
 log = logging.getLogger(__name__)
+
+SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
+"""How the address of a store begins; a driver may follow with a plus, postgresql+psycopg."""
 
 PAGE = 200
 """Runs asked of a store at once: a busy server takes more than its 10 s for a thousand."""
@@ -66,6 +70,30 @@ def client_for(uri: str) -> MlflowClient:
     if (database := database_file(uri)) is not None:
         _check_database(database, uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def check_address(uri: str, key: str) -> None:
+    """Raises UserError for what is not the address of a store; key: where it was given."""
+    if uri == "databricks":
+        return
+    setting = f"{key}={hidden(uri)}"
+    scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else ""
+    if scheme not in SCHEMES:
+        # localhost:5000, as a server prints itself
+        meant = f"http://{uri}" if re.fullmatch(r"[\w.-]+:\d+", uri) else ""
+        hint = f"; did you mean {meant}?" if meant else nearest(scheme, SCHEMES) if scheme else ""
+        raise UserError(
+            f"{setting}: not an address that mft can send to{hint or '.'} Allowed: http(s)://host:port, "
+            f"sqlite:///path/mlflow.db and other databases ({', '.join(SCHEMES)})."
+        )
+    if scheme == "sqlite" and not uri.startswith("sqlite:///"):
+        raise UserError(f"{setting}: needs three slashes: sqlite:///path/mlflow.db.")
+    if scheme.startswith("http") and not urlsplit(uri).hostname:
+        raise UserError(f"{setting}: the host is missing; expected http(s)://host:port.")
+    database = database_file(uri)
+    parents = database.absolute().parents if database else ()
+    if (there := next((path for path in parents if path.exists()), None)) and not there.is_dir():
+        raise UserError(f"{setting}: {there} is not a folder.")
 
 
 def database_file(uri: str) -> Path | None:

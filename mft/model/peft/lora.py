@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
@@ -106,7 +107,7 @@ class Lora(Full):
             needed = f"{NEED_DATA[self._init]}, which mft does not support"
             raise UserError(f"peft.init={self.init} needs {needed}; choose one of {', '.join(INITS)}")
         if not re.fullmatch(r"pissa_niter_\d+", self._init):
-            check_choice("peft.init", self._init, INITS)
+            check_choice("peft.init", self.init if self.init is None else self._init, INITS)
         if self._init == "orthogonal" and self.rank % 2:
             raise UserError(f"peft.init=orthogonal needs an even rank, not peft.rank={self.rank}")
         if self.path:
@@ -270,5 +271,20 @@ def _check_adapter_folder(path: str, folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"peft.path={path} does not exist{nearest_sibling(folder)}")
     if not (folder / "adapter_config.json").exists():
-        raise UserError(f"peft.path={path} has no adapter_config.json, so it is not an adapter folder")
+        raise UserError(f"peft.path={path} has no adapter_config.json, so it is not an adapter folder.")
     require_sound(folder)
+    try:
+        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kind = values.get("peft_type", "LORA")
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"peft.path={path}: its adapter_config.json is not a JSON object: {error}."
+        ) from error
+    if kind != "LORA":
+        raise UserError(
+            f"peft.path={path} is an adapter of the kind {shortened(kind)}; mft trains LORA alone."
+        )
+    if not (folder / "adapter_model.safetensors").exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        hint = "; its pickled adapter_model.bin is not loaded" if pickled else ""
+        raise UserError(f"peft.path={path} has no adapter_model.safetensors{hint}.")
