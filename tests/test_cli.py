@@ -44,7 +44,7 @@ assert not heavy, heavy
         (["generate", "somewhere", "hi", "--top-p", "much"], ["--top-p needs a number", "'much'"]),
         (["generate", "somewhere"], ["at least one prompt"]),
         (["generate", "somewhere", "hi", "--max-new-tokens", "0"], ["max_new_tokens=0", "at least 1"]),
-        (["generate", "somewhere", "hi", "--temperature=0"], ["temperature=0.0", "do_sample=false"]),
+        (["generate", "somewhere", "hi", "--temperature=0"], ["temperature=0.0", "--do-sample false"]),
         (["generate", "somewhere", "hi", "--num-beams", "-1"], ["num_beams=-1", "at least 1"]),
         (
             ["generate", "somewhere", "hi", "--repetition-penalty", "nan"],

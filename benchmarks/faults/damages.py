@@ -107,7 +107,7 @@ def all_checkpoints(case: Case) -> None:
             shutil.rmtree(folder)
 
     case.must_refuse = True
-    case.refusals.append(Refusal("No checkpoint in .* is sound: .*after removing the damaged", remove))
+    case.refusals.append(Refusal("No checkpoint in .* is sound: .*after removing these", remove))
 
 
 def checkpoints_gone(case: Case) -> None:

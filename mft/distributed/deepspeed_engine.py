@@ -8,8 +8,9 @@ All that is private of DeepSpeed is here (read in 0.19); tests/distributed/test_
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -40,16 +41,14 @@ class DeepSpeedEngine(Engine):
     divided = True
 
     def __init__(self, accelerator: Accelerator, owns_group: bool, config: dict[str, Any]):
-        from accelerate.utils import patch_environment
-
         self.stage: int = config["zero_optimization"]["stage"]
         self.name = f"zero{self.stage}"
         self.parameters = "partitioned" if self.stage == 3 else "whole"
         super().__init__(accelerator, owns_group)
         self.config = config
         # DeepSpeed reads the variable while loading and in every step; launch=inline has none
-        self._environment = ExitStack()
-        self._environment.enter_context(patch_environment(LOCAL_RANK=self.local_rank))
+        self._sets_local_rank = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -171,5 +170,6 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         if self._module is not None:
             self._module.destroy()
-        self._environment.close()
+        if self._sets_local_rank:
+            os.environ.pop("LOCAL_RANK", None)
         super().close()

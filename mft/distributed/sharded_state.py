@@ -85,7 +85,7 @@ def contents(
             elif shard.offset == 0:  # all that is kept for the owner, once
                 of_optimizer[f"{number}/{key}"] = local(value)
         places.append({"name": shard.name, "start": shard.start})
-        pieces.append({"scalars": scalars, "blocks": blocks})
+        pieces.append({"name": shard.name, "scalars": scalars, "blocks": blocks})
     return {
         "shard": (weights, {"pieces": json.dumps(places)}),
         "optimizer": (of_optimizer, {"pieces": json.dumps(pieces)}),
@@ -183,8 +183,8 @@ def _read(folder: Path, values_alone: bool) -> dict[str, list[_Saved]]:
             number, _, key = name.partition("/")
             keys.setdefault(int(number), []).extend([key] if key else [])
         for number, (entry, piece) in enumerate(zip(entries, pieces, strict=True)):
-            name, numel = entry.pop("name"), weights.get_slice(f"{number}").get_shape()[0]
             values = piece | entry  # an entry of an earlier version has what is a piece's now
+            name, numel = values.pop("name"), weights.get_slice(f"{number}").get_shape()[0]
             part = _Saved(weights, optimizer, number, numel, keys.get(number, []), **values)
             saved.setdefault(name, []).append(part)
     return saved

@@ -129,7 +129,7 @@ def check_options(
     max_new_tokens: int, top_p: float, temperature: float, num_beams: int, repetition_penalty: float
 ) -> None:
     """Raises UserError for values of these options of `answer` with which nothing can be generated."""
-    greedy = "; without do_sample the likeliest token is taken"
+    greedy = "; --do-sample false takes the likeliest token"
     for name, value, valid, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("num_beams", num_beams, num_beams >= 1, "at least 1"),

@@ -143,11 +143,15 @@ def require_room(run_dir: Path, what: str, own: int, engine: Engine) -> None:
     what: its name; own: bytes that this rank will write. All ranks write to the folder of rank 0, those of
     other machines, too. Small files are not counted: what is refused could not have been written.
     """
-    if engine.is_main:  # first: what killed saves left behind
+    free = 0
+    if engine.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        # first what killed saves left behind
         for leftover in (*run_dir.glob("checkpoints/.step-*.tmp"), *run_dir.glob(".final.*tmp")):
             shutil.rmtree(leftover, ignore_errors=True)
+        free = shutil.disk_usage(run_dir).free
     engine.barrier()
-    of_ranks = engine.gather((own, shutil.disk_usage(run_dir).free))
+    of_ranks = engine.gather((own, free))
     needed, free = sum(size for size, _ in of_ranks), of_ranks[0][1]
     if needed > free:
         message = f"{run_dir}: the disk has no room for the {what}, which takes {_mib(needed)} MiB "

@@ -91,7 +91,7 @@ def test_data_sets_come_beside_files(overrides: list[str], tmp_path: Path, capsy
             ["show", "task=namin"],
             "task=namin: there is no such task; did you mean naming? Tasks: adding, naming.",
         ),
-        (["report", "data.seq_lenth=3"], "data has no key 'seq_lenth'; did you mean seq_length?"),
+        (["report", "data.seq_lenth=3"], "data=pack has no key 'seq_lenth'; did you mean seq_length?"),
         (["report", "-m"], "mft data has no flag -m"),
         (
             ["prepare", "data.paths=[/gone]"],

@@ -103,7 +103,7 @@ def test_what_mlflow_has_of_the_sweep(here: Path) -> None:
 def test_sync_says_what_is_wrong(tmp_path: Path, capsys) -> None:
     for args, part in (
         (["sink"], "unknown subcommand"),
-        (["sync", str(tmp_path)], "no run tracked by MLflow here"),
+        (["sync", str(tmp_path)], "no run tracked by MLflow in"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["tracking", *args])

@@ -109,7 +109,7 @@ def test_modes_that_need_validation_are_those_that_probe(mode: str) -> None:
         (["peft.targets=5"], r"peft\.targets=5 must be a list of module names, one regular expression"),
         (["peft.targets=[5]"], r"peft\.targets=\[5\] must be a list"),
         (["peft.targets={q_proj:1}"], r"peft\.targets=\{'q_proj': 1\} must be a list"),
-        (["peft.targets=true"], r"peft\.targets=True must be a list"),
+        (["peft.targets=true"], r"peft\.targets=true must be a list"),
         (["peft.targets=''"], r"peft\.targets='' must be a list"),
         (["peft.targets=[qproj]"], r"'qproj' matches no module; .*; did you mean q_proj"),
         (["peft.targets='.*layers\\.99.*'"], r"the regular expression .* matches no module"),

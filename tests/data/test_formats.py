@@ -38,14 +38,14 @@ def rounds(*turns):
     ("row", "field", "says"),
     [
         ([1], "", "must be an object with the field chat_rounds, got [1]"),
-        (None, "", "got None"),
+        (None, "", "got null"),
         ({}, "chat_rounds", "is missing; the row's fields: 'none'"),
         ({"chat_round": []}, "chat_rounds", "did you mean chat_round?"),
         ({"chat_rounds": "x"}, "chat_rounds", "must be a list of at least one round, got 'x'"),
         ({"chat_rounds": []}, "chat_rounds", "at least one round"),
         ({"chat_rounds": [3]}, "chat_rounds[0]", "must be an object with the field role, got 3"),
         (rounds(("human",)), "chat_rounds[0].content", "is missing; the round's fields: 'role'"),
-        (rounds(("human", None)), "chat_rounds[0].content", "must be text, got None"),
+        (rounds(("human", None)), "chat_rounds[0].content", "must be text, got null"),
         (rounds((["human"], "q")), "chat_rounds[0].role", "must be text, got ['human']"),
         (
             rounds(("human", "q"), ("bto", "a")),

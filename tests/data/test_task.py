@@ -191,7 +191,7 @@ def test_a_format_may_be_given_by_its_name(tmp_path, name):
             {"format": {"prompt": "q", "answer": "a"}},
             r"_target_: mft\.data\.formats\.Pair, prompt: my_question",
         ),
-        ({"format": None}, r"task\.t\.format=None: unknown format"),
+        ({"format": None}, r"task\.t\.format=null: unknown format"),
         ({"weight": math.nan}, r"task\.t\.weight=nan must be at least 0 and finite"),
         ({"weight": math.inf}, r"task\.t\.weight=inf"),
         ({"weight": -0.5}, r"task\.t\.weight=-0\.5"),

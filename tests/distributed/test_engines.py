@@ -77,9 +77,9 @@ def exchanges(engine: Engine, module: Any, number: int) -> int:
 
 def facts(name: str) -> dict[str, Any]:
     """Returns what a live engine is like, after two steps."""
+    local_rank = os.environ.pop("LOCAL_RANK")  # as under launch=inline
     engine = backend(name).start("fp32", cpu=True)
     module: Any
-    local_rank = os.environ.pop("LOCAL_RANK")  # as under launch=inline
     module, optimizer = prepared(engine, kind=Layered)
     os.environ["LOCAL_RANK"] = local_rank
     found: dict[str, Any] = {

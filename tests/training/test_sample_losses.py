@@ -23,7 +23,7 @@ from mft.training.settings import KeptLosses
 from tests.data.conftest import chat
 from tests.tiny_runs import logged, train, write_task
 
-ALONE: Any = SimpleNamespace(gather=lambda value: [value], is_main=True)
+ALONE: Any = SimpleNamespace(gather=lambda value: [value], is_main=True, barrier=lambda: None)
 
 OVERSHOOTING = (
     "data.split=[60,20,20]",

@@ -34,7 +34,7 @@ def change(path: Path, key: str, bit: int) -> None:
 
 
 def of_the_optimizer(state: Path) -> None:
-    path = state / "shard-0.safetensors"
+    path = state / "optimizer-0.safetensors"
     with safe_open(str(path), "pt") as file:
         key = next(name for name in file.keys() if name.endswith("/exp_avg"))  # noqa: SIM118
     change(path, key, 22)
