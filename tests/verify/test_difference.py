@@ -136,7 +136,7 @@ def test_the_last_bit_of_one_logged_number_is_found(runs: dict[str, Path], tmp_p
 def test_the_last_bit_of_one_final_number_is_found(runs: dict[str, Path], tmp_path: Path) -> None:
     for place, key, what in (
         (
-            f"checkpoints/step-{STEPS}/state/shard-0.safetensors",
+            f"checkpoints/step-{STEPS}/state/optimizer-0.safetensors",
             "0/exp_avg_sq",
             ", exp_avg_sq of the optimizer",
         ),
