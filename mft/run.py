@@ -268,7 +268,7 @@ def restore_newest(r: Run, t: Trainer) -> None:
     exact = restore(checkpoint, t.state, t.engine, t.loss)
     note = "" if exact else ", saved by another number of ranks: same samples, losses equal to rounding"
     t.progress.show(f"resuming from {checkpoint.name}{note}")
-    if t.engine.is_main and (lost := resume.lost_rows(r.folder, t.state)):
+    if t.engine.is_main and (lost := resume.lost_rows(checkpoint, t.state)):
         t.progress.show(lost)
 
 

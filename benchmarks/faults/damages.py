@@ -3,12 +3,12 @@ commands."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.faults import judge
 from benchmarks.faults.case import Case, Failure, Refusal
 from benchmarks.faults.setups import STEPS, write_tasks
 from mft.files.checksums import COMPLETE, PROSE
@@ -121,11 +121,14 @@ def metrics(case: Case) -> None:
     """metrics.jsonl: intact rows stay, and what is lost is told."""
     killed(case)
     path = case.run / "metrics.jsonl"
+    before = path.read_bytes()
     damage(case, path)
     case.losable = True
-    # a bit of a number nobody can see, nor the loss of rows that are trained again
-    if judge.unreadable_rows(case.run) or STEPS - 2 not in [row.get("step") for row in judge.rows(case.run)]:
-        case.expects.append(r"metrics\.jsonl")
+    # rows after the checkpoint are trained again, whatever became of them
+    record = case.run / "checkpoints" / f"step-{STEPS - 2}" / "state" / "record.json"
+    size = json.loads(record.read_text())["bytes"]
+    if not path.exists() or path.read_bytes()[:size] != before[:size]:
+        case.expects.append(r"metrics\.jsonl has (lost|changed)")
 
 
 def torn_row(case: Case) -> None:

@@ -44,7 +44,8 @@ def unmount(place: Path) -> None:
 def full_from_the_start(case: Case) -> None:
     """A disk for the run folder or the cache on which only a random part of what is written has room."""
     place = _place(case)
-    reference = case.bench.reference(case.setup) if place == case.run else case.bench.cache
+    reference = case.bench.reference(case.setup)  # fills the cache, too
+    reference = reference if place == case.run else case.bench.cache
     needed = sum(path.stat().st_size for path in files(reference))
     size = case.draw.randrange(4096, int(1.1 * needed))
     _mount(case, place, size)

@@ -17,7 +17,8 @@ from pathlib import Path
 from mft.distributed.engine import Engine
 from mft.errors import UserError, is_full_disk
 from mft.files.atomic import publish, remove
-from mft.files.checksums import COMPLETE, damage, measure, seal
+from mft.files.checksums import COMPLETE, damage, digest, measure, seal
+from mft.files.json_file import write_json
 from mft.loss.base import TaskLoss
 from mft.training.settings import KeptState
 from mft.training.state import State
@@ -32,6 +33,10 @@ class ModelExport:
     """Writes it to a folder; all ranks call it."""
     size: int
     """Bytes of its weights."""
+
+
+RECORD = "record.json"
+"""In state/: how much metrics.jsonl held when the checkpoint was written."""
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Checkpoints:
                 torch.save(self.loss.state_dict(), temporary / "state" / "loss.pt")
                 position = json.dumps(state.as_dict(), indent=2)
                 (temporary / "state" / "loop.json").write_text(position, encoding="utf-8")
+                write_json(temporary / "state" / RECORD, record_of(self.run_dir / "metrics.jsonl"))
             engine.barrier()
             # each rank flushes and sums up what it wrote: on several machines the others would fetch it first
             files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
@@ -186,6 +192,12 @@ def restore(folder: Path, state: State, engine: Engine, loss: TaskLoss) -> bool:
     loss.load_state_dict(torch.load(folder / "state" / "loss.pt", weights_only=True))
     # last: it restores the random states, and nothing may draw from them before training does
     return engine.load_state(folder / "state")
+
+
+def record_of(path: Path) -> dict[str, int | str]:
+    """Returns the size of the rows logged so far, and their xxh3-128: nothing that follows changes them."""
+    size = path.stat().st_size if path.exists() else 0
+    return {"bytes": size, "xxh3": digest(path, size) if size else ""}
 
 
 def _writer(path: Path) -> int:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from mft.distributed.engine import Engine, read_state
 from mft.errors import UserError
-from mft.files.checksums import COMPLETE, damage
+from mft.files.checksums import COMPLETE, damage, digest
+from mft.files.json_file import read_json
 from mft.run_folder import metric_rows
-from mft.training.checkpoint import marked_steps
+from mft.training.checkpoint import RECORD, marked_steps
 from mft.training.state import State
 from mft.training.weights_only import is_weights_only
 
@@ -130,13 +131,17 @@ def rewind(run_dir: Path, step: int) -> str:
     return sentence
 
 
-def lost_rows(run_dir: Path, state: State) -> str:
-    """Returns what metrics.jsonl has lost of the steps up to the one resumed from, "" where nothing is
-    missing.
+def lost_rows(checkpoint: Path, state: State) -> str:
+    """Returns what has become of the rows that metrics.jsonl held when a checkpoint was written, "" where they
+    are as they were.
 
-    Training cannot make these rows again: a person has to know that the record has a gap.
+    state: of the checkpoint. Training cannot make these rows again: a person has to know of a gap.
     """
-    path = run_dir / "metrics.jsonl"
+    path = checkpoint.parents[1] / "metrics.jsonl"
+    recorded = read_json(checkpoint / "state" / RECORD)  # {} in one of an earlier version
+    size = int(recorded.number("bytes") or 0)
+    if size and path.exists() and digest(path, size) == recorded.text("xxh3"):
+        return ""
     rows, end = metric_rows(path)
     with path.open("rb") if path.exists() else nullcontext(BytesIO()) as file:
         unreadable = file.read(end).count(b"\n") - len(rows)
@@ -145,4 +150,8 @@ def lost_rows(run_dir: Path, state: State) -> str:
     lost = [f"{unreadable} of them cannot be read"] if unreadable else []
     if last > 0 and last not in (row["step"] for row in rows):
         lost.append(f"there is none of step {last}")
-    return f"{path} has lost rows: {', and '.join(lost)}. The others are kept" if lost else ""
+    if lost:
+        return f"{path} has lost rows: {', and '.join(lost)}. The others are kept"
+    if not size:
+        return ""
+    return f"{path} has changed since {checkpoint.name} was written: do not trust its rows up to there"

@@ -323,20 +323,22 @@ def test_rows_that_metrics_jsonl_has_lost_are_told_and_the_others_stay(
     run: Path, tmp_path: Path, cache_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = run / "metrics.jsonl"
-    state = State.from_dict(json.loads((run / "checkpoints" / "step-6" / "state" / "loop.json").read_text()))
-    assert lost_rows(run, state) == ""
+    newest = run / "checkpoints" / "step-6"
+    state = State.from_dict(json.loads((newest / "state" / "loop.json").read_text()))
+    assert lost_rows(newest, state) == ""
     lines = path.read_text().splitlines(keepends=True)
     damaged = [*lines[:2], lines[2][:-20] + "\n", *lines[3:]]
     for content, said in (
         ([*lines, lines[-1][:9]], ""),  # half a row, as a kill leaves it
         (damaged, "1 of them cannot be read"),
+        ([lines[0].replace("1", "2"), *lines[1:]], "has changed since step-6 was written"),
         (lines[:3], "there is none of step 6"),
         ([], "there is none of step 6"),
     ):
         path.write_text("".join(content))
-        assert said in lost_rows(run, state) and bool(said) == bool(lost_rows(run, state))
+        assert said in lost_rows(newest, state) and bool(said) == bool(lost_rows(newest, state))
     path.unlink()
-    assert "there is none of step 6" in lost_rows(run, state)
+    assert "there is none of step 6" in lost_rows(newest, state)
     path.write_text("".join(damaged))
     train(tmp_path, cache_dir, *SAVING)
     assert "1 of them cannot be read. The others are kept" in capfd.readouterr().out
