@@ -81,6 +81,7 @@ def test_a_rank_that_is_stopped_in_a_step(tmp_path: Path) -> None:
     assert read_json(run_dir / "summary.json").text("status") == "failed"
 
 
+@pytest.mark.long
 def test_a_rank_that_is_stopped_while_it_saves(tmp_path: Path) -> None:
     run_dir = run_of(tmp_path, "train.max_steps=100000", "train.save_every=2")
     saving = lambda folder: (folder / "saving").exists()  # noqa: E731

@@ -51,6 +51,7 @@ def test_a_job_of_a_sweep_as_its_folder_and_as_the_store_have_it(swept: Path, tm
     require_same(here, repeat(here, swept, tmp_path))
 
 
+@pytest.mark.long
 def test_a_run_of_ones_own_yaml_with_names_that_a_shell_would_read_otherwise(tmp_path: Path) -> None:
     work = two_tasks(tmp_path / "it's $HOME")
     (work / "my conf" / "experiment").mkdir(parents=True)
