@@ -41,9 +41,14 @@ def printable(text: str) -> str:
 
 def nearest(value: object, allowed: Iterable[object]) -> str:
     """Returns "; did you mean X?" for the closest allowed value, or "" when none is close."""
+    found = _closest(value, allowed)
+    return f"; did you mean {found}?" if found else ""
+
+
+def _closest(value: object, allowed: Iterable[object]) -> str:
     options = {str(option).lower(): str(option) for option in allowed}
     matches = difflib.get_close_matches(str(value).lower(), options, n=1, cutoff=0.6)
-    return f"; did you mean {options[matches[0]]}?" if matches else ""
+    return options[matches[0]] if matches else ""
 
 
 def writable(folder: Path, key: str) -> Path:
@@ -192,4 +197,6 @@ def check_choice(key: str, value: object, allowed: Iterable[object]) -> None:
 
 def nearest_sibling(path: Path) -> str:
     """Returns "; did you mean X?" for what lies beside a path that does not exist, or ""."""
-    return nearest(path, (other for other in path.parent.glob("*") if other != path))
+    # Names alone are compared: the paths of one folder are alike for the most part.
+    name = _closest(path.name, (other.name for other in path.parent.glob("*") if other.name != path.name))
+    return f"; did you mean {path.parent / name}?" if name else ""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from mft.errors import UserError, is_full_disk, refused_by_system
+from mft.errors import UserError, is_full_disk, nearest_sibling, refused_by_system
 
 
 def test_a_chain_of_errors_that_is_closed_is_walked_once() -> None:
@@ -39,3 +40,9 @@ def test_libraries_that_leave_out_the_number_are_understood_and_other_errors_are
     assert refusal is not None and "ulimit -f" in str(refusal)
     assert refused_by_system(ValueError("a defect")) is None
     assert refused_by_system(UserError("The disk is full: said already")) is None
+
+
+def test_what_lies_beside_a_path_is_near_by_its_name_and_not_by_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "alpha").mkdir()
+    assert nearest_sibling(tmp_path / "wrong.jinja") == ""
+    assert nearest_sibling(tmp_path / "alhpa") == f"; did you mean {tmp_path / 'alpha'}?"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import re
 import shutil
 import sys
@@ -61,6 +62,12 @@ def one_of(metavar: str, *allowed: str) -> Value:
     return Value(f"one of {', '.join(allowed)}", metavar, allowed=allowed)
 
 
+def _positive(text: str) -> float:
+    if not 0 < (number := float(text)) < math.inf:
+        raise ValueError
+    return number
+
+
 def _count(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError
@@ -73,6 +80,7 @@ FILE = Value("a file", "FILE", Path)
 INTEGER = Value("a whole number such as 4", "N", int)
 COUNT = Value("a whole number from 1", "N", _count)
 NUMBER = Value("a number such as 0.5", "X", float)
+POSITIVE = Value("a number greater than 0", "X", _positive)
 BOOLEAN = Value("true or false", "true|false", lambda text: {"true": True, "false": False}[text.lower()])
 PLUGIN = Value("the name of a Python package, for example --plugin mypkg", "PACKAGE")
 

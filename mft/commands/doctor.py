@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mft.commands.arguments import NUMBER, Parser, overrides_in
+from mft.commands.arguments import POSITIVE, Parser, overrides_in
 from mft.console.screen import say
 
 
@@ -24,7 +24,7 @@ def parser() -> Parser:
     """Returns the command line of `mft doctor`."""
     line = Parser("doctor", "[KEY=VALUE …] [--json]", __doc__, overrides=True)
     line.switch("--json", help="print everything as JSON, for a bug report")
-    line.option("--patience", NUMBER, "seconds that each attempt may take", 60)
+    line.option("--patience", POSITIVE, "seconds that each attempt may take", 60)
     line.composing()
     return line
 

@@ -70,6 +70,8 @@ def hydra_flags(parsed: argparse.Namespace) -> list[str]:
     serving += ["--hydra-help"] * parsed.hydra_help
     changing = ["--resolve"] * parsed.resolve
     changing += [f"--package={parsed.package}"] if parsed.package else []
+    if len(serving) > 1:
+        raise UserError(f"{' and '.join(serving)} print different things; give one of them.")
     if changing and not serving and not parsed.multirun:
         raise UserError(f"{changing[0]} needs --cfg job, whose output it changes.")
     if parsed.multirun and serving:

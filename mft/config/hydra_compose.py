@@ -126,7 +126,8 @@ def _refuse_credentials(node: DictConfig | ListConfig, path: str = "") -> None:
         child: Any = node._get_node(key)
         value, here = child._value(), f"{path}.{key}" if path else str(key)
         # an item of a list is judged by the name of the list
-        if isinstance(value, str) and credentials.written_out(value, path if isinstance(key, int) else here):
+        text = str(value) if isinstance(value, str | int | float) else ""  # a password may be a number
+        if credentials.written_out(text, path if isinstance(key, int) else here):
             raise UserError(in_plain_text(here))
         if isinstance(child, DictConfig | ListConfig) and isinstance(value, dict | list):
             _refuse_credentials(child, here)

@@ -215,8 +215,13 @@ def refusal(error: OmegaConfBaseException) -> str:
     if match := re.search(r"Unsupported interpolation type (\S+)", reason):
         hint = nearest(match[1], RESOLVERS) or "."
         return f"{setting}: there is no resolver {match[1]!r}{hint} Known: {', '.join(RESOLVERS)}."
-    if match := re.search(r"While dereferencing interpolation '.+': (.+)", reason):
+    if match := re.search(r"While dereferencing interpolation '.+?': (.+)", reason):
         return f"{setting}: {ended(plainly(match[1]))}"
+    if match := re.search(r"Error resolving key '(\.+.*)'", reason):
+        return f"{setting}: {match[1]!r} leads out of the config; one dot is the mapping that holds the key."
+    if re.search(r"^TypeError raised", reason):
+        wrong = "the arguments of the resolver are wrong"
+        return f"{setting}: {wrong}; write ${{oc.env:NAME}} or ${{oc.env:NAME,DEFAULT}}."
     return f"{setting}: {ended(reason)}"
 
 

@@ -107,14 +107,14 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Raises UserError for overrides that Hydra cannot read or answers with a traceback, and for those that
     remove what every run needs, replace Hydra's own nodes or contain a password."""
     for override in overrides:
-        key = key_of(override)
+        key = key_of(override).strip()
+        # Before anything below repeats the override in a sentence.
+        if credentials.written_out(override.partition("=")[2], key):
+            raise UserError(in_plain_text(key))
         _check_characters(override)
         # Counted before parsing: brackets that are never closed are nested just as deeply.
         if max(map(override.count, "[{(")) > DEEPEST:
             raise UserError(f"{shortened(key)}: its value has too many brackets; expected at most {DEEPEST}.")
-        # Before anything below repeats the override in a sentence.
-        if credentials.written_out(override.partition("=")[2], key):
-            raise UserError(in_plain_text(key))
         parsed = _parsed(override)
         below_hydra = key.startswith("hydra.") and key.count(".") == 1 and key not in HYDRA_VALUES
         if key == "hydra" or below_hydra or under(key, ("hydra.runtime", "hydra.overrides")):
@@ -242,9 +242,11 @@ def _parsed(override: str) -> Override:
                 "train.max_steps."
             ) from error
         reason = shortened(str(error).splitlines()[0].strip(), 120)[1:-1]
+        letters = "" if override.isascii() else ", letters such as é"
+        quoted = f"brackets, commas{letters}, ~ or ="
         raise UserError(
             f"{shortened(override, 300)[1:-1]}: cannot be read ({reason}). Close brackets and quotes, and "
-            'quote text that holds brackets, commas, ~ or =: \'data.paths=["~/a,b","c=d"]\'.'
+            f'quote text that holds {quoted}: \'data.paths=["~/a,b","c=d"]\'.'
         ) from error
 
 

@@ -34,6 +34,12 @@ SECRET_KEY = re.compile(
 )
 """Keys whose values are secrets, such as a plug-in's api_key; eos_token is none."""
 
+_TASK = re.compile(r"(^|\.)(task|\w+_by_task)\.[^.]+$")
+"""Keys that end with the name of a task, which may be any word."""
+
+_NO_SECRET = re.compile(r"|null|true|false|-?\d{1,4}|-?\d*\.\d*(e-?\d+)?")
+"""Values of a SECRET_KEY that are none: a switch, a weight, a small count."""
+
 _ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^{},\s]+)\s*(?:,([^{}]*))?\}")
 _USERINFO = re.compile(r"(?<=://)(?![\w.-]+:\d{1,5}/)[^\s'\"]*@")  # but not the @ in a path behind host:port/
 _WHOLE_USERINFO = re.compile(r"(?<=://)(?![\w.-]+:\d{1,5}/).*@", re.DOTALL)  # of a text that is one address
@@ -103,7 +109,8 @@ def written_out(text: str, key: str = "") -> bool:
     text = _ENVIRONMENT.sub(
         lambda match: "\0" + ("" if (match[2] or "null").strip() == "null" else match[2]), text
     )
-    if SECRET_KEY.search(key) and text.replace("\0", "").strip(" '\"") not in ("", "null"):
+    bare = text.replace("\0", "").strip(" '\"").lower()
+    if SECRET_KEY.search(key) and not _TASK.search(key) and not _NO_SECRET.fullmatch(bare):
         return True
     for _ in range(3):  # percent signs may be escaped themselves
         text = unicodedata.normalize("NFKC", text)

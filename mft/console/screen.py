@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -35,10 +36,11 @@ PLAIN_WIDTH = 160
 def console(**options: Any) -> Console:
     """Returns a Console of rich whose text is `shown`, and in which brackets are no markup.
 
-    It is as wide as the terminal; PLAIN_WIDTH columns where the output is not a terminal.
+    It is as wide as the terminal, or as COLUMNS in the environment says; else PLAIN_WIDTH columns.
     """
     result = _screen()(**{"markup": False, "highlight": False} | options)
-    if not result.is_terminal and "width" not in options:
+    known = "width" in options or os.environ.get("COLUMNS", "").isdigit()
+    if not result.is_terminal and not known:
         result.width = PLAIN_WIDTH
     return result
 

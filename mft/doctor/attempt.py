@@ -166,7 +166,7 @@ def tracker(uri: str) -> dict[str, Any]:
     except Exception as error:
         # MLflow's words hold the host, which is nobody's business in a report.
         host = urlsplit(uri).hostname if "://" in uri else None
-        raise UserError(reason(error, uri).replace(host, "…") if host else reason(error, uri)) from None
+        raise UserError(reason(error, uri, host or "")) from None
     return {"skew": skew}
 
 

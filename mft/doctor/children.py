@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import queue
@@ -19,6 +20,10 @@ from mft.doctor.attempt import MARK
 LIMIT = 60.0
 """Seconds that one attempt may take."""
 
+_running: set[subprocess.Popen[str]] = set()
+_starting = threading.Lock()
+"""Held while a child is started, and for good once this process ends."""
+
 Answer = dict[str, Any]
 """Of `attempt.main`: name, and found or error."""
 
@@ -34,7 +39,9 @@ def answers(
     waiting = list(names)
     while waiting:
         with tempfile.TemporaryFile() as errors:
-            process = _start(waiting, given, errors)
+            with _starting:
+                process = _start(waiting, given, errors)
+                _running.add(process)
             lines: queue.Queue[str | None] = queue.Queue()
             threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
             ended = ""
@@ -52,6 +59,7 @@ def answers(
                         yield json.loads(line.removeprefix(MARK))
             finally:
                 _end(process)
+                _running.discard(process)
         if waiting:
             yield {"name": waiting.pop(0), "error": ended}
 
@@ -91,6 +99,15 @@ def _how_it_ended(code: int, errors: IO[bytes]) -> str:
         with suppress(ValueError):
             return f"was ended by {signal.Signals(-code).name}{last}"
     return f"ended with code {code}{last}"
+
+
+@atexit.register
+def _end_all() -> None:
+    """Ends the children: after Ctrl-C the threads that wait for them are stopped without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the second Ctrl-C of an impatient person
+    _starting.acquire()
+    for process in [*_running]:
+        _end(process)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

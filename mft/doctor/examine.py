@@ -54,7 +54,7 @@ def _everything(
     needs = needs_of(cfg)
     yield from versions.findings(needs)
     yield from machine.findings()
-    yield from places.findings(cfg)
+    yield from places.findings(cfg, needs)
     yield from environment.findings(variables)
     yield from network.findings(cfg, needs)
     uri = ""

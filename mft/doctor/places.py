@@ -7,11 +7,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from mft.doctor.finding import Finding, Part
+from mft.doctor.finding import Finding, Part, State
+from mft.doctor.needs import Needs
 
 GIB = 2**30
 LEAST = 2 * GIB
@@ -24,12 +26,15 @@ SKEW = 2.0
 part = Part("places")
 
 
-def findings(cfg: DictConfig | None) -> Iterator[Finding]:
-    """Yields a line for each folder; cfg: a composed config, None for the folders that are no setting."""
+def findings(cfg: DictConfig | None, needs: Needs) -> Iterator[Finding]:
+    """Yields a line for each folder; cfg: a composed config, None for the folders that are no setting; needs:
+    what it needs."""
     if cfg is not None:
         yield of_folder("output_dir", Path(cfg.output_dir), "output_dir=…")
         yield of_folder("cache_dir", Path(cfg.cache_dir), "cache_dir=… or MFT_CACHE")
-    yield of_folder("hub cache", hub_cache(), "HF_HOME")
+    cache = of_folder("hub cache", hub_cache(), "HF_HOME")
+    # One that several people share is often read-only, and a model in a folder needs none.
+    yield cache if needs.of("hub") or cache.state is State.ok else replace(cache, state=State.note)
     yield of_folder("temporary files", Path(tempfile.gettempdir()), "TMPDIR")
     yield shared_memory(Path("/dev/shm"))
 
@@ -45,7 +50,7 @@ def of_folder(name: str, folder: Path, setting: str) -> Finding:
 
     setting: what decides it. The folder itself is not made.
     """
-    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    there = next(place for place in (folder, *folder.parents) if os.path.isdir(place))
     cure = f"choose another folder: {setting}"
     try:
         before = time.time()

@@ -117,20 +117,27 @@ def prepare(uri: str) -> MlflowClient:
     return client
 
 
-def reason(error: Exception, uri: str) -> str:
-    """Returns in a line, without credentials, why a store does not take a run."""
+def reason(error: Exception, uri: str, host: str = "") -> str:
+    """Returns in a line, without credentials, why a store does not take a run.
+
+    host: a name that is not to be told.
+    """
     database = database_file(uri)
     if isinstance(error, UserError):
-        return hidden(str(error))
+        return _without(host, hidden(str(error)))
     if database is not None and not database.exists():
         return f"{database} was deleted or moved"
     if (refused := REFUSED.get(getattr(error, "error_code", ""))) is not None:
         return refused
-    text = hidden(str(error)).strip()
+    text = _without(host, hidden(str(error)).strip())  # before it is cut, which leaves halves of names
     if "out-of-date database schema" in text:  # of a database other than SQLite
-        command = f"mlflow db upgrade {hidden(uri)}"
+        command = f"mlflow db upgrade {_without(host, hidden(uri))}"
         return f"its database is of another MLflow version. Back it up, then run: {command}"
     return f"{type(error).__name__}: {cut(text.splitlines()[0] if text else '', 200)}"
+
+
+def _without(host: str, text: str) -> str:
+    return text.replace(host, "…") if host else text
 
 
 def _check_database(path: Path, uri: str) -> None:

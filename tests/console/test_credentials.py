@@ -90,6 +90,11 @@ def test_what_an_address_has_written_out_is_refused_and_never_repeated(uri: str,
         ("name", "me@work"),
         ("data.paths", "/home/me@work/a=b?c"),
         ("train.prompts", "hf:owner/name"),
+        ("task.password", "{_target_: mft.data.task.Task, paths: [rows]}"),
+        ("loss.min_loss_by_task.token", "1.5"),
+        ("loss.weights.token", "0.5"),
+        ("tracking.own.token", "false"),
+        ("model.pad_token", "<pad>"),
     ],
 )
 def test_addresses_without_credentials_are_left_alone(key: str, value: str) -> None:
@@ -104,11 +109,15 @@ def test_addresses_without_credentials_are_left_alone(key: str, value: str) -> N
         ("model.path", f"https://user:{S}@hub/name"),
         ("data.paths", f"[https://host/rows.jsonl?token={S}]"),
         ("name", f"http://u:{S}@host"),
+        ("+tracking.own", f"{{api_key: {S}}}"),
+        ("+tracking.own", "{password: 12345678}"),
+        ("+tracking.own.api_key", f"\u200b{S}"),
+        ("+tracking.own.api_key ", f" {S}"),
     ],
 )
 def test_other_settings_are_judged_too(key: str, value: str) -> None:
-    with pytest.raises(UserError, match=key.replace(".", r"\.")) as caught:
-        compose_resolved(["model=auto", f"{key}={value}" if value.startswith("[") else f"{key}='{value}'"])
+    with pytest.raises(UserError, match=key.strip("+ ").replace(".", r"\.")) as caught:
+        compose_resolved(["model=auto", f"{key}={value}" if value[0] in "[{" else f"{key}='{value}'"])
     assert S not in str(caught.value)
 
 

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from mft.console.screen import console
+from mft.console.screen import PLAIN_WIDTH, console
 from mft.console.tables import fitted, table
 
 HEAD = ["folder", "mean", "of each task", "empty", "verdict"]
@@ -44,3 +44,10 @@ def test_where_nothing_fits_words_are_broken_and_nothing_is_lost() -> None:
     assert "".join(line.split("│")[1].strip() for line in text.splitlines() if "│" in line).startswith(
         "multirun/demo"
     )
+
+
+def test_output_that_is_no_terminal_is_as_wide_as_columns_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert console(file=io.StringIO()).width == PLAIN_WIDTH
+    monkeypatch.setenv("COLUMNS", "80")
+    assert console(file=io.StringIO()).width == 80

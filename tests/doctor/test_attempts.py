@@ -4,7 +4,11 @@ same."""
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +22,7 @@ from mft.doctor.abilities import judged
 from mft.doctor.children import answers
 from mft.doctor.finding import Finding, State
 from mft.doctor.needs import Needs
+from mft.tracking.store import reason
 
 
 @pytest.fixture
@@ -61,6 +66,34 @@ def test_what_raises_is_told_with_its_kind(shadows: Path) -> None:
     (shadows / "broken.py").write_text("1 / 0")
     (answer,) = answers(["broken"], {})
     assert answer == {"name": "broken", "error": "ZeroDivisionError: division by zero"}
+
+
+def test_ctrl_c_ends_a_library_that_hangs(shadows: Path) -> None:
+    hangs = "import os, time, pathlib; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+    (shadows / "hanging.py").write_text(hangs)
+    lines = (
+        "import sys, threading",
+        f"sys.path.insert(0, {str(shadows)!r})",
+        "from mft.doctor.children import answers",
+        "threading.Thread(target=lambda: list(answers(['hanging'], {})), daemon=True).start()",
+        "threading.Event().wait()",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    doctor = subprocess.Popen(command, cwd=shadows, stderr=subprocess.DEVNULL)
+    while not (shadows / "pid").exists() or not (pid := (shadows / "pid").read_text()):
+        assert doctor.poll() is None
+        time.sleep(0.05)
+    doctor.send_signal(signal.SIGINT)
+    doctor.wait(timeout=20)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+
+
+def test_no_part_of_a_host_is_left_where_a_message_is_cut() -> None:
+    host = "tracker.department.example.internal"
+    error = ConnectionError(f"cannot reach {host}" + f" (host={host})" * 9)
+    said = reason(error, f"http://{host}", host)
+    assert "…" in said and not [word for word in host.split(".") if word in said], said
 
 
 class Store(BaseHTTPRequestHandler):

@@ -60,6 +60,14 @@ def test_folders_are_written_to_and_not_made(tmp_path: Path) -> None:
     assert places.shared_memory(Path("/nowhere")).state is State.note
 
 
+def test_a_cache_of_the_hub_that_cannot_be_written_matters_to_hub_names_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", "/proc/mft")
+    for needs, state in (({}, State.note), ({"hub": "model.path=owner/name"}, State.problem)):
+        assert next(places.findings(None, Needs(needs))).state is state
+
+
 def test_a_taken_port_is_a_problem() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
