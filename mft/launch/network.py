@@ -31,9 +31,9 @@ def route(address: str, port: int) -> str:
 def serve_store(address: str, port: int = 0) -> TCPStore:
     """Returns a TCPStore that listens on this one address; torch by itself would listen on every interface.
 
-    port: 0 for one that the kernel picks. Raises OSError where it cannot listen there.
+    port: 0 for one that the kernel picks. Raises OSError where it cannot listen there, or be reached.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import DistError, TCPStore
 
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     try:
@@ -45,10 +45,15 @@ def serve_store(address: str, port: int = 0) -> TCPStore:
         raise
     port = listener.getsockname()[1]
     descriptor = listener.detach()  # the store closes it, so the socket object must not
-    minutes = timedelta(minutes=15)
-    return TCPStore(
-        address, port, is_master=True, wait_for_workers=False, timeout=minutes, master_listen_fd=descriptor
-    )
+    soon = timedelta(seconds=10)  # it is here; where no more files may be open torch would try for long
+    try:
+        store = TCPStore(
+            address, port, is_master=True, wait_for_workers=False, timeout=soon, master_listen_fd=descriptor
+        )
+    except DistError as error:
+        raise OSError(f"the store at {address} cannot be reached: {str(error).splitlines()[0]}") from error
+    store.set_timeout(timedelta(minutes=15))
+    return store
 
 
 def connect(address: tuple[str, int]) -> Store:

@@ -122,6 +122,10 @@ def checking(folder: Path) -> Iterator[None]:
     except (UserError, DryRunDone):
         if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"multirun.yaml"}:
             shutil.rmtree(folder)
+            for parent in folder.absolute().parents:
+                if not parent.is_relative_to(Path.cwd()) or parent == Path.cwd() or any(parent.iterdir()):
+                    break  # a person's own, or not empty
+                parent.rmdir()
         raise
 
 

@@ -93,6 +93,7 @@ def test_a_wrong_command_line(
         monkeypatch.setenv(name, value)
     text = said([*before, *arguments], capsys, work)
     assert parts and all(part in text for part in parts), text
+    assert not (work / "multirun").exists()  # a sweep that does not start leaves nothing
 
 
 @pytest.mark.parametrize(("arguments", "parts"), [row[2:] for row in FILES], ids=[row[0] for row in FILES])
