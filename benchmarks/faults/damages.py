@@ -122,7 +122,7 @@ def metrics(case: Case) -> None:
     killed(case)
     path = case.run / "metrics.jsonl"
     damage(case, path)
-    case.losable = True
+    _may_lose_rows(case)
     # a bit of a number nobody can see, nor the loss of rows that are trained again
     if judge.unreadable_rows(case.run) or STEPS - 2 not in [row.get("step") for row in judge.rows(case.run)]:
         case.expects.append(r"metrics\.jsonl")
@@ -137,7 +137,7 @@ def torn_row(case: Case) -> None:
     kept = lines[:-1] if last == lines[-1] else lines
     path.write_bytes(b"".join(kept) + last[: case.draw.randrange(1, len(last))])
     # the row of the validation of step 6 may be the torn one
-    case.losable = True
+    _may_lose_rows(case)
     case.strike("the last row of metrics.jsonl torn")
 
 
@@ -233,6 +233,13 @@ def data_changed(case: Case) -> None:
 def _checkpoints(case: Case) -> list[Path]:
     found = [path for path in (case.run / "checkpoints").glob("step-*") if (path / COMPLETE).exists()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _may_lose_rows(case: Case) -> None:
+    """Notes that rows of metrics.jsonl were destroyed, and which were not."""
+    case.losable = True
+    expected = judge.rows(case.bench.reference(case.setup))
+    case.intact = [row for row in judge.rows(case.run) if row in expected]
 
 
 def _remove_run(case: Case) -> None:
