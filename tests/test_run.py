@@ -141,7 +141,7 @@ def test_a_disk_without_room_is_told_of_before_a_checkpoint_is_written(
     )
     told = r"no room for the checkpoint, which takes ([\d.]+) MiB \(([\d.]+) MiB are free\)"
     with pytest.raises(
-        UserError, match=rf"{told}.* older checkpoints than step-\d, .*train\.save_state=last"
+        UserError, match=rf"{told}.* checkpoints older than step-\d: .*train\.save_state=last"
     ) as error:
         train(run.parent, cache_dir, "peft=full", "train.save_every=1", "train.keep=9")
     steps = complete_steps(run / "checkpoints")
@@ -169,7 +169,7 @@ def test_a_checkpoint_that_ends_in_a_full_disk_leaves_the_older_one(
     """As a quota would: there is room, but no file more is taken."""
     run = disk("size=64m,nr_inodes=90") / "run"
     with pytest.raises(
-        UserError, match=r"The disk is full: .*\.step-\d\.tmp could not .* older checkpoints than step-\d"
+        UserError, match=r"The disk is full: .*\.step-\d\.tmp could not .* checkpoints older than step-\d: "
     ):
         train(run.parent, cache_dir, "train.max_steps=9", "train.save_every=1", "train.keep=9")
     assert complete_steps(run / "checkpoints") and not list((run / "checkpoints").glob(".step*"))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.faults.judge import differences
 from benchmarks.faults.processes import Command, end_all, members
@@ -70,6 +71,8 @@ class Case:
     """Whether it must be."""
     losable: bool = False
     """Whether rows of metrics.jsonl were destroyed from outside."""
+    intact: list[dict[str, Any]] = field(default_factory=list)
+    """The rows that were not."""
     cache: Path | None = None
     """A cache of its own."""
     tasks: Path | None = None
@@ -120,7 +123,7 @@ class Case:
 
     def differences(self) -> list[str]:
         """Returns in what its result differs from that without a fault."""
-        return differences(self.bench.reference(self.setup), self.run, self.losable)
+        return differences(self.bench.reference(self.setup), self.run, self.losable, self.intact)
 
     def start(
         self, arguments: Sequence[str] = (), prepare: Callable[[], None] | None = None, typed: bool = False

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.faults import judge
 from benchmarks.faults.case import Case, Failure, Refusal
 from benchmarks.faults.setups import STEPS, write_tasks
 from mft.files.checksums import COMPLETE, PROSE
@@ -123,7 +124,7 @@ def metrics(case: Case) -> None:
     path = case.run / "metrics.jsonl"
     before = path.read_bytes()
     damage(case, path)
-    case.losable = True
+    _may_lose_rows(case)
     # rows after the checkpoint are trained again, whatever became of them
     record = case.run / "checkpoints" / f"step-{STEPS - 2}" / "state" / "record.json"
     size = json.loads(record.read_text())["bytes"]
@@ -140,7 +141,7 @@ def torn_row(case: Case) -> None:
     kept = lines[:-1] if last == lines[-1] else lines
     path.write_bytes(b"".join(kept) + last[: case.draw.randrange(1, len(last))])
     # the row of the validation of step 6 may be the torn one
-    case.losable = True
+    _may_lose_rows(case)
     case.strike("the last row of metrics.jsonl torn")
 
 
@@ -236,6 +237,13 @@ def data_changed(case: Case) -> None:
 def _checkpoints(case: Case) -> list[Path]:
     found = [path for path in (case.run / "checkpoints").glob("step-*") if (path / COMPLETE).exists()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _may_lose_rows(case: Case) -> None:
+    """Notes that rows of metrics.jsonl were destroyed, and which were not."""
+    case.losable = True
+    expected = judge.rows(case.bench.reference(case.setup))
+    case.intact = [row for row in judge.rows(case.run) if row in expected]
 
 
 def _remove_run(case: Case) -> None:

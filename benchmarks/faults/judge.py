@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from mft.files.checksums import MODEL, damage
 
 CLOCKED = ("speed/", "memory/", "total/seconds")
 """Metrics that the clock and the machine decide."""
@@ -14,13 +17,16 @@ MEASURED = ("seconds", "peak_memory_gib")
 """The same in summary.json."""
 
 
-def differences(reference: Path, run: Path, losable: bool = False) -> list[str]:
+def differences(
+    reference: Path, run: Path, losable: bool = False, intact: Sequence[dict[str, Any]] = ()
+) -> list[str]:
     """Returns in what a finished run differs from its reference, [] where in nothing that counts.
 
     losable: whether rows of metrics.jsonl were destroyed from outside: those that are there must still be
-    right, and in order, unless the run has told that they are not.
+    right, and in order, unless the run has told that they are not. intact: rows that were not destroyed, so
+    that they must be there.
     """
-    found = _weights(reference / "final", run / "final")
+    found = _final(reference / "final", run / "final")
     expected, actual = rows(reference), rows(run)
     if losable:
         kept = iter(expected)
@@ -28,6 +34,7 @@ def differences(reference: Path, run: Path, losable: bool = False) -> list[str]:
             [] if told(run, "metrics.jsonl has changed since") else [row for row in actual if row not in kept]
         )
         found += [f"metrics.jsonl: a row that is not expected: {row}" for row in wrong]
+        found += [f"metrics.jsonl: an intact row is lost: {row}" for row in intact if row not in actual]
         expected_last, actual_last = expected[-1:], actual[-1:]
         found += [] if expected_last == actual_last else ["metrics.jsonl: another last row"]
     elif expected != actual:
@@ -71,15 +78,23 @@ def _object(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _weights(reference: Path, final: Path) -> list[str]:
-    found = []
-    for path in sorted(reference.glob("*.safetensors")):
-        copy = final / path.name
-        if not copy.is_file():
-            found.append(f"final/{path.name} is missing")
-        elif copy.read_bytes() != path.read_bytes():
-            found.append(f"final/{path.name} differs")
+def _final(reference: Path, final: Path) -> list[str]:
+    expected, actual = ({path.name for path in folder.glob("*")} for folder in (reference, final))
+    found = [f"final/{name} is missing" for name in sorted(expected - actual)]
+    found += [f"final/{name} is not expected" for name in sorted(actual - expected)]
+    if actual and (problem := damage(final)):
+        found.append(f"final/: {problem}")
+    for name in sorted(expected & actual - {MODEL}):
+        if _without_places(reference / name) != _without_places(final / name):
+            found.append(f"final/{name} differs")
     return found
+
+
+def _without_places(path: Path) -> bytes:
+    """Returns the content of a file of final/ without the folder of the cache, which a case may have of its
+    own."""
+    content = path.read_bytes()
+    return content if path.suffix == ".safetensors" else re.sub(rb"/[^\s\"'`]*/tiny/", b"", content)
 
 
 def _sample_losses(reference: Path, run: Path) -> list[str]:

@@ -158,6 +158,9 @@ class Heartbeat:
                     posted, pause = self._round, SHORTEST_PAUSE
                     if self._store.add(f"arrived/{posted}", 1) == self.world:
                         self._store.set(f"all/{posted}", "")
+                        # all have left the round before: a long run must not fill the store
+                        self._store.delete_key(f"arrived/{posted}")
+                        self._store.delete_key(f"all/{posted - 1}")
                 if self._store.check([f"all/{posted}"]):
                     arrived, self._arrived = self._arrived, None
                     arrived.set()

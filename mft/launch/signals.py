@@ -90,6 +90,23 @@ def handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 @contextmanager
+def held_back() -> Iterator[None]:
+    """Lets no signal of SIGNALS through inside the block, nor ever to a process that is started in it: there
+    and in what is forked from it they wait until `let_through`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_through() -> None:
+    """Makes a process that was forked from one started in `held_back` receive SIGNALS, those that wait
+    first."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@contextmanager
 def first_signal(act: Callable[[int], None]) -> Iterator[list[int]]:
     """Inside the block the first of SIGNALS calls act(signum), a second one ends this process at once.
 

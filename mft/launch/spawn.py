@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from mft.distributed.accelerator import RANK_VARIABLES
 from mft.hardware import DRIVERS, quiet_without_gpu
 from mft.launch import failures, network, torch_private, worker
 from mft.launch.node_group import NodeGroup
-from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, first_signal
+from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, first_signal, held_back
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousInfo
@@ -66,9 +67,10 @@ def spawn(
     else:  # host 0 removes them, once for all
         nodes.log = log
     start_fork_server()  # first, so that its imports run beside our own
-    from torch.distributed.elastic.agent.server import WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    with held_back():  # torch's C++ code aborts the process where a signal interrupts its import
+        from torch.distributed.elastic.agent.server import WorkerSpec
+        from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
     info = loopback() if nodes is None else nodes.rendezvous()
     spec = WorkerSpec(
@@ -123,7 +125,11 @@ def start_fork_server(preload: Sequence[str] = PRELOAD) -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # torch warns about every host name it cannot look up
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    multiprocessing.forkserver.ensure_running()
+    # A Ctrl-C in the terminal, and a scheduler, signal the whole process group: the server would die with a
+    # traceback, and this process with another one where it asks for a rank. It ends when this process does.
+    multiprocessing.resource_tracker.ensure_running()  # first: it changes which signals are blocked
+    with held_back():
+        multiprocessing.forkserver.ensure_running()
 
 
 def start_method() -> str:

@@ -79,6 +79,7 @@ def rank_main(
     the terminal as well); variables: environment of the launching process, which a fork server does not know,
     None for a rank that was placed from outside.
     """
+    signals.let_through()
     os.environ.update(variables or {})
     rank = int(os.environ.get("RANK", 0))
     report = Path(log) / f"rank{rank}.error.json"
@@ -161,9 +162,9 @@ def _watch(report: Path, rank: int, started: float) -> None:
             gone = os.getppid() != started_by
         if gone:
             os._exit(signals.UNSAVED)
-        others = (path for path in report.parent.glob("*.error.json") if path != report)
-        # an older one is of an earlier attempt
-        failed = [path for path in others if path.stat().st_mtime >= started]
+        failed = [
+            path for path in report.parent.glob("*.error.json") if path != report and newer(path, started)
+        ]
         stalled = heartbeat.stalled()
         if not (failed or stalled):
             continue
@@ -175,6 +176,15 @@ def _watch(report: Path, rank: int, started: float) -> None:
                 with suppress(OSError):
                     failures.write_report(report, stalled, rank)
             os._exit(1)
+
+
+def newer(report: Path, started: float) -> bool:
+    """Whether a report was written since then; an older one is of an earlier attempt, and may be removed by
+    its rank at this very moment."""
+    try:
+        return report.stat().st_mtime >= started
+    except OSError:
+        return False
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from mft.distributed.accelerator import RANK_VARIABLES
 from mft.errors import UserError
 from mft.launch import spawn
 from mft.launch.job import Job
+from mft.launch.signals import let_through
 
 
 def rehearse(job: Job) -> None:
@@ -55,6 +56,7 @@ def _main(
     answer: Connection,
 ) -> None:
     """Rehearses the config of a folder and answers with a sentence, "" where all went well."""
+    let_through()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that waits for this one
     for name in RANK_VARIABLES:  # of torchrun or srun: this process is alone
         os.environ.pop(name, None)
@@ -66,19 +68,19 @@ def _main(
     from mft.errors import full_disk
     from mft.rehearsal.rehearse import Rehearsal
 
-    rehearsal = Rehearsal(Path(folder), Path(output_dir), world)
+    rehearsal, problem = Rehearsal(Path(folder), Path(output_dir), world), ""
     try:
         plugins.name(packages)
         cfg = read(Path(folder) / "config.yaml")
         check_variables(cfg)
         rehearsal.perform(cfg)
     except UserError as error:
-        answer.send(str(error))
+        problem = str(error)
     except Exception as error:
         refusal = full_disk(error)
-        answer.send(str(refusal) if refusal else f"The rehearsal failed {rehearsal.doing}: {where(error)}")
-    else:
-        answer.send("")
+        problem = str(refusal) if refusal else f"The rehearsal failed {rehearsal.doing}: {where(error)}"
+    with suppress(BrokenPipeError):  # Ctrl-C has ended the process that waited
+        answer.send(problem)
 
 
 def where(error: Exception) -> str:

@@ -31,7 +31,7 @@ from mft.files.json_file import read_json, write_json
 from mft.hardware import visible_gpus
 from mft.launch import launch, rank_log, spawn
 from mft.launch.job import Job
-from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, first_signal
+from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, first_signal, let_through
 from mft.run_folder import RunStatus, metric_rows
 
 if TYPE_CHECKING:
@@ -236,6 +236,7 @@ def supervise(
     trace: Trace | None = None,
 ) -> None:
     """Runs one job in ranks of this process; exits with 0, 1 (failed: log/failure.json) or a rank's code."""
+    let_through()
     os.setsid()  # a Ctrl-C of the terminal reaches the sweep alone, which forwards it once
     os.environ.update(environment)  # the fork server has that of the sweep's start
     rank_log.redirect(folder / "log" / "output.txt")

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,8 +133,10 @@ def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
             yield temporary
     except Exception as error:
         # json, safetensors and torch raise kinds of their own, torch without the reason: hence the free space
-        free = shutil.disk_usage(run_dir).free
-        if not is_full_disk(error) and free > 2**20:
+        free = _free(run_dir)
+        # a rank that found the disk full removes the folder, also while the others still write to it
+        removed = not temporary.exists() and not isinstance(error, UserError)
+        if not (is_full_disk(error) or free <= 2**20 or removed):
             raise
         shutil.rmtree(temporary, ignore_errors=True)
         message = f"The disk is full: {temporary} could not be written ({_mib(free)} MiB were free)."
@@ -155,7 +158,7 @@ def require_room(run_dir: Path, what: str, own: int, engine: Engine) -> None:
         # first what killed saves left behind
         for leftover in (*run_dir.glob("checkpoints/.step-*.tmp"), *run_dir.glob(".final.*tmp")):
             shutil.rmtree(leftover, ignore_errors=True)
-        free = shutil.disk_usage(run_dir).free
+        free = _free(run_dir)
     engine.barrier()
     of_ranks = engine.gather((own, free))
     needed, free = sum(size for size, _ in of_ranks), of_ranks[0][1]
@@ -168,8 +171,17 @@ def _how_to_make_room(run_dir: Path) -> str:
     if not (older := newest(run_dir)):
         return "Make room."
     # by hand: the settings take effect when the next checkpoint is complete
-    advice = f"Make room, for instance by removing older checkpoints than {older.name}, from which the same "
-    return advice + "command resumes; train.keep and train.save_state=last keep less of them."
+    return (
+        f"Make room, for instance by removing checkpoints older than {older.name}: the same command resumes "
+        "from that one. With a smaller train.keep, or train.save_state=last, a run takes less room."
+    )
+
+
+def _free(folder: Path) -> int:
+    """Returns the bytes free on the disk of a folder; no limit where its file system does not tell, as some
+    that stand before an object store."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else sys.maxsize
 
 
 def _mib(size: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import campaign, case
+from benchmarks.faults import campaign, case, judge
 from benchmarks.faults.case import Case
 from benchmarks.faults.kinds import KINDS, Kind
 from benchmarks.faults.processes import prepare_server
@@ -89,6 +89,20 @@ def row_missing(case: Case) -> None:
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
+def intact_row_lost(case: Case) -> None:
+    """One row was destroyed; another one is missing, too."""
+    finished(case)
+    path = case.run / "metrics.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    case.losable, case.intact = True, judge.rows(case.run)[1:]
+    path.write_text("".join(rows[2:]))
+
+
+def tokenizer_missing(case: Case) -> None:
+    finished(case)
+    (case.run / "final" / "tokenizer.json").unlink()
+
+
 def losses_missing(case: Case) -> None:
     finished(case)
     (case.run / "sample_losses" / f"valid-{STEPS}.parquet").unlink()
@@ -128,6 +142,8 @@ def refused(case: Case) -> None:
         (other_weights, "LOST"),
         (other_row, "LOST"),
         (row_missing, "LOST"),
+        (intact_row_lost, "LOST"),
+        (tokenizer_missing, "LOST"),
         (losses_missing, "LOST"),
         (other_summary, "LOST"),
         (refused, "LOST"),

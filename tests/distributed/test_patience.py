@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -169,3 +170,19 @@ def seconds_of_a_barrier() -> float:
 
 def test_a_barrier_is_quick() -> None:
     assert max(run_ranks(2, seconds_of_a_barrier)) < 0.1
+
+
+def test_the_store_does_not_grow_with_the_rounds() -> None:
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    clients = [torch.distributed.TCPStore("127.0.0.1", server.port) for _ in range(2)]
+    beats = [heartbeat.Heartbeat(client, rank, 2, minutes=1) for rank, client in enumerate(clients)]
+    other = threading.Thread(target=lambda: [beats[1].wait_for_all() for _ in range(20)])
+    other.start()
+    for _ in range(20):
+        beats[0].wait_for_all()
+    other.join()
+    assert not any(server.check([f"{key}/{n}"]) for n in range(1, 20) for key in ("arrived", "all"))
+    other = threading.Thread(target=beats[1].leave)
+    other.start()
+    beats[0].leave()
+    other.join()

@@ -129,3 +129,9 @@ def deadlock(run_dir: str) -> None:
 
     Trainer.set_learning_rate = deadlocked  # type: ignore[method-assign]
     train(run_dir)
+
+
+def blocked_signals(folder: str) -> None:
+    """Writes which signals do not reach this rank."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    (Path(folder) / f"blocked{os.environ['RANK']}").write_text(str(blocked))

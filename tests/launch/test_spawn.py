@@ -231,3 +231,20 @@ def test_the_store_of_the_ranks_is_reached_over_loopback_alone() -> None:
     port = info.bootstrap_store_info.master_port
     listening = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert [address.ip for address in listening if address.port == port] == ["127.0.0.1"]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_signal_to_the_whole_group_does_not_reach_the_fork_server(tmp_path: Path) -> None:
+    code = (
+        "import multiprocessing.forkserver as server, os, signal, sys\nfrom pathlib import Path\n"
+        "from mft.launch.spawn import spawn, start_fork_server\nfrom tests.launch import entries\n"
+        "start_fork_server(('mft.launch.worker', 'torch'))\n"  # whose imports are under way when it comes
+        "for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n"
+        "    os.kill(server._forkserver._forkserver_pid, signum)\n"
+        f"spawn(entries.blocked_signals, ({str(tmp_path)!r},), 2, Path({str(tmp_path)!r}) / 'log')\n"
+        "print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "set()", "")
+    assert [path.read_text() for path in tmp_path.glob("blocked*")] == ["set()", "set()"]

@@ -3,17 +3,20 @@ absent, and the run goes on to the bit."""
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from mft.distributed.ddp import Ddp
+from mft.distributed.ddp import Ddp, Single
 from mft.errors import UserError
 from mft.training import checkpoint
 from tests.distributed.ranks import run_ranks
@@ -88,6 +91,36 @@ def asked_for_room(folder: Path, of_free: list[float]) -> str:
         return str(error)
     finally:
         engine.close()
+
+
+def told_of_a_full_disk(folder: Path) -> str:
+    """Returns what this rank is told where rank 1 finds the disk full before rank 0 has written its files."""
+    engine = Ddp().start("fp32", cpu=True)
+    try:
+        with checkpoint.written(folder / "step-1", folder, engine) as temporary:
+            if engine.rank == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            while temporary.exists():
+                time.sleep(0.01)
+            (temporary / "weights").write_text("")
+        return ""
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ranks_whose_files_another_one_removed_on_a_full_disk_tell_of_the_disk(tmp_path: Path) -> None:
+    assert all("The disk is full" in told for told in run_ranks(2, told_of_a_full_disk, tmp_path))
+
+
+def test_a_file_system_that_does_not_tell_its_size_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=0))
+    checkpoint.require_room(tmp_path, "checkpoint", 10**9, Single().start("fp32", cpu=True))
 
 
 @pytest.mark.slow
