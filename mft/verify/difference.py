@@ -1,7 +1,8 @@
 """The first difference of two runs of one config, bit by bit.
 
 By step; within a step: the batches of every rank, losses, gradient norm, task weights and learning rate,
-validation, all else that is logged. Then the parameters of final/ and the resume state of the last step.
+validation, all else that is logged. Then the parameters of final/ and the resume state of the last step, with
+what the loss mode has learned and the random states.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Difference:
 
 def first_difference(uninterrupted: Path, resumed: Path) -> Difference | None:
     """Returns the first difference of two finished runs, given by their folders; None: there is none."""
-    return next(chain(in_steps(uninterrupted, resumed), in_tensors(uninterrupted, resumed)), None)
+    places = (in_steps, in_tensors, in_memory)
+    return next(chain.from_iterable(differences(uninterrupted, resumed) for differences in places), None)
 
 
 def in_steps(uninterrupted: Path, resumed: Path) -> Iterator[Difference]:
@@ -108,8 +110,13 @@ def in_tensors(uninterrupted: Path, resumed: Path) -> Iterator[Difference]:
     parameters, then what the optimizer keeps."""
     folders = [[run / "final", *states(run)] for run in (uninterrupted, resumed)]
     for one, two in zip_longest(*folders):
+        places = [
+            str(folder.relative_to(run)) if folder else ABSENT
+            for folder, run in ((one, uninterrupted), (two, resumed))
+        ]
+        if places[0] != places[1]:
+            yield Difference("the last checkpoint", places[0], places[1])
         if one is None or two is None:
-            yield Difference("the last checkpoint", str(one or ABSENT), str(two or ABSENT))
             continue
         names = {file.name for folder in (one, two) for file in folder.glob("*.safetensors")}
         for name in sorted(names):
@@ -119,6 +126,34 @@ def in_tensors(uninterrupted: Path, resumed: Path) -> Iterator[Difference]:
                 yield from in_file(one / name, two / name, str(about))
             else:
                 yield Difference(str(about), presence(first), presence(second))
+
+
+def in_memory(uninterrupted: Path, resumed: Path) -> Iterator[Difference]:
+    """Yields the differences of what the loss mode has learned and of the random states, at the last step."""
+    import torch
+
+    for one, two in zip(states(uninterrupted), states(resumed), strict=True):
+        for name in sorted({file.name for folder in (one, two) for file in folder.glob("*.pt")}):
+            about = (one / name).relative_to(uninterrupted)
+            loaded = [torch.load(folder / name, weights_only=True) for folder in (one, two)]
+            first, second = (dict(leaves(value)) for value in loaded)
+            for key in sorted({*first, *second}):
+                values = [each.get(key, ABSENT) for each in (first, second)]
+                if all(map(torch.is_tensor, values)):
+                    if found := in_tensor(*values):
+                        yield Difference(f"{about}{key}{found[0]}", found[1], found[2])
+                elif shown(values[0]) != shown(values[1]):
+                    yield Difference(f"{about}{key}", shown(values[0]), shown(values[1]))
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (where it is, tensor or plain value) of all that a value of dicts and lists holds."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, part in items:
+            yield from leaves(part, f"{key}/{name}")
+    else:
+        yield key, value
 
 
 def presence(there: bool) -> str:

@@ -151,5 +151,14 @@ def test_the_last_bit_of_one_final_number_is_found(runs: dict[str, Path], tmp_pa
         assert found is not None and found.step is None
         assert found.what.startswith(f"{place} ") and what in found.what and found.what.endswith("[0]")
         assert float.fromhex(found.uninterrupted) != float.fromhex(found.resumed)
+    for name, key, value in (("loss.pt", "forgotten", 1.0), ("rng-0.pt", "torch", None)):
+        place_of_it = f"checkpoints/step-{STEPS}/state/{name}"
+        other_memory = other(runs, tmp_path / name)
+        memory = torch.load(other_memory / place_of_it, weights_only=True)
+        memory[key] = memory[key].flip(0) if value is None else value
+        torch.save(memory, other_memory / place_of_it)
+        seal((other_memory / place_of_it).parents[1], COMPLETE)
+        found = first_difference(runs["whole"], other_memory)
+        assert found is not None and found.what.startswith(f"{place_of_it}/{key}")
     (copy / place).unlink()
     assert str(first_difference(runs["whole"], copy)) == f"{place}: there uninterrupted, absent resumed"
