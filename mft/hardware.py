@@ -18,11 +18,16 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 AVX2."""
 
 
+def has_gpu() -> bool:
+    """Whether this machine has a GPU with a driver; torch is not asked."""
+    return any(path.exists() for path in DRIVERS)
+
+
 def quiet_without_gpu() -> None:
     """Keeps libraries from warning on import about hardware that this machine lacks."""
     # it recommends a package with CPU kernels
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    if not any(path.exists() for path in DRIVERS):
+    if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no accelerator
 
 
@@ -39,7 +44,7 @@ def quiet_libraries() -> None:
 
 def visible_gpus() -> int:
     """Returns the number of GPUs that CUDA shows, honouring CUDA_VISIBLE_DEVICES."""
-    if not any(path.exists() for path in DRIVERS) or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    if not has_gpu() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return 0
     import torch
 

@@ -1,8 +1,8 @@
 """Look at this machine: versions, GPUs, disks, network, and what of it all a config needs and can run.
 
-Libraries are really tried, each in a process of its own with a time limit; nothing is changed or started. Each
-line is ok, a note, or a problem with its cure. Overrides choose the config that is judged; without any it is
-the default one. The exit code is 1 where something that the config needs is missing.
+Libraries are really tried, each in a process of its own with a time limit; nothing is changed or started.
+Each line is ok, a note, or a problem with its cure. Overrides choose the config that is judged, by default
+the one without any. The exit code is 1 where something that the config needs is missing.
 
 examples:
   mft doctor

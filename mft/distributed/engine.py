@@ -220,12 +220,12 @@ class Engine:
     def barrier(self) -> None:
         """Waits until every rank is here, however long one of them works alone: in no collective.
 
-        Raises `heartbeat.Stalled` when a rank gives no sign of life any more.
+        Raises `stalled.Stalled` when a rank gives no sign of life any more.
         """
         heartbeat.wait_for_all()
 
     def patient(self) -> AbstractContextManager[None]:
-        """Context for work that takes ranks very different times, where collectives wait as long as `barrier`.
+        """Context for work that takes ranks very different times: collectives wait as long as `barrier`.
 
         All ranks enter it; it ends with a `barrier`.
         """

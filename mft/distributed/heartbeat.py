@@ -1,4 +1,4 @@
-"""Waiting for other ranks outside of collectives, and the signs of life that tell a slow rank from a frozen one.
+"""Waiting for other ranks outside of collectives, and the signs of life that tell slow ranks from frozen.
 
 A collective ends in an error after `dist.timeout_minutes`, whether the rank that it waits for is gone or only
 writes to a slow disk. So ranks wait for the lone work of one of them in `wait_for_all`: over the store by
@@ -10,7 +10,6 @@ other one knows it, whatever its main thread waits for.
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from mft.distributed import torch_private
-from mft.errors import UserError
+from mft.distributed.stalled import TIMED_OUT, Stalled
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -39,34 +38,6 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 0.002, 0.25
 
 LEFT = "left"
 """Replaces the heartbeat of a rank whose part is done."""
-
-TIMED_OUT = re.compile(
-    r"Timed out waiting \d+ ?ms|Application timeout caused|collective operation timeout", re.IGNORECASE
-)
-"""The texts of collectives that timed out: gloo's, in either of two ranks, and that of NCCL's watchdog."""
-
-
-class Stalled(UserError):
-    """Ranks did not come for longer than is allowed. Attributes are plain values, for a report in JSON."""
-
-    exit_code = 1
-
-    def __init__(self, ranks: Sequence[int], since: float, limit: str, silent: bool, world: int):
-        """ranks: empty where nobody can tell; since: seconds since 1970; limit: as a person would set it;
-        silent: whether they gave no sign of life either; world: number of all ranks."""
-        self.ranks, self.since, self.limit, self.silent, self.world = list(ranks), since, limit, silent, world
-        numbers = " and ".join(map(str, self.ranks))
-        who = (
-            "a rank has"
-            if not ranks
-            else f"rank{'s'[: len(ranks) > 1]} {numbers} ha{'ve' if ranks[1:] else 's'}"
-        )
-        how = "no sign of life" if silent else "other ranks have waited in vain"
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
-        super().__init__(
-            f"{who} stalled: {how} since {when}, longer than {limit}. The stacks of all ranks that still ran "
-            "are in log/rank<r>.log of the run folder. What was saved is intact: the same command resumes."
-        )
 
 
 class Heartbeat:
@@ -127,7 +98,7 @@ class Heartbeat:
         return self._stalled(silent, max(silence.values()), silent=True) if silent else None
 
     def timed_out(self) -> Stalled:
-        """Returns the error of a collective that timed out in this rank, with those that are silent, if any."""
+        """Returns the error of a collective that timed out here, with the ranks that are silent, if any."""
         return self.stalled(self.limit / 2) or self._stalled([], self.limit, silent=False)
 
     def _stalled(self, ranks: Sequence[int], seconds: float, silent: bool, limit: str = "") -> Stalled:

@@ -11,7 +11,7 @@ from typing import Any
 from mft.doctor import children
 from mft.doctor.finding import Finding, Part
 from mft.doctor.needs import ALWAYS, Needs
-from mft.hardware import DRIVERS
+from mft.hardware import has_gpu
 
 GIB = 2**30
 CLOCKS = 5.0
@@ -58,7 +58,7 @@ def findings(needs: Needs, tracker: str = "", patience: float = children.LIMIT) 
     """
     given: dict[str, Mapping[str, Any]] = {"mlflow": {"uri": tracker}} if tracker else {}
     left_out = set() if tracker else {"mlflow"}
-    if not any(path.exists() for path in DRIVERS):
+    if not has_gpu():
         left_out.add("nccl")
         yield _worse("nccl", "there is no GPU", "none is needed on CPUs, which use gloo", needs)
     done: queue.Queue[children.Answer | None] = queue.Queue()
@@ -127,7 +127,7 @@ def _devices(found: Mapping[str, Any], needs: Needs) -> Iterator[Finding]:
         yield works.ok(f"GPU {number}", f"{gpu['name']}, {memory}, compute capability {gpu['capability']}")
     if gpus:
         yield works.ok("devices", f"{shown}, driver {driver() or 'unknown'}")
-    elif any(path.exists() for path in DRIVERS):
+    elif has_gpu():
         found_ = f"{shown}; a driver is here ({driver() or 'version unknown'}), but torch sees no GPU"
         yield works.problem("devices", found_, CURES["devices"])
     else:
@@ -163,7 +163,7 @@ def _flash(found: Mapping[str, Any], needs: Needs) -> Iterator[Finding]:
 
 
 def _deepspeed(found: Mapping[str, Any], needs: Needs) -> Iterator[Finding]:
-    gpus = any(path.exists() for path in DRIVERS)
+    gpus = has_gpu()
     lacking = [name for name in ("compiler", "ninja") if not found[name]]
     if gpus and not found["cuda_home"]:
         lacking.append("CUDA_HOME")

@@ -1,4 +1,4 @@
-"""Folders that a run writes to: whether they can be written, their free space, and the clock of their disk."""
+"""Folders that a run writes to: whether they can be written, free space, and the clock of their disk."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mft.console import credentials, screen
-from mft.distributed.heartbeat import TIMED_OUT, Stalled
+from mft.distributed.stalled import TIMED_OUT, Stalled
 from mft.errors import UserError
 from mft.files.json_file import Values, read_json, write_json
 
@@ -149,8 +149,11 @@ def _only_lost(reports: list[Values]) -> bool:
 
 
 def _stalled(report: Values, reports: list[Values]) -> Stalled:
-    """Returns the error of a rank that waited in vain; where it cannot tell for which, for those that reported
-    nothing: not even that they, too, waited."""
+    """Returns the error of a rank that waited in vain.
+
+    Where it cannot tell for which, the error names those that have reported nothing, not even that they
+    waited, too.
+    """
     facts = report.part("stalled")
     reported = {other["rank"] for other in reports}
     ranks = facts["ranks"] or [rank for rank in range(facts["world"]) if rank not in reported]
@@ -173,9 +176,9 @@ def _silent_death(log: Path, rank: int, code: int | None, ranks: int) -> Excepti
         )
     if code == -signal.SIGABRT and _shows_timeout(log / f"rank{rank}.log"):
         return UserError(
-            f"A collective timed out in rank {rank}, as one does after dist.timeout_minutes: another rank has "
-            f"stalled. The stacks of all ranks that still ran are in {log}/rank<r>.log. What was saved is "
-            "intact: the same command resumes."
+            f"A collective timed out in rank {rank}, as one does after dist.timeout_minutes: another rank "
+            f"has stalled. The stacks of all ranks that still ran are in {log}/rank<r>.log. What was saved "
+            "is intact: the same command resumes."
         )
     how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     return WorkerError(f"rank {rank} {how} without a report; its output is in {log}.")

@@ -70,9 +70,9 @@ def follow_rank0() -> None:
 def launch(job: Job, folder: Path, nodes: NodeGroup | None = None, trace: Trace | None = None) -> Values:
     """Runs the job in `folder`, resumes it or skips it when it is finished; returns its summary.
 
-    nodes: the machines of the run, of which this is number 0; trace: see `mft.run.run`. Raises UserError for a
-    mistake found in a rank (its sentence alone), WorkerError with the traceback of the rank that failed first,
-    Stopped when a signal ended the run.
+    nodes: the machines of the run, of which this is number 0; trace: see `mft.run.run`. Raises UserError for
+    a mistake found in a rank (its sentence alone), WorkerError with the traceback of the rank that failed
+    first, Stopped when a signal ended the run.
     """
     shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
     if resume_choice.is_finished(folder, job.identity, job.cfg.train.resume):

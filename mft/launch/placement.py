@@ -71,8 +71,8 @@ def _number(variable: str) -> int:
         return int(os.environ.get(variable) or 0)
     except ValueError:
         raise UserError(
-            f"{variable}={shortened(os.environ[variable])} must be a whole number: torchrun, accelerate launch "
-            "or srun sets it; unset it to start ranks from here."
+            f"{variable}={shortened(os.environ[variable])} must be a whole number: torchrun, accelerate "
+            "launch or srun sets it; unset it to start ranks from here."
         ) from None
 
 

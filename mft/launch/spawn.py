@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.distributed.accelerator import RANK_VARIABLES
-from mft.hardware import DRIVERS, quiet_without_gpu
+from mft.hardware import has_gpu, quiet_without_gpu
 from mft.launch import failures, network, torch_private, worker
 from mft.launch.node_group import NodeGroup
 from mft.launch.signals import INTERRUPTED, SAVED, UNSAVED, Stopped, first_signal, held_back
@@ -118,7 +118,7 @@ def start_fork_server(preload: Sequence[str] = PRELOAD) -> None:
     if start_method() == "fork":
         return
     # before the server starts: it reads the environment and the list of modules once
-    gpu = any(path.exists() for path in DRIVERS)
+    gpu = has_gpu()
     quiet_without_gpu()
     multiprocessing.set_forkserver_preload([name for name in preload if not (gpu and name in TOUCHES_CUDA)])
     # makes torch count GPUs without initialising CUDA

@@ -1,5 +1,5 @@
-"""Where a rank stands: the stacks of all its threads, in its log, when ranks stall, when it dies of a signal, and
-on SIGUSR1."""
+"""Where a rank stands: the stacks of all its threads, in its log, when ranks stall, when it dies of a signal,
+and on SIGUSR1."""
 
 from __future__ import annotations
 

@@ -24,8 +24,9 @@ from mft import run_folder
 from mft.config import plugins
 from mft.console.screen import guard_logs, say
 from mft.distributed import heartbeat
+from mft.distributed.stalled import Stalled
 from mft.errors import UserError, refused_by_system
-from mft.hardware import quiet_without_gpu
+from mft.hardware import has_gpu, quiet_without_gpu
 from mft.launch import failures, placement, rank_log, signals, stacks, torch_private
 
 if TYPE_CHECKING:
@@ -93,14 +94,16 @@ def rank_main(
         gc.freeze()  # else closing an engine makes the collector walk over all imports: 0.3 to 0.5 s
         threading.Thread(target=_watch, args=(report, rank, started), daemon=True, name="watchdog").start()
         try:
-            # else no rank could use a GPU
-            assert not torch_private.forked_after_cuda(), "a preloaded module initialised CUDA"
+            # else no rank could use a GPU; CUDA builds of torch say so of a machine without one as well
+            assert not has_gpu() or not torch_private.forked_after_cuda(), (
+                "a preloaded module initialised CUDA"
+            )
             result = function(*arguments)
         except Exception as error:
             # a full disk takes neither report nor traceback; the launching process looks at the free space
             with suppress(OSError):
                 failures.write_report(report, error, rank)
-            if isinstance(error, heartbeat.Stalled):
+            if isinstance(error, Stalled):
                 stacks.dump(error)
             if rank > 0:
                 with suppress(OSError):

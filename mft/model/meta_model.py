@@ -42,8 +42,10 @@ def skeleton(
     quantization: BitsAndBytesConfig | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """Returns the model of a config on the meta device, its linear layers replaced as quantising would; dtype:
-    of its other weights, None = the config's."""
+    """Returns the model of a config on the meta device, its linear layers replaced as quantising would.
+
+    dtype: of its other weights, None = the config's.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.quantizers import AutoHfQuantizer

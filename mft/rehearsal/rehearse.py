@@ -97,8 +97,8 @@ class Rehearsal:
         if family.new_tokens():
             added = add_new_tokens(family.read_tokenizer(), family.add_tokens, family.add_special_tokens)
             widen_embeddings(base, added, family.pad_to_multiple_of)
-        if getattr(peft, "path", None):
-            r.progress.show(f"memory: decided by the adapter at peft.path={peft.path}")  # type: ignore[attr-defined]
+        if adapter := getattr(peft, "path", None):
+            r.progress.show(f"memory: decided by the adapter at peft.path={adapter}")
             return
         # an initialisation that computes with the weights trains as many as any other
         plain = {"init": True} if getattr(peft, "changes_base", False) else {}

@@ -132,10 +132,10 @@ def rewind(run_dir: Path, step: int) -> str:
 
 
 def lost_rows(checkpoint: Path, state: State) -> str:
-    """Returns what has become of the rows that metrics.jsonl held when a checkpoint was written, "" where they
-    are as they were.
+    """Returns what has become of the rows that metrics.jsonl held when a checkpoint was written.
 
-    state: of the checkpoint. Training cannot make these rows again: a person has to know of a gap.
+    "" where they are as they were. state: of the checkpoint. Training cannot make these rows again: a person
+    has to know of a gap.
     """
     path = checkpoint.parents[1] / "metrics.jsonl"
     recorded = read_json(checkpoint / "state" / RECORD)  # {} in one of an earlier version

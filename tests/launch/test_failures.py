@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mft.distributed.heartbeat import Stalled
+from mft.distributed.stalled import Stalled
 from mft.errors import UserError
 from mft.files.json_file import Values, read_json, write_json
 from mft.launch import failures
