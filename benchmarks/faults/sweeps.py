@@ -33,8 +33,11 @@ class SweepCase(Case):
 
     @property
     def run(self) -> Path:
-        """The first job's run folder, as the reference has it."""
-        return self.work / self.reference().relative_to(self.bench.root / "references" / "sweep")
+        """The first job's run folder: as the reference has it, but for the sweep's name, which the paths of its
+        data decide."""
+        reference = self.reference().relative_to(self.bench.root / "references" / "sweep")
+        there = (folder for folder in (self.work / reference).parents[1].glob("*") if folder.is_dir())
+        return next(there, self.work / reference.parent) / reference.name
 
     def reference(self) -> Path:
         """Returns the run folder of the first job of a sweep without a fault."""

@@ -55,6 +55,8 @@ def effects(comparison: Comparison) -> tuple[list[Effect], float]:
     so (loss.tau, which is not set where loss is mean) has a share, but no levels: what belongs to which key
     is not known. ([], NaN) below three runs, or without any variance.
     """
+    import numpy as np
+
     table = _table(comparison)
     keys = [key for key in table.columns if key != "value" and table[key].nunique() > 1]
     if len(table) < 3 or not keys or not table["value"].var() > 0:
@@ -66,7 +68,11 @@ def effects(comparison: Comparison) -> tuple[list[Effect], float]:
         rest = _fit(table, [other for other in keys if other != key])
         explained = max(0.0, float(rest.ssr - full.ssr))
         alone = rest.df_resid > full.df_resid  # it changes also where the others stay as they are
-        p = float(full.compare_f_test(rest)[1]) if alone and full.df_resid > 0 else math.nan
+        p = math.nan
+        if alone and full.df_resid > 0:
+            # runs of equal values leave no noise: F is infinite, or 0/0 where the key explains nothing either
+            with np.errstate(divide="ignore", invalid="ignore"):
+                p = float(full.compare_f_test(rest)[1])
         levels = _levels(table, keys, key, full) if alone else ()
         found.append(Effect(key, explained / total if alone else 0.0, p, tuple(levels)))
     return sorted(found, key=lambda effect: -effect.share), float(full.ssr) / total

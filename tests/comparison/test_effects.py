@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -27,6 +28,13 @@ def test_shares_and_effects_of_a_grid_are_those_it_was_made_of() -> None:
     assert [effect.share for effect in found] == pytest.approx([v / total for v in variance.values()])
     assert [(level.value, level.runs) for level in found[1].levels] == [("-0.1", 6), ("0.1", 6)]
     assert [level.effect for level in found[1].levels] == pytest.approx([-0.1, 0.1])
+
+
+def test_runs_without_any_noise_warn_of_nothing() -> None:
+    runs = [run({"a": 2.0 + 2 * (loss == "b")}, seed, loss=loss) for loss in ("a", "b") for seed in (1, 2)]
+    with warnings.catch_warnings(action="error"):
+        by_key = {effect.key: effect for effect in effects(compare(runs, "here"))[0]}
+    assert by_key["loss"].share == pytest.approx(1) and by_key["loss"].p < 1e-9
 
 
 def test_noise_is_no_effect() -> None:
