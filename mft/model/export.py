@@ -43,9 +43,15 @@ def save_final(
         weights, changed = relative_to_base(model, weights)
         # By default peft would ask the hub for the base's config, to see whether its vocabulary was resized.
         model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-        edit_json(folder / "adapter_config.json", lambda values: values | changed)
+        edit_json(folder / "adapter_config.json", lambda values: _in_order(values) | changed)
     write_tokenizer(tokenizer, folder)
     write_note(folder, "full" if base is model else "adapter", Origin.of(base, module.family))
+
+
+def _in_order(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns an adapter's config with its modules in order: peft writes a set, in another order every time."""
+    modules = values.get("target_modules")
+    return values | {"target_modules": sorted(modules)} if isinstance(modules, list) else values
 
 
 def save_native(family: CausalLM, out: Path) -> None:

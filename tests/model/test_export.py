@@ -66,6 +66,8 @@ def test_adapter_round_trip(tiny: Tiny, tokenizer, tmp_path: Path, peft: Lora) -
     note = json.loads((tmp_path / NOTE).read_text())
     assert note["kind"] == "adapter" and note["origin"]["path"] == str(tiny.folder())
     assert (note["origin"]["quantization"] is not None) == isinstance(peft, QLora)
+    modules = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert len(modules) > 1 and modules == sorted(modules)
 
 
 def test_merge_is_exact_in_float32(tiny: Tiny, tokenizer, tmp_path: Path) -> None:
