@@ -22,10 +22,7 @@ def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_a_sweep_is_one_line_and_its_jobs_are_listed_by_its_folder(
-    here: Path, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")  # so that no cell of the table is wrapped
+def test_a_sweep_is_one_line_and_its_jobs_are_listed_by_its_folder(here: Path, capsys) -> None:
     (sweep,) = here.glob("multirun/small/*")
     text = said(capsys, "runs")
     assert "runs and sweeps: 1" in text and f"multirun/small/{sweep.name}" in text
