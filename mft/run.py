@@ -86,15 +86,28 @@ def start(cfg: DictConfig, folder: Path) -> Run:
     """
     parts = build.build_components(cfg)
     parts.dist.meet()
-    settings, data_settings = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)
-    assert isinstance(settings, TrainSettings) and isinstance(data_settings, DataSettings)
+    settings, data_settings = settings_of(cfg)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine; no process group says it yet
-    tokenizer, splits = parts.model.tokenizer(), parts.rows.splits_samples
-    data = datasets.dataset(parts.named_tasks, data_settings, tokenizer, cfg.cache_dir, splits, first)
+    data = read_data(cfg, parts, data_settings, first)
     require_unchanged(cfg, folder, parts, data.fingerprints)
     engine = parts.dist.start(settings.precision.value)
     progress = Terminal(data.names, quiet=not engine.is_main)
     return Run(cfg, folder, parts, settings, data_settings, data, engine, progress, first)
+
+
+def settings_of(cfg: DictConfig) -> tuple[TrainSettings, DataSettings]:
+    """Returns `train` and `data` of a typed config as objects."""
+    settings, data_settings = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)
+    assert isinstance(settings, TrainSettings) and isinstance(data_settings, DataSettings)
+    return settings, data_settings
+
+
+def read_data(
+    cfg: DictConfig, parts: build.Components, settings: DataSettings, first_here: bool = True
+) -> datasets.Dataset:
+    """Returns the tokenised data of a run. first_here: see `Run`."""
+    tokenizer, splits = parts.model.tokenizer(), parts.rows.splits_samples
+    return datasets.dataset(parts.named_tasks, settings, tokenizer, cfg.cache_dir, splits, first_here)
 
 
 def make_loader(r: Run, world: int) -> BatchLoader:

@@ -12,6 +12,7 @@ from typing import Any
 from mft.config.compose import compose_resolved
 from mft.launch import job
 from mft.launch.launch import launch
+from mft.training.metrics import CLOCKED
 
 SAVING = (
     "peft=lora",
@@ -65,8 +66,7 @@ def train(tmp_path: Path, cache_dir: Path, *overrides: str, out: str = "run") ->
 def logged(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the rows of metrics.jsonl without what depends on the clock and the machine."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    clocked = ("speed/", "memory/", "total/seconds")
-    return [{k: v for k, v in row.items() if not k.startswith(clocked)} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
 
 
 def resume(tmp_path: Path, cache_dir: Path, *overrides: str, step: int, out: str = "run") -> dict[str, Any]:

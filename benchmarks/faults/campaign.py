@@ -45,7 +45,7 @@ class Result:
 
     @property
     def good(self) -> bool:
-        """Whether nothing was lost, and everything was said."""
+        """Whether the outcome is one that is promised."""
         return self.outcome in GOOD
 
 
@@ -78,7 +78,7 @@ def play(
         outcome = case.judged()
     except Failure as failure:
         outcome, detail = failure.outcome, failure.detail
-    except Exception:  # of the campaign: it goes on with the next fault
+    except Exception:  # a bug of the campaign itself: recorded, and the next fault is played
         outcome, detail = "DEFECT", traceback.format_exc()
     finally:
         end_all(work)

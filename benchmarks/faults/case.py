@@ -64,7 +64,7 @@ class Case:
     struck: str = ""
     """What was done, in words."""
     expects: list[str] = field(default_factory=list)
-    """Patterns that must have been said by the end."""
+    """Patterns that the output of some command must match."""
     refusals: list[Refusal] = field(default_factory=list)
     """What may be refused."""
     must_refuse: bool = False
@@ -74,9 +74,9 @@ class Case:
     intact: list[dict[str, Any]] = field(default_factory=list)
     """The rows that were not."""
     cache: Path | None = None
-    """A cache of its own."""
+    """A cold cache for this case alone; None: the shared, warm one."""
     tasks: Path | None = None
-    """Tasks of its own, equal to those of all."""
+    """A copy of the tasks for this case alone; None: the shared ones."""
     said: list[str] = field(default_factory=list)
     """The output of each command."""
     codes: list[int] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Case:
     refused: list[str] = field(default_factory=list)
     """The sentences that refused."""
     mounts: list[Path] = field(default_factory=list)
-    """Disks of its own."""
+    """File systems that were mounted for it, to be unmounted at its end."""
     interrupted: bool = False
     """Whether it was given a run that another process began."""
 

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mft.files.checksums import MODEL, damage
-
-CLOCKED = ("speed/", "memory/", "total/seconds")
-"""Metrics that the clock and the machine decide."""
+from mft.training.metrics import CLOCKED
 
 MEASURED = ("seconds", "peak_memory_gib")
-"""The same in summary.json."""
+"""What depends on the clock and the machine in summary.json."""
 
 
 def differences(

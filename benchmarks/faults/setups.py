@@ -116,6 +116,11 @@ class Bench:
         variables = {"MFT_CACHE": str(self.cache)}
         return Command(arguments, work, work / "output.txt", variables, **options)  # type: ignore[arg-type]
 
+    def train(self, setup: Setup, work: Path) -> Command:
+        """Starts the training of a setup in a folder."""
+        given = ["train", *setup.overrides(), self.data(), "output_dir=run", "tracking=none"]
+        return self.command(given, work)
+
     def reference(self, setup: Setup) -> Path:
         """Returns the run folder of a setup that was trained without a fault."""
         with self.lock(setup.name):
@@ -123,8 +128,7 @@ class Bench:
             if not (work / "made").exists():
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir(parents=True)
-                train = ["train", *setup.overrides(), self.data(), "output_dir=run", "tracking=none"]
-                command = self.command(train, work)
+                command = self.train(setup, work)
                 if command.wait(300) != 0:
                     end_all(work)
                     raise SystemExit(f"{setup.name} cannot be trained without a fault:\n{command.text()}")
@@ -143,8 +147,7 @@ class Bench:
             while not (made / "made").exists():
                 shutil.rmtree(made, ignore_errors=True)
                 made.mkdir(parents=True)
-                train = ["train", *setup.overrides(), self.data(), "output_dir=run", "tracking=none"]
-                command = self.command(train, made)
+                command = self.train(setup, made)
                 command.until((made / "run" / "checkpoints" / "step-6").is_dir)
                 command.send_group(signal.SIGKILL)
                 command.wait(60)

@@ -152,7 +152,7 @@ class Zero2(Zero):
             raise UserError(f"dist.allgather_bucket_size={size}: DeepSpeed wants an even number")
         super().check()
 
-    def divided(self) -> set[str]:
+    def divided_parts(self) -> set[str]:
         return {"optimizer", "gradients"} if self.stage == 2 else {"optimizer"}
 
     def zero(self, gpu: bool) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class Zero3(Zero):
     gather_on_save: bool = True
     """Whether checkpoints also hold the model as transformers or peft load it; `final/` does in any case."""
 
-    def divided(self) -> set[str]:
+    def divided_parts(self) -> set[str]:
         return {"weights", "gradients", "optimizer"}
 
     def zero(self, gpu: bool) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Backend(ABC):
     def meet(self) -> None:
         """Connects this rank with the others, before `start`, so that each knows which of them are alive."""
 
-    def divided(self) -> set[str]:
+    def divided_parts(self) -> set[str]:
         """Returns what each rank holds a part of only: of "weights", "gradients" and "optimizer"."""
         return set()
 

@@ -162,7 +162,7 @@ class Fsdp(GroupBackend):
     gather_on_save: bool = True
     """Whether checkpoints also hold the model as transformers or peft load it; `final/` does in any case."""
 
-    def divided(self) -> set[str]:
+    def divided_parts(self) -> set[str]:
         return {"weights", "gradients", "optimizer"}
 
     def start(self, precision: str, cpu: bool | None = None) -> FsdpEngine:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from mft.doctor.finding import Finding, Part, State
 from mft.doctor.needs import Needs
+from mft.files.disk import free_bytes, nearest_folder
 
 GIB = 2**30
 LEAST = 2 * GIB
@@ -50,7 +51,7 @@ def of_folder(name: str, folder: Path, setting: str) -> Finding:
 
     setting: what decides it. The folder itself is not made.
     """
-    there = next(place for place in (folder, *folder.parents) if os.path.isdir(place))
+    there = nearest_folder(folder)
     cure = f"choose another folder: {setting}"
     try:
         before = time.time()
@@ -61,7 +62,7 @@ def of_folder(name: str, folder: Path, setting: str) -> Finding:
             skew = os.stat(file.name).st_mtime - before
     except OSError as error:
         return part.problem(name, f"{folder}: cannot be written: {error.strerror}", cure)
-    free = shutil.disk_usage(there).free
+    free = free_bytes(there)
     found = f"{folder}: {free / GIB:,.1f} GiB free"
     if free < LEAST:
         return part.problem(name, found, f"make room, or {cure}")

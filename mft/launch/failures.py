@@ -7,7 +7,6 @@ the process that started it; `log/host<n>.error.json` by host n when another hos
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 import time
 import traceback
@@ -18,6 +17,7 @@ from typing import Any
 from mft.console import credentials, screen
 from mft.distributed.stalled import TIMED_OUT, Stalled
 from mft.errors import UserError
+from mft.files.disk import free_bytes
 from mft.files.json_file import Values, read_json, write_json
 
 FULL = 2**16
@@ -169,7 +169,7 @@ def _silent_death(log: Path, rank: int, code: int | None, ranks: int) -> Excepti
             "train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now "
             f"{ranks})."
         )
-    if code > 0 and (free := shutil.disk_usage(log).free) < FULL:
+    if code > 0 and (free := free_bytes(log)) < FULL:
         return UserError(
             f"The disk is full: rank {rank} could not even write its error report to {log} ({free:,} bytes "
             "free). Make room; the same command then resumes."
@@ -214,8 +214,9 @@ def _read(path: Path) -> Values:
 
 def causal_distance(report: Values) -> int:
     """Returns ROOT, HOST_GONE, STALLED or LOST_CONNECTION."""
-    if report["type"] in (HostGone.__name__, Stalled.__name__):
-        return HOST_GONE if report["type"] == HostGone.__name__ else STALLED
+    known = {HostGone.__name__: HOST_GONE, Stalled.__name__: STALLED}
+    if report["type"] in known:
+        return known[report["type"]]
     # torch's DistBackendError, DistNetworkError, …; gloo and MPI raise a bare RuntimeError
     return LOST_CONNECTION if report["type"].startswith("Dist") or BROKEN.search(report["message"]) else ROOT
 

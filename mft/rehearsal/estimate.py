@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.distributed.engine import Backend
+from mft.files.disk import free_bytes, nearest_folder
 from mft.model.introspect import parameter_count
 from mft.model.peft.summary import AuditRow, total_of
 
@@ -54,7 +54,7 @@ def memory(sizes: Sizes, dist: Backend, world: int, half: bool, states: float) -
 
     half: whether the run computes in bf16 or fp16; states: of the optimizer, bytes for a trained weight.
     """
-    each, divided = dist.bytes_per_trained_weight(half), dist.divided()
+    each, divided = dist.bytes_per_trained_weight(half), dist.divided_parts()
     whole = {
         "weights": sizes.frozen_bytes + each["weights"] * sizes.trained,
         "gradients": each["gradients"] * sizes.trained,
@@ -88,8 +88,8 @@ def checkpoint_words(newest: float, older: float, kept: int | None, written: int
     newest, older: bytes of the newest one and of each other one; kept: checkpoints beside the best one,
     None = all; written: those that the run writes; folder: where they go, which need not exist yet.
     """
-    there = next(place for place in (folder, *folder.parents) if place.is_dir())
-    free = shutil.disk_usage(there).free
+    there = nearest_folder(folder)
+    free = free_bytes(there)
     most = written if kept is None else min(written, kept + 1)
     total = newest + older * (most - 1)
     each = (

@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mft import run
 from mft.batch import BatchSizes
 from mft.config import build, schema
 from mft.console.tables import settings_table
-from mft.data import datasets
 from mft.data.loader import BatchLoader
-from mft.data.settings import DataSettings
 from mft.distributed.ddp import Single
 from mft.errors import UserError
 from mft.hardware import quiet_libraries
@@ -31,7 +29,7 @@ from mft.tracking.base import Tracker
 from mft.training.checkpoint import write_final
 from mft.training.loop import fit
 from mft.training.progress import Terminal
-from mft.training.settings import KeptState, Precision, TrainSettings
+from mft.training.settings import KeptState, Precision
 
 MICRO_BATCHES = 16
 """Of two rows each, at most, in the rehearsed step."""
@@ -75,11 +73,9 @@ class Rehearsal:
 
     def _data(self, cfg: DictConfig) -> run.Run:
         parts = build.build_components(cfg)
-        settings, data_settings = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)
-        assert isinstance(settings, TrainSettings) and isinstance(data_settings, DataSettings)
+        settings, data_settings = run.settings_of(cfg)
         self.doing = "while tokenising"
-        tokenizer, splits = parts.model.tokenizer(), parts.rows.splits_samples
-        data = datasets.dataset(parts.named_tasks, data_settings, tokenizer, cfg.cache_dir, splits)
+        data = run.read_data(cfg, parts, data_settings)
         cpu = Precision.fp32 if settings.precision is Precision.fp16 else settings.precision
         engine, progress = Single().start(cpu.value, cpu=True), Terminal(data.names)
         if cpu is not settings.precision:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from mft.distributed.engine import Engine
 from mft.errors import UserError, is_full_disk
 from mft.files.atomic import publish, remove
 from mft.files.checksums import COMPLETE, damage, digest, measure, seal
+from mft.files.disk import free_bytes
 from mft.files.json_file import write_json
 from mft.loss.base import TaskLoss
 from mft.training.settings import KeptState
@@ -118,13 +118,11 @@ def write_final(run_dir: Path, engine: Engine, export: ModelExport) -> None:
 def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
     """Context in which all ranks write what becomes the folder `final`, which is complete or absent.
 
+    `require_room`, which comes first, has removed what a killed process left there.
     On a full disk the temporary folder is removed and a UserError raised.
     """
     temporary = final.with_name(f".{final.name}.tmp")
     if engine.is_main:
-        # of a process that was killed
-        for leftover in (temporary, final.with_name(f".{final.name}.old.tmp")):
-            shutil.rmtree(leftover, ignore_errors=True)
         # fails if one could not be removed: what it holds must not be sealed as part of the new folder
         temporary.mkdir(parents=True)
     try:
@@ -133,7 +131,7 @@ def written(final: Path, run_dir: Path, engine: Engine) -> Iterator[Path]:
             yield temporary
     except Exception as error:
         # json, safetensors and torch raise kinds of their own, torch without the reason: hence the free space
-        free = _free(run_dir)
+        free = free_bytes(run_dir)
         # a rank that found the disk full removes the folder, also while the others still write to it
         removed = not temporary.exists() and not isinstance(error, UserError)
         if not (is_full_disk(error) or free <= 2**20 or removed):
@@ -158,7 +156,7 @@ def require_room(run_dir: Path, what: str, own: int, engine: Engine) -> None:
         # first what killed saves left behind
         for leftover in (*run_dir.glob("checkpoints/.step-*.tmp"), *run_dir.glob(".final.*tmp")):
             shutil.rmtree(leftover, ignore_errors=True)
-        free = _free(run_dir)
+        free = free_bytes(run_dir)
     engine.barrier()
     of_ranks = engine.gather((own, free))
     needed, free = sum(size for size, _ in of_ranks), of_ranks[0][1]
@@ -175,13 +173,6 @@ def _how_to_make_room(run_dir: Path) -> str:
         f"Make room, for instance by removing checkpoints older than {older.name}: the same command resumes "
         "from that one. With a smaller train.keep, or train.save_state=last, a run takes less room."
     )
-
-
-def _free(folder: Path) -> int:
-    """Returns the bytes free on the disk of a folder; no limit where its file system does not tell, as some
-    that stand before an object store."""
-    usage = shutil.disk_usage(folder)
-    return usage.free if usage.total else sys.maxsize
 
 
 def _mib(size: int) -> str:

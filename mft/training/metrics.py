@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mft.batch import Batch, StepCounts
     from mft.distributed.engine import Engine
 
+CLOCKED = ("speed/", "memory/", "total/seconds")
+"""How the names of metrics begin that depend on the clock and the machine: equal runs differ in them."""
+
 PEAK_BF16_TFLOPS = {
     "H200": 989,
     "H100": 989,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mft.run_folder import metric_rows
 from mft.training import trace
 from mft.training.checkpoint import newest
+from mft.training.metrics import CLOCKED
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 ORDER = ("train/loss", "train/router", "grad_norm", "train/weight/", "lr", "valid/")
 """Beginnings of the names of metrics that are compared first; the others follow."""
-
-CLOCK = ("speed/", "memory/", "total/seconds")
-"""Metrics that tell how a run went on this machine, not what it computed."""
 
 OF_THE_BEST_CHECKPOINT = ("test/",)
 """Metrics of the best step that has a checkpoint: the stop saves one that the other run does not have."""
@@ -90,7 +88,7 @@ def logged(run: Path) -> dict[int, dict[str, Any]]:
     there are."""
     found: dict[int, dict[str, Any]] = defaultdict(dict)
     for row in metric_rows(run / "metrics.jsonl")[0]:
-        left_out = ("step", *CLOCK, *OF_THE_BEST_CHECKPOINT)
+        left_out = ("step", *CLOCKED, *OF_THE_BEST_CHECKPOINT)
         found[row["step"]] |= {name: value for name, value in row.items() if not name.startswith(left_out)}
     return found
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mft.errors import UserError
+from mft.files.disk import free_bytes
 from mft.model.legacy.layout import Layout, check_weights
 from mft.model.safetensors_header import INDEX, check_files, stored_tensors, weight_files
 from mft.model.save import finish_config
@@ -51,7 +52,7 @@ def write_native(
     # All of it before the first weight is written: converting takes minutes, and what it needs on the disk.
     check_files(source)
     files, stored = weight_files(source), stored_tensors(source)
-    needed, free = sum(file.stat().st_size for file in files) + MARGIN, shutil.disk_usage(folder).free
+    needed, free = sum(file.stat().st_size for file in files) + MARGIN, free_bytes(folder)
     if free < needed:
         raise UserError(
             f"{who} is in an original format: its native folder takes {needed / 2**30:.2f} GiB in "
