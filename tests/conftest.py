@@ -24,6 +24,15 @@ if threading.current_thread() is threading.main_thread():
 for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
 
+# Neither is one to reach the hub, whether or not this machine could.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture
+def hub_may_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the checks take a hub name for granted, as they do where the hub is reached when a model loads."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:

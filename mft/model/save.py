@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 """Of a JSON file."""
 
+LOADED_BY = ("is_local", "local_files_only")
+"""What transformers keeps with a tokenizer's own settings of where it came from: a folder, without the hub."""
+
 CARD = """\
 ---
 library_name: transformers
@@ -95,9 +98,17 @@ def former_names(config: Values) -> Values:
     return former
 
 
+def write_tokenizer_files(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a tokenizer as `save_pretrained` does, without what transformers notes about how it was loaded
+    (LOADED_BY), which would make two folders of the same tokenizer differ."""
+    for name in LOADED_BY:
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.save_pretrained(str(folder))
+
+
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a tokenizer with its chat template, and its EOS into the configs of a model beside it."""
-    tokenizer.save_pretrained(str(folder))
+    write_tokenizer_files(tokenizer, folder)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
 
     # generate() of transformers, and vLLM, stop by generation_config.json, not by the tokenizer: with the

@@ -48,7 +48,6 @@ def nothing_starts(work: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setattr(worker, "run_job", started)
     monkeypatch.chdir(work)
     monkeypatch.setenv("MFT_CACHE", str(work / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield
     plugins._named.clear()

@@ -34,7 +34,8 @@ def rows(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("group, option", OPTIONS, ids="/".join)
+@pytest.mark.usefixtures("hub_may_be_asked")
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_passes_the_check(group: str, option: str, tmp_path: Path) -> None:
     overrides = [f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]"]
     needs_input = {

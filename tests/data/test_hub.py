@@ -27,7 +27,6 @@ def folder(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     place = tmp_path / "chatter"
     pairs = [{"prompt": f"q{i}", "answer": "a", "score": i / 7} for i in range(40)]
     write(place / "train.jsonl", pairs)

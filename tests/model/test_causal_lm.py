@@ -36,6 +36,7 @@ def test_missing_path_names_the_nearest_sibling(tmp_path: Path) -> None:
         CausalLM(str(tmp_path / "demo/model"), hint="run `mft demo` first").check()
 
 
+@pytest.mark.usefixtures("hub_may_be_asked")
 def test_folders_that_are_no_model(tmp_path: Path, tiny_folder: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
         CausalLM(str(tmp_path)).check()
@@ -114,8 +115,7 @@ def test_fingerprint_tells_weights_apart(tiny_folder: Path, tmp_path: Path) -> N
     assert CausalLM("owner/name").fingerprint() == "owner/name@main"
 
 
-def test_a_hub_name_that_cannot_be_loaded_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_a_hub_name_that_cannot_be_loaded_is_a_sentence() -> None:
     with pytest.raises(UserError, match=r"model.path=nobody/nothing cannot be loaded: no such folder"):
         CausalLM("nobody/nothing").tokenizer()
 
@@ -174,6 +174,7 @@ def test_tiny_refuses_impossible_sizes(tmp_path: Path) -> None:
         Tiny().check()
 
 
+@pytest.mark.usefixtures("hub_may_be_asked")
 def test_components_import_nothing_heavy() -> None:
     code = (
         "import sys, mft.model.causal_lm, mft.model.tiny, mft.model.peft.qlora, mft.model.export, "

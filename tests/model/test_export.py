@@ -17,6 +17,7 @@ from mft.model.origin import NOTE
 from mft.model.peft.full import Full
 from mft.model.peft.lora import Lora
 from mft.model.peft.qlora import QLora
+from mft.model.save import write_tokenizer
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
 
@@ -52,6 +53,17 @@ def test_full_round_trip(tiny: Tiny, tokenizer, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "final").chat_template == TEMPLATE
     assert json.loads((tmp_path / "final" / NOTE).read_text())["kind"] == "full"
     assert not list((tmp_path / "final").glob("*.bin"))
+
+
+def test_a_tokenizer_is_written_alike_however_it_was_loaded(tiny_folder: Path, tmp_path: Path) -> None:
+    for name, offline in (("online", False), ("offline", True)):
+        (tmp_path / name).mkdir()
+        write_tokenizer(AutoTokenizer.from_pretrained(tiny_folder, local_files_only=offline), tmp_path / name)
+    written = [
+        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("online", "offline")
+    ]
+    assert written[0] == written[1]
+    assert b"local" not in written[0]["tokenizer_config.json"]
 
 
 @pytest.mark.parametrize("peft", [Lora(), QLora()], ids=["lora", "qlora"])

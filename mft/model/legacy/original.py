@@ -26,6 +26,7 @@ from mft.model.legacy.layout import Layout
 from mft.model.model_folder import read_config
 from mft.model.origin import CONVERTED, Origin, convert_words, write_note
 from mft.model.safetensors_header import INDEX
+from mft.model.save import write_tokenizer_files
 from mft.model.transformers_private import fetched
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ class Original(CausalLM):
     def _write_to_cache(self, folder: Path) -> None:
         self.convert(folder, plain_head=False)
         with suppress(UserError):  # a vocabulary is refused when the tokenizer is used, not for its weights
-            self.read_tokenizer().save_pretrained(str(folder))
+            write_tokenizer_files(self.read_tokenizer(), folder)
         write_note(folder, CONVERTED, Origin(self.location(), self.revision, self.fingerprint()))
         seal(folder)
 
