@@ -1,6 +1,6 @@
 """Runs of two ranks beside runs of one process, and how far they are apart.
 
-For tests/dist and for `python -m benchmarks.equality`, which prints what the tests bound.
+For tests/distributed and for `python -m benchmarks.equality`, which prints what the tests bound.
 """
 
 from __future__ import annotations

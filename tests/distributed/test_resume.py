@@ -1,4 +1,7 @@
-"""Runs that are gone on with: on the same layout to the bit, on another number of ranks equal to rounding."""
+"""Runs that are gone on with on another number of ranks, and what the checkpoints of divided runs hold.
+
+On the same ranks a resumed run is the uninterrupted one to the bit: tests/verify/test_matrix.py.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from mft.distributed import sharded_state
 from mft.distributed.ddp import Ddp, Single
 from mft.distributed.sharded_state import Shard
 from mft.errors import UserError
-from tests.distributed.equality import assert_gone_on
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import BACKENDS, LAYOUTS, Tree, largest, logged, play, weights
 from tests.distributed.test_engine import prepared, train, trained
+from tests.selection import long, selected
 
 PEFTS = ("full", "lora", "qlora")
 SETTINGS = (
@@ -28,50 +31,41 @@ SETTINGS = (
     "scheduler=constant",
     *LAYOUTS["pad"],
 )
-DROPOUT = {"lora": ("peft.dropout=0.1",)}
-"""Its masks come from the saved random states; on another number of ranks they would be others."""
+BOTH = [(backend, peft) for backend in BACKENDS for peft in PEFTS]
+QUICK = {*((backend, "full") for backend in BACKENDS), ("zero2", "lora"), ("zero3", "qlora")}
+"""Each backend and each peft mode."""
 
 HALF = [("zero2", "lora"), ("zero3", "full"), ("fsdp", "full")]
 """Runs in bf16."""
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    """Nine steps on two ranks, saved every third; gone on with from step 3 on two ranks and on one, and from
-    there."""
+def tree(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tree:
+    """Nine steps on two ranks, saved every third; gone on with from step 3 on one rank, and from there on
+    four."""
     tree = Tree(tmp_path_factory.mktemp("resume"))
 
-    def frozen(
-        backend: str, peft: str, case: str, ranks: int, steps: int = 9, start: Path | None = None
-    ) -> Path:
-        settings = (f"peft={peft}", *SETTINGS, f"train.max_steps={steps}", *DROPOUT.get(peft, ()))
+    def frozen(backend: str, peft: str, case: str, ranks: int, steps: int, start: Path | None = None) -> Path:
+        settings = (f"peft={peft}", *SETTINGS, f"train.max_steps={steps}")
         return tree.frozen(backend, f"{peft}-{case}", settings, ranks, start)
 
-    both = [(backend, peft) for backend in BACKENDS for peft in PEFTS]
+    both = [key for key in BOTH if key in selected(request, "backend", "peft")]
     half = [tree.frozen(b, f"{p}-half", (f"peft={p}", *SETTINGS, "train.precision=bf16")) for b, p in HALF]
-    run_ranks(2, play, [*(frozen(backend, peft, "whole", 2) for backend, peft in both), *half])
-    run_ranks(2, play, [frozen(b, p, "again", 2, start=tree.step(b, f"{p}-whole", 3)) for b, p in both])
-    fewer = [frozen(b, p, "fewer", 1, 6, tree.step(b, f"{p}-whole", 3)) for b, p in both if p not in DROPOUT]
+    run_ranks(2, play, [*(frozen(backend, peft, "whole", 2, 9) for backend, peft in both), *half])
+    fewer = [frozen(b, p, "fewer", 1, 6, tree.step(b, f"{p}-whole", 3)) for b, p in both]
     run_ranks(1, play, fewer)
-    more = [frozen(b, "full", "more", 4, start=tree.step(b, "full-fewer", 6)) for b in BACKENDS]
+    more = [frozen(b, p, "more", 4, 9, tree.step(b, f"{p}-fewer", 6)) for b, p in both if p == "full"]
     run_ranks(4, play, more)
     return tree
 
 
-@pytest.mark.slow
-@pytest.mark.dist
-@pytest.mark.parametrize("peft", PEFTS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_on_the_same_layout_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
-    tree: Tree, backend: str, peft: str
-) -> None:
-    assert_gone_on(tree.folder(backend, f"{peft}-whole"), tree.folder(backend, f"{peft}-again"), 3)
+def backends_and_pefts() -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("backend", "peft"), [key if key in QUICK else long(*key) for key in BOTH])
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("peft", [peft for peft in PEFTS if peft not in DROPOUT])
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends_and_pefts()
 def test_on_other_numbers_of_ranks_it_sees_the_same_samples(tree: Tree, backend: str, peft: str) -> None:
     whole, fewer = tree.folder(backend, f"{peft}-whole"), tree.folder(backend, f"{peft}-fewer")
     # fp32 sums in another order, through at most six steps of AdamW
@@ -133,8 +127,7 @@ def compare(run_dir: Path, last: str, full: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("peft", PEFTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@backends_and_pefts()
 def test_what_is_saved_is_what_was_trained_and_loads_without_mft(tree: Tree, backend: str, peft: str) -> None:
     compare(tree.folder(backend, f"{peft}-whole"), "step-9", full=peft == "full")
 
