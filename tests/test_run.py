@@ -21,7 +21,7 @@ from mft.launch import launch
 from mft.training import checkpoint
 from mft.training.checkpoint import COMPLETE, Checkpoints, complete_steps
 from mft.training.validate import Evaluator
-from tests.tiny_runs import logged, train, two_tasks, write_task
+from tests.tiny_runs import logged, stopped_after, train, two_tasks, write_task
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,7 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path, cache_dir: Path) -> N
 @pytest.mark.parametrize("peft", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("data", ["pack", "pad"])
 def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
-    peft: str, data: str, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+    peft: str, data: str, tmp_path: Path, cache_dir: Path
 ) -> None:
     settings = [
         f"peft={peft}",
@@ -75,18 +75,9 @@ def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
     settings += ["peft.dropout=0.1"] if peft != "full" else []
     _, whole = train(tmp_path, cache_dir, *settings, out="whole")
 
-    import mft.run
-
-    fit = mft.run.fit
-
-    def stopped_after_four(t):  # as a signal would: the flag is seen at the start of step 4
-        t.stop_requested = lambda: t.state.step >= 3
-        return fit(t)
-
-    monkeypatch.setattr(mft.run, "fit", stopped_after_four)
-    summary, parts = train(tmp_path, cache_dir, *settings, out="parts")
+    with stopped_after(4):
+        summary, parts = train(tmp_path, cache_dir, *settings, out="parts")
     assert summary["status"] == "stopped" and complete_steps(parts / "checkpoints")[-1] == 4
-    monkeypatch.setattr(mft.run, "fit", fit)
     summary, _ = train(tmp_path, cache_dir, *settings, out="parts")
     assert summary["status"] == "finished" and summary["steps"] == 7
 

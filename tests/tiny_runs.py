@@ -6,13 +6,20 @@ import gc
 import json
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import mft.run
 from mft.config.compose import compose_resolved
 from mft.launch import job
 from mft.launch.launch import launch
+from mft.run_folder import RunStatus
 from mft.training.metrics import CLOCKED
+from mft.training.trainer import Trainer
 
 SAVING = (
     "peft=lora",
@@ -61,6 +68,20 @@ def train(tmp_path: Path, cache_dir: Path, *overrides: str, out: str = "run") ->
     chosen, _ = checked.choose(dated=False)
     gc.freeze()  # what is imported by now, or the collector walks over it at the end of every run
     return launch(checked, chosen), chosen
+
+
+@contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """Stops every run within it after a step, as by a signal that comes in this step."""
+    fit = mft.run.fit
+
+    def stopped(t: Trainer) -> RunStatus:
+        t.stop_requested = lambda: t.state.step >= step - 1
+        return fit(t)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mft.run, "fit", stopped)
+        yield
 
 
 def logged(run_dir: Path) -> list[dict[str, Any]]:

@@ -91,8 +91,11 @@ def validate_before_training(t: Trainer) -> bool:
     due = every(state.step, settings.eval_every) or state.step >= t.total_steps
     if not due or state.best.last_step >= state.step:
         return False
-    t.validate()
-    state.best.mark_saved(state.step)
+    improved = t.validate()
+    # The checkpoint of the stop counts as a validated one only where one would be here without the stop: the
+    # test reads the best of them.
+    if every(state.step, settings.save_every) or worth_keeping(t, improved):
+        state.best.mark_saved(state.step)
     return t.patience_exhausted()
 
 

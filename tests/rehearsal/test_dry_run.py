@@ -12,6 +12,7 @@ from mft.config.schema import freeze, read
 from mft.errors import UserError
 from mft.launch import job
 from mft.rehearsal.rehearse import Rehearsal
+from tests.selection import long
 from tests.sweeping import FAST, mft
 from tests.sweeping import two_tasks as docs_and_code
 from tests.tiny_runs import two_tasks
@@ -127,7 +128,7 @@ def test_the_command_leaves_the_token_cache_alone(tmp_path: Path) -> None:
     ("loss", "sentence"),
     [
         ("Failing", "The rehearsal failed in one step of a tiny model: IndexError: list index out of range"),
-        ("Crashing", "The rehearsal was ended by SIGABRT"),
+        long("Crashing", "The rehearsal was ended by SIGABRT"),
     ],
 )
 def test_a_loss_that_fails_is_a_sentence(loss: str, sentence: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mft.sweep.folder import sweep_id, taken
 from mft.training.checkpoint import newest
 from tests.sweeping import FAST, mft, runs, start, states, two_tasks, until, until_nothing_runs
 
-AXES = ["loss=task_token_mean,coba", "optimizer.lr=1e-3,2e-3,3e-3", "train.seed=1,2"]
+AXES = ["loss=task_token_mean,coba", "optimizer.lr=1e-3,2e-3,3e-3"]
 EVERY_TEN = ["train.eval_every=10", "train.save_every=10", "train.log_every=10"]
 LONG = [*FAST, "train.epochs=100", "train.max_steps=120", *EVERY_TEN]
 """Jobs of some seconds: long enough to be stopped, or judged, before they end by themselves."""
@@ -37,24 +37,24 @@ def validated(run: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_twelve_jobs_killed_in_the_middle_and_resumed(work: Path) -> None:
+def test_six_jobs_killed_in_the_middle_and_resumed(work: Path) -> None:
     sweep = start(work, "train", "-m", *FAST, *AXES, "launch.jobs=2")
-    until(lambda: len(finished(work)) >= 4, sweep)
+    until(lambda: len(finished(work)) >= 2, sweep)
     sweep.send_signal(signal.SIGKILL)
     sweep.communicate()
     until_nothing_runs(work)
     before = finished(work)
-    assert 4 <= len(before) < 12
+    assert 2 <= len(before) < 6
     code, said = mft(work, "sweep", "resume", "multirun/debug")
     assert code == 0, said
     after = finished(work)
-    assert len(after) == 12
+    assert len(after) == 6
     assert {name: after[name] for name in before} == before, "a finished job ran again"
     for run in runs(work):
         assert validated(run) == sorted(set(validated(run)))
     wider = [axis.replace("3e-3", "3e-3,4e-3") for axis in AXES]
     code, said = mft(work, "train", "-m", *FAST, *wider, "--dry-run")
-    assert code == 0 and "4 of 16 jobs would run" in said, said
+    assert code == 0 and "2 of 8 jobs would run" in said, said
 
 
 @pytest.mark.slow

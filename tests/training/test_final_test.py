@@ -15,7 +15,7 @@ from mft.comparison.direction import directions
 from mft.runs.folders import read_run
 from mft.training import final_test, sample_answers
 from mft.training.trainer import Trainer
-from tests.tiny_runs import logged, train
+from tests.tiny_runs import logged, stopped_after, train
 from tests.training.test_resume import flip
 from tests.training.test_sample_losses import OVERSHOOTING, Ended, lines
 
@@ -124,6 +124,20 @@ def test_so_is_that_of_a_run_that_was_stopped_early_at_the_step_it_ended_at(
     assert logged(run) == logged(folder)
     longer, _ = train(tmp_path, cache_dir, *given, "train.max_steps=20")
     assert longer["steps"] > whole["steps"] and len(ends(run)) == 1
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_what_is_tested_does_not_depend_on_a_stop(
+    finished: Path, step: int, tmp_path: Path, cache_dir: Path
+) -> None:
+    """The best validation is that of step 6, which a run that saves every fourth step has only by a stop."""
+    given = (*OVERSHOOTING, "train.save_every=4")
+    whole, folder = train(tmp_path, cache_dir, *given, out="whole")
+    assert whole["best"]["step"] == 6 and whole["test"]["step"] in (4, 8)
+    with stopped_after(step):
+        assert train(tmp_path, cache_dir, *given)[0]["status"] == "stopped"
+    again, run = train(tmp_path, cache_dir, *given)
+    assert again["test"] == whole["test"] and logged(run) == logged(folder)
 
 
 def test_an_extended_run_is_tested_again_and_counts_all_its_tokens(

@@ -14,6 +14,7 @@ import pandas
 import pytest
 import torch
 
+import mft.run
 from mft.batch import Batch
 from mft.loss.base import task_sums
 from mft.run_folder import metric_rows
@@ -21,7 +22,7 @@ from mft.training.best import BestTracker
 from mft.training.sample_losses import SampleLosses, SampleSums, discard_after, read
 from mft.training.settings import KeptLosses
 from tests.data.conftest import chat
-from tests.tiny_runs import logged, train, write_task
+from tests.tiny_runs import logged, stopped_after, train, write_task
 
 ALONE: Any = SimpleNamespace(gather=lambda value: [value], is_main=True, barrier=lambda: None)
 
@@ -229,16 +230,7 @@ def test_the_first_the_best_and_the_last_stay_and_the_best_of_every_checkpoint(
     assert len({*bests.values()}) > 1 and bests[8] == tested == 6
     assert files(whole) == valid(*range(9)) | {f"test-{tested}.parquet"}
 
-    import mft.run
-
-    fit = mft.run.fit
-
-    def stopped_after_three(t: Any) -> Any:
-        t.stop_requested = lambda: t.state.step >= 2
-        return fit(t)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mft.run, "fit", stopped_after_three)
+    with stopped_after(3):
         train(tmp_path, cache_dir, *OVERSHOOTING)
     run = tmp_path / "run"
     (run / "sample_losses" / "valid-5.tmp").write_text("half, as a kill leaves it")

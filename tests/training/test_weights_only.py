@@ -12,19 +12,16 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import mft.run
 from mft.commands.trained_model import final_folder
 from mft.errors import UserError
 from mft.files.checksums import COMPLETE, require_sound, seal
 from mft.model.merge import merge
-from mft.run_folder import RunStatus
 from mft.training import weights_only
 from mft.training.checkpoint import complete_steps, newest
 from mft.training.resume import newest_sound, resumable_steps, trouble
-from mft.training.trainer import Trainer
 from mft.training.weights_only import is_weights_only, reduce_to_weights
 from tests.test_run import same, weights
-from tests.tiny_runs import SAVING, logged, train
+from tests.tiny_runs import SAVING, logged, stopped_after, train
 from tests.training.test_resume import files, flip
 
 pytestmark = pytest.mark.slow
@@ -74,16 +71,9 @@ def test_older_checkpoints_hold_the_weights_alone_and_nothing_else_differs(
 
 
 def test_a_stopped_run_goes_on_from_its_newest_checkpoint_to_the_bit(
-    whole: Path, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, cache_dir: Path
 ) -> None:
-    fit = mft.run.fit
-
-    def stopped_after_four(t: Trainer) -> RunStatus:
-        t.stop_requested = lambda: t.state.step >= 3
-        return fit(t)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mft.run, "fit", stopped_after_four)
+    with stopped_after(4):
         summary, run = train(tmp_path, cache_dir, *LAST)
     assert summary["status"] == "stopped" and resumable_steps(run) == [4] and is_weights_only(step(run, 2))
     assert train(tmp_path, cache_dir, *LAST)[0]["status"] == "finished"
