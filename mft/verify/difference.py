@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 ORDER = ("train/loss", "train/router", "grad_norm", "train/weight/", "lr", "valid/")
 """Beginnings of the names of metrics that are compared first; the others follow."""
 
-OF_THE_BEST_CHECKPOINT = ("test/",)
-"""Metrics of the best step that has a checkpoint: the stop saves one that the other run does not have."""
-
 ABSENT = "absent"
 
 
@@ -84,11 +81,10 @@ def in_steps(uninterrupted: Path, resumed: Path) -> Iterator[Difference]:
 
 
 def logged(run: Path) -> dict[int, dict[str, Any]]:
-    """Returns {step: {metric: value}} of a run, without what depends on the clock or on which checkpoints
-    there are."""
+    """Returns {step: {metric: value}} of a run, without what depends on the clock."""
     found: dict[int, dict[str, Any]] = defaultdict(dict)
     for row in metric_rows(run / "metrics.jsonl")[0]:
-        left_out = ("step", *CLOCKED, *OF_THE_BEST_CHECKPOINT)
+        left_out = ("step", *CLOCKED)
         found[row["step"]] |= {name: value for name, value in row.items() if not name.startswith(left_out)}
     return found
 
