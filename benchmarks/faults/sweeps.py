@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -158,12 +159,22 @@ def _damage(case: Case, path: Path) -> None:
     if path.name == "metrics.jsonl":
         case.losable = True
     damages.damage(case, path)
+    if "checkpoints" in path.parts:  # it may have been the only one of its job
+        case.refusals.append(Refusal("of 2 jobs 1 failed", _remove_unsound_checkpoints))
     if path.name == "sweep.json":
         case.refusals.append(Refusal("run it by hand|is not a sweep", lambda case: None))
 
 
 def _remove(identity: Path) -> None:
     shutil.rmtree(identity.parent, ignore_errors=True)
+
+
+def _remove_unsound_checkpoints(case: Case) -> None:
+    """Does what the job that failed advises; Failure where it failed for another reason."""
+    found = re.search(r"No checkpoint in (\S+/checkpoints) is sound: .*after removing these", case.said[-1])
+    if not found:
+        raise Failure("LOST", case.said[-1][-1000:])
+    shutil.rmtree(found[1])
 
 
 def _at(case: Case) -> tuple[Command, str]:

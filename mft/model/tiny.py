@@ -86,13 +86,20 @@ class Tiny(CausalLM):
                 f"model.hidden_size={self.hidden_size} must be a multiple of model.heads={self.heads}, "
                 f"and that of model.kv_heads={self.kv_heads}"
             )
+        folder = self._place()
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has no config.json; remove the folder: model=tiny then makes it again")
 
     def folder(self) -> Path:
         """Returns the checkpoint folder, made under a lock if it is not there yet."""
+        return made_once(self._place(), self._make)
+
+    def _place(self) -> Path:
+        """Returns where its folder is or will be."""
         own = [field.name for field in fields(Tiny) if field.name not in ("cache_dir", *COMMON)]
         recipe = {name: getattr(self, name) for name in own} | {"text": TEXT, "version": 2}
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-        return made_once(Path(self.cache_dir).expanduser().resolve() / "tiny" / digest, self._make)
+        return Path(self.cache_dir).expanduser().resolve() / "tiny" / digest
 
     def location(self) -> str:
         return str(self.folder())

@@ -127,6 +127,13 @@ def test_tiny_takes_no_path(tmp_path: Path) -> None:
         Tiny(path="weights", cache_dir=str(tmp_path)).check()
 
 
+def test_a_tiny_folder_without_its_config_is_a_sentence(tmp_path: Path) -> None:
+    family = Tiny(cache_dir=str(tmp_path))
+    (family.folder() / "config.json").unlink()
+    with pytest.raises(UserError, match=r"tiny/\w+ has no config\.json; remove the folder"):
+        family.check()
+
+
 def test_tiny_is_made_once(tmp_path: Path) -> None:
     families = [Tiny(cache_dir=str(tmp_path)) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
