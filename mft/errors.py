@@ -93,7 +93,11 @@ def full_disk(error: BaseException, folder: Path | None = None) -> UserError | N
 
 
 LIMITS = (
-    ((errno.EMFILE, errno.ENFILE), ("Too many open files",), "Allow more open files (ulimit -n)"),
+    (
+        (errno.EMFILE, errno.ENFILE),
+        ("Too many open files", "Failed to init uv loop"),  # the second is torch's, of a TCPStore
+        "Allow more open files (ulimit -n)",
+    ),
     ((errno.EFBIG,), ("File too large",), "Allow longer files (ulimit -f)"),
     (
         (errno.EACCES, errno.EPERM, errno.EROFS),

@@ -38,6 +38,8 @@ def test_a_limit_of_the_system_is_said_with_what_to_do(number: int, said: str) -
 def test_libraries_that_leave_out_the_number_are_understood_and_other_errors_are_none() -> None:
     refusal = refused_by_system(RuntimeError("I/O error: File too large (os error 27)"))
     assert refusal is not None and "ulimit -f" in str(refusal)
+    refusal = refused_by_system(OSError("the store cannot be reached: Failed to init uv loop"))
+    assert refusal is not None and "ulimit -n" in str(refusal)
     assert refused_by_system(ValueError("a defect")) is None
     assert refused_by_system(UserError("The disk is full: said already")) is None
 
