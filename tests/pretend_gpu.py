@@ -111,6 +111,8 @@ class Watch(TorchDispatchMode):
                 return value
             return originals.get(id(value)) if id(value) in originals else OnGpu(value) if here else value
 
+        if name == "histc":  # which on a CPU takes no integers
+            args = (args[0].value.float(), *args[1:])
         plain = lambda leaf: leaf.value if isinstance(leaf, OnGpu) else leaf  # noqa: E731
         return tree_map(result, func(*tree_map(plain, args), **tree_map(plain, kwargs)))
 
@@ -151,7 +153,10 @@ class Watch(TorchDispatchMode):
 
 @contextmanager
 def watched() -> Iterator[Watch]:
-    """Context in which the device is there; what a CPU lacks of torch.cuda is given."""
+    """Context in which the device is there; what a CPU lacks of torch.cuda is given.
+
+    Models are made outside: there, the device "meta" is the ordinary one.
+    """
     watch, made = Watch(), torch.tensor
 
     def tensor(data: Any, device: Any = None, **options: Any) -> torch.Tensor:
@@ -161,6 +166,7 @@ def watched() -> Iterator[Watch]:
         patch.setattr(torch, "tensor", tensor)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: watch.pin(tensor))
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state))
         with watch:
