@@ -90,7 +90,8 @@ class TokenLoss(nn.Module):
         nll_n = self._nll(base, hidden_mH.index_select(0, where_n), target_n)
         nll_m = nll_n.new_zeros(len(target_m)).index_copy(0, layout.trained_n, nll_n)
         router = self._router(base, outputs, mask_BT, trained=len(where_n) > 0)
-        return nll_m.view(batch.target_BT.shape), router
+        # a copy: FSDP2 warns of views, whose hooks an operation in place would lose
+        return nll_m.view(batch.target_BT.shape).clone(), router
 
     def direct_weights(self) -> list[nn.Parameter]:
         """Returns the weights that are read without calling their module, which ZeRO-3 must gather for it."""
