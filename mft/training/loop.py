@@ -39,7 +39,8 @@ def train_on(t: Trainer, steps: Iterable[StepBatches]) -> RunStatus:
 
     The host waits for the device in no micro-batch, and in a step for the counts of other ranks, for the
     norm of the gradient, and for a logged row. A loss that learns from the step waits for its losses
-    besides: once for `learn_before`, for `loss_statistics`, and for each of the two of `learn_after`.
+    besides: once for `learn_before`, for `loss_statistics`, and for each of the two of `learn_after`. The
+    loss scaler of fp16, DeepSpeed, and a mask that transformers makes wait on their own.
     """
     state, settings = t.state, t.settings
     for data in steps:
