@@ -62,7 +62,7 @@ def setting() -> tuple[Callable[[str], None], int]:
 
     def step(variant: str) -> None:
         if variant == "where trained":
-            nll_BT, _ = module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
+            nll_BT, _ = module(batch)
         else:
             inputs = {"input_ids": batch.ids_BT, "position_ids": batch.position_BT}
             logits = engine.run_as_forward(

@@ -1,4 +1,5 @@
-"""GPUs and bf16 support of this machine, and silencing of library warnings about hardware it lacks.
+"""GPUs and bf16 support of this machine, copies to its devices, and silencing of library warnings about
+hardware it lacks.
 
 Imports torch only on machines with a GPU.
 """
@@ -9,6 +10,10 @@ import logging
 import os
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 """Device files of a machine with NVIDIA or AMD GPUs."""
@@ -62,3 +67,11 @@ def computes_in_bf16() -> bool:
     except OSError:
         return False
     return bool(BF16_FLAGS & set(text.split("\n\n", 1)[0].split()))
+
+
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Returns a tensor on `device`; the host does not wait for the copy."""
+    # Only from pinned memory: other memory is copied by the driver, which may wait for the device first.
+    if tensor.device.type == "cpu" and str(device).startswith("cuda"):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

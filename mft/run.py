@@ -29,6 +29,7 @@ from mft.tracking.base import FanOut, Jsonl, Tracker
 from mft.training import final_test, metrics, provenance, resume, sample_losses, summary
 from mft.training.checkpoint import Checkpoints, ModelExport, marked_steps, restore, write_final
 from mft.training.loop import fit
+from mft.training.prefetch import Prefetched
 from mft.training.progress import Terminal
 from mft.training.sample_answers import Answers
 from mft.training.settings import KeptLosses, TrainSettings
@@ -73,7 +74,7 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool], trace: Trace |
         model = load_model(r)
         trainer, checkpoints, export = make_trainer(r, loader, model, stop)
     if trace:
-        trainer.loader = trace.steps_of(loader, trainer.state, run_dir, r.engine.rank)
+        trainer.loader = trace.steps_of(trainer.loader, trainer.state, run_dir, r.engine.rank)
     status = train_and_record(r, trainer, checkpoints, export, make_answers(r, model), started)
     r.engine.close()
     return status
@@ -197,7 +198,7 @@ def make_trainer(
         loss=loss,
         names=names,
         weights=[task.weight for task in r.data.tasks],
-        loader=loader,
+        loader=Prefetched(loader, engine.device) if settings.prefetch else loader,
         learning_rate=lambda step: scheduler.lr(step, total, base_lr),
         evaluator=Evaluator(engine, names, loader.validation),
         probe=probe,

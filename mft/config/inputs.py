@@ -38,6 +38,7 @@ _WHY_LEFT_OUT = {
     "which folder is continued": "train.resume",
     "what stays of checkpoints": "train.keep train.keep_task_best train.save_state",
     "a run that ends without a skipped step is the same for all values": "train.skip_nonfinite_steps",
+    "the same micro-batches, made sooner": "train.prefetch",
     "saving draws no random number": "train.save_every",
     "answered without random numbers": "train.prompts train.prompts_max_new_tokens",
     "a speed is divided by it": "train.peak_tflops",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from mft.distributed import heartbeat, rng, sharded_state
 from mft.distributed.sharded_state import read_state as read_state  # part of the contract, for floor 2
 from mft.errors import UserError
+from mft.hardware import send
 
 if TYPE_CHECKING:
     import torch
@@ -200,13 +201,17 @@ class Engine:
         return norm
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the sum over all ranks, a new tensor of the same type on this rank's device."""
+        """Returns the sum over all ranks, a new tensor of the same type on the CPU.
+
+        The host waits for the device, once; with one rank and a tensor on the CPU it does not.
+        """
         import torch
 
-        total = tensor.detach().to(self.device, copy=True)
-        if self.world > 1:
-            torch.distributed.all_reduce(total)
-        return total
+        if self.world == 1:
+            return tensor.detach().to("cpu", copy=True)
+        total = send(tensor.detach().clone(), self.device)
+        torch.distributed.all_reduce(total)
+        return total.cpu()
 
     def gather(self, value: T) -> list[T]:
         """Returns the values of all ranks, by rank (pickled: only between our own ranks)."""

@@ -1,7 +1,7 @@
 """Attention sample by sample over one row of samples, so that no mask of a packed row is ever made.
 
 Each function is registered with transformers under its own name and is the ordinary attention of that
-name's kind until a forward is given `cu_seq_lens_q`: answering, with its cache and left padding, is
+name's kind until a forward is given `sample_lengths`: answering, with its cache and left padding, is
 untouched.
 """
 
@@ -59,29 +59,25 @@ def described(base: PreTrainedModel) -> str:
     return f"{ours[name]}, sample by sample" if name in ours else name
 
 
-def row_of_samples(position_n: Tensor) -> dict[str, Any]:
-    """Returns the arguments of a decoder's forward that keep apart the samples of one row; position_n [n]
-    restarts at 0 with each of them.
+def row_of_samples(lengths: list[int], cu_seqlens: Tensor) -> dict[str, Any]:
+    """Returns the arguments of a decoder's forward that keep apart the samples of one row.
 
-    The 4-D mask is a stand-in: transformers passes such a mask on as it is instead of making one, and nothing
-    reads it.
+    lengths: tokens of each sample; cu_seqlens: int32 [N + 1], where each begins, on the device. The 4-D mask
+    is a stand-in: transformers passes such a mask on as it is instead of making one, and nothing reads it.
     """
-    starts = (position_n == 0).nonzero().squeeze(-1).cpu()
-    # On the CPU, since every layer reads them as numbers.
-    borders = torch.cat([starts, torch.tensor([len(position_n)])]).to(torch.int32)
-    longest = int(borders.diff().max())
     return {
-        "attention_mask": position_n.new_zeros((1, 1, 1, 1), dtype=torch.bool),
-        "cu_seq_lens_q": borders,
-        "cu_seq_lens_k": borders,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "attention_mask": cu_seqlens.new_zeros((1, 1, 1, 1), dtype=torch.bool),
+        "sample_lengths": lengths,
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
     }
 
 
 def per_sample(attend: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
     """Returns `attend` (a function of transformers' interface that is causal where its mask is None) made to
-    go sample by sample where it is given `cu_seq_lens_q`."""
+    go sample by sample where it is given `sample_lengths`."""
 
     def forward(
         module: Any,
@@ -89,12 +85,12 @@ def per_sample(attend: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        cu_seq_lens_q: Tensor | None = None,
+        sample_lengths: list[int] | None = None,
         **arguments: Any,
     ) -> tuple[Tensor, Any]:
-        if cu_seq_lens_q is None:
+        if sample_lengths is None:
             return attend(module, query, key, value, attention_mask, **arguments)
-        lengths = cu_seq_lens_q.diff().tolist()
+        lengths = sample_lengths
         kinds = getattr(module.config, "layer_types", None)
         if kinds and kinds[module.layer_idx] == "chunked_attention":
             chunk = module.config.attention_chunk_size

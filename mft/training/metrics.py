@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mft.hardware import send
 from mft.loss.base import task_sums
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class Meter:
         self.step_losses_2[1] += router.detach()
 
     def commit(self, counts: StepCounts, grad_norm: float, batches: Sequence[Batch]) -> None:
-        """Counts a step that was applied. counts: of all ranks; batches: of this one, on the CPU."""
+        """Counts a step that was applied. counts: of all ranks; batches: of this one."""
         self.steps += 1
         self.grad_norm = grad_norm
         self.samples_K = [a + b for a, b in zip(self.samples_K, counts.samples_K.tolist(), strict=True)]
@@ -149,9 +150,8 @@ class Meter:
 
     def _count(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
-            filled = int((batch.sample_BT >= 0).sum())
-            self.tokens += filled
-            self.padding += batch.sample_BT.numel() - filled
+            self.tokens += batch.layout.tokens
+            self.padding += batch.sample_BT.numel() - batch.layout.tokens
 
     def read(self, engine: Engine) -> dict[str, float]:
         """Returns the metrics since the last read, summed over ranks, and starts again. All ranks call it."""
@@ -161,9 +161,9 @@ class Meter:
         if not steps:
             return {}
         seconds = time.perf_counter() - self.started
-        local = self.losses_2.new_tensor([self.tokens, self.padding])
-        # one all-reduce for everything
-        summed = engine.sum(torch.cat([self.sums_2K.flatten(), self.losses_2, local])).cpu()
+        local = send(torch.tensor([self.tokens, self.padding], dtype=torch.float64), self.sums_2K.device)
+        # one all-reduce for everything, which the host waits for once
+        summed = engine.sum(torch.cat([self.sums_2K.flatten(), self.losses_2, local]))
         sums_2K = summed[:-4].reshape(2, -1)
         objective, router, tokens, padding = summed[-4:].tolist()
         values = {"train/loss": math.nan, "grad_norm": self.grad_norm}

@@ -53,6 +53,8 @@ class TrainSettings:
     """Micro-batches of one step on each rank; null: 1, or derived. Not together with global_batch_size."""
     precision: Precision = Precision.auto
     """The frozen config of a run holds what `auto` was resolved to on its machine."""
+    prefetch: bool = True
+    """Make the next step's micro-batches ready, in a thread, while a step computes; false: between steps."""
     max_grad_norm: float | None = ranged(1.0, above=0)
     """Gradients are clipped to this norm; null: never."""
     seed: int = ranged(42, min=0)

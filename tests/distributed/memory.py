@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from mft.batch import Batch
 from mft.distributed import sharded_state
 from mft.distributed.engine import Engine
 from mft.model.causal_lm import CausalLM
@@ -118,9 +119,11 @@ def trained(engine: Engine, peft: Full, path: str, steps: int) -> None:
     del model
     module, optimizer = engine.prepare(module, optimizer)
     ids_BT = torch.arange(16)[None] + engine.rank
+    zeros_BT = torch.zeros_like(ids_BT)
+    batch = Batch(ids_BT, ids_BT, zeros_BT, zeros_BT, torch.arange(16)[None])
     for _ in range(steps):
         with engine.accumulating(last=True):
-            nll_BT, _ = module(ids_BT, ids_BT, torch.arange(16)[None], torch.zeros_like(ids_BT))
+            nll_BT, _ = module(batch)
             engine.backward(nll_BT.sum() / 32)
         assert engine.step(1.0) > 0
 

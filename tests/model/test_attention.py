@@ -130,7 +130,7 @@ def test_dropout_keeps_the_mean(name: str) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 7, 8) for _ in range(3))
     module = SimpleNamespace(config=SimpleNamespace(), layer_idx=0, is_causal=True, training=True)
-    row = {"cu_seq_lens_q": torch.tensor([0, 3, 7]), "scaling": 0.3}
+    row = {"sample_lengths": [3, 4], "scaling": 0.3}
     plain = attend(module, query, key, value, None, dropout=0.0, **row)[0]
     draws = torch.stack([attend(module, query, key, value, None, dropout=0.3, **row)[0] for _ in range(1000)])
     error = draws.std(0) / 1000**0.5
@@ -163,8 +163,10 @@ def test_what_stays_masked() -> None:
 
 
 def test_row_of_samples() -> None:
-    found = row_of_samples(torch.tensor([0, 1, 2, 0, 0, 1]))
-    assert found["cu_seq_lens_q"].tolist() == [0, 3, 4, 6] and found["max_length_q"] == 3
+    borders = torch.tensor([0, 3, 4, 6], dtype=torch.int32)
+    found = row_of_samples([3, 1, 2], borders)
+    assert found["cu_seq_lens_q"] is found["cu_seq_lens_k"] is borders and found["max_length_q"] == 3
+    assert found["sample_lengths"] == [3, 1, 2]
 
 
 def test_alibi_slopes() -> None:
