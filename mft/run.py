@@ -252,7 +252,7 @@ def make_answers(r: Run, model: Model) -> Answers:
 
     engine, encoder = r.engine, r.data.encoder
     options: dict[str, Any] = {"max_new_tokens": r.settings.prompts_max_new_tokens, "do_sample": False}
-    options["together"] = engine.sharded
+    options |= {"together": engine.sharded, "device": engine.device}
 
     def answer(conversations: list[list[dict[str, str]]]) -> list[str]:
         model.eval()
@@ -316,8 +316,8 @@ def train_and_record(
                 t.sample_losses.prune(t.state.best, tested.step)
             if status is RunStatus.finished:
                 t.tracker.log(t.state.step, summary.last_row(result))
-            if engine.is_main:
-                summary.write(result, folder)
+            if engine.is_main and (no_pictures := summary.write(result, folder)):
+                t.progress.show(no_pictures)
         if engine.is_main:
             answers.write(folder / "report" / "answers.md")
             for path in ("config.yaml", "summary.json", "report"):

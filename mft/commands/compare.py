@@ -101,6 +101,8 @@ def command(arguments: Sequence[str]) -> None:
         page = report.write(comparison, out)
         values = compare_json.write(comparison, out.with_name(compare_json.FILE))
     say(f"report: {page}")
+    if why_not := cannot_draw():
+        say(why_not)
     say(f"for other programs: {values}")
 
 

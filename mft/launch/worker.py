@@ -26,7 +26,7 @@ from mft.console.screen import guard_logs, say
 from mft.distributed import heartbeat
 from mft.distributed.stalled import Stalled
 from mft.errors import UserError, refused_by_system
-from mft.hardware import has_gpu, quiet_without_gpu
+from mft.hardware import growing_segments, has_gpu, quiet_without_gpu
 from mft.launch import failures, placement, rank_log, signals, stacks, torch_private
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ but should first get the chance to report its own error."""
 stop = signals.Stop()
 """Whether this rank was asked to stop."""
 
-quiet_without_gpu()  # here, because the fork server imports this module before all others
+# here, because the fork server imports this module before all others, torch among them
+quiet_without_gpu()
+growing_segments()
 
 
 def run_job(run_dir: str, trace: Trace | None = None) -> None:
