@@ -7,6 +7,7 @@ that failed.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import multiprocessing
 import os
@@ -129,17 +130,30 @@ def placed_rank_main(run_dir: Path) -> None:
     srun).
 
     Only rank 0 is sure to be seen by a person: where it lost its connection to a rank that failed, it raises
-    the error of that rank.
+    the error of that rank. A rank that fails ends without what libraries do at the end of a process, where
+    NCCL would wait for kernels that never end.
     """
     since, log = time.time(), run_dir / "log"
+    failed: list[bool] = []
+    atexit.register(_end_at_once, failed)  # early: the last registered is called first, and this one ends all
     try:
         rank_main(str(log), run_job, (str(run_dir),), None)
     except Exception:
+        failed.append(True)
         placed = placement.detect_rank()
         is_rank_0 = placed is None or placed.rank == 0
         if is_rank_0 and (cause := failures.cause_elsewhere(log / "rank0.error.json", since)):
             raise cause from None
         raise
+
+
+def _end_at_once(failed: Sequence[bool]) -> None:
+    """Ends the process where its rank has failed, with the exit code that the command has then."""
+    if failed:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(1)
 
 
 def _limit_threads() -> None:

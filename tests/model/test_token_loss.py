@@ -134,8 +134,10 @@ def test_chunks_do_not_matter(tiny: Tiny, dtype: torch.dtype, trainable: bool) -
 
 @pytest.mark.parametrize(
     ("vocabulary", "device", "positions"),
-    [(256, "cpu", 1024), (32_000, "cpu", 1024), (128_256, "cpu", 261), (262_144, "cpu", 256)]
-    + [(32_000, "cuda", 8388), (128_256, "cuda", 2092), (2_000_000, "cuda", 256)],
+    [
+        *((256, "cpu", 1024), (32_000, "cpu", 1024), (128_256, "cpu", 261), (262_144, "cpu", 256)),
+        *((32_000, "cuda", 8388), (128_256, "cuda", 2092), (2_000_000, "cuda", 256)),
+    ],
 )
 def test_a_chunk_fits_the_device(vocabulary: int, device: str, positions: int) -> None:
     assert default_chunk_size(vocabulary, device) == positions
