@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from mft import run_folder
 from mft.config import plugins
 from mft.console.screen import guard_logs, say
-from mft.distributed import heartbeat
+from mft.distributed import determinism, heartbeat
 from mft.distributed.stalled import Stalled
 from mft.errors import UserError, refused_by_system
 from mft.hardware import growing_segments, has_gpu, quiet_without_gpu
@@ -67,7 +67,8 @@ def run_job(run_dir: str, trace: Trace | None = None) -> None:
     try:
         run(cfg, folder, stop, trace)
     except Exception as error:
-        if explained := heartbeat.explained(error) or explain(error, cfg) or refused_by_system(error, folder):
+        causes = (heartbeat.explained(error), explain(error, cfg), determinism.explain(error))
+        if explained := next(filter(None, causes), None) or refused_by_system(error, folder):
             raise explained from error
         raise
 

@@ -17,7 +17,6 @@ from mft.tracking.base import TOTAL
 from mft.training import plots
 from mft.training.final_test import Tested
 from mft.training.panels import cannot_draw
-from mft.training.metrics import peak_memory_gib
 from mft.training.progress import losses_table
 from mft.training.trainer import Trainer
 
@@ -42,7 +41,7 @@ def summarise(t: Trainer, status: str, run_dir: Path, tested: Tested) -> dict[st
         "seconds": round(t.state.seconds, 1),
         "tokens": t.state.tokens,
         "flops": t.state.tokens * t.meter.flops_per_token,
-        "peak_memory_gib": round(max(t.engine.gather(peak_memory_gib(t.engine.device))), 3),
+        "peak_memory_gib": round(max(t.engine.gather(t.meter.memory.overall_gib())), 3),
         "first": _losses(best.first),
         "last": _losses(best.last),
         "best": _losses(best.losses) | judged,
