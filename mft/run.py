@@ -235,13 +235,16 @@ def checkpoint_layers(r: Run, loader: BatchLoader, model: Model) -> tuple[int, s
         nonlocal reason
         import torch
 
-        half, optimizer = r.settings.precision.value != "fp32", r.parts.optimizer
+        half, dist, world = r.settings.precision.value != "fp32", r.parts.dist, r.engine.world
+        tokens = loader.sizes.per_device * longest
         layers = checkpointing.Layers.of(model, family.layer_classes(model), half, longest)
-        states = estimate.optimizer_bytes(optimizer, r.parts.base_lr)
         sizes = estimate.Sizes.of(model, r.parts.peft.audit(model))
-        held = estimate.beside_activations(model, sizes, layers, r.parts.dist, r.engine.world, half, states)
+        states = estimate.optimizer_bytes(r.parts.optimizer, r.parts.base_lr)
+        held = estimate.memory(sizes, dist, world, half, states)
+        divided, copied = "weights" in dist.divided_parts(), sizes.trained if half else 0
+        beside = estimate.beside_activations(model, held, layers, tokens, divided, copied)
         total = min(r.engine.gather(torch.cuda.get_device_properties(r.engine.device).total_memory))
-        every, reason = estimate.recomputed(layers, loader.sizes.per_device * longest, held, total)
+        every, reason = estimate.recomputed(layers, tokens, beside, total)
         return every
 
     every = family.checkpoint(model, by_memory if r.engine.device.type == "cuda" else None)

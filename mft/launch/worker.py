@@ -48,8 +48,8 @@ growing_segments()
 def run_job(run_dir: str, trace: Trace | None = None) -> None:
     """Runs the run of a folder in this rank: reads its config.yaml and trains. trace: see `mft.run.run`.
 
-    Raises UserError for mistakes, and for what has a sentence: memory that ran out, a stalled rank. A signal lets it stop in good order; the caller
-    looks at `stop` afterwards.
+    Raises UserError for mistakes, and for failures that have a sentence, such as memory that ran out. A
+    signal lets it stop in good order; the caller looks at `stop` afterwards.
     """
     from mft.config.interpolations import check_variables
     from mft.config.schema import read

@@ -22,6 +22,9 @@ CONTEXT = 2**30
 USABLE = 0.9
 """Share of a GPU's memory that is counted on; the rest is for fragments and for exchanges between ranks."""
 
+PER_LOGIT = 10
+"""Bytes of a logit in a chunk: float32, in half precision before that and as a gradient, with a margin."""
+
 NOT_COUNTED = "activations, buffers of exchanges, the CUDA context (about 1 GiB)"
 
 
@@ -73,23 +76,20 @@ def memory(sizes: Sizes, dist: Backend, world: int, half: bool, states: float) -
 
 
 def beside_activations(
-    model: nn.Module, sizes: Sizes, layers: Layers, dist: Backend, world: int, half: bool, states: float
+    model: nn.Module, held: dict[str, float], layers: Layers, tokens: int, divided: bool, copied: int
 ) -> float:
-    """Returns the bytes of a rank beside what is kept for the backward pass; arguments as of `memory`.
+    """Returns the bytes of a rank beside what is kept for the backward pass.
 
-    Added to what `memory` counts are a chunk of logits with its gradient (of the size that it has on a GPU),
-    and of weights that are divided two layers, embedding and head, which are whole at a time; of others the
-    copies in half precision that autocast makes of those that are trained.
+    held: see `memory`; tokens: of a micro-batch. Added are a chunk of logits with its gradient (of the size
+    that it has on a GPU) and bf16 copies of weights: where they are divided over the ranks, of two layers,
+    embedding and head, which are whole at a time; else of `copied` weights, of which autocast makes them.
     """
     from mft.model.cross_entropy import default_chunk_size
 
-    held = memory(sizes, dist, world, half, states)
     vocabulary, width = full_shape(base_of(model).get_input_embeddings().weight)[:2]
-    if "weights" in dist.divided_parts():
-        copies = (2 if half else 4) * 2 * (layers.weights + vocabulary * width)
-    else:
-        copies = 2 * sizes.trained if half else 0
-    return sum(held.values()) + copies + 10 * vocabulary * default_chunk_size(vocabulary, "cuda")
+    rows = min(tokens, default_chunk_size(vocabulary, "cuda"))
+    copies = 2 * (layers.weights + vocabulary * width) if divided else copied
+    return sum(held.values()) + 2 * copies + PER_LOGIT * rows * vocabulary
 
 
 def recomputed(layers: Layers, tokens: int, held: float, total: float) -> tuple[int, str]:
