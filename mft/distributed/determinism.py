@@ -30,7 +30,7 @@ def compute_deterministically(wanted: bool) -> None:
         os.environ |= {name: os.environ.get(name, value) for name, value in WORKSPACE.items()}
         os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers hands it to flash-attn
     torch.use_deterministic_algorithms(wanted)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def explain(error: BaseException) -> UserError | None:

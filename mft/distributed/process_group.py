@@ -56,10 +56,10 @@ class GroupBackend(Backend):
 
 
 def number_own_device() -> None:
-    """Sets LOCAL_RANK, by which DDP, barriers and DeepSpeed number their GPU, to 0 where a rank sees one only.
+    """Sets LOCAL_RANK, by which DDP, barriers and DeepSpeed number their GPU, to 0 where a rank sees one GPU.
 
-    So it is under srun --gpus-per-task=1. FSDP2 needs no number, and its loading asks by LOCAL_RANK which rank
-    is the first of its machine.
+    So it is under srun --gpus-per-task=1. FSDP2 needs no number, and its loading asks by LOCAL_RANK which
+    rank is the first of its machine.
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and visible_gpus() == 1:
         os.environ["LOCAL_RANK"] = "0"

@@ -24,8 +24,8 @@ EVERY = (0, 4, 2, 1)
 """Of so many layers one is recomputed, 0 = none: from fast to small, what `auto` chooses from."""
 
 PER_FEATURE = {(True, False): 3.5, (True, True): 3.1, (False, False): 6.0, (False, True): 5.7}
-"""(Whether the run computes in half precision, whether the base is frozen) → bytes that a token's activations
-take for each input and output of a layer's matrices."""
+"""(Whether the run computes in half precision, whether the base is frozen) → bytes that a token's
+activations take for each input and output of a layer's matrices."""
 
 PER_SCORE = 10
 """Bytes of a score that eager attention keeps; the other implementations keep none."""

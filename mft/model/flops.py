@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """FLOPs of a token in one training step. Of N weights: 2 N forward, 2 N back through the activations, and
-    2 more for each weight that is trained (Kaplan et al. 2020, section 2.1)."""
+    """FLOPs of a token in one training step: for each weight 2 forward, 2 back through the activations, and 2
+    more if it is trained (Kaplan et al. 2020, section 2.1)."""
 
     trained: float
     """6 for each trained weight."""
@@ -27,15 +27,15 @@ class TokenFlops:
 
     @property
     def model(self) -> float:
-        """Without recomputation, as model FLOPs utilization (MFU) counts; with it, it is the hardware's (HFU)."""
+        """What model FLOPs utilization (MFU) counts; the hardware's (HFU) counts recomputation, too."""
         return self.trained + self.frozen
 
 
 def token_flops(model: nn.Module, layer_classes: list[str], every: int) -> TokenFlops:
     """Returns the work of a model, plain or peft, that no engine has prepared.
 
-    A weight counts as a whole, also if it is packed to 4 bits, divided by ZeRO-3, or not read by this rank; of
-    routed experts as many as a token goes to. Left out are the embedding table, which is looked up, the
+    A weight counts as a whole, also if it is packed to 4 bits, divided by ZeRO-3, or not read by this rank;
+    of routed experts as many as a token goes to. Left out are the embedding table, which is looked up, the
     quadratic part of attention, and the head's recomputation.
 
     layer_classes: names of the decoder layers' classes; every: of so many layers one is recomputed, 0 = none.

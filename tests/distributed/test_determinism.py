@@ -1,4 +1,5 @@
-"""Kernels that repeat themselves. No GPU is here: that one is there is given, and what torch is told is looked at."""
+"""Kernels that repeat themselves. No GPU is here: the tests say that there is one, and look at what torch is
+told."""
 
 from __future__ import annotations
 
