@@ -19,6 +19,7 @@ from mft.data import datasets, mixture, report
 from mft.data.loader import BatchLoader
 from mft.data.prompts import read_prompts
 from mft.data.settings import DataSettings
+from mft.distributed.determinism import compute_deterministically
 from mft.distributed.engine import Engine
 from mft.distributed.rng import seed_everything
 from mft.files.checksums import require_sound
@@ -91,6 +92,7 @@ def start(cfg: DictConfig, folder: Path) -> Run:
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine; no process group says it yet
     data = read_data(cfg, parts, data_settings, first)
     require_unchanged(cfg, folder, parts, data.fingerprints)
+    compute_deterministically(settings.deterministic)
     engine = parts.dist.start(settings.precision.value)
     progress = Terminal(data.names, quiet=not engine.is_main)
     return Run(cfg, folder, parts, settings, data_settings, data, engine, progress, first)
@@ -159,12 +161,15 @@ def make_trainer(
 ) -> tuple[Trainer, Checkpoints, ModelExport]:
     """Returns what the loop works on, its checkpoints, and what writes the model to a folder."""
     from mft.model.export import save_final
-    from mft.model.introspect import base_of, full_shape
+    from mft.model.flops import token_flops
+    from mft.model.introspect import base_of
     from mft.model.token_loss import TokenLoss
 
     engine, names, loss, settings = r.engine, r.data.names, r.parts.loss, r.settings
-    checkpointing = r.parts.model.checkpoint(model)
+    recomputed, words = checkpoint_layers(r, loader, model)
     token_loss = TokenLoss(model, r.parts.model)
+    # before an engine divides the weights
+    flops = token_flops(token_loss.model, token_loss.layer_classes(), recomputed)
     optimizer = r.parts.optimizer.build(token_loss.named_parameters(), r.parts.base_lr)
     module, optimizer = engine.prepare(token_loss, optimizer)
 
@@ -179,7 +184,6 @@ def make_trainer(
         return Evaluator(engine, names, lambda: loader.probe(step, loss.probe_samples)).losses(module)
 
     total, base_lr, scheduler = loader.total_steps(), r.parts.base_lr, r.parts.scheduler
-    flops = metrics.flops_per_token(token_loss, full_shape)
     keep = settings.keep if settings.keep is not None else r.parts.peft.default_checkpoint_limit
     export = ModelExport(write, engine.full_size(trainable=adapted))
     # without gathering a checkpoint holds the sharded state alone
@@ -203,7 +207,7 @@ def make_trainer(
         evaluator=Evaluator(engine, names, loader.validation),
         probe=probe,
         save=checkpoints.save,
-        meter=metrics.Meter(names, engine.device, flops, settings.peak_tflops),
+        meter=metrics.Meter(names, engine.device, flops.model, settings.peak_tflops, flops.recomputed),
         tracker=FanOut([Jsonl(), *r.parts.trackers]) if engine.is_main else Tracker(),
         progress=r.progress,
         settings=settings,
@@ -213,12 +217,43 @@ def make_trainer(
         test=Evaluator(engine, names, loader.test) if len(loader.test_samples) else None,
         sample_losses=by_sample if kept is not KeptLosses.none else None,
     )
-    show_model(r, loader, model, checkpointing)
+    show_model(r, loader, model, words)
     return trainer, checkpoints, export
 
 
-def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: bool) -> None:
-    """Shows which weights are trained, and how."""
+def checkpoint_layers(r: Run, loader: BatchLoader, model: Model) -> tuple[int, str]:
+    """Turns gradient checkpointing on as model.gradient_checkpointing says; returns of how many layers one is
+    recomputed, 0 = none, and that in words, with the reason where it is auto.
+
+    On a GPU auto chooses by the memory of the run's smallest one, so that all ranks do the same.
+    """
+    from mft.model import checkpointing
+    from mft.rehearsal import estimate
+
+    family, longest, reason = r.parts.model, r.data_settings.seq_length, ""
+
+    def by_memory() -> int:
+        nonlocal reason
+        import torch
+
+        half, dist, world = r.settings.precision.value != "fp32", r.parts.dist, r.engine.world
+        tokens = loader.sizes.per_device * longest
+        layers = checkpointing.Layers.of(model, family.layer_classes(model), half, longest)
+        sizes = estimate.Sizes.of(model, r.parts.peft.audit(model))
+        states = estimate.optimizer_bytes(r.parts.optimizer, r.parts.base_lr)
+        held = estimate.memory(sizes, dist, world, half, states)
+        divided, copied = "weights" in dist.divided_parts(), sizes.trained if half else 0
+        beside = estimate.beside_activations(model, held, layers, tokens, divided, copied)
+        total = min(r.engine.gather(torch.cuda.get_device_properties(r.engine.device).total_memory))
+        every, reason = estimate.recomputed(layers, tokens, beside, total)
+        return every
+
+    every = family.checkpoint(model, by_memory if r.engine.device.type == "cuda" else None)
+    return every, checkpointing.described(every) + reason
+
+
+def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: str) -> None:
+    """Shows which weights are trained, and how. checkpointing: in words."""
     from mft.model.attention import described
     from mft.model.introspect import base_of
     from mft.model.peft import summary as trained_weights
@@ -230,7 +265,7 @@ def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: bool) -
     precision = f"{r.settings.precision.value} on {r.engine.device}"
     facts = plan(r.parts, loader) | {
         "precision": f"{precision}, attention {described(base_of(model))}",
-        "gradient checkpointing": "on" if checkpointing else "off",
+        "gradient checkpointing": checkpointing,
     }
     r.progress.show(settings_table(facts.items(), "training"))
 
@@ -253,7 +288,7 @@ def make_answers(r: Run, model: Model) -> Answers:
 
     engine, encoder = r.engine, r.data.encoder
     options: dict[str, Any] = {"max_new_tokens": r.settings.prompts_max_new_tokens, "do_sample": False}
-    options["together"] = engine.sharded
+    options |= {"together": engine.sharded, "device": engine.device}
 
     def answer(conversations: list[list[dict[str, str]]]) -> list[str]:
         model.eval()
@@ -317,8 +352,8 @@ def train_and_record(
                 t.sample_losses.prune(t.state.best, tested.step)
             if status is RunStatus.finished:
                 t.tracker.log(t.state.step, summary.last_row(result))
-            if engine.is_main:
-                summary.write(result, folder)
+            if engine.is_main and (no_pictures := summary.write(result, folder)):
+                t.progress.show(no_pictures)
         if engine.is_main:
             answers.write(folder / "report" / "answers.md")
             for path in ("config.yaml", "summary.json", "report"):

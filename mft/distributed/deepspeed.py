@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mft.distributed.deepspeed_engine import DeepSpeedEngine, compile_nothing
-from mft.distributed.process_group import GroupBackend
+from mft.distributed.process_group import GroupBackend, number_own_device
 from mft.errors import UserError, nearest, ranged
 
 OURS = {
@@ -98,6 +98,8 @@ class Zero(GroupBackend):
     def start(self, precision: str, cpu: bool | None = None) -> DeepSpeedEngine:
         """Also raises UserError for a `config` that DeepSpeed does not take."""
         self.check()
+        if not cpu:
+            number_own_device()
         accelerator, owns_group = self.grouped(precision, cpu)
         gpu = accelerator.device.type != "cpu"
         # else DeepSpeed takes a GPU it finds, also where the engine is started with cpu=True

@@ -32,7 +32,7 @@ class TokenLoss(nn.Module):
     """Maps a micro-batch to its per-token losses.
 
     model: a transformers causal LM, plain or wrapped by peft; family: answers questions about its head;
-    chunk_size: positions whose logits exist at once (default: by vocabulary).
+    chunk_size: positions whose logits exist at once (default: by vocabulary and device).
     """
 
     def __init__(self, model: nn.Module, family: CausalLM, chunk_size: int | None = None):
@@ -40,7 +40,7 @@ class TokenLoss(nn.Module):
         self.model = model
         self.family = family
         base = base_of(model)
-        self.chunk_size = chunk_size or default_chunk_size(vocabulary(base.get_output_embeddings()))
+        self.chunk_size = chunk_size
         self.router_coef = family.router_weight(base)
         self.recurrent = recurrent_layers(base)
         self.per_sample = attend_per_sample(base)
@@ -126,10 +126,11 @@ class TokenLoss(nn.Module):
 
     def _nll(self, base: PreTrainedModel, hidden_nH: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
         head = base.get_output_embeddings()
+        size = self.chunk_size or default_chunk_size(vocabulary(head), hidden_nH.device.type)
         if self.family.plain_head(base):
-            return linear_nll(hidden_nH, head.weight, target_n, self.chunk_size)
+            return linear_nll(hidden_nH, head.weight, target_n, size)
         logits = partial(self.family.logits, self.model)
-        return module_nll(logits, hidden_nH, target_n, self.chunk_size)
+        return module_nll(logits, hidden_nH, target_n, size)
 
     def _router(
         self, base: PreTrainedModel, outputs: Any, mask_BT: torch.Tensor | None, trained: bool

@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from mft.distributed.engine import Backend
 from mft.files.disk import free_bytes, nearest_folder
-from mft.model.introspect import parameter_count
+from mft.model.checkpointing import Layers, choose
+from mft.model.introspect import base_of, full_shape, parameter_count
 from mft.model.peft.summary import AuditRow, total_of
 
 if TYPE_CHECKING:
     from torch import nn
+
+CONTEXT = 2**30
+"""Bytes of a GPU's memory that CUDA itself takes."""
+
+USABLE = 0.9
+"""Share of a GPU's memory that is counted on; the rest is for fragments and for exchanges between ranks."""
+
+PER_LOGIT = 10
+"""Bytes of a logit in a chunk: float32, in half precision before that and as a gradient, with a margin."""
 
 NOT_COUNTED = "activations, buffers of exchanges, the CUDA context (about 1 GiB)"
 
@@ -31,9 +41,11 @@ class Sizes:
 
     @classmethod
     def of(cls, model: nn.Module, rows: Sequence[AuditRow]) -> Sizes:
-        """rows: the audit of `model`, which is on the meta device."""
+        """rows: the audit of `model`, which may be on the meta device."""
         trained = total_of(rows, "trainable")
-        of_trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        # ds_numel: of a weight that ZeRO-3 has divided while it was loaded
+        numels = [(p, getattr(p, "ds_numel", p.numel())) for p in model.parameters() if p.requires_grad]
+        of_trained = sum(numel * p.element_size() for p, numel in numels)
         return cls(trained, total_of(rows, "bytes") - of_trained, trained == parameter_count(model))
 
 
@@ -61,6 +73,35 @@ def memory(sizes: Sizes, dist: Backend, world: int, half: bool, states: float) -
         "optimizer": (each["optimizer"] + states) * sizes.trained,
     }
     return {name: size / world if name in divided else size for name, size in whole.items()}
+
+
+def beside_activations(
+    model: nn.Module, held: dict[str, float], layers: Layers, tokens: int, divided: bool, copied: int
+) -> float:
+    """Returns the bytes of a rank beside what is kept for the backward pass.
+
+    held: see `memory`; tokens: of a micro-batch. Added are a chunk of logits with its gradient (of the size
+    that it has on a GPU) and bf16 copies of weights: where they are divided over the ranks, of two layers,
+    embedding and head, which are whole at a time; else of `copied` weights, of which autocast makes them.
+    """
+    from mft.model.cross_entropy import default_chunk_size
+
+    vocabulary, width = full_shape(base_of(model).get_input_embeddings().weight)[:2]
+    rows = min(tokens, default_chunk_size(vocabulary, "cuda"))
+    copies = 2 * (layers.weights + vocabulary * width) if divided else copied
+    return sum(held.values()) + 2 * copies + PER_LOGIT * rows * vocabulary
+
+
+def recomputed(layers: Layers, tokens: int, held: float, total: float) -> tuple[int, str]:
+    """Returns of how many layers one is recomputed, 0 = none, on a GPU of `total` bytes, and why.
+
+    tokens: of a micro-batch; held: see `beside_activations`.
+    """
+    room = USABLE * total - CONTEXT
+    every = choose(layers, tokens, held, room)
+    needed = held + layers.bytes(every, tokens)
+    reason = f"; auto: about {size_words(needed)} of the {size_words(room)} that a GPU has for it"
+    return every, reason + (f", without it {size_words(held + layers.bytes(0, tokens))}" if every else "")
 
 
 def size_words(size: float) -> str:

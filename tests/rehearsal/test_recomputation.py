@@ -1,0 +1,97 @@
+"""Which layers a GPU recomputes. None is here: its memory is given, all else is that of real models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mft import run
+from mft.distributed.ddp import Ddp, Single
+from mft.model.checkpointing import Layers
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
+from mft.model.peft.qlora import QLora
+from mft.model.tiny import Tiny
+from mft.optim.optimizers import AdamW
+from mft.rehearsal import estimate
+from tests.distributed.ranks import run_ranks
+from tests.distributed.test_engines import backend
+
+PEFTS = {"full": Full(), "lora": Lora(), "qlora": QLora()}
+
+
+def facts(family: Tiny, peft: Full, engine: Any) -> tuple[estimate.Sizes, Layers]:
+    with engine.loading():
+        base = family.model(torch.float32, peft.quantization(torch.float32))
+    model = peft.attach(base, family)
+    layers = Layers.of(model, family.layer_classes(model), half=False, longest=64)
+    return estimate.Sizes.of(model, peft.audit(model)), layers
+
+
+def table(names: list[str], cache_dir: str) -> dict[tuple[str, str], tuple[Any, Any]]:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    family, found = Tiny(cache_dir=cache_dir), {}
+    for name in names:
+        for kind, peft in PEFTS.items():
+            engine = (Single() if name == "single" else backend(name)).start("fp32", cpu=True)
+            found[name, kind] = facts(family, peft, engine)
+            engine.close()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_all_ranks_of_all_backends_count_alike(cache_dir: Path) -> None:
+    (single,) = run_ranks(1, table, ["single"], str(cache_dir))
+    for rank in run_ranks(2, table, ["ddp", "zero2", "zero3", "fsdp"], str(cache_dir)):
+        for (name, kind), (sizes, layers) in rank.items():
+            expected, expected_layers = single["single", kind]
+            assert (sizes.trained, sizes.whole, layers) == (expected.trained, expected.whole, expected_layers)
+            # of packed weights that are not read yet the scales are estimated
+            assert sizes.frozen_bytes == pytest.approx(expected.frozen_bytes, rel=0.1), (name, kind)
+
+
+def test_what_is_not_kept_for_the_backward_pass_by_hand(tiny: Tiny) -> None:
+    model, layers = tiny.model(torch.float32), Layers(2, 0.0, 0.0, 1000)
+    config = tiny.config()
+    held, logits = {"weights": 500.0, "gradients": 300.0}, 10 * 64 * config.vocab_size
+    table = config.vocab_size * config.hidden_size
+    assert estimate.beside_activations(model, held, layers, 64, False, 7) == 800 + logits + 2 * 7
+    divided = estimate.beside_activations(model, held, layers, 64, True, 7)
+    assert divided == 800 + logits + 2 * 2 * (1000 + table)
+    many = estimate.beside_activations(model, held, layers, 10**9, False, 0)
+    assert many == 800 + 10 * 2**28  # the largest chunk
+
+
+@pytest.mark.parametrize(
+    ("gib", "every", "words"),
+    [
+        (80, 0, "off; auto: about "),
+        (4, 1, "on; auto: about 2.2 GiB of the 2.6 GiB that a GPU has for it, without it 2.8 GiB"),
+    ],
+)
+def test_a_run_decides_by_the_memory_of_its_smallest_gpu_and_says_why(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, gib: int, every: int, words: str
+) -> None:
+    total = SimpleNamespace(total_memory=200 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    model = Lora().attach(tiny.model(torch.float32), tiny)
+    engine = SimpleNamespace(device=torch.device("cuda", 0), world=2, gather=lambda own: [own, gib * 2**30])
+    parts = SimpleNamespace(model=tiny, peft=Lora(), optimizer=AdamW(), base_lr=1e-3, dist=Ddp())
+    asked: Any = SimpleNamespace(
+        engine=engine,
+        parts=parts,
+        settings=SimpleNamespace(precision=SimpleNamespace(value="bf16")),
+        data_settings=SimpleNamespace(seq_length=4096),
+    )
+    loader: Any = SimpleNamespace(sizes=SimpleNamespace(per_device=64))
+    chosen, told = run.checkpoint_layers(asked, loader, model)
+    assert chosen == every and told.startswith(words)
+    classes = tiny.layer_classes(model)
+    layers: list[Any] = [part for part in model.modules() if type(part).__name__ in classes]
+    assert [layer.gradient_checkpointing for layer in layers] == [bool(every)] * 2
