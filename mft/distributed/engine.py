@@ -191,13 +191,25 @@ class Engine:
         finite = norm - norm == 0.0
         if finite and max_norm:
             torch.nn.utils.clip_grads_with_norm_(trained, max_norm, total)
-        self.skipped = False
-        if finite or self.accelerator.scaler is not None:
-            # the scaler sees an overflow too: it skips the update and lowers its scale
+        self.skipped = not finite and self._answers_overflow()
+        if finite:
             self._optimizer.step()
-            self.skipped = bool(self._optimizer.step_was_skipped)
         self._optimizer.zero_grad()
         return norm
+
+    def _answers_overflow(self) -> bool:
+        """Lets the fp16 loss scaler lower its scale for the next step; returns whether it did.
+
+        It did not where every gradient is finite and their norm alone is too large for float32, which a
+        smaller scale would not help. The optimizer is not called: a fused one is called by the scaler also
+        on an overflow, from which accelerate concludes that it has updated.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return False
+        before = scaler.get_scale()
+        scaler.update()
+        return bool(scaler.get_scale() < before)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the sum over all ranks, a new tensor of the same type on this rank's device."""

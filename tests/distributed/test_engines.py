@@ -14,7 +14,7 @@ from mft.distributed.deepspeed import Zero2
 from mft.distributed.engine import Engine
 from mft.errors import UserError
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_engine import Model, micro_batches, poisoned, prepared
+from tests.distributed.test_engine import OVERFLOWED, Model, micro_batches, overflowed, poisoned, prepared
 from tests.loss.modes import config
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -39,6 +39,9 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp every": ("fsdp", {"reduce_every_micro_batch": True}),
 }
 """Options of conf/dist with other values than the yaml's."""
+
+SCALED = ("ddp", "fsdp", "fsdp every")
+"""Those whose losses torch's scaler scales; DeepSpeed has its own."""
 
 EXCHANGES = ("c10d::allreduce_", "c10d::reduce_", "c10d::_reduce_scatter_base_", "c10d::reduce_scatter_")
 """Collectives in which gradients are added up."""
@@ -158,6 +161,7 @@ def everything() -> dict[str, Any]:
         ],
         "misnamed": misnamed(),
         "poisoned": {name: poisoned(backend(name), Layered) for name in names},
+        "overflowed": {name: overflowed(backend(name), True, Layered) for name in SCALED},
     }
 
 
@@ -232,3 +236,10 @@ def test_a_nan_on_one_rank_updates_nothing_on_both(two: list[dict[str, Any]], na
             found["norm"] != found["norm"] and found["unchanged"] and found["zeroed"] and not found["skipped"]
         )
     assert two[0]["poisoned"][name]["clean"] == two[1]["poisoned"][name]["clean"] > 0
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_an_overflow_on_one_rank_is_answered_on_both(two: list[dict[str, Any]], name: str) -> None:
+    first, second = (rank["overflowed"][name] for rank in two)
+    assert first == OVERFLOWED
+    assert second == OVERFLOWED | ({} if name == "ddp" else {"changed": [False] * 3})
