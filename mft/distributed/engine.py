@@ -32,6 +32,14 @@ class Backend(ABC):
 
     divides_on_load: ClassVar[bool] = False
     """Whether a rank never holds a whole weight, not even while the model is loaded."""
+    casts_weights: ClassVar[bool] = False
+    """Whether frozen weights too are cast, by value, to the run's precision where that is bf16 or fp16."""
+    divides_into_dtensors: ClassVar[bool] = False
+    """Whether the optimizer is given DTensors."""
+
+    def casts_whole_numbers(self) -> bool:
+        """Whether a backend that casts weights casts also those of whole numbers, such as packed ones."""
+        return False
 
     def check_ranks(self, world: int) -> None:
         """Raises UserError for a number of ranks that this backend cannot have."""

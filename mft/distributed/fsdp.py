@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mft.distributed import torch_private
 from mft.distributed.engine import Engine
 from mft.distributed.process_group import GroupBackend
 from mft.distributed.sharded_state import Shard, local
@@ -164,6 +165,9 @@ class Fsdp(GroupBackend):
 
     def divided_parts(self) -> set[str]:
         return {"weights", "gradients", "optimizer"}
+
+    def casts_whole_numbers(self) -> bool:
+        return torch_private.gathers_cast_whole_numbers()
 
     def start(self, precision: str, cpu: bool | None = None) -> FsdpEngine:
         import torch
