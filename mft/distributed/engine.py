@@ -123,9 +123,11 @@ class Engine:
         """Whether parameters are divided over the ranks: then all ranks must run every forward together."""
         return self.parameters != "whole"
 
-    def loading(self) -> AbstractContextManager[None]:
-        """Context for `from_pretrained`; without sharding every rank simply loads."""
-        return nullcontext()
+    def loading(self, quantised: bool = False) -> AbstractContextManager[torch.device | None]:
+        """Context for `from_pretrained`; it yields where every rank puts the weights, None where the context
+        divides them. quantised: whether bitsandbytes packs them while they load."""
+        # without sharding: what is whole on the device is not first whole in the machine's memory, per rank
+        return nullcontext(self.device)
 
     def run_as_forward(self, call: Callable[[], T]) -> T:
         """Returns `call()`, which may call parts of the prepared module, such as generate; all ranks call it.

@@ -34,10 +34,17 @@ class FsdpEngine(Engine):
         self.settings = settings
         self.gather_on_save = settings.gather_on_save
 
-    def loading(self) -> AbstractContextManager[None]:
-        """Only the first rank of each machine reads the weights; the others get theirs in `prepare`."""
+    def loading(self, quantised: bool = False) -> AbstractContextManager[torch.device | None]:
+        """Only the first rank of each machine reads the weights; the others get theirs in `prepare`.
+
+        Each rank packs those that are quantised while they load, in the CPU's memory: transformers would put
+        the whole model on the device.
+        """
+        import torch
         from accelerate.utils import patch_environment
 
+        if quantised:
+            return nullcontext(torch.device("cpu"))
         # by which transformers leaves the weights of all but the first rank on the meta device
         variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
         return patch_environment(**variables)  # type: ignore[no-any-return]
@@ -89,6 +96,9 @@ class FsdpEngine(Engine):
             for name, buffer in list(part._buffers.items()):
                 if buffer is not None:
                     part._buffers[name] = self._of_rank_0(buffer)
+            # the scales of a 4-bit layer of bitsandbytes, which are neither parameters nor buffers
+            if hasattr(scales := getattr(part, "quant_state", None), "to"):
+                scales.to(self.device)
 
     def _of_rank_0(self, tensor: Any) -> Any:
         """Returns rank 0's tensor, on the device; a parameter as a parameter."""
