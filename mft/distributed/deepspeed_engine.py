@@ -33,6 +33,22 @@ def compile_nothing() -> None:
     deepspeed.ops.__compatible_ops__ = {}
 
 
+def limit_buckets(zero: dict[str, Any], trained: int) -> None:
+    """Limits the buckets of DeepSpeed's zero_optimization to the elements that are trained.
+
+    DeepSpeed allocates whole buckets, on the device and for the run, also where an adapter fills a part of
+    one.
+    """
+    zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], trained)
+    if "allgather_bucket_size" in zero:  # stages 1 and 2; an even number
+        zero["allgather_bucket_size"] = min(zero["allgather_bucket_size"], trained + trained % 2)
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
 class DeepSpeedEngine(Engine):
     """Drives a DeepSpeed engine. From stage 2 on each micro-batch exchanges gradients: no rank keeps all."""
 
@@ -76,6 +92,7 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         config = deepcopy(self.config)
+        limit_buckets(config["zero_optimization"], sum(self._numel(p) for p in _trained(optimizer)))
         if self.stage == 3:
             self._divide(module, config)
         module.to(self.device)
