@@ -18,7 +18,6 @@ from mft.training.settings import TrainSettings
 from tests.loss.modes import MODES, made
 from tests.model import quantised
 
-
 NOT_OF_LION = ("~optimizer.beta1", "~optimizer.beta2", "~optimizer.eps", "~optimizer.fused")
 """Fields of optimizer=adamw."""
 
@@ -103,7 +102,10 @@ def test_modes_that_need_validation_are_those_that_probe(mode: str) -> None:
             r"optimizer\._target_=bitsandbytes\.optim\..*Lion8bit: .*dist=fsdp.*; choose optimizer=adamw, or",
         ),
         (["peft=qlora", "peft.bits=8", "dist=fsdp"], r"peft\.bits=8: .*; choose peft\.bits=4, or dist=zero2"),
-        (["peft=qlora", "peft.bits=8", "dist=zero3"], r"peft\.bits=8: .*; choose peft\.bits=4, or dist=zero2"),
+        (
+            ["peft=qlora", "peft.bits=8", "dist=zero3"],
+            r"peft\.bits=8: .*; choose peft\.bits=4, or dist=zero2",
+        ),
         (
             ["peft=qlora", "dist=fsdp", "peft.storage_dtype=fp32"],
             r"peft\.storage_dtype=fp32: .*=bf16, or null",

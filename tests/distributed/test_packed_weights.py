@@ -58,11 +58,15 @@ class TestLosses:
     def tree(self, tmp_path_factory: pytest.TempPathFactory) -> Tree:
         tree = Tree(tmp_path_factory.mktemp("packed"))
         run_ranks(
-            1, play, [tree.frozen("single", "qlora", QLORA, 1), tree.frozen("single", "start", (*QLORA, *START), 1)]
+            1,
+            play,
+            [tree.frozen("single", "qlora", QLORA, 1), tree.frozen("single", "start", (*QLORA, *START), 1)],
         )
         dtypes = run_ranks(2, play_as_on, of_torch_2_11, [tree.frozen("fsdp", "bf16-2.11", QLORA)])
         assert dtypes[0] == ["bfloat16", "float32"]  # packed ones and the base's; adapters
-        run_ranks(2, play, [tree.frozen(backend, "bf16-qlora", QLORA) for backend in ("fsdp", "zero2", "zero3")])
+        run_ranks(
+            2, play, [tree.frozen(backend, "bf16-qlora", QLORA) for backend in ("fsdp", "zero2", "zero3")]
+        )
         return tree
 
     @pytest.mark.parametrize(
