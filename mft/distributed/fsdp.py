@@ -97,7 +97,7 @@ class FsdpEngine(Engine):
                 if buffer is not None:
                     part._buffers[name] = self._of_rank_0(buffer)
             # the scales of a 4-bit layer of bitsandbytes, which are neither parameters nor buffers
-            if hasattr(scales := getattr(part, "quant_state", None), "to"):
+            if (scales := getattr(part, "quant_state", None)) is not None:
                 scales.to(self.device)
 
     def _of_rank_0(self, tensor: Any) -> Any:

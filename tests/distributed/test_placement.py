@@ -3,6 +3,7 @@ what would go there is seen in what transformers, bitsandbytes and DeepSpeed are
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,21 @@ def test_what_is_divided_is_read_into_the_cpus_memory_and_all_else_onto_the_devi
     assert handed["divides"] == (device is None)
     quantised = handed.get("quantization_config")
     assert (quantised.bnb_4bit_quant_storage if quantised else None) == storage
+
+
+def inline(family: Tiny) -> tuple[int, ...]:
+    """Returns what shape of a weight ZeRO-3 has left on a rank that no launcher gave a LOCAL_RANK."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):  # launch=inline has none of a launcher's variables
+        os.environ.pop(name)
+    engine = BACKENDS["zero3"].start("bf16", cpu=True)
+    model = loaded(engine, "zero3", Full(), family)
+    engine.close()
+    return tuple(model.get_input_embeddings().weight.shape)
+
+
+@pytest.mark.dist
+def test_zero3_divides_while_it_loads_also_without_a_launcher(tiny: Tiny) -> None:
+    assert run_ranks(1, inline, tiny) == [(0,)]
 
 
 def packed(name: str, family: Tiny) -> dict[str, Any]:
