@@ -149,8 +149,9 @@ def load_model(r: Run) -> Model:
     computing = compute_dtype(precision)
     if r.first_here and Path(family.source()).is_dir():  # passes folders that mft did not write
         require_sound(Path(family.source()))
-    with r.engine.loading():
-        base = family.model(peft.dtype(precision), peft.quantization(computing), compute_dtype=computing)
+    quantization = peft.quantization(computing, computing if r.parts.dist.casts_weights else None)
+    with r.engine.loading(quantised=quantization is not None) as device:
+        base = family.model(peft.dtype(precision), quantization, compute_dtype=computing, device=device)
     model: Any = peft.attach(base, family)
     require_unchanged(r.cfg, r.folder, r.parts)
     return model  # type: ignore[no-any-return]

@@ -48,6 +48,7 @@ _WHY_LEFT_OUT = {
     "a validation counts tokens, however they are batched": "train.per_device_eval_batch_size",
     "a run either stops at a bad row or has none of it": "data.bad_rows",
     "how long ranks wait for each other": "dist.timeout_minutes",
+    "the same bits of packed weights": "peft.storage_dtype",
     "words": "task.*.hint model.hint",
 }
 

@@ -68,7 +68,8 @@ class Zero(GroupBackend):
     offload_optimizer: bool = False
     """Keep this rank's part of the optimizer in the CPU's memory and update there."""
     reduce_bucket_size: int = ranged(200_000_000, min=1)
-    """Gradients exchanged at a time, in elements; larger is faster and needs that much memory twice."""
+    """Gradients exchanged at a time, in elements, at most all that are trained; larger is faster and needs
+    that much memory twice."""
     overlap_comm: bool = True
     """Overlap the exchange of gradients with the backward pass (GPU only)."""
     config: dict[str, Any] | None = None
@@ -144,7 +145,7 @@ class Zero2(Zero):
     stage: int = 2
     """2, or 1: gradients are not sharded either, and are reduced once per step."""
     allgather_bucket_size: int = ranged(200_000_000, min=1)
-    """Parameters gathered at a time after the update, in elements."""
+    """Parameters gathered at a time after the update, in elements, at most all that are trained."""
 
     def check(self) -> None:
         """Also raises UserError for a stage of another class and for an odd size."""

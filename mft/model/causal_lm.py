@@ -218,13 +218,15 @@ class CausalLM:
         quantization: BitsAndBytesConfig | None = None,
         compute_dtype: torch.dtype | None = None,
         dequantise: bool = False,
+        device: torch.device | None = None,
     ) -> PreTrainedModel:
         """Returns the model in train mode, its weights in `dtype` or quantised.
 
         compute_dtype: what autocast will compute in, where that differs from dtype (float32 master weights
         under bf16); attention=auto needs it, since flash attention has no float32 kernel. Raises UserError
         for a checkpoint that is quantised already, unless by bitsandbytes to the bits that `quantization`
-        asks for. dequantise: turns its weights into real values instead.
+        asks for. dequantise: turns its weights into real values instead. device: where the weights are put as
+        they are read, None = where transformers does.
         """
         weights = self.weight_format()
         bits = (8 if quantization.load_in_8bit else 4) if quantization else 0
@@ -237,7 +239,7 @@ class CausalLM:
             attention = None
         config = self.config() if weights.method else None
         pretrained = self._pretrained(self.source())
-        model = load_model(pretrained, weights, config, dtype, quantization, attention, dequantise)
+        model = load_model(pretrained, weights, config, dtype, quantization, attention, dequantise, device)
         if self.new_tokens():
             widen_embeddings(model, self._add_tokens(self.read_tokenizer()), self.pad_to_multiple_of)
         model.train()

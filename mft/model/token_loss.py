@@ -19,6 +19,7 @@ from mft.model.attention import attend_per_sample, recurrent_layers, row_of_samp
 from mft.model.cross_entropy import default_chunk_size, linear_nll, module_nll
 from mft.model.introspect import base_of, decoder_of
 from mft.model.model_folder import no_packing
+from mft.model.residual_stream import follow_autocast
 from mft.model.router_loss import balance_loss
 from mft.model.transformers_private import attention_name
 
@@ -42,6 +43,7 @@ class TokenLoss(nn.Module):
         base = base_of(model)
         self.chunk_size = chunk_size
         self.router_coef = family.router_weight(base)
+        follow_autocast(base)
         self.recurrent = recurrent_layers(base)
         self.per_sample = attend_per_sample(base)
         # transformers' flash attention sees sample borders in position ids only in a batch of one row: with

@@ -87,8 +87,9 @@ def loading(backend: Any, peft: Full, path: str) -> dict[str, float]:
     torch.manual_seed(0)
     family = CausalLM(path)
     with Watch() as until_prepared:
-        with Watch() as until_loaded, engine.loading():
-            model = family.model(torch.float32, peft.quantization(torch.float32), compute_dtype=torch.float32)
+        quantised = peft.quantization(torch.float32)
+        with Watch() as until_loaded, engine.loading(quantised is not None) as device:
+            model = family.model(torch.float32, quantised, compute_dtype=torch.float32, device=device)
         module = TokenLoss(peft.attach(model, family), family)
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
         engine.prepare(module, optimizer)
@@ -112,8 +113,9 @@ def trained(engine: Engine, peft: Full, path: str, steps: int) -> None:
     """Loads and prepares a model and trains it on short rows; the engine keeps it."""
     torch.manual_seed(0)
     family = CausalLM(path)
-    with engine.loading():
-        model = family.model(torch.float32, peft.quantization(torch.float32), compute_dtype=torch.float32)
+    quantised = peft.quantization(torch.float32)
+    with engine.loading(quantised is not None) as device:
+        model = family.model(torch.float32, quantised, compute_dtype=torch.float32, device=device)
     module = TokenLoss(peft.attach(model, family), family)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
     del model
