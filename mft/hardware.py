@@ -5,6 +5,7 @@ Imports torch only on machines with a GPU.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -57,6 +58,12 @@ def computes_in_bf16() -> bool:
         import torch
 
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_computes_in_bf16()
+
+
+@functools.cache
+def cpu_computes_in_bf16() -> bool:
+    """Whether the CPU has native bf16 arithmetic."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
     except OSError:

@@ -8,6 +8,7 @@ exists only inside the wrapped module's forward.
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import nn
 
 from mft.batch import IGNORE
 from mft.errors import UserError
-from mft.model.attention import attend_per_sample, recurrent_layers, row_of_samples
+from mft.model.attention import attend_per_sample, flash_by_arguments, recurrent_layers
 from mft.model.cross_entropy import default_chunk_size, linear_nll, module_nll
 from mft.model.introspect import base_of, decoder_of
 from mft.model.model_folder import no_packing
+from mft.model.packed_row import PackedRow
 from mft.model.router_loss import balance_loss
 from mft.model.transformers_private import attention_name
 
@@ -43,7 +45,8 @@ class TokenLoss(nn.Module):
         self.chunk_size = chunk_size or default_chunk_size(vocabulary(base.get_output_embeddings()))
         self.router_coef = family.router_weight(base)
         self.recurrent = recurrent_layers(base)
-        self.per_sample = attend_per_sample(base)
+        self.per_sample = attend_per_sample(base, fast=family.attention == "auto")
+        self.flash_by_arguments = flash_by_arguments(base)
         # transformers' flash attention sees sample borders in position ids only in a batch of one row: with
         # more rows, packed samples would attend to each other without an error. As one long row the borders
         # hold everywhere.
@@ -83,8 +86,9 @@ class TokenLoss(nn.Module):
             if not present_BT.any():
                 present_BT[0, 0] = True
             ids_BT, position_BT = ids_BT[present_BT][None], position_BT[present_BT][None]
-            if self.per_sample:
-                arguments |= row_of_samples(position_BT[0])
+            if self.per_sample or self.flash_by_arguments:
+                row = PackedRow.of(sample_lengths(position_BT[0]), ids_BT.device)
+                arguments |= row.for_samples() if self.per_sample else row.for_flash()
         else:
             position_BT = trailing_positions(position_BT, sample_BT)
         outputs = decoder_of(base)(input_ids=ids_BT, position_ids=position_BT, **arguments)
@@ -154,6 +158,12 @@ def vocabulary(head: nn.Module) -> int:
     weight = head.weight
     assert isinstance(weight, torch.Tensor)
     return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
+def sample_lengths(position_n: torch.Tensor) -> list[int]:
+    """Returns the lengths of the samples of one row; position_n [n] restarts at 0 with each of them."""
+    starts = (position_n == 0).nonzero().squeeze(-1).tolist()
+    return [stop - start for start, stop in pairwise([*starts, len(position_n)])]
 
 
 def trailing_positions(position_BT: torch.Tensor, sample_BT: torch.Tensor) -> torch.Tensor:
