@@ -100,7 +100,7 @@ def is_plain(module: Any, arguments: dict[str, Any]) -> bool:
     if not (getattr(module, "is_causal", True) if causal is None else causal) or arguments.get("dropout"):
         return False
     extras = ("softcap", "s_aux", "position_bias", "cache", "output_attentions")
-    return all(arguments.get(name) in (None, False) for name in extras)
+    return all(arguments.get(name) is None or arguments[name] is False for name in extras)
 
 
 def repeats_keys(device: str, dtype: torch.dtype, heads: int, key_heads: int) -> bool:
