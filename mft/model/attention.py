@@ -50,12 +50,6 @@ def attend_per_sample(base: PreTrainedModel, fast: bool = True) -> bool:
     return attention_name(base) == wanted
 
 
-def flash_by_arguments(base: PreTrainedModel) -> bool:
-    """Whether a loaded model's flash attention takes a row's samples as arguments of the decoder's
-    forward."""
-    return "flash" in attention_name(base) and attends_by_registry(base) and not recurrent_layers(base)
-
-
 def recurrent_layers(base: PreTrainedModel) -> str:
     """Returns which layers of a loaded model carry a state from token to token beside attention, "" if none
     do."""

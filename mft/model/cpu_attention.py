@@ -1,8 +1,8 @@
-"""Causal attention within the samples of a row on a CPU, as matrix products of blocks of queries with all keys before them.
+"""Causal attention of a packed row on a CPU: matrix products of a block of queries with all keys before it.
 
-torch's sdpa multiplies small tiles of bf16, far below the speed of a matrix product of its size. Here the
-products are large, and half of the masked scores are never computed. Scores and softmax are float32, and
-backward makes the probabilities anew, so that nothing but query, key and value is kept.
+torch's sdpa multiplies small tiles, far below the speed of a large product in bf16. Half of the masked scores
+are never computed here either. Scores and softmax are float32, and backward makes the weights anew, so that
+nothing but query, key and value is kept.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def kernel(
     dtype: what is computed in; widths: of a head's keys and of its values; longest: tokens of the longest
     sample; window: number of keys a query sees, None = all before it.
     """
-    windowed = bool(window) and window < longest
+    windowed = window is not None and 0 < window < longest
     if machine.device == "cpu":
         fast = machine.native_bf16 and dtype == torch.bfloat16 and longest <= cpu_attention.LONGEST
         return BLOCKS if fast and not windowed else SDPA

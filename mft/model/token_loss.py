@@ -16,13 +16,13 @@ from torch import nn
 
 from mft.batch import IGNORE
 from mft.errors import UserError
-from mft.model.attention import attend_per_sample, flash_by_arguments, recurrent_layers
+from mft.model.attention import attend_per_sample, recurrent_layers
 from mft.model.cross_entropy import default_chunk_size, linear_nll, module_nll
 from mft.model.introspect import base_of, decoder_of
 from mft.model.model_folder import no_packing
 from mft.model.packed_row import PackedRow
 from mft.model.router_loss import balance_loss
-from mft.model.transformers_private import attention_name
+from mft.model.transformers_private import attends_by_registry, attention_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,12 +46,13 @@ class TokenLoss(nn.Module):
         self.router_coef = family.router_weight(base)
         self.recurrent = recurrent_layers(base)
         self.per_sample = attend_per_sample(base, fast=family.attention == "auto")
-        self.flash_by_arguments = flash_by_arguments(base)
         # transformers' flash attention sees sample borders in position ids only in a batch of one row: with
         # more rows, packed samples would attend to each other without an error. As one long row the borders
         # hold everywhere.
         flash = "flash" in attention_name(base)
         self.one_row = self.per_sample or (flash and not self.recurrent)
+        # What does not go through transformers' interface may not take the arguments that tell of samples.
+        self.told_of_samples = self.one_row and attends_by_registry(base)
         self.apart: bool | None = True if self.one_row or self.recurrent else None  # None: not tried yet
 
     def forward(
@@ -86,7 +87,7 @@ class TokenLoss(nn.Module):
             if not present_BT.any():
                 present_BT[0, 0] = True
             ids_BT, position_BT = ids_BT[present_BT][None], position_BT[present_BT][None]
-            if self.per_sample or self.flash_by_arguments:
+            if self.told_of_samples:
                 row = PackedRow.of(sample_lengths(position_BT[0]), ids_BT.device)
                 arguments |= row.for_samples() if self.per_sample else row.for_flash()
         else:

@@ -97,8 +97,8 @@ def test_varlen_equals_the_masked_forms_of_transformers(name: str) -> None:
         batch([[9], [1], [14], [5], [20], [3]], 20, 320),
     )
     found = []
-    for per_sample, data in [(True, packed), (False, padded), (False, packed)]:
-        module.per_sample = module.one_row = per_sample
+    for by_sample, data in [(True, packed), (False, padded), (False, packed)]:
+        module.per_sample = module.one_row = by_sample
         model.zero_grad()
         nll_BT, _ = module(*inputs(data))
         nll_BT.sum().backward()
@@ -178,9 +178,7 @@ def test_blocks_equal_sdpa(lengths: list[int], heads: int, key_heads: int) -> No
         )
         truth = alone(module, *exact, None, packed_row=row)[0]
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.is_contiguous()
-        mine, other = (
-            [out, *torch.autograd.grad(out, tensors, wanted)] for out in (ours, theirs)
-        )
+        mine, other = ([out, *torch.autograd.grad(out, tensors, wanted)] for out in (ours, theirs))
         for a, b, c in zip(
             mine, other, [truth, *torch.autograd.grad(truth, exact, wanted.double())], strict=True
         ):

@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Stands in for flash-attn and returns what its varlen function is given."""
     found: list[dict[str, Any]] = []
 
-    def flash_attn_varlen_func(  # noqa: PLR0913
+    def flash_attn_varlen_func(
         q: Tensor,
         k: Tensor,
         v: Tensor,

@@ -21,7 +21,9 @@ GONE = f"in torch {torch.__version__}: see mft/model/torch_private.py, read in {
 LENGTHS = [3, 1, 9, 5]
 
 
-def heads(number: int, key_heads: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def heads(
+    number: int, key_heads: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """query, key and value of a row, [T, heads, width]."""
     torch.manual_seed(0)
     shapes = [(sum(LENGTHS), count, 8) for count in (number, key_heads, key_heads)]
