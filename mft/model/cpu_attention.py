@@ -54,7 +54,9 @@ class _CausalAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        d_query = torch.empty_like(query)
+        # Sums over blocks are float32, so that their rounding does not grow with the sample.
+        d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32) for t in (key, value))
         d_output, into = _by_key_head(gradient[0].transpose(0, 1), key), _by_key_head(d_query, key)
         with torch.autocast("cpu", enabled=False):
             for rows, before, scaled, weights in _blocks(query, key, ctx.lengths, ctx.scale):
@@ -64,7 +66,7 @@ class _CausalAttention(torch.autograd.Function):
                 d_scores = softmax_gradient(d_weights, weights)
                 d_key[:, before] += d_scores.mT @ scaled
                 into[:, :, rows] = (d_scores @ key[:, before]).mul_(ctx.scale).view(into[:, :, rows].shape)
-        return d_query, d_key, d_value, None, None
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
 
 
 def _by_key_head(tensor: Tensor, key: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def test_what_only_sdpa_computes_is_left_to_it(asked: dict[str, object]) -> None
     assert not SEEN
 
 
-@pytest.mark.parametrize("lengths", [[1], [BLOCK], [5, 2 * BLOCK + 7, 1, BLOCK, 3]])
+@pytest.mark.parametrize("lengths", [[1], [BLOCK], [5, 2 * BLOCK + 7, 1, BLOCK, 3], [900]])
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
 def test_blocks_equal_sdpa(lengths: list[int], heads: int, key_heads: int) -> None:
     """Both are held against float64: in float32 within its rounding; in bf16 the blocks may be twice as far
