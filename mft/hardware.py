@@ -133,6 +133,12 @@ def computes_in_bf16() -> bool:
         import torch
 
         return torch.version.hip is not None or min(found).capability >= AMPERE
+    return cpu_computes_in_bf16()
+
+
+@lru_cache
+def cpu_computes_in_bf16() -> bool:
+    """Whether the CPU has native bf16 arithmetic."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
     except OSError:

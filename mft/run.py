@@ -258,14 +258,16 @@ def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: str) ->
     from mft.model.attention import described
     from mft.model.introspect import base_of
     from mft.model.peft import summary as trained_weights
+    from mft.model.peft.full import compute_dtype
 
     trained = r.parts.peft.audit(model)
     if r.engine.is_main:
         write_json(r.folder / "report" / "trained.json", trained_weights.as_json(trained))
     r.progress.show(trained_weights.table(trained))
     precision = f"{r.settings.precision.value} on {r.engine.device}"
+    attention = described(base_of(model), r.engine.device, compute_dtype(r.settings.precision.value))
     facts = plan(r.parts, loader) | {
-        "precision": f"{precision}, attention {described(base_of(model))}",
+        "precision": f"{precision}, attention {attention}",
         "gradient checkpointing": checkpointing,
     }
     r.progress.show(settings_table(facts.items(), "training"))

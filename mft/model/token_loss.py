@@ -15,13 +15,14 @@ from torch import nn
 
 from mft.batch import Batch
 from mft.errors import UserError
-from mft.model.attention import attend_per_sample, recurrent_layers, row_of_samples
+from mft.model.attention import attend_per_sample, recurrent_layers
 from mft.model.cross_entropy import default_chunk_size, linear_nll, module_nll
 from mft.model.introspect import base_of, decoder_of
 from mft.model.model_folder import no_packing
+from mft.model.packed_row import PackedRow
 from mft.model.residual_stream import follow_autocast
 from mft.model.router_loss import balance_loss
-from mft.model.transformers_private import attention_name
+from mft.model.transformers_private import attends_by_registry, attention_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,12 +46,14 @@ class TokenLoss(nn.Module):
         self.router_coef = family.router_weight(base)
         follow_autocast(base)
         self.recurrent = recurrent_layers(base)
-        self.per_sample = attend_per_sample(base)
+        self.per_sample = attend_per_sample(base, fast=family.attention == "auto")
         # transformers' flash attention sees sample borders in position ids only in a batch of one row: with
         # more rows, packed samples would attend to each other without an error. As one long row the borders
         # hold everywhere.
         flash = "flash" in attention_name(base)
         self.one_row = self.per_sample or (flash and not self.recurrent)
+        # What does not go through transformers' interface may not take the arguments that tell of samples.
+        self.told_of_samples = self.one_row and attends_by_registry(base)
         self.apart: bool | None = True if self.one_row or self.recurrent else None  # None: not tried yet
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,8 +82,9 @@ class TokenLoss(nn.Module):
                 for tensor_BT in (batch.ids_BT, batch.position_BT)
             )
             where_n, mask_BT = layout.trained_in_row_n, None
-            if self.per_sample:
-                arguments |= row_of_samples(layout.lengths, layout.cu_seqlens)
+            if self.told_of_samples:
+                row = PackedRow(layout.lengths, layout.cu_seqlens)
+                arguments |= row.for_samples() if self.per_sample else row.for_flash()
         else:
             ids_BT, position_BT = batch.ids_BT, trailing_positions(batch.position_BT, batch.sample_BT)
             where_n, mask_BT = layout.trained_n, (batch.sample_BT >= 0).to(torch.int64)
