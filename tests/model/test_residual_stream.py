@@ -38,7 +38,9 @@ class Casts(TorchDispatchMode):
 
 
 def module_of(kind: str, **values: Any) -> TokenLoss:
-    return TokenLoss(small(f"{kind}Config", **KINDS[kind], **values).train(), CausalLM("mine"))
+    # sdpa casts the queries and keys of every sample, the other kernels those of a row at once
+    family = CausalLM("mine", attention="sdpa")
+    return TokenLoss(small(f"{kind}Config", **KINDS[kind], **values).train(), family)
 
 
 def streams(module: TokenLoss) -> tuple[set[torch.dtype], list[Any]]:
