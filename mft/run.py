@@ -228,8 +228,8 @@ def checkpoint_layers(r: Run, loader: BatchLoader, model: Model) -> tuple[int, s
 
     On a GPU auto chooses by the memory of the run's smallest one, so that all ranks do the same.
     """
+    from mft.estimate import memory
     from mft.model import checkpointing
-    from mft.rehearsal import estimate
 
     family, longest, reason = r.parts.model, r.data_settings.seq_length, ""
 
@@ -240,13 +240,13 @@ def checkpoint_layers(r: Run, loader: BatchLoader, model: Model) -> tuple[int, s
         half, dist, world = r.settings.precision.value != "fp32", r.parts.dist, r.engine.world
         tokens = loader.sizes.per_device * longest
         layers = checkpointing.Layers.of(model, family.layer_classes(model), half, longest)
-        sizes = estimate.Sizes.of(model, r.parts.peft.audit(model))
-        states = estimate.optimizer_bytes(r.parts.optimizer, r.parts.base_lr)
-        held = estimate.memory(sizes, dist, world, half, states)
+        sizes = memory.Sizes.of(model, r.parts.peft.audit(model))
+        states = memory.optimizer_bytes(r.parts.optimizer, r.parts.base_lr)
+        held = memory.by_part(sizes, dist, world, half, states)
         divided, copied = "weights" in dist.divided_parts(), sizes.trained if half else 0
-        beside = estimate.beside_activations(model, held, layers, tokens, divided, copied)
+        beside = memory.beside_activations(model, held, layers, tokens, divided, copied)
         total = min(r.engine.gather(torch.cuda.get_device_properties(r.engine.device).total_memory))
-        every, reason = estimate.recomputed(layers, tokens, beside, total)
+        every, reason = memory.recomputed(layers, tokens, beside, total)
         return every
 
     every = family.checkpoint(model, by_memory if r.engine.device.type == "cuda" else None)

@@ -1,14 +1,12 @@
-"""What a rank needs of memory, and a checkpoint of disk: computed from the model on the meta device."""
+"""What a rank needs of memory, by part: computed from the model, which may be on the meta device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft.distributed.engine import Backend
-from mft.files.disk import free_bytes, nearest_folder
 from mft.model.checkpointing import Layers, choose
 from mft.model.introspect import base_of, full_shape, parameter_count
 from mft.model.peft.summary import AuditRow, total_of
@@ -61,7 +59,7 @@ def optimizer_bytes(optimizer: Any, lr: float) -> float:
     return sum(state.nbytes for state in states) / weight.numel()
 
 
-def memory(sizes: Sizes, dist: Backend, world: int, half: bool, states: float) -> dict[str, float]:
+def by_part(sizes: Sizes, dist: Backend, world: int, half: bool, states: float) -> dict[str, float]:
     """Returns the bytes that a rank holds, by part.
 
     half: whether the run computes in bf16 or fp16; states: of the optimizer, bytes for a trained weight.
@@ -80,7 +78,7 @@ def beside_activations(
 ) -> float:
     """Returns the bytes of a rank beside what is kept for the backward pass.
 
-    held: see `memory`; tokens: of a micro-batch. Added are a chunk of logits with its gradient (of the size
+    held: see `by_part`; tokens: of a micro-batch. Added are a chunk of logits with its gradient (of the size
     that it has on a GPU) and bf16 copies of weights: where they are divided over the ranks, of two layers,
     embedding and head, which are whole at a time; else of `copied` weights, of which autocast makes them.
     """
@@ -109,35 +107,9 @@ def size_words(size: float) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.3g} MiB"
 
 
-def memory_words(parts: dict[str, float], world: int, offloads: bool) -> str:
+def words(parts: dict[str, float], world: int, offloads: bool) -> str:
     """Returns a rank's memory in words, with what is not counted."""
     shown = " + ".join(f"{name} {size_words(size)}" for name, size in parts.items())
     moved = "; a part of it in the CPU's memory, by the offload settings" if offloads else ""
     ranks = f" in each of {world} ranks" if world > 1 else ""
     return f"{size_words(sum(parts.values()))}{ranks} = {shown}{moved}; not counted: {NOT_COUNTED}"
-
-
-def checkpoint_bytes(sizes: Sizes, states: float, gathers: bool) -> float:
-    """Returns the size of a checkpoint: the trained weights as peft or transformers load them, and the state
-    that a run resumes from. gathers: whether it holds the former."""
-    return sizes.trained * ((4 if gathers else 0) + 4 + states)
-
-
-def checkpoint_words(newest: float, older: float, kept: int | None, written: int, folder: Path) -> str:
-    """Returns the sizes of checkpoints beside the free space of the disk.
-
-    newest, older: bytes of the newest one and of each other one; kept: checkpoints beside the best one,
-    None = all; written: those that the run writes; folder: where they go, which need not exist yet.
-    """
-    there = nearest_folder(folder)
-    free = free_bytes(there)
-    most = written if kept is None else min(written, kept + 1)
-    total = newest + older * (most - 1)
-    each = (
-        f"{size_words(newest)} each"
-        if older == newest
-        else f"{size_words(newest)}, older {size_words(older)}"
-    )
-    words = f"{each}, {most:,} kept at most: {size_words(total)}"
-    few = ", which is too little: set train.keep, or a larger train.save_every" if total > free else ""
-    return f"{words}; {size_words(free)} are free in {there}{few}"
