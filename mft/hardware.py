@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-NVIDIA = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
-"""Device files of a machine with NVIDIA GPUs; the second one inside WSL2."""
+NVIDIA = Path("/dev/nvidiactl")
+"""Device file of a machine with NVIDIA GPUs, but not inside WSL2."""
 
-DRIVERS = (*NVIDIA, Path("/dev/kfd"))
-"""Those, and that of AMD GPUs."""
+DRIVERS = (NVIDIA, Path("/dev/dxg"), Path("/dev/kfd"))
+"""That one, that of WSL2, and that of AMD GPUs."""
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of /proc/cpuinfo (x86, x86, Arm). A CPU without them emulates bf16, 7 times slower than fp32 with
@@ -77,9 +77,9 @@ def growing_segments() -> None:
     """Lets torch's CUDA allocator grow its segments, unless its variables are set; before torch is imported.
 
     Micro-batches differ in length, and segments of fixed sizes would fragment: memory runs out while enough
-    of it is reserved.
+    of it is reserved. Not inside WSL2, where the first allocation may then fail (pytorch issue 192330).
     """
-    if any(path.exists() for path in NVIDIA) and not any(name in os.environ for name in ALLOCATOR):
+    if NVIDIA.exists() and not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 

@@ -94,8 +94,16 @@ def test_a_driver_that_fails_shows_no_gpu(driver: None, tmp_path: Path) -> None:
     assert hardware.visible_gpus() == 0
 
 
-def test_wsl2_has_another_device_file() -> None:
-    assert Path("/dev/dxg") in hardware.DRIVERS
+def test_wsl2_has_another_device_file_and_keeps_the_allocators_own_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Path("/dev/dxg") in hardware.DRIVERS and hardware.NVIDIA in hardware.DRIVERS
+    monkeypatch.setattr(hardware, "DRIVERS", (hardware.NVIDIA, tmp_path))  # the path stands for /dev/dxg
+    monkeypatch.setattr(hardware, "NVIDIA", tmp_path / "nvidiactl")
+    for name in hardware.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    hardware.growing_segments()
+    assert hardware.has_gpu() and not any(name in os.environ for name in hardware.ALLOCATOR)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +123,7 @@ def test_the_allocator_is_set_where_the_person_has_not(
         monkeypatch.setenv(name, value)
     hardware.growing_segments()
     assert {name: os.environ[name] for name in hardware.ALLOCATOR if name in os.environ} == given  # no GPU
-    monkeypatch.setattr(hardware, "NVIDIA", (tmp_path,))
+    monkeypatch.setattr(hardware, "NVIDIA", tmp_path)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))  # is undone
     if "PYTORCH_CUDA_ALLOC_CONF" not in given:
         del os.environ["PYTORCH_CUDA_ALLOC_CONF"]

@@ -112,7 +112,7 @@ ONE_MACHINE = when("launch.nnodes", 1)
 ONE_RANK = where(lambda run: run.world == 1, "the run has one rank")
 INLINE = when("launch.mode", "inline")
 TRACKING_URI = where(lambda run: os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI names the store")
-WITHOUT_GPU = where(lambda _: not visible_gpus(), "the run computes on the CPU, which repeats itself")
+WITHOUT_GPU = where(lambda _: not visible_gpus(), "no GPU is visible here, and a CPU repeats itself")
 NOT_PADDED = where(lambda run: not pads(run), "it is read by data=pad")
 
 RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (

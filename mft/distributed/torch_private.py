@@ -23,7 +23,7 @@ def set_timeout(timeout: timedelta) -> None:
 
 
 def gathers_cast_whole_numbers() -> bool:
-    """Whether FSDP2 gathers also weights of whole numbers in the computing dtype, as it did before torch 2.13.
+    """Whether FSDP2 also gathers weights of whole numbers in the computing dtype, as before torch 2.13.
 
     Packed 4-bit weights would then be converted by value, to other weights.
     """

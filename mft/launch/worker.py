@@ -131,12 +131,12 @@ def placed_rank_main(run_dir: Path) -> None:
     srun).
 
     Only rank 0 is sure to be seen by a person: where it lost its connection to a rank that failed, it raises
-    the error of that rank. A rank that fails ends without what libraries do at the end of a process, where
-    NCCL would wait for kernels that never end.
+    the error of that rank. A rank that fails ends before Python destroys what libraries hold, where NCCL
+    would wait for kernels that never end.
     """
     since, log = time.time(), run_dir / "log"
     failed: list[bool] = []
-    atexit.register(_end_at_once, failed)  # early: the last registered is called first, and this one ends all
+    atexit.register(_end_at_once, failed)  # early: those registered later are called before it
     try:
         rank_main(str(log), run_job, (str(run_dir),), None)
     except Exception:

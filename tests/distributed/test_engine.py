@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.utils import patch_environment
 
+from mft.distributed import accelerator
 from mft.distributed.ddp import Ddp, DdpEngine, Single
 from mft.distributed.engine import Engine
 from mft.errors import UserError
@@ -351,6 +352,14 @@ def test_a_norm_beyond_float32_of_finite_gradients_updates_nothing_and_is_an_err
 def test_a_precision_that_a_cpu_does_not_have_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.precision=fp16 needs a GPU"):
         Single().start("fp16", cpu=True)
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the driver is older than torch's CUDA. None is here: what the driver shows is given."""
+    monkeypatch.setattr(accelerator, "visible_gpus", lambda: 1)
+    with pytest.raises(UserError, match=r"the driver shows a GPU, but torch .* cannot use it; update"):
+        Single().start("fp32")
+    Single().start("fp32", cpu=True).close()
 
 
 def test_single_refuses_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
