@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
 from mft.model import fast_attention
@@ -73,6 +74,23 @@ def test_what_this_machine_is_said_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
     assert described(base, cpu, FP32) == "sdpa, sample by sample"
     monkeypatch.setattr(fast_attention, "machine", lambda device: GPU)
     assert described(base, cpu, BF16) == "torch's varlen_attn, all samples of a row at once"
+
+
+def test_every_kernel_of_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4: its config has the text model's inside, and layers without a window have wider heads."""
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    text |= {"head_dim": 16, "global_head_dim": 264, "num_kv_shared_layers": 0, "vocab_size": 320}
+    text |= {"vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    assert TokenLoss(base, CausalLM("unused")).per_sample
+    cpu = torch.device("cpu")
+    assert described(base, cpu, FP32) == "sdpa, sample by sample"
+    monkeypatch.setattr(fast_attention, "machine", lambda device: GPU)
+    varlen = "torch's varlen_attn, all samples of a row at once"
+    assert described(base, cpu, BF16) == f"{varlen}; sdpa, sample by sample"
 
 
 @pytest.fixture
