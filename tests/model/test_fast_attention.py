@@ -205,6 +205,18 @@ def test_blocks_equal_sdpa(lengths: list[int], heads: int, key_heads: int) -> No
             assert error <= (1e-6 if dtype == FP32 else 2 * usual + 1e-3)
 
 
+def test_blocks_round_no_query_by_its_scale() -> None:
+    """A scale that is no power of two, as that of heads of 80 or 96: in bf16 as close to float64 as sdpa."""
+    lengths, scale = [200, 130], 0.3
+    tensors = [4 * tensor.detach() for tensor in row_of(lengths, 6, 2, BF16)]  # scores that differ
+    row = {"packed_row": PackedRow.of(lengths, torch.device("cpu")), "scaling": scale}
+    truth = per_sample(sdpa)(module_of(6, 2), *(t.double() for t in tensors), None, **row)[0]
+    theirs = per_sample(sdpa)(module_of(6, 2), *tensors, None, **row)[0]
+    ours = causal_attention(*tensors, lengths, scale)
+    error, usual = (float((found.double() - truth).norm()) for found in (ours, theirs))
+    assert error < 1.5 * usual
+
+
 def test_blocks_keep_query_key_and_value_alone() -> None:
     tensors = row_of([70, 9], 6, 2, BF16)
     kept: list[int] = []
