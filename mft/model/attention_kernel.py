@@ -20,8 +20,8 @@ HALF = ("bfloat16", "float16", "bf16", "fp16")
 
 
 class Attention(StrEnum):
-    """Values of model.attention; auto = flash_attention_2 where it can run, else sdpa or what equals it and is
-    faster in packed rows (see `fast_attention`)."""
+    """Values of model.attention; auto = flash_attention_2 where it can run, else sdpa or what equals it and
+    is faster in packed rows (see `fast_attention`)."""
 
     auto = "auto"
     sdpa = "sdpa"

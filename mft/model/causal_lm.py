@@ -53,8 +53,8 @@ class CausalLM:
     """Implementation of attention, see Attention."""
 
     gradient_checkpointing: Any = "auto"
-    """auto | true | false | k: recompute activations in backward, of all, no, or every k-th layer; auto = of as
-    few as the GPU's memory asks for, on a CPU of all above 1 B parameters."""
+    """auto | true | false | k: recompute activations in backward, of all, no, or every k-th layer; auto = of
+    as few as the GPU's memory asks for, on a CPU of all above 1 B parameters."""
 
     eos_token: str | None = None
     """Token that ends an answer; None = the tokenizer's, else that of config.json."""

@@ -77,7 +77,7 @@ def _by_key_head(tensor: Tensor, key: Tensor) -> Tensor:
 def _blocks(
     query: Tensor, key: Tensor, lengths: Sequence[int], scale: float
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Yields (a block's place in the row, that of its keys, its queries, the attention weights) of each block;
+    """Yields (place of a block in the row, that of its keys, its queries, the attention weights) of each;
     queries: [key heads, those of all heads that share a key head, width]; weights: [..., keys]."""
     by_key, wide = _by_key_head(query, key), key.float()
     later = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)

@@ -16,7 +16,7 @@ class Source(Protocol):
     """Where peaks are read."""
 
     def read(self) -> tuple[int, ...]:
-        """Returns the peaks since the last reset, in bytes: what was used, and where it is known, reserved."""
+        """Returns the peaks since the last reset, in bytes: what was used and, where known, reserved."""
 
     def reset(self) -> None:
         """Lets the peaks begin anew from what is used now."""
