@@ -59,14 +59,14 @@ class _CausalAttention(torch.autograd.Function):
         d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32) for t in (key, value))
         d_output, into = _by_key_head(gradient[0].transpose(0, 1), key), _by_key_head(d_query, key)
         with torch.autocast("cpu", enabled=False):
-            for rows, before, scaled, weights in _blocks(query, key, ctx.lengths, ctx.scale):
+            for rows, before, asking, weights in _blocks(query, key, ctx.lengths, ctx.scale):
                 d_mixed = d_output[:, :, rows].reshape(len(key), -1, value.shape[-1])
                 d_value[:, before] += weights.mT @ d_mixed
                 d_weights = d_mixed @ value[:, before].mT
                 d_scores = softmax_gradient(d_weights, weights)
-                d_key[:, before] += d_scores.mT @ scaled
+                d_key[:, before] += d_scores.mT @ asking
                 into[:, :, rows] = (d_scores @ key[:, before]).mul_(ctx.scale).view(into[:, :, rows].shape)
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+        return d_query, d_key.mul_(ctx.scale).to(key.dtype), d_value.to(value.dtype), None, None
 
 
 def _by_key_head(tensor: Tensor, key: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ def _by_key_head(tensor: Tensor, key: Tensor) -> Tensor:
 def _blocks(
     query: Tensor, key: Tensor, lengths: Sequence[int], scale: float
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Yields (a block's queries, their keys, the queries times scale, the attention weights) of each block;
-    weights: [key heads, queries of all heads that share a key head, keys]."""
+    """Yields (place of a block in the row, that of its keys, its queries, the attention weights) of each;
+    queries: [key heads, those of all heads that share a key head, width]; weights: [..., keys]."""
     by_key, wide = _by_key_head(query, key), key.float()
     later = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)
     first = 0
@@ -86,9 +86,10 @@ def _blocks(
         for start in range(0, length, BLOCK):
             size = min(BLOCK, length - start)
             rows, before = slice(first + start, first + start + size), slice(first, first + start + size)
-            scaled = (by_key[:, :, rows] * scale).reshape(len(key), -1, query.shape[-1])
-            scores = scaled.float() @ wide[:, before].mT
+            asking = by_key[:, :, rows].reshape(len(key), -1, query.shape[-1])
+            # scaled in float32: most scales are no power of two, and bf16 would round each query
+            scores = (asking.float() * scale) @ wide[:, before].mT
             block = scores.unflatten(1, (-1, size))[..., start:]
             block.masked_fill_(later[:size, :size], float("-inf"))
-            yield rows, before, scaled, scores.softmax(-1).to(query.dtype)
+            yield rows, before, asking, scores.softmax(-1).to(query.dtype)
         first += length

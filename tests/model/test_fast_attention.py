@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
 from mft.model import fast_attention
@@ -73,6 +74,23 @@ def test_what_this_machine_is_said_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
     assert described(base, cpu, FP32) == "sdpa, sample by sample"
     monkeypatch.setattr(fast_attention, "machine", lambda device: GPU)
     assert described(base, cpu, BF16) == "torch's varlen_attn, all samples of a row at once"
+
+
+def test_every_kernel_of_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4: its config has the text model's inside, and layers without a window have wider heads."""
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    text |= {"head_dim": 16, "global_head_dim": 264, "num_kv_shared_layers": 0, "vocab_size": 320}
+    text |= {"vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    assert TokenLoss(base, CausalLM("unused")).per_sample
+    cpu = torch.device("cpu")
+    assert described(base, cpu, FP32) == "sdpa, sample by sample"
+    monkeypatch.setattr(fast_attention, "machine", lambda device: GPU)
+    varlen = "torch's varlen_attn, all samples of a row at once"
+    assert described(base, cpu, BF16) == f"{varlen}; sdpa, sample by sample"
 
 
 @pytest.fixture
@@ -185,6 +203,18 @@ def test_blocks_equal_sdpa(lengths: list[int], heads: int, key_heads: int) -> No
             size = c.norm().clamp(min=1e-3)  # query and key of a sample of one token have no gradient
             error, usual = ((found.double() - c).norm() / size for found in (a, b))
             assert error <= (1e-6 if dtype == FP32 else 2 * usual + 1e-3)
+
+
+def test_blocks_round_no_query_by_its_scale() -> None:
+    """A scale that is no power of two, as that of heads of 80 or 96: in bf16 as close to float64 as sdpa."""
+    lengths, scale = [200, 130], 0.3
+    tensors = [4 * tensor.detach() for tensor in row_of(lengths, 6, 2, BF16)]  # scores that differ
+    row = {"packed_row": PackedRow.of(lengths, torch.device("cpu")), "scaling": scale}
+    truth = per_sample(sdpa)(module_of(6, 2), *(t.double() for t in tensors), None, **row)[0]
+    theirs = per_sample(sdpa)(module_of(6, 2), *tensors, None, **row)[0]
+    ours = causal_attention(*tensors, lengths, scale)
+    error, usual = (float((found.double() - truth).norm()) for found in (ours, theirs))
+    assert error < 1.5 * usual
 
 
 def test_blocks_keep_query_key_and_value_alone() -> None:

@@ -1,5 +1,5 @@
-"""What attention is given of the samples of a row. flash-attn has no build for a CPU: its functions are stand-ins
-behind transformers' own code, which is the real one."""
+"""What attention is given of the samples of a row. flash-attn has no build for a CPU: its functions are
+stand-ins behind transformers' own code, which is the real one."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from mft.data.cache.store import Samples
 from mft.errors import UserError
 from mft.files.json_file import read_json
 from mft.launch.signals import Stop, handlers
+from mft.training import prefetch
 from mft.training.prefetch import Prefetched
 from mft.training.state import State
 from mft.training.trace import Trace, digest, read
@@ -52,8 +53,11 @@ class Source:
 
 
 def names() -> list[str]:
-    """Returns the threads of the prefetch that are alive."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    """Returns the threads of the prefetch that do not end."""
+    threads = [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    for thread in threads:
+        thread.join(30)
+    return [thread.name for thread in threads if thread.is_alive()]
 
 
 def test_the_next_step_is_made_while_one_computes() -> None:
@@ -64,8 +68,8 @@ def test_the_next_step_is_made_while_one_computes() -> None:
             assert source.ready.acquire(timeout=30), "no step was made ready"
         assert source.made[-1] == min(seen[-1] + 1, 5), "one ahead, and none after the last"
         assert step.batches[0].ids_BT[0, 0] == seen[-1]
-    assert seen == [2, 3, 4, 5] and source.closed and not names()
-    assert len(source.threads) == 1 and "prefetch" in source.threads.pop()
+    assert seen == [2, 3, 4, 5] and not names() and source.closed
+    assert source.threads == {"prefetch"}
     assert list(Prefetched(source, CPU).steps(0, 0, 0)) == [] and not names()
 
 
@@ -77,7 +81,34 @@ def test_an_error_comes_when_its_step_is_due_and_says_where() -> None:
     assert seen == [0, 1], "the steps before it are trained"
     places = [(frame.name, frame.line) for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert places[-1] == ("steps", 'raise UserError("rows.jsonl:7 is damaged")')
-    assert source.closed and not names()
+    assert not names() and source.closed
+
+
+def test_a_step_that_hangs_does_not_hold_up_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "PATIENCE", 0.1)
+    hanging, go_on = threading.Event(), threading.Event()
+
+    class Hanging(Source):
+        def steps(self, epoch: int, rows_consumed: int, count: int) -> Generator[StepBatches]:
+            try:
+                yield data(0)
+                hanging.set()
+                go_on.wait(60)
+                yield data(1)
+            finally:
+                self.closed = True
+
+    source = Hanging()
+    with (
+        pytest.raises(RuntimeError, match="of the step"),
+        closing(Prefetched(source, CPU).steps(0, 0, 9)) as steps,
+    ):
+        next(steps)
+        assert hanging.wait(30)
+        raise RuntimeError("of the step")
+    assert not source.closed
+    go_on.set()
+    assert not names() and source.closed
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -86,7 +117,7 @@ def test_no_thread_is_left_where_a_run_ends_early(error: type[BaseException]) ->
     with pytest.raises(error), closing(Prefetched(source, CPU).steps(0, 0, 9)) as steps:
         next(steps)
         raise error
-    assert source.closed and not names() and source.made in ([0], [0, 1])
+    assert not names() and source.closed and source.made in ([0], [0, 1])
 
 
 def test_a_trace_tells_of_the_step_that_is_trained(tmp_path: Path) -> None:
