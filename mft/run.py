@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -226,15 +227,17 @@ def checkpoint_layers(r: Run, loader: BatchLoader, model: Model) -> tuple[int, s
     """Turns gradient checkpointing on as model.gradient_checkpointing says; returns of how many layers one is
     recomputed, 0 = none, and that in words, with the reason where it is auto.
 
-    On a GPU auto chooses by the memory of the run's smallest one, so that all ranks do the same.
+    On a GPU auto chooses by memory. All ranks do what the one chooses that has to recompute most: they
+    exchange weights layer by layer where these are divided.
     """
     from mft.estimate import memory
     from mft.model import checkpointing
 
-    family, longest, reason = r.parts.model, r.data_settings.seq_length, ""
+    family, longest = r.parts.model, r.data_settings.seq_length
+    chosen, reason = 0, ""
 
     def by_memory() -> int:
-        nonlocal reason
+        nonlocal chosen, reason
         import torch
 
         half, dist, world = r.settings.precision.value != "fp32", r.parts.dist, r.engine.world
@@ -245,11 +248,14 @@ def checkpoint_layers(r: Run, loader: BatchLoader, model: Model) -> tuple[int, s
         held = memory.by_part(sizes, dist, world, half, states)
         divided, copied = "weights" in dist.divided_parts(), sizes.trained if half else 0
         beside = memory.beside_activations(model, held, layers, tokens, divided, copied)
-        total = min(r.engine.gather(torch.cuda.get_device_properties(r.engine.device).total_memory))
-        every, reason = memory.recomputed(layers, tokens, beside, total)
-        return every
+        total = torch.cuda.get_device_properties(r.engine.device).total_memory
+        of_ranks = r.engine.gather(memory.recomputed(layers, tokens, beside, total))
+        chosen, reason = min(of_ranks, key=lambda found: found[0] or math.inf)
+        return chosen
 
     every = family.checkpoint(model, by_memory if r.engine.device.type == "cuda" else None)
+    if reason and every != chosen:
+        reason += f" with {checkpointing.described(chosen)}, which this class of model cannot do"
     return every, checkpointing.described(every) + reason
 
 

@@ -24,7 +24,7 @@ def compute_deterministically(wanted: bool) -> None:
     """
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or wanted == torch.are_deterministic_algorithms_enabled():
         return
     if wanted:
         os.environ |= {name: os.environ.get(name, value) for name, value in WORKSPACE.items()}

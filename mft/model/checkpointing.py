@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, check_choice
 from mft.model.introspect import base_of
-from mft.model.peft.targets import roles, weights
+from mft.model.peft.targets import active_shares, roles, weights
 from mft.model.transformers_private import attention_name
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ activations take for each input and output of a layer's matrices."""
 PER_SCORE = 10
 """Bytes of a score that eager attention keeps; the other implementations keep none."""
 
-
 WORDS = {"auto": None, "true": 1, "false": 0}
+"""Settings that are no number → of so many layers one is recomputed, 0 = none, None: by memory."""
 
 
 def layers_between(setting: object) -> int | None:
@@ -71,14 +71,15 @@ class Layers:
         features, sizes = [], []
         for layer in layers:
             matrices = [(path, shape) for path, _, shape in weights(layer) if len(shape) > 1]
-            role = roles(dict(matrices))
-            active = dict.fromkeys(role, 1.0)  # of routed experts only those that a token goes to
-            for path, shape in matrices:
-                if role[path] == "experts":
-                    active[path] = float(getattr(config, "num_experts_per_tok", shape[0]))
+            role, active = roles(dict(matrices)), active_shares(dict(matrices), config)
             # adapters are between the inputs and outputs that count already
             own = [(path, shape) for path, shape in matrices if ".lora_" not in path]
-            features.append(sum(active[path] * sum(shape[-2:]) for path, shape in own))
+            features.append(
+                sum(
+                    sum(shape[-2:]) * (active[path] * shape[0] if role[path] == "experts" else 1)
+                    for path, shape in own
+                )
+            )
             sizes.append(sum(math.prod(shape) for _, shape in matrices))
         kept = PER_FEATURE[half, frozen] * max(features, default=0)
         if "eager" in attention_name(base):

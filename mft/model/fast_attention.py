@@ -53,7 +53,7 @@ def kernel(
     machine: Machine,
     dtype: torch.dtype,
     widths: tuple[int, int],
-    longest: int = 1,
+    longest: int = 2,
     window: int | None = None,
 ) -> str:
     """Returns VARLEN, BLOCKS or SDPA for plain causal attention of a packed row.
@@ -68,6 +68,10 @@ def kernel(
     half = dtype in (torch.bfloat16, torch.float16)
     fits = widths[0] == widths[1] <= WIDEST and widths[0] % 8 == 0
     if machine.varlen is None or machine.capability < AMPERE or not half or not fits:
+        return SDPA
+    # Of one query a sample flash-attn makes a batch of decoding steps; for heads this wide its backward pass
+    # exists on data-center GPUs alone.
+    if longest == 1 or (widths[0] > 192 and machine.capability not in ((8, 0), (9, 0), (10, 0))):
         return SDPA
     return VARLEN if machine.varlen.windows or not windowed else SDPA
 

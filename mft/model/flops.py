@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mft.model.introspect import base_of
-from mft.model.peft.targets import roles, weights
+from mft.model.peft.targets import active_shares, weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,8 +35,8 @@ def token_flops(model: nn.Module, layer_classes: list[str], every: int) -> Token
     """Returns the work of a model, plain or peft, that no engine has prepared.
 
     A weight counts as a whole, also if it is packed to 4 bits, divided by ZeRO-3, or not read by this rank;
-    of routed experts as many as a token goes to. Left out are the embedding table, which is looked up, the
-    quadratic part of attention, and the head's recomputation.
+    of routed experts, and of their adapters, as many as a token goes to. Left out are the embedding table,
+    which is looked up, the quadratic part of attention, and the head's recomputation.
 
     layer_classes: names of the decoder layers' classes; every: of so many layers one is recomputed, 0 = none.
     """
@@ -51,15 +51,13 @@ def token_flops(model: nn.Module, layer_classes: list[str], every: int) -> Token
     layers = [part for part in model.modules() if type(part).__name__ in layer_classes]
     again = {id(p) for layer in (layers[::every] if every else []) for p in layer.parameters()}
     every_weight = list(weights(model))
-    role = roles({path: shape for path, _, shape in every_weight})
-    config = base_of(model).config.get_text_config()
+    shapes = {path: shape for path, _, shape in every_weight}
+    active = active_shares(shapes, base_of(model).config.get_text_config())
     sums = {"trained": 0.0, "frozen": 0.0, "recomputed": 0.0}
     for path, parameter, shape in every_weight:
         if len(shape) < 2 or id(parameter) in looked_up - multiplied:
             continue
-        count = float(math.prod(shape))
-        if role[path] == "experts" and (per_token := getattr(config, "num_experts_per_tok", None)):
-            count *= min(1.0, per_token / shape[0])
+        count = math.prod(shape) * active[path]
         kind, each = ("trained", 6) if parameter.requires_grad else ("frozen", 4)
         sums[kind] += each * count
         sums["recomputed"] += 2 * count * (id(parameter) in again)

@@ -74,19 +74,23 @@ def test_what_is_not_kept_for_the_backward_pass_by_hand(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gib", "every", "words"),
+    ("gib", "other", "every", "words"),
     [
-        (80, 0, "off; auto: about "),
-        (4, 1, "on; auto: about 2.2 GiB of the 2.6 GiB that a GPU has for it, without it 2.8 GiB"),
+        (80, 0, 0, "off; auto: about "),
+        (4, 0, 1, "on; auto: about 2.2 GiB of the 2.6 GiB that a GPU has for it, without it 2.8 GiB"),
+        (80, 2, 2, "one of 2 layers; of the other"),
+        (4, 2, 1, "on; auto: about 2.2 GiB"),
     ],
 )
-def test_a_run_decides_by_the_memory_of_its_smallest_gpu_and_says_why(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, gib: int, every: int, words: str
+def test_all_ranks_do_what_the_one_with_the_least_memory_chooses_and_say_why(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, gib: int, other: int, every: int, words: str
 ) -> None:
-    total = SimpleNamespace(total_memory=200 * 2**30)
+    total = SimpleNamespace(total_memory=gib * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
     model = Lora().attach(tiny.model(torch.float32), tiny)
-    engine = SimpleNamespace(device=torch.device("cuda", 0), world=2, gather=lambda own: [own, gib * 2**30])
+    engine = SimpleNamespace(
+        device=torch.device("cuda", 0), world=2, gather=lambda own: [own, (other, "; of the other")]
+    )
     parts = SimpleNamespace(model=tiny, peft=Lora(), optimizer=AdamW(), base_lr=1e-3, dist=Ddp())
     asked: Any = SimpleNamespace(
         engine=engine,
@@ -99,7 +103,7 @@ def test_a_run_decides_by_the_memory_of_its_smallest_gpu_and_says_why(
     assert chosen == every and told.startswith(words)
     classes = tiny.layer_classes(model)
     layers: list[Any] = [part for part in model.modules() if type(part).__name__ in classes]
-    assert [layer.gradient_checkpointing for layer in layers] == [bool(every)] * 2
+    assert [layer.gradient_checkpointing for layer in layers] == [every > 0, every == 1]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mft.distributed.ddp import Single
+from mft.model.causal_lm import CausalLM
 from mft.model.flops import TokenFlops, token_flops
 from mft.model.peft.full import Full
 from mft.model.peft.lora import Lora
@@ -64,9 +65,13 @@ def test_of_routed_experts_those_count_that_a_token_goes_to() -> None:
     sizes |= {"num_local_experts": 8, "num_experts_per_tok": 2}
     config = MixtralConfig(**sizes, tie_word_embeddings=False)
     model = MixtralForCausalLM(config)
-    assert token_flops(model, ["MixtralDecoderLayer"], 0).model == 6 * (
-        4 * 32 * 32 + 8 * 32 + 2 * 3 * 32 * 48 + 64 * 32
-    )
+    matrices = 4 * 32 * 32 + 8 * 32 + 2 * 3 * 32 * 48 + 64 * 32
+    assert token_flops(model, ["MixtralDecoderLayer"], 0).model == 6 * matrices
+    peft = Lora(rank=4, experts=True, router=True)
+    adapted = token_flops(peft.attach(model, CausalLM("x")), ["MixtralDecoderLayer"], 0)
+    of_layers = 4 * (4 * 2 * 32 + 32 + 8)  # of attention and the router
+    of_experts = 4 * 2 * (32 + 2 * 48 + 48 + 32)  # of the two matrices of each of two experts
+    assert adapted == TokenFlops(6 * (of_layers + of_experts), 4 * matrices)
 
 
 @pytest.mark.slow
