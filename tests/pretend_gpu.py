@@ -167,6 +167,10 @@ def watched() -> Iterator[Watch]:
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: watch.pin(tensor))
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        # the allocator's own counters, which the host has at hand
+        patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+        patch.setattr(torch.cuda, "max_memory_reserved", lambda device: 0)
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state))
         with watch:

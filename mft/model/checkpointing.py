@@ -23,12 +23,13 @@ SETTING = "model.gradient_checkpointing"
 EVERY = (0, 4, 2, 1)
 """Of so many layers one is recomputed, 0 = none: from fast to small, what `auto` chooses from."""
 
-PER_FEATURE = {(True, False): 3.5, (True, True): 3.1, (False, False): 6.0, (False, True): 5.7}
+PER_FEATURE = {(True, False): 3.3, (True, True): 3.1, (False, False): 6.0, (False, True): 5.7}
 """(Whether the run computes in half precision, whether the base is frozen) → bytes that a token's
 activations take for each input and output of a layer's matrices."""
 
-PER_SCORE = 10
-"""Bytes of a score that eager attention keeps; the other implementations keep none."""
+PER_SCORE = {True: 7, False: 5}
+"""Whether the run computes in half precision → bytes of a score that eager attention keeps; the other
+implementations keep none."""
 
 WORDS = {"auto": None, "true": 1, "false": 0}
 """Settings that are no number → of so many layers one is recomputed, 0 = none, None: by memory."""
@@ -83,7 +84,7 @@ class Layers:
             sizes.append(sum(math.prod(shape) for _, shape in matrices))
         kept = PER_FEATURE[half, frozen] * max(features, default=0)
         if "eager" in attention_name(base):
-            kept += PER_SCORE * longest * (getattr(config, "num_attention_heads", 0) or 0)
+            kept += PER_SCORE[half] * longest * (getattr(config, "num_attention_heads", 0) or 0)
         return cls(len(layers), kept, 4.0 * config.hidden_size, max(sizes, default=0))
 
     def bytes(self, every: int, tokens: int) -> float:
