@@ -35,6 +35,7 @@ def make(layers: int):  # type: ignore[no-untyped-def]
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from mft.batch import Batch
     from mft.model.causal_lm import CausalLM
     from mft.model.peft.lora import Lora
     from mft.model.token_loss import TokenLoss
@@ -56,14 +57,15 @@ def make(layers: int):  # type: ignore[no-untyped-def]
     sample_BT = (position_BT == 0).flatten().cumsum(0).view(ROWS, LENGTH) - 1
     ids_BT = torch.randint(0, config.vocab_size, (ROWS, LENGTH))
     target_BT = ids_BT.roll(-1, 1).masked_fill(torch.rand(ROWS, LENGTH) > 0.45, -100)
-    return module, (ids_BT, target_BT, position_BT, sample_BT), lengths
+    task_BT = torch.zeros_like(ids_BT)
+    return module, Batch(ids_BT, target_BT, task_BT, sample_BT, position_BT), lengths
 
 
 def step(module, batch, per_sample: bool) -> float:  # type: ignore[no-untyped-def]
     """Runs one forward and backward and returns its CPU seconds."""
     module.per_sample = module.one_row = per_sample
     start = time.process_time()
-    module(*batch)[0].sum().backward()
+    module(batch)[0].sum().backward()
     return time.process_time() - start
 
 

@@ -1,8 +1,9 @@
-"""The demo's training step: token losses only where a token carries loss, against full logits.
+"""The demo's training step: token losses only where a token carries loss, against full logits; and attention
+by the fastest kernel of the machine, against torch's sdpa sample by sample.
 
-    python -m benchmarks.step [repeats]
+    python -m benchmarks.step [repeats [seq_length]]
 
-Both variants take turns on the same packed rows of the demo's tasks (2 rows of 1,024 tokens, LoRA, the
+The variants take turns on the same packed rows of the demo's tasks (2 rows of 1,024 tokens, LoRA, the
 machine's fast precision); time is CPU seconds of the process. Memory is the peak of a fresh process for each
 variant, above what it held before its first step. Needs `mft demo`.
 """
@@ -18,10 +19,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROWS, SEQ_LENGTH = 2, 1024
+ROWS = 2
 
 
-def setting() -> tuple[Callable[[str], None], int]:
+def setting(seq_length: int) -> tuple[Callable[[str], None], int]:
     """Returns (a function that runs one step of a variant, the non-padding tokens of a step)."""
     import torch
 
@@ -38,6 +39,8 @@ def setting() -> tuple[Callable[[str], None], int]:
     from mft.data.tokenize import Encoder
     from mft.distributed.ddp import Single
     from mft.loss.means import TaskTokenMean
+    from mft.model.attention import FAST, SDPA
+    from mft.model.introspect import base_of
     from mft.model.peft.full import compute_dtype
     from mft.model.token_loss import TokenLoss
 
@@ -47,10 +50,10 @@ def setting() -> tuple[Callable[[str], None], int]:
     tokenizer = family.tokenizer()
     tasks = all_tasks({name: build(cfg.task[name]) for name in cfg.task}, [])
     encoder = Encoder(tokenizer, named("mft"))
-    stores = [prepare(task, encoder, DataSettings(seq_length=SEQ_LENGTH), cfg.cache_dir) for task in tasks]
+    stores = [prepare(task, encoder, DataSettings(seq_length=seq_length), cfg.cache_dir) for task in tasks]
     samples = Samples(stores)
-    rows, _ = next(Sampler(samples, Pack(), SEQ_LENGTH, ROWS, seed=1).steps())
-    batch = Pack().collate(samples.load(rows), tokenizer.pad_token_id, SEQ_LENGTH)
+    rows, _ = next(Sampler(samples, Pack(), seq_length, ROWS, seed=1).steps())
+    batch = Pack().collate(samples.load(rows), tokenizer.pad_token_id, seq_length)
     engine = Single().start(precision)
     model = peft.attach(family.model(peft.dtype(precision), compute_dtype=compute_dtype(precision)), family)
     module = TokenLoss(model, family)
@@ -61,8 +64,9 @@ def setting() -> tuple[Callable[[str], None], int]:
     counts = StepCounts.of([batch], len(tasks))
 
     def step(variant: str) -> None:
-        if variant == "where trained":
-            nll_BT, _ = module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
+        base_of(model).set_attn_implementation(SDPA if variant == "sdpa by sample" else FAST)
+        if variant != "full logits":
+            nll_BT, _ = module(batch)
         else:
             inputs = {"input_ids": batch.ids_BT, "position_ids": batch.position_BT}
             logits = engine.run_as_forward(
@@ -78,7 +82,7 @@ def setting() -> tuple[Callable[[str], None], int]:
     return step, int((batch.sample_BT >= 0).sum())
 
 
-VARIANTS = ("where trained", "full logits")
+VARIANTS = ("where trained", "sdpa by sample", "full logits")
 
 
 def peak_gib() -> float:
@@ -87,18 +91,18 @@ def peak_gib() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def memory(variant: str) -> None:
+def memory(variant: str, seq_length: int) -> None:
     """Prints the peak of two steps above what the process held before, in GiB."""
-    step, _ = setting()
+    step, _ = setting(seq_length)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
     step(variant)
     step(variant)
     print(json.dumps(peak_gib() - before))
 
 
-def main(repeats: int) -> None:
+def main(repeats: int, seq_length: int) -> None:
     """Prints the table."""
-    step, tokens = setting()
+    step, tokens = setting(seq_length)
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     walls: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for round_number in range(repeats + 1):
@@ -113,7 +117,7 @@ def main(repeats: int) -> None:
     peaks = {}
     for variant in VARIANTS:
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.step", "--memory", variant],
+            [sys.executable, "-m", "benchmarks.step", "--memory", variant, str(seq_length)],
             capture_output=True,
             text=True,
             check=True,
@@ -130,6 +134,7 @@ def main(repeats: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--memory"]:
-        memory(sys.argv[2])
+        memory(sys.argv[2], int(sys.argv[3]))
     else:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+        repeats, seq_length = (*map(int, sys.argv[1:3]), *(5, 1024)[len(sys.argv[1:3]) :])
+        main(repeats, seq_length)

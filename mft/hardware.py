@@ -1,21 +1,63 @@
-"""GPUs and bf16 support of this machine, and silencing of library warnings about hardware it lacks.
+"""GPUs and bf16 support of this machine, what CUDA reads from the environment, copies to a device, and
+silencing of library warnings about hardware that is not here.
 
 Imports torch only on machines with a GPU.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import subprocess
+import sys
 import warnings
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
-"""Device files of a machine with NVIDIA or AMD GPUs."""
+if TYPE_CHECKING:
+    import torch
+
+NVIDIA = Path("/dev/nvidiactl")
+"""Device file of a machine with NVIDIA GPUs, but not inside WSL2."""
+
+DRIVERS = (NVIDIA, Path("/dev/dxg"), Path("/dev/kfd"))
+"""That one, that of WSL2, and that of AMD GPUs."""
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of /proc/cpuinfo (x86, x86, Arm). A CPU without them emulates bf16, 7 times slower than fp32 with
 AVX2."""
+
+AMPERE = (8, 0)
+"""Compute capability from which NVIDIA GPUs have bf16 arithmetic and the kernels of flash attention."""
+
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables with settings of torch's CUDA allocator: every version reads the first, newer ones the second."""
+
+ASK_CUDA = """
+import ctypes, json
+cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+def ask(function, *given):
+    value = ctypes.c_int()
+    assert getattr(cuda, function)(ctypes.byref(value), *given) == 0
+    return value.value
+assert cuda.cuInit(0) == 0
+capabilities = []
+for number in range(ask("cuDeviceGetCount")):
+    device = ask("cuDeviceGet", number)
+    capabilities.append([ask("cuDeviceGetAttribute", 75, device), ask("cuDeviceGetAttribute", 76, device)])
+print(json.dumps(capabilities))
+"""
+"""Prints the compute capability of each GPU that CUDA's driver shows, without torch (50 ms). 75 and 76:
+CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h."""
+
+
+class Gpu(NamedTuple):
+    """A GPU that this process may use."""
+
+    capability: tuple[int, int]
+    """NVIDIA's compute capability; (0, 0) for an AMD GPU."""
 
 
 def has_gpu() -> bool:
@@ -31,6 +73,16 @@ def quiet_without_gpu() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed warns that it found no accelerator
 
 
+def growing_segments() -> None:
+    """Lets torch's CUDA allocator grow its segments, unless its variables are set; before torch is imported.
+
+    Micro-batches differ in length, and segments of fixed sizes would fragment: memory runs out while enough
+    of it is reserved. Not inside WSL2, where the first allocation may then fail (pytorch issue 192330).
+    """
+    if NVIDIA.exists() and not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
 def quiet_libraries() -> None:
     """Silences library messages that appear on every start and that users cannot act on; errors stay."""
     quiet_without_gpu()
@@ -42,23 +94,61 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def visible_gpus() -> int:
-    """Returns the number of GPUs that CUDA shows, honouring CUDA_VISIBLE_DEVICES."""
-    if not has_gpu() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return 0
+def gpus() -> tuple[Gpu, ...]:
+    """Returns the GPUs that CUDA shows this process, honouring CUDA_VISIBLE_DEVICES.
+
+    A child process asks the driver, since torch in this one would have to start CUDA, after which no forked
+    rank could use a GPU: to see the slices of a MIG device (NVML counts whole GPUs), and for capabilities.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not has_gpu() or visible in ("", "-1"):
+        return ()
     import torch
 
-    return torch.cuda.device_count()
+    if torch.version.hip:
+        return (Gpu((0, 0)),) * torch.cuda.device_count()
+    if torch.cuda.is_initialized():
+        capability, count = torch.cuda.get_device_capability, torch.cuda.device_count()
+        return tuple(Gpu(capability(number)) for number in range(count))
+    return _shown_by_driver(visible) if torch.version.cuda else ()
+
+
+@lru_cache
+def _shown_by_driver(visible: str | None) -> tuple[Gpu, ...]:
+    """visible: CUDA_VISIBLE_DEVICES, for which the answer holds."""
+    asked = subprocess.run([sys.executable, "-I", "-c", ASK_CUDA], capture_output=True, text=True)
+    if asked.returncode:  # no driver, or one without a GPU: torch finds none either
+        return ()
+    return tuple(Gpu((major, minor)) for major, minor in json.loads(asked.stdout))
+
+
+def visible_gpus() -> int:
+    """Returns the number of GPUs that CUDA shows, honouring CUDA_VISIBLE_DEVICES."""
+    return len(gpus())
 
 
 def computes_in_bf16() -> bool:
     """Whether the GPUs, or the CPU if there are none, have native bf16 arithmetic."""
-    if visible_gpus():
+    if found := gpus():
         import torch
 
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.version.hip is not None or min(found).capability >= AMPERE
+    return cpu_computes_in_bf16()
+
+
+@lru_cache
+def cpu_computes_in_bf16() -> bool:
+    """Whether the CPU has native bf16 arithmetic."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
     except OSError:
         return False
     return bool(BF16_FLAGS & set(text.split("\n\n", 1)[0].split()))
+
+
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Returns a tensor on `device`; the host does not wait for the copy."""
+    # Only from pinned memory: other memory is copied by the driver, which may wait for the device first.
+    if tensor.device.type == "cpu" and str(device).startswith("cuda"):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from mft.data import datasets, mixture, report
 from mft.data.loader import BatchLoader
 from mft.data.prompts import read_prompts
 from mft.data.settings import DataSettings
+from mft.distributed.determinism import compute_deterministically
 from mft.distributed.engine import Engine
 from mft.distributed.rng import seed_everything
 from mft.files.checksums import require_sound
@@ -29,6 +31,7 @@ from mft.tracking.base import FanOut, Jsonl, Tracker
 from mft.training import final_test, metrics, provenance, resume, sample_losses, summary
 from mft.training.checkpoint import Checkpoints, ModelExport, marked_steps, restore, write_final
 from mft.training.loop import fit
+from mft.training.prefetch import Prefetched
 from mft.training.progress import Terminal
 from mft.training.sample_answers import Answers
 from mft.training.settings import KeptLosses, TrainSettings
@@ -73,7 +76,7 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool], trace: Trace |
         model = load_model(r)
         trainer, checkpoints, export = make_trainer(r, loader, model, stop)
     if trace:
-        trainer.loader = trace.steps_of(loader, trainer.state, run_dir, r.engine.rank)
+        trainer.loader = trace.steps_of(trainer.loader, trainer.state, run_dir, r.engine.rank)
     status = train_and_record(r, trainer, checkpoints, export, make_answers(r, model), started)
     r.engine.close()
     return status
@@ -90,6 +93,7 @@ def start(cfg: DictConfig, folder: Path) -> Run:
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine; no process group says it yet
     data = read_data(cfg, parts, data_settings, first)
     require_unchanged(cfg, folder, parts, data.fingerprints)
+    compute_deterministically(settings.deterministic)
     engine = parts.dist.start(settings.precision.value)
     progress = Terminal(data.names, quiet=not engine.is_main)
     return Run(cfg, folder, parts, settings, data_settings, data, engine, progress, first)
@@ -146,8 +150,9 @@ def load_model(r: Run) -> Model:
     computing = compute_dtype(precision)
     if r.first_here and Path(family.source()).is_dir():  # passes folders that mft did not write
         require_sound(Path(family.source()))
-    with r.engine.loading():
-        base = family.model(peft.dtype(precision), peft.quantization(computing), compute_dtype=computing)
+    quantization = peft.quantization(computing, computing if r.parts.dist.casts_weights else None)
+    with r.engine.loading(quantised=quantization is not None) as device:
+        base = family.model(peft.dtype(precision), quantization, compute_dtype=computing, device=device)
     model: Any = peft.attach(base, family)
     require_unchanged(r.cfg, r.folder, r.parts)
     return model  # type: ignore[no-any-return]
@@ -158,12 +163,15 @@ def make_trainer(
 ) -> tuple[Trainer, Checkpoints, ModelExport]:
     """Returns what the loop works on, its checkpoints, and what writes the model to a folder."""
     from mft.model.export import save_final
-    from mft.model.introspect import base_of, full_shape
+    from mft.model.flops import token_flops
+    from mft.model.introspect import base_of
     from mft.model.token_loss import TokenLoss
 
     engine, names, loss, settings = r.engine, r.data.names, r.parts.loss, r.settings
-    checkpointing = r.parts.model.checkpoint(model)
+    recomputed, words = checkpoint_layers(r, loader, model)
     token_loss = TokenLoss(model, r.parts.model)
+    # before an engine divides the weights
+    flops = token_flops(token_loss.model, token_loss.layer_classes(), recomputed)
     optimizer = r.parts.optimizer.build(token_loss.named_parameters(), r.parts.base_lr)
     module, optimizer = engine.prepare(token_loss, optimizer)
 
@@ -178,7 +186,6 @@ def make_trainer(
         return Evaluator(engine, names, lambda: loader.probe(step, loss.probe_samples)).losses(module)
 
     total, base_lr, scheduler = loader.total_steps(), r.parts.base_lr, r.parts.scheduler
-    flops = metrics.flops_per_token(token_loss, full_shape)
     keep = settings.keep if settings.keep is not None else r.parts.peft.default_checkpoint_limit
     export = ModelExport(write, engine.full_size(trainable=adapted))
     # without gathering a checkpoint holds the sharded state alone
@@ -197,12 +204,12 @@ def make_trainer(
         loss=loss,
         names=names,
         weights=[task.weight for task in r.data.tasks],
-        loader=loader,
+        loader=Prefetched(loader, engine.device) if settings.prefetch else loader,
         learning_rate=lambda step: scheduler.lr(step, total, base_lr),
         evaluator=Evaluator(engine, names, loader.validation),
         probe=probe,
         save=checkpoints.save,
-        meter=metrics.Meter(names, engine.device, flops, settings.peak_tflops),
+        meter=metrics.Meter(names, engine.device, flops.model, settings.peak_tflops, flops.recomputed),
         tracker=FanOut([Jsonl(), *r.parts.trackers]) if engine.is_main else Tracker(),
         progress=r.progress,
         settings=settings,
@@ -212,24 +219,62 @@ def make_trainer(
         test=Evaluator(engine, names, loader.test) if len(loader.test_samples) else None,
         sample_losses=by_sample if kept is not KeptLosses.none else None,
     )
-    show_model(r, loader, model, checkpointing)
+    show_model(r, loader, model, words)
     return trainer, checkpoints, export
 
 
-def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: bool) -> None:
-    """Shows which weights are trained, and how."""
+def checkpoint_layers(r: Run, loader: BatchLoader, model: Model) -> tuple[int, str]:
+    """Turns gradient checkpointing on as model.gradient_checkpointing says; returns of how many layers one is
+    recomputed, 0 = none, and that in words, with the reason where it is auto.
+
+    On a GPU auto chooses by memory. All ranks do what the one chooses that has to recompute most: they
+    exchange weights layer by layer where these are divided.
+    """
+    from mft.estimate import memory
+    from mft.model import checkpointing
+
+    family, longest = r.parts.model, r.data_settings.seq_length
+    chosen, reason = 0, ""
+
+    def by_memory() -> int:
+        nonlocal chosen, reason
+        import torch
+
+        half, dist, world = r.settings.precision.value != "fp32", r.parts.dist, r.engine.world
+        tokens = loader.sizes.per_device * longest
+        layers = checkpointing.Layers.of(model, family.layer_classes(model), half, longest)
+        sizes = memory.Sizes.of(model, r.parts.peft.audit(model))
+        states = memory.optimizer_bytes(r.parts.optimizer, r.parts.base_lr)
+        held = memory.by_part(sizes, dist, world, half, states)
+        divided, copied = "weights" in dist.divided_parts(), sizes.trained if half else 0
+        beside = memory.beside_activations(model, held, layers, tokens, divided, copied)
+        total = torch.cuda.get_device_properties(r.engine.device).total_memory
+        of_ranks = r.engine.gather(memory.recomputed(layers, tokens, beside, total))
+        chosen, reason = min(of_ranks, key=lambda found: found[0] or math.inf)
+        return chosen
+
+    every = family.checkpoint(model, by_memory if r.engine.device.type == "cuda" else None)
+    if reason and every != chosen:
+        reason += f" with {checkpointing.described(chosen)}, which this class of model cannot do"
+    return every, checkpointing.described(every) + reason
+
+
+def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: str) -> None:
+    """Shows which weights are trained, and how. checkpointing: in words."""
     from mft.model.attention import described
     from mft.model.introspect import base_of
     from mft.model.peft import summary as trained_weights
+    from mft.model.peft.full import compute_dtype
 
     trained = r.parts.peft.audit(model)
     if r.engine.is_main:
         write_json(r.folder / "report" / "trained.json", trained_weights.as_json(trained))
     r.progress.show(trained_weights.table(trained))
     precision = f"{r.settings.precision.value} on {r.engine.device}"
+    attention = described(base_of(model), r.engine.device, compute_dtype(r.settings.precision.value))
     facts = plan(r.parts, loader) | {
-        "precision": f"{precision}, attention {described(base_of(model))}",
-        "gradient checkpointing": "on" if checkpointing else "off",
+        "precision": f"{precision}, attention {attention}",
+        "gradient checkpointing": checkpointing,
     }
     r.progress.show(settings_table(facts.items(), "training"))
 
@@ -252,7 +297,7 @@ def make_answers(r: Run, model: Model) -> Answers:
 
     engine, encoder = r.engine, r.data.encoder
     options: dict[str, Any] = {"max_new_tokens": r.settings.prompts_max_new_tokens, "do_sample": False}
-    options["together"] = engine.sharded
+    options |= {"together": engine.sharded, "device": engine.device}
 
     def answer(conversations: list[list[dict[str, str]]]) -> list[str]:
         model.eval()
@@ -316,8 +361,8 @@ def train_and_record(
                 t.sample_losses.prune(t.state.best, tested.step)
             if status is RunStatus.finished:
                 t.tracker.log(t.state.step, summary.last_row(result))
-            if engine.is_main:
-                summary.write(result, folder)
+            if engine.is_main and (no_pictures := summary.write(result, folder)):
+                t.progress.show(no_pictures)
         if engine.is_main:
             answers.write(folder / "report" / "answers.md")
             for path in ("config.yaml", "summary.json", "report"):

@@ -17,7 +17,7 @@ FLOOR = {
     **dict.fromkeys(("errors", "batch", "hardware", "objective", "console", "files", "run_folder"), 0),
     **dict.fromkeys(("data", "model", "loss", "optim", "distributed", "tracking"), 1),
     "training": 2,
-    "config": 3,
+    **dict.fromkeys(("config", "estimate"), 3),
     **dict.fromkeys(("run", "launch", "doctor", "rehearsal", "runs", "comparison"), 4),
     **dict.fromkeys(("sweep", "verify"), 5),
     **dict.fromkeys(("commands", "demo", "cli"), 6),

@@ -63,6 +63,7 @@ def command(arguments: Sequence[str]) -> None:
     from mft.comparison.verdicts import covered, sentence
     from mft.runs.other_tools import add_results
     from mft.runs.places import at
+    from mft.training.panels import cannot_draw
 
     metrics, by = ([name for name in text.split(",") if name] for text in (parsed.metric, parsed.group_by))
     runs, twice = at(places, parsed.uri or [], metrics)
@@ -101,6 +102,8 @@ def command(arguments: Sequence[str]) -> None:
         page = report.write(comparison, out)
         values = compare_json.write(comparison, out.with_name(compare_json.FILE))
     say(f"report: {page}")
+    if why_not := cannot_draw():
+        say(why_not)
     say(f"for other programs: {values}")
 
 

@@ -131,6 +131,7 @@ def report(data: PreparedData, overrides: Sequence[str]) -> None:
     from mft.data import mixture
     from mft.data.loader import BatchLoader
     from mft.data.report import notes
+    from mft.training.panels import cannot_draw
     from mft.training.plots import length_histogram
 
     dataset, terminal = data.dataset, data.terminal
@@ -149,7 +150,8 @@ def report(data: PreparedData, overrides: Sequence[str]) -> None:
     dataset.write_report(folder)
     write_json(folder / "mixture.json", mixed)
     lengths = {name: store.lengths_N for name, store in zip(dataset.names, dataset.stores, strict=True)}
-    picture = length_histogram(lengths, data.settings.seq_length, folder)
+    why_not = cannot_draw()
+    picture = why_not or length_histogram(lengths, data.settings.seq_length, folder)
     dropped = sum(sum(store.report["dropped"].values()) for store in dataset.stores)
     for title, path in (
         ("numbers", folder / "data.json"),

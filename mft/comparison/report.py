@@ -34,6 +34,7 @@ from mft.console.screen import shown
 from mft.files.atomic import write_bytes
 from mft.runs.folders import read_run
 from mft.runs.results import Run
+from mft.training.panels import cannot_draw
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -100,6 +101,8 @@ def leave_report(folder: Path) -> Path | None:
 
 def sections(comparison: Comparison) -> list[Section]:
     """Returns the pictures of a comparison that say something."""
+    if why_not := cannot_draw():
+        return [Section("Pictures", [f"{why_not[0].upper()}{why_not[1:]}."], [])]
     canvas = Canvas()
     found = effects(comparison)
     every = (

@@ -16,6 +16,7 @@ from mft.config.inputs import SETTINGS, under
 from mft.config.overrides import key_of
 from mft.config.schema import config_dir
 from mft.errors import shortened
+from mft.hardware import visible_gpus
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,12 @@ ONE_MACHINE = when("launch.nnodes", 1)
 ONE_RANK = where(lambda run: run.world == 1, "the run has one rank")
 INLINE = when("launch.mode", "inline")
 TRACKING_URI = where(lambda run: os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI names the store")
+WITHOUT_GPU = where(lambda _: not visible_gpus(), "no GPU is visible here, and a CPU repeats itself")
 NOT_PADDED = where(lambda run: not pads(run), "it is read by data=pad")
 
 RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
     ("train.early_stopping_stall_num", (unless("train.early_stopping", True),)),
+    ("train.deterministic", (WITHOUT_GPU,)),
     ("train.prompts_max_new_tokens", (when("train.prompts", None),)),
     ("launch.prune", (OUTSIDE_A_SWEEP, WITHOUT_VALIDATION)),
     ("launch.prune_after", (OUTSIDE_A_SWEEP, unless("launch.prune", True), WITHOUT_VALIDATION)),

@@ -38,14 +38,17 @@ _WHY_LEFT_OUT = {
     "which folder is continued": "train.resume",
     "what stays of checkpoints": "train.keep train.keep_task_best train.save_state",
     "a run that ends without a skipped step is the same for all values": "train.skip_nonfinite_steps",
+    "the same micro-batches, made sooner": "train.prefetch",
     "saving draws no random number": "train.save_every",
     "answered without random numbers": "train.prompts train.prompts_max_new_tokens",
     "a speed is divided by it": "train.peak_tflops",
+    "it chooses between kernels that agree to rounding, as machines do": "train.deterministic",
     "enters as the global batch": "train.per_device_batch_size train.gradient_accumulation_steps "
     "train.global_batch_size",
     "a validation counts tokens, however they are batched": "train.per_device_eval_batch_size",
     "a run either stops at a bad row or has none of it": "data.bad_rows",
     "how long ranks wait for each other": "dist.timeout_minutes",
+    "the same bits of packed weights": "peft.storage_dtype",
     "words": "task.*.hint model.hint",
 }
 

@@ -187,16 +187,24 @@ def _check_together(cfg: DictConfig, c: build.Components) -> None:
 
 
 def _check_dist(c: build.Components, precision: str) -> None:
-    if getattr(c.dist, "divides_into_dtensors", False) and not getattr(c.optimizer, "takes_dtensors", True):
+    if c.dist.divides_into_dtensors:
+        c.optimizer.refuse_dtensors()
+    if getattr(c.peft, "bits", None) == 8 and "weights" in c.dist.divided_parts():
         raise UserError(
-            "optimizer=adamw8bit: bitsandbytes cannot update what dist=fsdp divides over ranks; choose "
-            "optimizer=adamw, or dist=ddp"
+            "peft.bits=8: bitsandbytes keeps whole 8-bit weights, which this dist cannot divide over ranks; "
+            "choose peft.bits=4, or dist=zero2 or ddp"
         )
-    stored = getattr(c.peft, "storage_dtype", "uint8")
-    if getattr(c.dist, "casts_weights", False) and precision != "fp32" and stored not in ("uint8", precision):
+    if not c.dist.casts_weights or precision == "fp32":
+        return
+    stored = c.peft.stored_as(c.model, default=precision)
+    kept = stored == "uint8" and not c.dist.casts_whole_numbers()
+    if stored and stored != precision and not kept:
+        own = stored != c.peft.storage_dtype  # type: ignore[attr-defined]  # only peft=qlora stores any
+        where = "model.path: its 4-bit weights are stored as" if own else "peft.storage_dtype="
+        remedy = "dist=ddp" if own else f"peft.storage_dtype={precision}, or null"
         raise UserError(
-            f"peft.storage_dtype={stored}: this dist casts weights to {precision}, packed ones by value, "
-            f"which would destroy them; choose peft.storage_dtype={precision} or uint8"
+            f"{where}{' ' * own}{stored}: this dist casts weights to {precision}, packed ones by value, "
+            f"which would destroy them; choose {remedy}"
         )
 
 

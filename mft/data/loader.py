@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -77,9 +78,13 @@ class BatchLoader:
         """Returns the number of validation samples of each task."""
         return np.bincount(self.valid_samples.task_N, minlength=tasks).tolist()
 
-    def steps(self, epoch: int, rows_consumed: int) -> Iterator[StepBatches]:
-        """Yields this rank's micro-batches of every step, without end, from so many rows into an epoch on."""
-        for rows, (epoch, rows_consumed) in self.sampler.steps(epoch, rows_consumed):  # noqa: B020
+    def steps(self, epoch: int, rows_consumed: int, count: int | None = None) -> Generator[StepBatches]:
+        """Yields this rank's micro-batches of every step, from so many rows into an epoch on.
+
+        count: of the steps; None: without end, over as many epochs as it takes.
+        """
+        coming = islice(self.sampler.steps(epoch, rows_consumed), count)
+        for rows, (epoch, rows_consumed) in coming:
             length = self.train_samples.row_length if self.rows.by_length else None
             dealt = deal(rows, self.rank, self.sizes.world, self.sizes.accumulation, length)
             # (epoch, rows_consumed) stands after the step, which is what a checkpoint resumes from

@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from mft.errors import UserError
+from mft.hardware import visible_gpus
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -20,10 +21,19 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 
 
 def accelerator(precision: str, cpu: bool | None, *handlers: KwargsHandler) -> Accelerator:
-    """Builds the Accelerator that every engine wraps: conf/dist is its only source, not the environment."""
+    """Builds the Accelerator that every engine wraps: conf/dist is its only source, not the environment.
+
+    Raises UserError for a precision that the device lacks, and for a GPU that torch cannot use: the config
+    was resolved for it, and a CPU would take its place.
+    """
     import torch
     from accelerate import Accelerator
 
+    if cpu is None and not torch.cuda.is_available() and visible_gpus():
+        raise UserError(
+            f"the driver shows a GPU, but torch {torch.__version__} cannot use it; update the driver, "
+            "install a torch for its CUDA, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU"
+        )
     # cpu=False on a machine without GPU would be no distribution at all
     cpu = not torch.cuda.is_available() if cpu is None else cpu
     refuse_fp16(precision, cpu)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from mft.distributed.accelerator import RANK_VARIABLES, accelerator
 from mft.distributed.engine import Backend, Engine
-from mft.distributed.process_group import GroupBackend
+from mft.distributed.process_group import GroupBackend, number_own_device
 from mft.errors import UserError
 
 
@@ -53,6 +53,8 @@ class Ddp(GroupBackend):
     def start(self, precision: str, cpu: bool | None = None) -> DdpEngine:
         from accelerate import DistributedDataParallelKwargs
 
+        if not cpu:
+            number_own_device()
         # The buffers of a language model are constants: no need to broadcast them before every forward.
         # Gradients that are views of the exchange buffers save one copy of all gradients.
         options = DistributedDataParallelKwargs(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mft.distributed.deepspeed_engine import DeepSpeedEngine, compile_nothing
-from mft.distributed.process_group import GroupBackend
+from mft.distributed.process_group import GroupBackend, number_own_device
 from mft.errors import UserError, nearest, ranged
 
 OURS = {
@@ -68,7 +68,8 @@ class Zero(GroupBackend):
     offload_optimizer: bool = False
     """Keep this rank's part of the optimizer in the CPU's memory and update there."""
     reduce_bucket_size: int = ranged(200_000_000, min=1)
-    """Gradients exchanged at a time, in elements; larger is faster and needs that much memory twice."""
+    """Gradients exchanged at a time, in elements, at most all that are trained; larger is faster and needs
+    that much memory twice."""
     overlap_comm: bool = True
     """Overlap the exchange of gradients with the backward pass (GPU only)."""
     config: dict[str, Any] | None = None
@@ -98,6 +99,8 @@ class Zero(GroupBackend):
     def start(self, precision: str, cpu: bool | None = None) -> DeepSpeedEngine:
         """Also raises UserError for a `config` that DeepSpeed does not take."""
         self.check()
+        if not cpu:
+            number_own_device()
         accelerator, owns_group = self.grouped(precision, cpu)
         gpu = accelerator.device.type != "cpu"
         # else DeepSpeed takes a GPU it finds, also where the engine is started with cpu=True
@@ -142,7 +145,7 @@ class Zero2(Zero):
     stage: int = 2
     """2, or 1: gradients are not sharded either, and are reduced once per step."""
     allgather_bucket_size: int = ranged(200_000_000, min=1)
-    """Parameters gathered at a time after the update, in elements."""
+    """Parameters gathered at a time after the update, in elements, at most all that are trained."""
 
     def check(self) -> None:
         """Also raises UserError for a stage of another class and for an odd size."""

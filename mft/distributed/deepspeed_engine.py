@@ -33,6 +33,22 @@ def compile_nothing() -> None:
     deepspeed.ops.__compatible_ops__ = {}
 
 
+def limit_buckets(zero: dict[str, Any], trained: int) -> None:
+    """Limits the buckets of DeepSpeed's zero_optimization to the elements that are trained.
+
+    DeepSpeed allocates whole buckets, on the device and for the run, also where an adapter fills a part of
+    one.
+    """
+    zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], trained)
+    if "allgather_bucket_size" in zero:  # stages 1 and 2; an even number
+        zero["allgather_bucket_size"] = min(zero["allgather_bucket_size"], trained + trained % 2)
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
 class DeepSpeedEngine(Engine):
     """Drives a DeepSpeed engine. From stage 2 on each micro-batch exchanges gradients: no rank keeps all."""
 
@@ -51,18 +67,23 @@ class DeepSpeedEngine(Engine):
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
+    def loading(self, quantised: bool = False) -> Iterator[torch.device | None]:
         """Under ZeRO-3 transformers divides each weight as rank 0 reads it; every rank keeps its part.
 
-        A model quantised while loading is divided in `prepare` instead.
+        A model quantised while loading is divided in `prepare` instead, and packed in the CPU's memory until
+        then: transformers would put the whole model on the device.
         """
+        import torch
         from transformers.integrations import HfDeepSpeedConfig
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+        if self.stage < 3 or quantised:
+            yield self.device if self.stage < 3 else torch.device("cpu")
+            return
         # transformers looks for it by a weak reference: the name keeps it alive
-        alive = HfDeepSpeedConfig(deepcopy(self.config)) if self.stage == 3 else None
+        alive = HfDeepSpeedConfig(deepcopy(self.config))
         try:
-            yield
+            yield None
         finally:
             unset_hf_deepspeed_config()
             del alive
@@ -70,8 +91,11 @@ class DeepSpeedEngine(Engine):
     def _wrap(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         import deepspeed
 
-        module.to(self.device)
         config = deepcopy(self.config)
+        limit_buckets(config["zero_optimization"], sum(self._numel(p) for p in _trained(optimizer)))
+        if self.stage == 3:
+            self._divide(module, config)
+        module.to(self.device)
         engine, zero, _, _ = deepspeed.initialize(
             None, module, optimizer, dist_init_required=False, config=config
         )
@@ -84,6 +108,22 @@ class DeepSpeedEngine(Engine):
         if engine.zero_optimization_stage() != self.stage:
             raise self._misconfigured("DeepSpeed runs another stage")
         return engine, zero
+
+    def _divide(self, module: torch.nn.Module, config: dict[str, Any]) -> None:
+        """Divides a module that was loaded whole, weight by weight, each in the run's precision.
+
+        DeepSpeed's engine would first move all of it to the device.
+        """
+        import deepspeed
+        import torch
+
+        if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+            return  # while it was loaded
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        for parameter in module.parameters() if half else ():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(half)
+        deepspeed.zero.Init(module=module, config_dict_or_path=config)
 
     def run_as_forward(self, call: Callable[[], T]) -> T:
         # without autocast: DeepSpeed holds the parameters in the run's precision

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from mft.distributed import heartbeat, rng, sharded_state
 from mft.distributed.sharded_state import read_state as read_state  # part of the contract, for floor 2
 from mft.errors import UserError
+from mft.hardware import send
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,14 @@ class Backend(ABC):
 
     divides_on_load: ClassVar[bool] = False
     """Whether a rank never holds a whole weight, not even while the model is loaded."""
+    casts_weights: ClassVar[bool] = False
+    """Whether frozen weights too are cast, by value, to the run's precision where that is bf16 or fp16."""
+    divides_into_dtensors: ClassVar[bool] = False
+    """Whether the optimizer is given DTensors."""
+
+    def casts_whole_numbers(self) -> bool:
+        """Whether a backend that casts weights casts also those of whole numbers, such as packed ones."""
+        return False
 
     def check_ranks(self, world: int) -> None:
         """Raises UserError for a number of ranks that this backend cannot have."""
@@ -115,9 +124,11 @@ class Engine:
         """Whether parameters are divided over the ranks: then all ranks must run every forward together."""
         return self.parameters != "whole"
 
-    def loading(self) -> AbstractContextManager[None]:
-        """Context for `from_pretrained`; without sharding every rank simply loads."""
-        return nullcontext()
+    def loading(self, quantised: bool = False) -> AbstractContextManager[torch.device | None]:
+        """Context for `from_pretrained`; it yields where every rank puts the weights, None where the context
+        divides them. quantised: whether bitsandbytes packs them while they load."""
+        # without sharding: what is whole on the device is not first whole in the machine's memory, per rank
+        return nullcontext(self.device)
 
     def run_as_forward(self, call: Callable[[], T]) -> T:
         """Returns `call()`, which may call parts of the prepared module, such as generate; all ranks call it.
@@ -191,22 +202,38 @@ class Engine:
         finite = norm - norm == 0.0
         if finite and max_norm:
             torch.nn.utils.clip_grads_with_norm_(trained, max_norm, total)
-        self.skipped = False
-        if finite or self.accelerator.scaler is not None:
-            # the scaler sees an overflow too: it skips the update and lowers its scale
+        self.skipped = not finite and self._answers_overflow()
+        if finite:
             self._optimizer.step()
-            self.skipped = bool(self._optimizer.step_was_skipped)
         self._optimizer.zero_grad()
         return norm
 
+    def _answers_overflow(self) -> bool:
+        """Lets the fp16 loss scaler lower its scale for the next step; returns whether it did.
+
+        It did not where every gradient is finite and their norm alone is too large for float32, which a
+        smaller scale would not help. The optimizer is not called: a fused one is called by the scaler also
+        on an overflow, from which accelerate concludes that it has updated.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return False
+        before = scaler.get_scale()
+        scaler.update()
+        return bool(scaler.get_scale() < before)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the sum over all ranks, a new tensor of the same type on this rank's device."""
+        """Returns the sum over all ranks, a new tensor of the same type on the CPU.
+
+        The host waits for the device, once; with one rank and a tensor on the CPU it does not.
+        """
         import torch
 
-        total = tensor.detach().to(self.device, copy=True)
-        if self.world > 1:
-            torch.distributed.all_reduce(total)
-        return total
+        if self.world == 1:
+            return tensor.detach().to("cpu", copy=True)
+        total = send(tensor.detach().clone(), self.device)
+        torch.distributed.all_reduce(total)
+        return total.cpu()
 
     def gather(self, value: T) -> list[T]:
         """Returns the values of all ranks, by rank (pickled: only between our own ranks)."""

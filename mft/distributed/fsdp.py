@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mft.distributed import torch_private
 from mft.distributed.engine import Engine
 from mft.distributed.process_group import GroupBackend
 from mft.distributed.sharded_state import Shard, local
@@ -33,10 +34,17 @@ class FsdpEngine(Engine):
         self.settings = settings
         self.gather_on_save = settings.gather_on_save
 
-    def loading(self) -> AbstractContextManager[None]:
-        """Only the first rank of each machine reads the weights; the others get theirs in `prepare`."""
+    def loading(self, quantised: bool = False) -> AbstractContextManager[torch.device | None]:
+        """Only the first rank of each machine reads the weights; the others get theirs in `prepare`.
+
+        Each rank packs those that are quantised while they load, in the CPU's memory: transformers would put
+        the whole model on the device.
+        """
+        import torch
         from accelerate.utils import patch_environment
 
+        if quantised:
+            return nullcontext(torch.device("cpu"))
         # by which transformers leaves the weights of all but the first rank on the meta device
         variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
         return patch_environment(**variables)  # type: ignore[no-any-return]
@@ -88,6 +96,9 @@ class FsdpEngine(Engine):
             for name, buffer in list(part._buffers.items()):
                 if buffer is not None:
                     part._buffers[name] = self._of_rank_0(buffer)
+            # the scales of a 4-bit layer of bitsandbytes, which are neither parameters nor buffers
+            if (scales := getattr(part, "quant_state", None)) is not None:
+                scales.to(self.device)
 
     def _of_rank_0(self, tensor: Any) -> Any:
         """Returns rank 0's tensor, on the device; a parameter as a parameter."""
@@ -164,6 +175,9 @@ class Fsdp(GroupBackend):
 
     def divided_parts(self) -> set[str]:
         return {"weights", "gradients", "optimizer"}
+
+    def casts_whole_numbers(self) -> bool:
+        return torch_private.gathers_cast_whole_numbers()
 
     def start(self, precision: str, cpu: bool | None = None) -> FsdpEngine:
         import torch

@@ -11,6 +11,7 @@ from mft.distributed import heartbeat, torch_private
 from mft.distributed.accelerator import accelerator
 from mft.distributed.engine import Backend
 from mft.errors import ranged
+from mft.hardware import visible_gpus
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,3 +53,13 @@ class GroupBackend(Backend):
             started = accelerator(precision, cpu, group, *handlers)
         torch_private.set_timeout(timeout)
         return started, owns_group
+
+
+def number_own_device() -> None:
+    """Sets LOCAL_RANK, by which DDP, barriers and DeepSpeed number their GPU, to 0 where a rank sees one GPU.
+
+    So it is under srun --gpus-per-task=1. FSDP2 needs no number, and its loading asks by LOCAL_RANK which
+    rank is the first of its machine.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and visible_gpus() == 1:
+        os.environ["LOCAL_RANK"] = "0"

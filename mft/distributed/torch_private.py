@@ -1,4 +1,4 @@
-"""What the process groups use of torch beside its public interface, as it was in 2.13.0.
+"""What process groups and FSDP2 use of torch beside its public interface, as it was in 2.13.0.
 
 tests/distributed/test_private_apis.py fails, and says which, where one of these is gone.
 """
@@ -6,6 +6,7 @@ tests/distributed/test_private_apis.py fails, and says which, where one of these
 from __future__ import annotations
 
 from datetime import timedelta
+from types import SimpleNamespace
 
 
 def set_timeout(timeout: timedelta) -> None:
@@ -19,3 +20,17 @@ def set_timeout(timeout: timedelta) -> None:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def gathers_cast_whole_numbers() -> bool:
+    """Whether FSDP2 also gathers weights of whole numbers in the computing dtype, as before torch 2.13.
+
+    Packed 4-bit weights would then be converted by value, to other weights.
+    """
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    weight = SimpleNamespace(sharded_param=torch.empty(0, dtype=torch.uint8))
+    FSDPParam.init_dtype_attrs(weight, MixedPrecisionPolicy(torch.bfloat16))  # type: ignore[arg-type]
+    return getattr(weight, "param_dtype", None) is not None

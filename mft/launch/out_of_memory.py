@@ -35,7 +35,7 @@ def explain(error: BaseException, cfg: DictConfig) -> UserError | None:
     for key, better in SWITCHES.items():
         now = OmegaConf.select(cfg, f"{key}._target_") or OmegaConf.select(cfg, key)
         now = str(now).rpartition(".")[2].lower()  # mft.model.peft.qlora.QLora -> qlora, True -> true
-        if now != better:
+        if now != better and (now, better) != ("1", "true"):  # recomputing every layer is both
             switch.append(f"{key}={better} (now {now})")
     or_set = f"; or set {', '.join(switch)}" if switch else ""
     lowered = f"Lower {', '.join(lower[:-1])} or {lower[-1]}{or_set}."

@@ -7,6 +7,7 @@ that failed.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import multiprocessing
 import os
@@ -23,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 from mft import run_folder
 from mft.config import plugins
 from mft.console.screen import guard_logs, say
-from mft.distributed import heartbeat
+from mft.distributed import determinism, heartbeat
 from mft.distributed.stalled import Stalled
 from mft.errors import UserError, refused_by_system
-from mft.hardware import has_gpu, quiet_without_gpu
+from mft.hardware import growing_segments, has_gpu, quiet_without_gpu
 from mft.launch import failures, placement, rank_log, signals, stacks, torch_private
 
 if TYPE_CHECKING:
@@ -39,14 +40,16 @@ but should first get the chance to report its own error."""
 stop = signals.Stop()
 """Whether this rank was asked to stop."""
 
-quiet_without_gpu()  # here, because the fork server imports this module before all others
+# here, because the fork server imports this module before all others, torch among them
+quiet_without_gpu()
+growing_segments()
 
 
 def run_job(run_dir: str, trace: Trace | None = None) -> None:
     """Runs the run of a folder in this rank: reads its config.yaml and trains. trace: see `mft.run.run`.
 
-    Raises UserError for mistakes and for memory that ran out. A signal lets it stop in good order; the caller
-    looks at `stop` afterwards.
+    Raises UserError for mistakes, and for failures that have a sentence, such as memory that ran out. A
+    signal lets it stop in good order; the caller looks at `stop` afterwards.
     """
     from mft.config.interpolations import check_variables
     from mft.config.schema import read
@@ -64,7 +67,8 @@ def run_job(run_dir: str, trace: Trace | None = None) -> None:
     try:
         run(cfg, folder, stop, trace)
     except Exception as error:
-        if explained := heartbeat.explained(error) or explain(error, cfg) or refused_by_system(error, folder):
+        causes = (heartbeat.explained(error), explain(error, cfg), determinism.explain(error))
+        if explained := next(filter(None, causes), None) or refused_by_system(error, folder):
             raise explained from error
         raise
 
@@ -127,17 +131,30 @@ def placed_rank_main(run_dir: Path) -> None:
     srun).
 
     Only rank 0 is sure to be seen by a person: where it lost its connection to a rank that failed, it raises
-    the error of that rank.
+    the error of that rank. A rank that fails ends before Python destroys what libraries hold, where NCCL
+    would wait for kernels that never end.
     """
     since, log = time.time(), run_dir / "log"
+    failed: list[bool] = []
+    atexit.register(_end_at_once, failed)  # early: those registered later are called before it
     try:
         rank_main(str(log), run_job, (str(run_dir),), None)
     except Exception:
+        failed.append(True)
         placed = placement.detect_rank()
         is_rank_0 = placed is None or placed.rank == 0
         if is_rank_0 and (cause := failures.cause_elsewhere(log / "rank0.error.json", since)):
             raise cause from None
         raise
+
+
+def _end_at_once(failed: Sequence[bool]) -> None:
+    """Ends the process where its rank has failed, with the exit code that the command has then."""
+    if failed:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(1)
 
 
 def _limit_threads() -> None:

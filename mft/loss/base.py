@@ -105,9 +105,10 @@ class TaskLoss(ABC):
         """Returns the scalar share of this micro-batch, differentiable in `nll_BT`.
 
         nll_BT: float32 (or float64) token losses, 0 where `batch.target_BT` is IGNORE
-        counts: of the whole step, all ranks
-        statistics: the summed result of `statistics`, None unless the mode has them
-        A batch without a trained token gives 0.
+        counts: of the whole step, all ranks, on the CPU
+        statistics: the summed result of `statistics`, on the CPU, None unless the mode has them
+        A batch without a trained token gives 0. It reads no value of the device, for which the host would
+        have to wait in every micro-batch.
         """
 
     def statistics(self, nll_BT: torch.Tensor, batch: Batch) -> torch.Tensor:

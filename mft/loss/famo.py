@@ -131,7 +131,7 @@ class Famo(Adaptive):
         import torch
 
         assert statistics is not None, "famo needs the statistics of the step"
-        sum_K, count_K = statistics.double().cpu().unbind(1)
+        sum_K, count_K = statistics.unbind(1)
         loss_K = torch.where(count_K > 0, sum_K / count_K.clamp(min=1), torch.nan).numpy()
         slope_K, objective = self.coefficients(loss_K)
         rest = objective - float((slope_K * np.nan_to_num(loss_K, nan=0.0)).sum())

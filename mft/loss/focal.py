@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mft.batch import IGNORE, Batch, StepCounts
 from mft.errors import check_ranges, ranged
+from mft.hardware import send
 from mft.loss.base import TaskLoss
 from mft.loss.means import inverse, present_weights, sample_slots, sample_tokens
 
@@ -94,9 +95,9 @@ class SampleFocal(Focal):
         self, nll_BT: torch.Tensor, batch: Batch, counts: StepCounts, statistics: torch.Tensor | None = None
     ) -> torch.Tensor:
         P_n, Q_n, task_n = sample_means(nll_BT, batch)
-        gamma_n = self.gamma_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
+        gamma_n = send(self.gamma_K.to(nll_BT.dtype), nll_BT.device)[task_n]
         scale_K = self.alpha_K * inverse(counts.samples_K.sum())
-        scale_n = scale_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
+        scale_n = send(scale_K.to(nll_BT.dtype), nll_BT.device)[task_n]
         return -(scale_n * (1 - P_n).clamp(min=CERTAIN) ** gamma_n * Q_n).sum()
 
 
@@ -138,7 +139,7 @@ class TaskFocal(Focal):
         assert statistics is not None, "task_focal needs the statistics of the step"
         # P_i, Q_i and their slopes dL/dq_i, dL/dp_i: K numbers, on the CPU in float64
         present_K, per_sample_K = counts.samples_K > 0, inverse(counts.samples_K)
-        P_K, Q_K = (statistics.double().cpu() * per_sample_K[:, None]).unbind(1)
+        P_K, Q_K = (statistics * per_sample_K[:, None]).unbind(1)
         scale_K = present_weights(self.weight_K, present_K) * self.alpha_K * per_sample_K
         miss_K = (1 - P_K).clamp(min=CERTAIN)
         slope_q_K = -scale_K * miss_K**self.gamma_K
@@ -146,7 +147,7 @@ class TaskFocal(Focal):
         # where the clamp holds, the objective does not depend on P
         slope_p_K = slope_p_K * (1 - P_K > CERTAIN)
         P_n, Q_n, task_n = sample_means(nll_BT, batch)
-        slope_q_n = slope_q_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
-        slope_p_n = slope_p_K.to(nll_BT.dtype).to(nll_BT.device)[task_n]
+        slope_q_n = send(slope_q_K.to(nll_BT.dtype), nll_BT.device)[task_n]
+        slope_p_n = send(slope_p_K.to(nll_BT.dtype), nll_BT.device)[task_n]
         # P - P.detach() is 0 with the gradient of P: the values of the shares add up to L, too
         return (slope_q_n * Q_n + slope_p_n * (P_n - P_n.detach())).sum()

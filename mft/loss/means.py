@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mft.batch import IGNORE, Batch, StepCounts
+from mft.hardware import send
 from mft.loss.base import TaskLoss
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def sample_slots(batch: Batch) -> torch.Tensor:
 
 def sample_tokens(slot_BT: torch.Tensor) -> torch.Tensor:
     """Returns int64 [n]: trained tokens of each sample slot."""
-    # Sized by B * T: reading N off the tensor would make the host wait for the device.
+    # Sized by B * T, so that no value of the device has to be read.
     slot_m = slot_BT.flatten()
     count_n = slot_m.new_zeros(slot_m.numel() + 1)
     return count_n.scatter_add_(0, slot_m, slot_m.new_ones(slot_m.numel()))
@@ -47,11 +48,11 @@ def weighted_sum(
 ) -> torch.Tensor:
     """Returns the sum of weight_K[task] * nll over trained tokens, each over its n_s if `by_sample`.
 
-    weight_K: float64 [K] on any device. The result is a scalar of nll's dtype, 0 (with a graph) without
+    weight_K: float64 [K] on the CPU. The result is a scalar of nll's dtype, 0 (with a graph) without
     trained tokens.
     """
     # padding has the task -1; any index will do there, since the next line gives it the weight 0
-    weight_BT = weight_K.to(nll_BT.dtype).to(nll_BT.device)[batch.task_BT.clamp(min=0)]
+    weight_BT = send(weight_K.to(nll_BT.dtype), nll_BT.device)[batch.task_BT.clamp(min=0)]
     weight_BT = weight_BT * (batch.target_BT != IGNORE)
     if by_sample:
         slot_BT = sample_slots(batch)
@@ -60,11 +61,11 @@ def weighted_sum(
 
 
 def present_weights(weight_K: torch.Tensor, present_K: torch.Tensor) -> torch.Tensor:
-    """Returns float64 [K] on the CPU: weights of the tasks present, scaled to sum to 1; 0 for others.
+    """Returns float64 [K]: weights of the tasks present, scaled to sum to 1; 0 for others.
 
     All zeros where no task is present, or none with a weight above 0: such a step has the loss 0.
     """
-    weight_K = weight_K.double().cpu() * present_K.cpu()
+    weight_K = weight_K.double() * present_K
     if float(weight_K.max()) > 0:
         weight_K = weight_K / weight_K.max()  # first: the sum of the largest numbers there are would be inf
         return weight_K / weight_K.sum()
@@ -72,8 +73,8 @@ def present_weights(weight_K: torch.Tensor, present_K: torch.Tensor) -> torch.Te
 
 
 def inverse(count_K: torch.Tensor) -> torch.Tensor:
-    """Returns 1 / count as float64 on the CPU, 0 where the count is 0."""
-    count_K = count_K.double().cpu()
+    """Returns 1 / count as float64, 0 where the count is 0."""
+    count_K = count_K.double()
     return (count_K > 0) / count_K.clamp(min=1.0)
 
 

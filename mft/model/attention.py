@@ -1,40 +1,43 @@
 """Attention sample by sample over one row of samples, so that no mask of a packed row is ever made.
 
 Each function is registered with transformers under its own name and is the ordinary attention of that
-name's kind until a forward is given `cu_seq_lens_q`: answering, with its cache and left padding, is
-untouched.
+name's kind until a forward is given a `packed_row`: answering, with its cache and left padding, is untouched.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from mft.model import fast_attention
 from mft.model.introspect import recurrent
+from mft.model.packed_row import causal_mask, per_sample
 from mft.model.transformers_private import attends_by_registry, attention_name, is_stateful
 
-SDPA, EAGER, ALIBI = "mft_sdpa", "mft_eager", "mft_alibi"
-PER_SAMPLE = {"sdpa": SDPA, SDPA: SDPA, "eager": EAGER, EAGER: EAGER, ALIBI: ALIBI}
+FAST, SDPA, EAGER, ALIBI = "mft_fast", "mft_sdpa", "mft_eager", "mft_alibi"
+PER_SAMPLE = {"sdpa": SDPA, FAST: SDPA, SDPA: SDPA, "eager": EAGER, EAGER: EAGER, ALIBI: ALIBI}
 """The name that attends per sample, for each that has one."""
 
 LAYER_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers that `per_sample` computes."""
 
 
-def attend_per_sample(base: PreTrainedModel) -> bool:
+def attend_per_sample(base: PreTrainedModel, fast: bool = True) -> bool:
     """Sets a loaded model to attend sample by sample in training and returns whether it now does.
 
-    Left as they are: flash attention, which does the same on its own, and models that do not go through
-    transformers' interface (codegen), that have layers of another kind than attention, or that scale queries
-    by their place in the row (llama 4). They get transformers' block mask.
+    fast: by the fastest kernel that equals sdpa, where the model has sdpa (see `fast_attention`).
+
+    Left as they are: flash attention, which is given the row's samples as arguments, and models that do not
+    go through transformers' interface (codegen), that have layers of another kind than attention, or that
+    scale queries by their place in the row (llama 4). They get transformers' block mask.
     """
     config, name = base.config, attention_name(base)
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -42,8 +45,9 @@ def attend_per_sample(base: PreTrainedModel) -> bool:
         return False
     if not kinds <= LAYER_KINDS or getattr(config, "attn_temperature_tuning", False):
         return False
-    base.set_attn_implementation(PER_SAMPLE[name])
-    return attention_name(base) == PER_SAMPLE[name]
+    wanted = FAST if fast and PER_SAMPLE[name] == SDPA else PER_SAMPLE[name]
+    base.set_attn_implementation(wanted)
+    return attention_name(base) == wanted
 
 
 def recurrent_layers(base: PreTrainedModel) -> str:
@@ -52,71 +56,27 @@ def recurrent_layers(base: PreTrainedModel) -> str:
     return recurrent(base.config.to_dict()) or ("recurrent layers" if is_stateful(base) else "")
 
 
-def described(base: PreTrainedModel) -> str:
-    """Returns what computes the attention of a loaded model, for people."""
+def described(base: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
+    """Returns what computes the attention of a loaded model on a device and in a computing dtype, for
+    people."""
     name = attention_name(base)
+    if name == FAST:
+        said = (fast_attention.described(device, dtype, widths) for widths in head_widths(base))
+        return "; ".join(dict.fromkeys(said))
     ours = {SDPA: "sdpa", EAGER: "eager", ALIBI: "ALiBi on sdpa"}
     return f"{ours[name]}, sample by sample" if name in ours else name
 
 
-def row_of_samples(position_n: Tensor) -> dict[str, Any]:
-    """Returns the arguments of a decoder's forward that keep apart the samples of one row; position_n [n]
-    restarts at 0 with each of them.
-
-    The 4-D mask is a stand-in: transformers passes such a mask on as it is instead of making one, and nothing
-    reads it.
-    """
-    starts = (position_n == 0).nonzero().squeeze(-1).cpu()
-    # On the CPU, since every layer reads them as numbers.
-    borders = torch.cat([starts, torch.tensor([len(position_n)])]).to(torch.int32)
-    longest = int(borders.diff().max())
-    return {
-        "attention_mask": position_n.new_zeros((1, 1, 1, 1), dtype=torch.bool),
-        "cu_seq_lens_q": borders,
-        "cu_seq_lens_k": borders,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
-
-
-def per_sample(attend: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
-    """Returns `attend` (a function of transformers' interface that is causal where its mask is None) made to
-    go sample by sample where it is given `cu_seq_lens_q`."""
-
-    def forward(
-        module: Any,
-        query: Tensor,  # [B, heads, T, head width]
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        cu_seq_lens_q: Tensor | None = None,
-        **arguments: Any,
-    ) -> tuple[Tensor, Any]:
-        if cu_seq_lens_q is None:
-            return attend(module, query, key, value, attention_mask, **arguments)
-        lengths = cu_seq_lens_q.diff().tolist()
-        kinds = getattr(module.config, "layer_types", None)
-        if kinds and kinds[module.layer_idx] == "chunked_attention":
-            chunk = module.config.attention_chunk_size
-            lengths = [min(chunk, n - i) for n in lengths for i in range(0, n, chunk)]
-        window = arguments.get("sliding_window")
-        parts = []
-        # split, not slices: its backward joins the gradients at once, where each slice would make a full-size
-        # one.
-        for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
-            mask = None
-            if window and q.shape[2] > window:  # the last `window` keys up to the query
-                mask = causal_mask(q, k).triu(1 - window)
-            parts.append(attend(module, q, k, v, mask, **arguments)[0])
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), None
-
-    return forward
-
-
-def causal_mask(query: Tensor, key: Tensor) -> Tensor:
-    """Returns the mask [1, 1, queries, keys] that is True up to each query's own place."""
-    shape = (1, 1, query.shape[2], key.shape[2])
-    return torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+def head_widths(base: PreTrainedModel) -> list[tuple[int, int]]:
+    """Returns the widths of a head's keys and of its values, of each layer where they differ (gemma 4)."""
+    config: Any = base.config.get_text_config()
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    found = []
+    for layer in layers:
+        width = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
+        width = width or layer.hidden_size // layer.num_attention_heads
+        found.append((width, getattr(layer, "v_head_dim", None) or width))
+    return found
 
 
 def additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
@@ -151,7 +111,7 @@ def alibi(
     slope x (key - query) differs from it by a constant per query, which the softmax takes out; so a key's
     place in the row serves as its position, whatever stands before it.
     """
-    slope_h = alibi_slopes(query.shape[1]).to(query.device)
+    slope_h = alibi_slopes(query.shape[1], query.device)
     place_k = torch.arange(key.shape[2], device=query.device, dtype=torch.float32)
     bias = (slope_h[:, None, None] * (place_k - place_k[-1])).to(query.dtype)[None]
     masked = (bias + additive(mask, query, key)).clamp_(min=torch.finfo(query.dtype).min)
@@ -161,19 +121,21 @@ def alibi(
     return output.transpose(1, 2).contiguous(), None
 
 
-def alibi_slopes(heads: int) -> Tensor:
-    """Returns the slope of each head [heads], float32: powers of 2**(-8/n) for n heads, n the power of two
-    below; the heads left over take every second power of 2**(-8/2n)."""
+@functools.cache
+def alibi_slopes(heads: int, device: torch.device) -> Tensor:
+    """Returns the slope of each head [heads], float32, once for all layers: powers of 2**(-8/n) for n heads,
+    n the power of two below; the heads left over take every second power of 2**(-8/2n)."""
     n = 1 << (heads.bit_length() - 1)
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
     slopes += [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n) + 1, 2)]
-    return torch.tensor(slopes, dtype=torch.float32)
+    return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
 for _name, _attend, _mask in (
-    (SDPA, sdpa_attention_forward, sdpa_mask),
-    (EAGER, eager, eager_mask),
-    (ALIBI, alibi, eager_mask),
+    (FAST, fast_attention.fastest, sdpa_mask),
+    (SDPA, fast_attention.sdpa_by_sample, sdpa_mask),
+    (EAGER, per_sample(eager), eager_mask),
+    (ALIBI, per_sample(alibi), eager_mask),
 ):
-    AttentionInterface.register(_name, per_sample(_attend))
+    AttentionInterface.register(_name, _attend)
     AttentionMaskInterface.register(_name, _mask)

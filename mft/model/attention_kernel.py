@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from mft.errors import UserError
-from mft.hardware import visible_gpus
+from mft.hardware import AMPERE, gpus
 from mft.model.transformers_private import flash_kernels
 
 FLASH = "flash_attention_2"
@@ -16,14 +16,12 @@ OLDEST = (2, 6)
 """Version of flash-attn that came with soft caps: transformers silently leaves them out under an older one,
 and its own `is_flash_attn_2_available` is content with 2.3.3."""
 
-AMPERE = (8, 0)
-"""Compute capability that its kernels need."""
-
 HALF = ("bfloat16", "float16", "bf16", "fp16")
 
 
 class Attention(StrEnum):
-    """Values of model.attention; auto = flash_attention_2 where it can run, else sdpa."""
+    """Values of model.attention; auto = flash_attention_2 where it can run, else sdpa or what equals it and
+    is faster in packed rows (see `fast_attention`)."""
 
     auto = "auto"
     sdpa = "sdpa"
@@ -45,19 +43,14 @@ class Facts(NamedTuple):
 
     @classmethod
     def here(cls) -> Facts:
-        """Returns those of this machine; torch is imported only where the package and a GPU are present."""
+        """Returns those of this machine."""
         try:
             major, minor = importlib.metadata.version("flash-attn").split(".")[:2]
         except importlib.metadata.PackageNotFoundError:
             return cls(None)
-        version, gpus = (int(major), int(minor)), visible_gpus()
-        if not gpus:
-            return cls(version)
-        import torch
-
-        if torch.version.cuda is None:  # an AMD GPU
-            return cls(version)
-        return cls(version, gpus, min(torch.cuda.get_device_capability(i) for i in range(gpus)))
+        version, found = (int(major), int(minor)), gpus()
+        lowest = min(found).capability if found else (0, 0)
+        return cls(version, len(found) if any(lowest) else 0, lowest)  # (0, 0): an AMD GPU
 
 
 def unavailable_reason(facts: Facts, dtype: str = HALF[0]) -> str:

@@ -7,13 +7,14 @@ method in question.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mft.errors import UserError, check_choice, check_ranges, ranged
 from mft.files.checksums import require_sound
-from mft.model import model_folder
+from mft.model import checkpointing, model_folder
 from mft.model.attention_kernel import Attention, choose_kernel, refuse_flash
 from mft.model.introspect import base_of, logits, parameter_count, plain_head, recurrent
 from mft.model.loading import Pretrained, load_model
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHECKPOINTING_ABOVE = 1_000_000_000
-"""Parameters above which gradient_checkpointing=auto is on: a third of the memory, 0.7 of the speed."""
+"""Parameters above which gradient_checkpointing=auto is on on a CPU: a third of the memory, 0.7 of the
+speed."""
 
 
 @dataclass
@@ -51,7 +53,8 @@ class CausalLM:
     """Implementation of attention, see Attention."""
 
     gradient_checkpointing: Any = "auto"
-    """auto | true | false: recompute activations in backward; auto = above 1 B parameters."""
+    """auto | true | false | k: recompute activations in backward, of all, no, or every k-th layer; auto = of
+    as few as the GPU's memory asks for, on a CPU of all above 1 B parameters."""
 
     eos_token: str | None = None
     """Token that ends an answer; None = the tokenizer's, else that of config.json."""
@@ -87,7 +90,7 @@ class CausalLM:
 
     def check(self) -> None:
         """Raises UserError for what can be known without loading: settings, path, headers of weights."""
-        check_choice("model.gradient_checkpointing", self._checkpointing, ("auto", "true", "false"))
+        checkpointing.layers_between(self.gradient_checkpointing)
         check_choice("model.attention", self.attention, Attention.__members__)
         check_ranges(self, "model")
         check_new_tokens(self.add_tokens, self.add_special_tokens)
@@ -215,13 +218,15 @@ class CausalLM:
         quantization: BitsAndBytesConfig | None = None,
         compute_dtype: torch.dtype | None = None,
         dequantise: bool = False,
+        device: torch.device | None = None,
     ) -> PreTrainedModel:
         """Returns the model in train mode, its weights in `dtype` or quantised.
 
         compute_dtype: what autocast will compute in, where that differs from dtype (float32 master weights
         under bf16); attention=auto needs it, since flash attention has no float32 kernel. Raises UserError
         for a checkpoint that is quantised already, unless by bitsandbytes to the bits that `quantization`
-        asks for. dequantise: turns its weights into real values instead.
+        asks for. dequantise: turns its weights into real values instead. device: where the weights are put as
+        they are read, None = where transformers does.
         """
         weights = self.weight_format()
         bits = (8 if quantization.load_in_8bit else 4) if quantization else 0
@@ -234,7 +239,7 @@ class CausalLM:
             attention = None
         config = self.config() if weights.method else None
         pretrained = self._pretrained(self.source())
-        model = load_model(pretrained, weights, config, dtype, quantization, attention, dequantise)
+        model = load_model(pretrained, weights, config, dtype, quantization, attention, dequantise, device)
         if self.new_tokens():
             widen_embeddings(model, self._add_tokens(self.read_tokenizer()), self.pad_to_multiple_of)
         model.train()
@@ -247,29 +252,28 @@ class CausalLM:
         """
         return choose_kernel(self.attention, str(dtype), lambda: model_class(self.config()))
 
-    @property
-    def _checkpointing(self) -> str:
-        """gradient_checkpointing as yaml writes it: it may be a string, or a bool."""
-        return str(self.gradient_checkpointing).lower()
+    def checkpoint(self, model: nn.Module, automatic: Callable[[], int] | None = None) -> int:
+        """Turns gradient checkpointing (recompute activations in backward instead of keeping them) on as the
+        setting says, on a plain or peft model; returns of how many layers one is recomputed, 0 = none.
 
-    def checkpoint(self, model: nn.Module) -> bool:
-        """Turns gradient checkpointing (recompute activations in backward instead of keeping them) on where
-        the setting says so, on a plain or peft model, and returns whether it is on.
-
-        Raises UserError where true demands it of a model that cannot; auto warns.
+        automatic: decides for auto, None = by the number of weights. Raises UserError where the setting
+        demands it of a model that cannot; auto warns.
         """
-        base, setting = base_of(model), self._checkpointing
-        if setting == "false" or (setting == "auto" and parameter_count(model) <= CHECKPOINTING_ABOVE):
-            return False
+        base, set_to = base_of(model), checkpointing.layers_between(self.gradient_checkpointing)
+        every = set_to
+        if every is None:
+            every = automatic() if automatic else int(parameter_count(model) > CHECKPOINTING_ABOVE)
+        name, classes = type(base).__name__, self.layer_classes(model)
+        if every == 0 or checkpointing.enable(base, classes, every):
+            return every
+        if set_to is not None:
+            only = "; choose true or false" if base.supports_gradient_checkpointing else "; choose false"
+            shown = str(self.gradient_checkpointing).lower()
+            raise UserError(f"{checkpointing.SETTING}={shown}: {name} does not support it{only}")
         if base.supports_gradient_checkpointing:
-            # The reentrant kind loses gradients of adapters behind a frozen embedding and breaks DDP.
-            base.activation_checkpointing_enable({"use_reentrant": False})
-            return True
-        name = type(base).__name__
-        if setting == "true":
-            raise UserError(f"model.gradient_checkpointing=true: {name} does not support it; choose false")
-        log.warning("model.gradient_checkpointing=auto is off: %s does not support it", name)
-        return False
+            return int(checkpointing.enable(base, classes, 1))
+        log.warning("%s=auto is off: %s does not support it", checkpointing.SETTING, name)
+        return 0
 
     def layer_classes(self, model: nn.Module) -> list[str]:
         """Returns the class names of the decoder layers, the unit of sharding; model: plain or peft."""

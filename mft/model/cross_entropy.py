@@ -14,10 +14,16 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
-def default_chunk_size(vocabulary: int) -> int:
-    """Returns the positions of one chunk: about 2**25 logits (128 MiB in float32), at least 256 to keep the
-    GEMM busy."""
-    return max(256, min(1024, 2**25 // vocabulary))
+def default_chunk_size(vocabulary: int, device: str) -> int:
+    """Returns the positions of one chunk, at least 256 to keep the matrix product busy.
+
+    device: a torch device type. On a CPU about 2**25 logits (128 MiB in float32), at most 1,024 positions; on
+    a GPU 2**28 (1 GiB): there 261 positions of a vocabulary of 128 k would be bound by memory traffic, and a
+    trained head adds to its whole gradient once a chunk.
+    """
+    if device == "cpu":
+        return max(256, min(1024, 2**25 // vocabulary))
+    return max(256, 2**28 // vocabulary)
 
 
 def linear_nll(

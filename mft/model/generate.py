@@ -16,6 +16,7 @@ from mft.model.model_folder import read_config
 from mft.model.origin import Origin
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 Conversation = str | Sequence[Message | Mapping[str, str]]
@@ -86,20 +87,22 @@ def answer(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     together: bool = False,
+    device: torch.device | None = None,
 ) -> list[str]:
     """Returns one answer for each conversation, all generated as one batch by a plain or peft model in eval
     mode.
 
     system: a system message put before each that has none; seed: makes sampling repeatable, and keeps the
     random state outside; together: all ranks ask the same, and none stops before the others, since they hold
-    the model's parts. Raises UserError as `check_options`.
+    the model's parts; device: where the model computes, None = where its first parameter lies, which an
+    offloaded one does not compute on. Raises UserError as `check_options`.
     """
     import torch
 
     check_options(max_new_tokens, top_p, temperature, num_beams, repetition_penalty)
     if not conversations:
         return []
-    device, tokenizer = next(model.parameters()).device, encoder.tokenizer
+    device, tokenizer = device or next(model.parameters()).device, encoder.tokenizer
     prompts = [encoder.encode_prompt(messages(conversation, system)) for conversation in conversations]
     # Padded on the left, the answers of all rows start in the same column.
     inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)

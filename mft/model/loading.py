@@ -62,17 +62,19 @@ def load_model(
     quantization: BitsAndBytesConfig | None,
     attention: str | None,
     dequantise: bool,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Returns a causal LM, every weight of which came from the checkpoint and fits its config.
 
     weights: how it is stored; config: its config, read only where it is quantised; attention: the
-    implementation, None = transformers' choice; dequantise: turn a quantised checkpoint into real values.
+    implementation, None = transformers' choice; dequantise: turn a quantised checkpoint into real values;
+    device: where the weights are put as they are read, None = where transformers does.
     """
     from transformers import AutoModelForCausalLM
 
     from mft.model.legacy.native import restore_norm_head
 
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"device_map": {"": device}} if device else {}
     if config is not None:
         computing = getattr(quantization, "bnb_4bit_compute_dtype", None)
         arguments["config"] = loading_config(config, weights, computing)

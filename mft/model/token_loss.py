@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mft.batch import IGNORE
+from mft.batch import Batch
 from mft.errors import UserError
-from mft.model.attention import attend_per_sample, recurrent_layers, row_of_samples
+from mft.model.attention import attend_per_sample, recurrent_layers
 from mft.model.cross_entropy import default_chunk_size, linear_nll, module_nll
 from mft.model.introspect import base_of, decoder_of
 from mft.model.model_folder import no_packing
+from mft.model.packed_row import PackedRow
+from mft.model.residual_stream import follow_autocast
 from mft.model.router_loss import balance_loss
-from mft.model.transformers_private import attention_name
+from mft.model.transformers_private import attends_by_registry, attention_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +34,7 @@ class TokenLoss(nn.Module):
     """Maps a micro-batch to its per-token losses.
 
     model: a transformers causal LM, plain or wrapped by peft; family: answers questions about its head;
-    chunk_size: positions whose logits exist at once (default: by vocabulary).
+    chunk_size: positions whose logits exist at once (default: by vocabulary and device).
     """
 
     def __init__(self, model: nn.Module, family: CausalLM, chunk_size: int | None = None):
@@ -40,62 +42,62 @@ class TokenLoss(nn.Module):
         self.model = model
         self.family = family
         base = base_of(model)
-        self.chunk_size = chunk_size or default_chunk_size(vocabulary(base.get_output_embeddings()))
+        self.chunk_size = chunk_size
         self.router_coef = family.router_weight(base)
+        follow_autocast(base)
         self.recurrent = recurrent_layers(base)
-        self.per_sample = attend_per_sample(base)
+        self.per_sample = attend_per_sample(base, fast=family.attention == "auto")
         # transformers' flash attention sees sample borders in position ids only in a batch of one row: with
         # more rows, packed samples would attend to each other without an error. As one long row the borders
         # hold everywhere.
         flash = "flash" in attention_name(base)
         self.one_row = self.per_sample or (flash and not self.recurrent)
+        # What does not go through transformers' interface may not take the arguments that tell of samples.
+        self.told_of_samples = self.one_row and attends_by_registry(base)
         self.apart: bool | None = True if self.one_row or self.recurrent else None  # None: not tried yet
 
-    def forward(
-        self,
-        ids_BT: torch.Tensor,
-        target_BT: torch.Tensor,
-        position_BT: torch.Tensor,
-        sample_BT: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (nll_BT, router): float32 losses (float64 for a float64 model), 0 where target_BT is
         IGNORE; and the router's auxiliary loss, a scalar times its coefficient, 0 for models without one and
         for batches without a trained token.
 
         Padding (sample_BT < 0) must follow the last sample of its row. Both results depend on the parameters
         even when no token is trained, with zero gradient, so that every rank takes part in the exchange of
-        gradients.
+        gradients. Nothing here reads a value of the device: the host knows the layout and never waits.
         """
-        base = base_of(self.model)
+        base, layout = base_of(self.model), batch.layout
         # Without a mask and without a cache transformers builds the block-diagonal mask from restarting
         # positions. A mask of ones or use_cache=True would let the samples of a row see each other, silently.
         arguments: dict[str, Any] = {"attention_mask": None, "use_cache": False}
         if self.router_coef:
             arguments["output_router_logits"] = True
-        present_BT = sample_BT >= 0
         # By every rank, whatever its batch holds: under sharding each forward is one of all ranks.
         if self.apart is None:
             self.apart = self._keeps_apart(base)
-        if (self.recurrent or not self.apart) and (((position_BT == 0) & present_BT).sum(1) > 1).any():
+        if (self.recurrent or not self.apart) and layout.packed:
             raise UserError(no_packing(self.family.path, self.recurrent, type(base).__name__))
         if self.one_row:  # the samples of all rows one after the other, without padding
-            # Every rank has to run the same collectives, also one whose batch is only padding.
-            if not present_BT.any():
-                present_BT[0, 0] = True
-            ids_BT, position_BT = ids_BT[present_BT][None], position_BT[present_BT][None]
-            if self.per_sample:
-                arguments |= row_of_samples(position_BT[0])
+            ids_BT, position_BT = (
+                tensor_BT.flatten().index_select(0, layout.row_m)[None]
+                for tensor_BT in (batch.ids_BT, batch.position_BT)
+            )
+            where_n, mask_BT = layout.trained_in_row_n, None
+            if self.told_of_samples:
+                row = PackedRow(layout.lengths, layout.cu_seqlens)
+                arguments |= row.for_samples() if self.per_sample else row.for_flash()
         else:
-            position_BT = trailing_positions(position_BT, sample_BT)
+            ids_BT, position_BT = batch.ids_BT, trailing_positions(batch.position_BT, batch.sample_BT)
+            where_n, mask_BT = layout.trained_n, (batch.sample_BT >= 0).to(torch.int64)
         outputs = decoder_of(base)(input_ids=ids_BT, position_ids=position_BT, **arguments)
         hidden_mH = outputs[0].reshape(-1, outputs[0].shape[-1])
 
-        flat_m = target_BT[present_BT] if self.one_row else target_BT.reshape(-1)
-        where_n = (flat_m != IGNORE).nonzero().squeeze(-1)
-        nll_n = self._nll(base, hidden_mH.index_select(0, where_n), flat_m[where_n])
-        nll_BT = nll_n.new_zeros(target_BT.shape).masked_scatter(target_BT != IGNORE, nll_n)
-        mask_BT = None if self.one_row else present_BT.to(torch.int64)
-        return nll_BT, self._router(base, outputs, mask_BT, trained=len(where_n) > 0)
+        target_m = batch.target_BT.flatten()
+        target_n = target_m.index_select(0, layout.trained_n)
+        nll_n = self._nll(base, hidden_mH.index_select(0, where_n), target_n)
+        nll_m = nll_n.new_zeros(len(target_m)).index_copy(0, layout.trained_n, nll_n)
+        router = self._router(base, outputs, mask_BT, trained=len(where_n) > 0)
+        # a copy: FSDP2 warns of views, whose hooks an operation in place would lose
+        return nll_m.view(batch.target_BT.shape).clone(), router
 
     def direct_weights(self) -> list[nn.Parameter]:
         """Returns the weights that are read without calling their module, which ZeRO-3 must gather for it."""
@@ -130,10 +132,11 @@ class TokenLoss(nn.Module):
 
     def _nll(self, base: PreTrainedModel, hidden_nH: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
         head = base.get_output_embeddings()
+        size = self.chunk_size or default_chunk_size(vocabulary(head), hidden_nH.device.type)
         if self.family.plain_head(base):
-            return linear_nll(hidden_nH, head.weight, target_n, self.chunk_size)
+            return linear_nll(hidden_nH, head.weight, target_n, size)
         logits = partial(self.family.logits, self.model)
-        return module_nll(logits, hidden_nH, target_n, self.chunk_size)
+        return module_nll(logits, hidden_nH, target_n, size)
 
     def _router(
         self, base: PreTrainedModel, outputs: Any, mask_BT: torch.Tensor | None, trained: bool

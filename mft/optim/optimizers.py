@@ -36,10 +36,21 @@ def groups(named_parameters: Named, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in both if group["params"]]
 
 
+def _no_dtensors(chosen: str) -> UserError:
+    # its kernels mix DTensors of parameters with plain states, and fail
+    return UserError(
+        f"{chosen}: bitsandbytes cannot update what dist=fsdp divides over ranks; choose optimizer=adamw, or "
+        "dist=ddp"
+    )
+
+
 class Optimizer(ABC):
     """What conf/optimizer chooses. Subclasses are dataclasses of plain values."""
 
     lr: float | None
+
+    def refuse_dtensors(self) -> None:
+        """Raises UserError where it cannot update parameters that fsdp divides."""
 
     def base_lr(self, default_lr: float) -> float:
         """Returns the peak learning rate: `lr`, or what the peft mode suggests when it is null."""
@@ -65,6 +76,10 @@ class Library(Optimizer):
         self.lr = self.values.pop("lr", None)
         default = arguments["weight_decay"].default if "weight_decay" in arguments else 0.0
         self.weight_decay = self.values.pop("weight_decay", default)
+
+    def refuse_dtensors(self) -> None:
+        if self.kind.__module__.partition(".")[0] == "bitsandbytes":
+            raise _no_dtensors(f"optimizer._target_={self.kind.__module__}.{self.kind.__name__}")
 
     def check(self) -> None:
         """Raises UserError for values that the optimizer itself refuses."""
@@ -127,8 +142,9 @@ class AdamW8bit(Adam):
     """
 
     public_name: ClassVar[str] = "adamw8bit"
-    takes_dtensors: ClassVar[bool] = False
-    """Its kernels mix parameters divided by fsdp with plain states, and fail."""
+
+    def refuse_dtensors(self) -> None:
+        raise _no_dtensors("optimizer=adamw8bit")
 
     def check(self) -> None:
         """Raises UserError where bitsandbytes is not installed; whether it loads is known on a rank only."""

@@ -16,13 +16,13 @@ from mft.console.tables import settings_table
 from mft.data.loader import BatchLoader
 from mft.distributed.ddp import Single
 from mft.errors import UserError
+from mft.estimate import checkpoints, memory
 from mft.hardware import quiet_libraries
 from mft.model.introspect import base_of, parameter_count
 from mft.model.meta_model import skeleton
 from mft.model.peft import summary as trained_weights
 from mft.model.peft.full import compute_dtype
 from mft.model.special_tokens import add_new_tokens, widen_embeddings
-from mft.rehearsal import estimate
 from mft.rehearsal.short_rows import TOKENS, short
 from mft.rehearsal.stand_in import stand_in
 from mft.tracking.base import Tracker
@@ -102,20 +102,20 @@ class Rehearsal:
         rows = peft.audit(model)
         r.progress.show(trained_weights.table(rows))
         self._count = parameter_count(base_of(model))
-        sizes = estimate.Sizes.of(model, rows)
-        states = estimate.optimizer_bytes(r.parts.optimizer, r.parts.base_lr)
-        held = estimate.memory(sizes, r.parts.dist, self.world, precision != "fp32", states)
+        sizes = memory.Sizes.of(model, rows)
+        states = memory.optimizer_bytes(r.parts.optimizer, r.parts.base_lr)
+        held = memory.by_part(sizes, r.parts.dist, self.world, precision != "fp32", states)
         offloads = any(getattr(r.parts.dist, name, False) for name in vars(r.parts.dist) if "offload" in name)
         settings, total = r.settings, loader.total_steps()
         gathers = getattr(r.parts.dist, "gather_on_save", True)
-        newest = estimate.checkpoint_bytes(sizes, states, gathers)
+        newest = checkpoints.size(sizes, states, gathers)
         kept_states = 0.0 if settings.save_state is KeptState.last else states
-        older = estimate.checkpoint_bytes(sizes, kept_states, gathers)
+        older = checkpoints.size(sizes, kept_states, gathers)
         keep = settings.keep if settings.keep is not None else peft.default_checkpoint_limit
         written = -(-total // settings.save_every) if settings.save_every else 1
         facts = {
-            "memory": estimate.memory_words(held, self.world, offloads),
-            "checkpoints": estimate.checkpoint_words(newest, older, keep, written, self.output_dir),
+            "memory": memory.words(held, self.world, offloads),
+            "checkpoints": checkpoints.words(newest, older, keep, written, self.output_dir),
         }
         r.progress.show(settings_table(facts.items(), "needs"))
 

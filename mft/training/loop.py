@@ -6,8 +6,10 @@ Shapes as in `mft.batch`: nll_BT are the token losses of a micro-batch, in nats.
 from __future__ import annotations
 
 import math
-from itertools import islice
+from collections.abc import Iterable
+from contextlib import closing
 
+from mft.batch import StepBatches
 from mft.run_folder import RunStatus
 from mft.training.nonfinite import propagate_nonfinite, update_applied
 from mft.training.trainer import Trainer
@@ -17,17 +19,31 @@ from mft.training.validate import forward
 def fit(t: Trainer) -> RunStatus:
     """Trains the remaining steps; returns finished, or stopped after a stop request (checkpoint saved).
 
-    Order of a step: counts over all ranks, probe, statistics, forward and backward of each micro-batch,
-    update, what the loss learns, log, validate, save. Raises UserError, on all ranks, for a non-finite loss
-    or gradient.
+    Raises UserError, on all ranks, for a non-finite loss or gradient.
     """
-    state, settings = t.state, t.settings
+    state = t.state
     if validate_before_training(t):
         return RunStatus.finished
     t.module.train()
     t.meter.resume(state.meter, t.engine)
-    # the loader yields steps without end, over as many epochs as it takes
-    for data in islice(t.loader.steps(state.epoch, state.rows_consumed), t.total_steps - state.step):
+    # closed however it ends: a thread may be making the next step ready
+    with closing(t.loader.steps(state.epoch, state.rows_consumed, t.total_steps - state.step)) as steps:
+        return train_on(t, steps)
+
+
+def train_on(t: Trainer, steps: Iterable[StepBatches]) -> RunStatus:
+    """Trains steps until the run ends; see `fit`.
+
+    Order of a step: counts over all ranks, probe, statistics, forward and backward of each micro-batch,
+    update, what the loss learns, log, validate, save.
+
+    The host waits for the device in no micro-batch, and in a step for the counts of other ranks, for the
+    norm of the gradient, and for a logged row. A loss that learns from the step waits for its losses
+    besides: once for `learn_before`, for `loss_statistics`, and for each of the two of `learn_after`. The
+    loss scaler of fp16, DeepSpeed, and a mask that transformers makes wait on their own.
+    """
+    state, settings = t.state, t.settings
+    for data in steps:
         step = state.step + 1
         # before the first backward: a share has the denominators of the whole step, over all ranks
         counts = t.count(data)
@@ -45,7 +61,7 @@ def fit(t: Trainer) -> RunStatus:
                 router = router / max(1.0, counts.micro_batches)
                 t.engine.backward(propagate_nonfinite(share + router))
             nll.append(nll_BT.detach())
-            t.meter.add(batch, nll[-1], share, router)  # on the device: nothing waits for it
+            t.meter.add(batch, nll[-1], share, router)
         grad_norm = t.engine.step(settings.max_grad_norm)
         if update_applied(t, step, grad_norm, batches, nll):
             t.meter.commit(counts, grad_norm, data.batches)

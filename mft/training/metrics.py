@@ -7,13 +7,14 @@ task, `losses_2` [objective, router's loss], both summed over steps.
 from __future__ import annotations
 
 import math
-import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mft.hardware import send
 from mft.loss.base import task_sums
+from mft.training.memory import PeakMemory
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,10 @@ class Meter:
         device: torch.device | str,
         flops_per_token: float = 0.0,
         peak_tflops: float | None = None,
+        recomputed_per_token: float = 0.0,
     ):
+        """flops_per_token, recomputed_per_token: matrix work of a token in a step, and what gradient
+        checkpointing adds to it; peak_tflops: of one device, None = that of a known GPU."""
         import torch
 
         self.names = list(names)
@@ -68,8 +72,9 @@ class Meter:
         self.losses_2 = torch.zeros(2, dtype=torch.float64, device=device)
         self.step_sums_2K = torch.zeros_like(self.sums_2K)
         self.step_losses_2 = torch.zeros_like(self.losses_2)
-        self.flops_per_token = flops_per_token
+        self.flops_per_token, self.recomputed_per_token = flops_per_token, recomputed_per_token
         self.peak_flops = (peak_tflops or known_peak(device) or 0.0) * 1e12
+        self.memory = PeakMemory.of(device)
         self.restart()
 
     def restart(self) -> None:
@@ -87,6 +92,7 @@ class Meter:
         On another number of ranks the first one takes the sums of all: what is read is a sum over ranks.
         """
         self.restart()
+        self.memory.close(training=False)  # loading and the first validation
         if not saved:
             return
         all_ranks = saved if engine.is_main else []
@@ -112,9 +118,11 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Context whose time does not count: validating and saving are no part of a step."""
+        """Context whose time and memory do not count: validating and saving are no part of a step."""
         began = time.perf_counter()
+        self.memory.close(training=True)
         yield
+        self.memory.close(training=False)
         self.started += time.perf_counter() - began
 
     def add(self, batch: Batch, nll_BT: torch.Tensor, share: torch.Tensor, router: torch.Tensor) -> None:
@@ -129,7 +137,7 @@ class Meter:
         self.step_losses_2[1] += router.detach()
 
     def commit(self, counts: StepCounts, grad_norm: float, batches: Sequence[Batch]) -> None:
-        """Counts a step that was applied. counts: of all ranks; batches: of this one, on the CPU."""
+        """Counts a step that was applied. counts: of all ranks; batches: of this one."""
         self.steps += 1
         self.grad_norm = grad_norm
         self.samples_K = [a + b for a, b in zip(self.samples_K, counts.samples_K.tolist(), strict=True)]
@@ -149,9 +157,8 @@ class Meter:
 
     def _count(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
-            filled = int((batch.sample_BT >= 0).sum())
-            self.tokens += filled
-            self.padding += batch.sample_BT.numel() - filled
+            self.tokens += batch.layout.tokens
+            self.padding += batch.sample_BT.numel() - batch.layout.tokens
 
     def read(self, engine: Engine) -> dict[str, float]:
         """Returns the metrics since the last read, summed over ranks, and starts again. All ranks call it."""
@@ -161,9 +168,9 @@ class Meter:
         if not steps:
             return {}
         seconds = time.perf_counter() - self.started
-        local = self.losses_2.new_tensor([self.tokens, self.padding])
-        # one all-reduce for everything
-        summed = engine.sum(torch.cat([self.sums_2K.flatten(), self.losses_2, local])).cpu()
+        local = send(torch.tensor([self.tokens, self.padding], dtype=torch.float64), self.sums_2K.device)
+        # one all-reduce for everything, which the host waits for once
+        summed = engine.sum(torch.cat([self.sums_2K.flatten(), self.losses_2, local]))
         sums_2K = summed[:-4].reshape(2, -1)
         objective, router, tokens, padding = summed[-4:].tolist()
         values = {"train/loss": math.nan, "grad_norm": self.grad_norm}
@@ -183,8 +190,11 @@ class Meter:
         values["speed/seconds_per_step"] = seconds / steps
         values["data/fill"] = tokens / max(1.0, tokens + padding)
         if self.peak_flops and self.flops_per_token:
-            values["speed/mfu"] = tokens / seconds * self.flops_per_token / (self.peak_flops * engine.world)
-        values["memory/peak_gib"] = peak_memory_gib(self.sums_2K.device)
+            tokens_per_peak = tokens / seconds / (self.peak_flops * engine.world)
+            values["speed/mfu"] = tokens_per_peak * self.flops_per_token
+            if self.recomputed_per_token:
+                values["speed/hfu"] = tokens_per_peak * (self.flops_per_token + self.recomputed_per_token)
+        values |= self.memory.read_steps()
         self.restart()
         return values
 
@@ -197,31 +207,3 @@ def known_peak(device: torch.device | str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((float(peak) for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)
-
-
-def flops_per_token(model: torch.nn.Module, shape_of: Callable[[torch.Tensor], Sequence[int]]) -> float:
-    """Returns the matrix work of one token in one training step, in FLOPs.
-
-    shape_of: of a weight, also where it is packed to 4 bits or divided over the ranks.
-
-    2 N forward, 2 N back through the activations, and 2 more for every trained weight (Kaplan et al. 2020,
-    section 2.1). N leaves out the embedding table, attention's quadratic part and recomputation.
-    """
-    # an embedding is a look-up, unless it is tied to the head, which multiplies by it
-    looked_up, multiplied = set(), set()
-    for part in model.modules():
-        own = {id(parameter) for parameter in part.parameters(recurse=False)}
-        looked_up |= own if type(part).__name__ == "Embedding" else set()
-        multiplied |= own if hasattr(part, "out_features") else set()
-    used = [p for p in model.parameters() if id(p) not in looked_up - multiplied]
-    matrices = [(p, shape) for p in used if len(shape := shape_of(p)) > 1]
-    return sum(((6.0 if p.requires_grad else 4.0) * math.prod(shape) for p, shape in matrices), 0.0)
-
-
-def peak_memory_gib(device: torch.device | str) -> float:
-    """Returns the peak memory of this process: allocated on its GPU, or resident on a CPU."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -20,6 +20,15 @@ MOST = 24
 """Panels of a figure, and named lines of a panel: what one can look through, drawn within seconds."""
 
 
+def cannot_draw() -> str:
+    """Returns why no picture can be drawn, "" where one can: a bare machine may lack matplotlib."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        return f"no pictures are drawn, since matplotlib cannot be imported: {error}"
+    return ""
+
+
 def most(names: Sequence[str], rank: Mapping[str, float], room: int = MOST) -> list[str]:
     """Returns the `room` names with the highest rank, in their own order; those without a rank come last."""
     if len(names) <= room:

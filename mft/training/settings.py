@@ -53,8 +53,12 @@ class TrainSettings:
     """Micro-batches of one step on each rank; null: 1, or derived. Not together with global_batch_size."""
     precision: Precision = Precision.auto
     """The frozen config of a run holds what `auto` was resolved to on its machine."""
+    prefetch: bool = True
+    """Make the next step's micro-batches ready, in a thread, while a step computes; false: between steps."""
     max_grad_norm: float | None = ranged(1.0, above=0)
     """Gradients are clipped to this norm; null: never."""
+    deterministic: bool = False
+    """GPU kernels that compute the same bits every time, slower; a CPU does so in any case."""
     seed: int = ranged(42, min=0)
     """Of the data order, the adapters' first weights and dropout."""
     log_every: int = ranged(10, min=1)

@@ -16,7 +16,7 @@ from mft.objective import mean_of_tasks
 from mft.tracking.base import TOTAL
 from mft.training import plots
 from mft.training.final_test import Tested
-from mft.training.metrics import peak_memory_gib
+from mft.training.panels import cannot_draw
 from mft.training.progress import losses_table
 from mft.training.trainer import Trainer
 
@@ -41,7 +41,7 @@ def summarise(t: Trainer, status: str, run_dir: Path, tested: Tested) -> dict[st
         "seconds": round(t.state.seconds, 1),
         "tokens": t.state.tokens,
         "flops": t.state.tokens * t.meter.flops_per_token,
-        "peak_memory_gib": round(max(t.engine.gather(peak_memory_gib(t.engine.device))), 3),
+        "peak_memory_gib": round(max(t.engine.gather(t.meter.memory.overall_gib())), 3),
         "first": _losses(best.first),
         "last": _losses(best.last),
         "best": _losses(best.losses) | judged,
@@ -62,12 +62,14 @@ def last_row(summary: dict[str, Any]) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in row.items()}
 
 
-def write(summary: dict[str, Any], run_dir: Path) -> None:
-    """Writes summary.json and the pictures of report/."""
-    rows = run_folder.metric_rows(run_dir / "metrics.jsonl")[0]
-    plots.loss_curves(rows, run_dir / "report")
-    plots.task_weights(rows, run_dir / "report")
+def write(summary: dict[str, Any], run_dir: Path) -> str:
+    """Writes summary.json and the pictures of report/; returns why there are none, "" where they are."""
+    if not (why := cannot_draw()):
+        rows = run_folder.metric_rows(run_dir / "metrics.jsonl")[0]
+        plots.loss_curves(rows, run_dir / "report")
+        plots.task_weights(rows, run_dir / "report")
     write_json(run_dir / "summary.json", summary, durable=True)
+    return why
 
 
 def failed(run_dir: Path, error: BaseException, steps: int) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +42,11 @@ class _TracedSteps:
     path: Path
     stop_at: int | None
 
-    def steps(self, epoch: int, rows_consumed: int) -> Iterator[StepBatches]:
+    def steps(self, epoch: int, rows_consumed: int, count: int) -> Generator[StepBatches]:
         self.path.parent.mkdir(exist_ok=True)
-        first = self.state.step + 1
-        with self.path.open("a", encoding="utf-8") as file:
-            for step, data in enumerate(self.source.steps(epoch, rows_consumed), start=first):
+        first, coming = self.state.step + 1, self.source.steps(epoch, rows_consumed, count)
+        with self.path.open("a", encoding="utf-8") as file, closing(coming):
+            for step, data in enumerate(coming, start=first):
                 file.write(json.dumps({"step": step, "batches": digest(data.batches)}) + "\n")
                 file.flush()
                 if step == self.stop_at:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 class StepSource(Protocol):
     """Where the micro-batches of each step come from (`mft.data.loader`)."""
 
-    def steps(self, epoch: int, rows_consumed: int) -> Iterator[StepBatches]:
-        """Yields this rank's micro-batches of every step from a place in the data on, without end."""
+    def steps(self, epoch: int, rows_consumed: int, count: int) -> Generator[StepBatches]:
+        """Yields this rank's micro-batches of the next `count` steps from a place in the data on."""
         ...
 
 
@@ -111,11 +111,11 @@ class Trainer:
         """Lets an adaptive loss learn from the losses of an applied step, before and after its update."""
         if self.loss.wants_train(step):
             # sums of this step alone, which the meter has anyway
-            losses_K = task_means(self.engine.sum(self.meter.step_sums_2K)).cpu()
+            losses_K = task_means(self.engine.sum(self.meter.step_sums_2K))
             self.state.learned |= self.loss.learn(step, train_K=losses_K)
         if self.loss.wants_repeat(step):
             sums_2K = self._second_pass(partial(task_sums, tasks=len(self.names)), batches)
-            self.state.learned |= self.loss.learn(step, repeat_K=task_means(sums_2K).cpu())
+            self.state.learned |= self.loss.learn(step, repeat_K=task_means(sums_2K))
 
     def _second_pass(
         self, sums_of: Callable[[torch.Tensor, Batch], torch.Tensor], batches: Sequence[Batch]

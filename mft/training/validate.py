@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def forward(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (nll_BT, router loss) of a prepared `TokenLoss` on one micro-batch."""
-    nll_BT, router = module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
+    nll_BT, router = module(batch)
     return nll_BT, router
 
 
@@ -55,7 +55,7 @@ class Evaluator:
                 if samples is not None:
                     samples.add(nll_BT, batch)
         module.train(training)
-        return task_means(self.engine.sum(sums_2K)).cpu()
+        return task_means(self.engine.sum(sums_2K))
 
     def by_name(self, module: torch.nn.Module, samples: SampleSums | None = None) -> dict[str, float]:
         """Returns the losses of the tasks that have samples here, by task name; samples: see `losses`."""

@@ -19,10 +19,7 @@ from mft.training.trace import Trace, read
 from mft.verify.cells import Cell
 from mft.verify.difference import Difference, first_difference
 
-GPU = (
-    "; on a GPU this may be kernels that add in another order every time: docs/resume.md says how to make "
-    "them repeat themselves"
-)
+GPU = "; on a GPU this may be kernels that add in another order every time, unless train.deterministic=true"
 BEFORE_THE_STOP = "; this is before the stop, so the machine computes the same step in more than one way"
 
 

@@ -23,6 +23,7 @@ from mft.errors import UserError
         ("tokens_per_second", True),
         ("speed/seconds_per_step", False),
         ("speed/mfu", True),
+        ("speed/hfu", True),
         ("memory/peak_gib", False),
         ("system/gpu_0_utilization_percentage", True),
         ("system/system_memory_usage_megabytes", False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import sys
 import time
 from collections import Counter
 from html.parser import HTMLParser
@@ -283,3 +284,13 @@ def test_a_browser_shows_the_page_on_any_screen_and_runs_nothing_of_the_runs(
         paper = browser.js("getComputedStyle(document.body).backgroundColor")
         assert max(map(int, re.findall(r"\d+", paper))) < 60
         assert browser.errors == []
+
+
+def test_without_matplotlib_the_page_says_so_and_keeps_its_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    parsed = Parsed(report.write(compare(grid(), "a study"), tmp_path / "page.html"))
+    assert "matplotlib cannot be imported" in parsed.text and "Settings" in parsed.headings
+    assert not [tag for tag, _ in parsed.elements if tag == "svg"]

@@ -18,6 +18,9 @@ from mft.training.settings import TrainSettings
 from tests.loss.modes import MODES, made
 from tests.model import quantised
 
+NOT_OF_LION = ("~optimizer.beta1", "~optimizer.beta2", "~optimizer.eps", "~optimizer.fused")
+"""Fields of optimizer=adamw."""
+
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
@@ -95,16 +98,25 @@ def test_modes_that_need_validation_are_those_that_probe(mode: str) -> None:
             r"optimizer=adamw8bit: .*dist=fsdp.*; choose optimizer=adamw, or",
         ),
         (
+            ["optimizer._target_=bitsandbytes.optim.Lion8bit", *NOT_OF_LION, "dist=fsdp"],
+            r"optimizer\._target_=bitsandbytes\.optim\..*Lion8bit: .*dist=fsdp.*; choose optimizer=adamw, or",
+        ),
+        (["peft=qlora", "peft.bits=8", "dist=fsdp"], r"peft\.bits=8: .*; choose peft\.bits=4, or dist=zero2"),
+        (
+            ["peft=qlora", "peft.bits=8", "dist=zero3"],
+            r"peft\.bits=8: .*; choose peft\.bits=4, or dist=zero2",
+        ),
+        (
             ["peft=qlora", "dist=fsdp", "peft.storage_dtype=fp32"],
-            r"peft\.storage_dtype=fp32: .*=bf16 or uint8",
+            r"peft\.storage_dtype=fp32: .*=bf16, or null",
         ),
         (
             ["peft=qlora", "dist=zero2", "peft.storage_dtype=fp16"],
-            r"peft\.storage_dtype=fp16: .*=bf16 or uint8",
+            r"peft\.storage_dtype=fp16: .*=bf16, or null",
         ),
         (
             ["peft=qlora", "dist=zero3", "peft.storage_dtype=fp16"],
-            r"peft\.storage_dtype=fp16: .*=bf16 or uint8",
+            r"peft\.storage_dtype=fp16: .*=bf16, or null",
         ),
         (["peft.targets=5"], r"peft\.targets=5 must be a list of module names, one regular expression"),
         (["peft.targets=[5]"], r"peft\.targets=\[5\] must be a list"),
@@ -137,7 +149,11 @@ def test_what_a_rank_would_refuse_is_refused_before_any_starts(
     "settings",
     [
         ["optimizer=adamw8bit", "dist=ddp"],
+        ["peft=qlora", "dist=fsdp"],
         ["peft=qlora", "dist=fsdp", "peft.storage_dtype=bf16"],
+        ["peft=qlora", "dist=fsdp", "peft.storage_dtype=fp32", "train.precision=fp32"],
+        ["peft=qlora", "dist=zero2", "peft.storage_dtype=uint8"],
+        ["peft=qlora", "dist=zero2", "peft.bits=8"],
         ["peft=qlora", "dist=ddp", "peft.storage_dtype=fp32"],
         ["peft.rank=64"],
         ["peft.targets=all-linear"],

@@ -255,6 +255,7 @@ def inert(*overrides: str, world: int = 1, sweep: bool = False) -> list[str]:
     [
         (["train.early_stopping_stall_num=5"], "train.early_stopping is false"),
         (["train.prompts_max_new_tokens=5"], "train.prompts is null"),
+        (["train.deterministic=true"], "no GPU is visible here, and a CPU repeats itself"),
         (["launch.prune=true"], "this is one run, not a sweep (-m)"),
         (["launch.jobs=2"], "this is one run, not a sweep (-m)"),
         (["train.eval_every=7", "data.split=[100,0,0]"], "no task has validation samples"),

@@ -96,7 +96,7 @@ def test_the_loss_of_a_row_is_that_of_its_parts_alone(samples, cache_dir):
     def loss(rows):
         batch = Concat().collate(samples.load(rows), 0, 32)
         with torch.no_grad():
-            nll_BT, _ = module(batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT)
+            nll_BT, _ = module(batch)
         return nll_BT[batch.target_BT != IGNORE]
 
     alone = torch.cat([loss([[span]]) for row in rows for span in row])

@@ -5,6 +5,7 @@ from itertools import islice
 import pytest
 
 from mft.batch import BatchSizes
+from mft.data.cache.store import Samples
 from mft.data.loader import BatchLoader
 from mft.data.packing import Pad
 from mft.data.settings import DataSettings
@@ -55,6 +56,20 @@ def test_ranks_see_the_rows_of_one_process_and_none_twice(store):
     whole = seen(loader(store, epochs=1))
     parts = [seen(loader(store, rank=rank, world=2, epochs=1)) for rank in (0, 1)]
     assert [sorted(step) for step in whole] == [sorted([*one, *two]) for one, two in zip(*parts, strict=True)]
+
+
+def test_a_validation_makes_its_micro_batches_as_they_are_asked_for(make_store, monkeypatch):
+    store = make_store([chat(f"q{i}", "aa") for i in range(12)], split=[1, 1, 0])
+    loads, load = [], Samples.load
+    monkeypatch.setattr(Samples, "load", lambda *given: loads.append(1) or load(*given))
+    found = loader(store, per_device_eval_batch_size=2).validation()
+    for number, batch in enumerate(found, start=1):
+        assert len(loads) == number and batch.layout.tokens > 0
+    assert len(loads) > 1
+
+
+def test_as_many_steps_as_asked_for(store):
+    assert len(list(loader(store).steps(0, 0, 12))) == 12
 
 
 def test_steps_go_on_from_any_place(store):

@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +27,59 @@ def test_a_packed_batch_exactly():
     assert str(batch.ids_BT.dtype) == "torch.int64"
     counts = StepCounts.of([batch], tasks=2)
     assert counts.tokens_K.tolist() == [3, 1] and counts.samples_K.tolist() == [2, 1]
+    assert (counts.micro_batches, counts.processed) == (1, 9)
+
+
+def test_the_layout_of_a_batch_exactly():
+    batch = Pack().collate([[A, B], [C], []], pad_id=99, seq_length=8)
+    layout = batch.layout
+    assert (layout.tokens, layout.packed, layout.lengths) == (9, True, [4, 2, 3])
+    assert layout.cu_seqlens.tolist() == [0, 4, 6, 9] and layout.cu_seqlens.dtype is torch.int32
+    assert layout.row_m.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert layout.trained_n.tolist() == layout.trained_in_row_n.tolist() == [1, 2, 4, 6]
+    assert layout.tokens_K.tolist() == [3, 1] and layout.samples_K.tolist() == [2, 1]
+
+    layout = Pad().collate([[B], [], [A], [C]], pad_id=99, seq_length=8).layout
+    assert (layout.packed, layout.lengths) == (False, [2, 4, 3])
+    assert layout.row_m.tolist() == [0, 1, 8, 9, 10, 11, 12, 13, 14]
+    assert layout.trained_n.tolist() == [0, 9, 10, 12] and layout.trained_in_row_n.tolist() == [0, 3, 4, 6]
+
+    layout = Pad().collate([[], []], pad_id=99, seq_length=8).layout
+    assert (layout.tokens, layout.lengths, layout.row_m.tolist()) == (0, [1], [0])
+    assert layout.tokens_K.size == 0 and len(layout.trained_n) == 0
+
+
+def test_a_layout_belongs_to_the_tensors_of_its_batch():
+    batch = Pack().collate([[A, B]], pad_id=99, seq_length=8)
+    assert batch.to("cpu").layout.lengths == [4, 2]
+    moved = batch.to("meta")
+    assert moved.ids_BT.is_meta and moved.layout.row_m.is_meta and moved.layout.lengths == [4, 2]
+    assert not batch.layout.row_m.is_meta and not batch.ids_BT.is_meta
+    one = replace(batch, position_BT=torch.arange(6)[None])
+    assert one.layout.lengths == [6] and not one.layout.packed
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 5), st.integers(0, 2), st.integers(0, 31)), max_size=3), min_size=1
+    )
+)
+def test_counts_are_those_of_the_tokens(rows):
+    """Against the pairs of task and sample that trained tokens have, one by one."""
+    samples = [
+        [Sample(np.ones(n, np.int32), (bits >> np.arange(n) & 1).astype(bool), task) for n, task, bits in row]
+        for row in rows
+    ]
+    batch = Pack().collate(samples, pad_id=0, seq_length=16)
+    cells = zip(
+        *(t.flatten().tolist() for t in (batch.target_BT, batch.task_BT, batch.sample_BT)), strict=True
+    )
+    trained = [(task, sample) for target, task, sample in cells if target != IGNORE]
+    counts = StepCounts.of([batch, batch], tasks=3)
+    assert counts.tokens_K.tolist() == [2.0 * sum(task == k for task, _ in trained) for k in range(3)]
+    assert counts.samples_K.tolist() == [2.0 * sum(task == k for task, _ in set(trained)) for k in range(3)]
+    assert counts.micro_batches == 2 * bool(trained)
+    assert counts.processed == 2 * int((batch.sample_BT >= 0).sum())
 
 
 @pytest.mark.parametrize(

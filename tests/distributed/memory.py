@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from mft.batch import Batch
 from mft.distributed import sharded_state
 from mft.distributed.engine import Engine
 from mft.model.causal_lm import CausalLM
@@ -86,8 +87,9 @@ def loading(backend: Any, peft: Full, path: str) -> dict[str, float]:
     torch.manual_seed(0)
     family = CausalLM(path)
     with Watch() as until_prepared:
-        with Watch() as until_loaded, engine.loading():
-            model = family.model(torch.float32, peft.quantization(torch.float32), compute_dtype=torch.float32)
+        quantised = peft.quantization(torch.float32)
+        with Watch() as until_loaded, engine.loading(quantised is not None) as device:
+            model = family.model(torch.float32, quantised, compute_dtype=torch.float32, device=device)
         module = TokenLoss(peft.attach(model, family), family)
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
         engine.prepare(module, optimizer)
@@ -111,16 +113,19 @@ def trained(engine: Engine, peft: Full, path: str, steps: int) -> None:
     """Loads and prepares a model and trains it on short rows; the engine keeps it."""
     torch.manual_seed(0)
     family = CausalLM(path)
-    with engine.loading():
-        model = family.model(torch.float32, peft.quantization(torch.float32), compute_dtype=torch.float32)
+    quantised = peft.quantization(torch.float32)
+    with engine.loading(quantised is not None) as device:
+        model = family.model(torch.float32, quantised, compute_dtype=torch.float32, device=device)
     module = TokenLoss(peft.attach(model, family), family)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], fused=True)
     del model
     module, optimizer = engine.prepare(module, optimizer)
     ids_BT = torch.arange(16)[None] + engine.rank
+    zeros_BT = torch.zeros_like(ids_BT)
+    batch = Batch(ids_BT, ids_BT, zeros_BT, zeros_BT, torch.arange(16)[None])
     for _ in range(steps):
         with engine.accumulating(last=True):
-            nll_BT, _ = module(ids_BT, ids_BT, torch.arange(16)[None], torch.zeros_like(ids_BT))
+            nll_BT, _ = module(batch)
             engine.backward(nll_BT.sum() / 32)
         assert engine.step(1.0) > 0
 

@@ -3,6 +3,7 @@ to be."""
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate.utils import patch_environment
 
+from mft.distributed import accelerator
 from mft.distributed.ddp import Ddp, DdpEngine, Single
 from mft.distributed.engine import Engine
 from mft.errors import UserError
@@ -288,27 +290,76 @@ def test_bf16_computes_under_autocast_and_returns_fp32(backend: Single | Ddp) ->
     assert rounded["norm"] == pytest.approx(exact["norm"], rel=0.05)
 
 
-def test_an_overflow_that_the_loss_scaler_answers_is_skipped_and_no_error() -> None:
-    engine = Single().start("fp32", cpu=True)
-    # accelerate makes a scaler on GPUs only; torch's works on a CPU, so the path is walked here by giving it
-    # one
+def prepared_with_scaler(
+    engine: Engine, scale: float, fused: bool = True, kind: type[Model] = Model
+) -> torch.nn.Module:
+    """Returns a module that computes in fp32 and whose losses are scaled as in fp16: accelerate makes a loss
+    scaler on GPUs only; torch's works on a CPU, so the path is walked here by giving it one."""
+    engine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    model = kind()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    module, _ = engine.prepare(model, torch.optim.AdamW(parameters, lr=0.1, fused=fused))
     engine.accelerator.state._mixed_precision, engine.accelerator.native_amp = "fp16", True
-    engine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    module = torch.nn.Linear(3, 1, bias=False)
-    torch.nn.init.ones_(module.weight)
-    model, _ = engine.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
-    found = []
-    for factor in (1.0, float("inf"), 1.0):
-        engine.backward(model(torch.ones(1, 3)).sum() * factor)
-        norm = engine.step(1.0)
-        found.append((round(norm, 4), engine.skipped, engine.accelerator.scaler.get_scale()))
-    assert found == [(1.7321, False, 8.0), (float("inf"), True, 4.0), (1.7321, False, 4.0)]
+    return module
+
+
+def overflowed(backend: Any, fused: bool, kind: type[Model] = Model) -> dict[str, Any]:
+    """A clean step, one whose gradient overflows on the last rank, a clean one; what each of them did."""
+    engine = backend.start("fp32", cpu=True)
+    module = prepared_with_scaler(engine, 8.0, fused, kind)
+    found: dict[str, Any] = {"finite": [], "skipped": [], "scale": [], "changed": []}
+    for step, factor in enumerate((1.0, float("inf"), 1.0)):
+        before = trained(engine)
+        share = module(micro_batches(step)[0]).sum()
+        engine.backward(share * (factor if engine.rank == engine.world - 1 else 1.0))
+        found["finite"].append(math.isfinite(engine.step(1.0)))
+        found["skipped"].append(engine.skipped)
+        found["scale"].append(engine.accelerator.scaler.get_scale())
+        # of a divided model rank 0 alone is given the whole weights
+        found["changed"].append(any(not torch.equal(v, before[n]) for n, v in trained(engine).items()))
+    engine.close()
+    return found
+
+
+OVERFLOWED = {
+    "finite": [True, False, True],
+    "skipped": [False, True, False],
+    "scale": [8.0, 4.0, 4.0],
+    "changed": [True, False, True],
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("backend", [Single(), Ddp()])
+def test_an_overflow_that_the_loss_scaler_answers_is_skipped_and_no_error(
+    backend: Single | Ddp, fused: bool
+) -> None:
+    assert overflowed(backend, fused) == OVERFLOWED
+
+
+def test_a_norm_beyond_float32_of_finite_gradients_updates_nothing_and_is_an_error() -> None:
+    engine = Single().start("fp32", cpu=True)
+    module = prepared_with_scaler(engine, 1.0)
+    before = trained(engine)
+    engine.backward(module(micro_batches(0)[0]).sum() * 1e25)
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+    assert not math.isfinite(engine.step(1.0))
+    assert not engine.skipped and engine.accelerator.scaler.get_scale() == 1.0  # a smaller one would not help
+    assert all(torch.equal(value, before[name]) for name, value in trained(engine).items())
     engine.close()
 
 
 def test_a_precision_that_a_cpu_does_not_have_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.precision=fp16 needs a GPU"):
         Single().start("fp16", cpu=True)
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the driver is older than torch's CUDA. None is here: what the driver shows is given."""
+    monkeypatch.setattr(accelerator, "visible_gpus", lambda: 1)
+    with pytest.raises(UserError, match=r"the driver shows a GPU, but torch .* cannot use it; update"):
+        Single().start("fp32")
+    Single().start("fp32", cpu=True).close()
 
 
 def test_single_refuses_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from mft.distributed.deepspeed import Zero2
 from mft.distributed.engine import Engine
 from mft.errors import UserError
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_engine import Model, micro_batches, poisoned, prepared
+from tests.distributed.test_engine import OVERFLOWED, Model, micro_batches, overflowed, poisoned, prepared
 from tests.loss.modes import config
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
@@ -23,12 +23,12 @@ RAW = {"zero_optimization": {"round_robin_gradients": True}, "communication_data
 BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {"find_unused_parameters": True}),
     "zero1": ("zero2", {"stage": 1, "config": RAW}),
-    "zero2": ("zero2", {"reduce_bucket_size": 1234, "allgather_bucket_size": 4322, "overlap_comm": False}),
+    "zero2": ("zero2", {"reduce_bucket_size": 23, "allgather_bucket_size": 42, "overlap_comm": False}),
     "zero3": ("zero3", {"persistence_threshold": 0, "gather_on_save": False}),
     "zero3 sizes": (
         "zero3",
         {
-            "reduce_bucket_size": 1234,
+            "reduce_bucket_size": 23,
             "prefetch_bucket_size": 77,
             "persistence_threshold": 7,
             "max_live_parameters": 99,
@@ -39,6 +39,12 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp every": ("fsdp", {"reduce_every_micro_batch": True}),
 }
 """Options of conf/dist with other values than the yaml's."""
+
+SCALED = ("ddp", "fsdp", "fsdp every")
+"""Those whose losses torch's scaler scales; DeepSpeed has its own."""
+
+TRAINED = 81
+"""Elements of `Model` that are trained, the most that a bucket holds."""
 
 EXCHANGES = ("c10d::allreduce_", "c10d::reduce_", "c10d::_reduce_scatter_base_", "c10d::reduce_scatter_")
 """Collectives in which gradients are added up."""
@@ -158,6 +164,7 @@ def everything() -> dict[str, Any]:
         ],
         "misnamed": misnamed(),
         "poisoned": {name: poisoned(backend(name), Layered) for name in names},
+        "overflowed": {name: overflowed(backend(name), True, Layered) for name in SCALED},
     }
 
 
@@ -192,12 +199,14 @@ def test_settings_reach_ddp_and_fsdp(two: list[dict[str, Any]]) -> None:
 def test_settings_reach_deepspeed(two: list[dict[str, Any]]) -> None:
     found = two[1]["facts"]
     assert [found[name]["stage"] for name in ("zero1", "zero2", "zero3")] == [1, 2, 3]
-    assert (found["zero2"]["reduce"], found["zero2"]["allgather"]) == (1234, 4322)
+    assert (found["zero2"]["reduce"], found["zero2"]["allgather"]) == (23, 42)
+    assert (found["zero1"]["reduce"], found["zero1"]["allgather"]) == (TRAINED, TRAINED + 1)
     assert (found["zero1"]["round_robin"], found["zero2"]["round_robin"]) == (True, False)
     assert (found["zero1"]["sends"], found["zero2"]["sends"]) == ("torch.bfloat16", "torch.float32")
     assert (found["zero3"]["gathers"], found["zero3 sizes"]["gathers"]) == (False, True)
     sizes = found["zero3 sizes"]
-    assert (sizes["reduce"], sizes["prefetch"], sizes["live"]) == (1234, 77, 99)
+    assert (sizes["reduce"], sizes["prefetch"], sizes["live"]) == (23, 77, 99)
+    assert found["zero3"]["reduce"] == TRAINED
     assert found["zero3"]["whole"] == [] and sizes["whole"] == ["head.bias"]
     assert not any(found[name]["overlap"] for name in ("zero1", "zero2", "zero3"))  # a CPU cannot
     zero2 = config("zero2", "dist")
@@ -232,3 +241,10 @@ def test_a_nan_on_one_rank_updates_nothing_on_both(two: list[dict[str, Any]], na
             found["norm"] != found["norm"] and found["unchanged"] and found["zeroed"] and not found["skipped"]
         )
     assert two[0]["poisoned"][name]["clean"] == two[1]["poisoned"][name]["clean"] > 0
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_an_overflow_on_one_rank_is_answered_on_both(two: list[dict[str, Any]], name: str) -> None:
+    first, second = (rank["overflowed"][name] for rank in two)
+    assert first == OVERFLOWED
+    assert second == OVERFLOWED | ({} if name == "ddp" else {"changed": [False] * 3})

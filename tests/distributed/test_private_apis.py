@@ -52,3 +52,9 @@ def test_deepspeed_compiles_nothing_that_it_does_not_find_compatible() -> None:
     pytest.importorskip("deepspeed")
     source = inspect.getsource(importlib.import_module("deepspeed.comm.torch").build_shm_op)
     assert "__compatible_ops__.get(builder.NAME, False)" in source
+
+
+def test_fsdp2_decides_what_it_casts_where_it_is_asked() -> None:
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    assert "self.param_dtype = " in inspect.getsource(FSDPParam.init_dtype_attrs)

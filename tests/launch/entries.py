@@ -36,6 +36,16 @@ def refuse(run_dir: str) -> None:
     _together(raise_in=1, error=UserError("data.paths: /nowhere does not exist"))
 
 
+def fail_and_hang(run_dir: str) -> None:
+    """Each rank fails, and what a library does at the end of the process waits forever, as NCCL may for its
+    kernels: here the C function pause, which only a signal ends."""
+    import ctypes
+
+    process = ctypes.CDLL(None)
+    process.on_exit(process.pause, None)
+    raise UserError("data.paths: /nowhere does not exist")
+
+
 def be_killed(run_dir: str) -> None:
     """Rank 1 ends the way the kernel ends a process when memory runs out."""
     _together(kill=1)

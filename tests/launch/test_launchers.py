@@ -81,6 +81,19 @@ def test_the_rank_that_failed_first_is_reported(tmp_path: Path, launcher: str) -
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_a_rank_that_failed_does_not_hang_in_its_end(tmp_path: Path) -> None:
+    process = started("srun", tmp_path, "fail_and_hang")
+    try:
+        output = process.communicate(timeout=60)[0]
+    finally:
+        for task in psutil.Process().children(recursive=True):
+            if "tests.launch.placed" in task.cmdline():
+                task.kill()
+    assert process.returncode == 1 and output.count("data.paths: /nowhere does not exist") >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 @pytest.mark.parametrize(
     ("launcher", "signum"), [("torchrun", signal.SIGINT), ("accelerate", signal.SIGTERM)]
 )

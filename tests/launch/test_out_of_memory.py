@@ -52,3 +52,11 @@ def test_settings_are_named_with_their_values_and_what_is_chosen_already_is_not(
 
 def test_other_errors_stay_what_they_are() -> None:
     assert explain(RuntimeError("shapes do not match"), CFG) is None
+
+
+@pytest.mark.parametrize(("setting", "named"), [(1, False), ("true", False), (2, True), ("auto", True)])
+def test_checkpointing_is_named_unless_all_layers_are_recomputed(setting: object, named: bool) -> None:
+    cfg = OmegaConf.merge(CFG, {"model": {"gradient_checkpointing": setting}})
+    sentence = str(explain(MemoryError(), cfg))  # type: ignore[arg-type]
+    assert (f"model.gradient_checkpointing=true (now {setting})" in sentence) == named
+    assert named or "gradient_checkpointing" not in sentence

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
-from mft import hardware
 from mft.errors import UserError
 from mft.launch.placement import RankInfo, detect_rank, ranks
 
@@ -49,18 +47,3 @@ def test_a_slurm_step_of_one_task_launches_itself(monkeypatch: pytest.MonkeyPatc
 def test_a_wrong_number_of_ranks_is_refused(nproc: object) -> None:
     with pytest.raises(UserError, match=r"launch\.nproc="):
         ranks(nproc)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("variable", "found"), [("", 0), ("-1", 0), ("0,1", 2), ("3", 1), ("GPU-a,GPU-b,GPU-c", 3)]
-)
-def test_auto_takes_the_gpus_that_cuda_is_to_see(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, found: int
-) -> None:
-    """No GPU is here: torch's own reading of the variable stands for its count."""
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(hardware, "DRIVERS", (tmp_path,))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(torch.cuda._parse_visible_devices()))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-    assert hardware.visible_gpus() == found
-    assert ranks("auto") == max(1, found)

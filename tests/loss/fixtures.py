@@ -215,8 +215,8 @@ class Recorded(torch.nn.Module):
         super().__init__()
         self.nll_NBT = nll_NBT
 
-    def forward(self, ids_BT, target_BT, position_BT, sample_BT):
-        return self.nll_NBT[int(ids_BT[0, 0])], torch.zeros(())
+    def forward(self, batch):
+        return self.nll_NBT[int(batch.ids_BT[0, 0])], torch.zeros(())
 
 
 def recorded(path: Path, rank: int) -> tuple[dict, Recorded, list[Batch]]:

@@ -162,8 +162,10 @@ class Stage:
         steps: int = STEPS,
         peft: Any = None,
         run_dir: Path | None = None,
+        fused: bool = False,
     ) -> Trainer:
-        """Returns a run with fresh weights. peft: None trains all of them; run_dir: where checkpoints go."""
+        """Returns a run with fresh weights. peft: None trains all of them; run_dir: where checkpoints go;
+        fused: the optimizer is one kernel."""
         engine, names = self.engine, list(TASKS)
         with engine.loading():
             model = self.family.model(torch.float32)
@@ -172,7 +174,7 @@ class Stage:
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         # Adam divides a gradient by its size; where that is near 0, eps keeps a rounding error from becoming
         # a step.
-        module, optimizer = engine.prepare(module, torch.optim.AdamW(trained, lr=LR, eps=1e-4))
+        module, optimizer = engine.prepare(module, torch.optim.AdamW(trained, lr=LR, eps=1e-4, fused=fused))
         loss.setup(names, [1.0] * len(names))
         loss.check_schedule(steps, self.feed.valid_counts(len(names)))
         return Trainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     # The same tokens as one sample a row: what the first check would see if samples saw each other.
     joined = batch([[22], [20]], 24, V)
     found["mixed"] = largest(
-        module(packed.ids_BT, packed.target_BT, joined.position_BT, joined.sample_BT)[0],
+        module(replace(packed, position_BT=joined.position_BT, sample_BT=joined.sample_BT))[0],
         module(*inputs(packed))[0],
     )
 

@@ -31,9 +31,9 @@ def batch(
     return Batch(ids_BT, target_BT, task_BT, sample_BT, position_BT)
 
 
-def inputs(batch: Batch) -> tuple[torch.Tensor, ...]:
+def inputs(batch: Batch) -> tuple[Batch]:
     """The arguments of TokenLoss.forward."""
-    return batch.ids_BT, batch.target_BT, batch.position_BT, batch.sample_BT
+    return (batch,)
 
 
 def alone(batch: Batch) -> list[Batch]:

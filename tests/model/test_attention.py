@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 import transformers
 
 from mft.batch import Batch
-from mft.model.attention import ALIBI, SDPA, alibi_slopes, row_of_samples
+from mft.model.attention import ALIBI, FAST, SDPA, alibi_slopes
 from mft.model.causal_lm import CausalLM
 from mft.model.legacy.native import AlibiConfig
+from mft.model.packed_row import PackedRow
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
 from tests.model.families import FAMILIES, tiny_model
@@ -122,7 +124,7 @@ def test_dropout_of_attention_is_kept(name: str) -> None:
     assert torch.equal(drawn(1, data), drawn(2, data))
 
 
-@pytest.mark.parametrize("name", [SDPA, ALIBI])
+@pytest.mark.parametrize("name", [FAST, SDPA, ALIBI])
 def test_dropout_keeps_the_mean(name: str) -> None:
     """What attention mixes is linear in its weights, so dropout leaves its mean as it is: 1,000 draws, 6
     standard errors of the mean."""
@@ -130,7 +132,7 @@ def test_dropout_keeps_the_mean(name: str) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 7, 8) for _ in range(3))
     module = SimpleNamespace(config=SimpleNamespace(), layer_idx=0, is_causal=True, training=True)
-    row = {"cu_seq_lens_q": torch.tensor([0, 3, 7]), "scaling": 0.3}
+    row = {"packed_row": PackedRow.of([3, 4], query.device), "scaling": 0.3}
     plain = attend(module, query, key, value, None, dropout=0.0, **row)[0]
     draws = torch.stack([attend(module, query, key, value, None, dropout=0.3, **row)[0] for _ in range(1000)])
     error = draws.std(0) / 1000**0.5
@@ -139,7 +141,7 @@ def test_dropout_keeps_the_mean(name: str) -> None:
 
 def test_answering_is_ordinary_attention(tiny: Tiny) -> None:
     ordinary, trained = tiny.model(torch.float32).eval(), tiny.model(torch.float32)
-    assert TokenLoss(trained, tiny).per_sample and trained.config._attn_implementation == SDPA
+    assert TokenLoss(trained, tiny).per_sample and trained.config._attn_implementation == FAST
     trained.eval()
     ids = torch.randint(2, V, (2, 9))
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
@@ -162,12 +164,15 @@ def test_what_stays_masked() -> None:
     assert not TokenLoss(tuned, CausalLM("unused")).per_sample
 
 
-def test_row_of_samples() -> None:
-    found = row_of_samples(torch.tensor([0, 1, 2, 0, 0, 1]))
-    assert found["cu_seq_lens_q"].tolist() == [0, 3, 4, 6] and found["max_length_q"] == 3
+def test_sdpa_alone_where_it_is_asked_for(tiny: Tiny) -> None:
+    asked = replace(tiny, attention="sdpa")
+    model = asked.model(torch.float32)
+    assert TokenLoss(model, asked).per_sample and model.config._attn_implementation == SDPA
 
 
 def test_alibi_slopes() -> None:
-    assert alibi_slopes(4).tolist() == [2**-2, 2**-4, 2**-6, 2**-8]
-    assert alibi_slopes(6).tolist() == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
+    cpu = torch.device("cpu")
+    assert alibi_slopes(4, cpu).tolist() == [2**-2, 2**-4, 2**-6, 2**-8]
+    assert alibi_slopes(6, cpu).tolist() == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
+    assert alibi_slopes(6, cpu) is alibi_slopes(6, cpu)  # no copy to the device in every layer
     assert ALIBI in transformers.AttentionInterface()

@@ -16,7 +16,7 @@ from mft.data.template_choice import adopt, named
 from mft.data.tokenize import Encoder
 from mft.errors import UserError
 from mft.model.export import save_final
-from mft.model.generate import Answerer, messages
+from mft.model.generate import Answerer, answer, messages
 from mft.model.peft.full import Full
 from mft.model.peft.lora import Lora
 from mft.model.peft.qlora import QLora
@@ -197,3 +197,16 @@ def test_without_a_template_or_a_model(tiny: Tiny, tmp_path: Path) -> None:
         Answerer(tiny.folder(), Encoder.saved)
     with pytest.raises(UserError, match="holds no model"):
         Answerer(tmp_path, Encoder.saved)
+
+
+def test_the_question_goes_to_where_the_model_computes(run: Path) -> None:
+    """One device is here, so the meta device stands for where offloaded parameters lie."""
+    encoder = Answerer(run, Encoder.saved).encoder
+
+    class Offloaded(torch.nn.Linear):
+        def generate(self, input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+            assert input_ids.device.type == "cpu"
+            return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
+
+    model = Offloaded(2, 2, device="meta")
+    assert len(answer(model, encoder, ["hi"], do_sample=False, device=torch.device("cpu"))) == 1

@@ -87,4 +87,4 @@ def test_attention_alone_is_not_recurrent() -> None:
 def test_what_computes_the_attention_is_said(config: str, values: dict[str, object], said: str) -> None:
     model = small(config, **values)
     TokenLoss(model, CausalLM("unused"))
-    assert described(model) == said
+    assert described(model, torch.device("cpu"), torch.float32) == said

@@ -11,6 +11,7 @@ import transformers
 
 from mft.batch import IGNORE
 from mft.model.causal_lm import CausalLM
+from mft.model.cross_entropy import default_chunk_size
 from mft.model.peft.full import Full
 from mft.model.peft.lora import Lora
 from mft.model.tiny import Tiny
@@ -52,6 +53,7 @@ def test_equals_transformers(cache_dir: Path, tied: bool, peft: Full) -> None:
     module = TokenLoss(model, family, chunk_size=5)
     nll_BT, router = module(*inputs(data))
     assert nll_BT.dtype == torch.float32 and router.item() == 0
+    assert not nll_BT._is_view(), "FSDP2 warns of them"
     assert (nll_BT[data.target_BT == IGNORE] == 0).all()
     loss = nll_BT.sum() / (data.target_BT != IGNORE).sum()
     loss.backward()
@@ -129,6 +131,17 @@ def test_chunks_do_not_matter(tiny: Tiny, dtype: torch.dtype, trainable: bool) -
     for nll_BT, grads in results[1:]:
         assert torch.allclose(nll_BT, results[0][0], atol=tolerance * 10)
         assert_same(grads, results[0][1], tolerance * 10)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "device", "positions"),
+    [
+        *((256, "cpu", 1024), (32_000, "cpu", 1024), (128_256, "cpu", 261), (262_144, "cpu", 256)),
+        *((32_000, "cuda", 8388), (128_256, "cuda", 2092), (2_000_000, "cuda", 256)),
+    ],
+)
+def test_a_chunk_fits_the_device(vocabulary: int, device: str, positions: int) -> None:
+    assert default_chunk_size(vocabulary, device) == positions
 
 
 @pytest.mark.parametrize("trainable", [True, False])

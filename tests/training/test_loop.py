@@ -228,9 +228,9 @@ class Overflowing:
     """A stage of tests.loss in fp16, on the CPU, whose loss scaler starts so high that gradients overflow
     once."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, backend: str):
         write_tasks(root / "tasks")
-        self.stage = Stage(root, Layout(2, packed=False, backend="single"))
+        self.stage = Stage(root, Layout(2, packed=False, backend=backend))
         accelerator = self.stage.engine.accelerator
         # accelerate makes a scaler on GPUs only; torch's works on a CPU, so the path is walked here by giving
         # it one
@@ -239,7 +239,7 @@ class Overflowing:
 
     def fit(self, poison: bool = False) -> tuple[Trainer, Recorder]:
         recorder = Recorder()
-        t = self.stage.training(made("lbtw"), recorder)
+        t = self.stage.training(made("lbtw"), recorder, fused=True)  # as optimizer=adamw is
         if poison:
             t.module.model.get_input_embeddings().weight.data[65:90] = math.nan
         self.before = self.stage.parameters(t)
@@ -247,10 +247,10 @@ class Overflowing:
         return t, recorder
 
 
-@pytest.fixture
-def overflowing(tmp_path: Path) -> Iterator[Overflowing]:
+@pytest.fixture(params=["single", "ddp", "fsdp"])
+def overflowing(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Overflowing]:
     quiet_libraries()
-    found = Overflowing(tmp_path)
+    found = Overflowing(tmp_path, request.param)
     yield found
     found.stage.engine.close()
 
@@ -265,6 +265,7 @@ def test_an_overflow_that_the_loss_scaler_answers_is_no_error_and_no_update(over
     assert not torch.equal(overflowing.before, overflowing.stage.parameters(t))
 
 
+@pytest.mark.parametrize("overflowing", ["single"], indirect=True)
 def test_with_a_loss_scaler_too_a_loss_that_is_not_finite_ends_the_run(overflowing: Overflowing) -> None:
     with pytest.raises(UserError, match=r"Step 1 has a non-finite loss.*task [abc], "):
         overflowing.fit(poison=True)

@@ -74,3 +74,15 @@ def test_sums_are_taken_up_where_a_run_was_interrupted() -> None:
     assert {k: v for k, v in rows[0].items() if not k.startswith(timed)} == {
         k: v for k, v in rows[1].items() if not k.startswith(timed)
     }
+
+
+def test_the_hardware_does_more_than_the_model_where_activations_are_made_again() -> None:
+    rows = []
+    for recomputed in (0.0, 2e9):
+        meter = Meter(["a", "b"], "cpu", 6e9, peak_tflops=1.0, recomputed_per_token=recomputed)
+        stepped(meter, [batch([[0, 0]])], nll=2.0)
+        rows.append(meter.read(ALONE))
+    kept, again = rows
+    assert kept["speed/mfu"] == pytest.approx(kept["speed/tokens_per_second"] * 6e9 / 1e12)
+    assert "speed/hfu" not in kept
+    assert again["speed/hfu"] / again["speed/mfu"] == pytest.approx(8 / 6)

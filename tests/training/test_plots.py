@@ -2,10 +2,12 @@
 
 import json
 import struct
+import sys
 
 import pytest
 
 from mft import run_folder
+from mft.training import summary
 from mft.training.panels import MOST
 from mft.training.plots import length_histogram, loss_curves, task_weights
 from mft.training.progress import Terminal
@@ -77,3 +79,12 @@ def test_a_line_names_the_worst_of_many_tasks(capsys):
     Terminal(names).validated(1, {name: float(i) for i, name in enumerate(names)})
     said = capsys.readouterr().out
     assert "highest: t299 299.000 · t298" in said and "288 more tasks" in said and "t0 " not in said
+
+
+def test_without_matplotlib_there_is_a_sentence_and_no_picture(tmp_path, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(rows(2, 1)[0]) + "\n")
+    assert "matplotlib cannot be imported" in summary.write({"status": "finished"}, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"status": "finished"}
+    assert not (tmp_path / "report").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +23,8 @@ def batch(seed: int = 0) -> Batch:
 
 
 class Source:
-    def steps(self, epoch: int, rows_consumed: int) -> Iterator[StepBatches]:
-        for number in range(rows_consumed, 9):
+    def steps(self, epoch: int, rows_consumed: int, count: int) -> Generator[StepBatches]:
+        for number in range(rows_consumed, rows_consumed + count):
             yield StepBatches([batch(number)], epoch, number + 1, 0.0)
 
 
@@ -45,12 +45,12 @@ def test_a_digest_tells_any_number_and_the_order_apart() -> None:
 def test_a_stop_comes_in_its_step_and_a_resume_appends(tmp_path: Path) -> None:
     state, stop = State(), Stop()
     with handlers(stop.request):
-        for data in Trace(stop_at=3).steps_of(Source(), state, tmp_path, rank=1).steps(0, 0):
+        for data in Trace(stop_at=3).steps_of(Source(), state, tmp_path, rank=1).steps(0, 0, 9):
             assert stop() == (state.step == 2)
             state.advance(data, 1)
             if stop():
                 break
     assert stop.signal == signal.SIGTERM and state.step == 3
-    for _ in Trace().steps_of(Source(), state, tmp_path, rank=1).steps(0, 3):
+    for _ in Trace().steps_of(Source(), state, tmp_path, rank=1).steps(0, 3, 6):
         pass
     assert read(tmp_path) == {1: [(step, digest([batch(step - 1)])) for step in range(1, 10)]}

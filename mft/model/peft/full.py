@@ -72,9 +72,16 @@ class Full:
         """Returns the dtype of the base weights; precision: bf16, fp16 or fp32."""
         return compute_dtype("fp32")
 
-    def quantization(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-        """Returns how the base is quantised on loading, or None."""
+    def quantization(
+        self, compute_dtype: torch.dtype, storage: torch.dtype | None = None
+    ) -> BitsAndBytesConfig | None:
+        """Returns how the base is quantised on loading, or None; storage: see `QLora.quantization`."""
         return None
+
+    def stored_as(self, family: CausalLM, default: str) -> str:
+        """Returns the dtype that holds packed 4-bit weights (uint8, bf16, fp16, fp32, or another one of the
+        checkpoint's), "" where there are none. default: where neither checkpoint nor setting says."""
+        return ""
 
     def attach(self, model: nn.Module, family: CausalLM) -> nn.Module:
         """Returns the model with what is to be trained requiring gradients."""

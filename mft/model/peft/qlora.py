@@ -27,7 +27,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "bits": (4, 8),
     "quant_type": ("nf4", "fp4"),
     "compute_dtype": (None, *PRECISIONS),
-    "storage_dtype": ("uint8", *PRECISIONS),
+    "storage_dtype": (None, "uint8", *PRECISIONS),
 }
 """Field → its values, for those that have a list of them."""
 
@@ -54,8 +54,9 @@ class QLora(Lora):
     compute_dtype: str | None = None
     """bf16, fp16 or fp32: what the base computes in; None = the run's precision."""
 
-    storage_dtype: str = "uint8"
-    """uint8, bf16, fp16 or fp32: how the packed weights are stored; FSDP shards only what has one dtype."""
+    storage_dtype: str | None = None
+    """uint8, bf16, fp16 or fp32: the dtype whose bits hold the packed weights; None = uint8, or the run's
+    precision where the backend casts weights to it, which must find nothing to cast here."""
 
     skip_modules: list[str] = field(default_factory=list)
     """Names of modules that stay unquantised besides the head."""
@@ -87,16 +88,24 @@ class QLora(Lora):
         if self.skip_modules:  # [] leaves the choice to the checkpoint
             kept["skip_modules"] = stored.get("llm_int8_skip_modules") or []
         if self.bits == 4:  # defaults are those of transformers
-            storage = stored.get("bnb_4bit_quant_storage", "uint8")
             kept["quant_type"] = stored.get("bnb_4bit_quant_type", "fp4")
             kept["double_quant"] = stored.get("bnb_4bit_use_double_quant", False)
-            kept["storage_dtype"] = {name: p for p, name in PRECISIONS.items()}.get(storage, storage)
+            if self.storage_dtype:
+                kept["storage_dtype"] = _storage_of(weights)
         if weights.method and (differing := self.differing(kept)):
             log.warning("model.path=%s is quantised already and keeps its own %s", path, differing)
 
-    def quantization(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    def stored_as(self, family: CausalLM, default: str) -> str:
+        if self.bits == 8:
+            return ""
+        weights = family.weight_format()
+        return _storage_of(weights) if weights.method else self.storage_dtype or default
+
+    def quantization(
+        self, compute_dtype: torch.dtype, storage: torch.dtype | None = None
+    ) -> BitsAndBytesConfig | None:
         """Returns the settings as transformers takes them; compute_dtype: the run's, for a compute_dtype of
-        null."""
+        null; storage: for a storage_dtype of null, None = uint8."""
         import torch
         from transformers import BitsAndBytesConfig
 
@@ -106,18 +115,26 @@ class QLora(Lora):
         if self.bits == 8:
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
         own = getattr(torch, PRECISIONS[self.compute_dtype]) if self.compute_dtype else compute_dtype
+        if self.storage_dtype:
+            storage = getattr(torch, PRECISIONS.get(self.storage_dtype, self.storage_dtype))
         return BitsAndBytesConfig(
             load_in_4bit=True,
             llm_int8_skip_modules=skip,
             bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=own,
-            bnb_4bit_quant_storage=getattr(torch, PRECISIONS.get(self.storage_dtype, self.storage_dtype)),
+            bnb_4bit_quant_storage=storage or torch.uint8,
         )
 
     def attach(self, model: nn.Module, family: CausalLM) -> nn.Module:
         _check_skipped(model, self.skip_modules)
         return super().attach(model, family)
+
+
+def _storage_of(weights: WeightFormat) -> str:
+    """Returns the dtype that holds the 4-bit weights of a quantised checkpoint, as `storage_dtype` has it."""
+    stored = str(weights.settings.get("bnb_4bit_quant_storage", "uint8")).removeprefix("torch.")
+    return {name: precision for precision, name in PRECISIONS.items()}.get(stored, stored)
 
 
 def _check_skipped(model: nn.Module, names: Sequence[str]) -> None:

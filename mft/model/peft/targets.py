@@ -112,18 +112,41 @@ def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
     lies beside them with one row an expert, or a single one (qwen2_moe's gate of the shared expert).
     """
     kinds = dict.fromkeys(shapes, "")
-    blocks: dict[str, int] = {}  # path of the module around the experts → how many they are
+    blocks: dict[str, tuple[int, str]] = {}  # path of the module around the experts → how many, and theirs
     for path, shape in shapes.items():
         if len(shape) == 3 and "conv" not in path:
             kinds[path] = "experts"
-            blocks[path.rpartition(".")[0].rpartition(".")[0]] = shape[0]
+            blocks[owner(path).rpartition(".")[0]] = shape[0], owner(path)
     for path, shape in shapes.items():
-        experts = next((count for block, count in blocks.items() if path.startswith(f"{block}.")), 0)
-        beside = experts and len(shape) == 2 and path.endswith(".weight") and shape[0] in (1, experts)
+        found = next((found for block, found in blocks.items() if path.startswith(f"{block}.")), None)
+        if found is None or path.startswith(f"{found[1]}."):
+            continue
+        beside = len(shape) == 2 and path.endswith(".weight") and shape[0] in (1, found[0])
         # a matrix of a shared expert may have as many rows
         if beside and "expert" not in last(path.rpartition(".")[0].rpartition(".")[0]):
             kinds[path] = "router"
     return kinds
+
+
+def owner(path: str) -> str:
+    """Returns the module that has a weight, without the wrappers that peft puts around it for its adapters."""
+    return path.replace(".base_layer", "").rpartition(".")[0]
+
+
+def active_shares(shapes: dict[str, tuple[int, ...]], config: Any) -> dict[str, float]:
+    """Returns the share of each weight that works on one token: less than 1 for routed experts and for their
+    adapters, which peft keeps as one matrix with the rows of all experts.
+
+    config: of the model's text part, with the number of experts that a token goes to.
+    """
+    role, per_token = roles(shapes), getattr(config, "num_experts_per_tok", None)
+    experts = {owner(path): shape[0] for path, shape in shapes.items() if role[path] == "experts"}
+
+    def share(path: str) -> float:
+        of = experts.get(owner(path.partition(".lora_")[0] + "." if ".lora_" in path else path))
+        return min(1.0, per_token / of) if of and per_token and role[path] != "router" else 1.0
+
+    return {path: share(path) for path in shapes}
 
 
 def select(model: nn.Module, targets: str | list[str], experts: bool, router: bool) -> list[Site]:

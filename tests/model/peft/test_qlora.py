@@ -112,7 +112,7 @@ def test_memory_in_the_audit(tiny: Tiny) -> None:
         ),
         (
             QLora(storage_dtype="int8"),
-            r"peft\.storage_dtype='int8' is not one of uint8, .*; did you mean uint8",
+            r"peft\.storage_dtype='int8' is not one of null, uint8, .*; did you mean uint8",
         ),
     ],
 )

@@ -1,0 +1,124 @@
+"""Gradient checkpointing: how many layers make their activations again in the backward pass, by memory.
+
+What is kept is estimated from the shapes of a layer's matrices. tests/model/test_checkpointing.py measures it
+with hooks on what autograd saves, for several families: the estimate lies above, by less than half.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mft.errors import UserError, check_choice
+from mft.model.introspect import base_of
+from mft.model.peft.targets import active_shares, roles, weights
+from mft.model.transformers_private import attention_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SETTING = "model.gradient_checkpointing"
+
+EVERY = (0, 4, 2, 1)
+"""Of so many layers one is recomputed, 0 = none: from fast to small, what `auto` chooses from."""
+
+PER_FEATURE = {(True, False): 3.3, (True, True): 3.1, (False, False): 6.0, (False, True): 5.7}
+"""(Whether the run computes in half precision, whether the base is frozen) → bytes that a token's
+activations take for each input and output of a layer's matrices."""
+
+PER_SCORE = {True: 7, False: 5}
+"""Whether the run computes in half precision → bytes of a score that eager attention keeps; the other
+implementations keep none."""
+
+WORDS = {"auto": None, "true": 1, "false": 0}
+"""Settings that are no number → of so many layers one is recomputed, 0 = none, None: by memory."""
+
+
+def layers_between(setting: object) -> int | None:
+    """Returns of how many layers one is recomputed by model.gradient_checkpointing: 0 = none, None = auto.
+
+    Raises UserError for a value that is neither auto, true, false nor a whole number from 1 on.
+    """
+    text = str(setting).lower()
+    if not text.isdigit():
+        check_choice(SETTING, text if text in WORDS else setting, (*WORDS, "a whole number from 1 on"))
+        return WORDS[text]
+    if not int(text):
+        raise UserError(f"{SETTING}=0: of every so many layers one is recomputed, at least 1; false = none")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What the decoder layers of a model keep for the backward pass."""
+
+    count: int
+    kept: float
+    """Bytes of a token in a layer that keeps its activations."""
+    boundary: float
+    """Bytes of a token in one that is recomputed: its input."""
+    weights: int
+    """Of the largest layer."""
+
+    @classmethod
+    def of(cls, model: nn.Module, classes: list[str], half: bool, longest: int) -> Layers:
+        """model: plain or peft, as loaded; classes: names of the layers' classes; half: whether the run
+        computes in bf16 or fp16; longest: tokens of a sample, for eager attention."""
+        base: Any = base_of(model)
+        config = base.config.get_text_config()
+        layers = [part for part in model.modules() if type(part).__name__ in classes]
+        frozen = not all(p.requires_grad for p in model.parameters())
+        features, sizes = [], []
+        for layer in layers:
+            matrices = [(path, shape) for path, _, shape in weights(layer) if len(shape) > 1]
+            role, active = roles(dict(matrices)), active_shares(dict(matrices), config)
+            # adapters are between the inputs and outputs that count already
+            own = [(path, shape) for path, shape in matrices if ".lora_" not in path]
+            features.append(
+                sum(
+                    sum(shape[-2:]) * (active[path] * shape[0] if role[path] == "experts" else 1)
+                    for path, shape in own
+                )
+            )
+            sizes.append(sum(math.prod(shape) for _, shape in matrices))
+        kept = PER_FEATURE[half, frozen] * max(features, default=0)
+        if "eager" in attention_name(base):
+            kept += PER_SCORE[half] * longest * (getattr(config, "num_attention_heads", 0) or 0)
+        return cls(len(layers), kept, 4.0 * config.hidden_size, max(sizes, default=0))
+
+    def bytes(self, every: int, tokens: int) -> float:
+        """Returns what is kept of a micro-batch, with the layer that is being recomputed."""
+        again = math.ceil(self.count / every) if every else 0
+        whole = self.count - again + (1 if again else 0)
+        return tokens * (whole * self.kept + again * self.boundary)
+
+
+def choose(layers: Layers, tokens: int, held: float, room: float) -> int:
+    """Returns of how many layers one is to be recomputed: as few as possible for what fits.
+
+    tokens: of a micro-batch; held: bytes of weights, gradients, optimizer and all else that is not kept for
+    the backward pass; room: bytes of the device that may be used.
+    """
+    fitting = (every for every in EVERY if held + layers.bytes(every, tokens) <= room)
+    return next(fitting, EVERY[-1])
+
+
+def described(every: int) -> str:
+    """Returns which layers are recomputed, for people."""
+    return {0: "off", 1: "on"}.get(every, f"one of {every} layers")
+
+
+def enable(base: Any, classes: list[str], every: int) -> bool:
+    """Lets one of `every` layers recompute its activations; returns False where its class cannot do exactly
+    that."""
+    if not base.supports_gradient_checkpointing:
+        return False
+    # The reentrant kind loses gradients of adapters behind a frozen embedding and breaks DDP.
+    base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    if every == 1:
+        return True
+    # classes with the older hook ignore the number
+    layers = [part for part in base.modules() if type(part).__name__ in classes]
+    chosen = [getattr(layer, "gradient_checkpointing", None) for layer in layers]
+    return chosen == [number % every == 0 for number in range(len(layers))]

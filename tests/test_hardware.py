@@ -1,0 +1,137 @@
+"""What GPUs a process may use, where none is here: a library compiled in the test stands in for CUDA's
+driver."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mft import hardware
+from mft.config.schema import resolve_precision
+from mft.launch.placement import ranks
+
+DRIVER = """
+#include <stdlib.h>
+#include <string.h>
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) {  /* two whole GPUs, of which one is cut into slices */
+    char *seen = getenv("CUDA_VISIBLE_DEVICES");
+    *count = seen ? 1 : 2;
+    for (; seen && *seen; seen++) *count += *seen == ',';
+    return 0;
+}
+int cuDeviceGet(int *device, int number) { *device = number; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    *value = attribute == 75 ? atoi(getenv("GENERATION")) : 0;
+    return 0;
+}
+"""
+MIG = "MIG-4a3c1c2e-0000-5b2a-9b1c-000000000001"
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not (compiler := shutil.which("cc")):
+        pytest.skip("no compiler is here")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.setenv("GENERATION", "9")
+    for name in ("CUDA_VISIBLE_DEVICES", "RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hardware, "DRIVERS", (tmp_path,))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")  # of the build, which is for CPUs here
+    hardware._shown_by_driver.cache_clear()
+    yield
+    hardware._shown_by_driver.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("variable", "found"),
+    [(None, 2), ("", 0), ("-1", 0), ("0,1", 2), ("3", 1), ("GPU-a,GPU-b,GPU-c", 3), (MIG, 1)],
+)
+def test_auto_takes_the_gpus_that_cuda_shows(
+    driver: None, monkeypatch: pytest.MonkeyPatch, variable: str | None, found: int
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert hardware.visible_gpus() == found
+    assert ranks("auto") == max(1, found)
+
+
+@pytest.mark.parametrize(("generation", "precision"), [("9", "bf16"), ("7", "fp16")])
+def test_precision_is_known_without_starting_cuda(
+    driver: None, monkeypatch: pytest.MonkeyPatch, generation: str, precision: str
+) -> None:
+    """A process that starts CUDA can fork no rank that uses a GPU."""
+
+    def started(*_: object) -> None:
+        raise AssertionError("CUDA was started")
+
+    for name in ("device_count", "is_bf16_supported", "current_device", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, started)
+    monkeypatch.setenv("GENERATION", generation)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", MIG)
+    assert resolve_precision("auto") == precision
+    assert hardware.visible_gpus() == 1
+
+
+def test_a_cpu_build_of_torch_uses_no_gpu(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert hardware.visible_gpus() == 0
+
+
+def test_a_driver_that_fails_shows_no_gpu(driver: None, tmp_path: Path) -> None:
+    (tmp_path / "libcuda.so.1").write_text("no library")
+    assert hardware.visible_gpus() == 0
+
+
+def test_wsl2_has_another_device_file_and_keeps_the_allocators_own_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Path("/dev/dxg") in hardware.DRIVERS and hardware.NVIDIA in hardware.DRIVERS
+    monkeypatch.setattr(hardware, "DRIVERS", (hardware.NVIDIA, tmp_path))  # the path stands for /dev/dxg
+    monkeypatch.setattr(hardware, "NVIDIA", tmp_path / "nvidiactl")
+    for name in hardware.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    hardware.growing_segments()
+    assert hardware.has_gpu() and not any(name in os.environ for name in hardware.ALLOCATOR)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+    ],
+)
+def test_the_allocator_is_set_where_the_person_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: dict[str, str]
+) -> None:
+    for name in hardware.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    hardware.growing_segments()
+    assert {name: os.environ[name] for name in hardware.ALLOCATOR if name in os.environ} == given  # no GPU
+    monkeypatch.setattr(hardware, "NVIDIA", tmp_path)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))  # is undone
+    if "PYTORCH_CUDA_ALLOC_CONF" not in given:
+        del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
+    hardware.growing_segments()
+    assert {name: os.environ[name] for name in hardware.ALLOCATOR if name in os.environ} == expected
+
+
+def test_the_allocator_is_set_before_torch_is_imported() -> None:
+    code = "import sys, mft.launch.worker; print('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"
