@@ -199,11 +199,12 @@ def _check_dist(c: build.Components, precision: str) -> None:
     stored = c.peft.stored_as(c.model, default=precision)
     kept = stored == "uint8" and not c.dist.casts_whole_numbers()
     if stored and stored != precision and not kept:
-        own = stored != c.peft.storage_dtype  # type: ignore[attr-defined]  # only peft=qlora stores any
-        where = "model.path: its 4-bit weights are stored as" if own else "peft.storage_dtype="
-        remedy = "dist=ddp" if own else f"peft.storage_dtype={precision}, or null"
+        of_setting = stored == getattr(c.peft, "storage_dtype", None)  # else the checkpoint is packed already
+        packed = f"model.path: its 4-bit weights are stored as {stored}"
+        where = f"peft.storage_dtype={stored}" if of_setting else packed
+        remedy = f"peft.storage_dtype={precision}, or null" if of_setting else "dist=ddp"
         raise UserError(
-            f"{where}{' ' * own}{stored}: this dist casts weights to {precision}, packed ones by value, "
+            f"{where}: this dist casts weights to {precision}, packed ones by value, "
             f"which would destroy them; choose {remedy}"
         )
 

@@ -44,11 +44,6 @@ def limit_buckets(zero: dict[str, Any], trained: int) -> None:
         zero["allgather_bucket_size"] = min(zero["allgather_bucket_size"], trained + trained % 2)
 
 
-def _trained(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
-
-
 class DeepSpeedEngine(Engine):
     """Drives a DeepSpeed engine. From stage 2 on each micro-batch exchanges gradients: no rank keeps all."""
 
@@ -92,7 +87,8 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         config = deepcopy(self.config)
-        limit_buckets(config["zero_optimization"], sum(self._numel(p) for p in _trained(optimizer)))
+        trained = sum(self._numel(p) for group in optimizer.param_groups for p in group["params"])
+        limit_buckets(config["zero_optimization"], trained)
         if self.stage == 3:
             self._divide(module, config)
         module.to(self.device)

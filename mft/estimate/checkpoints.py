@@ -29,6 +29,6 @@ def words(newest: float, older: float, kept: int | None, written: int, folder: P
         if older == newest
         else f"{size_words(newest)}, older {size_words(older)}"
     )
-    words = f"{each}, {most:,} kept at most: {size_words(total)}"
+    shown = f"{each}, {most:,} kept at most: {size_words(total)}"
     few = ", which is too little: set train.keep, or a larger train.save_every" if total > free else ""
-    return f"{words}; {size_words(free)} are free in {there}{few}"
+    return f"{shown}; {size_words(free)} are free in {there}{few}"

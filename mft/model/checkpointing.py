@@ -75,12 +75,8 @@ class Layers:
             role, active = roles(dict(matrices)), active_shares(dict(matrices), config)
             # adapters are between the inputs and outputs that count already
             own = [(path, shape) for path, shape in matrices if ".lora_" not in path]
-            features.append(
-                sum(
-                    sum(shape[-2:]) * (active[path] * shape[0] if role[path] == "experts" else 1)
-                    for path, shape in own
-                )
-            )
+            copies = {path: active[path] * shape[0] if role[path] == "experts" else 1 for path, shape in own}
+            features.append(sum(copies[path] * sum(shape[-2:]) for path, shape in own))
             sizes.append(sum(math.prod(shape) for _, shape in matrices))
         kept = PER_FEATURE[half, frozen] * max(features, default=0)
         if "eager" in attention_name(base):

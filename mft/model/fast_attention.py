@@ -20,7 +20,7 @@ from mft.model.packed_row import PackedRow, per_sample
 from mft.model.torch_private import Varlen, varlen
 
 WIDEST = 256
-"""Head width up to which it works, in multiples of 8."""
+"""Head width up to which torch's varlen attention works, in multiples of 8."""
 
 VARLEN, BLOCKS, SDPA = "varlen", "blocks", "sdpa"
 
@@ -59,7 +59,7 @@ def kernel(
     """Returns VARLEN, BLOCKS or SDPA for plain causal attention of a packed row.
 
     dtype: what is computed in; widths: of a head's keys and of its values; longest: tokens of the longest
-    sample; window: number of keys a query sees, None = all before it.
+    sample, any above 1 to describe a run; window: number of keys a query sees, None = all before it.
     """
     windowed = window is not None and 0 < window < longest
     if machine.device == "cpu":

@@ -129,8 +129,9 @@ def roles(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
 
 
 def owner(path: str) -> str:
-    """Returns the module that has a weight, without the wrappers that peft puts around it for its adapters."""
-    return path.replace(".base_layer", "").rpartition(".")[0]
+    """Returns the module that has a weight or that an adapter's weight belongs to, without peft's wrappers."""
+    module, adapter, _ = path.partition(".lora_")
+    return (module if adapter else path.rpartition(".")[0]).replace(".base_layer", "")
 
 
 def active_shares(shapes: dict[str, tuple[int, ...]], config: Any) -> dict[str, float]:
@@ -143,7 +144,7 @@ def active_shares(shapes: dict[str, tuple[int, ...]], config: Any) -> dict[str, 
     experts = {owner(path): shape[0] for path, shape in shapes.items() if role[path] == "experts"}
 
     def share(path: str) -> float:
-        of = experts.get(owner(path.partition(".lora_")[0] + "." if ".lora_" in path else path))
+        of = experts.get(owner(path))
         return min(1.0, per_token / of) if of and per_token and role[path] != "router" else 1.0
 
     return {path: share(path) for path in shapes}
