@@ -276,6 +276,8 @@ def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: str) ->
         "precision": f"{precision}, attention {attention}",
         "gradient checkpointing": checkpointing,
     }
+    if adapters := r.parts.peft.computation(model):
+        facts["adapters"] = adapters
     r.progress.show(settings_table(facts.items(), "training"))
 
 

@@ -104,6 +104,23 @@ def adds_no_tokens(run: Run) -> bool:
     return not (run.value("model.add_tokens") or run.value("model.add_special_tokens"))
 
 
+def drops_inputs(run: Run) -> bool:
+    return bool(run.value("peft.dropout")) and not run.value("peft.path")
+
+
+def decomposes(run: Run) -> bool:
+    return bool(run.value("peft.use_dora")) and not run.value("peft.path")
+
+
+def packs_all_that_is_adapted(run: Run) -> bool:
+    keeps = any(run.value(f"peft.{key}") for key in ("targets", "router", "skip_modules", "path"))
+    return run.value("peft.bits") is not None and not keeps
+
+
+def under_zero3(run: Run) -> bool:
+    return str(run.value("dist._target_")).endswith("Zero3")
+
+
 IN_A_SWEEP = where(lambda run: run.sweep, "the jobs of a sweep have folders of their own")
 OUTSIDE_A_SWEEP = where(lambda run: not run.sweep, "this is one run, not a sweep (-m)")
 WITHOUT_VALIDATION = where(lambda run: not validates(run), "no task has validation samples")
@@ -113,6 +130,13 @@ ONE_RANK = where(lambda run: run.world == 1, "the run has one rank")
 INLINE = when("launch.mode", "inline")
 TRACKING_URI = where(lambda run: os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI names the store")
 WITHOUT_GPU = where(lambda _: not visible_gpus(), "no GPU is visible here, and a CPU repeats itself")
+ONE_BY_ONE = where(under_zero3, "dist=zero3 gathers weights module by module, so peft's own path is taken")
+OF_DORA = where(decomposes, "adapters of DoRA take peft's own path")
+OF_DROPOUT = where(
+    lambda run: drops_inputs(run) and not visible_gpus(),
+    "adapters with dropout take peft's own path on a CPU",
+)
+OF_PACKED = where(packs_all_that_is_adapted, "adapters of quantised layers take peft's own path")
 NOT_PADDED = where(lambda run: not pads(run), "it is read by data=pad")
 
 RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
@@ -147,6 +171,7 @@ RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
         "peft.use_dora peft.use_rslora peft.init",
         (where_given("peft.path"),),
     ),
+    ("peft.fused", (ONE_BY_ONE, OF_DORA, OF_DROPOUT, OF_PACKED)),
     ("peft.quant_type peft.double_quant peft.compute_dtype peft.storage_dtype", (when("peft.bits", 8),)),
     ("loss.probe_samples", (when("loss.source", "train"),)),
     (

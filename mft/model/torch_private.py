@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 READ_IN = "2.13.0"
 """The version in which this was read."""
@@ -82,3 +82,10 @@ def softmax_gradient(gradient: Tensor, output: Tensor) -> Tensor:
     """Returns the gradient of a softmax over the last dimension, output * (gradient - sum(output *
     gradient)), in one pass and with float32 in between."""
     return torch._softmax_backward_data(gradient, output, -1, output.dtype)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to happen when this module itself is called: a hook, or another forward than its
+    class's."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks)
+    return any(hooks) or bool(module._backward_hooks) or "forward" in vars(module)

@@ -275,6 +275,13 @@ def inert(*overrides: str, world: int = 1, sweep: bool = False) -> list[str]:
         (["data.mixture=temperature", "data.paths=[a]"], "there is one task"),
         (["peft.rank=4", "peft.path=adapter"], "peft.path is given"),
         (["peft=qlora", "peft.bits=8", "peft.quant_type=fp4"], "peft.bits is 8"),
+        (["peft.fused=false", "peft.use_dora=true"], "adapters of DoRA take peft's own path"),
+        (["peft.fused=false", "peft.dropout=0.1"], "adapters with dropout take peft's own path on a CPU"),
+        (["peft=qlora", "peft.fused=false"], "adapters of quantised layers take peft's own path"),
+        (
+            ["dist=zero3", "peft.fused=false"],
+            "dist=zero3 gathers weights module by module, so peft's own path is taken",
+        ),
         (["model.pad_to_multiple_of=8"], "model.add_tokens is empty"),
         (["loss=famo", "loss.probe_samples=4"], "loss.source is train"),
         (["dist=ddp", "dist.find_unused_parameters=true"], "the run has one rank"),
@@ -295,6 +302,8 @@ def test_a_setting_with_an_effect_is_not_reported() -> None:
     assert not inert("launch.prune=true", "launch.prune_after=3", "launch.jobs=2", sweep=True)
     assert not inert("train.save_state=last", "train.keep=1")
     assert not inert("data=pad", "data.length_group=8", "data.pad_to=longest")
+    assert not inert("peft.fused=false")
+    assert not inert("peft.fused=false", "peft=qlora", "peft.skip_modules=[o_proj]")
     assert not inert("dist=ddp", "dist.find_unused_parameters=true", world=2)
     assert not inert(
         "launch.main_port=29500", "train.early_stopping_stall_num=3", "peft=qlora", "peft.bits=8"

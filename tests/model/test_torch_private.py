@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mft.model import torch_private as private
 from mft.model.packed_row import PackedRow
-from mft.model.torch_private import Varlen, softmax_gradient, varlen
+from mft.model.torch_private import Varlen, has_hooks, softmax_gradient, varlen
 from tests.model.varlen import RELEASES, SEEN, varlen_2_13
 
 varlen_attn = pytest.importorskip("torch.nn.attention.varlen").varlen_attn  # since torch 2.10
@@ -98,3 +98,24 @@ def test_gradient_of_a_softmax() -> None:
     weights, gradient = scores.softmax(-1), torch.randn(3, 5)
     expected = torch.autograd.grad(weights, scores, gradient)[0]
     assert torch.allclose(softmax_gradient(gradient, weights.detach()), expected, atol=1e-6), GONE
+
+
+def test_what_happens_when_a_module_is_called() -> None:
+    def linear() -> torch.nn.Linear:
+        return torch.nn.Linear(2, 2)
+
+    assert not has_hooks(linear()), GONE
+    for method in (
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ):
+        hooked = linear()
+        handle = getattr(hooked, method)(lambda *_: None)
+        assert has_hooks(hooked), f"{method} {GONE}"
+        handle.remove()
+        assert not has_hooks(hooked)
+    replaced = linear()
+    replaced.forward = replaced.forward  # type: ignore[method-assign]
+    assert has_hooks(replaced)

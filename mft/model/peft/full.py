@@ -87,6 +87,10 @@ class Full:
         """Returns the model with what is to be trained requiring gradients."""
         return model.requires_grad_(True)
 
+    def computation(self, model: nn.Module) -> str:
+        """Returns how what is attached to a model is computed, for people, "" where nothing is."""
+        return ""
+
     def audit(self, model: nn.Module) -> list[AuditRow]:
         """Returns what is trained, a row per kind of module."""
         from mft.model.peft.summary import audit

@@ -78,6 +78,10 @@ class Lora(Full):
     init: Any = True
     """Initialisation of the adapters, one of INITS."""
 
+    fused: bool = True
+    """Compute a linear layer and its adapter as one function, where that is the same; false: by peft's own
+    path, equal to rounding."""
+
     path: str | None = None
     """An adapter folder to start from; its own rank, alpha, dropout, targets and so on then hold."""
 
@@ -188,6 +192,7 @@ class Lora(Full):
         from peft import PeftModel, get_peft_model
 
         from mft.model.introspect import base_of
+        from mft.model.peft.fused import fuse
         from mft.model.peft.init import in_float32, remember_init
         from mft.model.special_tokens import check_same_tokens
 
@@ -209,7 +214,14 @@ class Lora(Full):
         # Saving gives the base back what PiSSA and OLoRA have just taken out of it.
         if self.changes_base:
             remember_init(model)
+        if self.fused:
+            fuse(model)
         return model
+
+    def computation(self, model: nn.Module) -> str:
+        from mft.model.peft.fused import described
+
+        return described(model)
 
     def config(self, model: PreTrainedModel, family: CausalLM) -> LoraConfig:
         """Returns what peft is to do to a model, also to one without weights.
