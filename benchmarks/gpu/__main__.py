@@ -1,0 +1,19 @@
+"""Steps of 7B, 1.2B and 135M models on one GPU: LoRA, QLoRA and full, all backends, against a plain loop.
+
+    python -m benchmarks.gpu [--minutes 5] [--only B2 …] [--device cpu --tiny]
+
+Each cell is a process of its own (tests/gpu/children.py) that prints a JSON line when it ends; a table follows.
+A variant is 3 steps that warm up and 8 that are timed, by CUDA events on a GPU: median, fastest, slowest. Ratios
+are of variants of one cell, so of one process on one card. docs/gpu.md has what is expected.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks.gpu.cells import CELLS
+from benchmarks.gpu.timing import table
+from tests.gpu.children import main
+
+if __name__ == "__main__":
+    sys.exit(main(CELLS, __doc__, minutes=5, report=table))
