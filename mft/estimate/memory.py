@@ -85,7 +85,7 @@ def beside_activations(
     from mft.model.cross_entropy import default_chunk_size
 
     vocabulary, width = full_shape(base_of(model).get_input_embeddings().weight)[:2]
-    rows = min(tokens, default_chunk_size(vocabulary, "cuda"))
+    rows = min(tokens, default_chunk_size(vocabulary, "cuda", trained=False))
     copies = 2 * (layers.weights + vocabulary * width) if divided else copied
     return sum(held.values()) + 2 * copies + PER_LOGIT * rows * vocabulary
 

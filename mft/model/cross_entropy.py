@@ -14,15 +14,16 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
-def default_chunk_size(vocabulary: int, device: str) -> int:
-    """Returns the positions of one chunk, at least 256 to keep the matrix product busy.
+def default_chunk_size(vocabulary: int, device: str, trained: bool) -> int:
+    """Returns the positions of one chunk: enough to keep the matrix product busy.
 
-    device: a torch device type. On a CPU about 2**25 logits (128 MiB in float32), at most 1,024 positions; on
-    a GPU 2**28 (1 GiB): there 261 positions of a vocabulary of 128 k would be bound by memory traffic, and a
-    trained head adds to its whole gradient once a chunk.
+    device: a torch device type; trained: whether the head has a gradient, to the whole of which each chunk
+    adds. On a CPU about 2**25 logits (128 MiB in float32) if it has and 2**23, which stay nearer to the
+    cache, if not, 128 to 1,024 positions; on a GPU 2**28 (1 GiB), at least 256: there 261 positions of a
+    vocabulary of 128 k would be bound by memory traffic.
     """
     if device == "cpu":
-        return max(256, min(1024, 2**25 // vocabulary))
+        return max(128, min(1024, 2 ** (25 if trained else 23) // vocabulary))
     return max(256, 2**28 // vocabulary)
 
 
@@ -79,9 +80,16 @@ def _logits(hidden_rH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
     return logits_rV.to(_exact(logits_rV.dtype))
 
 
-def _residual(logits_rV: torch.Tensor, logsumexp_r: torch.Tensor, target_r: torch.Tensor) -> torch.Tensor:
-    """Returns softmax - one-hot, the gradient of each row's loss in its logits; overwrites the logits."""
-    probability_rV = logits_rV.sub_(logsumexp_r[:, None]).exp_()
+def _exponentials(logits_rV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overwrites logits with exp(logit - largest of its row); returns (their sums, the logsumexp), [r, 1]
+    each. The one pass of exponentials serves the loss and its gradient."""
+    largest_r1 = logits_rV.amax(-1, keepdim=True)
+    sum_r1 = logits_rV.sub_(largest_r1).exp_().sum(-1, keepdim=True)
+    return sum_r1, sum_r1.log() + largest_r1
+
+
+def _less_one_hot(probability_rV: torch.Tensor, target_r: torch.Tensor) -> torch.Tensor:
+    """Returns softmax - one-hot, the gradient of each row's loss in its logits; overwrites the softmax."""
     probability_rV[torch.arange(len(target_r), device=target_r.device), target_r] -= 1
     return probability_rV
 
@@ -100,10 +108,13 @@ class _LinearNll(torch.autograd.Function):
                 part = slice(i, i + chunk_size)
                 target_r = target_n[part]
                 logits_rV = _logits(hidden_nH[part], weight)
-                logsumexp_n[part] = logits_rV.logsumexp(-1)
-                nll_n[part] = logsumexp_n[part] - logits_rV.gather(-1, target_r[:, None]).squeeze(-1)
+                target_r1 = logits_rV.gather(-1, target_r[:, None])
+                sum_r1, logsumexp_r1 = _exponentials(logits_rV)
+                logsumexp_n[part] = logsumexp_r1[:, 0]
+                nll_n[part] = (logsumexp_r1 - target_r1)[:, 0]
                 if grad_nH is not None:
-                    grad_nH[part] = _residual(logits_rV, logsumexp_n[part], target_r).to(dtype) @ weight
+                    residual_rV = _less_one_hot(logits_rV.div_(sum_r1), target_r)
+                    grad_nH[part] = residual_rV.to(dtype) @ weight
         if grad_nH is not None:
             ctx.save_for_backward(grad_nH)
         elif wants_weight:
@@ -125,8 +136,9 @@ class _LinearNll(torch.autograd.Function):
         for i in range(0, len(target_n), ctx.chunk_size):
             part = slice(i, i + ctx.chunk_size)
             hidden_rH, scale_r1 = hidden_nH[part].to(ctx.dtype), scale_n[part, None]
-            residual_rV = _residual(_logits(hidden_rH, weight), logsumexp_n[part], target_n[part])
-            residual_rV = residual_rV.to(ctx.dtype)
+            logits_rV = _logits(hidden_rH, weight)
+            probability_rV = logits_rV.sub_(logsumexp_n[part, None]).exp_()
+            residual_rV = _less_one_hot(probability_rV, target_n[part]).to(ctx.dtype)
             if grad_nH is not None:
                 grad_nH[part] = (residual_rV @ weight) * scale_r1
             grad_VH += residual_rV.T @ (hidden_rH * scale_r1).to(ctx.dtype)

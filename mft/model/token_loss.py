@@ -132,7 +132,8 @@ class TokenLoss(nn.Module):
 
     def _nll(self, base: PreTrainedModel, hidden_nH: torch.Tensor, target_n: torch.Tensor) -> torch.Tensor:
         head = base.get_output_embeddings()
-        size = self.chunk_size or default_chunk_size(vocabulary(head), hidden_nH.device.type)
+        trained = any(parameter.requires_grad for parameter in head.parameters())
+        size = self.chunk_size or default_chunk_size(vocabulary(head), hidden_nH.device.type, trained)
         if self.family.plain_head(base):
             return linear_nll(hidden_nH, head.weight, target_n, size)
         logits = partial(self.family.logits, self.model)

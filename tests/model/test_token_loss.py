@@ -134,14 +134,15 @@ def test_chunks_do_not_matter(tiny: Tiny, dtype: torch.dtype, trainable: bool) -
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "device", "positions"),
+    ("vocabulary", "device", "trained", "positions"),
     [
-        *((256, "cpu", 1024), (32_000, "cpu", 1024), (128_256, "cpu", 261), (262_144, "cpu", 256)),
-        *((32_000, "cuda", 8388), (128_256, "cuda", 2092), (2_000_000, "cuda", 256)),
+        *((256, "cpu", True, 1024), (32_000, "cpu", True, 1024), (128_256, "cpu", True, 261)),
+        *((256, "cpu", False, 1024), (32_000, "cpu", False, 262), (262_144, "cpu", False, 128)),
+        *((32_000, "cuda", True, 8388), (128_256, "cuda", False, 2092), (2_000_000, "cuda", True, 256)),
     ],
 )
-def test_a_chunk_fits_the_device(vocabulary: int, device: str, positions: int) -> None:
-    assert default_chunk_size(vocabulary, device) == positions
+def test_a_chunk_fits_the_device(vocabulary: int, device: str, trained: bool, positions: int) -> None:
+    assert default_chunk_size(vocabulary, device, trained) == positions
 
 
 @pytest.mark.parametrize("trainable", [True, False])
