@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mft import run
+from mft.assembly.model import checkpoint_layers
 from mft.distributed.ddp import Ddp, Single
 from mft.distributed.deepspeed import Zero2, Zero3
 from mft.distributed.fsdp import Fsdp
@@ -99,7 +99,7 @@ def test_all_ranks_do_what_the_one_with_the_least_memory_chooses_and_say_why(
         data_settings=SimpleNamespace(seq_length=4096),
     )
     loader: Any = SimpleNamespace(sizes=SimpleNamespace(per_device=64))
-    chosen, told = run.checkpoint_layers(asked, loader, model)
+    chosen, told = checkpoint_layers(asked, loader, model)
     assert chosen == every and told.startswith(words)
     classes = tiny.layer_classes(model)
     layers: list[Any] = [part for part in model.modules() if type(part).__name__ in classes]
