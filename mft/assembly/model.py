@@ -32,7 +32,7 @@ def load_model(r: Run) -> Model:
     computing = compute_dtype(precision)
     if r.first_here and Path(family.source()).is_dir():  # passes folders that mft did not write
         require_sound(Path(family.source()))
-    quantization = peft.quantization(computing, computing if r.parts.dist.casts_weights else None)
+    quantization = peft.quantization(computing, r.parts.dist.casts_weights_to(precision))
     with r.engine.loading(quantised=quantization is not None) as device:
         base = family.model(peft.dtype(precision), quantization, compute_dtype=computing, device=device)
     model: Any = peft.attach(base, family)

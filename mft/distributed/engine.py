@@ -39,6 +39,13 @@ class Backend(ABC):
         """Whether a backend that casts weights casts also those of whole numbers, such as packed ones."""
         return False
 
+    def casts_weights_to(self, precision: str) -> str | None:
+        """Returns the precision that frozen weights are cast to in a run of `precision`, None where they stay.
+
+        Packed weights must lie in it, so that there is nothing to cast.
+        """
+        return precision if self.casts_weights else None
+
     def check_ranks(self, world: int) -> None:
         """Raises UserError for a number of ranks that this backend cannot have."""
 
