@@ -48,7 +48,8 @@ class Sizes:
 
 
 def optimizer_bytes(optimizer: Any, lr: float) -> float:
-    """Returns the bytes that an optimizer keeps for a trained weight, measured on a small matrix."""
+    """Returns the bytes that an optimizer keeps for a trained weight, measured by a step of a small matrix on the
+    CPU (0.1 to 3 ms: AdamW, 8-bit AdamW, Adafactor, Adagrad, SGD)."""
     import torch
 
     weight = torch.nn.Parameter(torch.zeros(128, 128))
