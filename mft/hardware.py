@@ -28,7 +28,7 @@ DRIVERS = (NVIDIA, Path("/dev/kfd"))
 """That one, and that of AMD GPUs."""
 
 WSL2 = Path("/dev/dxg")
-"""Device file inside WSL2, of a GPU of any maker: only the libraries beside it say whether torch can use it."""
+"""Device file inside WSL2, of a GPU of any maker: the libraries beside it say whether torch can use it."""
 
 ROCM = Path("/opt/rocm/lib/libhsa-runtime64.so.1")
 """AMD's library, which ROCm under WSL2 needs from the system."""
@@ -41,8 +41,8 @@ AMPERE = (8, 0)
 """Compute capability from which NVIDIA GPUs have bf16 arithmetic and the kernels of flash attention."""
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Variables with settings of torch's CUDA allocator. Every version reads the first, of which 2.9 warns that it
-is deprecated; from 2.9 on the second is read too."""
+"""Variables with settings of torch's CUDA allocator. Every version reads the first, of which 2.9 warns that
+it is deprecated; from 2.9 on the second is read too."""
 
 GENERAL_SINCE = (2, 9)
 """Version of torch that reads the second."""
@@ -72,7 +72,7 @@ class Gpu(NamedTuple):
     """NVIDIA's compute capability; (0, 0) for an AMD GPU."""
 
     maps_memory: bool = False
-    """Whether CUDA's driver said that memory can be mapped to addresses later, which some virtual GPUs lack."""
+    """Whether CUDA's driver says that memory can be mapped to addresses later; some virtual GPUs cannot."""
 
 
 def has_gpu() -> bool:

@@ -1,4 +1,4 @@
-"""Makes the objects of a run from its config. `mft.run` calls them in order, a rehearsal for a model of its own.
+"""Makes the objects of a run from its config, for `mft.run` and for a rehearsal.
 
 `start` reads the data and starts the engine; they and the config are the `Run` that all else is given.
 `loader` makes the micro-batches, `model` loads the model and decides which layers it recomputes, `trainer`

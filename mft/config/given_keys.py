@@ -1,5 +1,5 @@
-"""Which keys a person set, on the command line or in yaml files of their own, and which of them differ from what
-the key is without that."""
+"""Which keys a person set, on the command line or in yaml files of their own, and which of them differ from
+the default."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Backend(ABC):
         return False
 
     def casts_weights_to(self, precision: str) -> str | None:
-        """Returns the precision that frozen weights are cast to in a run of `precision`, None where they stay.
+        """Returns the precision that frozen weights are cast to in a run of `precision`, None: they are not.
 
         Packed weights must lie in it, so that there is nothing to cast.
         """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class EngineState(Ranks):
-    """The part of an engine that is saved. A backend that shards overrides the private methods that differ."""
+    """The part of an engine that is saved; a backend that shards overrides the private methods that differ."""
 
     name = "single"
     divided = False

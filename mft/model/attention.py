@@ -68,8 +68,8 @@ def described(base: PreTrainedModel, device: torch.device, dtype: torch.dtype) -
 
 
 def head_widths(base: PreTrainedModel) -> list[tuple[int, int]]:
-    """Returns the widths of a head's keys and of its values, of each layer where they differ (gemma 4), [] where
-    no one config has them (BLT)."""
+    """Returns the widths of a head's keys and of its values, of each layer where they differ (gemma 4); []
+    where no one config has them (BLT)."""
     config: Any = base.config.get_text_config()
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
     found = []

@@ -28,8 +28,8 @@ PER_FEATURE = {(True, False): 3.3, (True, True): 3.1, (False, False): 6.0, (Fals
 activations take for each input and output of a layer's matrices."""
 
 PER_DROPPED = 1
-"""Bytes of the mask that dropout keeps on a GPU for each input of an adapter. What it makes of the input is kept
-too, which PER_FEATURE has already: it counts an input for each matrix, also where several read the same."""
+"""Bytes of the mask that dropout keeps on a GPU for each input of an adapter. What it makes of the input is
+kept too, which PER_FEATURE has already: it counts an input for each matrix, also where several read one."""
 
 PER_SCORE = {True: 7, False: 5}
 """Whether the run computes in half precision → bytes of a score that eager attention keeps; the other

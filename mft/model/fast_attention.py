@@ -77,7 +77,7 @@ def kernel(
 
 
 def described(device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> str:
-    """Returns what computes attention in heads of these widths (keys, values), for people; (0, 0): unknown."""
+    """Returns what computes attention in heads of these widths (keys, values; 0 = unknown), for people."""
     words = {
         VARLEN: "torch's varlen_attn, all samples of a row at once",
         BLOCKS: f"blocks of matrix products, sample by sample (sdpa above {cpu_attention.LONGEST} tokens)",
