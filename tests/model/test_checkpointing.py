@@ -130,9 +130,7 @@ def test_the_estimate_is_above_what_is_kept_by_less_than_half(
     half: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def on_gpu(
-        x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> torch.Tensor:
+    def on_gpu(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
         """Dropout as CUDA computes it: with a mask of bytes, where a CPU keeps one of x's dtype."""
         return torch.native_dropout(x, p, True)[0] if p and training else x
 
