@@ -6,6 +6,7 @@ Imports torch only on machines with a GPU.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import warnings
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,8 +24,14 @@ if TYPE_CHECKING:
 NVIDIA = Path("/dev/nvidiactl")
 """Device file of a machine with NVIDIA GPUs, but not inside WSL2."""
 
-DRIVERS = (NVIDIA, Path("/dev/dxg"), Path("/dev/kfd"))
-"""That one, that of WSL2, and that of AMD GPUs."""
+DRIVERS = (NVIDIA, Path("/dev/kfd"))
+"""That one, and that of AMD GPUs."""
+
+WSL2 = Path("/dev/dxg")
+"""Device file inside WSL2, of a GPU of any maker: the libraries beside it say whether torch can use it."""
+
+ROCM = Path("/opt/rocm/lib/libhsa-runtime64.so.1")
+"""AMD's library, which ROCm under WSL2 needs from the system."""
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of /proc/cpuinfo (x86, x86, Arm). A CPU without them emulates bf16, 7 times slower than fp32 with
@@ -33,7 +41,11 @@ AMPERE = (8, 0)
 """Compute capability from which NVIDIA GPUs have bf16 arithmetic and the kernels of flash attention."""
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Variables with settings of torch's CUDA allocator: every version reads the first, newer ones the second."""
+"""Variables with settings of torch's CUDA allocator. Every version reads the first, of which 2.9 warns that
+it is deprecated; from 2.9 on the second is read too."""
+
+GENERAL_SINCE = (2, 9)
+"""Version of torch that reads the second."""
 
 ASK_CUDA = """
 import ctypes, json
@@ -43,14 +55,14 @@ def ask(function, *given):
     assert getattr(cuda, function)(ctypes.byref(value), *given) == 0
     return value.value
 assert cuda.cuInit(0) == 0
-capabilities = []
+found = []
 for number in range(ask("cuDeviceGetCount")):
     device = ask("cuDeviceGet", number)
-    capabilities.append([ask("cuDeviceGetAttribute", 75, device), ask("cuDeviceGetAttribute", 76, device)])
-print(json.dumps(capabilities))
+    found.append([ask("cuDeviceGetAttribute", attribute, device) for attribute in (75, 76, 102)])
+print(json.dumps(found))
 """
-"""Prints the compute capability of each GPU that CUDA's driver shows, without torch (50 ms). 75 and 76:
-CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h."""
+"""Prints attributes of each GPU that CUDA's driver shows, without torch (50 ms). 75, 76 and 102 of cuda.h:
+CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR and _VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED."""
 
 
 class Gpu(NamedTuple):
@@ -59,10 +71,23 @@ class Gpu(NamedTuple):
     capability: tuple[int, int]
     """NVIDIA's compute capability; (0, 0) for an AMD GPU."""
 
+    maps_memory: bool = False
+    """Whether CUDA's driver says that memory can be mapped to addresses later; some virtual GPUs cannot."""
+
 
 def has_gpu() -> bool:
     """Whether this machine has a GPU with a driver; torch is not asked."""
-    return any(path.exists() for path in DRIVERS)
+    return any(path.exists() for path in DRIVERS) or (WSL2.exists() and (ROCM.exists() or _has_cuda()))
+
+
+@lru_cache
+def _has_cuda() -> bool:
+    """Whether the library of CUDA's driver is here; it is loaded and not started, so that ranks may fork."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def quiet_without_gpu() -> None:
@@ -77,10 +102,15 @@ def growing_segments() -> None:
     """Lets torch's CUDA allocator grow its segments, unless its variables are set; before torch is imported.
 
     Micro-batches differ in length, and segments of fixed sizes would fragment: memory runs out while enough
-    of it is reserved. Not inside WSL2, where the first allocation may then fail (pytorch issue 192330).
+    of it is reserved. Not where a GPU cannot map memory later, and not inside WSL2: the first allocation
+    would fail there (pytorch issue 192330).
     """
-    if NVIDIA.exists() and not any(name in os.environ for name in ALLOCATOR):
-        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+    if not NVIDIA.exists() or any(name in os.environ for name in ALLOCATOR):
+        return
+    found = _shown_by_driver(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if found and all(gpu.maps_memory for gpu in found):
+        installed = tuple(int(part) for part in version("torch").split(".")[:2])
+        os.environ[ALLOCATOR[installed >= GENERAL_SINCE]] = "expandable_segments:True"
 
 
 def quiet_libraries() -> None:
@@ -119,7 +149,7 @@ def _shown_by_driver(visible: str | None) -> tuple[Gpu, ...]:
     asked = subprocess.run([sys.executable, "-I", "-c", ASK_CUDA], capture_output=True, text=True)
     if asked.returncode:  # no driver, or one without a GPU: torch finds none either
         return ()
-    return tuple(Gpu((major, minor)) for major, minor in json.loads(asked.stdout))
+    return tuple(Gpu((major, minor), bool(maps)) for major, minor, maps in json.loads(asked.stdout))
 
 
 def visible_gpus() -> int:

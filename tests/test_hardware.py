@@ -23,13 +23,13 @@ DRIVER = """
 int cuInit(unsigned flags) { return 0; }
 int cuDeviceGetCount(int *count) {  /* two whole GPUs, of which one is cut into slices */
     char *seen = getenv("CUDA_VISIBLE_DEVICES");
-    *count = seen ? 1 : 2;
+    *count = seen ? *seen != 0 : 2;
     for (; seen && *seen; seen++) *count += *seen == ',';
     return 0;
 }
 int cuDeviceGet(int *device, int number) { *device = number; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    *value = attribute == 75 ? atoi(getenv("GENERATION")) : 0;
+    *value = attribute == 76 ? 0 : atoi(getenv(attribute == 75 ? "GENERATION" : "MAPS_MEMORY"));
     return 0;
 }
 """
@@ -45,6 +45,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     monkeypatch.setenv("GENERATION", "9")
+    monkeypatch.setenv("MAPS_MEMORY", "1")
     for name in ("CUDA_VISIBLE_DEVICES", "RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hardware, "DRIVERS", (tmp_path,))
@@ -94,41 +95,64 @@ def test_a_driver_that_fails_shows_no_gpu(driver: None, tmp_path: Path) -> None:
     assert hardware.visible_gpus() == 0
 
 
-def test_wsl2_has_another_device_file_and_keeps_the_allocators_own_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cuda", [True, False])
+def test_a_gpu_of_wsl2_counts_where_a_library_of_its_maker_is(
+    driver: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: bool
 ) -> None:
-    assert Path("/dev/dxg") in hardware.DRIVERS and hardware.NVIDIA in hardware.DRIVERS
-    monkeypatch.setattr(hardware, "DRIVERS", (hardware.NVIDIA, tmp_path))  # the path stands for /dev/dxg
-    monkeypatch.setattr(hardware, "NVIDIA", tmp_path / "nvidiactl")
-    for name in hardware.ALLOCATOR:
-        monkeypatch.delenv(name, raising=False)
-    hardware.growing_segments()
-    assert hardware.has_gpu() and not any(name in os.environ for name in hardware.ALLOCATOR)
+    """Every GPU there has the same device file, for which a folder stands here."""
+    code = f"from pathlib import Path; from mft import hardware; hardware.WSL2 = Path({str(tmp_path)!r}); "
+    code += "hardware.DRIVERS = (); hardware.growing_segments(); print(hardware.has_gpu())"
+    if not cuda:
+        monkeypatch.delenv("LD_LIBRARY_PATH")
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == str(cuda)
+    if not cuda:
+        monkeypatch.setattr(hardware, "DRIVERS", ())
+        monkeypatch.setattr(hardware, "WSL2", tmp_path)
+        monkeypatch.setattr(hardware, "ROCM", tmp_path)
+        assert hardware.has_gpu()  # an AMD GPU with ROCm
+
+
+GROWING = "expandable_segments:True"
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "torch_version", "expected"),
     [
-        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
-        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}),
-        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+        ({}, "2.13.0+cu130", {"PYTORCH_ALLOC_CONF": GROWING}),
+        ({}, "2.9.0", {"PYTORCH_ALLOC_CONF": GROWING}),
+        ({}, "2.8.0+cu128", {"PYTORCH_CUDA_ALLOC_CONF": GROWING}),
+        ({"MAPS_MEMORY": "0"}, "2.13.0", {}),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "2.13.0", {}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, "2.13.0", None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, "2.13.0", None),
     ],
 )
-def test_the_allocator_is_set_where_the_person_has_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: dict[str, str]
+def test_the_allocator_grows_its_segments_where_the_gpu_can_and_the_person_said_nothing(
+    driver: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    torch_version: str,
+    expected: dict[str, str] | None,
 ) -> None:
     for name in hardware.ALLOCATOR:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # what is set below is undone
+        monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    hardware.growing_segments()
-    assert {name: os.environ[name] for name in hardware.ALLOCATOR if name in os.environ} == given  # no GPU
+    monkeypatch.setattr(hardware, "version", lambda package: torch_version)
+
+    def set_now() -> dict[str, str]:
+        return {name: os.environ[name] for name in hardware.ALLOCATOR if name in os.environ}
+
+    before = set_now()
+    monkeypatch.setattr(hardware, "NVIDIA", tmp_path / "none")
+    hardware.growing_segments()  # a GPU of another maker, or none
+    assert set_now() == before
     monkeypatch.setattr(hardware, "NVIDIA", tmp_path)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))  # is undone
-    if "PYTORCH_CUDA_ALLOC_CONF" not in given:
-        del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
     hardware.growing_segments()
-    assert {name: os.environ[name] for name in hardware.ALLOCATOR if name in os.environ} == expected
+    assert set_now() == (before if expected is None else expected)
 
 
 def test_the_allocator_is_set_before_torch_is_imported() -> None:

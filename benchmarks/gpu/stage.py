@@ -53,7 +53,7 @@ class Stage:
         self.vocabulary = models.shape(name, place).vocabulary
         self.engine = backend.start(PRECISION)
         computing = compute_dtype(PRECISION)
-        packed = self.peft.quantization(computing, computing if backend.casts_weights else None)
+        packed = self.peft.quantization(computing, backend.casts_weights_to(PRECISION))
         with self.engine.loading(quantised=packed is not None) as device:
             base = self.family.model(
                 self.peft.dtype(PRECISION), packed, compute_dtype=computing, device=device

@@ -96,7 +96,8 @@ def run_one(
     dry_run: start nothing; rehearses: then also rehearse the run.
     """
     from mft.config.compose import compose_resolved
-    from mft.config.inert import given_keys, without_effect
+    from mft.config.given_keys import given_keys
+    from mft.config.inert import without_effect
     from mft.config.overrides import key_of, of_hydra, replaced, with_output_dir
     from mft.launch import job, resume_choice
     from mft.launch.launch import follow_rank0, launch_command

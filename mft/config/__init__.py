@@ -6,7 +6,8 @@
 2. `schema` types the settings; `components` decides which class a `_target_` may name, `plugins` which
    packages besides mft, and `hydra_node` judges Hydra's own settings by the same rule.
 3. `build` makes the components; `validate.check` judges them alone and together, before a process starts or a
-   model loads, and returns them. `inert` reports settings that have no effect in this run.
+   model loads, and returns them. `inert` reports settings that have no effect in this run, by
+   the `conditions` of its rules and of what a person set (`given_keys`).
 4. `inputs` collects what can change the result, `identity` hashes it: two runs are the same experiment, or
    their differences can be named.
 

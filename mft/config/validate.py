@@ -194,9 +194,10 @@ def _check_dist(c: build.Components, precision: str) -> None:
             "peft.bits=8: bitsandbytes keeps whole 8-bit weights, which this dist cannot divide over ranks; "
             "choose peft.bits=4, or dist=zero2 or ddp"
         )
-    if not c.dist.casts_weights or precision == "fp32":
+    cast_to = c.dist.casts_weights_to(precision)
+    if cast_to in (None, "fp32"):
         return
-    stored = c.peft.stored_as(c.model, default=precision)
+    stored = c.peft.stored_as(c.model, cast_to)
     kept = stored == "uint8" and not c.dist.casts_whole_numbers()
     if stored and stored != precision and not kept:
         of_setting = stored == getattr(c.peft, "storage_dtype", None)  # else the checkpoint is packed already

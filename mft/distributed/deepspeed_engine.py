@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from mft.distributed.engine import Engine, T
+from mft.distributed.engine import Engine
+from mft.distributed.ranks import T
 from mft.distributed.sharded_state import Shard
 
 if TYPE_CHECKING:

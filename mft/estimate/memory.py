@@ -48,7 +48,10 @@ class Sizes:
 
 
 def optimizer_bytes(optimizer: Any, lr: float) -> float:
-    """Returns the bytes that an optimizer keeps for a trained weight, measured on a small matrix."""
+    """Returns the bytes that an optimizer keeps for a trained weight.
+
+    Measured by a step of a small matrix on the CPU (AdamW, 8-bit AdamW, Adafactor, Adagrad, SGD: 0.1 to 3 ms).
+    """
     import torch
 
     weight = torch.nn.Parameter(torch.zeros(128, 128))

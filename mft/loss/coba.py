@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from mft.errors import ranged
-from mft.loss.adaptive import History, Probing, line_slope, softmax
+from mft.loss.adaptive import Probing
+from mft.loss.task_history import History, line_slope, softmax
 
 if TYPE_CHECKING:
     import torch

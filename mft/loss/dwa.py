@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mft.errors import ranged
-from mft.loss.adaptive import Adaptive, softmax
+from mft.loss.adaptive import Adaptive
+from mft.loss.task_history import softmax
 
 
 @dataclass

@@ -27,10 +27,11 @@ import numpy as np
 
 from mft.batch import Batch, StepCounts
 from mft.errors import ranged
-from mft.loss.adaptive import Adam, Adaptive, softmax
+from mft.loss.adaptive import Adaptive
 from mft.loss.base import task_sums
 from mft.loss.focal import values_of
 from mft.loss.means import inverse, weighted_sum
+from mft.loss.task_history import Adam, softmax
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,8 @@ from typing import ClassVar
 import numpy as np
 
 from mft.errors import ranged
-from mft.loss.adaptive import History, Probing, softmax
+from mft.loss.adaptive import Probing
+from mft.loss.task_history import History, softmax
 
 
 def self_paced_weights(slope_K: np.ndarray, scale: float) -> np.ndarray:

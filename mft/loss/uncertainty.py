@@ -15,7 +15,8 @@ from typing import ClassVar
 import numpy as np
 
 from mft.errors import ranged
-from mft.loss.adaptive import Adam, Adaptive
+from mft.loss.adaptive import Adaptive
+from mft.loss.task_history import Adam
 
 
 @dataclass

@@ -61,18 +61,21 @@ def described(base: PreTrainedModel, device: torch.device, dtype: torch.dtype) -
     people."""
     name = attention_name(base)
     if name == FAST:
-        said = (fast_attention.described(device, dtype, widths) for widths in head_widths(base))
+        said = (fast_attention.described(device, dtype, widths) for widths in head_widths(base) or [(0, 0)])
         return "; ".join(dict.fromkeys(said))
     ours = {SDPA: "sdpa", EAGER: "eager", ALIBI: "ALiBi on sdpa"}
     return f"{ours[name]}, sample by sample" if name in ours else name
 
 
 def head_widths(base: PreTrainedModel) -> list[tuple[int, int]]:
-    """Returns the widths of a head's keys and of its values, of each layer where they differ (gemma 4)."""
+    """Returns the widths of a head's keys and of its values, of each layer where they differ (gemma 4); []
+    where no one config has them (BLT)."""
     config: Any = base.config.get_text_config()
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
     found = []
     for layer in layers:
+        if not getattr(layer, "num_attention_heads", None):
+            return []
         width = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
         width = width or layer.hidden_size // layer.num_attention_heads
         found.append((width, getattr(layer, "v_head_dim", None) or width))

@@ -16,10 +16,10 @@ from mft.errors import UserError, check_choice, check_ranges, ranged
 from mft.files.checksums import require_sound
 from mft.model import checkpointing, model_folder
 from mft.model.attention_kernel import Attention, choose_kernel, refuse_flash
+from mft.model.checkpoint_source import CheckpointSource
 from mft.model.introspect import base_of, logits, parameter_count, plain_head, recurrent
-from mft.model.loading import Pretrained, load_model
-from mft.model.model_folder import read_config
-from mft.model.quantised_checkpoint import WeightFormat, refuse_quantised, weight_format
+from mft.model.loading import load_model
+from mft.model.quantised_checkpoint import refuse_quantised
 from mft.model.router_loss import coefficient, routed
 from mft.model.special_tokens import add_new_tokens, check_new_tokens, set_special_tokens, widen_embeddings
 from mft.model.transformers_private import model_class, unsplit_layers
@@ -27,7 +27,7 @@ from mft.model.transformers_private import model_class, unsplit_layers
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +37,11 @@ speed."""
 
 
 @dataclass
-class CausalLM:
+class CausalLM(CheckpointSource):
     """Any causal LM of transformers."""
 
     public_name: ClassVar[str] = "causal_lm"
     code_notice: ClassVar[str] = "model.trust_remote_code=true: Python code that comes with %s will be run"
-
-    path: str
-    """Folder with config.json, *.safetensors and tokenizer, or hub name owner/name."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a hub name; None = main."""
 
     attention: Attention = Attention.auto
     """Implementation of attention, see Attention."""
@@ -79,12 +73,6 @@ class CausalLM:
 
     router_coef: float | None = ranged(None, min=0)
     """Weight of a mixture of experts' balance loss; None = the model's own, 0 = off."""
-
-    trust_remote_code: bool = False
-    """Run code that comes with the checkpoint."""
-
-    hint: str = ""
-    """What to do when a local path is missing, appended to the error."""
 
     # ── checks, before anything is loaded ──
 
@@ -121,61 +109,7 @@ class CausalLM:
         if several and (layers := recurrent(self._folder_config())):
             raise UserError(model_folder.no_packing(self.path, layers))
 
-    # ── where it comes from ──
-
-    def _folder_config(self) -> dict[str, Any]:
-        """Returns config.json of a local folder unchanged, {} for a hub name or an empty path."""
-        return read_config(Path(self.path).expanduser()) if self.path else {}
-
-    def location(self) -> str:
-        """Returns where the checkpoint lies: an absolute folder, or the hub name."""
-        path = Path(self.path).expanduser()
-        return str(path.resolve()) if path.is_dir() else self.path
-
-    def source(self) -> str:
-        """Returns what is loaded: the location, or a native folder made of what lies there."""
-        return self.location()
-
-    def conversion(self) -> str:
-        """Returns the arguments of `mft convert` that make `source` of `location`, "" where both are one."""
-        return ""
-
-    def fingerprint(self) -> str:
-        """Returns a string that differs for different weights: a hash of config, file names, sizes,
-        safetensors headers and samples of their bytes for a folder; name@revision for a hub name."""
-        folder = Path(self.location())
-        if folder.is_dir():
-            return model_folder.folder_fingerprint(folder)
-        return f"{self.path}@{self.revision or 'main'}"
-
-    def fingerprints(self) -> dict[str, str]:
-        """Returns the hashes of all that is read of the model, by name (see `mft.config.identity.CONTENTS`).
-
-        `fingerprint` is what adapters have in their mft.json; for a run more of the weights is read. Of a hub
-        name there is only that.
-        """
-        folder = Path(self.location())
-        if not folder.is_dir():
-            return {"base model": self.fingerprint()}
-        return model_folder.fingerprints(folder, self.fingerprint(), self.trust_remote_code)
-
-    def width(self) -> int | None:
-        """Returns the hidden size, as far as the config.json of a folder tells."""
-        size = self._folder_config().get("hidden_size")
-        return size if isinstance(size, int) else None
-
-    def weight_format(self) -> WeightFormat:
-        """Returns how the weights are stored, judged without loading any: a folder by its config.json and the
-        headers of its files, a hub name by its config. Raises UserError for what cannot be read."""
-        folder, who = Path(self.location()), f"model.path={self.path}"
-        if folder.is_dir():
-            return weight_format(who, read_config(folder), folder)
-        return weight_format(who, self.config().to_dict(), None)
-
-    def _pretrained(self, source: str) -> Pretrained:
-        return Pretrained(self.path, source, self.revision, self.trust_remote_code)
-
-    # ── tokenizer and config ──
+    # ── tokenizer ──
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the tokenizer with its new tokens, EOS and pad token (see `set_special_tokens`).
@@ -196,19 +130,6 @@ class CausalLM:
         names = ("add_tokens", "add_special_tokens", "pad_to_multiple_of")
         added = self.add_tokens or self.add_special_tokens
         return {name: getattr(self, name) for name in names} if added else None
-
-    def read_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Returns the tokenizer as the checkpoint has it; UserError for a folder without one."""
-        from transformers import AutoTokenizer
-
-        model_folder.check_vocabulary(self.path, Path(self.location()))
-        return self._pretrained(self.location()).read(AutoTokenizer)
-
-    def config(self) -> PreTrainedConfig:
-        """Returns the transformers config of the model."""
-        from transformers import AutoConfig
-
-        return self._pretrained(self.location()).read(AutoConfig)
 
     # ── model ──
 

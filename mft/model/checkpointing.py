@@ -27,6 +27,10 @@ PER_FEATURE = {(True, False): 3.3, (True, True): 3.1, (False, False): 6.0, (Fals
 """(Whether the run computes in half precision, whether the base is frozen) → bytes that a token's
 activations take for each input and output of a layer's matrices."""
 
+PER_DROPPED = 1
+"""Bytes of the mask that dropout keeps on a GPU for each input of an adapter. What it makes of the input is
+kept too, which PER_FEATURE has already: it counts an input for each matrix, also where several read one."""
+
 PER_SCORE = {True: 7, False: 5}
 """Whether the run computes in half precision → bytes of a score that eager attention keeps; the other
 implementations keep none."""
@@ -69,16 +73,17 @@ class Layers:
         config = base.config.get_text_config()
         layers = [part for part in model.modules() if type(part).__name__ in classes]
         frozen = not all(p.requires_grad for p in model.parameters())
-        features, sizes = [], []
+        by_layer, sizes = [], []
         for layer in layers:
             matrices = [(path, shape) for path, _, shape in weights(layer) if len(shape) > 1]
             role, active = roles(dict(matrices)), active_shares(dict(matrices), config)
             # adapters are between the inputs and outputs that count already
             own = [(path, shape) for path, shape in matrices if ".lora_" not in path]
             copies = {path: active[path] * shape[0] if role[path] == "experts" else 1 for path, shape in own}
-            features.append(sum(copies[path] * sum(shape[-2:]) for path, shape in own))
+            features = sum(copies[path] * sum(shape[-2:]) for path, shape in own)
+            by_layer.append(PER_FEATURE[half, frozen] * features + PER_DROPPED * _dropped(layer))
             sizes.append(sum(math.prod(shape) for _, shape in matrices))
-        kept = PER_FEATURE[half, frozen] * max(features, default=0)
+        kept = max(by_layer, default=0.0)
         if "eager" in attention_name(base):
             kept += PER_SCORE[half] * longest * (getattr(config, "num_attention_heads", 0) or 0)
         return cls(len(layers), kept, 4.0 * config.hidden_size, max(sizes, default=0))
@@ -88,6 +93,13 @@ class Layers:
         again = math.ceil(self.count / every) if every else 0
         whole = self.count - again + (1 if again else 0)
         return tokens * (whole * self.kept + again * self.boundary)
+
+
+def _dropped(layer: nn.Module) -> int:
+    """Returns the inputs of a layer's adapters that have dropout."""
+    adapted: list[Any] = [part for part in layer.modules() if hasattr(part, "lora_dropout")]
+    drops = [(part.in_features, each) for part in adapted for each in part.lora_dropout.values()]
+    return sum(width for width, each in drops if getattr(each, "p", 0))  # an Identity without dropout
 
 
 def choose(layers: Layers, tokens: int, held: float, room: float) -> int:

@@ -66,7 +66,7 @@ def kernel(
         fast = machine.native_bf16 and dtype == torch.bfloat16 and longest <= cpu_attention.LONGEST
         return BLOCKS if fast and not windowed else SDPA
     half = dtype in (torch.bfloat16, torch.float16)
-    fits = widths[0] == widths[1] <= WIDEST and widths[0] % 8 == 0
+    fits = 0 < widths[0] == widths[1] <= WIDEST and widths[0] % 8 == 0
     if machine.varlen is None or machine.capability < AMPERE or not half or not fits:
         return SDPA
     # Of one query a sample flash-attn makes a batch of decoding steps; for heads this wide its backward pass
@@ -77,7 +77,7 @@ def kernel(
 
 
 def described(device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> str:
-    """Returns what computes attention in heads of these widths (keys, values), for people."""
+    """Returns what computes attention in heads of these widths (keys, values; 0 = unknown), for people."""
     words = {
         VARLEN: "torch's varlen_attn, all samples of a row at once",
         BLOCKS: f"blocks of matrix products, sample by sample (sdpa above {cpu_attention.LONGEST} tokens)",

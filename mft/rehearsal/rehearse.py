@@ -9,7 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from mft import run
+from mft.assembly.loader import make_loader, plan
+from mft.assembly.model import load_model
+from mft.assembly.start import Run, read_data, settings_of
+from mft.assembly.trainer import make_trainer
 from mft.batch import BatchSizes
 from mft.config import build, schema
 from mft.console.tables import settings_table
@@ -62,8 +65,8 @@ class Rehearsal:
         quiet_libraries()
         r = self._data(schema.typed(cfg))
         self.doing = "while reading the data"
-        loader = run.make_loader(r, self.world)
-        facts = run.plan(r.parts, loader)
+        loader = make_loader(r, self.world)
+        facts = plan(r.parts, loader)
         r.progress.show(settings_table(facts.items(), "training"))
         self.doing = "while building the model without weights"
         self._weights(r, loader)
@@ -71,18 +74,18 @@ class Rehearsal:
         self._step(r)
         r.engine.close()
 
-    def _data(self, cfg: DictConfig) -> run.Run:
+    def _data(self, cfg: DictConfig) -> Run:
         parts = build.build_components(cfg)
-        settings, data_settings = run.settings_of(cfg)
+        settings, data_settings = settings_of(cfg)
         self.doing = "while tokenising"
-        data = run.read_data(cfg, parts, data_settings)
+        data = read_data(cfg, parts, data_settings)
         cpu = Precision.fp32 if settings.precision is Precision.fp16 else settings.precision
         engine, progress = Single().start(cpu.value, cpu=True), Terminal(data.names)
         if cpu is not settings.precision:
             progress.show("fp16 needs a GPU: the step is rehearsed in fp32")
-        return run.Run(cfg, self.folder, parts, settings, data_settings, data, engine, progress, True)
+        return Run(cfg, self.folder, parts, settings, data_settings, data, engine, progress, True)
 
-    def _weights(self, r: run.Run, loader: BatchLoader) -> None:
+    def _weights(self, r: Run, loader: BatchLoader) -> None:
         """Shows what is trained, and what a rank needs of memory and a checkpoint of disk."""
         family, peft, precision = r.parts.model, r.parts.peft, r.settings.precision.value
         if family.trust_remote_code:
@@ -119,7 +122,7 @@ class Rehearsal:
         }
         r.progress.show(settings_table(facts.items(), "needs"))
 
-    def _step(self, r: run.Run) -> None:
+    def _step(self, r: Run) -> None:
         """Trains a stand-in for one step, validates and saves it, as a run does it."""
         peft: Any = r.parts.peft
         try:
@@ -156,8 +159,8 @@ class Rehearsal:
         loader = BatchLoader(
             small.data.stores, r.parts.rows, sizes, 0, pad_id, small.settings, small.data_settings, shares
         )
-        model = run.load_model(small)
-        trainer, _, export = run.make_trainer(small, loader, model, lambda: False)
+        model = load_model(small)
+        trainer, _, export = make_trainer(small, loader, model, lambda: False)
         measured = trainer.tracker = Measured()
         fit(trainer)
         write_final(self.folder, r.engine, export)

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mft.config.compose import resolved
+from mft.config.given_keys import given_keys
 from mft.config.hydra_compose import recorded_places, without_hydra
-from mft.config.inert import given_keys, without_effect
+from mft.config.inert import without_effect
 from mft.config.messages import explained
 from mft.config.overrides import check_overrides, key_of
 from mft.console.screen import say

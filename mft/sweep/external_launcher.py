@@ -23,7 +23,7 @@ from mft.files.json_file import read_json
 from mft.launch import launch, signals
 from mft.launch.job import checked, objective
 from mft.run_folder import RunStatus, plugins_of, state
-from mft.sweep import names, pool
+from mft.sweep import names, supervisor
 from mft.sweep.folder import RECORD, SweepContext, is_sweep, job_folder
 from mft.sweep.jobs import carry_out, plan_jobs
 from mft.sweep.pool import SweepJob
@@ -96,5 +96,5 @@ def one_job(cfg: DictConfig) -> float:
     try:
         return objective(launch.launch(job, run_dir))
     except Exception as error:
-        pool.leave_failure(run_dir, error)
+        supervisor.leave_failure(run_dir, error)
         raise

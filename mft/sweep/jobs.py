@@ -19,7 +19,7 @@ from mft.files.json_file import read_json
 from mft.launch import launch, placement, resume_choice, signals
 from mft.launch.job import Job, objective
 from mft.run_folder import RunStatus, state, status
-from mft.sweep import display, pool
+from mft.sweep import display, pool, supervisor
 from mft.sweep.composer import Composer, check_all
 from mft.sweep.folder import DryRunDone, SweepContext, checking, job_folder, taken
 from mft.sweep.names import named
@@ -177,7 +177,7 @@ def _run_here(waiting: Sequence[SweepJob], total: int, fail_fast: bool) -> None:
             launch.launch(job.checked, job.folder)
             job.state = status(job.folder)
         except Exception as error:
-            pool.leave_failure(job.folder, error)
+            supervisor.leave_failure(job.folder, error)
             job.state, job.error = RunStatus.failed, str(error)
         job.update()
         if job.state == RunStatus.failed and fail_fast:

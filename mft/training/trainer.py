@@ -1,4 +1,4 @@
-"""The objects of the training loop and the individual actions of a step; `mft.run` assembles them.
+"""The objects of the training loop and the individual actions of a step; `mft.assembly` connects them.
 
 Shapes, besides those of `mft.batch`: `x_K` one value for each task, `x_2K` the rows [sum of token losses,
 trained tokens] of each task, S the sums that a loss asks for.

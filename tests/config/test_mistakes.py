@@ -1,8 +1,7 @@
-"""Mistakes of a command line: one sentence before anything starts; settings without effect: one line each."""
+"""Mistakes of a command line: one sentence before anything starts."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -12,54 +11,12 @@ import pytest
 
 from mft import cli
 from mft.config.compose import compose_resolved
-from mft.config.inert import given_keys, rules, without_effect
 from mft.config.other_trainers import HERE
-from mft.config.overrides import group_options, of_hydra, replaced, with_output_dir
+from mft.config.overrides import of_hydra, replaced, with_output_dir
 from mft.config.places import check_name
 from mft.config.schema import Launch, config_dir
-from mft.data.settings import DataSettings
-from mft.errors import UserError, check_ranges, ranged
-from mft.training.settings import TrainSettings
-from tests.config.test_compose import message
+from mft.errors import UserError, check_ranges
 from tests.config.test_conf import rows
-
-SETTINGS = [("train", TrainSettings), ("launch", Launch), ("data", DataSettings)]
-NUMBERS = [
-    (f"{path}.{field.name}", cls)
-    for path, cls in SETTINGS
-    for field in dataclasses.fields(cls)
-    if isinstance(field.default, int | float) and not isinstance(field.default, bool)
-]
-
-
-@pytest.mark.parametrize("key, cls", NUMBERS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, 10**30])
-def test_every_number_of_the_settings_has_a_range(key: str, cls: type, value: float) -> None:
-    with pytest.raises(UserError) as caught:
-        check_ranges(cls(**{key.partition(".")[2]: value}), key.partition(".")[0])
-    text = str(caught.value)
-    assert text.startswith(f"{key}={value} must be ") and text.endswith(".") and "\n" not in text
-
-
-def test_a_range_is_said_with_its_bounds() -> None:
-    @dataclasses.dataclass
-    class Some:
-        share: float = ranged(0.5, min=0, below=1)
-        count: int | None = ranged(None, min=1)
-        free: float = 0.0
-
-    for values, said in (
-        ({"share": 1.0}, "x.share=1.0 must be at least 0 and less than 1."),
-        ({"count": 0}, "x.count=0 must be at least 1, or null."),
-        ({"count": 2**63}, f"x.count={2**63} must be at least 1 and at most {2**63 - 1}, or null."),
-        ({"free": float("inf")}, "x.free=inf must be finite."),
-    ):
-        with pytest.raises(UserError) as caught:
-            check_ranges(Some(**values), "x")  # type: ignore[arg-type]
-        assert str(caught.value) == said
-    with pytest.raises(UserError, match=f"at most {2**63 - 1}, or null"):
-        check_ranges(Some(count=10**400), "x")  # larger than any float
-    check_ranges(Some(), "x")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +57,6 @@ def test_a_range_is_said_with_its_bounds() -> None:
 )
 def test_what_hydra_answers_with_a_traceback_or_in_its_own_words(override: str, parts: list[str]) -> None:
     def said() -> str:
-        from mft.config.schema import Launch  # judged where the job is, since it decides the number of ranks
 
         cfg = compose_resolved(["model=tiny", override])
         check_ranges(Launch(**{key: cfg.launch[key] for key in ("lost_seconds", "join_seconds")}), "launch")
@@ -110,42 +66,6 @@ def test_what_hydra_answers_with_a_traceback_or_in_its_own_words(override: str, 
         said()
     text = str(caught.value)
     assert all(part in text for part in parts) and "\n" not in text, text
-
-
-@pytest.mark.parametrize(
-    "override, parts",
-    [
-        ("model.heads=0", ["model.heads=0 must be at least 1"]),
-        ("peft.alpha=nan", ["peft.alpha"]),
-        (
-            "loss=coba loss.variant=papr",
-            ["loss.variant='papr': must be one of paper, mftcoder", "did you mean paper?"],
-        ),
-        (
-            "loss=task_focal loss.gamma_by_task={nope: 1}",
-            ["loss.gamma_by_task.nope: unknown task", "Allowed: task"],
-        ),
-        (
-            "loss=task_focal loss.gamma_by_task={task: nan}",
-            ["loss.gamma_by_task.task=nan must be at least 0"],
-        ),
-        ("loss=dwa loss.window=0", ["loss.window=0 must be at least 1"]),
-        ("loss=coba loss.tau=nan", ["loss.tau=nan must be greater than 0 and finite"]),
-        ("+peft.rank=4 peft=full", ["peft.rank", "Fields: none"]),
-        (
-            "dist=zero2 dist.config={zero_optimization: {stag: 2}}",
-            ["zero_optimization.stag", "did you mean stage?"],
-        ),
-    ],
-)
-def test_ranges_of_components(override: str, parts: list[str], tmp_path: Path) -> None:
-    text = message(
-        "model=tiny",
-        f"cache_dir={tmp_path}",
-        f"data.paths=[{rows(tmp_path / 'task')}]",
-        *override.split(" ", 1),
-    )
-    assert all(part in text for part in parts), text
 
 
 @pytest.mark.parametrize(
@@ -240,102 +160,6 @@ def test_what_other_trainers_call_a_setting_is_known() -> None:
             if "NAME" not in key and key != "peft.bits":
                 group, _, rest = key.partition(".")
                 assert group in cfg and (not rest or rest.split(".")[0] in cfg[group]), name
-
-
-# --- settings without effect ---
-
-
-def inert(*overrides: str, world: int = 1, sweep: bool = False) -> list[str]:
-    cfg = compose_resolved(["model=tiny", "data.paths=[a,b]", *overrides])
-    return without_effect(cfg, world, given_keys(overrides), sweep)
-
-
-@pytest.mark.parametrize(
-    "overrides, said",
-    [
-        (["train.early_stopping_stall_num=5"], "train.early_stopping is false"),
-        (["train.prompts_max_new_tokens=5"], "train.prompts is null"),
-        (["train.deterministic=true"], "no GPU is visible here, and a CPU repeats itself"),
-        (["launch.prune=true"], "this is one run, not a sweep (-m)"),
-        (["launch.jobs=2"], "this is one run, not a sweep (-m)"),
-        (["train.eval_every=7", "data.split=[100,0,0]"], "no task has validation samples"),
-        (["train.keep_task_best=true", "data.split=[100,0,0]"], "no task has validation samples"),
-        (
-            ["train.save_state=last", "train.keep=1", "data.split=[100,0,0]"],
-            "train.keep=1 keeps one checkpoint",
-        ),
-        (["train.save_every=50", "train.max_steps=20"], "train.max_steps=20 ends the run first"),
-        (["launch.main_port=29400"], "launch.nnodes is 1"),
-        (["launch.shutdown_seconds=5", "launch=inline"], "launch.mode is inline"),
-        (["data.pad_to=seq_length"], "it is read by data=pad"),
-        (["data.length_group=8"], "it is read by data=pad"),
-        (["data.window=8", "data=pad"], "data=pad makes windows of 50 x data.length_group samples"),
-        (["data.mixture_by=tokens"], "data.mixture is natural"),
-        (["data.mixture_temperature=3", "data.mixture=shares"], "data.mixture is shares"),
-        (["data.mixture=temperature", "data.paths=[a]"], "there is one task"),
-        (["peft.rank=4", "peft.path=adapter"], "peft.path is given"),
-        (["peft=qlora", "peft.bits=8", "peft.quant_type=fp4"], "peft.bits is 8"),
-        (["peft.fused=false", "peft.use_dora=true"], "adapters of DoRA take peft's own path"),
-        (["peft.fused=false", "peft.dropout=0.1"], "adapters with dropout take peft's own path on a CPU"),
-        (["peft=qlora", "peft.fused=false"], "adapters of quantised layers take peft's own path"),
-        (
-            ["dist=zero3", "peft.fused=false"],
-            "dist=zero3 gathers weights module by module, so peft's own path is taken",
-        ),
-        (["model.pad_to_multiple_of=8"], "model.add_tokens is empty"),
-        (["loss=famo", "loss.probe_samples=4"], "loss.source is train"),
-        (["dist=ddp", "dist.find_unused_parameters=true"], "the run has one rank"),
-        (["dist=zero2", "dist.reduce_bucket_size=1000"], "the run has one rank"),
-        (["dist=fsdp", "dist.timeout_minutes=5"], "the run has one rank"),
-        (["tracking.mlflow.store=here", "tracking.mlflow.uri=http://h:5000"], "tracking.mlflow.uri is given"),
-        (["sweep=mine"], "this is one run, not a sweep (-m)"),
-    ],
-)
-def test_a_setting_without_effect_is_reported_with_the_reason(overrides: list[str], said: str) -> None:
-    notes = inert(*overrides)
-    assert len(notes) == 1 and notes[0].endswith(f" has no effect: {said}."), notes
-    assert notes[0].partition(" ")[0] in overrides
-
-
-def test_a_setting_with_an_effect_is_not_reported() -> None:
-    assert not inert("train.early_stopping=true", "train.early_stopping_stall_num=5")
-    assert not inert("launch.prune=true", "launch.prune_after=3", "launch.jobs=2", sweep=True)
-    assert not inert("train.save_state=last", "train.keep=1")
-    assert not inert("data=pad", "data.length_group=8", "data.pad_to=longest")
-    assert not inert("peft.fused=false")
-    assert not inert("peft.fused=false", "peft=qlora", "peft.skip_modules=[o_proj]")
-    assert not inert("dist=ddp", "dist.find_unused_parameters=true", world=2)
-    assert not inert(
-        "launch.main_port=29500", "train.early_stopping_stall_num=3", "peft=qlora", "peft.bits=8"
-    ), "defaults"
-    (peak,) = inert("scheduler.warmup=100", "train.max_steps=20")
-    assert "does not reach its peak" in peak
-    assert [
-        note.partition(" has")[0] for note in inert("output_dir=x", "train.resume=never", sweep=True)
-    ] == [
-        "train.resume=never",
-        f"output_dir={Path('x').absolute()}",
-    ]
-
-
-@pytest.mark.parametrize("group", ["experiment", "debug"])
-def test_no_preset_of_ours_sets_what_has_no_effect(group: str) -> None:
-    for option in group_options(group):
-        cfg = compose_resolved([f"{group}={option}"] if option != "search" else ["experiment=demo"])
-        everything = [key for key, _ in rules(cfg.task) if key != "choices"]
-        notes = without_effect(cfg, 2, everything, sweep=option in ("loss_study", "search"))
-        kept = [n for n in notes if not n.startswith(("output_dir", "sweep"))]
-        assert not kept, (option, kept)
-
-
-def test_keys_of_ones_own_yaml_count_as_given(tmp_path: Path) -> None:
-    (tmp_path / "experiment").mkdir()
-    text = "# @package _global_\ntrain:\n  early_stopping_stall_num: 7\n"
-    (tmp_path / "experiment" / "mine.yaml").write_text(text)
-    overrides = ["model=tiny", "data.paths=[a]", "experiment=mine"]
-    cfg = compose_resolved(overrides, [tmp_path])
-    (note,) = without_effect(cfg, 1, given_keys(overrides, [tmp_path]))
-    assert note.startswith("train.early_stopping_stall_num=7 has no effect")
 
 
 def test_settings_of_hydra_are_honoured_or_reported() -> None:

@@ -29,7 +29,7 @@ SECONDS = 3.0
 
 LONE = (
     "mft.data.datasets:Dataset.write_report",
-    "mft.run:write_json",
+    "mft.assembly.loader:write_json",
     "mft.model.causal_lm:CausalLM.model",
     "mft.training.sample_answers:Answers.ask",
     "mft.training.resume:marked_steps",

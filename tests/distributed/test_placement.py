@@ -13,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from mft.assembly.model import load_model
 from mft.distributed.ddp import Ddp, Single
 from mft.distributed.deepspeed import Zero2, Zero3
 from mft.distributed.engine import Engine
@@ -22,7 +23,6 @@ from mft.model.peft.lora import Lora
 from mft.model.peft.qlora import QLora
 from mft.model.tiny import Tiny
 from mft.model.token_loss import TokenLoss
-from mft.run import load_model
 from mft.training.settings import Precision, TrainSettings
 from tests.distributed.ranks import run_ranks
 

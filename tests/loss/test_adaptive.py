@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from mft.errors import UserError
-from mft.loss.adaptive import Adaptive, line_slope
+from mft.loss.adaptive import Adaptive
 from mft.loss.coba import Coba
 from mft.loss.dwa import Dwa
 from mft.loss.famo import Famo
 from mft.loss.lbtw import Lbtw
 from mft.loss.self_paced import SelfPaced
+from mft.loss.task_history import line_slope
 from mft.loss.uncertainty import Uncertainty
 from tests.loss.fixtures import FIXTURES, losses, original_probe, started
 from tests.loss.modes import MODES, made

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,15 @@ def test_what_this_machine_is_said_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
     assert described(base, cpu, FP32) == "sdpa, sample by sample"
     monkeypatch.setattr(fast_attention, "machine", lambda device: GPU)
     assert described(base, cpu, BF16) == "torch's varlen_attn, all samples of a row at once"
+
+
+def test_a_model_whose_parts_have_a_config_each_is_not_said_to_have_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """BLT: no one width of a head; which kernel attends is decided call by call."""
+    base: Any = SimpleNamespace(config=transformers.BltConfig(attn_implementation=FAST))
+    monkeypatch.setattr(fast_attention, "machine", lambda device: GPU)
+    assert described(base, torch.device("cpu"), BF16) == "sdpa, sample by sample"
 
 
 def test_every_kernel_of_a_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,22 @@ def test_equals_sdpa_of_each_sample(
         assert torch.allclose(mine, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("release", RELEASES)
+def test_samples_of_one_token_are_their_values(release: str) -> None:
+    row = PackedRow.of([1, 1, 1], torch.device("cpu"))
+    query, key, value = (tensor[:3] for tensor in heads(4, 2))
+    ours = Varlen(RELEASES[release])(query, key, value, row.cu_seqlens, row.longest)
+    assert torch.allclose(ours, value.repeat_interleave(2, dim=1))
+
+
+def test_without_a_window_the_kernel_wants_one_query_of_each_sample() -> None:
+    query, key, value = (tensor[:3] for tensor in heads(4, 2))
+    empty = torch.tensor([0, 1, 1, 2, 3], dtype=torch.int32)
+    with pytest.raises(AssertionError, match="without a query"):
+        varlen_2_13(query, key, value, empty, empty, 1, 1, enable_gqa=True)
+    Varlen(varlen_2_13)(query, key, value, empty, 1)  # causal attention is a window there
+
+
 def test_a_window_sees_the_query_and_the_keys_before_it() -> None:
     SEEN.clear()
     row = PackedRow.of(LENGTHS, torch.device("cpu"))

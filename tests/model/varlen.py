@@ -24,7 +24,9 @@ def varlen_2_10(
     return_aux: Any = None,
 ) -> Tensor:
     assert query.shape[1] == key.shape[1], "nothing says that it takes fewer key heads"
-    return _attention(locals(), (-1, 0 if is_causal else -1), query.shape[-1] ** -0.5)
+    # flash-attn takes back is_causal, not a window, where no sample has more than one query
+    right = 0 if is_causal and max_q > 1 else -1
+    return _attention(locals(), (-1, right), query.shape[-1] ** -0.5)
 
 
 def varlen_2_11(
@@ -77,6 +79,9 @@ def _attention(call: dict[str, Any], window_size: tuple[int, int], scale: float 
     assert type(call["max_q"]) is type(call["max_k"]) is int
     assert call["max_q"] == call["max_k"] == int(borders.diff().max())
     assert int(borders[0]) == 0 and int(borders[-1]) == len(query)
+    if call["max_q"] == 1 and query.shape[1] > key.shape[1] and max(window_size) < 0:
+        # flash-attn then makes a batch of decoding steps of the queries, one for each sample
+        assert len(query) == len(borders) - 1, "a sample without a query"
     sample_t = torch.repeat_interleave(torch.arange(len(borders) - 1), borders.diff())
     place_t = torch.arange(len(query))
     ahead = place_t[None, :] - place_t[:, None]  # of the query

@@ -12,7 +12,7 @@ import pytest
 from mft import cli, run_folder
 from mft.errors import UserError
 from mft.files.json_file import read_json
-from mft.sweep.optuna_search import boundary_trials, distribution, split
+from mft.sweep.search_space import boundary_trials, distribution, split
 from tests.sweeping import FAST, mft, runs, start, two_tasks, until, until_nothing_runs
 
 pytest.importorskip("optuna")

@@ -73,14 +73,17 @@ class Full:
         return compute_dtype("fp32")
 
     def quantization(
-        self, compute_dtype: torch.dtype, storage: torch.dtype | None = None
+        self, compute_dtype: torch.dtype, cast_to: str | None = None
     ) -> BitsAndBytesConfig | None:
-        """Returns how the base is quantised on loading, or None; storage: see `QLora.quantization`."""
+        """Returns how the base is quantised on loading, or None.
+
+        compute_dtype: the run's; cast_to: the precision that the backend casts weights to, None = to none.
+        """
         return None
 
-    def stored_as(self, family: CausalLM, default: str) -> str:
+    def stored_as(self, family: CausalLM, cast_to: str | None) -> str:
         """Returns the dtype that holds packed 4-bit weights (uint8, bf16, fp16, fp32, or another one of the
-        checkpoint's), "" where there are none. default: where neither checkpoint nor setting says."""
+        checkpoint's), "" where there are none. cast_to: see `quantization`."""
         return ""
 
     def attach(self, model: nn.Module, family: CausalLM) -> nn.Module:

@@ -95,17 +95,21 @@ class QLora(Lora):
         if weights.method and (differing := self.differing(kept)):
             log.warning("model.path=%s is quantised already and keeps its own %s", path, differing)
 
-    def stored_as(self, family: CausalLM, default: str) -> str:
+    def _storage(self, cast_to: str | None) -> str:
+        """Returns the dtype of weights packed here, as `storage_dtype` has it."""
+        return self.storage_dtype or cast_to or "uint8"
+
+    def stored_as(self, family: CausalLM, cast_to: str | None) -> str:
         if self.bits == 8:
             return ""
         weights = family.weight_format()
-        return _storage_of(weights) if weights.method else self.storage_dtype or default
+        return _storage_of(weights) if weights.method else self._storage(cast_to)
 
     def quantization(
-        self, compute_dtype: torch.dtype, storage: torch.dtype | None = None
+        self, compute_dtype: torch.dtype, cast_to: str | None = None
     ) -> BitsAndBytesConfig | None:
-        """Returns the settings as transformers takes them; compute_dtype: the run's, for a compute_dtype of
-        null; storage: for a storage_dtype of null, None = uint8."""
+        """Returns the settings as transformers takes them; compute_dtype and cast_to stand in for a
+        compute_dtype and a storage_dtype of null."""
         import torch
         from transformers import BitsAndBytesConfig
 
@@ -115,15 +119,14 @@ class QLora(Lora):
         if self.bits == 8:
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
         own = getattr(torch, PRECISIONS[self.compute_dtype]) if self.compute_dtype else compute_dtype
-        if self.storage_dtype:
-            storage = getattr(torch, PRECISIONS.get(self.storage_dtype, self.storage_dtype))
+        storage = self._storage(cast_to)
         return BitsAndBytesConfig(
             load_in_4bit=True,
             llm_int8_skip_modules=skip,
             bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=own,
-            bnb_4bit_quant_storage=storage or torch.uint8,
+            bnb_4bit_quant_storage=getattr(torch, PRECISIONS.get(storage, storage)),
         )
 
     def attach(self, model: nn.Module, family: CausalLM) -> nn.Module:
