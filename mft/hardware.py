@@ -41,11 +41,12 @@ AMPERE = (8, 0)
 """Compute capability from which NVIDIA GPUs have bf16 arithmetic and the kernels of flash attention."""
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Variables with settings of torch's CUDA allocator. Every version reads the first, of which 2.9 warns that
-it is deprecated; from 2.9 on the second is read too."""
+"""Variables with settings of torch's CUDA allocator. Every version obeys the first, of which some warn that
+it is deprecated."""
 
-GENERAL_SINCE = (2, 9)
-"""Version of torch that reads the second."""
+GENERAL_SINCE = (2, 11)
+"""Version of torch from which the second is obeyed; 2.9 reads it and leaves segments as they are (pytorch
+issue 183387), which costs more than a warning."""
 
 ASK_CUDA = """
 import ctypes, json

@@ -120,8 +120,8 @@ GROWING = "expandable_segments:True"
     ("given", "torch_version", "expected"),
     [
         ({}, "2.13.0+cu130", {"PYTORCH_ALLOC_CONF": GROWING}),
-        ({}, "2.9.0", {"PYTORCH_ALLOC_CONF": GROWING}),
-        ({}, "2.8.0+cu128", {"PYTORCH_CUDA_ALLOC_CONF": GROWING}),
+        ({}, "2.11.0", {"PYTORCH_ALLOC_CONF": GROWING}),
+        ({}, "2.9.1+cu128", {"PYTORCH_CUDA_ALLOC_CONF": GROWING}),
         ({"MAPS_MEMORY": "0"}, "2.13.0", {}),
         ({"CUDA_VISIBLE_DEVICES": ""}, "2.13.0", {}),
         ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, "2.13.0", None),
