@@ -62,7 +62,8 @@ class FusedLinear(Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on meta
+        autocast = autocast and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         if args or kwargs or self.merged or self.disable_adapters or hindrance(self):
             fits = False

@@ -187,6 +187,11 @@ def test_disabled_and_merged_adapters_and_another_dtype_than_autocasts(tiny: Tin
     assert torch.equal(model(ROWS.ids_BT).logits, theirs(ROWS.ids_BT).logits)  # without autocast
 
 
+def test_shapes_without_storage(tiny: Tiny) -> None:
+    model = adapted(tiny, Lora(), torch.float32).to("meta")
+    assert model(ROWS.ids_BT.to("meta")).logits.shape[:2] == ROWS.ids_BT.shape
+
+
 def test_an_adapter_of_an_embedding_and_of_experts_is_told(tiny: Tiny) -> None:
     model = Lora(targets=["embed_tokens", "q_proj"]).attach(Tiny(tied=False).model(torch.float32), tiny)
     assert described(model) == "fused in 2 of 3 layers, peft's own path in 1 (embedding)"
