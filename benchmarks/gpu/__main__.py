@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks.gpu.cells import CELLS
-from benchmarks.gpu.timing import table
-from tests.gpu.children import main
+from mft.hardware import growing_segments
 
 if __name__ == "__main__":
+    growing_segments()  # as in a rank, before torch is imported
+    from benchmarks.gpu.cells import CELLS
+    from benchmarks.gpu.timing import table
+    from tests.gpu.children import main
+
     sys.exit(main(CELLS, __doc__, minutes=5, report=table))

@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,4 +158,9 @@ def weights(folder: Path) -> dict[str, Any]:
 
 def largest(one: Sequence[float], two: Sequence[float]) -> float:
     """Returns the largest difference of two series of the same length."""
-    return max(abs(a - b) for a, b in zip(one, two, strict=True))
+    return worst(abs(a - b) for a, b in zip(one, two, strict=True))
+
+
+def worst(values: Iterable[float]) -> float:
+    """Returns the largest value; nan if one is, which `max` may pass over."""
+    return max(values, key=lambda value: (value != value, value))

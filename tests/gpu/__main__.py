@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from tests.gpu.cells import CELLS
-from tests.gpu.children import main
+from mft.hardware import growing_segments
 
 if __name__ == "__main__":
+    growing_segments()  # as in a rank, before torch is imported
+    from tests.gpu.cells import CELLS
+    from tests.gpu.children import main
+
     sys.exit(main(CELLS, __doc__, minutes=10))

@@ -7,9 +7,11 @@ costs no start, leaves nothing behind on the device, and takes no other with it.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import faulthandler
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,10 +25,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mft.hardware import has_gpu
 from mft.launch.spawn import PRELOAD, TOUCHES_CUDA
 
 LAST_LINES = 12
 """Of what a child has written that its JSON line quotes where it failed."""
+
+IN_MEMORY, ROOM = "/dev/shm", 40 * 2**30
+"""Where a GPU's cells share a folder, and how many bytes must be free there: 7B and 1.2B weights are 16 GB."""
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal of a process whose parent has ended."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ class Playing:
 def start(cell: Cell, place: Place) -> Playing:
     """Forks a child that plays a cell."""
     sys.stdout.flush()
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(tempfile.mkdtemp(prefix="cell-", dir=place.folder))
     (folder / "log").touch()
     began = time.perf_counter()
     child = os.fork()
@@ -121,9 +130,12 @@ def start(cell: Cell, place: Place) -> Playing:
 
 
 def _play(cell: Cell, place: Place, folder: Path) -> NoReturn:
-    os.setsid()
+    os.setpgrp()  # no session: what ends that of the parent ends this child
+    with suppress(OSError, AttributeError):  # a parent that is killed cannot end its children
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # who reads a terminal in the background is stopped
     os.dup2(log, 1)
     os.dup2(log, 2)
     # also where the main thread waits in a collective for ever; the log then says where
@@ -138,7 +150,7 @@ def _play(cell: Cell, place: Place, folder: Path) -> NoReturn:
         found = cell.run(place)
         line: dict[str, Any] = {"passed": not found.missed, "found": found.values}
         line |= {"missed": found.missed} if found.missed else {}
-        text = json.dumps(line)
+        text = json.dumps(finite(line), allow_nan=False)
     except BaseException as error:
         traceback.print_exc()
         text = json.dumps({"error": f"{type(error).__name__}: {error}"[:500]})
@@ -148,6 +160,15 @@ def _play(cell: Cell, place: Place, folder: Path) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(0)
+
+
+def finite(value: Any) -> Any:
+    """Returns a value with words for numbers that JSON lacks: nan, inf."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def play(cells: Sequence[Cell], place: Place, until: float = float("inf")) -> Iterator[dict[str, Any]]:
@@ -187,8 +208,12 @@ def chosen(cells: Sequence[Cell], words: Iterable[str]) -> list[Cell]:
 
 @contextmanager
 def shared_folder(device: str) -> Iterator[Path]:
-    """Yields a folder in memory where the device is a GPU: models of many gigabytes are written there."""
-    where = "/dev/shm" if device == "cuda" else None
+    """Yields a folder, in memory where the device is a GPU and there is room: models of many gigabytes are
+    written there."""
+    where = None
+    if device == "cuda":
+        with suppress(OSError):  # a container's may have 64 MiB
+            where = IN_MEMORY if shutil.disk_usage(IN_MEMORY).free >= ROOM else None
     with tempfile.TemporaryDirectory(prefix="mft-gpu-", dir=where) as folder:
         yield Path(folder)
 
@@ -217,7 +242,11 @@ def main(
     parser = argparse.ArgumentParser(description=(about or "").split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", "--tiny", action="store_true", help="small shapes, to try the script")
-    parser.add_argument("--minutes", type=float, default=minutes, help="no cell begins after that time")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help=f"no cell begins after that time ({minutes:g} on a GPU; no limit on a CPU)",
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="CELL", help="first words of names of cells")
     parser.add_argument("--list", action="store_true", help="name the cells and end")
     given = parser.parse_args()
@@ -225,7 +254,11 @@ def main(
     if given.list or not wanted:
         print("\n".join(cell.name for cell in wanted) or "no cell has such a name")
         return 0 if wanted else 2
-    until = time.monotonic() + 60 * given.minutes
+    if given.device == "cuda" and not has_gpu() and not shutil.which("nvidia-smi"):
+        print("no GPU is here; --device cpu --small plays the twins")
+        return 2
+    limit = given.minutes or (minutes if given.device == "cuda" else math.inf)
+    until = time.monotonic() + 60 * limit
     imported(given.device)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that children end, and the folder is removed
     lines = []

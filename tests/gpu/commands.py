@@ -28,6 +28,10 @@ SETTINGS = (
 )
 
 
+OURS = ("DS_ACCELERATOR", "PYTORCH_NVML_BASED_CUDA_CHECK", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables that the parent of all cells has set and no person would."""
+
+
 def overrides(place: Place) -> list[str]:
     """Returns what every command is given."""
     paths = f"data.paths=[{','.join(map(str, data(place)[:2]))}]"
@@ -39,7 +43,7 @@ def started(place: Place, words: list[str], variables: dict[str, str] | None = N
     work = place.folder / "commands"
     work.mkdir(exist_ok=True)
     root = str(Path(__file__).parent.parent.parent)
-    env = os.environ | {
+    env = {name: value for name, value in os.environ.items() if name not in OURS} | {
         "MFT_CACHE": str(place.folder / "cache"),
         "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}",
     }
@@ -108,6 +112,7 @@ def signalled(place: Place) -> Found:
         "train.max_steps=400",
         "train.save_every=null",
     ]
+    before = on_gpu(place)
     process = started(place, words)
     while process.poll() is None and not (folder / "metrics.jsonl").exists():
         time.sleep(0.1)
@@ -120,14 +125,17 @@ def signalled(place: Place) -> Found:
     said = again.communicate()[0]
     found.values |= {"stopped after": at, "code of the second": again.returncode}
     found.holds(again.returncode == 0 and "resuming from step-" in said, f"not resumed: {said[-500:]}")
-    if place.device == "cuda":
-        asked = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
-        left = subprocess.run(asked, capture_output=True, text=True).stdout.split()
-        found.values["processes"] = left
-        found.holds(
-            str(process.pid) not in left and str(again.pid) not in left, "a process is left on the GPU"
-        )
+    found.values["left on the GPU"] = left = sorted(on_gpu(place) - before)
+    found.holds(not left, "a process is left on the GPU")
     return found
+
+
+def on_gpu(place: Place) -> set[str]:
+    """Returns the processes that nvidia-smi shows, which are ranks: the command itself starts no CUDA."""
+    if place.device != "cuda":
+        return set()
+    command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    return set(subprocess.run(command, capture_output=True, text=True).stdout.split())
 
 
 def out_of_memory(place: Place) -> Found:
@@ -187,8 +195,9 @@ def reference(place: Place) -> Found:
 
 
 def generated(place: Place) -> Found:
-    """`mft generate` says of a trained model the same on GPU and CPU."""
-    final = str(played(asked(Case("full"), place), place))
+    """`mft generate` says the same on GPU and CPU, of a model that has learned too little to end at once."""
+    case = Case("full", more=(*prompts(place), "optimizer.lr=1e-12"), label="asked untrained")
+    final = str(played(case, place))
     words = ["generate", final, *ASKED[:2], "--do-sample", "false", "--max-new-tokens", "16"]
     said: list[Any] = []
     for variables in ({}, {"CUDA_VISIBLE_DEVICES": ""}):
@@ -196,6 +205,8 @@ def generated(place: Place) -> Found:
         said.append(process.communicate()[0])
     found = Found({"code": process.returncode, "said": said[0][-300:]})
     found.holds(process.returncode == 0, "it failed")
+    lines = [line for line in said[0].splitlines() if line.strip() and not line.startswith("──")]
+    found.holds(lines, "it has said nothing")
     found.holds(said[0] == said[1], f"the CPU says {said[1][-300:]}")
     status = read_json(Path(final) / "summary.json").text("status")
     found.holds(status == "finished", f"its run is {status}")

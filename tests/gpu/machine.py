@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def facts(place: Place) -> dict[str, Any]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     with suppress(OSError, subprocess.SubprocessError):
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True)
         found["commit"] = commit.stdout.strip()
     if place.device == "cuda":
         told = subprocess.run(
@@ -41,6 +43,7 @@ def facts(place: Place) -> dict[str, Any]:
         )
         found["nvidia-smi"] = told.stdout.strip()
         found |= {"cuda": torch.version.cuda, "capability": torch.cuda.get_device_capability()}
+        found["float32 products"] = torch.get_float32_matmul_precision()  # highest: without TF32
         found |= {"nccl": torch.cuda.nccl.version(), "gpus": torch.cuda.device_count()}
     return found
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from tests.distributed.equality import START, relative
-from tests.distributed.runs import frozen, largest, logged, play, weights
+from tests.distributed.runs import frozen, largest, logged, play, weights, worst
 from tests.gpu.children import Place
 
 MODEL = (
@@ -156,8 +156,8 @@ def apart(one: Path, two: Path) -> dict[str, float]:
     return {
         "first loss": abs(losses[0][0] - losses[1][0]),
         "losses": largest(*losses),
-        "norms": max(abs(a - b) / abs(a) for a, b in norms),
-        "weights": max(float((value - second[name]).abs().max()) for name, value in first.items()),
+        "norms": worst(abs(a - b) / abs(a) for a, b in norms),
+        "weights": worst(float((value - second[name]).abs().max()) for name, value in first.items()),
     }
 
 

@@ -7,17 +7,24 @@ its cell's line.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.gpu.cells import CELLS as SPEED
+from benchmarks.gpu.profile import kernels
+from tests.distributed.runs import worst
 from tests.gpu.cells import CELLS
 from tests.gpu.children import Cell, chosen
 from tests.selection import selected
@@ -90,14 +97,62 @@ def test_what_ends_a_child_is_its_line_and_leaves_the_others(tmp_path: Path) -> 
         "cells = [Cell('raises', lambda place: 1 / 0), Cell('killed', lambda place: os.kill(os.getpid(), 9)),\n"
         "         Cell('late', lambda place: time.sleep(60), seconds=0.05),\n"
         "         Cell('missed', lambda place: Found({'x': 2.0}, ['x'])),\n"
-        "         Cell('good', lambda place: Found({'x': 1}))]\n"
+        "         Cell('good', lambda place: Found({'x': 1, 'y': [float('nan'), float('inf')]}))]\n"
         "for line in play(cells, Place('cpu', True, Path(sys.argv[1]))): print(json.dumps(line))\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = {line["cell"]: line for line in map(json.loads, told.stdout.splitlines())}
     assert [line["passed"] for line in lines.values()] == [False, False, False, False, True]
+    assert lines["good"]["found"] == {"x": 1, "y": ["nan", "inf"]}  # JSON has no such numbers
+    assert not list(tmp_path.iterdir())
     assert "ZeroDivisionError" in lines["raises"]["error"]
     assert "ended without a result" in lines["killed"]["error"]
     assert any("Timeout" in line for line in lines["late"]["log"]) and lines["late"]["seconds"] < 30
     assert lines["missed"]["missed"] == ["x"]
+
+
+def test_a_parent_that_is_killed_leaves_no_child(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from tests.gpu.children import Cell, Place, play\n"
+        "def wait(place):\n"
+        "    (place.folder / 'new').write_text(str(os.getpid()))\n"
+        "    (place.folder / 'new').rename(place.folder / 'child')\n"
+        "    time.sleep(60)\n"
+        "list(play([Cell('waits', wait)], Place('cpu', True, Path(sys.argv[1]))))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT) as parent:
+        await_(lambda: (tmp_path / "child").exists())
+        parent.kill()
+    status = Path("/proc") / (tmp_path / "child").read_text() / "status"
+    await_(lambda: not status.exists() or "State:\tZ" in status.read_text())
+
+
+def await_(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_value_that_is_no_number_is_the_worst() -> None:
+    assert math.isnan(worst([1.0, math.nan, 2.0])) and worst([1.0, 3.0, 2.0]) == 3.0
+
+
+def test_kernels_of_a_gpu_are_its_events_without_marked_stretches() -> None:
+    """Given as the profiler has them on a GPU: a kernel, what the host calls it, and the optimizer's step."""
+
+    def event(device: DeviceType, marked: bool) -> SimpleNamespace:
+        return SimpleNamespace(device_type=device, is_user_annotation=marked)
+
+    with profile(activities=[ProfilerActivity.CPU]) as seen, record_function("marked"):
+        torch.ones(2)
+    real = seen.key_averages()
+    assert {"marked": True, "aten::ones": False}.items() <= {
+        e.key: e.is_user_annotation for e in real
+    }.items()
+    assert not kernels(real)
+    found = [event(DeviceType.CUDA, False), event(DeviceType.CPU, False), event(DeviceType.CUDA, True)]
+    assert kernels(found) == found[:1]
