@@ -209,6 +209,18 @@ def test_clipping_limits_the_update_and_reports_the_norm_before() -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+def test_the_norm_of_a_large_gradient_is_that_of_float64() -> None:
+    """torch's own norm on a CPU is 2e-4 too low for so many values."""
+    gradient = torch.randn(2**15, 2**8, generator=torch.Generator().manual_seed(0))
+    module = torch.nn.Embedding(*gradient.shape)
+    engine = Single().start("fp32")
+    module, optimizer = engine.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    engine.backward((next(module.parameters()) * gradient).sum())
+    norm = engine.step(1.0)
+    engine.close()
+    assert norm == pytest.approx(float(gradient.double().norm()), rel=1e-6)
+
+
 def test_ranks_know_themselves_and_add_up(two: list[dict[str, Any]]) -> None:
     for rank, result in enumerate(two):
         found = result["facts"]
