@@ -214,7 +214,7 @@ def test_the_norm_of_a_large_gradient_is_that_of_float64() -> None:
     gradient = torch.randn(2**15, 2**8, generator=torch.Generator().manual_seed(0))
     module = torch.nn.Embedding(*gradient.shape)
     engine = Single().start("fp32")
-    module, optimizer = engine.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    module, _ = engine.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
     engine.backward((next(module.parameters()) * gradient).sum())
     norm = engine.step(1.0)
     engine.close()
