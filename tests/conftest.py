@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -32,6 +33,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before the first test that may start ranks: their fork server, with what any of them imports."""
     if item.get_closest_marker("slow"):
         forked.start_server()
+
+# A tenth of the time of the suite went into looking for cycles among the objects of torch and transformers, each
+# time that a test had made a few hundred.
+gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture

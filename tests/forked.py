@@ -78,6 +78,17 @@ class Command:
         self.send_signal(signal.SIGKILL)
 
 
+def as_started_by_hand() -> None:
+    """Makes of this process, forked from the server, one that asks it for ranks and listens to Ctrl-C."""
+    gc.freeze()
+    let_through()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # a process that multiprocessing started would fork its ranks from itself
+    multiprocessing.process._parent_process = None  # type: ignore[attr-defined]
+    server: Any = multiprocessing.forkserver
+    server.ensure_running = server._forkserver.ensure_running = lambda: None
+
+
 def _main(args: list[str], work: str, env: dict[str, str], path: list[str], output: str) -> None:
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for descriptor in (1, 2):
@@ -87,13 +98,7 @@ def _main(args: list[str], work: str, env: dict[str, str], path: list[str], outp
     os.environ.clear()
     os.environ.update(env)
     sys.path[:0] = [work, *path]
-    gc.freeze()
-    let_through()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # what is typed has no parent in multiprocessing, and so asks a server for its ranks: here the one it is from
-    multiprocessing.process._parent_process = None  # type: ignore[attr-defined]
-    server: Any = multiprocessing.forkserver
-    server.ensure_running = server._forkserver.ensure_running = lambda: None
+    as_started_by_hand()
     from mft import cli
 
     sys.argv = [cli.__file__, *args]
