@@ -34,6 +34,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("slow"):
         forked.start_server()
 
+
 # A tenth of the time of the suite went into looking for cycles among the objects of torch and transformers, each
 # time that a test had made a few hundred.
 gc.set_threshold(20_000, 20, 20)

@@ -1,7 +1,7 @@
 """`mft` commands forked from a server that has the imports done: seconds cheaper each than `python -m mft.cli`.
 
-All of a command is as it is when typed, but for its start: it is no child of this process, finds its imports
-done, and asks the same fork server for its ranks, where a typed one starts one of its own.
+All of a command is as it is when typed, but for its start: it finds its imports done. So it forks its ranks from
+itself, and the jobs of a sweep from the same server, where a typed one starts a fork server of its own for both.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import multiprocessing.forkserver
-import multiprocessing.process
 import os
 import signal
 import subprocess
@@ -79,12 +78,11 @@ class Command:
 
 
 def as_started_by_hand() -> None:
-    """Makes of this process, forked from the server, one that asks it for ranks and listens to Ctrl-C."""
+    """Makes of this process, forked from the server, one that listens to Ctrl-C and asks the same server for
+    processes. Its ranks it forks from itself, as any process that has the imports done."""
     gc.freeze()
     let_through()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # a process that multiprocessing started would fork its ranks from itself
-    multiprocessing.process._parent_process = None  # type: ignore[attr-defined]
     server: Any = multiprocessing.forkserver
     server.ensure_running = server._forkserver.ensure_running = lambda: None
 

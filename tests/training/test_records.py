@@ -37,8 +37,8 @@ LOSSES = {
     "famo": (),
     "dwa": ("loss.window=3",),
 }
-LONG = ("famo", "dwa")
-"""A mode without a memory and one with the most of it are among the others."""
+LONG = ("coba", "dwa")
+"""A mode without a memory is among the others, and the one that is stopped after its last step."""
 
 MOMENTS = (
     "before the first checkpoint",
