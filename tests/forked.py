@@ -100,4 +100,8 @@ def _main(args: list[str], work: str, env: dict[str, str], path: list[str], outp
     from mft import cli
 
     sys.argv = [cli.__file__, *args]
-    cli.main(args)
+    try:
+        cli.main(args)
+    except Exception:  # multiprocessing would print it itself, past mft's hook
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
