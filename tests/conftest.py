@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from mft.model.tiny import Tiny
-from tests import sweeping
+from tests import forked, sweeping
 
 # A shell starts its background jobs with Ctrl-C ignored, which every process below would inherit: the tests
 # that send it would then wait for nothing.
@@ -26,6 +27,17 @@ for name in ("COLUMNS", "LINES"):
 
 # Neither is one to reach the hub, whether or not this machine could.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the first test that may start ranks: their fork server, with what any of them imports."""
+    if item.get_closest_marker("slow"):
+        forked.start_server()
+
+
+# A tenth of the time of the suite went into looking for cycles among the objects of torch and transformers, each
+# time that a test had made a few hundred.
+gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
-"""Sweeps of real tiny jobs for tests: the command as a person types it, in a folder of its own with two
-tasks."""
+"""Sweeps of real tiny jobs for tests: commands in a folder of its own with two tasks."""
 
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from mft import run_folder
 from mft.files.json_file import read_json
+from tests import forked
 
 FAST = ["debug=fast", "train.save_every=2", "train.max_steps=6", "data.paths=[docs,code]"]
 
@@ -29,13 +29,26 @@ def two_tasks(folder: Path) -> Path:
     return folder
 
 
-def start(work: Path, *args: str) -> subprocess.Popen[str]:
-    """Starts `mft *args` in a folder, with a cache of its own."""
-    command = [sys.executable, "-m", "mft.cli", *args]
-    env = os.environ | {"MFT_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
+def start(work: Path, *args: str) -> forked.Command:
+    """Starts `mft *args` in a folder, with a cache of its own; forked, see `tests.forked`."""
+    return forked.Command(work, args, environment(work), [str(work)])
+
+
+def typed(work: Path, *args: str) -> tuple[int, str]:
+    """Runs `mft *args` as a person types it; returns the exit code and all it said."""
+    env = environment(work)
     env["PYTHONPATH"] = f"{work}{os.pathsep}{env.get('PYTHONPATH', '')}"  # components of a user's own
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=work, env=env, text=True, stdout=pipe, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-m", "mft.cli", *args]
+    done = subprocess.run(
+        command, cwd=work, env=env, text=True, stdout=pipe, stderr=subprocess.STDOUT, timeout=600
+    )
+    return done.returncode, done.stdout
+
+
+def environment(work: Path) -> dict[str, str]:
+    """Returns the environment of a command in a folder, with a cache of its own."""
+    return os.environ | {"MFT_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
 
 
 def mft(work: Path, *args: str) -> tuple[int, str]:
@@ -45,7 +58,7 @@ def mft(work: Path, *args: str) -> tuple[int, str]:
     return process.returncode, output
 
 
-def until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
+def until(true: Callable[[], bool], process: forked.Command, seconds: float = 300) -> None:
     """Waits for something to be so while a process lives; fails with what it said otherwise."""
     deadline = time.monotonic() + seconds
     while not true():

@@ -21,6 +21,7 @@ from mft.launch import launch
 from mft.training import checkpoint
 from mft.training.checkpoint import COMPLETE, Checkpoints, complete_steps
 from mft.training.validate import Evaluator
+from tests.selection import long
 from tests.tiny_runs import logged, stopped_after, train, two_tasks, write_task
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def test_run_folder_holds_what_it_promises(tmp_path: Path, cache_dir: Path) -> None:
-    summary, run_dir = train(tmp_path, cache_dir)
+    summary, run_dir = train(tmp_path, cache_dir, pictures=True)
     names = (
         "config.yaml",
         "identity.json",
@@ -59,8 +60,17 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path, cache_dir: Path) -> N
     assert {"lr", "grad_norm", "epoch", "train/loss"} <= set(steps[0])
 
 
-@pytest.mark.parametrize("peft", ["full", "lora", "qlora"])
-@pytest.mark.parametrize("data", ["pack", "pad"])
+@pytest.mark.parametrize(
+    ("peft", "data"),
+    [
+        ("full", "pad"),
+        ("lora", "pack"),
+        ("qlora", "pad"),
+        long("full", "pack"),
+        long("lora", "pad"),
+        long("qlora", "pack"),
+    ],
+)
 def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(
     peft: str, data: str, tmp_path: Path, cache_dir: Path
 ) -> None:

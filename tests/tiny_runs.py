@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mft.config.compose import compose_resolved
 from mft.launch import job
 from mft.launch.launch import launch
 from mft.run_folder import RunStatus
+from mft.training import plots
 from mft.training.metrics import CLOCKED
 from mft.training.trainer import Trainer
 
@@ -52,8 +53,13 @@ def two_tasks(folder: Path) -> str:
     return f"data.paths=[{write_task(folder / 'adding', 60)},{write_task(folder / 'naming', 25, longest=3)}]"
 
 
-def train(tmp_path: Path, cache_dir: Path, *overrides: str, out: str = "run") -> tuple[dict[str, Any], Path]:
-    """Trains `debug=fast` in this process; returns (summary, run folder)."""
+def train(
+    tmp_path: Path, cache_dir: Path, *overrides: str, out: str = "run", pictures: bool = False
+) -> tuple[dict[str, Any], Path]:
+    """Trains `debug=fast` in this process; returns (summary, run folder).
+
+    pictures: draw those of report/, which takes longer than the steps.
+    """
     folder = tmp_path / out
     given = [
         "debug=fast",
@@ -67,7 +73,17 @@ def train(tmp_path: Path, cache_dir: Path, *overrides: str, out: str = "run") ->
     checked = job.checked(cfg, given)
     chosen, _ = checked.choose(dated=False)
     gc.freeze()  # what is imported by now, or the collector walks over it at the end of every run
-    return launch(checked, chosen), chosen
+    with nullcontext() if pictures else undrawn():
+        return launch(checked, chosen), chosen
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Leaves out the pictures of report/."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("loss_curves", "task_weights"):
+            patch.setattr(plots, name, lambda rows, folder: None)
+        yield
 
 
 @contextmanager

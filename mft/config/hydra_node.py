@@ -34,10 +34,11 @@ STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 def check(hydra: DictConfig) -> None:
     """Raises UserError for settings that run code or write files which the command line did not name."""
-    for path, _, key in _settings(hydra, "hydra"):
+    settings = [*_settings(hydra, "hydra")]
+    for path, _, key in settings:
         if key.startswith("_") and key != "_target_":
             raise UserError(f"{path}.{key}: unexpected; only _target_ and arguments are read.")
-    for path, node, key in _settings(hydra, "hydra"):
+    for path, node, key in settings:
         if key == "_target_":
             _check_target(_value(node, key), path)
     for name in ("hydra_logging", "job_logging"):

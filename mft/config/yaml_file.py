@@ -6,6 +6,7 @@ A few hundred bytes of aliases can expand to billions of values, and deep nestin
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,7 @@ _TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:map", "tag:yaml.org,2002:se
 def check(path: Path) -> str:
     """Returns the text of a file; UserError, with file and line, where it is not UTF-8, too large, or not
     plain, finite YAML."""
-    if path.stat().st_size > LARGEST:
-        raise UserError(f"{path}: is larger than {LARGEST // 2**20} MiB; a config has a few pages.")
-    data = path.read_bytes()
+    data = check_size(path).read_bytes()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -45,6 +44,13 @@ def check(path: Path) -> str:
     except yaml.YAMLError as error:
         raise UserError(refusal(error, path)) from error
     return text
+
+
+def check_size(path: Path) -> Path:
+    """Returns the path of a file; UserError where it is too large for a config."""
+    if path.stat().st_size > LARGEST:
+        raise UserError(f"{path}: is larger than {LARGEST // 2**20} MiB; a config has a few pages.")
+    return path
 
 
 def load(path: Path) -> Any:
@@ -80,11 +86,16 @@ def register() -> None:
     from omegaconf import DictConfig, OmegaConf
 
     class FileConfigSource(file_config_source.FileConfigSource):
-        """Hydra's own source of yaml files, with `check` before."""
+        """Hydra's own source of yaml files, with `check` before; a content is parsed once in a process."""
 
         def load_config(self, config_path: str) -> Any:
             file = Path(self.path, self._normalize_file_name(config_path))
+            key = None
             if file.is_file():
+                key = (self.provider, self.path, config_path, check_size(file).read_bytes())
+                if key in parsed:
+                    last[:] = [file]
+                    return copy.deepcopy(parsed[key])
                 check(file)
             try:
                 result = super().load_config(config_path)
@@ -94,10 +105,16 @@ def register() -> None:
             defaults = result.config.get("defaults") if isinstance(result.config, DictConfig) else None
             if defaults is not None and not OmegaConf.is_list(defaults):
                 raise UserError(f"{file}: defaults: expected a list: `defaults: [override /peft: lora]`.")
+            if key:
+                parsed[key] = copy.deepcopy(result)
             return result
 
     SourcesRegistry.instance().types["file"] = FileConfigSource
 
+
+parsed: dict[tuple[str, str, str, bytes], Any] = {}
+"""Source, folder, name and content of a file → what it was parsed to: a sweep reads conf/ for every job, and
+parsing is most of reading."""
 
 last: list[Path] = []
 """The file that Hydra read last."""

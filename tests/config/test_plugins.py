@@ -17,7 +17,7 @@ from mft.config.compose import compose_resolved
 from mft.config.schema import load
 from mft.config.validate import check
 from mft.errors import UserError
-from tests import sweeping
+from tests import forked, sweeping
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin"
 
@@ -339,7 +339,15 @@ paths: [faq]
 
 def mft(work: Path, path: Path | None, *args: str) -> str:
     """Runs a command with `path` on PYTHONPATH; returns what it said."""
-    env = os.environ | {"MFT_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
+    process = forked.Command(work, args, sweeping.environment(work), [str(path)] if path else [])
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    return said
+
+
+def typed(work: Path, path: Path | None, *args: str) -> str:
+    """Runs a command as a person types it, with `path` on PYTHONPATH; returns what it printed."""
+    env = sweeping.environment(work)
     env["PYTHONPATH"] = os.pathsep.join([*([str(path)] if path else []), env.get("PYTHONPATH", "")]).rstrip(
         os.pathsep
     )
@@ -370,7 +378,7 @@ def test_a_named_plugin_trains_resumes_merges_and_answers(work: Path) -> None:
     assert json.loads((work / "run" / "summary.json").read_text())["status"] == "finished"
     assert "merged into" in mft(work, None, "merge", "run")
     assert mft(work, None, "generate", "run", "how many 3?", "max_new_tokens=2") is not None
-    report = mft(work, EXAMPLE, "data", "report", *given, "--plugin=mft_example")
+    report = typed(work, EXAMPLE, "data", "report", *given, "--plugin=mft_example")
     assert "faq" in report
 
 
@@ -388,8 +396,8 @@ def test_an_installed_plugin_needs_no_flag_and_a_sweep_remembers_a_named_one(wor
         f"[mft.components]\n{points.splitlines()[0].replace(chr(34), '')}\n"
     )
     given = [*with_task(work), "train.max_steps=2"]
-    assert "would run" in mft(work, site, "train", *given, "output_dir=run", "--check")
-    mft(work, site, "train", *given, "launch.nproc=1", "output_dir=run")
+    assert "would run" in typed(work, site, "train", *given, "output_dir=run", "--check")
+    typed(work, site, "train", *given, "launch.nproc=1", "output_dir=run")
     assert (work / "run" / "losses.tsv").is_file()
     sweep = [*given, "-m", "loss.limit=3,4", "launch.nproc=1", "name=swept"]
     mft(work, EXAMPLE, "train", *sweep, "--plugin", "mft_example")

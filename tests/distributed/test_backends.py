@@ -25,30 +25,45 @@ OTHER = {
 }
 """Further runs of each backend: a loss mode that runs the micro-batches without gradient too, and so on."""
 
-OTHER = {case: (*overrides, "train.max_steps=4") for case, overrides in OTHER.items()}
+QUICK = {
+    "full-pack": BACKENDS,
+    "lora-pad": ("zero2", "fsdp"),
+    "qlora-pack": ("ddp", "zero3"),
+    "adaptive": ("zero2", "fsdp"),
+    "checkpointing": ("ddp", "zero3"),
+}
+"""Each peft mode, each layout, a loss without gradient and checkpointing, on a backend that divides the weights or
+states and on another one; in `make check-all` every case on every backend."""
 
-
-LONG = ("full-pad", "lora-pack", "qlora-pad", "checkpointing_full", "checkpointing_lora")
-"""Each peft mode, each layout and checkpointing is among the others once."""
+STEPS = {case: 8 if case in QUICK else 20 for case in MATRIX} | dict.fromkeys(OTHER, 4)
+CASES = {
+    case: (*overrides, f"train.max_steps={STEPS[case]}", f"train.eval_every={max(4, STEPS[case] // 2)}")
+    for case, overrides in (MATRIX | OTHER).items()
+}
+"""Overrides of each case; twenty steps in `make check-all` alone."""
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tree:
-    tree = Tree(tmp_path_factory.mktemp("backends"))
-    cases = selected(request, "case")
-    play_beside_single(
-        tree, {case: overrides for case, overrides in (MATRIX | OTHER).items() if case in cases}
-    )
+    tree, pairs = Tree(tmp_path_factory.mktemp("backends")), selected(request, "backend", "case")
+    backends = {case: [b for b in BACKENDS if (b, case) in pairs] for case in CASES}
+    play_beside_single(tree, {case: CASES[case] for case in CASES if backends[case]}, backends)
     return tree
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("case", [long(case) if case in LONG else case for case in MATRIX | OTHER])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        (backend, case) if backend in QUICK.get(case, ()) else long(backend, case)
+        for backend in BACKENDS
+        for case in CASES
+    ],
+)
 def test_two_ranks_of_any_backend_do_what_one_process_does(tree: Tree, backend: str, case: str) -> None:
     one, two = tree.folder("single", case), tree.folder(backend, case)
-    assert len(logged(two, "train/loss")) == (20 if case in MATRIX else 4)
+    assert len(logged(two, "train/loss")) == STEPS[case]
     assert max(logged(one, "grad_norm")) > 0.5  # clipping took place
     found = differences(one, two)
     assert max(found.values()) < 1e-5, found

@@ -11,6 +11,7 @@ from tests.distributed.equality import assert_gone_on, differences
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import LAYOUTS, Tree, play, weights
 from tests.distributed.test_resume import compare
+from tests.selection import long, selected
 
 SETTINGS = (
     "train.max_steps=4",
@@ -32,13 +33,18 @@ CASES = {
     ),
 }
 SHARDED = [case for case in CASES if case != "head"]
-PAIRS = [(backend, case) for backend in ("zero3", "fsdp") for case in SHARDED] + [("zero2", "head")]
+ALL = [(backend, case) for backend in ("zero3", "fsdp") for case in SHARDED] + [("zero2", "head")]
+LONG = [("zero3", "tied"), ("fsdp", "untied"), ("fsdp", "adapter")]
+"""Each case is among the others, and each backend."""
+
+PAIRS = [long(*pair) if pair in LONG else pair for pair in ALL]
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+def tree(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tree:
     """Four steps on one process; on two ranks, saved after the second; and these gone on with from there."""
     tree = Tree(tmp_path_factory.mktemp("saving"))
+    pairs = [pair for pair in ALL if pair in selected(request, "backend", "case")]
 
     def frozen(backend: str, case: str, name: str, ranks: int = 2, start: Path | None = None) -> Path:
         given = (
@@ -48,9 +54,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
         )
         return tree.frozen(backend, name, (*given, *SETTINGS), ranks, start)
 
-    run_ranks(1, play, [frozen("single", case, case, 1) for case in CASES])
-    run_ranks(2, play, [frozen(backend, case, case) for backend, case in PAIRS])
-    run_ranks(2, play, [frozen(b, case, f"{case}-again", start=tree.step(b, case, 2)) for b, case in PAIRS])
+    run_ranks(1, play, [frozen("single", case, case, 1) for case in sorted({case for _, case in pairs})])
+    run_ranks(2, play, [frozen(backend, case, case) for backend, case in pairs])
+    run_ranks(2, play, [frozen(b, case, f"{case}-again", start=tree.step(b, case, 2)) for b, case in pairs])
     return tree
 
 
@@ -75,7 +81,9 @@ def test_a_checkpoint_holds_the_model_only_where_it_is_asked_to(tree: Tree, back
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("case", ["tied", "untied"])
-@pytest.mark.parametrize("backend", ["zero3", "fsdp"])
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [("zero3", "untied"), ("fsdp", "tied"), long("zero3", "tied"), long("fsdp", "untied")],
+)
 def test_what_was_only_saved_in_parts_ends_as_a_whole_model(tree: Tree, backend: str, case: str) -> None:
     compare(tree.folder(backend, case), "step-4", full=True)

@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from mft.errors import UserError
 from mft.files.json_file import read_json
 from mft.launch.signals import Stopped
 from mft.launch.spawn import spawn
+from tests import forked
 from tests.distributed.runs import frozen, write_tasks
 from tests.launch import entries
 
@@ -69,16 +71,24 @@ def ended(run_dir: Path, entry: Callable[[str], None], acting: Act) -> tuple[str
     return str(caught.value), seconds
 
 
-def test_a_rank_that_is_stopped_in_a_step(tmp_path: Path) -> None:
-    run_dir = run_of(tmp_path, "train.max_steps=100000")
+def stop_a_rank(root: Path, sending: Connection) -> None:
+    forked.as_started_by_hand()
+    run_dir = run_of(root, "train.max_steps=100000")
     acting = Act(run_dir, logged, lambda pids: os.kill(pids[1], signal.SIGSTOP))
-    sentence, seconds = ended(run_dir, entries.train, acting)
-    assert "rank 1 has stalled: no sign of life since 20" in sentence
-    assert "longer than dist.timeout_minutes=0.1" in sentence and "log/rank<r>.log" in sentence
-    assert seconds < LIMIT + AGENT + 15
-    log = (run_dir / "log" / "rank0.log").read_text()
-    assert "Stacks of this rank, since rank 1 has stalled" in log and "Timed out waiting" in log
-    assert read_json(run_dir / "summary.json").text("status") == "failed"
+    sending.send((run_dir, *ended(run_dir, entries.train, acting)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stopped_in_a_step(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
+    """Tells how a run ended of which a rank was stopped in a step: beside the other tests, since elastic's agent
+    waits for half a minute until it kills that rank."""
+    receiving, sending = forked.CONTEXT.Pipe(duplex=False)
+    process = forked.CONTEXT.Process(target=stop_a_rank, args=(tmp_path_factory.mktemp("stopped"), sending))
+    process.start()
+    sending.close()  # so that the end of the process is the end of what can be received
+    yield receiving
+    process.kill()
+    process.join()
 
 
 @pytest.mark.long
@@ -109,3 +119,13 @@ def test_ctrl_c_while_a_rank_waits_for_a_slow_save(tmp_path: Path) -> None:
         spawn(entries.save_for_a_while, (str(run_dir),), 2, run_dir / "log")
     assert read_json(run_dir / "summary.json").text("status") == "stopped"
     assert not list((run_dir / "log").glob("*.error.json"))
+
+
+def test_a_rank_that_is_stopped_in_a_step(stopped_in_a_step: Connection) -> None:
+    run_dir, sentence, seconds = stopped_in_a_step.recv()
+    assert "rank 1 has stalled: no sign of life since 20" in sentence
+    assert "longer than dist.timeout_minutes=0.1" in sentence and "log/rank<r>.log" in sentence
+    assert seconds < LIMIT + AGENT + 15
+    log = (run_dir / "log" / "rank0.log").read_text()
+    assert "Stacks of this rank, since rank 1 has stalled" in log and "Timed out waiting" in log
+    assert read_json(run_dir / "summary.json").text("status") == "failed"

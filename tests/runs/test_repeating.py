@@ -31,6 +31,8 @@ def repeat(run: Run, work: Path, elsewhere: Path) -> Path:
     env = os.environ | {"MFT_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1"}
     line = f'mft() {{ "{sys.executable}" -m mft.cli "$@"; }}; {run.command}'
     env["PYTHONPATH"] = f"{work}{os.pathsep}{os.getcwd()}"
+    # other tests count the runs of the sweep's store
+    env["MLFLOW_TRACKING_URI"] = f"sqlite:///{elsewhere}/mlflow.db"
     done = subprocess.run(line, shell=True, cwd=elsewhere, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     (new,) = set(run_folder.runs_under(work / "outputs")) - before

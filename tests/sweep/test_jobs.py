@@ -13,7 +13,7 @@ from mft import cli, run_folder
 from mft.data.task import FIRST_ROWS
 from mft.sweep.folder import sweep_id, taken
 from mft.training.checkpoint import newest
-from tests.sweeping import FAST, mft, runs, start, states, two_tasks, until, until_nothing_runs
+from tests.sweeping import FAST, mft, runs, start, states, two_tasks, typed, until, until_nothing_runs
 
 AXES = ["loss=task_token_mean,coba", "optimizer.lr=1e-3,2e-3,3e-3"]
 EVERY_TEN = ["train.eval_every=10", "train.save_every=10", "train.log_every=10"]
@@ -84,7 +84,7 @@ def test_a_failed_job_leaves_its_traceback_and_fail_fast_starts_no_other(work: P
     code, said = mft(work, "train", "-m", *FAST, axis, "launch.fail_fast=true")
     assert code == 1 and "1 failed, 1 not started" in said, said
     assert list(states(work).values()) == ["failed"]
-    code, said = mft(work, "train", "-m", *FAST, axis)
+    code, said = typed(work, "train", "-m", *FAST, axis)
     assert code == 1 and "of 2 jobs 1 failed;" in said, said
     assert states(work) == {"optimizer.lr=1e+30": "failed", "optimizer.lr=0.001": "finished"}
     failed = next(run for run in runs(work) if run_folder.state(run) == "failed")

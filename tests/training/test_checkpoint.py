@@ -63,7 +63,7 @@ def test_a_run_killed_three_times_while_it_saves_is_the_uninterrupted_one(
         "the final model is written": ("step-6", "../.final.tmp"),
     }
     for moment, (newest, left) in moments.items():
-        process = multiprocessing.get_context("spawn").Process(
+        process = multiprocessing.get_context("forkserver").Process(
             target=train_and_be_killed, args=(moment, tmp_path, cache_dir)
         )
         process.start()

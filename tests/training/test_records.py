@@ -17,6 +17,7 @@ from mft.training import loop
 from mft.training.trainer import Trainer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import LAYOUTS, Tree, play
+from tests.selection import long
 from tests.tiny_runs import logged, train
 
 pytestmark = pytest.mark.slow
@@ -36,6 +37,9 @@ LOSSES = {
     "famo": (),
     "dwa": ("loss.window=3",),
 }
+LONG = ("coba", "dwa")
+"""A mode without a memory is among the others, and the one that is stopped after its last step."""
+
 MOMENTS = (
     "before the first checkpoint",
     "while validating",
@@ -78,7 +82,7 @@ def raised() -> None:
     raise Killed
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [long(loss) if loss in LONG else loss for loss in LOSSES])
 def test_a_run_that_is_ended_at_any_moment_leaves_the_rows_of_the_undisturbed_one(
     loss: str, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
