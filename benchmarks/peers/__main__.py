@@ -121,6 +121,7 @@ def measure(setting: Setting, rounds: int, peers: list[str], roots: dict[str, Pa
             "of_peak": median(paired(flops, of.seconds)) / peak,
             "first_loss": of.facts["loss"],
             "seconds": of.seconds,
+            "memory_by_step": [step["memory"] for step in of.steps],
         }
     shares = [row.trained / len(row.ids) for row in rows[1:]]
     about = {"rounds": rounds, "tokens": tokens, "samples": [len(row.lengths) for row in rows[1:]]}
