@@ -1,11 +1,13 @@
-# make train · make test · make check-all · make lint · make bench. Both first ones set up everything they need in .venv.
+# make train · make test · make check-all · make lint · make bench · make bench-peers. They set up everything they need in
+# .venv, the last one also in .venv-peers.
 PYTHON ?= python3
 VENV   := .venv
+PEERS  := .venv-peers
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ARGS   ?=
 
-.PHONY: setup train test check-all lint bench clean
+.PHONY: setup train test check-all lint bench bench-peers clean
 
 setup: $(READY)
 
@@ -39,5 +41,15 @@ bench: $(READY)
 	$(BIN)/mft demo
 	$(BIN)/python -m benchmarks.step $(ARGS)
 
+# Each peer in an environment of its own, with all of its packages pinned.
+bench-peers: $(READY) $(PEERS)/trl/.ready $(PEERS)/llamafactory/.ready
+	$(BIN)/mft demo
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+$(PEERS)/%/.ready: benchmarks/peers/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install -q --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache
