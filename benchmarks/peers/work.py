@@ -89,9 +89,9 @@ def checked_job(overrides: Sequence[str]) -> Any:
 
 def rows(overrides: Sequence[str], steps: int) -> tuple[list[Row], Path]:
     """Returns the rows that a run of these overrides takes in its first steps, one in each, and its model."""
+    from mft.assembly.start import read_data, settings_of
     from mft.config import build, schema
     from mft.data.loader import BatchLoader
-    from mft.run import read_data, settings_of
 
     cfg = schema.typed(checked_job(overrides).cfg)
     parts, (train, settings) = build.build_components(cfg), settings_of(cfg)
