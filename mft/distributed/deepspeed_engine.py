@@ -143,6 +143,12 @@ class DeepSpeedEngine(Engine):
         self.skipped = overflow and self.accelerator.mixed_precision == "fp16"
         return float("nan") if overflow else float(self._module.get_global_grad_norm())
 
+    def _drop_gradients(self) -> None:
+        scaler = self._scaler_state()
+        self._module.step()  # not finite, so that it updates nothing and clears everything
+        assert self._optimizer.overflow
+        self._load_scaler(scaler)
+
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """Of what is trained it takes the fp32 master weight, also where half precision is computed with."""
         import deepspeed
