@@ -26,10 +26,10 @@ class OfRank(Room):
         pass
 
     def used(self) -> float:
-        return 1.0
+        return 1.0 * 2**30
 
     def peak(self) -> float:
-        return self.tried + 1.0
+        return (self.tried + 1.0) * 2**30
 
 
 def play_with_little_room(run_dirs: Sequence[Path]) -> None:
@@ -38,7 +38,7 @@ def play_with_little_room(run_dirs: Sequence[Path]) -> None:
 
     largest = BatchLoader.largest
     rank = torch.distributed.get_rank()
-    room = OfRank(5.5 - 2 * rank, 9.0, "", "CPU")
+    room = OfRank((5.5 - 2 * rank) * 2**30, 9.0 * 2**30, "", "CPU")
 
     def noted(loader: BatchLoader, rows: int) -> object:
         room.tried = rows
