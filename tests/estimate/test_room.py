@@ -40,8 +40,8 @@ def test_a_peak_is_that_since_the_reset() -> None:
     host = Host.of(1)
     host.reset()
     before = host.peak()
-    del_me = torch.ones(2**26)  # 256 MiB
+    held = torch.ones(2**26)  # 256 MiB
     assert host.peak() - before == pytest.approx(2**28, rel=0.1)
-    del del_me
+    del held
     host.reset()
     assert host.peak() - before < 2**27
