@@ -249,8 +249,16 @@ class BatchSizes:
     """Micro-batches of one step on each rank."""
     world: int
     """Ranks on all machines."""
+    found: bool = True
+    """False while the rows of a micro-batch are still to be found, by memory."""
 
     @property
     def total(self) -> int:
         """The global batch."""
         return self.per_device * self.accumulation * self.world
+
+    def with_rows(self, per_device: int) -> BatchSizes:
+        """Returns the same step in micro-batches of so many rows, a divisor of a rank's."""
+        rows = self.per_device * self.accumulation
+        assert rows % per_device == 0, f"{rows} rows in micro-batches of {per_device}"
+        return BatchSizes(per_device, rows // per_device, self.world)

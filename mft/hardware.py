@@ -1,5 +1,5 @@
-"""GPUs and bf16 support of this machine, what CUDA reads from the environment, copies to a device, and
-silencing of library warnings about hardware that is not here.
+"""GPUs, bf16 support and limits of this machine, what CUDA reads from the environment, copies to a device,
+and silencing of library warnings about hardware that is not here.
 
 Imports torch only on machines with a GPU.
 """
@@ -39,6 +39,9 @@ AVX2."""
 
 AMPERE = (8, 0)
 """Compute capability from which NVIDIA GPUs have bf16 arithmetic and the kernels of flash attention."""
+
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+"""Where control groups of version 2 are mounted."""
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Variables with settings of torch's CUDA allocator. Every version obeys the first, of which some warn that
@@ -183,3 +186,24 @@ def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if tensor.device.type == "cpu" and str(device).startswith("cuda"):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def control_group(name: str, root: Path = CONTROL_GROUPS) -> str:
+    """Returns the first word of a file of this process's control group (version 2), or of the nearest one
+    above it that has the file; "" where there is none.
+
+    name: e.g. memory.max; root: where control groups are mounted.
+    """
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    own = next((line.rpartition(":")[2].lstrip("/") for line in lines if line.startswith("0::")), "")
+    folder = root / own
+    for place in (folder, *folder.parents):
+        if place.is_relative_to(root) and (place / name).is_file():
+            try:
+                return (place / name).read_text(encoding="utf-8").strip()
+            except OSError:
+                return ""
+    return ""

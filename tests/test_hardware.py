@@ -15,6 +15,7 @@ import torch
 
 from mft import hardware
 from mft.config.schema import resolve_precision
+from mft.hardware import control_group
 from mft.launch.placement import ranks
 
 DRIVER = """
@@ -159,3 +160,9 @@ def test_the_allocator_is_set_before_torch_is_imported() -> None:
     code = "import sys, mft.launch.worker; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"
+
+
+def test_the_limit_of_a_control_group_is_that_of_the_nearest_one(tmp_path: Path) -> None:
+    assert control_group("memory.max", tmp_path) == ""
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    assert control_group("memory.max", tmp_path) == "1073741824"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mft.assembly import micro_batch
 from mft.assembly.model import checkpoint_layers, show_model
 from mft.assembly.start import Run
 from mft.data.loader import BatchLoader
@@ -38,7 +39,10 @@ def make_trainer(
     # before an engine divides the weights
     flops = token_flops(token_loss.model, token_loss.layer_classes(), recomputed)
     optimizer = r.parts.optimizer.build(token_loss.named_parameters(), r.parts.base_lr)
+    coming = 0.0 if loader.sizes.found else micro_batch.optimizer_to_come(r, model)
     module, optimizer = engine.prepare(token_loss, optimizer)
+    if not loader.sizes.found:
+        micro_batch.find(r, loader, module, coming)
 
     adapted = base_of(model) is not model  # the base below an adapter is not saved: it need not be gathered
 

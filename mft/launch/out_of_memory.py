@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from omegaconf import DictConfig, OmegaConf
 
 from mft.errors import UserError
+from mft.files.json_file import read_json
+from mft.run_folder import MICRO_BATCH
 
 SIGNS = (
     "can't allocate memory",  # torch's CPU allocator
@@ -30,6 +34,8 @@ def explain(error: BaseException, cfg: DictConfig) -> UserError | None:
         return None
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
     values = {path: OmegaConf.select(cfg, path) for path in LOWER}
+    if found := read_json(Path(str(cfg.get("output_dir"))) / MICRO_BATCH).number("per_device_batch_size"):
+        values[LOWER[0]] = f"auto, which found {found:g}"
     lower = [path if value is None else f"{path} (now {value})" for path, value in values.items()]
     switch = []
     for key, better in SWITCHES.items():

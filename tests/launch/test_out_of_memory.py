@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from mft.files.json_file import write_json
 from mft.launch.out_of_memory import explain
+from mft.run_folder import MICRO_BATCH
 
 CFG = OmegaConf.create(
     {
@@ -60,3 +64,10 @@ def test_checkpointing_is_named_unless_all_layers_are_recomputed(setting: object
     sentence = str(explain(MemoryError(), cfg))  # type: ignore[arg-type]
     assert (f"model.gradient_checkpointing=true (now {setting})" in sentence) == named
     assert named or "gradient_checkpointing" not in sentence
+
+
+def test_a_size_that_was_found_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / MICRO_BATCH, {"per_device_batch_size": 32})
+    own = {"train": {"per_device_batch_size": "auto"}, "output_dir": str(tmp_path)}
+    sentence = str(explain(MemoryError(), OmegaConf.merge(CFG, own)))  # type: ignore[arg-type]
+    assert "Lower train.per_device_batch_size (now auto, which found 32), " in sentence
