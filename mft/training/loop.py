@@ -27,10 +27,8 @@ def fit(t: Trainer) -> RunStatus:
         return RunStatus.finished
     t.module.train()
     t.meter.resume(state.meter, t.engine)
-    phases, steps = (
-        t.meter.phases,
-        t.loader.steps(state.epoch, state.rows_consumed, t.total_steps - state.step),
-    )
+    phases, left = t.meter.phases, t.total_steps - state.step
+    steps = t.loader.steps(state.epoch, state.rows_consumed, left)
     # closed however it ends: a thread may be making the next step ready, and a profile may be on
     with closing(steps), closing(t.profile), phases.during(Phase.training):
         return train_on(t, phases.awaited(steps))

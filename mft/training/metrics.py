@@ -27,7 +27,7 @@ CLOCKED = ("speed/", "memory/", "total/seconds")
 PEAKS = ("memory/peak_gib", "memory/reserved_gib")
 """Metrics of the peaks of memory, in the order in which they are read."""
 
-SAME = ("steps", "skipped", "tokens", "positions", "trained", "grad_norm")
+SAME = ("steps", "skipped", "processed", "positions", "trained", "grad_norm")
 """Attributes of a meter that are the same on every rank."""
 
 
@@ -76,7 +76,7 @@ class Meter:
         """Forgets what was summed; the time counts from now on."""
         self.sums_2K.zero_()
         self.losses_2.zero_()
-        self.steps = self.skipped = self.tokens = self.positions = self.trained = 0
+        self.steps = self.skipped = self.processed = self.positions = self.trained = 0
         self.grad_norm = math.nan
         self.samples_K = [0.0] * len(self.names)
         self._training_before = self.phases.seconds(Phase.training)
@@ -146,7 +146,7 @@ class Meter:
         self._count(counts)
 
     def _count(self, counts: StepCounts) -> None:
-        self.tokens += int(counts.processed)
+        self.processed += int(counts.processed)
         self.positions += int(counts.positions)
         self.trained += int(counts.trained)
 
@@ -181,13 +181,13 @@ class Meter:
                 values[f"train/loss/{name}"] = mean
             values[f"train/tokens/{name}"] = trained
             values[f"train/samples/{name}"] = samples
-        speeds = rates(self.tokens, self.positions, self.trained, seconds)
-        speeds |= self.work.utilization(self.tokens, engine.world * seconds)
+        speeds = rates(self.processed, self.positions, self.trained, seconds)
+        speeds |= self.work.utilization(self.processed, engine.world * seconds)
         values |= {f"speed/{name}": value for name, value in speeds.items()}
         values["speed/seconds_per_step"] = seconds / steps
         values["speed/data_wait_seconds"] = waited / steps
         values["speed/data_wait_share"] = waited / seconds
-        values["data/fill"] = self.tokens / max(1, self.positions)
+        values["data/fill"] = self.processed / max(1, self.positions)
         values |= {name: peak / 2**30 for name, peak in zip(PEAKS, peaks, strict=False)}
         self.restart()
         return values
