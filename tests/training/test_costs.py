@@ -94,9 +94,9 @@ def test_a_run_reports_what_it_took_and_a_resumed_one_of_all_its_parts(tmp_path,
     for words in ("tokens/s", "MFU, HFU", "train.peak_tflops", "waiting for data", "validation", "closing"):
         assert words in printed
     phases = whole["phases"]
-    assert {"data", "loading", "training", "validation", "saving", "closing"} == set(phases)
+    assert set(phases) - {"answers"} == {"data", "loading", "training", "validation", "saving", "closing"}
     took = sum(phase["seconds"] for phase in phases.values())
-    assert took == pytest.approx(whole["seconds"], abs=0.1)
+    assert took == pytest.approx(whole["seconds"], abs=0.2)
     assert all(phase["seconds"] > 0 and phase["peak_gib"] > 0.1 for phase in phases.values())
     assert whole["speed"]["mfu"] > 0 and whole["all_tokens"] >= whole["tokens"] > whole["trained_tokens"] > 0
 
