@@ -14,6 +14,7 @@ from mft.tracking.base import FanOut, Jsonl, Tracker
 from mft.training import metrics, sample_losses
 from mft.training.checkpoint import Checkpoints, ModelExport
 from mft.training.prefetch import Prefetched
+from mft.training.profile import StepProfile
 from mft.training.settings import KeptLosses
 from mft.training.trainer import Trainer
 from mft.training.validate import Evaluator
@@ -78,7 +79,9 @@ def make_trainer(
         evaluator=Evaluator(engine, names, loader.validation),
         probe=probe,
         save=checkpoints.save,
-        meter=metrics.Meter(names, engine.device, flops.model, settings.peak_tflops, flops.recomputed),
+        meter=metrics.Meter(
+            names, engine.device, flops.model, settings.peak_tflops, flops.recomputed, r.phases
+        ),
         tracker=FanOut([Jsonl(), *r.parts.trackers]) if engine.is_main else Tracker(),
         progress=r.progress,
         settings=settings,
@@ -87,6 +90,13 @@ def make_trainer(
         origin=lambda sample: stores[sample[0]].origin(sample[1]),
         test=Evaluator(engine, names, loader.test) if len(loader.test_samples) else None,
         sample_losses=by_sample if kept is not KeptLosses.none else None,
+        profile=StepProfile(
+            r.folder if settings.profile and engine.is_main else None,
+            r.phases,
+            engine.device,
+            loader.sizes.accumulation,
+            (settings.eval_every, settings.save_every),
+        ),
     )
     show_model(r, loader, model, words)
     return trainer, checkpoints, export

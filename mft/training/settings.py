@@ -97,7 +97,9 @@ class TrainSettings:
     prompts_max_new_tokens: int = ranged(64, min=1)
     """Length limit of those answers, in tokens."""
     peak_tflops: float | None = ranged(None, above=0)
-    """Peak of one device in TFLOP/s, for speed/mfu; null: known GPUs only."""
+    """Peak of one device in TFLOP/s, for speed/mfu and hfu; null: known GPUs only."""
+    profile: bool = False
+    """Record a few steps with torch's profiler, into profile/ of the run folder (`mft.training.profile`)."""
 
     def check(self) -> None:
         """Raises UserError for a number out of its range, and for a word that stands for none."""
