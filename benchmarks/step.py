@@ -1,6 +1,6 @@
 """The demo's training step: token losses only where a token carries loss, against full logits; attention by
-the fastest kernel of the machine, against torch's sdpa sample by sample; and a linear layer and its adapter as
-one function, against peft's own path.
+the fastest kernel of the machine, against torch's sdpa sample by sample; norms, gated MLPs, and a linear layer
+with its adapter as one function each, against the steps of transformers and peft.
 
     python -m benchmarks.step [repeats [seq_length]]
 
@@ -85,6 +85,7 @@ def setting(seq_length: int, *overrides: str) -> tuple[Callable[[str], None], in
 
 VARIANTS = {
     "where trained": (),
+    "layers by steps": ("model.fused=false",),
     "adapters by peft": ("peft.fused=false",),
     "sdpa by sample": (),
     "full logits": (),
