@@ -1,5 +1,6 @@
-"""The demo's training step: token losses only where a token carries loss, against full logits; and attention
-by the fastest kernel of the machine, against torch's sdpa sample by sample.
+"""The demo's training step: token losses only where a token carries loss, against full logits; attention by
+the fastest kernel of the machine, against torch's sdpa sample by sample; norms, gated MLPs, and a linear layer
+with its adapter as one function each, against the steps of transformers and peft.
 
     python -m benchmarks.step [repeats [seq_length]]
 
@@ -22,7 +23,7 @@ from pathlib import Path
 ROWS = 2
 
 
-def setting(seq_length: int) -> tuple[Callable[[str], None], int]:
+def setting(seq_length: int, *overrides: str) -> tuple[Callable[[str], None], int]:
     """Returns (a function that runs one step of a variant, the non-padding tokens of a step)."""
     import torch
 
@@ -44,7 +45,7 @@ def setting(seq_length: int) -> tuple[Callable[[str], None], int]:
     from mft.model.peft.full import compute_dtype
     from mft.model.token_loss import TokenLoss
 
-    cfg = compose_resolved(["experiment=demo"])
+    cfg = compose_resolved(["experiment=demo", *overrides])
     precision = resolve_precision("auto").value
     family, peft = build(cfg.model), build(cfg.peft)
     tokenizer = family.tokenizer()
@@ -82,7 +83,14 @@ def setting(seq_length: int) -> tuple[Callable[[str], None], int]:
     return step, int((batch.sample_BT >= 0).sum())
 
 
-VARIANTS = ("where trained", "sdpa by sample", "full logits")
+VARIANTS = {
+    "where trained": (),
+    "layers by steps": ("model.fused=false",),
+    "adapters by peft": ("peft.fused=false",),
+    "sdpa by sample": (),
+    "full logits": (),
+}
+"""Name → overrides of a model of its own."""
 
 
 def peak_gib() -> float:
@@ -93,7 +101,7 @@ def peak_gib() -> float:
 
 def memory(variant: str, seq_length: int) -> None:
     """Prints the peak of two steps above what the process held before, in GiB."""
-    step, _ = setting(seq_length)
+    step, _ = setting(seq_length, *VARIANTS[variant])
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
     step(variant)
     step(variant)
@@ -102,13 +110,14 @@ def memory(variant: str, seq_length: int) -> None:
 
 def main(repeats: int, seq_length: int) -> None:
     """Prints the table."""
-    step, tokens = setting(seq_length)
+    made = {overrides: setting(seq_length, *overrides) for overrides in set(VARIANTS.values())}
+    tokens = made[()][1]
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     walls: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for round_number in range(repeats + 1):
         for variant in VARIANTS:
             started, wall = time.process_time(), time.perf_counter()
-            step(variant)
+            made[VARIANTS[variant]][0](variant)
             if round_number:  # the first warms up
                 seconds[variant].append(time.process_time() - started)
                 walls[variant].append(time.perf_counter() - wall)
@@ -126,7 +135,7 @@ def main(repeats: int, seq_length: int) -> None:
     for variant in VARIANTS:
         median, wall = statistics.median(seconds[variant]), statistics.median(walls[variant])
         print(
-            f"{variant:<14} {tokens / median:6.0f} tokens per CPU second ({base / median:.2f} x)  "
+            f"{variant:<16} {tokens / median:6.0f} tokens per CPU second ({base / median:.2f} x)  "
             f"{tokens / wall:6.0f} tokens/s  step memory {peaks[variant]:.2f} GiB "
             f"({peaks[variant] / peaks['full logits']:.2f} x)"
         )

@@ -158,7 +158,7 @@ CHOSEN: dict[str, tuple[Callable[[Place], Found], int]] = {
 }
 """Name of a cell → what it does, and how many seconds it may take."""
 
-QUICK = ("B0", "B2", "B3", "B6")
+QUICK = ("B0", "B2")
 CELLS: list[Cell] = [
     Cell(name, partial(described, run), seconds, "quick" if name.startswith(QUICK) else "long")
     for name, (run, seconds) in CHOSEN.items()

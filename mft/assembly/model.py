@@ -78,6 +78,7 @@ def checkpoint_layers(r: Run, loader: BatchLoader, model: Model) -> tuple[int, s
 
 def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: str) -> None:
     """Shows which weights are trained, and how. checkpointing: in words."""
+    from mft.model import fused_layers
     from mft.model.attention import described
     from mft.model.introspect import base_of
     from mft.model.peft import summary as trained_weights
@@ -93,6 +94,8 @@ def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: str) ->
         "precision": f"{precision}, attention {attention}",
         "gradient checkpointing": checkpointing,
     }
+    if layers := fused_layers.described(model):
+        facts["computed as one"] = layers
     if adapters := r.parts.peft.computation(model):
         facts["adapters"] = adapters
     r.progress.show(settings_table(facts.items(), "training"))

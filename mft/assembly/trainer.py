@@ -35,8 +35,8 @@ def make_trainer(
     from mft.model.token_loss import TokenLoss
 
     engine, names, loss, settings = r.engine, r.data.names, r.parts.loss, r.settings
-    recomputed, words = checkpoint_layers(r, loader, model)
     token_loss = TokenLoss(model, r.parts.model)
+    recomputed, words = checkpoint_layers(r, loader, model)
     # before an engine divides the weights
     flops = token_flops(token_loss.model, token_loss.layer_classes(), recomputed)
     optimizer = r.parts.optimizer.build(token_loss.named_parameters(), r.parts.base_lr)

@@ -50,6 +50,10 @@ class CausalLM(CheckpointSource):
     """auto | true | false | k: recompute activations in backward, of all, no, or every k-th layer; auto = of
     as few as the GPU's memory asks for, on a CPU of all above 1 B parameters."""
 
+    fused: bool = True
+    """Compute norms and gated MLPs as one function each, where transformers writes them as in llama; false: step
+    by step, equal to rounding."""
+
     eos_token: str | None = None
     """Token that ends an answer; None = the tokenizer's, else that of config.json."""
 

@@ -1,7 +1,7 @@
 """Gradient checkpointing: how many layers make their activations again in the backward pass, by memory.
 
 What is kept is estimated from the shapes of a layer's matrices. tests/model/test_checkpointing.py measures it
-with hooks on what autograd saves, for several families: the estimate lies above, by less than half.
+with hooks on what autograd saves, for several families: the estimate lies above, by 55 % at most.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, check_choice
+from mft.model.fused_layers import spared
 from mft.model.introspect import base_of
 from mft.model.peft.targets import active_shares, roles, weights
 from mft.model.transformers_private import attention_name
@@ -67,7 +68,7 @@ class Layers:
 
     @classmethod
     def of(cls, model: nn.Module, classes: list[str], half: bool, longest: int) -> Layers:
-        """model: plain or peft, as loaded; classes: names of the layers' classes; half: whether the run
+        """model: plain or peft, with its fused layers; classes: names of the layers' classes; half: whether the run
         computes in bf16 or fp16; longest: tokens of a sample, for eager attention."""
         base: Any = base_of(model)
         config = base.config.get_text_config()
@@ -81,7 +82,8 @@ class Layers:
             own = [(path, shape) for path, shape in matrices if ".lora_" not in path]
             copies = {path: active[path] * shape[0] if role[path] == "experts" else 1 for path, shape in own}
             features = sum(copies[path] * sum(shape[-2:]) for path, shape in own)
-            by_layer.append(PER_FEATURE[half, frozen] * features + PER_DROPPED * _dropped(layer))
+            kept = PER_FEATURE[half, frozen] * features + PER_DROPPED * _dropped(layer)
+            by_layer.append(kept - spared(layer, 2 if half else 4))
             sizes.append(sum(math.prod(shape) for _, shape in matrices))
         kept = max(by_layer, default=0.0)
         if "eager" in attention_name(base):

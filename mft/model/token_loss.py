@@ -17,6 +17,7 @@ from mft.batch import Batch
 from mft.errors import UserError
 from mft.model.attention import attend_per_sample, recurrent_layers
 from mft.model.cross_entropy import default_chunk_size, linear_nll, module_nll
+from mft.model.fused_layers import fuse_layers
 from mft.model.introspect import base_of, decoder_of
 from mft.model.model_folder import no_packing
 from mft.model.packed_row import PackedRow
@@ -44,6 +45,8 @@ class TokenLoss(nn.Module):
         base = base_of(model)
         self.chunk_size = chunk_size
         self.router_coef = family.router_weight(base)
+        if family.fused:
+            fuse_layers(base)
         follow_autocast(base)
         self.recurrent = recurrent_layers(base)
         self.per_sample = attend_per_sample(base, fast=family.attention == "auto")

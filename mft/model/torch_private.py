@@ -84,6 +84,11 @@ def softmax_gradient(gradient: Tensor, output: Tensor) -> Tensor:
     return torch._softmax_backward_data(gradient, output, -1, output.dtype)
 
 
+def silu_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """Returns the gradient of silu(x), in one pass."""
+    return torch.ops.aten.silu_backward(gradient, x)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is to happen when this module itself is called: a hook, or another forward than its
     class's."""

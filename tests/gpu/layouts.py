@@ -241,7 +241,7 @@ def _varied() -> dict[str, Shape]:
 
 
 VARIED = _varied()
-QUICK = {"heads 8/4 width 32", "60 samples", "window 64", "nothing trained"}
+QUICK = {"heads 8/4 width 32", "60 samples"}
 
 LAYOUTS = [Cell(f"A3 {p}", partial(layouts, p), 60, "quick") for p in ("fp32", "bf16")]
 KERNELS = [

@@ -57,7 +57,7 @@ def test_what_the_system_refuses_ends_the_launch(tmp_path: Path, cache_dir: Path
     assert caught.value.__cause__ is None, "a closed chain: who walks it never comes to an end"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.dist
 def test_torchrun_replays_a_run(tmp_path: Path) -> None:
     data = f"data.paths=[{','.join(map(str, write_tasks(tmp_path / 'tasks')))}]"

@@ -122,7 +122,7 @@ def kept(family: CausalLM, peft: Full, half: bool, tokens: int) -> int:
     ],
     ids=["llama", "grouped", "neox", "qwen3", "phi3", "eager"],
 )
-def test_the_estimate_is_above_what_is_kept_by_less_than_half(
+def test_the_estimate_is_above_what_is_kept_by_about_half_at_most(
     tmp_path: Path,
     name: str,
     values: dict[str, Any],
@@ -148,8 +148,10 @@ def test_the_estimate_is_above_what_is_kept_by_less_than_half(
     per_token = (measured[many] - measured[few]) / (many - few)
     if attention == "eager":  # what a token keeps grows with its row
         per_token = measured[many] / many
+    TokenLoss(model, family)  # fuses its layers
     estimate = Layers.of(model, CLASSES, half, longest=many).kept
-    assert 1.0 < estimate / per_token < 1.5, (estimate, per_token)
+    # what fused layers spare comes off both, so the same bytes of margin are a larger part
+    assert 1.0 < estimate / per_token < 1.55, (estimate, per_token)
 
 
 SEVEN_B = Layers(32, 3.1 * 19.06 * 4096, 4.0 * 4096, 202_375_168)
