@@ -14,6 +14,7 @@ from mft.assembly.model import load_model, make_answers
 from mft.assembly.start import Run, start
 from mft.assembly.tags import run_tags
 from mft.assembly.trainer import make_trainer
+from mft.assembly.warning import warn_of_memory
 from mft.config import schema
 from mft.distributed.rng import seed_everything
 from mft.hardware import quiet_libraries
@@ -36,6 +37,7 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool], trace: Trace |
     r = start(schema.typed(cfg), run_dir)
     with r.engine.patient():  # few ranks read the weights, rank 0 alone writes the reports
         loader = make_loader(r, r.engine.world)
+        warn_of_memory(r)
         model = load_model(r)
         trainer, checkpoints, export = make_trainer(r, loader, model, stop)
     if trace:

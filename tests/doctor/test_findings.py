@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mft import hardware
 from mft.config.compose import compose_resolved
 from mft.doctor import environment, machine, network, places, versions
 from mft.doctor.finding import Finding, State
@@ -48,9 +49,9 @@ def test_the_limit_of_open_files() -> None:
 
 
 def test_the_limit_of_a_control_group_is_that_of_the_nearest_one(tmp_path: Path) -> None:
-    assert machine.control_group("memory.max", tmp_path) == ""
+    assert hardware.control_group("memory.max", tmp_path) == ""
     (tmp_path / "memory.max").write_text("1073741824\n")
-    assert machine.control_group("memory.max", tmp_path) == "1073741824"
+    assert hardware.control_group("memory.max", tmp_path) == "1073741824"
 
 
 def test_folders_are_written_to_and_not_made(tmp_path: Path) -> None:
