@@ -67,10 +67,9 @@ def surely_fits(of: Case) -> bool:
     if not files:
         return False
     text: Any = of.parts.model.config().get_text_config()
-    sizes = [getattr(text, name, None) for name in ("vocab_size", "num_hidden_layers", "hidden_size")]
-    if not all(isinstance(size, int) for size in sizes):
+    names = ("vocab_size", "num_hidden_layers", "hidden_size")
+    if not all(isinstance(getattr(text, name, None), int) for name in names):
         return False
-    vocabulary, layers, width = sizes
     weights = sum(file.stat().st_size for file in files) / 2  # of at least two bytes, or packed
-    a_token = PER_LOGIT * vocabulary + PER_UNIT * layers * width
-    return bool(TRAINED * weights + a_token * of.tokens < of.room / 2)
+    a_token = PER_LOGIT * text.vocab_size + PER_UNIT * text.num_hidden_layers * text.hidden_size
+    return bool(TRAINED * weights + a_token * of.tokens < of.memory / 2)

@@ -28,7 +28,9 @@ def parser() -> Parser:
     """Returns the command line of `mft plan`."""
     words = "[KEY=VALUE …] [--gpu GPU,…] [--tflops X] [--json] [--config-dir DIR]"
     line = Parser("plan", words, __doc__, overrides=True)
-    about = "what to plan for: H100, A100-40, 4090, …, a size as 80GiB, cpu; 8x in front for eight; repeatable"
+    about = (
+        "what to plan for: H100, A100-40, 4090, …, a size as 80GiB, cpu; 8x in front for eight; repeatable"
+    )
     line.option("--gpu", GPU, about, action="append")
     line.option("--tflops", POSITIVE, "TFLOP/s that a device reaches in training, for the time")
     line.switch("--json", help="print everything as JSON")
@@ -69,5 +71,7 @@ def as_flags(arguments: Sequence[str]) -> list[str]:
         elif key in keys:
             words.append(f"--{key.removeprefix('plan.')}={value}")
         else:
-            raise UserError(f"{shortened(word)[1:-1]}: unknown{nearest(key, keys) or '.'} Allowed: {', '.join(keys)}.")
+            raise UserError(
+                f"{shortened(word)[1:-1]}: unknown{nearest(key, keys) or '.'} Allowed: {', '.join(keys)}."
+            )
     return words

@@ -30,12 +30,17 @@ def command(
 def plan_of(run_dir: Path) -> str:
     """Returns a line for a shell that plans the run of a folder, by what is recorded there."""
     record = read_json(run_dir / "overrides.json")
-    lists = (record.texts(name) for name in ("search", "plugins"))
-    return _line("plan", record.texts("overrides"), record.text("folder"), *lists)
+    search, plugins = record.texts("search"), record.texts("plugins")
+    return _line("plan", record.texts("overrides"), record.text("folder"), search, plugins)
 
 
 def _line(
-    verb: str, overrides: Sequence[str], folder: str, search: Sequence[str], plugins: Sequence[str], *more: str
+    verb: str,
+    overrides: Sequence[str],
+    folder: str,
+    search: Sequence[str],
+    plugins: Sequence[str],
+    *more: str,
 ) -> str:
     keys = {override: key_of(override).replace("/", ".") for override in overrides}
     kept = [o for o in overrides if keys[o] == "hydra.searchpath" or not under(keys[o], NOT_REPEATED)]

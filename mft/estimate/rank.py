@@ -144,6 +144,8 @@ class _One:
 
     def model(self, every: int) -> tuple[Any, int]:
         """Returns the model on the meta device, with adapters, and of how many layers one is recomputed."""
+        import torch
+
         from mft.model.meta_model import skeleton
         from mft.model.peft.full import compute_dtype
         from mft.model.special_tokens import add_new_tokens, widen_embeddings
@@ -160,7 +162,8 @@ class _One:
         # an initialisation that computes with the weights trains as many as any other
         plain: dict[str, Any] = {"init": True} if getattr(peft, "changes_base", False) else {}
         plain |= {"path": None} if getattr(peft, "path", None) else {}
-        model: Any = dataclasses.replace(peft, **plain).attach(base, family)
+        with torch.device("meta"):  # else peft fills each adapter with numbers
+            model: Any = dataclasses.replace(peft, **plain).attach(base, family)
         setting = every if every > 0 else False
         if every < 0:
             return model, family.checkpoint(model)

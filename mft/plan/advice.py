@@ -24,12 +24,18 @@ from mft.plan.weights import Weights
 Change = tuple[str, ...]
 """Overrides."""
 
-DIVIDING = ("zero2", "zero3", "fsdp")
+DIVIDING = ("dist=zero2", "dist=zero3", "dist=fsdp")
 OFFLOADING: tuple[Change, ...] = (
     ("dist=zero2", "dist.offload_optimizer=true"),
     ("dist=zero3", "dist.offload_optimizer=true", "dist.offload_parameters=true"),
     ("dist=fsdp", "dist.offload=true"),
 )
+RECOMPUTING = ((4, "4"), (2, "2"), (1, "true"))
+"""Of so many layers one is recomputed, as the setting has it."""
+
+ENOUGH = 3
+"""Changes together that fit, after which no more are tried."""
+
 SHORTEST = 256
 """Tokens below which data.seq_length is not lowered."""
 
@@ -55,7 +61,9 @@ class Advisor:
     overrides, config_dirs: of the command line; of: its plan; data: what it takes of its tasks.
     """
 
-    def __init__(self, overrides: Sequence[str], config_dirs: Sequence[Path], of: Plan, data: DataPlan | None):
+    def __init__(
+        self, overrides: Sequence[str], config_dirs: Sequence[Path], of: Plan, data: DataPlan | None
+    ):
         self.overrides, self.config_dirs, self.of, self.data = list(overrides), config_dirs, of, data
         self._nodes: dict[str, DictConfig | None] = {}
         self._weights: dict[str, Weights] = {_weights_key(of.case): of.weights}
@@ -67,39 +75,33 @@ class Advisor:
         """
         found = [advice for change in self._single() if (advice := self._tried(change))]
         if not any(advice.plan.fits for advice in found):
-            found += [advice for change in self._together() if (advice := self._tried(change))]
+            tried = filter(None, map(self._tried, self._together()))
+            found += _until(tried, ENOUGH)
         return sorted(found, key=lambda advice: (bool(advice.effect), advice.slower(self.of)))
 
     def _single(self) -> Iterator[Change]:
         case, of = self.of.case, self.of
         yield from ((f"{SETTING}={word}",) for every, word in RECOMPUTING if _less(every, of.every))
         rows = case.sizes.per_device
-        while rows > 1:
-            rows = max(divisor for divisor in range(1, rows) if case.sizes.per_device % divisor == 0)
-            yield self._rows(rows)
+        yield from (self._rows(fewer) for fewer in sorted({rows // 2, 1}, reverse=True) if 0 < fewer < rows)
         yield from ((f"peft={name}",) for name in self._lighter())
-        if case.world > 1:
-            yield from ((f"dist={name}",) for name in DIVIDING if name != _name(case, "dist"))
-        yield from self._offloading()
+        yield from self._spread()
         length = int(case.cfg.data.seq_length)
-        while (length := length // 2) >= SHORTEST:
-            yield (f"data.seq_length={length}",)
+        yield from ((f"data.seq_length={n}",) for n in (length // 2, length // 4) if n >= SHORTEST)
 
     def _together(self) -> Iterator[Change]:
-        """Yields more and more changes at once; those of the first keep the experiment what it was."""
+        """Yields more and more changes at once; those of the first keep the experiment what it is."""
         case, of = self.of.case, self.of
-        least = (f"{SETTING}=true",) if of.every != 1 else ()
+        least: Change = (f"{SETTING}=true",) if of.every != 1 else ()
         least += self._rows(1) if case.sizes.per_device > 1 else ()
-        lighter: list[Change] = [(), *((f"peft={name}",) for name in self._lighter())]
-        dividing = DIVIDING if case.world > 1 else ()
-        spread: list[Change] = [(), *((f"dist={name}",) for name in dividing if name != _name(case, "dist"))]
-        spread += self._offloading()
-        for peft in lighter:
-            for dist in spread:
-                if (change := (*least, *peft, *dist)) and bool(least) + bool(peft) + bool(dist) > 1:
-                    yield change
-        if (length := int(case.cfg.data.seq_length)) > 2 * SHORTEST and lighter[-1]:
-            yield (*least, *lighter[-1], *spread[-1], f"data.seq_length={SHORTEST}")
+        lighter = [(f"peft={name}",) for name in self._lighter()]
+        last: Change = lighter[-1] if lighter else ()
+        spread = list(self._spread())
+        changes = [(*least, *dist) for dist in spread] + [(*least, *peft) for peft in lighter]
+        changes += [(*least, *last, *dist) for dist in spread]
+        changes.append((*least, *last, *(spread[-1] if spread else ()), f"data.seq_length={SHORTEST}"))
+        single = set(self._single())
+        yield from (change for change in dict.fromkeys(changes) if change and change not in single)
 
     def _rows(self, rows: int) -> Change:
         """Returns the overrides for micro-batches of so many rows at the same global batch."""
@@ -113,31 +115,30 @@ class Advisor:
         """Returns the peft modes that need less memory."""
         return {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(_name(self.of.case, "peft"), [])
 
-    def _offloading(self) -> Iterator[Change]:
-        dist: Any = self.of.case.parts.dist
+    def _spread(self) -> Iterator[Change]:
+        """Yields what divides over ranks, then what moves to the host."""
+        case, now = self.of.case, f"dist={_name(self.of.case, 'dist')}"
+        if case.world > 1:
+            yield from ((name,) for name in DIVIDING if name != now)
         for name, *keys in OFFLOADING:
-            if name == f"dist={_name(self.of.case, 'dist')}":
-                off = tuple(key for key in keys if not getattr(dist, key[5:-5]))
-                yield from [off] if off else []
-            else:
+            if name != now:
                 yield (name, *keys)
+            elif off := tuple(key for key in keys if not OmegaConf.select(case.cfg, key.partition("=")[0])):
+                yield off
 
     def _tried(self, change: Change) -> Advice | None:
         """Returns what comes of a change, None where the config does not go together with it."""
-        case = self.of.case
         try:
-            cfg = self._changed(change)
-            if cfg is None:
+            if (cfg := self._changed(change)) is None:
                 return None
-            case = changed(case, cfg)
+            case = changed(self.of.case, cfg)
             key = _weights_key(case)
-            made = plan(case, self._data(cfg), self._weights.get(key))
+            # nothing fits as it is, so that auto recomputes all layers there; what fits may do with fewer
+            made = plan(case, self._data(cfg), self._weights.get(key), smallest=True)
         except UserError:  # e.g. an optimizer that this dist cannot divide
             return None
         self._weights[key] = made.weights
-        if made.memory.peak >= self.of.memory.peak:
-            return None
-        return Advice(change, made, self._effect(change))
+        return Advice(change, made, self._effect(change)) if made.memory.peak < self.of.memory.peak else None
 
     def _changed(self, change: Change) -> DictConfig | None:
         cfg = copy.deepcopy(self.of.case.cfg)
@@ -185,7 +186,12 @@ class Advisor:
         return f"{what} {'about ' * self.data.about}{self.data.longer(length):.1%} of the samples"
 
 
-RECOMPUTING = ((4, "4"), (2, "2"), (1, "true"))
+def _until(found: Iterator[Advice], enough: int) -> Iterator[Advice]:
+    """Yields advice until so many of it fit."""
+    for advice in found:
+        yield advice
+        if (enough := enough - advice.plan.fits) <= 0:
+            return
 
 
 def _less(every: int, than: int) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mft.batch import BatchSizes
+from mft.distributed.ddp import Single
 from mft.plan.advice import Advice, Advisor
 from mft.plan.case import Case, case, composed
 from mft.plan.data import DataPlan, data_plan
@@ -46,8 +46,8 @@ class Answer:
     """Flags of the command line that choose yaml files and plug-ins."""
     outcomes: list[Outcome]
     data: DataPlan | None
-    note: str
-    """What is missing for more, "" for nothing."""
+    notes: list[str]
+    """What is missing for more."""
 
     @property
     def shown(self) -> Outcome:
@@ -71,14 +71,14 @@ def answer(
 ) -> Answer:
     """Returns the answer for a command line.
 
-    devices: what it is planned for; asked: whether each of them has to fit, so that there is advice for each, or whether
-    it is a choice, for which there is advice only where it fits on none; tflops: of a device, None = measured or assumed.
+    devices: what it is planned for; asked: whether each of them has to fit, else they are a choice, and there
+    is advice, for the last, only where it fits on none; tflops: of a device, None = measured or assumed.
     Raises UserError as `mft train` would.
     """
     cfg = composed(overrides, config_dirs)
     cases = [case(cfg, device) for device in devices]
     known: dict[str, Weights] = {}
-    data_of: dict[BatchSizes | int, DataPlan | None] = {}
+    data_of: dict[int, DataPlan | None] = {}
     outcomes = []
     for each in cases:
         precision = str(each.cfg.train.precision)
@@ -98,7 +98,7 @@ def answer(
         ]
     options = [word for folder in config_dirs for word in ("--config-dir", str(folder))]
     options += [word for package in plugins for word in ("--plugin", package)]
-    return Answer(list(overrides), options, outcomes, outcomes[0].data, _note(cases))
+    return Answer(list(overrides), options, outcomes, outcomes[0].data, _notes(cases))
 
 
 def _advised(outcome: Outcome, overrides: Sequence[str], config_dirs: Sequence[Path]) -> Outcome:
@@ -106,10 +106,12 @@ def _advised(outcome: Outcome, overrides: Sequence[str], config_dirs: Sequence[P
     return Outcome(outcome.plan, outcome.rate, outcome.data, advisor.advice())
 
 
-def _note(cases: Sequence[Case]) -> str:
+def _notes(cases: Sequence[Case]) -> list[str]:
     notes = []
     if not cases[0].parts.tasks:
-        notes.append("No task is chosen: full rows are counted; data.paths=[…] adds tokens, steps and the run's time.")
-    if max(each.world for each in cases) == 1 and str(cases[0].parts.dist.public_name) != "single":
+        notes.append(
+            "No task is chosen: full rows are counted; data.paths=[…] adds tokens, steps and the run's time."
+        )
+    if max(each.world for each in cases) == 1 and not isinstance(cases[0].parts.dist, Single):
         notes.append("One rank is planned for: launch.nproc=8, or plan.gpu=8xH100, plans for eight.")
-    return "\n".join(notes)
+    return notes

@@ -39,7 +39,7 @@ def _device(answer: Answer, outcome: Outcome) -> dict[str, Any]:
         "device": case.device.shown,
         "ranks": case.world,
         "precision": case.cfg.train.precision.value,
-        "memory": case.room,
+        "memory": case.memory,
         "usable": plan.room,
         "needed": plan.memory.peak,
         "fits": plan.fits,

@@ -46,8 +46,8 @@ class Case:
         return self.sizes.per_device * int(self.cfg.data.seq_length)
 
     @property
-    def room(self) -> float:
-        """Bytes of the device that a rank may use."""
+    def memory(self) -> float:
+        """Bytes of the device that are a rank's."""
         memory = self.device.memory
         return memory / (self.world // self.machines) if self.device.kind == "cpu" else memory
 

@@ -113,7 +113,9 @@ def data_plan(of: Case) -> DataPlan | None:
     )
     if not there and not quick:
         return _estimated(of, encoder)
-    return _counted(of, dataset(of.parts.named_tasks, settings, tokenizer, cache, of.parts.rows.splits_samples))
+    return _counted(
+        of, dataset(of.parts.named_tasks, settings, tokenizer, cache, of.parts.rows.splits_samples)
+    )
 
 
 def _encoder(settings: DataSettings, tokenizer: Any) -> Encoder:
@@ -165,7 +167,9 @@ def _estimated(of: Case, encoder: Encoder | None) -> DataPlan:
     epochs_K = epoch_K * steps / of_epoch
     source = "estimated from the first rows" if encoder else f"estimated, {CHARACTERS:g} characters a token"
     names = [task.name for task in of.parts.tasks]
-    return DataPlan(_tasks(names, size_K, tokens_K, trained_K, epochs_K, steps), steps, True, source, lengths_N)
+    return DataPlan(
+        _tasks(names, size_K, tokens_K, trained_K, epochs_K, steps), steps, True, source, lengths_N
+    )
 
 
 def _tasks(
@@ -200,7 +204,9 @@ def _sampled(
                 continue
             try:
                 messages = row_format.messages(row)
-                fitted = fit_to_length(messages, encoder.encode(messages), encoder, settings) if encoder else None
+                fitted = (
+                    fit_to_length(messages, encoder.encode(messages), encoder, settings) if encoder else None
+                )
             except RowError:
                 continue
             if fitted is None:

@@ -152,4 +152,6 @@ def card_of(name: str) -> Card | None:
 def _refused(text: str, why: str, name: str = "") -> UserError:
     hint = nearest(name, CARDS) if name and "did you mean" not in why else ""
     allowed = f"{', '.join(CARDS)}, cpu, or a size such as 80GiB; 8x in front for eight in a machine"
-    return UserError(f"plan.gpu={shortened(text)[1:-1]}: {why}{hint or '.' * ('?' not in why)} Allowed: {allowed}.")
+    return UserError(
+        f"plan.gpu={shortened(text)[1:-1]}: {why}{hint or '.' * ('?' not in why)} Allowed: {allowed}."
+    )

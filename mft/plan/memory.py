@@ -1,50 +1,59 @@
-"""Stands in for mft.estimate.rank until that is here."""
+"""What a rank of a case needs of memory, with as few layers recomputed as its device has room for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import copy
+from collections.abc import Sequence
 
-from mft.estimate import memory
-from mft.model.checkpointing import EVERY, Layers, layers_between
+from omegaconf import OmegaConf
 
+from mft.estimate.memory import CONTEXT, USABLE
+from mft.estimate.rank import RankMemory, rank_memory
+from mft.model.checkpointing import EVERY, layers_between
+from mft.plan.case import Case
 
-@dataclass(frozen=True)
-class RankMemory:
-    parts: dict[str, float]
-    host: dict[str, float]
-    loading: float
-    step: float
-    saving: float
-    every: int
-    notes: list[str] = field(default_factory=list)
+PROCESS = 0.7 * 2**30
+"""Bytes of a process on a CPU that has imported what a run imports."""
 
-    @property
-    def peak(self) -> float:
-        return max(self.loading, self.step, self.saving)
+_known: dict[str, RankMemory] = {}
+"""By all that decides it: several devices are asked for the same estimate."""
 
 
-def rank_memory(cfg: Any, world: int, device: str = "cuda", total: float | None = None) -> RankMemory:
-    from mft.config.build import build_components
-    from mft.config.schema import batch_sizes
-    from mft.plan.case import Case
-    from mft.plan.weights import weights as count
+def room(of: Case) -> float:
+    """Returns the bytes of its device that are counted on."""
+    if of.device.kind == "cpu":
+        return max(0.0, USABLE * of.memory - PROCESS)
+    return max(0.0, USABLE * of.memory - CONTEXT)
 
-    c = build_components(cfg)
-    weights = count(Case(cfg, c, None, world, 1))
-    half = cfg.train.precision.value != "fp32"
-    states = memory.optimizer_bytes(c.optimizer, c.base_lr)
-    held = memory.by_part(weights.sizes, c.dist, world, half, states)
-    layers = Layers.of(weights.model, weights.classes, half, int(cfg.data.seq_length))
-    divided = "weights" in c.dist.divided_parts()
-    copied = weights.sizes.trained if half else 0
-    tokens = batch_sizes(cfg.train, world).per_device * cfg.data.seq_length
-    beside = memory.beside_activations(weights.model, held, layers, tokens, divided, copied)
-    set_to = layers_between(c.model.gradient_checkpointing)
-    for every in EVERY if set_to is None else (set_to,):
-        parts = held | {"logits": beside - sum(held.values()), "activations": layers.bytes(every, tokens)}
-        step = sum(parts.values())
-        found = RankMemory(parts, {}, held["weights"], step, sum(held.values()), every)
-        if total is None or found.peak <= memory.USABLE * total - memory.CONTEXT:
+
+def needed(of: Case, smallest: bool = False) -> RankMemory:
+    """Returns what a rank needs; smallest: with all layers recomputed where the setting is auto."""
+    found = None
+    for every in EVERY[-1:] if smallest and chooses(of) else _choices(of):
+        found = _with(of, every)
+        if found.peak <= room(of):
             break
+    assert found is not None
     return found
+
+
+def chooses(of: Case) -> bool:
+    """Whether the number of layers that are recomputed is chosen by memory."""
+    return of.device.kind == "cuda" and layers_between(of.parts.model.gradient_checkpointing) is None
+
+
+def _choices(of: Case) -> Sequence[int | None]:
+    """Returns of how many layers one may be recomputed, the fastest first; None: as the setting has it."""
+    return EVERY if chooses(of) else (None,)
+
+
+def _with(of: Case, every: int | None) -> RankMemory:
+    cfg = of.cfg
+    if every is not None:
+        cfg = copy.deepcopy(cfg)
+        cfg.model.gradient_checkpointing = every or False
+    parts = [OmegaConf.to_yaml(cfg[name]) for name in ("model", "peft", "dist", "optimizer", "train", "data")]
+    key = "\0".join([*parts, str(of.world), of.device.kind])
+    if key not in _known:
+        _known[key] = rank_memory(cfg, of.world, of.device.kind)
+    return _known[key]

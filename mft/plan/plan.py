@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mft.estimate.memory import CONTEXT, USABLE
+from mft.estimate.rank import RankMemory
 from mft.plan.case import Case
 from mft.plan.data import DataPlan
-from mft.plan.memory import RankMemory, rank_memory
+from mft.plan.memory import needed, room
 from mft.plan.rates import Rate
 from mft.plan.time import StepTime, step_time
 from mft.plan.weights import Weights, weights
-
-PROCESS = 0.7 * 2**30
-"""Bytes of a process on a CPU that has imported what a run imports."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,7 @@ class Plan:
     @property
     def room(self) -> float:
         """Bytes of the device that are counted on."""
-        kept = PROCESS if self.case.device.kind == "cpu" else CONTEXT
-        return max(0.0, USABLE * self.case.room - kept)
+        return room(self.case)
 
     @property
     def fits(self) -> bool:
@@ -55,14 +51,13 @@ class Plan:
         return self.time.seconds if rate.words else None
 
 
-def plan(of: Case, data: DataPlan | None, known: Weights | None = None) -> Plan:
+def plan(of: Case, data: DataPlan | None, known: Weights | None = None, smallest: bool = False) -> Plan:
     """Returns the plan of a case.
 
-    data: what it takes of its tasks, None = full rows; known: its weights, where they were counted before.
+    data: what it takes of its tasks, None = full rows; known: its weights, where they were counted before;
+    smallest: with all layers recomputed where model.gradient_checkpointing=auto chooses.
     """
-    kind = of.device.kind
-    needed = rank_memory(of.cfg, of.world, kind, total=of.room if kind == "cuda" else None)
-    counted = known or weights(of)
+    memory, counted = needed(of, smallest), known or weights(of)
     full = float(of.sizes.total * of.cfg.data.seq_length)
     tokens = data.tokens / max(1, data.steps) if data else full
-    return Plan(of, counted, needed, step_time(of, counted, needed.every, tokens), tokens)
+    return Plan(of, counted, memory, step_time(of, counted, memory.every, tokens), tokens)

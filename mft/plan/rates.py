@@ -31,8 +31,8 @@ class Rate:
 def rate(of: Case, given: float | None, flops_per_token: float) -> Rate:
     """Returns the rate of a case's device.
 
-    given: TFLOP/s of plan.tflops; flops_per_token: of a step, without recomputation: of several runs the one that is nearest
-    counts.
+    given: TFLOP/s of plan.tflops; flops_per_token: of a step, without recomputation: of several runs the one
+    that is nearest counts.
     """
     if given is not None:
         return Rate(given, f"plan.tflops={given:g} a device")
@@ -41,7 +41,7 @@ def rate(of: Case, given: float | None, flops_per_token: float) -> Rate:
     card = of.device.card
     if of.device.kind == "cpu" or card is None:
         return Rate(None, "")
-    like = f"of an {REFERENCE}'s" if of.device.name.endswith("GiB") else f"of its"
+    like = f"of an {REFERENCE}'s" if of.device.name.endswith("GiB") else "of its"
     return Rate(None, f"assumed: {ASSUMED:.0%} {like} {card.tflops:g} TFLOP/s")
 
 

@@ -14,8 +14,16 @@ from mft.plan.answer import Answer, Outcome
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from mft.plan.advice import Advice
     from mft.plan.data import DataPlan
+
+WHERE = {
+    "before": "in the embedding",
+    "forward": "forward",
+    "head": "in the head",
+    "backward": "backward",
+    "after": "in the update",
+}
+"""Phase of a step → where its peak is, in words."""
 
 ROWS = 12
 """Changes that are shown at most; the JSON has all of them."""
@@ -32,8 +40,8 @@ def parts_of(answer: Answer, width: int) -> Iterator[tuple[RenderableType, bool]
     yield _devices(answer, width), False
     if answer.data:
         yield _tasks(answer.data), False
-    if answer.note:
-        yield answer.note, False
+    for note in (*shown.plan.memory.notes, *answer.notes):
+        yield note, False
     yield "\n".join(time_lines(answer)), False
     for outcome in answer.outcomes:
         if outcome.advice is not None:
@@ -58,11 +66,14 @@ def _memory(of: Outcome) -> RenderableType:
     memory = of.plan.memory
     parts = sorted(memory.parts.items(), key=lambda item: -item[1])
     rows: list[tuple[str, str]] = [(name, size_words(size)) for name, size in parts if size]
-    peaks = [("loading", memory.loading), ("a step", memory.step), ("saving", memory.saving)]
+    step = f"a step ({WHERE[memory.where]})"
+    peaks = [("loading", memory.loading), (step, memory.step), ("saving", memory.saving)]
     rows += [(f"peak of {name}", size_words(size)) for name, size in peaks]
-    rows += [(f"{name}, in the host's memory", size_words(size)) for name, size in memory.host.items() if size]
-    title = f"memory of a rank on {of.plan.case.device.name}, recomputed layers: {described(of.plan.every)}"
-    return settings_table(rows, title)
+    rows += [
+        (f"{name}, in the host's memory", size_words(size)) for name, size in memory.host.items() if size
+    ]
+    rows.append(("recomputed layers", described(of.plan.every)))
+    return settings_table(rows, f"memory of a rank: {of.plan.case.device.name}")
 
 
 def _devices(answer: Answer, width: int) -> RenderableType:
@@ -99,12 +110,18 @@ def time_lines(answer: Answer) -> Iterator[str]:
 def _tasks(data: DataPlan) -> RenderableType:
     columns = ["task", "samples", "epochs", "tokens", "trained", "steps"]
     rows = [
-        (task.name, f"{task.samples:,.0f}", f"{task.epochs:.2f}", f"{task.tokens:,.0f}")
-        + (f"{task.trained:,.0f}", f"{task.steps:,.1f}")
+        (
+            task.name,
+            *(f"{task.samples:,.0f}", f"{task.epochs:.2f}", f"{task.tokens:,.0f}"),
+            *(f"{task.trained:,.0f}", f"{task.steps:,.1f}"),
+        )
         for task in data.tasks
     ]
-    total = ("all", f"{sum(task.samples for task in data.tasks):,.0f}", "", f"{data.tokens:,.0f}")
-    total += (f"{data.trained:,.0f}", f"{data.steps:,}")
+    samples = sum(task.samples for task in data.tasks)
+    total = (
+        *("all", f"{samples:,.0f}", "", f"{data.tokens:,.0f}"),
+        *(f"{data.trained:,.0f}", f"{data.steps:,}"),
+    )
     title = f"{'about ' * data.about}what the run takes of its tasks ({data.source})"
     return table(title, columns, rows, columns[1:], total=total if len(rows) > 1 else None)
 
@@ -143,7 +160,10 @@ def conclusion(answer: Answer, outcome: Outcome) -> RenderableType:
     if smallest is None:
         return pasted([("nothing fits", f"it needs {size_words(plan.memory.peak)} {needs}")], "")
     least = f"{size_words(smallest.plan.memory.peak)} {needs}"
-    rows = [("nothing fits", f"the smallest needs {least}"), ("smallest", command(answer, smallest.overrides))]
+    rows = [
+        ("nothing fits", f"the smallest needs {least}"),
+        ("smallest", command(answer, smallest.overrides)),
+    ]
     return pasted(rows, "")
 
 

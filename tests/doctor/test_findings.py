@@ -12,7 +12,7 @@ import pytest
 
 from mft import hardware
 from mft.config.compose import compose_resolved
-from mft.doctor import environment, machine, network, places, versions
+from mft.doctor import environment, network, places, versions
 from mft.doctor.finding import Finding, State
 from mft.doctor.needs import Needs, needs_of
 

@@ -37,7 +37,14 @@ def test_parameters_memory_and_time_of_a_config_alone(
     base = 2 * 32000 * 2048 + 2048 + 4 * (2 * 2048**2 + 2 * 2048 * 256 + 3 * 2048 * 5632 + 2 * 2048)
     adapters = 4 * 16 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 5632))
     assert f"{base + adapters:,}, of which {adapters:,} are trained" in text
-    for words in ("peak of a step", "optimizer", "H100", "4090", "40% of its 989 TFLOP/s", "No task is chosen"):
+    for words in (
+        "peak of a step",
+        "optimizer",
+        "H100",
+        "4090",
+        "40% of its 989 TFLOP/s",
+        "No task is chosen",
+    ):
         assert words in text
 
 
@@ -81,7 +88,7 @@ def test_of_common_gpus_one_that_fits_is_enough(model: str, monkeypatch: pytest.
 def test_a_time_is_told_where_the_speed_of_a_cpu_is_given_or_was_measured(model: str, tmp_path: Path) -> None:
     given = [model, "tracking=none", f"output_dir={tmp_path / 'outputs' / 'name' / 'run'}"]
     (unknown,) = answer(given, [device("cpu")], asked=False).outcomes
-    assert unknown.seconds is None and unknown.plan.case.room == gpus.machine_memory()
+    assert unknown.seconds is None and unknown.plan.case.memory == gpus.machine_memory()
     (told,) = answer(given, [device("cpu")], asked=False, tflops=0.1).outcomes
     assert told.seconds == pytest.approx(told.plan.time.flops / 0.1e12)
     assert told.rate.words == "plan.tflops=0.1 a device"

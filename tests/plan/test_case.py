@@ -30,7 +30,7 @@ def test_the_tasks_that_there_are_are_checked(model: str, tmp_path: Path) -> Non
     write_task(tmp_path / "adding", 8)
     found = case(composed([model, f"data.paths=[{tmp_path / 'adding'}]", "tracking=none"]), device("H100"))
     assert [task.name for task in found.parts.tasks] == ["adding"]
-    with pytest.raises(UserError, match="did you mean .*adding"):
+    with pytest.raises(UserError, match=r"did you mean .*adding"):
         case(composed([model, f"data.paths=[{tmp_path / 'addin'}]", "tracking=none"]), device("H100"))
 
 
@@ -79,7 +79,7 @@ def test_launch_nproc_cannot_ask_for_more_gpus_than_are_visible(
 
 def test_a_hub_name_is_read_from_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="a plan fetches nothing.*hf download owner/name config.json"):
+    with pytest.raises(UserError, match=r"a plan fetches nothing.*hf download owner/name config.json"):
         composed(["model.path=owner/name"])
     repository = tmp_path / "models--owner--name"
     snapshot = config_alone(repository / "snapshots" / "0123456789")

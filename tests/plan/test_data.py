@@ -16,7 +16,13 @@ from tests.tiny_runs import train, two_tasks, write_task
 
 
 def of(cache_dir: Path, *overrides: str) -> Case:
-    given = ["debug=fast", f"cache_dir={cache_dir}", "data.seq_length=128", "train.precision=fp32", *overrides]
+    given = [
+        "debug=fast",
+        f"cache_dir={cache_dir}",
+        "data.seq_length=128",
+        "train.precision=fp32",
+        *overrides,
+    ]
     return case(composed(given), device("H100"))
 
 
@@ -33,7 +39,12 @@ def test_without_tasks_there_is_nothing_to_count(cache_dir: Path) -> None:
 @pytest.mark.slow
 def test_small_data_are_counted_as_the_run_counts_them(tmp_path: Path, cache_dir: Path) -> None:
     tasks = two_tasks(tmp_path / "tasks")
-    settings = ["data.seq_length=128", "train.max_steps=null", "train.epochs=2", "train.per_device_batch_size=2"]
+    settings = [
+        "data.seq_length=128",
+        "train.max_steps=null",
+        "train.epochs=2",
+        "train.per_device_batch_size=2",
+    ]
     found = planned(of(cache_dir, tasks, *settings))
     summary, _ = train(tmp_path, cache_dir, *settings, "train.eval_every=null", "train.save_every=null")
     assert not found.about and found.steps == summary["total_steps"]

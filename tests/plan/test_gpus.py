@@ -77,7 +77,11 @@ def test_visible_gpus_count_by_the_smallest_of_them(monkeypatch: pytest.MonkeyPa
 
 
 def test_gpus_without_bf16_compute_in_fp16() -> None:
-    assert [str(device(name).precision("auto")) for name in ("T4", "V100-32", "H100")] == ["fp16", "fp16", "bf16"]
+    assert [str(device(name).precision("auto")) for name in ("T4", "V100-32", "H100")] == [
+        "fp16",
+        "fp16",
+        "bf16",
+    ]
 
 
 def test_peaks_are_those_by_which_runs_report_their_utilisation() -> None:

@@ -19,7 +19,9 @@ def of(tmp_path: Path, gpu: str) -> Case:
     return case(composed([f"model.path={model}", "tracking=none", f"output_dir={out}"]), device(gpu))
 
 
-def run(tmp_path: Path, name: str, device: str, flops_per_token: float, speeds: list[float], **row: float) -> None:
+def run(
+    tmp_path: Path, name: str, device: str, flops_per_token: float, speeds: list[float], **row: float
+) -> None:
     """Leaves what a run on two devices leaves of its speed."""
     folder = tmp_path / "outputs" / "earlier" / name
     folder.mkdir(parents=True)
@@ -47,7 +49,14 @@ def test_without_any_a_share_of_the_peak_is_assumed(tmp_path: Path) -> None:
 
 def test_of_the_runs_on_such_a_device_the_nearest_counts(tmp_path: Path) -> None:
     run(tmp_path, "small", "NVIDIA H100 80GB HBM3", 1e9, [1, 9e5])
-    run(tmp_path, "near", "NVIDIA H100 80GB HBM3", 5e9, [1, 80_000, 80_000], **{"speed/mfu": 0.3, "speed/hfu": 0.4})
+    run(
+        tmp_path,
+        "near",
+        "NVIDIA H100 80GB HBM3",
+        5e9,
+        [1, 80_000, 80_000],
+        **{"speed/mfu": 0.3, "speed/hfu": 0.4},
+    )
     run(tmp_path, "other", "NVIDIA A100-SXM4-80GB", 6e9, [1, 50_000])
     found = rate(of(tmp_path, "H100"), None, 6e9)
     # the first row holds the start; four thirds of the work, since layers were recomputed; on two devices
