@@ -28,6 +28,8 @@ class Unit:
     """Bytes of quantised ones, with their scales."""
     largest: int = 0
     """Weights in the largest trained matrix."""
+    small: int = 0
+    """Bytes of those weights that ZeRO-3 keeps whole, as they are computed with."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class Model:
     @property
     def packed(self) -> int:
         return sum(unit.packed for unit in self.units)
+
+    @property
+    def small(self) -> int:
+        return sum(unit.small for unit in self.units)
 
     @property
     def largest(self) -> int:
@@ -91,16 +97,23 @@ def held(
     if isinstance(dist, Zero):
         if not half:  # what is updated is a copy also where both are float32
             parts["optimizer"] += 4 * trained / world
+        if isinstance(dist, Zero2) and trained <= dist.reduce_bucket_size and not accumulates:
+            del parts["gradients"]  # made when the one bucket is exchanged
+        if isinstance(dist, Zero3):
+            parts["weights"] += model.small
+            parts["buckets"] = each["gradients"] * min(dist.reduce_bucket_size, trained)
         if dist.offload_optimizer:
             holding.host["optimizer"] = parts.pop("optimizer")
             holding.host["gradients"] = 4 * trained / world
     if isinstance(dist, Zero3) and dist.offload_parameters:
         _move(holding, ("weights", "frozen", "packed"))
     if isinstance(dist, Fsdp):
+        del parts["gradients"]  # see `during`
         if accumulates and not dist.reduce_every_micro_batch:
-            parts["gradients"] = each["gradients"] * trained
+            parts["gradients"] = 4.0 * trained
         if dist.offload:
-            _move(holding, ("weights", "frozen", "packed", "gradients", "optimizer"))
+            holding.host["gradients"] = 4.0 * trained / world
+            _move(holding, ("weights", "frozen", "packed", "optimizer"))
     return holding
 
 
@@ -110,27 +123,75 @@ def _move(holding: Holding, names: tuple[str, ...]) -> None:
             holding.host[name] = holding.device.pop(name)
 
 
-def during(model: Model, dist: Backend, world: int, half: bool, phase: str, layer: int) -> Parts:
+def during(
+    model: Model, dist: Backend, world: int, half: bool, phase: str, layer: int, accumulates: bool, gpu: bool
+) -> Parts:
     """Returns what is gathered and exchanged in a phase of a step (see `mft.estimate.step.moments`)."""
-    size = 2 if half else 4
     if isinstance(dist, Zero2):
-        bucket = size * min(dist.reduce_bucket_size, model.trained)
-        return {"buckets": 2 * bucket} if phase in ("backward", "after") else {}
+        return _during_zero2(model, dist, world, half, phase, gpu)
     if isinstance(dist, Zero3):
-        every = size * model.trained + model.frozen + model.packed
-        kept = size * min(REUSE, dist.max_live_parameters)
-        bucket = size * min(dist.reduce_bucket_size, model.trained)
-        return {"gathers": min(every, kept), "buckets": 2 * bucket}
+        return _during_zero3(model, dist, world, half, phase, layer)
     if isinstance(dist, Fsdp):
-        outside, units = _whole(model.outside, size), model.layers
-        if layer < 0:
-            return {"gathers": outside}
-        here = _whole(units[layer], size)
-        step = 1 if phase == "forward" else -1
-        following = _whole(units[layer + step], size) if 0 <= layer + step < len(units) else 0.0
-        sent = 4 * units[layer].trained if phase == "backward" else 0.0
-        return {"gathers": outside + here + following, "buckets": sent}
+        return _during_fsdp(model, dist, world, half, phase, layer, accumulates)
     return {}
+
+
+def _during_zero2(model: Model, dist: Zero2, world: int, half: bool, phase: str, gpu: bool) -> Parts:
+    """A bucket is filled, and copied when it is exchanged; the update has the gradients flat and in
+    float32."""
+    size = 2 if half else 4
+    bucket = size * min(dist.reduce_bucket_size, model.trained)
+    one = model.trained <= dist.reduce_bucket_size
+    own = size * model.trained / world
+    if phase == "update":
+        return {"activations": own + (4 * model.trained / world if half else 0), "gradients": own * one}
+    if phase not in ("backward", "after"):
+        return {}
+    filled = bucket * (2 if dist.overlap_comm and gpu and not one else 1)
+    exchanged = phase == "after" or not one
+    return {"buckets": filled + bucket * exchanged, "gradients": own * (one and exchanged)}
+
+
+def _during_zero3(model: Model, dist: Zero3, world: int, half: bool, phase: str, layer: int) -> Parts:
+    """Weights stay gathered while they are needed again soon; what is gathered next comes in one tensor."""
+    size = 2 if half else 4
+    bucket = size * min(dist.reduce_bucket_size, model.trained)
+    if phase == "update":
+        return {"activations": 4 * min(REUSE, model.trained) / world}
+    limit = size * min(REUSE, dist.max_live_parameters)
+    layers = [_whole(unit, size) - unit.small for unit in model.layers]
+    outside = _whole(model.outside, size) - model.outside.small
+    ahead = size * dist.prefetch_bucket_size
+    if phase == "before" or phase == "forward" and layer == 0:
+        return {"gathers": outside + min(sum(layers), limit) + min(sum(layers), max(ahead, max(layers)))}
+    needed = layers[: layer + 1] if phase == "backward" else [] if phase == "after" else layers
+    exchanged = phase == "after" or model.trained > dist.reduce_bucket_size and phase == "backward"
+    return {"gathers": outside + min(sum(needed), limit), "buckets": 2.0 * bucket * exchanged}
+
+
+def _during_fsdp(
+    model: Model, dist: Fsdp, world: int, half: bool, phase: str, layer: int, accumulates: bool
+) -> Parts:
+    """What is in no layer is whole from the beginning to the end, a layer while it computes, and the next one
+    is on its way; gradients of a layer are sent in float32."""
+    size = 2 if half else 4
+    outside, units = _whole(model.outside, size), model.layers
+    last = len(units) - 1
+    gathers, sent, arrived = outside, 0.0, 0
+    if phase == "forward":
+        gathers += _whole(units[layer], size) + _whole(units[min(layer + 1, last)], size) * (layer < last)
+    elif phase == "turn":
+        gathers += _whole(units[last], size)
+    elif phase == "backward":
+        gathers += _whole(units[layer], size) + _whole(units[max(layer - 1, 0)], size) * (layer > 0)
+        arrived = sum(unit.trained for unit in units[layer + 1 :])
+        sent = 4.0 * units[layer + 1].trained if layer < last else 0.0
+    elif phase == "after":
+        arrived, sent = sum(unit.trained for unit in units), 4.0 * units[0].trained
+    elif phase == "update":
+        gathers, arrived = 0.0, model.trained
+    gradients = 0.0 if accumulates and not dist.reduce_every_micro_batch else 4.0 * arrived / world
+    return {"gathers": gathers, "buckets": sent, "gradients": 0.0 if dist.offload else gradients}
 
 
 def _whole(unit: Unit, size: int) -> float:

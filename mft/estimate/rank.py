@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft.config.build import Components, build_components
 from mft.config.schema import batch_sizes
+from mft.distributed.fsdp import Fsdp
 from mft.errors import UserError
 from mft.estimate import memory
 from mft.estimate.engines import Model, Unit, during, held, loading, saving
@@ -173,7 +175,7 @@ class _One:
         """Returns what the rank needs where one of `every` layers is recomputed; -1 = by the model's size."""
         model, every = self.model(every)
         classes = self.parts.model.layer_classes(model)
-        divided = units(model, classes, self._size)
+        divided = units(model, classes, self._size, self._kept_whole)
         states = memory.optimizer_bytes(self.parts.optimizer, self.parts.base_lr)
         dist, gpu = self.parts.dist, self.device == "cuda"
         always = held(divided, dist, self.world, self.half, states, gpu, self.accumulates)
@@ -181,9 +183,11 @@ class _One:
         if getattr(self.parts.peft, "path", None):
             notes.append("peft.path: a new adapter stands in for it")
         moments = self._moments(model, classes, every, notes)
+        left = 0.0 if "gradients" in always.device or dist.divided_parts() else 4.0 * divided.trained
+        moments.append(("update", -1, {"gradients": left}))
         where, parts = "", {}
         for name, layer, computed in moments:
-            extra = during(divided, dist, self.world, self.half, name, layer)
+            extra = during(divided, dist, self.world, self.half, name, layer, self.accumulates, gpu)
             both = {k: computed.get(k, 0.0) + extra.get(k, 0.0) for k in computed.keys() | extra.keys()}
             if sum(both.values()) > sum(parts.values()) or not parts:
                 where, parts = name, both
@@ -213,6 +217,12 @@ class _One:
             size = min(size, 2 * parameter.numel())
         return size
 
+    def _kept_whole(self, parameter: Any) -> int:
+        """Returns the bytes of a weight that ZeRO-3 does not divide, 0 of any other."""
+        threshold = getattr(self.parts.dist, "persistence_threshold", 0)
+        size = 2 if self.half else 4
+        return parameter.numel() * size if parameter.numel() <= threshold else 0
+
     def _moments(
         self, model: Any, classes: list[str], every: int, notes: list[str]
     ) -> list[tuple[str, int, Parts]]:
@@ -229,7 +239,7 @@ class _One:
             autocast=None if casts else half,
             trained=half if casts else None,
             frozen=half if casts else None,
-            keeps_gradients=ddp,
+            gradients="stay" if ddp else "unit" if isinstance(dist, Fsdp) else "leave",
             adds_gradients=ddp and (self.accumulates or dist.public_name == "ddp"),
         )
         layers = Layers.of(model, classes, self.half, self.rows.width)
@@ -244,27 +254,33 @@ class _One:
             return by_shapes
 
 
-def units(model: Any, classes: list[str], size: Any) -> Model:
-    """Returns the sizes of a model's layers, and of what is outside them."""
+def units(
+    model: Any, classes: list[str], size: Callable[[Any], int], kept_whole: Callable[[Any], int]
+) -> Model:
+    """Returns the sizes of a model's layers, and of what is outside them.
+
+    size: bytes of a frozen weight; kept_whole: bytes of a weight that is not divided, 0 of any other.
+    """
     layers = [part for part in model.modules() if type(part).__name__ in classes]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     outside = [p for p in model.parameters() if id(p) not in inside]
-    return Model([_unit(layer.parameters(), size) for layer in layers], _unit(outside, size))
+    return Model(
+        [_unit(layer.parameters(), size, kept_whole) for layer in layers], _unit(outside, size, kept_whole)
+    )
 
 
-def _unit(parameters: Iterable[Any], size: Any) -> Unit:
+def _unit(parameters: Iterable[Any], size: Callable[[Any], int], kept_whole: Callable[[Any], int]) -> Unit:
     from mft.model.introspect import full_shape
     from mft.model.peft.targets import packed
 
-    trained = frozen = quantised = largest = 0
+    trained = frozen = quantised = largest = small = 0
     for parameter in parameters:
-        count = 1
-        for length in full_shape(parameter):
-            count *= length
+        count = math.prod(full_shape(parameter))
+        small += kept_whole(parameter)
         if parameter.requires_grad:
             trained, largest = trained + count, max(largest, count)
         elif packed(parameter):
             quantised += size(parameter)
         else:
             frozen += size(parameter)
-    return Unit(trained, frozen, quantised, largest)
+    return Unit(trained, frozen, quantised, largest, small)

@@ -26,34 +26,36 @@ def moments(trace: StepTrace) -> Iterator[tuple[str, int, Parts]]:
     stands_in = trace.shortened.stands_in
     yield "before", -1, dict(trace.before.peak)
     held = Counter(trace.forward[0].start)
-    kept: list[Counter[str]] = []
-    """Held before the forward pass of each layer."""
     for number, i in enumerate(stands_in):
         phase = trace.forward[i]
-        kept.append(held)
-        yield "forward", number, dict(_plus(held, phase.peak, phase.start))
-        held = _plus(held, phase.end, phase.start)
-    yield "head", -1, dict(_plus(held, trace.head.peak, trace.head.start))
-    gradients = trace.head.end[GRADIENTS]
+        yield "forward", number, _plus(held, phase.peak, phase.start)
+        held = Counter(_plus(held, phase.end, phase.start))
+    yield "head", -1, _plus(held, trace.head.peak, trace.head.start)
 
-    def back(phase: Phase, number: int, i: int) -> Parts:
+    def back(phase: Phase, below: int, below_in_trace: int) -> Parts:
+        """Returns the peak of a phase over what the first `below` layers still keep."""
         nonlocal gradients
-        parts = _plus(kept[number], phase.peak, trace.forward[i].start)
+        kept = Counter[str]()
+        for i in stands_in[:below]:
+            kept.update(trace.kept[i])
+        counted = Counter[str]()
+        for of_layer in trace.kept[:below_in_trace]:
+            counted.update(of_layer)
+        parts = _plus(kept, phase.peak, counted)
         parts[GRADIENTS] = gradients + phase.peak[GRADIENTS] - phase.start[GRADIENTS]
         gradients += phase.end[GRADIENTS] - phase.start[GRADIENTS]
-        return dict(parts)
+        return parts
 
+    gradients = 0.0
+    yield "turn", -1, back(trace.turn, len(stands_in), len(trace.kept))
     for number, i in reversed(list(enumerate(stands_in))):
         yield "backward", number, back(trace.backward[i], number, i)
     yield "after", -1, back(trace.after, 0, 0)
 
 
-def _plus(held: Counter[str], later: Counter[str], earlier: Counter[str]) -> Counter[str]:
+def _plus(held: Counter[str], later: Counter[str], earlier: Counter[str]) -> Parts:
     """Returns held + later - earlier, of each part."""
-    found = Counter(held)
-    found.update(later)
-    found.subtract(earlier)
-    return found
+    return {k: held[k] + later[k] - earlier[k] for k in held.keys() | later.keys() | earlier.keys()}
 
 
 def by_formula(

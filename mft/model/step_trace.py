@@ -23,6 +23,7 @@ from mft.model.introspect import base_of
 from mft.model.tensor_ledger import TEMPORARY, Ledger
 from mft.model.token_loss import TokenLoss, vocabulary
 from mft.model.torch_private import varlen
+from mft.model.transformers_private import experts_by_fallback
 
 WEIGHTS, GRADIENTS, ACTIVATIONS, COPIES, LOGITS = "weights", "gradients", "activations", "copies", "logits"
 
@@ -65,8 +66,9 @@ class Computing:
     """Of trained weights, None = as they are loaded."""
     frozen: torch.dtype | None
     """Of frozen ones, likewise."""
-    keeps_gradients: bool
-    """Whether gradients stay until the update; else each is taken away when it is complete."""
+    gradients: str
+    """What becomes of them when they are complete: they "stay" until the update, "leave" at once, or leave
+    with all others of their layer ("unit")."""
     adds_gradients: bool
     """Whether there are gradients from the beginning, to which others are added."""
 
@@ -93,7 +95,11 @@ class StepTrace:
     forward: list[Phase]
     """Of each layer."""
     head: Phase
-    """From the last layer to the gradient of its output."""
+    """From the last layer to the end of the forward pass."""
+    kept: list[Counter[str]]
+    """What each layer leaves for the backward pass."""
+    turn: Phase
+    """From there to the gradient of the last layer's output."""
     backward: list[Phase]
     """Of each layer, by its number."""
     after: Phase
@@ -103,8 +109,9 @@ class StepTrace:
 class _Watch:
     """Marks where the phases of a step begin."""
 
-    def __init__(self, layers: list[nn.Module], ledger: Ledger):
-        self.layers, self.ledger = layers, ledger
+    def __init__(self, layers: list[nn.Module], ledger: Ledger, leaving: bool):
+        """leaving: whether a layer's gradients are taken away when those of all its weights are complete."""
+        self.layers, self.ledger, self.leaving = layers, ledger, leaving
         self.marks: dict[tuple[str, int], int] = {}
 
     @contextmanager
@@ -117,6 +124,13 @@ class _Watch:
                 stack.callback(after.remove)
             yield
 
+    def _gone_back(self, number: int) -> None:
+        """Begins the backward pass of a layer, or with -1 what follows the first one's."""
+        for layer in self.layers[number + 1 :] if self.leaving else ():
+            for weight in layer.parameters():
+                weight.grad = None
+        self.mark(*(("backward", number) if number >= 0 else ("after", 0)))
+
     def mark(self, name: str, number: int = 0) -> None:
         self.marks.setdefault((name, number), len(self.ledger.events))
 
@@ -125,7 +139,7 @@ class _Watch:
             self.mark("forward", number)
             hidden = args[0] if args else kwargs.get("hidden_states")
             if number == 0 and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
-                hidden.register_hook(lambda gradient: self.mark("after"))
+                hidden.register_hook(lambda gradient: self._gone_back(-1))
 
         return hook
 
@@ -134,19 +148,19 @@ class _Watch:
             hidden = output[0] if isinstance(output, tuple) else output
             if number == len(self.layers) - 1:
                 self.mark("head")
-            hidden.register_hook(lambda gradient: self.mark("backward", number))
+            hidden.register_hook(lambda gradient: self._gone_back(number))
 
         return hook
 
     def phases(self, shortened: Shortened) -> StepTrace:
         last = len(self.layers) - 1
-        order = [("before", 0), *(("forward", n) for n in range(last + 1)), ("head", 0)]
+        order = [("before", 0), *(("forward", n) for n in range(last + 1)), ("head", 0), ("turn", 0)]
         order += [*(("backward", n) for n in range(last, -1, -1)), ("after", 0)]
         self.mark("after")
         found: dict[tuple[str, int], Phase] = {}
 
-        def held(until: int) -> Counter[str]:
-            parts = self.ledger.held(until)
+        def held(until: int, *born: int) -> Counter[str]:
+            parts = self.ledger.held(until, *born)
             parts[ACTIVATIONS] = parts.pop(TEMPORARY, 0)
             del parts[WEIGHTS]
             return parts
@@ -157,8 +171,21 @@ class _Watch:
             start, end, peak = held(first), held(stop), held(self.ledger.peak(first, stop)[0])
             found[key] = Phase(start, peak, end)
         by_layer = [[found[kind, n] for n in range(last + 1)] for kind in ("forward", "backward")]
-        one = {name: found[name, 0] for name in ("before", "head", "after")}
-        return StepTrace(shortened, one["before"], by_layer[0], one["head"], by_layer[1], one["after"])
+        following = [*(("forward", n) for n in range(1, last + 1)), ("head", 0)]
+        kept = [
+            held(self.marks["turn", 0], self.marks["forward", n], self.marks[key])
+            for n, key in enumerate(following)
+        ]
+        return StepTrace(
+            shortened=shortened,
+            before=found["before", 0],
+            forward=by_layer[0],
+            head=found["head", 0],
+            kept=kept,
+            turn=found["turn", 0],
+            backward=by_layer[1],
+            after=found["after", 0],
+        )
 
 
 def trace_step(model: Any, family: Any, rows: Rows, computing: Computing) -> StepTrace:
@@ -188,9 +215,9 @@ def trace_step(model: Any, family: Any, rows: Rows, computing: Computing) -> Ste
         return None
 
     ledger = Ledger(naming)
-    watch = _Watch(shortened.layers, ledger)
+    watch = _Watch(shortened.layers, ledger, computing.gradients == "unit")
     gpu = fast_attention.Machine("cuda", (9, 0), varlen()) if computing.device == "cuda" else None
-    with FakeTensorMode(allow_non_fake_inputs=True), fast_attention.standing_for(gpu):
+    with FakeTensorMode(allow_non_fake_inputs=True), fast_attention.standing_for(gpu), experts_by_fallback():
         make_fake(token_loss, computing.trained, computing.frozen)
         trained = [p for p in token_loss.parameters() if p.requires_grad]
         copied |= {p.untyped_storage()._cdata for p in token_loss.parameters()}
@@ -201,9 +228,9 @@ def trace_step(model: Any, family: Any, rows: Rows, computing: Computing) -> Ste
             ledger.own([weight.grad for weight in trained], WEIGHTS)
 
         def arrived(weight: torch.Tensor) -> None:
-            if not computing.keeps_gradients:
+            if computing.gradients == "leave":
                 weight.grad = None
-            elif not computing.adds_gradients and weight.grad is not None:
+            elif computing.gradients == "stay" and not computing.adds_gradients and weight.grad is not None:
                 ledger.own([weight.grad], GRADIENTS)
 
         for weight in trained:
@@ -213,6 +240,7 @@ def trace_step(model: Any, family: Any, rows: Rows, computing: Computing) -> Ste
             watch.mark("before")
             with autocast:
                 nll_BT, router = token_loss(batch)
+            watch.mark("turn")
             share = nll_BT.sum() + router
             del nll_BT, router
             share.backward()

@@ -53,14 +53,22 @@ class Ledger(TorchDispatchMode):
         if (number := self._numbers.get(storage._cdata)) is not None:
             self.events.append((number, storage.nbytes()))
 
-    def held(self, until: int | None = None) -> Counter[str]:
-        """Returns the bytes held after the first `until` events, by part; None = all of them."""
+    def held(
+        self, until: int | None = None, born_from: int = 0, born_before: int | None = None
+    ) -> Counter[str]:
+        """Returns the bytes held after the first `until` events, by part; None = all of them.
+
+        born_from, born_before: of storages that are first booked by these events alone.
+        """
         sizes: dict[int, int] = {}
-        for number, size in self.events[:until]:
+        left_out: set[int] = set()
+        for index, (number, size) in enumerate(self.events[:until]):
+            if number not in sizes and not born_from <= index < (born_before or len(self.events)):
+                left_out.add(number)
             sizes[number] = size
         found: Counter[str] = Counter()
-        for number, size in sizes.items():
-            found[self.parts[number]] += size
+        for number in sizes.keys() - left_out:
+            found[self.parts[number]] += sizes[number]
         return found
 
     def peak(self, first: int = 0, last: int | None = None) -> tuple[int, Counter[str]]:

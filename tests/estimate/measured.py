@@ -8,24 +8,27 @@ the allocator was asked for.
 from __future__ import annotations
 
 import gc
+import os
+import resource
 import sys
-from collections import Counter
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from mft.config.build import build_components
+from mft.config.compose import compose_resolved
 from mft.distributed.engine import Engine
 from mft.distributed.sharded_state import local
-from mft.model.causal_lm import CausalLM
-from mft.model.peft.full import Full, compute_dtype
+from mft.model.peft.full import compute_dtype
 from mft.model.step_trace import Rows
 from mft.model.tensor_ledger import Ledger
 from mft.model.token_loss import TokenLoss, vocabulary
-from mft.optim.optimizers import AdamW
 
 GATHERING = ("partition_parameters.py", "partitioned_param_coordinator.py", "_fsdp_param.py")
+REDUCING = ("setup_buckets", "reduce_ipg_grads", "average_tensor", "__reduce_and_partition_ipg_grads")
 
 
 class Named:
@@ -43,7 +46,11 @@ class Named:
             file = frame.f_code.co_filename.rpartition("/")[2]
             if file in GATHERING or (file == "_fsdp_collectives.py" and "gather" in frame.f_code.co_name):
                 return "gathers"
-            if file == "_fsdp_collectives.py" or "ipg" in frame.f_code.co_name:
+            if (
+                file == "_fsdp_collectives.py"
+                and "reduce" in frame.f_code.co_name
+                or frame.f_code.co_name in REDUCING
+            ):
                 return "buckets"
             frame = frame.f_back
         if result.dim() == 2 and result.shape[-1] == self.vocabulary:
@@ -115,32 +122,31 @@ def own_gradients(ledger: Ledger, engine: Engine) -> None:
         ledger.own([buffers] if torch.is_tensor(buffers) else buffers or [], "buckets")
 
 
-def measured(
-    backend: Any,
-    peft: Full,
-    family: CausalLM,
-    rows: Rows,
-    precision: str = "fp32",
-    accumulation: int = 1,
-    debug: bool = False,
-) -> dict[str, Any]:
-    """Loads and trains a model; returns the bytes of the third step's peak by part ("parts"), the process's
-    growth by torch's profiler in the fourth ("profiler") and by the ledger in the third ("ledger")."""
+def measured(overrides: list[str], rows: Rows) -> dict[str, Any]:
+    """Loads and trains the model of a config on this rank; returns in bytes, by part, the peak of the third
+    and fourth steps ("parts"), how far it is above their beginning ("rise"), and the same of the fifth and
+    sixth by torch's profiler ("profiler"); and the process's peak, which earlier ones have raised ("rss")."""
+    cfg = compose_resolved(overrides)
+    components = build_components(cfg)
+    backend, peft, family = components.dist, components.peft, components.model
+    precision = cfg.train.precision.value
     engine = backend.start(precision, cpu=True)
     torch.manual_seed(0)
     naming = Named()
     ledger = Ledger(naming)
     batch = rows.batch()
-    computing = compute_dtype(precision)
+    accumulation = int(cfg.train.gradient_accumulation_steps or 1)
     with ledger, resizing(ledger):
-        quantised = peft.quantization(computing, backend.casts_weights_to(precision))
+        quantised = peft.quantization(compute_dtype(precision), backend.casts_weights_to(precision))
         with engine.loading(quantised is not None) as device:
-            model = family.model(peft.dtype(precision), quantised, compute_dtype=computing, device=device)
+            model = family.model(
+                peft.dtype(precision), quantised, compute_dtype=compute_dtype(precision), device=device
+            )
         model = peft.attach(model, family)
         family.checkpoint(model)
         module: Any = TokenLoss(model, family)
         naming.vocabulary = vocabulary(module.model.get_output_embeddings())
-        inner = optimizer = AdamW().build(module.named_parameters(), 1e-3)
+        inner = optimizer = components.optimizer.build(module.named_parameters(), 1e-3)
         del model
         module, optimizer = engine.prepare(module, optimizer)
         inner = getattr(engine._optimizer, "optimizer", inner)
@@ -150,29 +156,43 @@ def measured(
             one_step(engine, module, batch, accumulation)
         gc.collect()
         own(ledger, engine, inner)
-        first = len(ledger.events)
-        before = ledger.held()
-        one_step(engine, module, batch, accumulation, lambda: own_gradients(ledger, engine))
+        first, before = len(ledger.events), ledger.held()
+        for _ in range(4):
+            one_step(engine, module, batch, accumulation, lambda: own_gradients(ledger, engine))
         own(ledger, engine, inner)
-        where, parts = ledger.peak(first)
-    found: dict[str, Any] = {"parts": dict(parts), "ledger": sum(parts.values()) - sum(before.values())}
-    if debug:
-        sizes: dict[int, int] = {}
-        for number, size in ledger.events[:where]:
-            sizes[number] = size
-        found["largest"] = sorted(((s, ledger.parts[n]) for n, s in sizes.items() if s), reverse=True)[:30]
-        found["before"] = dict(before)
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        one_step(engine, module, batch, accumulation)
-    now = most = 0
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    found["profiler"] = most
+        _, parts = ledger.peak(first)
+    found: dict[str, Any] = {"parts": dict(parts), "rise": sum(parts.values()) - sum(before.values())}
+    found["profiler"] = profiled(lambda: one_step(engine, module, batch, accumulation))
+    found["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     del module, optimizer, inner
     engine.close()
     gc.collect()
+    return found
+
+
+def profiled(step: Any) -> int:
+    """Returns how far two steps raise what torch's CPU allocator has handed out, in bytes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        step()
+        step()
+    now = most = 0
+    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def all_measured(cells: dict[str, tuple[list[str], Rows]]) -> dict[str, dict[str, Any]]:
+    """Returns `measured` of each cell on this rank, or the error in words."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, Any]] = {}
+    for name, (overrides, rows) in cells.items():
+        try:
+            found[name] = measured(overrides, rows)
+        except Exception:
+            found[name] = {"error": traceback.format_exc()[-1500:]}
     return found
