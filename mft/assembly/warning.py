@@ -12,6 +12,7 @@ from mft.estimate.memory import size_words
 from mft.hardware import machine_memory
 from mft.plan.case import Case
 from mft.plan.gpus import CPU, Device
+from mft.plan.memory import room
 from mft.plan.plan import plan
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ def shortage_of(of: Case) -> str:
         return ""
     if made.fits:
         return ""
-    needed, room = size_words(made.memory.peak), size_words(made.room)
-    return f"a rank needs about {needed} of memory, and {of.device.name} has {room} for it."
+    needed, usable = size_words(made.memory.peak), size_words(made.room)
+    return f"a rank needs about {needed} of memory, and {of.device.name} has {usable} for it."
 
 
 def surely_fits(of: Case) -> bool:
@@ -72,4 +73,4 @@ def surely_fits(of: Case) -> bool:
         return False
     weights = sum(file.stat().st_size for file in files) / 2  # of at least two bytes, or packed
     a_token = PER_LOGIT * text.vocab_size + PER_UNIT * text.num_hidden_layers * text.hidden_size
-    return bool(TRAINED * weights + a_token * of.tokens < of.memory / 2)
+    return bool(TRAINED * weights + a_token * of.tokens < room(of) / 2)

@@ -109,7 +109,7 @@ def _locate_model(cfg: DictConfig) -> None:
         return  # no hub name either, which the model's own check says
     if not isinstance(found, str):
         raise UserError(
-            f"model.path={path}: is neither a folder nor in the hub's cache, and a plan fetches nothing. Give "
+            f"model.path={path} is neither a folder nor in the hub's cache, and a plan fetches nothing. Give "
             f"a folder with its config.json, or fetch that alone: hf download {path} config.json"
         )
     cfg.model.path, cfg.model.revision = str(Path(found).parent), None

@@ -210,8 +210,10 @@ def _sampled(
             except RowError:
                 continue
             if fitted is None:
-                lengths.append(math.ceil(sum(len(message.content) for message in messages) / CHARACTERS))
-                trained += math.ceil(sum(len(m.content) for m in messages if m.train) / CHARACTERS)
+                told = [math.ceil(len(message.content) / CHARACTERS) for message in messages]
+                lengths.append(sum(told))
+                carry = [m.train and m.role in ("assistant", "text") for m in messages]
+                trained += sum(count for count, learned in zip(told, carry, strict=True) if learned)
                 continue
             lengths += [len(ids_S) for ids_S, _ in fitted.parts]
             trained += sum(int(trained_S[1:].sum()) for _, trained_S in fitted.parts)

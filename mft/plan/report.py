@@ -16,15 +16,6 @@ if TYPE_CHECKING:
 
     from mft.plan.data import DataPlan
 
-WHERE = {
-    "before": "in the embedding",
-    "forward": "forward",
-    "head": "in the head",
-    "backward": "backward",
-    "after": "in the update",
-}
-"""Phase of a step → where its peak is, in words."""
-
 ROWS = 12
 """Changes that are shown at most; the JSON has all of them."""
 
@@ -66,7 +57,7 @@ def _memory(of: Outcome) -> RenderableType:
     memory = of.plan.memory
     parts = sorted(memory.parts.items(), key=lambda item: -item[1])
     rows: list[tuple[str, str]] = [(name, size_words(size)) for name, size in parts if size]
-    step = f"a step ({WHERE[memory.where]})"
+    step = f"a step ({memory.where})"
     peaks = [("loading", memory.loading), (step, memory.step), ("saving", memory.saving)]
     rows += [(f"peak of {name}", size_words(size)) for name, size in peaks]
     rows += [
