@@ -146,6 +146,8 @@ class _One:
 
     def model(self, every: int) -> tuple[Any, int]:
         """Returns the model on the meta device, with adapters, and of how many layers one is recomputed."""
+        import torch
+
         from mft.model.meta_model import skeleton
         from mft.model.peft.full import compute_dtype
         from mft.model.special_tokens import add_new_tokens, widen_embeddings
@@ -162,7 +164,8 @@ class _One:
         # an initialisation that computes with the weights trains as many as any other
         plain: dict[str, Any] = {"init": True} if getattr(peft, "changes_base", False) else {}
         plain |= {"path": None} if getattr(peft, "path", None) else {}
-        model: Any = dataclasses.replace(peft, **plain).attach(base, family)
+        with torch.device("meta"):
+            model: Any = dataclasses.replace(peft, **plain).attach(base, family)
         setting = every if every > 0 else False
         if every < 0:
             return model, family.checkpoint(model)
@@ -181,7 +184,7 @@ class _One:
             notes.append("peft.path: a new adapter stands in for it")
         moments = self._moments(model, classes, every, notes)
         left = 0.0 if "gradients" in always.device or dist.divided_parts() else 4.0 * divided.trained
-        moments.append(("update", -1, {"gradients": left}))
+        moments += [(name, -1, {"gradients": left}) for name in ("exchange", "update")]
         where, parts = "", {}
         for name, layer, computed in moments:
             extra = during(divided, dist, self.world, self.half, name, layer, self.accumulates, gpu)
