@@ -137,20 +137,14 @@ def main(words: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = compared(cells, Path(folder))
     for name, (one, other, more) in results.items():
-        names = [
-            part
-            for part in {**one, **other}
-            if max(one.get(part, 0), other.get(part, 0)) > 0.02 * sum(other.values())
-        ]
-        shown = ", ".join(
-            f"{part} {one.get(part, 0) / MIB:.1f}/{other.get(part, 0) / MIB:.1f}" for part in names
-        )
-        total = f"{sum(one.values()) / MIB:.0f}/{sum(other.values()) / MIB:.0f}"
+        least = 0.02 * sum(other.values())
+        parts = [part for part in one | other if max(one.get(part, 0), other.get(part, 0)) > least]
+        sides = [(part, one.get(part, 0.0), other.get(part, 0.0)) for part in parts]
+        sides = [("total", sum(one.values()), sum(other.values())), *sides]
+        shown = ", ".join(f"{part} {a / MIB:.0f}/{b / MIB:.0f}" for part, a, b in sides)
+        seen = ", ".join(f"{key} {more[key] / MIB:.0f}" for key in ("rise", "profiler", "rss"))
         faults = {part: f"{error:+.0%}" for part, error in wrong(one, other).items()}
-        print(
-            f"{name}: total {total} | {shown} | {more['where']}, rise {more['rise'] / MIB:.0f}, profiler {more['profiler'] / MIB:.0f}, rss {more['rss'] / MIB:.0f} {more['notes'] or ''} {faults or 'ok'}",
-            flush=True,
-        )
+        print(f"{name}: {shown} | {more['where']}, {seen} {more['notes'] or ''} {faults or 'ok'}", flush=True)
 
 
 if __name__ == "__main__":

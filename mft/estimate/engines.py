@@ -145,10 +145,10 @@ def _during_zero2(model: Model, dist: Zero2, world: int, half: bool, phase: str,
     own = size * model.trained / world
     if phase == "update":
         return {"activations": own + (4 * model.trained / world if half else 0), "gradients": own * one}
-    if phase not in ("backward", "after"):
+    if phase not in ("backward", "after", "exchange"):
         return {}
     filled = bucket * (2 if dist.overlap_comm and gpu and not one else 1)
-    exchanged = phase == "after" or not one
+    exchanged = phase == "exchange" or not one
     return {"buckets": filled + bucket * exchanged, "gradients": own * (one and exchanged)}
 
 
@@ -162,10 +162,11 @@ def _during_zero3(model: Model, dist: Zero3, world: int, half: bool, phase: str,
     layers = [_whole(unit, size) - unit.small for unit in model.layers]
     outside = _whole(model.outside, size) - model.outside.small
     ahead = size * dist.prefetch_bucket_size
-    if phase == "before" or phase == "forward" and layer == 0:
+    if phase == "before" or (phase == "forward" and layer == 0):
         return {"gathers": outside + min(sum(layers), limit) + min(sum(layers), max(ahead, max(layers)))}
-    needed = layers[: layer + 1] if phase == "backward" else [] if phase == "after" else layers
-    exchanged = phase == "after" or model.trained > dist.reduce_bucket_size and phase == "backward"
+    needed = layers[: layer + 1] if phase == "backward" else [] if phase in ("after", "exchange") else layers
+    several = model.trained > dist.reduce_bucket_size
+    exchanged = phase == "exchange" or (several and phase == "backward")
     return {"gathers": outside + min(sum(needed), limit), "buckets": 2.0 * bucket * exchanged}
 
 
@@ -188,10 +189,18 @@ def _during_fsdp(
         sent = 4.0 * units[layer + 1].trained if layer < last else 0.0
     elif phase == "after":
         arrived, sent = sum(unit.trained for unit in units), 4.0 * units[0].trained
-    elif phase == "update":
+    elif phase in ("exchange", "update"):
         gathers, arrived = 0.0, model.trained
+    work = 0.0
+    if phase == "exchange":  # what is in no layer comes last: its gradients once as they are sent, and the sum
+        sent, work = 2 * 4.0 * model.outside.trained, float(size * model.outside.largest)
     gradients = 0.0 if accumulates and not dist.reduce_every_micro_batch else 4.0 * arrived / world
-    return {"gathers": gathers, "buckets": sent, "gradients": 0.0 if dist.offload else gradients}
+    return {
+        "gathers": gathers,
+        "buckets": sent,
+        "activations": work,
+        "gradients": 0.0 if dist.offload else gradients,
+    }
 
 
 def _whole(unit: Unit, size: int) -> float:

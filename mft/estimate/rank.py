@@ -48,6 +48,10 @@ PARTS = {
 """Part of a rank's memory → what it is."""
 
 
+_watched: dict[tuple[Any, ...], list[tuple[str, int, Parts]]] = {}
+"""What was held in the steps that were watched, by all that decides it: backends have many in common."""
+
+
 @dataclass(frozen=True)
 class RankMemory:
     """What one rank needs, in bytes."""
@@ -164,7 +168,7 @@ class _One:
         # an initialisation that computes with the weights trains as many as any other
         plain: dict[str, Any] = {"init": True} if getattr(peft, "changes_base", False) else {}
         plain |= {"path": None} if getattr(peft, "path", None) else {}
-        with torch.device("meta"):  # else peft fills each adapter with numbers
+        with torch.device("meta"):
             model: Any = dataclasses.replace(peft, **plain).attach(base, family)
         setting = every if every > 0 else False
         if every < 0:
@@ -184,7 +188,7 @@ class _One:
             notes.append("peft.path: a new adapter stands in for it")
         moments = self._moments(model, classes, every, notes)
         left = 0.0 if "gradients" in always.device or dist.divided_parts() else 4.0 * divided.trained
-        moments.append(("update", -1, {"gradients": left}))
+        moments += [(name, -1, {"gradients": left}) for name in ("exchange", "update")]
         where, parts = "", {}
         for name, layer, computed in moments:
             extra = during(divided, dist, self.world, self.half, name, layer, self.accumulates, gpu)
@@ -246,7 +250,10 @@ class _One:
         tokens = self.rows.count * self.rows.width
         by_shapes = by_formula(model, layers, every, tokens, self.half and not casts)
         try:
-            return list(moments(trace_step(model, self.parts.model, self.rows, computing)))
+            key = (repr(self.parts.model), repr(self.parts.peft), every, self.rows, computing)
+            if key not in _watched:
+                _watched[key] = list(moments(trace_step(model, self.parts.model, self.rows, computing)))
+            return list(_watched[key])
         except Exception as error:  # a model may do anything
             log.debug("the step could not be watched", exc_info=True)
             reason = " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""What to change where a config does not fit: each change re-estimated, in the order of what it costs in time.
+"""What to change where a config does not fit: each change re-estimated, ordered by what it costs in time.
 
 A change is a few overrides that can be added to the command line.
 """
@@ -25,6 +25,7 @@ Change = tuple[str, ...]
 """Overrides."""
 
 DIVIDING = ("dist=zero2", "dist=zero3", "dist=fsdp")
+REDUCING = "dist.reduce_every_micro_batch=true"
 OFFLOADING: tuple[Change, ...] = (
     ("dist=zero2", "dist.offload_optimizer=true"),
     ("dist=zero3", "dist.offload_optimizer=true", "dist.offload_parameters=true"),
@@ -120,6 +121,8 @@ class Advisor:
         case, now = self.of.case, f"dist={_name(self.of.case, 'dist')}"
         if case.world > 1:
             yield from ((name,) for name in DIVIDING if name != now)
+            if now == "dist=fsdp" and not getattr(case.parts.dist, "reduce_every_micro_batch", True):
+                yield (REDUCING,)
         for name, *keys in OFFLOADING:
             if name != now:
                 yield (name, *keys)
@@ -154,8 +157,8 @@ class Advisor:
         return cfg
 
     def _option(self, override: str) -> DictConfig | None:
-        """Returns the node that an option gives with what else the command line sets in it; None where it has not
-        all these keys."""
+        """Returns the node that an option gives with what else the command line sets in it, None where it has
+        not all these keys."""
         if override not in self._nodes:
             key = override.partition("=")[0]
             try:

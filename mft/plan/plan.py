@@ -43,7 +43,7 @@ class Plan:
     def seconds(self, rate: Rate, of: Plan | None = None) -> float | None:
         """Returns the seconds of a step at a rate, None where nothing is known of it.
 
-        of: the plan that the rate is of, None = this one; another one is slower or faster as `step_time` has it.
+        of: the plan that the rate is of, None = this one; another one differs as `step_time` has it.
         """
         base = of or self
         if rate.tflops is not None:

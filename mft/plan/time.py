@@ -1,7 +1,7 @@
 """How long a step takes: its FLOPs over a rate, and what ranks and offloading add to it.
 
-`step_time` is a model whose constants are assumptions, below: it compares changes of a config. A rate that is
-given or was measured takes its place for the config itself, see `mft.plan.rates`.
+`step_time` is a model whose constants are assumptions, below: it compares changes of a config. A rate that
+is given or was measured takes its place for the config itself, see `mft.plan.rates`.
 """
 
 from __future__ import annotations

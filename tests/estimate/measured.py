@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,7 +163,7 @@ def measured(overrides: list[str], rows: Rows) -> dict[str, Any]:
         own(ledger, engine, inner)
         _, parts = ledger.peak(first)
     found: dict[str, Any] = {"parts": dict(parts), "rise": sum(parts.values()) - sum(before.values())}
-    found["profiler"] = profiled(lambda: one_step(engine, module, batch, accumulation))
+    found["profiler"] = profiled(partial(one_step, engine, module, batch, accumulation))
     found["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     del module, optimizer, inner
     engine.close()
