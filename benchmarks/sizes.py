@@ -8,13 +8,13 @@ micro-batch, 64 in a step, AdamW, bf16, recomputation as model.gradient_checkpoi
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mft.estimate.memory import size_words
+from mft.hardware import quiet_libraries
 from mft.plan.answer import Outcome, answer
 from mft.plan.gpus import device
 from mft.plan.report import duration
@@ -72,6 +72,11 @@ ROWS = (
 
 PRESETS = (
     Row("Qwen2.5-7B", ("experiment=full_fsdp",), (f"8x{GPU_80}", "8x24GiB")),
+    Row(
+        "Qwen2.5-7B",
+        ("experiment=full_fsdp", "dist.reduce_every_micro_batch=true"),
+        (f"8x{GPU_80}", "8x24GiB"),
+    ),
     Row("Qwen2.5-7B", ("experiment=full_zero3",), (f"8x{GPU_80}", "8x24GiB")),
     Row("Qwen2.5-7B", ("experiment=lora_zero2",), ("8x24GiB",)),
     Row("CodeLlama-34B", ("experiment=qlora_zero2",), (f"4x{GPU_80}", "4x40GiB")),
@@ -123,6 +128,7 @@ def line(row: Row, outcome: Outcome) -> str:
 
 
 def main() -> None:
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         for rows, assumed in ((ROWS, ASSUMED), (PRESETS, ("data.seq_length=4096",))):
             for text in lines(rows, assumed, Path(folder)):
@@ -131,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

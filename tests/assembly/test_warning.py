@@ -9,8 +9,10 @@ import pytest
 
 from mft.assembly import warning
 from mft.assembly.warning import shortage_of, surely_fits
+from mft.estimate.memory import USABLE
 from mft.plan.case import Case, case, composed
 from mft.plan.gpus import GIB, device
+from mft.plan.memory import PROCESS
 from tests.plan.configs import config_alone
 from tests.tiny_runs import train
 
@@ -52,7 +54,7 @@ def test_a_run_warns_and_goes_on(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A machine with little memory is given by the test."""
-    monkeypatch.setattr(warning, "machine_memory", lambda: int(0.79 * GIB))
+    monkeypatch.setattr(warning, "machine_memory", lambda: int(PROCESS / USABLE))
     summary, _ = train(tmp_path, cache_dir)
     assert summary["status"] == "finished"
     text = capsys.readouterr().out

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import LlamaConfig
 
 
 def config_alone(folder: Path, **shapes: int) -> Path:
     """Writes the config of a llama of 1.1 B weights, with other shapes if given; returns the folder."""
-    given = {
+    given: dict[str, Any] = {
         "vocab_size": 32000,
         "hidden_size": 2048,
         "intermediate_size": 5632,
