@@ -123,7 +123,7 @@ def _advice(answer: Answer, outcome: Outcome, width: int) -> Iterator[tuple[Rend
     columns = ["set", "needed", "fits", "time", "changes"]
     rows = [
         (
-            " ".join(advice.overrides),
+            "\n".join(advice.overrides),
             size_words(advice.plan.memory.peak),
             "yes" if advice.plan.fits else "no",
             f"x {advice.slower(plan):.2f}",
@@ -136,8 +136,11 @@ def _advice(answer: Answer, outcome: Outcome, width: int) -> Iterator[tuple[Rend
     styles = ["bold" if advice is best else None for advice in found]
     if rows:
         numbers = ["needed", "fits", "time"]
-        fit = fitted(columns, rows, width, whole=numbers)
-        yield table(title, fit.columns, fit.rows, numbers, styles=styles, widths=fit.widths), False
+        # an override is kept whole, so that it can be copied
+        longest = max(len(override) for advice in found[:ROWS] for override in advice.overrides)
+        others = longest + sum(max(len(row[place]) for row in rows) for place in (1, 2, 3))
+        widths = [longest, None, None, None, max(10, width - others - 3 * len(columns) - 1)]
+        yield table(title, columns, rows, numbers, styles=styles, widths=widths), False
     yield conclusion(answer, outcome), True
 
 
