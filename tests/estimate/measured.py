@@ -47,11 +47,8 @@ class Named:
             file = frame.f_code.co_filename.rpartition("/")[2]
             if file in GATHERING or (file == "_fsdp_collectives.py" and "gather" in frame.f_code.co_name):
                 return "gathers"
-            if (
-                file == "_fsdp_collectives.py"
-                and "reduce" in frame.f_code.co_name
-                or frame.f_code.co_name in REDUCING
-            ):
+            reducing = file == "_fsdp_collectives.py" and "reduce" in frame.f_code.co_name
+            if reducing or frame.f_code.co_name in REDUCING:
                 return "buckets"
             frame = frame.f_back
         if result.dim() == 2 and result.shape[-1] == self.vocabulary:
