@@ -224,8 +224,12 @@ class _One:
     def _kept_whole(self, parameter: Any) -> int:
         """Returns the bytes of a weight that ZeRO-3 does not divide, 0 of any other."""
         threshold = getattr(self.parts.dist, "persistence_threshold", 0)
-        size = 2 if self.half else 4
-        return parameter.numel() * size if parameter.numel() <= threshold else 0
+        count, each = parameter.numel(), 2 if self.half else 4
+        storage = getattr(parameter, "quant_storage", None)
+        if storage is not None and getattr(parameter, "bnb_quantized", None) is False:
+            # packed two to a byte, and counted in elements of what holds them
+            count, each = -(-count // (2 * storage.itemsize)), storage.itemsize
+        return int(count * each) if count <= threshold else 0
 
     def _moments(
         self, model: Any, classes: list[str], every: int, notes: list[str]

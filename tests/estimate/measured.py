@@ -90,7 +90,9 @@ def own(ledger: Ledger, engine: Engine, optimizer: Any) -> None:
     """Tells the ledger what the engine keeps."""
     model, inner = engine.model, optimizer
     zero = engine._optimizer
-    weights = [local(p.data) for p in model.parameters()]
+    # what ZeRO-3 has gathered is none of it, unless it stays so
+    whole = [p for p in model.parameters() if getattr(p, "ds_persist", True)]
+    weights = [local(p.data) for p in whole]
     weights += [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
     weights += list(getattr(zero, "bit16_groups_flat", []))
     ledger.own(weights, "weights")
