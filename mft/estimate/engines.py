@@ -8,61 +8,13 @@ from mft.distributed.ddp import Ddp
 from mft.distributed.deepspeed import Zero, Zero2, Zero3
 from mft.distributed.engine import Backend
 from mft.distributed.fsdp import Fsdp
+from mft.estimate.sizes import Model, Unit
 
 Parts = dict[str, float]
 """Bytes by part."""
 
 REUSE = 1_000_000_000
 """Elements within which ZeRO-3 keeps a gathered weight that is needed again (DeepSpeed's default)."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A decoder layer, or all that is in none: what is gathered at a time."""
-
-    trained: int
-    """Weights that are trained."""
-    frozen: int
-    """Bytes of those that are neither trained nor packed."""
-    packed: int
-    """Bytes of quantised ones, with their scales."""
-    largest: int = 0
-    """Weights in the largest trained matrix."""
-    small: int = 0
-    """Bytes of those weights that ZeRO-3 keeps whole, as they are computed with."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What engines divide."""
-
-    layers: list[Unit]
-    outside: Unit
-    """Embedding, head and what else is in no layer."""
-
-    @property
-    def units(self) -> list[Unit]:
-        return [*self.layers, self.outside]
-
-    @property
-    def trained(self) -> int:
-        return sum(unit.trained for unit in self.units)
-
-    @property
-    def frozen(self) -> int:
-        return sum(unit.frozen for unit in self.units)
-
-    @property
-    def packed(self) -> int:
-        return sum(unit.packed for unit in self.units)
-
-    @property
-    def small(self) -> int:
-        return sum(unit.small for unit in self.units)
-
-    @property
-    def largest(self) -> int:
-        return max(unit.largest for unit in self.units)
 
 
 @dataclass
@@ -167,6 +119,7 @@ def _during_zero3(model: Model, dist: Zero3, world: int, half: bool, phase: str,
     needed = layers[: layer + 1] if phase == "backward" else [] if phase in ("after", "exchange") else layers
     several = model.trained > dist.reduce_bucket_size
     exchanged = phase == "exchange" or (several and phase == "backward")
+    outside -= model.looked_up
     return {"gathers": outside + min(sum(needed), limit), "buckets": 2.0 * bucket * exchanged}
 
 
@@ -181,7 +134,7 @@ def _during_fsdp(
     gathers, sent, arrived = outside, 0.0, 0
     if phase == "forward":
         gathers += _whole(units[layer], size) + _whole(units[min(layer + 1, last)], size) * (layer < last)
-    elif phase == "turn":
+    elif phase in ("head", "turn"):
         gathers += _whole(units[last], size)
     elif phase == "backward":
         gathers += _whole(units[layer], size) + _whole(units[max(layer - 1, 0)], size) * (layer > 0)
@@ -192,7 +145,9 @@ def _during_fsdp(
     elif phase in ("exchange", "update"):
         gathers, arrived = 0.0, model.trained
     work = 0.0
-    if phase == "exchange":  # what is in no layer comes last: its gradients once as they are sent, and the sum
+    if (
+        phase == "exchange"
+    ):  # what is in no layer comes last: its gradients once as they are sent, and the sum
         sent, work = 2 * 4.0 * model.outside.trained, float(size * model.outside.largest)
     gradients = 0.0 if accumulates and not dist.reduce_every_micro_batch else 4.0 * arrived / world
     return {

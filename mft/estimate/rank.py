@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft.config.build import Components, build_components
 from mft.config.schema import batch_sizes
+from mft.distributed.ddp import Ddp
 from mft.distributed.fsdp import Fsdp
 from mft.errors import UserError
 from mft.estimate import memory
-from mft.estimate.engines import Model, Unit, during, held, loading, saving
+from mft.estimate.engines import during, held, loading, saving
+from mft.estimate.sizes import experts, tell_experts, units
 from mft.hardware import computes_in_bf16
 
 if TYPE_CHECKING:
@@ -180,6 +181,7 @@ class _One:
         model, every = self.model(every)
         classes = self.parts.model.layer_classes(model)
         divided = units(model, classes, self._size, self._kept_whole)
+        of_experts = experts(model, self._size)
         states = memory.optimizer_bytes(self.parts.optimizer, self.parts.base_lr)
         dist, gpu = self.parts.dist, self.device == "cuda"
         always = held(divided, dist, self.world, self.half, states, gpu, self.accumulates)
@@ -189,7 +191,8 @@ class _One:
         moments = self._moments(model, classes, every, notes)
         left = 0.0 if "gradients" in always.device or dist.divided_parts() else 4.0 * divided.trained
         moments += [(name, -1, {"gradients": left}) for name in ("exchange", "update")]
-        where, parts = "", {}
+        where = ""
+        parts: Parts = {}
         for name, layer, computed in moments:
             extra = during(divided, dist, self.world, self.half, name, layer, self.accumulates, gpu)
             both = {k: computed.get(k, 0.0) + extra.get(k, 0.0) for k in computed.keys() | extra.keys()}
@@ -198,6 +201,7 @@ class _One:
         whole = {
             k: always.device.get(k, 0.0) + parts.get(k, 0.0) for k in always.device.keys() | parts.keys()
         }
+        tell_experts(whole, of_experts, divided)
         whole = {name: whole[name] for name in PARTS if whole.get(name, 0) > 0}
         device_saving, host_saving = saving(divided, dist, always, self.half)
         return RankMemory(
@@ -224,8 +228,12 @@ class _One:
     def _kept_whole(self, parameter: Any) -> int:
         """Returns the bytes of a weight that ZeRO-3 does not divide, 0 of any other."""
         threshold = getattr(self.parts.dist, "persistence_threshold", 0)
-        size = 2 if self.half else 4
-        return parameter.numel() * size if parameter.numel() <= threshold else 0
+        count, each = parameter.numel(), 2 if self.half else 4
+        storage = getattr(parameter, "quant_storage", None)
+        if storage is not None and getattr(parameter, "bnb_quantized", None) is False:
+            # packed two to a byte, and counted in elements of what holds them
+            count, each = -(-count // (2 * storage.itemsize)), storage.itemsize
+        return int(count * each) if count <= threshold else 0
 
     def _moments(
         self, model: Any, classes: list[str], every: int, notes: list[str]
@@ -244,7 +252,7 @@ class _One:
             trained=half if casts else None,
             frozen=half if casts else None,
             gradients="stay" if ddp else "unit" if isinstance(dist, Fsdp) else "leave",
-            adds_gradients=ddp and (self.accumulates or dist.public_name == "ddp"),
+            adds_gradients=ddp and (self.accumulates or isinstance(dist, Ddp)),
         )
         layers = Layers.of(model, classes, self.half, self.rows.width)
         tokens = self.rows.count * self.rows.width
@@ -259,35 +267,3 @@ class _One:
             reason = " ".join(str(error).split())[:200]
             notes.append(f"activations by formula, since the step could not be watched: {reason}")
             return by_shapes
-
-
-def units(
-    model: Any, classes: list[str], size: Callable[[Any], int], kept_whole: Callable[[Any], int]
-) -> Model:
-    """Returns the sizes of a model's layers, and of what is outside them.
-
-    size: bytes of a frozen weight; kept_whole: bytes of a weight that is not divided, 0 of any other.
-    """
-    layers = [part for part in model.modules() if type(part).__name__ in classes]
-    inside = {id(p) for layer in layers for p in layer.parameters()}
-    outside = [p for p in model.parameters() if id(p) not in inside]
-    return Model(
-        [_unit(layer.parameters(), size, kept_whole) for layer in layers], _unit(outside, size, kept_whole)
-    )
-
-
-def _unit(parameters: Iterable[Any], size: Callable[[Any], int], kept_whole: Callable[[Any], int]) -> Unit:
-    from mft.model.introspect import full_shape
-    from mft.model.peft.targets import packed
-
-    trained = frozen = quantised = largest = small = 0
-    for parameter in parameters:
-        count = math.prod(full_shape(parameter))
-        small += kept_whole(parameter)
-        if parameter.requires_grad:
-            trained, largest = trained + count, max(largest, count)
-        elif packed(parameter):
-            quantised += size(parameter)
-        else:
-            frozen += size(parameter)
-    return Unit(trained, frozen, quantised, largest, small)

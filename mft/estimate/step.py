@@ -23,7 +23,7 @@ def moments(trace: StepTrace) -> Iterator[tuple[str, int, Parts]]:
     """
     from mft.model.step_trace import GRADIENTS
 
-    stands_in = trace.shortened.stands_in
+    stands_in, gradients = trace.shortened.stands_in, 0.0
     yield "before", -1, dict(trace.before.peak)
     held = Counter(trace.forward[0].start)
     for number, i in enumerate(stands_in):
@@ -46,7 +46,6 @@ def moments(trace: StepTrace) -> Iterator[tuple[str, int, Parts]]:
         gradients += phase.end[GRADIENTS] - phase.start[GRADIENTS]
         return parts
 
-    gradients = 0.0
     yield "turn", -1, back(trace.turn, len(stands_in), len(trace.kept))
     for number, i in reversed(list(enumerate(stands_in))):
         yield "backward", number, back(trace.backward[i], number, i)

@@ -73,10 +73,11 @@ def make_fake(model: nn.Module, trained: torch.dtype | None, frozen: torch.dtype
     trained, frozen: dtypes of the floating-point weights, None = as they are.
     """
     made: dict[int, nn.Parameter] = {}  # tied weights stay one
+    module: Any
     for module in model.modules():
         if type(module).__module__.startswith("bitsandbytes"):
             # packed weights are no matter of shapes
-            module.forward = partial(quantised_linear, module, module.out_features)  # type: ignore[assignment]
+            module.forward = partial(quantised_linear, module, module.out_features)
         for name, weight in list(module._parameters.items()):
             if weight is None:
                 continue

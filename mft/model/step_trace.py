@@ -171,10 +171,10 @@ class _Watch:
             start, end, peak = held(first), held(stop), held(self.ledger.peak(first, stop)[0])
             found[key] = Phase(start, peak, end)
         by_layer = [[found[kind, n] for n in range(last + 1)] for kind in ("forward", "backward")]
-        following = [*(("forward", n) for n in range(1, last + 1)), ("head", 0)]
+        ends = [*(("forward", n) for n in range(1, last + 1)), ("head", 0)]
         kept = [
             held(self.marks["turn", 0], self.marks["forward", n], self.marks[key])
-            for n, key in enumerate(following)
+            for n, key in enumerate(ends)
         ]
         return StepTrace(
             shortened=shortened,
@@ -202,13 +202,13 @@ def trace_step(model: Any, family: Any, rows: Rows, computing: Computing) -> Ste
     shortened = shorten(model, token_loss.layer_classes())
     head = base.get_output_embeddings()
     trained_head = any(p.requires_grad for p in head.parameters())
-    token_loss.chunk_size = default_chunk_size(vocabulary(head), computing.device, trained_head)
-    shape = (vocabulary(head), base.config.get_text_config().hidden_size)
+    chunk = token_loss.chunk_size = default_chunk_size(vocabulary(head), computing.device, trained_head)
+    columns = vocabulary(head)
     batch = rows.batch()
     copied: set[int] = set()
 
     def naming(result: torch.Tensor, func: Any, args: Any) -> str | None:
-        if result.dim() == 2 and result.shape[-1] == shape[0] and result.shape[0] <= token_loss.chunk_size:
+        if result.dim() == 2 and result.shape[-1] == columns and result.shape[0] <= chunk:
             return LOGITS
         if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in copied:
             return COPIES
@@ -225,7 +225,7 @@ def trace_step(model: Any, family: Any, rows: Rows, computing: Computing) -> Ste
         if computing.adds_gradients:
             for weight in trained:
                 weight.grad = torch.empty_like(weight)
-            ledger.own([weight.grad for weight in trained], WEIGHTS)
+            ledger.own([weight.grad for weight in trained if weight.grad is not None], WEIGHTS)
 
         def arrived(weight: torch.Tensor) -> None:
             if computing.gradients == "leave":

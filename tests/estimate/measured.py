@@ -47,11 +47,8 @@ class Named:
             file = frame.f_code.co_filename.rpartition("/")[2]
             if file in GATHERING or (file == "_fsdp_collectives.py" and "gather" in frame.f_code.co_name):
                 return "gathers"
-            if (
-                file == "_fsdp_collectives.py"
-                and "reduce" in frame.f_code.co_name
-                or frame.f_code.co_name in REDUCING
-            ):
+            reducing = file == "_fsdp_collectives.py" and "reduce" in frame.f_code.co_name
+            if reducing or frame.f_code.co_name in REDUCING:
                 return "buckets"
             frame = frame.f_back
         if result.dim() == 2 and result.shape[-1] == self.vocabulary:
@@ -93,7 +90,9 @@ def own(ledger: Ledger, engine: Engine, optimizer: Any) -> None:
     """Tells the ledger what the engine keeps."""
     model, inner = engine.model, optimizer
     zero = engine._optimizer
-    weights = [local(p.data) for p in model.parameters()]
+    # what ZeRO-3 has gathered is none of it, unless it stays so
+    whole = [p for p in model.parameters() if getattr(p, "ds_persist", True)]
+    weights = [local(p.data) for p in whole]
     weights += [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
     weights += list(getattr(zero, "bit16_groups_flat", []))
     ledger.own(weights, "weights")
