@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mft.data.cache import fingerprint
 from mft.plan import data
 from mft.plan.case import Case, case, composed
 from mft.plan.data import DataPlan, data_plan
@@ -57,6 +58,7 @@ def test_small_data_are_counted_as_the_run_counts_them(tmp_path: Path, cache_dir
 def test_large_data_are_estimated_by_their_first_rows(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fingerprint, "YOUNG_SECONDS", 0.0)  # the test does not wait until its rows are older
     task = f"data.paths=[{write_task(tmp_path / 'adding', 2000)}]"
     counted = planned(of(cache_dir, task, "train.max_steps=null"))
     monkeypatch.setattr(data, "QUICK", 1000)
