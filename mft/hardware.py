@@ -33,6 +33,8 @@ WSL2 = Path("/dev/dxg")
 ROCM = Path("/opt/rocm/lib/libhsa-runtime64.so.1")
 """AMD's library, which ROCm under WSL2 needs from the system."""
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of /proc/cpuinfo (x86, x86, Arm). A CPU without them emulates bf16, 7 times slower than fp32 with
 AVX2."""
@@ -63,10 +65,14 @@ found = []
 for number in range(ask("cuDeviceGetCount")):
     device = ask("cuDeviceGet", number)
     found.append([ask("cuDeviceGetAttribute", attribute, device) for attribute in (75, 76, 102)])
+    memory, name = ctypes.c_size_t(), ctypes.create_string_buffer(256)
+    assert cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device) == 0
+    assert cuda.cuDeviceGetName(name, 256, device) == 0
+    found[-1] += [memory.value, name.value.decode(errors="replace")]
 print(json.dumps(found))
 """
-"""Prints attributes of each GPU that CUDA's driver shows, without torch (50 ms). 75, 76 and 102 of cuda.h:
-CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR and _VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED."""
+"""Prints attributes, memory and name of each GPU that CUDA's driver shows, without torch (50 ms). 75, 76 and
+102 of cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR and _VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED."""
 
 
 class Gpu(NamedTuple):
@@ -77,6 +83,12 @@ class Gpu(NamedTuple):
 
     maps_memory: bool = False
     """Whether CUDA's driver says that memory can be mapped to addresses later; some virtual GPUs cannot."""
+
+    memory: int = 0
+    """Bytes."""
+
+    name: str = ""
+    """As its driver calls it."""
 
 
 def has_gpu() -> bool:
@@ -139,11 +151,13 @@ def gpus() -> tuple[Gpu, ...]:
         return ()
     import torch
 
-    if torch.version.hip:
-        return (Gpu((0, 0)),) * torch.cuda.device_count()
-    if torch.cuda.is_initialized():
-        capability, count = torch.cuda.get_device_capability, torch.cuda.device_count()
-        return tuple(Gpu(capability(number)) for number in range(count))
+    if torch.version.hip or torch.cuda.is_initialized():
+        shown = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        amd = torch.version.hip is not None
+        return tuple(
+            Gpu((0, 0) if amd else (gpu.major, gpu.minor), memory=gpu.total_memory, name=gpu.name)
+            for gpu in shown
+        )
     return _shown_by_driver(visible) if torch.version.cuda else ()
 
 
@@ -153,7 +167,10 @@ def _shown_by_driver(visible: str | None) -> tuple[Gpu, ...]:
     asked = subprocess.run([sys.executable, "-I", "-c", ASK_CUDA], capture_output=True, text=True)
     if asked.returncode:  # no driver, or one without a GPU: torch finds none either
         return ()
-    return tuple(Gpu((major, minor), bool(maps)) for major, minor, maps in json.loads(asked.stdout))
+    return tuple(
+        Gpu((major, minor), bool(maps), memory, name)
+        for major, minor, maps, memory, name in json.loads(asked.stdout)
+    )
 
 
 def visible_gpus() -> int:
@@ -180,12 +197,13 @@ def cpu_computes_in_bf16() -> bool:
     return bool(BF16_FLAGS & set(text.split("\n\n", 1)[0].split()))
 
 
-def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Returns a tensor on `device`; the host does not wait for the copy."""
-    # Only from pinned memory: other memory is copied by the driver, which may wait for the device first.
-    if tensor.device.type == "cpu" and str(device).startswith("cuda"):
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+def machine_memory() -> int:
+    """Returns the bytes of memory that the processes of this machine, or of its control group, may use."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    limit = control_group("memory.max")
+    return min(total, int(limit)) if limit.isdigit() else total
 
 
 def control_group(name: str, root: Path = CONTROL_GROUPS) -> str:
@@ -207,3 +225,11 @@ def control_group(name: str, root: Path = CONTROL_GROUPS) -> str:
             except OSError:
                 return ""
     return ""
+
+
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Returns a tensor on `device`; the host does not wait for the copy."""
+    # Only from pinned memory: other memory is copied by the driver, which may wait for the device first.
+    if tensor.device.type == "cpu" and str(device).startswith("cuda"):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -13,6 +13,7 @@ from mft.assembly.model import load_model, make_answers
 from mft.assembly.start import Run, start
 from mft.assembly.tags import run_tags
 from mft.assembly.trainer import make_trainer
+from mft.assembly.warning import warn_of_memory
 from mft.config import schema
 from mft.distributed.rng import seed_everything
 from mft.files.json_file import write_json
@@ -37,6 +38,7 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool], trace: Trace |
     r = start(schema.typed(cfg), run_dir, phases)
     with r.engine.patient():  # few ranks read the weights, rank 0 alone writes the reports
         loader = make_loader(r, r.engine.world)
+        warn_of_memory(r)
         phases.enter(Phase.loading)
         model = load_model(r)
         trainer, checkpoints, export = make_trainer(r, loader, model, stop)

@@ -33,6 +33,11 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     *value = attribute == 76 ? 0 : atoi(getenv(attribute == 75 ? "GENERATION" : "MAPS_MEMORY"));
     return 0;
 }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = (size_t)(80 - device) << 30; return 0; }
+int cuDeviceGetName(char *name, int room, int device) {
+    strncpy(name, "NVIDIA A100-SXM4-80GB", room);
+    return 0;
+}
 """
 MIG = "MIG-4a3c1c2e-0000-5b2a-9b1c-000000000001"
 

@@ -1,4 +1,5 @@
-"""When memory runs out: which settings to lower, and their current values."""
+"""When memory runs out: which settings to lower, their current values, and the command that says by how
+much."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from mft.config.repetition import plan_of
 from mft.errors import UserError
 from mft.files.json_file import read_json
+from mft.hardware import has_gpu
 from mft.run_folder import MICRO_BATCH
 
 SIGNS = (
@@ -25,16 +28,17 @@ SWITCHES = {"model.gradient_checkpointing": "true", "peft": "qlora", "dist": "ze
 """Choices that lower memory, in the order worth trying."""
 
 
-def explain(error: BaseException, cfg: DictConfig) -> UserError | None:
+def explain(error: BaseException, cfg: DictConfig, run_dir: Path) -> UserError | None:
     """Returns the sentence for memory of the machine or a GPU that ran out, None for any other error.
 
-    cfg: the resolved config; the sentence names what to lower, with the present values.
+    cfg: the resolved config of the run in run_dir; the sentence names what to lower, with the present values,
+    and the plan of the run.
     """
     if not _is_out_of_memory(error):
         return None
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
     values = {path: OmegaConf.select(cfg, path) for path in LOWER}
-    if found := read_json(Path(str(cfg.get("output_dir"))) / MICRO_BATCH).number("per_device_batch_size"):
+    if found := read_json(run_dir / MICRO_BATCH).number("per_device_batch_size"):
         values[LOWER[0]] = f"auto, which found {found:g}"
     lower = [path if value is None else f"{path} (now {value})" for path, value in values.items()]
     switch = []
@@ -45,7 +49,12 @@ def explain(error: BaseException, cfg: DictConfig) -> UserError | None:
             switch.append(f"{key}={better} (now {now})")
     or_set = f"; or set {', '.join(switch)}" if switch else ""
     lowered = f"Lower {', '.join(lower[:-1])} or {lower[-1]}{or_set}."
-    return UserError(f"Memory ran out ({first_line[:200]}). {lowered}")
+    return UserError(f"Memory ran out ({first_line[:200]}). {lowered} {planned(run_dir)}")
+
+
+def planned(run_dir: Path) -> str:
+    """Returns the sentence that leads to the plan of a run."""
+    return f"What each of them saves: {plan_of(run_dir)}{'' if has_gpu() else ' plan.gpu=cpu'}"
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

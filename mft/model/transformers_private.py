@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,20 @@ def recorded_outputs(decoder: Any) -> Any:
 def kept_in_float32(model: PreTrainedModel) -> list[str]:
     """Returns parts of the names of weights that stay in float32 in a model of any dtype."""
     return [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+
+
+@contextmanager
+def experts_by_fallback() -> Iterator[None]:
+    """Context in which experts are multiplied by transformers' own operation, which keeps what torch's keeps
+    and takes fake tensors of any dtype on a CPU."""
+    from transformers.integrations import moe
+
+    found = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *arguments: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = found
 
 
 # ── loading and saving ──

@@ -1,0 +1,151 @@
+"""What a rank's tensors hold at the peak of a training step, predicted and measured, by part.
+
+    python -m benchmarks.memory [WORD ...]
+
+Cells whose names have all the words; none = all. tests/estimate/measured.py says what is measured: on the
+CPU, in two processes for an engine of two ranks. Printed is, for each part, predicted / measured in MiB, of
+the rank that holds most.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mft.files.cache_folder import default_cache_dir
+
+MIB = 2**20
+
+CELLS = {
+    "llama full single": "model=llama peft=full dist=single rows=2x256",
+    "llama full single checkpointed bf16": "model=llama peft=full dist=single rows=2x256 ck=true precision=bf16",
+    "llama full ddp every 2nd": "model=llama peft=full dist=ddp rows=2x256 ck=2",
+    "llama full zero2": "model=llama peft=full dist=zero2 rows=2x256",
+    "llama full zero2 checkpointed bf16": "model=llama peft=full dist=zero2 rows=2x256 ck=true precision=bf16",
+    "llama full zero3 checkpointed": "model=llama peft=full dist=zero3 rows=2x256 ck=true",
+    "llama full zero3 bf16": "model=llama peft=full dist=zero3 rows=2x256 precision=bf16",
+    "llama full fsdp": "model=llama peft=full dist=fsdp rows=2x256",
+    "llama full fsdp checkpointed bf16": "model=llama peft=full dist=fsdp rows=2x256 ck=true precision=bf16",
+    "tied lora ddp packed": "model=tied peft=lora dist=ddp rows=2x256x4",
+    "tied full single accumulating": "model=tied peft=full dist=single rows=4x128 accumulation=2",
+    "qwen3 lora single bf16": "model=qwen3 peft=lora dist=single rows=2x256 precision=bf16",
+    "qwen3 full zero2 checkpointed": "model=qwen3 peft=full dist=zero2 rows=4x256x2 ck=true",
+    "qwen3 qlora zero3": "model=qwen3 peft=qlora dist=zero3 rows=2x256",
+    "gpt_neox full fsdp": "model=gpt_neox peft=full dist=fsdp rows=2x256",
+    "gpt_neox qlora single": "model=gpt_neox peft=qlora dist=single rows=2x256x2",
+    "phi3 lora zero2 every 2nd": "model=phi3 peft=lora dist=zero2 rows=2x256 ck=2",
+    "phi3 lora fsdp": "model=phi3 peft=lora dist=fsdp rows=2x256",
+    "gemma2 lora zero3": "model=gemma2 peft=lora dist=zero3 rows=2x256",
+    "gemma2 full ddp": "model=gemma2 peft=full dist=ddp rows=2x256",
+    "mixtral full single": "model=mixtral peft=full dist=single rows=2x256",
+    "mixtral lora fsdp": "model=mixtral peft=lora dist=fsdp rows=2x256",
+    "demo lora single packed bf16": "model=demo peft=lora dist=single rows=2x512x4 precision=bf16",
+    "demo full zero2 checkpointed bf16": "model=demo peft=full dist=zero2 rows=1x512 ck=true precision=bf16",
+    "demo qlora fsdp": "model=demo peft=qlora dist=fsdp rows=2x256 precision=bf16",
+    "demo full single checkpointed": "model=demo peft=full dist=single rows=1x512 ck=true",
+}
+"""Name → model, peft, dist, rows (count x tokens x samples in each), precision, checkpointing, accumulation."""
+
+
+def settings(cell: str, root: Path) -> tuple[list[str], Any]:
+    """Returns the overrides of a cell, and its micro-batch."""
+    from mft.model.step_trace import Rows
+    from tests.estimate.models import made
+
+    values = dict(word.split("=") for word in cell.split())
+    rows = Rows(*map(int, values["rows"].split("x")))
+    demo = values["model"] == "demo"
+    given = [
+        f"output_dir={root}/run",
+        "model=demo" if demo else "model=auto",
+        f"model.gradient_checkpointing={values.get('ck', 'false')}",
+        f"peft={values['peft']}",
+        f"dist={values['dist']}",
+        f"data={'pack' if rows.samples > 1 else 'pad'}",
+        f"data.paths=[{root}/rows.jsonl]",
+        f"data.seq_length={rows.width}",
+        f"train.per_device_batch_size={rows.count}",
+        f"train.gradient_accumulation_steps={values.get('accumulation', '1')}",
+        f"train.precision={values.get('precision', 'fp32')}",
+        "optimizer=adamw",
+    ]
+    given += [f"cache_dir={default_cache_dir()}"] if demo else [f"model.path={made(values['model'], root)}"]
+    return given, rows
+
+
+def predicted(overrides: Sequence[str], rows: Any, world: int) -> Any:
+    """Returns the estimate of a cell."""
+    from mft.config.compose import compose_resolved
+    from mft.estimate.rank import rank_memory
+
+    return rank_memory(compose_resolved(list(overrides)), world, "cpu", rows=rows)
+
+
+JOINED = {"frozen": "weights", "packed": "weights", "experts": "weights", "temporary": "activations"}
+"""Part → the part that it is counted with, since tensors do not tell them apart."""
+
+
+def joined(parts: dict[str, float]) -> dict[str, float]:
+    """Returns parts under the names that both sides have."""
+    found: dict[str, float] = {}
+    for name, size in parts.items():
+        found[JOINED.get(name, name)] = found.get(JOINED.get(name, name), 0.0) + size
+    return found
+
+
+def compared(cells: dict[str, str], root: Path) -> dict[str, tuple[dict[str, float], dict[str, float], Any]]:
+    """Returns predicted and measured parts of each cell, and all that was measured on that rank."""
+    from tests.distributed.ranks import run_ranks
+    from tests.estimate.measured import all_measured
+
+    given = {name: settings(cell, root) for name, cell in cells.items()}
+    found = {}
+    for world in (1, 2):
+        of_world = {name: v for name, v in given.items() if ("dist=single" in v[0]) == (world == 1)}
+        ranks = run_ranks(world, all_measured, of_world) if of_world else [{}]
+        for name, (overrides, rows) in of_world.items():
+            here = [rank[name] for rank in ranks]
+            if broken := [rank["error"] for rank in here if "error" in rank]:
+                raise RuntimeError(f"{name}: {broken[0]}")
+            most = max(here, key=lambda rank: sum(rank["parts"].values()))
+            one = predicted(overrides, rows, world)
+            found[name] = (
+                joined(one.parts),
+                joined(most["parts"]),
+                most | {"where": one.where, "notes": one.notes},
+            )
+    return {name: found[name] for name in cells}
+
+
+def wrong(predicted: dict[str, float], measured: dict[str, float]) -> dict[str, float]:
+    """Returns the relative errors that are too large: above 15 % in total, and of parts of more than 2 %."""
+    total = sum(measured.values())
+    pairs = {
+        name: (predicted.get(name, 0.0), measured.get(name, 0.0)) for name in predicted.keys() | measured
+    }
+    pairs = {name: pair for name, pair in pairs.items() if max(pair) > 0.02 * total}
+    pairs["total"] = (sum(predicted.values()), total)
+    return {name: p / m - 1 if m else 9.9 for name, (p, m) in pairs.items() if abs(p - m) > 0.15 * m}
+
+
+def main(words: Sequence[str]) -> None:
+    """Prints a line for each cell."""
+    cells = {name: cell for name, cell in CELLS.items() if all(word in name.split() for word in words)}
+    with tempfile.TemporaryDirectory() as folder:
+        results = compared(cells, Path(folder))
+    for name, (one, other, more) in results.items():
+        least = 0.02 * sum(other.values())
+        parts = [part for part in one | other if max(one.get(part, 0), other.get(part, 0)) > least]
+        sides = [(part, one.get(part, 0.0), other.get(part, 0.0)) for part in parts]
+        sides = [("total", sum(one.values()), sum(other.values())), *sides]
+        shown = ", ".join(f"{part} {a / MIB:.0f}/{b / MIB:.0f}" for part, a, b in sides)
+        seen = ", ".join(f"{key} {more[key] / MIB:.0f}" for key in ("rise", "profiler", "rss"))
+        faults = {part: f"{error:+.0%}" for part, error in wrong(one, other).items()}
+        print(f"{name}: {shown} | {more['where']}, {seen} {more['notes'] or ''} {faults or 'ok'}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,190 @@
+"""What each engine holds of weights, gradients and optimizer, and what it gathers and exchanges in a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mft.distributed.ddp import Ddp
+from mft.distributed.deepspeed import Zero, Zero2, Zero3
+from mft.distributed.engine import Backend
+from mft.distributed.fsdp import Fsdp
+from mft.estimate.sizes import Model, Unit
+
+Parts = dict[str, float]
+"""Bytes by part."""
+
+REUSE = 1_000_000_000
+"""Elements within which ZeRO-3 keeps a gathered weight that is needed again (DeepSpeed's default)."""
+
+
+@dataclass
+class Holding:
+    """What a rank holds through all of training beside what it computes."""
+
+    device: Parts
+    host: Parts = field(default_factory=dict)
+    """In the CPU's memory."""
+
+
+def held(
+    model: Model, dist: Backend, world: int, half: bool, states: float, gpu: bool, accumulates: bool
+) -> Holding:
+    """Returns what a rank holds throughout training, after its first step.
+
+    half: whether the run computes in bf16 or fp16; states: of the optimizer, bytes for a trained weight;
+    gpu: whether the device is one; accumulates: whether a step has several micro-batches.
+    """
+    each, divided, trained = dist.bytes_per_trained_weight(half), dist.divided_parts(), model.trained
+    share = {name: 1 / world if name in divided else 1.0 for name in ("weights", "gradients", "optimizer")}
+    parts: Parts = {
+        "weights": each["weights"] * trained * share["weights"],
+        "frozen": model.frozen * share["weights"],
+        "packed": model.packed * share["weights"],
+        "gradients": each["gradients"] * trained * share["gradients"],
+        "optimizer": (each["optimizer"] + states) * trained * share["optimizer"],
+    }
+    holding = Holding(parts)
+    if not divided and not isinstance(dist, Ddp) and not accumulates:
+        del parts["gradients"]  # they come and go with the step
+    if isinstance(dist, Zero):
+        if not half:  # what is updated is a copy also where both are float32
+            parts["optimizer"] += 4 * trained / world
+        if isinstance(dist, Zero2) and trained <= dist.reduce_bucket_size and not accumulates:
+            del parts["gradients"]  # made when the one bucket is exchanged
+        if isinstance(dist, Zero3):
+            parts["weights"] += model.small
+            parts["buckets"] = each["gradients"] * min(dist.reduce_bucket_size, trained)
+        if dist.offload_optimizer:
+            holding.host["optimizer"] = parts.pop("optimizer")
+            holding.host["gradients"] = 4 * trained / world
+    if isinstance(dist, Zero3) and dist.offload_parameters:
+        _move(holding, ("weights", "frozen", "packed"))
+    if isinstance(dist, Fsdp):
+        del parts["gradients"]  # see `during`
+        if accumulates and not dist.reduce_every_micro_batch:
+            parts["gradients"] = 4.0 * trained
+        if dist.offload:
+            holding.host["gradients"] = 4.0 * trained / world
+            _move(holding, ("weights", "frozen", "packed", "optimizer"))
+    return holding
+
+
+def _move(holding: Holding, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name in holding.device:
+            holding.host[name] = holding.device.pop(name)
+
+
+def during(
+    model: Model, dist: Backend, world: int, half: bool, phase: str, layer: int, accumulates: bool, gpu: bool
+) -> Parts:
+    """Returns what is gathered and exchanged in a phase of a step (see `mft.estimate.step.moments`)."""
+    if isinstance(dist, Zero2):
+        return _during_zero2(model, dist, world, half, phase, gpu)
+    if isinstance(dist, Zero3):
+        return _during_zero3(model, dist, world, half, phase, layer)
+    if isinstance(dist, Fsdp):
+        return _during_fsdp(model, dist, world, half, phase, layer, accumulates)
+    return {}
+
+
+def _during_zero2(model: Model, dist: Zero2, world: int, half: bool, phase: str, gpu: bool) -> Parts:
+    """A bucket is filled, and copied when it is exchanged; the update has the gradients flat and in
+    float32."""
+    size = 2 if half else 4
+    bucket = size * min(dist.reduce_bucket_size, model.trained)
+    one = model.trained <= dist.reduce_bucket_size
+    own = size * model.trained / world
+    if phase == "update":
+        return {"activations": own + (4 * model.trained / world if half else 0), "gradients": own * one}
+    if phase not in ("backward", "after", "exchange"):
+        return {}
+    filled = bucket * (2 if dist.overlap_comm and gpu and not one else 1)
+    exchanged = phase == "exchange" or not one
+    return {"buckets": filled + bucket * exchanged, "gradients": own * (one and exchanged)}
+
+
+def _during_zero3(model: Model, dist: Zero3, world: int, half: bool, phase: str, layer: int) -> Parts:
+    """Weights stay gathered while they are needed again soon; what is gathered next comes in one tensor."""
+    size = 2 if half else 4
+    bucket = size * min(dist.reduce_bucket_size, model.trained)
+    if phase == "update":
+        return {"activations": 4 * min(REUSE, model.trained) / world}
+    limit = size * min(REUSE, dist.max_live_parameters)
+    layers = [_whole(unit, size) - unit.small for unit in model.layers]
+    outside = _whole(model.outside, size) - model.outside.small
+    ahead = size * dist.prefetch_bucket_size
+    if phase == "before" or (phase == "forward" and layer == 0):
+        return {"gathers": outside + min(sum(layers), limit) + min(sum(layers), max(ahead, max(layers)))}
+    needed = layers[: layer + 1] if phase == "backward" else [] if phase in ("after", "exchange") else layers
+    several = model.trained > dist.reduce_bucket_size
+    exchanged = phase == "exchange" or (several and phase == "backward")
+    outside -= model.looked_up
+    return {"gathers": outside + min(sum(needed), limit), "buckets": 2.0 * bucket * exchanged}
+
+
+def _during_fsdp(
+    model: Model, dist: Fsdp, world: int, half: bool, phase: str, layer: int, accumulates: bool
+) -> Parts:
+    """What is in no layer is whole from the beginning to the end, a layer while it computes, and the next one
+    is on its way; gradients of a layer are sent in float32."""
+    size = 2 if half else 4
+    outside, units = _whole(model.outside, size), model.layers
+    last = len(units) - 1
+    gathers, sent, arrived = outside, 0.0, 0
+    if phase == "forward":
+        gathers += _whole(units[layer], size) + _whole(units[min(layer + 1, last)], size) * (layer < last)
+    elif phase in ("head", "turn"):
+        gathers += _whole(units[last], size)
+    elif phase == "backward":
+        gathers += _whole(units[layer], size) + _whole(units[max(layer - 1, 0)], size) * (layer > 0)
+        arrived = sum(unit.trained for unit in units[layer + 1 :])
+        sent = 4.0 * units[layer + 1].trained if layer < last else 0.0
+    elif phase == "after":
+        arrived, sent = sum(unit.trained for unit in units), 4.0 * units[0].trained
+    elif phase in ("exchange", "update"):
+        gathers, arrived = 0.0, model.trained
+    work = 0.0
+    if (
+        phase == "exchange"
+    ):  # what is in no layer comes last: its gradients once as they are sent, and the sum
+        sent, work = 2 * 4.0 * model.outside.trained, float(size * model.outside.largest)
+    gradients = 0.0 if accumulates and not dist.reduce_every_micro_batch else 4.0 * arrived / world
+    return {
+        "gathers": gathers,
+        "buckets": sent,
+        "activations": work,
+        "gradients": 0.0 if dist.offload else gradients,
+    }
+
+
+def _whole(unit: Unit, size: int) -> float:
+    return size * unit.trained + unit.frozen + unit.packed
+
+
+def loading(model: Model, dist: Backend, world: int, half: bool, holding: Holding) -> float:
+    """Returns the device's peak until the engine is prepared: the model as it is read, float32 where it is
+    trained, and what the engine makes of it."""
+    whole = 4.0 * model.trained + model.frozen + model.packed
+    if isinstance(dist, Zero2):  # a flat copy of what is trained, and the part that is updated
+        return (
+            whole + dist.bytes_per_trained_weight(half)["weights"] * model.trained + 4 * model.trained / world
+        )
+    if isinstance(dist, Zero3 | Fsdp):  # a unit at a time is whole
+        largest = max(4.0 * unit.trained + unit.frozen + unit.packed for unit in model.units)
+        return whole / world + largest
+    return whole
+
+
+def saving(model: Model, dist: Backend, holding: Holding, half: bool) -> tuple[float, float]:
+    """Returns the peaks while a checkpoint is written, of the device and of the first rank's host: an engine
+    that divides gathers one weight at a time there."""
+    here = sum(holding.device.values())
+    if not dist.divided_parts():
+        return here, 0.0
+    gathered = model.frozen if not model.packed and not _adapts(model) else 0.0
+    return here + 2 * 4.0 * model.largest, 4.0 * model.trained + gathered
+
+
+def _adapts(model: Model) -> bool:
+    return model.frozen + model.packed > 0

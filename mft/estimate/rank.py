@@ -1,0 +1,269 @@
+"""What one rank of a run needs of memory, by part and by phase: from the config alone, before weights are read.
+
+The step is watched on fake tensors where that is possible (`mft.model.step_trace`), else computed from the
+shapes of a layer's matrices (`mft.model.checkpointing`). What engines hold, gather and exchange is added from
+`engines`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mft.config.build import Components, build_components
+from mft.config.schema import batch_sizes
+from mft.distributed.ddp import Ddp
+from mft.distributed.fsdp import Fsdp
+from mft.errors import UserError
+from mft.estimate import memory
+from mft.estimate.engines import during, held, loading, saving
+from mft.estimate.sizes import experts, tell_experts, units
+from mft.hardware import computes_in_bf16
+
+if TYPE_CHECKING:
+    from mft.model.step_trace import Rows
+
+log = logging.getLogger(__name__)
+
+Parts = dict[str, float]
+"""Bytes by part."""
+
+PARTS = {
+    "weights": "trained weights, as they are computed with",
+    "frozen": "weights that are not trained, in the dtype they are loaded in",
+    "packed": "weights quantised to 4 or 8 bits, with their scales",
+    "experts": "routed experts, trained or not",
+    "gradients": "of what is trained, or a rank's part of them",
+    "optimizer": "its states, and the float32 copy of the weights that some engines update",
+    "activations": "what the backward pass needs of the forward pass, and what is in work",
+    "copies": "weights in the computing dtype, made by autocast",
+    "logits": "of one chunk, with their gradient",
+    "gathers": "weights of other ranks while they are computed with",
+    "buckets": "gradients on their way between ranks",
+}
+"""Part of a rank's memory → what it is."""
+
+
+_watched: dict[tuple[Any, ...], list[tuple[str, int, Parts]]] = {}
+"""What was held in the steps that were watched, by all that decides it: backends have many in common."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What one rank needs, in bytes."""
+
+    parts: Parts
+    """On the device at the peak of a training step, by the names of PARTS."""
+    host: Parts
+    """What is offloaded to the CPU's memory, likewise."""
+    loading: float
+    """The device's peak until the model is prepared."""
+    step: float
+    """The device's peak in training steps: the sum of `parts`."""
+    saving: float
+    """The device's peak while a checkpoint is written."""
+    host_saving: float
+    """What the first rank holds in the CPU's memory while a checkpoint is written."""
+    every: int
+    """Of how many layers one is recomputed, 0 = none."""
+    where: str
+    """In which phase of a step the peak is."""
+    notes: list[str] = field(default_factory=list)
+    """What was not counted or only by formula, in sentences."""
+
+    @property
+    def peak(self) -> float:
+        """The largest of the three phases."""
+        return max(self.loading, self.step, self.saving)
+
+
+def rows_of(cfg: DictConfig) -> Rows:
+    """Returns the largest micro-batch of a config: full rows, all of whose tokens carry loss."""
+    from mft.model.step_trace import Rows
+
+    parts = build_components(cfg)
+    # how many samples share a row is not known before the data is read
+    samples = 4 if parts.rows.packs_samples else 1
+    return Rows(int(cfg.train.per_device_batch_size), int(cfg.data.seq_length), samples)
+
+
+def rank_memory(
+    cfg: DictConfig,
+    world: int,
+    device: str = "cuda",
+    total: float | None = None,
+    rows: Rows | None = None,
+) -> RankMemory:
+    """Returns what each of `world` ranks of a resolved config needs.
+
+    device: kind of the device that it is for, cuda or cpu; total: bytes of that device, by which
+    gradient_checkpointing=auto decides (None = as if it fitted without); rows: the micro-batch, None = the
+    largest one. Raises UserError where code of the checkpoint's own builds the model.
+    """
+    parts = build_components(cfg)
+    if parts.model.trust_remote_code:
+        raise UserError("memory is not known before loading: code of the checkpoint builds the model")
+    rows = rows or rows_of(cfg)
+    precision = str(getattr(cfg.train.precision, "value", cfg.train.precision))
+    if precision == "auto":  # of a config that is not frozen yet
+        precision = "bf16" if device == "cuda" or computes_in_bf16() else "fp32"
+    accumulates = batch_sizes(OmegaConf.to_object(cfg.train), world).accumulation > 1  # type: ignore[arg-type]
+    one = _One(parts, world, device, precision, rows, accumulates)
+    found: RankMemory | None = None
+    for every in one.choices(total):
+        found = one.memory(every)
+        if total is None or found.peak <= memory.USABLE * total - memory.CONTEXT:
+            break
+    assert found is not None
+    return found
+
+
+@dataclass(frozen=True)
+class _One:
+    """One rank of a run."""
+
+    parts: Components
+    world: int
+    device: str
+    precision: str
+    rows: Rows
+    accumulates: bool
+
+    @property
+    def half(self) -> bool:
+        return self.precision != "fp32"
+
+    def choices(self, total: float | None) -> Iterable[int]:
+        """Returns of how many layers one may be recomputed, in the order in which they are tried."""
+        from mft.model import checkpointing
+
+        set_to = checkpointing.layers_between(self.parts.model.gradient_checkpointing)
+        if set_to is not None:
+            return [set_to]
+        if self.device == "cpu":
+            return [-1]  # by the number of weights
+        return checkpointing.EVERY if total else [0]
+
+    def model(self, every: int) -> tuple[Any, int]:
+        """Returns the model on the meta device, with adapters, and of how many layers one is recomputed."""
+        import torch
+
+        from mft.model.meta_model import skeleton
+        from mft.model.peft.full import compute_dtype
+        from mft.model.special_tokens import add_new_tokens, widen_embeddings
+
+        family, peft, dist = self.parts.model, self.parts.peft, self.parts.dist
+        cast = dist.casts_weights_to(self.precision)
+        quantization = peft.quantization(compute_dtype(self.precision), cast)
+        base = skeleton(family.config(), quantization, peft.dtype(self.precision))
+        if family.attention == "eager":
+            base.set_attn_implementation("eager")
+        if family.new_tokens():
+            added = add_new_tokens(family.read_tokenizer(), family.add_tokens, family.add_special_tokens)
+            widen_embeddings(base, added, family.pad_to_multiple_of)
+        # an initialisation that computes with the weights trains as many as any other
+        plain: dict[str, Any] = {"init": True} if getattr(peft, "changes_base", False) else {}
+        plain |= {"path": None} if getattr(peft, "path", None) else {}
+        with torch.device("meta"):
+            model: Any = dataclasses.replace(peft, **plain).attach(base, family)
+        setting = every if every > 0 else False
+        if every < 0:
+            return model, family.checkpoint(model)
+        return model, dataclasses.replace(family, gradient_checkpointing=setting).checkpoint(model)
+
+    def memory(self, every: int) -> RankMemory:
+        """Returns what the rank needs where one of `every` layers is recomputed; -1 = by the model's size."""
+        model, every = self.model(every)
+        classes = self.parts.model.layer_classes(model)
+        divided = units(model, classes, self._size, self._kept_whole)
+        of_experts = experts(model, self._size)
+        states = memory.optimizer_bytes(self.parts.optimizer, self.parts.base_lr)
+        dist, gpu = self.parts.dist, self.device == "cuda"
+        always = held(divided, dist, self.world, self.half, states, gpu, self.accumulates)
+        notes: list[str] = []
+        if getattr(self.parts.peft, "path", None):
+            notes.append("peft.path: a new adapter stands in for it")
+        moments = self._moments(model, classes, every, notes)
+        left = 0.0 if "gradients" in always.device or dist.divided_parts() else 4.0 * divided.trained
+        moments += [(name, -1, {"gradients": left}) for name in ("exchange", "update")]
+        where = ""
+        parts: Parts = {}
+        for name, layer, computed in moments:
+            extra = during(divided, dist, self.world, self.half, name, layer, self.accumulates, gpu)
+            both = {k: computed.get(k, 0.0) + extra.get(k, 0.0) for k in computed.keys() | extra.keys()}
+            if sum(both.values()) > sum(parts.values()) or not parts:
+                where, parts = name, both
+        whole = {
+            k: always.device.get(k, 0.0) + parts.get(k, 0.0) for k in always.device.keys() | parts.keys()
+        }
+        tell_experts(whole, of_experts, divided)
+        whole = {name: whole[name] for name in PARTS if whole.get(name, 0) > 0}
+        device_saving, host_saving = saving(divided, dist, always, self.half)
+        return RankMemory(
+            parts=whole,
+            host=always.host,
+            loading=loading(divided, dist, self.world, self.half, always),
+            step=sum(whole.values()),
+            saving=device_saving,
+            host_saving=host_saving,
+            every=every,
+            where=where,
+            notes=notes,
+        )
+
+    def _size(self, parameter: Any) -> int:
+        """Returns the bytes of a frozen weight on a rank that has all of it."""
+        from mft.model.peft.summary import bytes_of
+
+        size = bytes_of(parameter)
+        if self.parts.dist.casts_weights and self.half and parameter.is_floating_point():
+            size = min(size, 2 * parameter.numel())
+        return size
+
+    def _kept_whole(self, parameter: Any) -> int:
+        """Returns the bytes of a weight that ZeRO-3 does not divide, 0 of any other."""
+        threshold = getattr(self.parts.dist, "persistence_threshold", 0)
+        count, each = parameter.numel(), 2 if self.half else 4
+        storage = getattr(parameter, "quant_storage", None)
+        if storage is not None and getattr(parameter, "bnb_quantized", None) is False:
+            # packed two to a byte, and counted in elements of what holds them
+            count, each = -(-count // (2 * storage.itemsize)), storage.itemsize
+        return int(count * each) if count <= threshold else 0
+
+    def _moments(
+        self, model: Any, classes: list[str], every: int, notes: list[str]
+    ) -> list[tuple[str, int, Parts]]:
+        from mft.estimate.step import by_formula, moments
+        from mft.model.checkpointing import Layers
+        from mft.model.peft.full import compute_dtype
+        from mft.model.step_trace import Computing, trace_step
+
+        dist = self.parts.dist
+        half = compute_dtype(self.precision) if self.half else None
+        casts, ddp = dist.casts_weights, dist.divided_parts() == set()
+        computing = Computing(
+            device=self.device,
+            autocast=None if casts else half,
+            trained=half if casts else None,
+            frozen=half if casts else None,
+            gradients="stay" if ddp else "unit" if isinstance(dist, Fsdp) else "leave",
+            adds_gradients=ddp and (self.accumulates or isinstance(dist, Ddp)),
+        )
+        layers = Layers.of(model, classes, self.half, self.rows.width)
+        tokens = self.rows.count * self.rows.width
+        by_shapes = by_formula(model, layers, every, tokens, self.half and not casts)
+        try:
+            key = (repr(self.parts.model), repr(self.parts.peft), every, self.rows, computing)
+            if key not in _watched:
+                _watched[key] = list(moments(trace_step(model, self.parts.model, self.rows, computing)))
+            return list(_watched[key])
+        except Exception as error:  # a model may do anything
+            log.debug("the step could not be watched", exc_info=True)
+            reason = " ".join(str(error).split())[:200]
+            notes.append(f"activations by formula, since the step could not be watched: {reason}")
+            return by_shapes

@@ -1,0 +1,116 @@
+"""A model of fake tensors, which have shapes and no values, with one layer of each kind: what it computes can
+be watched in a moment, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from mft.model.introspect import base_of, full_shape
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """A model of which layers were left out."""
+
+    layers: list[nn.Module]
+    """Those that stayed."""
+    stands_in: list[int]
+    """For each layer of the whole model the number of the one, of those that stayed, that is like it."""
+    left_out: list[nn.Module]
+    """For each layer of the whole model the layer itself."""
+
+
+def shorten(model: nn.Module, classes: list[str]) -> Shortened:
+    """Leaves the first layer, the last, and the first of each kind between them in a model, in place.
+
+    classes: names of the layers' classes. A kind is a class with the same weights, of which the same are
+    trained, with the same attention, and both or neither recomputed. Raises ValueError for a model whose
+    layers are not in one list.
+    """
+    lists = [
+        (parent, name, part)
+        for parent in model.modules()
+        for name, part in parent.named_children()
+        if isinstance(part, nn.ModuleList) and len(part) and type(part[0]).__name__ in classes
+    ]
+    if len(lists) != 1:
+        raise ValueError(f"the layers {classes} are in {len(lists)} lists")
+    (parent, name, every) = lists[0]
+    config = base_of(model).config.get_text_config()
+    types = list(getattr(config, "layer_types", None) or [])
+    kinds = [_kind(layer, types[i] if i < len(types) else "") for i, layer in enumerate(every)]
+    last = len(kinds) - 1
+    chosen = sorted({0, last} | {kinds.index(kind, 1) for kind in kinds[1:last]})
+    place = {number: i for i, number in enumerate(chosen)}
+    stands_in = [place[n] if n in (0, last) else place[kinds.index(kind, 1)] for n, kind in enumerate(kinds)]
+    layers = [every[number] for number in chosen]
+    for new, layer in enumerate(layers):
+        for part in layer.modules():
+            if isinstance(getattr(part, "layer_idx", None), int):
+                part.layer_idx = new  # type: ignore[assignment]
+    if types:
+        config.layer_types = [types[number] for number in chosen]
+    setattr(parent, name, nn.ModuleList(layers))
+    return Shortened(layers, stands_in, list(every))
+
+
+def _kind(layer: nn.Module, attention: str) -> tuple[Any, ...]:
+    weights = [(name, tuple(full_shape(p)), p.requires_grad) for name, p in layer.named_parameters()]
+    return type(layer), attention, getattr(layer, "gradient_checkpointing", False), tuple(weights)
+
+
+def make_fake(model: nn.Module, trained: torch.dtype | None, frozen: torch.dtype | None) -> None:
+    """Gives a model on the meta device fake weights and buffers, within a FakeTensorMode, in place.
+
+    trained, frozen: dtypes of the floating-point weights, None = as they are.
+    """
+    made: dict[int, nn.Parameter] = {}  # tied weights stay one
+    module: Any
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes"):
+            # packed weights are no matter of shapes
+            module.forward = partial(quantised_linear, module, module.out_features)
+        for name, weight in list(module._parameters.items()):
+            if weight is None:
+                continue
+            if id(weight) not in made:
+                dtype = (trained if weight.requires_grad else frozen) or weight.dtype
+                dtype = dtype if weight.is_floating_point() else weight.dtype
+                made[id(weight)] = nn.Parameter(
+                    torch.empty(weight.shape, dtype=dtype, device="cpu"), weight.requires_grad
+                )
+            module._parameters[name] = made[id(weight)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+        if getattr(module, "rope_type", "default") != "default":
+            module.rope_type = "default"  # the others look at the positions, and take as much
+
+
+class Dequantised(torch.autograd.Function):
+    """x [..., I] → y [..., O] of a quantised weight, which is dequantised for each of the two passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, outputs: int) -> torch.Tensor:
+        ctx.inputs = x.shape[-1]
+        return F.linear(x, x.new_empty(outputs, x.shape[-1]))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ gradient.new_empty(gradient.shape[-1], ctx.inputs), None
+
+
+def quantised_linear(layer: Any, outputs: int, x: torch.Tensor) -> torch.Tensor:
+    """Computes a layer of bitsandbytes, of whatever values."""
+    dtype = getattr(layer, "compute_dtype", None) or x.dtype
+    y: torch.Tensor = Dequantised.apply(x.to(dtype), outputs)
+    return (y if layer.bias is None else y + layer.bias.to(dtype)).to(x.dtype)

@@ -1,0 +1,214 @@
+"""What to change where a config does not fit: each change re-estimated, ordered by what it costs in time.
+
+A change is a few overrides that can be added to the command line.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mft.data.settings import LongSamples
+from mft.errors import UserError
+from mft.model.checkpointing import SETTING
+from mft.plan.case import Case, changed, composed
+from mft.plan.data import DataPlan
+from mft.plan.plan import Plan, plan
+from mft.plan.weights import Weights
+
+Change = tuple[str, ...]
+"""Overrides."""
+
+DIVIDING = ("dist=zero2", "dist=zero3", "dist=fsdp")
+REDUCING = "dist.reduce_every_micro_batch=true"
+OFFLOADING: tuple[Change, ...] = (
+    ("dist=zero2", "dist.offload_optimizer=true"),
+    ("dist=zero3", "dist.offload_optimizer=true", "dist.offload_parameters=true"),
+    ("dist=fsdp", "dist.offload=true"),
+)
+RECOMPUTING = ((4, "4"), (2, "2"), (1, "true"))
+"""Of so many layers one is recomputed, as the setting has it."""
+
+ENOUGH = 3
+"""Changes together that fit, after which no more are tried."""
+
+SHORTEST = 256
+"""Tokens below which data.seq_length is not lowered."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change of a config, and what comes of it."""
+
+    overrides: Change
+    """To be added to the command line."""
+    plan: Plan
+    effect: str
+    """What it changes of the experiment, "" where that stays what it is."""
+
+    def slower(self, of: Plan) -> float:
+        """Returns how many times as long a token takes as in another plan."""
+        return (self.plan.time.seconds / self.plan.tokens) / (of.time.seconds / of.tokens)
+
+
+class Advisor:
+    """Tries changes of a config that does not fit.
+
+    overrides, config_dirs: of the command line; of: its plan; data: what it takes of its tasks.
+    """
+
+    def __init__(
+        self, overrides: Sequence[str], config_dirs: Sequence[Path], of: Plan, data: DataPlan | None
+    ):
+        self.overrides, self.config_dirs, self.of, self.data = list(overrides), config_dirs, of, data
+        self._nodes: dict[str, DictConfig | None] = {}
+        self._weights: dict[str, Weights] = {_weights_key(of.case): of.weights}
+
+    def advice(self) -> list[Advice]:
+        """Returns single changes and, where none of them fits, changes together.
+
+        First those that leave the experiment what it is, then the others; of both the fastest first.
+        """
+        found = [advice for change in self._single() if (advice := self._tried(change))]
+        if not any(advice.plan.fits for advice in found):
+            tried = filter(None, map(self._tried, self._together()))
+            found += _until(tried, ENOUGH)
+        return sorted(found, key=lambda advice: (bool(advice.effect), advice.slower(self.of)))
+
+    def _single(self) -> Iterator[Change]:
+        case, of = self.of.case, self.of
+        yield from ((f"{SETTING}={word}",) for every, word in RECOMPUTING if _less(every, of.every))
+        rows = case.sizes.per_device
+        yield from (self._rows(fewer) for fewer in sorted({rows // 2, 1}, reverse=True) if 0 < fewer < rows)
+        yield from ((f"peft={name}",) for name in self._lighter())
+        yield from self._spread()
+        length = int(case.cfg.data.seq_length)
+        yield from ((f"data.seq_length={n}",) for n in (length // 2, length // 4) if n >= SHORTEST)
+
+    def _together(self) -> Iterator[Change]:
+        """Yields more and more changes at once; those of the first keep the experiment what it is."""
+        case, of = self.of.case, self.of
+        least: Change = (f"{SETTING}=true",) if of.every != 1 else ()
+        least += self._rows(1) if case.sizes.per_device > 1 else ()
+        lighter = [(f"peft={name}",) for name in self._lighter()]
+        last: Change = lighter[-1] if lighter else ()
+        spread = list(self._spread())
+        changes = [(*least, *dist) for dist in spread] + [(*least, *peft) for peft in lighter]
+        changes += [(*least, *last, *dist) for dist in spread]
+        changes.append((*least, *last, *(spread[-1] if spread else ()), f"data.seq_length={SHORTEST}"))
+        single = set(self._single())
+        yield from (change for change in dict.fromkeys(changes) if change and change not in single)
+
+    def _rows(self, rows: int) -> Change:
+        """Returns the overrides for micro-batches of so many rows at the same global batch."""
+        sizes, train = self.of.case.sizes, self.of.case.cfg.train
+        change: Change = (f"train.per_device_batch_size={rows}",)
+        if train.global_batch_size is None:
+            change += (f"train.gradient_accumulation_steps={sizes.accumulation * sizes.per_device // rows}",)
+        return change
+
+    def _lighter(self) -> list[str]:
+        """Returns the peft modes that need less memory."""
+        return {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(_name(self.of.case, "peft"), [])
+
+    def _spread(self) -> Iterator[Change]:
+        """Yields what divides over ranks, then what moves to the host."""
+        case, now = self.of.case, f"dist={_name(self.of.case, 'dist')}"
+        if case.world > 1:
+            yield from ((name,) for name in DIVIDING if name != now)
+            if now == "dist=fsdp" and not getattr(case.parts.dist, "reduce_every_micro_batch", True):
+                yield (REDUCING,)
+        for name, *keys in OFFLOADING:
+            if name != now:
+                yield (name, *keys)
+            elif off := tuple(key for key in keys if not OmegaConf.select(case.cfg, key.partition("=")[0])):
+                yield off
+
+    def _tried(self, change: Change) -> Advice | None:
+        """Returns what comes of a change, None where the config does not go together with it."""
+        try:
+            if (cfg := self._changed(change)) is None:
+                return None
+            case = changed(self.of.case, cfg)
+            key = _weights_key(case)
+            # nothing fits as it is, so that auto recomputes all layers there; what fits may do with fewer
+            made = plan(case, self._data(cfg), self._weights.get(key), smallest=True)
+        except UserError:  # e.g. an optimizer that this dist cannot divide
+            return None
+        self._weights[key] = made.weights
+        return Advice(change, made, self._effect(change)) if made.memory.peak < self.of.memory.peak else None
+
+    def _changed(self, change: Change) -> DictConfig | None:
+        cfg = copy.deepcopy(self.of.case.cfg)
+        for override in change:
+            key, _, value = override.partition("=")
+            if key in ("peft", "dist"):
+                if (node := self._option(override)) is None:
+                    return None
+                OmegaConf.update(cfg, key, node, merge=False)
+                cfg.choices[key] = value
+            else:
+                OmegaConf.update(cfg, key, value)
+        return cfg
+
+    def _option(self, override: str) -> DictConfig | None:
+        """Returns the node that an option gives with what else the command line sets in it, None where it has
+        not all these keys."""
+        if override not in self._nodes:
+            key = override.partition("=")[0]
+            try:
+                node = OmegaConf.select(composed([*self.overrides, override], self.config_dirs), key)
+            except UserError:
+                node = None
+            self._nodes[override] = node
+        return copy.deepcopy(self._nodes[override])
+
+    def _data(self, cfg: DictConfig) -> DataPlan | None:
+        """Tokens of a step are as before: what a shorter data.seq_length drops is told beside it."""
+        return self.data if cfg.data.seq_length == self.of.case.cfg.data.seq_length else None
+
+    def _effect(self, change: Change) -> str:
+        keys = {override.partition("=")[0]: override.partition("=")[2] for override in change}
+        effects = [f"trains adapters ({keys['peft']})"] if "peft" in keys else []
+        if length := keys.get("data.seq_length"):
+            effects.append(self._shortened(int(length)))
+        return "; ".join(effects)
+
+    def _shortened(self, length: int) -> str:
+        case = self.of.case
+        if case.parts.rows.splits_samples:
+            return "cuts samples more often"
+        what = "drops" if case.cfg.data.long_samples is LongSamples.drop else "cuts"
+        if self.data is None:
+            return f"{what} samples above {length:,} tokens"
+        return f"{what} {'about ' * self.data.about}{self.data.longer(length):.1%} of the samples"
+
+
+def _until(found: Iterator[Advice], enough: int) -> Iterator[Advice]:
+    """Yields advice until so many of it fit."""
+    for advice in found:
+        yield advice
+        if (enough := enough - advice.plan.fits) <= 0:
+            return
+
+
+def _less(every: int, than: int) -> bool:
+    """Whether recomputing one of `every` layers keeps less than one of `than`, 0 = none."""
+    return than == 0 or every < than
+
+
+def _name(case: Case, group: str) -> str:
+    component: Any = getattr(case.parts, group)
+    return str(component.public_name)
+
+
+def _weights_key(case: Case) -> str:
+    """Returns what the weights of a case depend on."""
+    cfg = copy.deepcopy(case.cfg)
+    cfg.model.gradient_checkpointing = None
+    return f"{OmegaConf.to_yaml(cfg.model)}{OmegaConf.to_yaml(cfg.peft)}{cfg.train.precision}"

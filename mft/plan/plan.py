@@ -1,0 +1,63 @@
+"""The plan of a case: memory, whether it fits, and how long it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mft.estimate.rank import RankMemory
+from mft.plan.case import Case
+from mft.plan.data import DataPlan
+from mft.plan.memory import needed, room
+from mft.plan.rates import Rate
+from mft.plan.time import StepTime, step_time
+from mft.plan.weights import Weights, weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a case needs."""
+
+    case: Case
+    weights: Weights
+    memory: RankMemory
+    time: StepTime
+    """As `step_time` has it; the config's own seconds are those of `seconds`."""
+    tokens: float
+    """Of a step, over all ranks."""
+
+    @property
+    def every(self) -> int:
+        """Of so many layers one is recomputed, 0 = none."""
+        return self.memory.every
+
+    @property
+    def room(self) -> float:
+        """Bytes of the device that are counted on."""
+        return room(self.case)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the largest of the peaks is within the room."""
+        return self.memory.peak <= self.room
+
+    def seconds(self, rate: Rate, of: Plan | None = None) -> float | None:
+        """Returns the seconds of a step at a rate, None where nothing is known of it.
+
+        of: the plan that the rate is of, None = this one; another one differs as `step_time` has it.
+        """
+        base = of or self
+        if rate.tflops is not None:
+            return base.time.flops / (rate.tflops * 1e12) * self.time.seconds / base.time.seconds
+        return self.time.seconds if rate.words else None
+
+
+def plan(of: Case, data: DataPlan | None, known: Weights | None = None, smallest: bool = False) -> Plan:
+    """Returns the plan of a case.
+
+    data: what it takes of its tasks, None = full rows; known: its weights, where they were counted before;
+    smallest: with all layers recomputed where model.gradient_checkpointing=auto chooses.
+    """
+    memory, counted = needed(of, smallest), known or weights(of)
+    full = float(of.sizes.total * of.cfg.data.seq_length)
+    tokens = data.tokens / max(1, data.steps) if data else full
+    return Plan(of, counted, memory, step_time(of, counted, memory.every, tokens), tokens)

@@ -1,0 +1,176 @@
+"""A plan as a person reads it: tables of at most 80 columns, and lines that can be pasted."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from mft.console.tables import fitted, pasted, settings_table, table
+from mft.estimate.memory import size_words
+from mft.model.checkpointing import described
+from mft.plan.answer import Answer, Outcome
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from mft.plan.data import DataPlan
+
+ROWS = 12
+"""Changes that are shown at most; the JSON has all of them."""
+
+
+def parts_of(answer: Answer, width: int) -> Iterator[tuple[RenderableType, bool]]:
+    """Yields what is printed, and whether its lines are left unfolded, to be pasted.
+
+    width: columns of the terminal.
+    """
+    shown = answer.shown
+    yield _facts(answer, shown), False
+    yield _memory(shown), False
+    yield _devices(answer, width), False
+    if answer.data:
+        yield _tasks(answer.data), False
+    for note in (*shown.plan.memory.notes, *answer.notes):
+        yield note, False
+    yield "\n".join(time_lines(answer)), False
+    for outcome in answer.outcomes:
+        if outcome.advice is not None:
+            yield from _advice(answer, outcome, width)
+
+
+def _facts(answer: Answer, of: Outcome) -> RenderableType:
+    plan, sizes = of.plan, of.plan.case.sizes
+    counted, trained = plan.weights.total, plan.weights.sizes.trained
+    ranks = f"{plan.case.world} rank{'s' * (plan.case.world > 1)}"
+    rows = f"{sizes.per_device} x {sizes.accumulation} micro-batches x {ranks}"
+    about = "about " * bool(answer.data and answer.data.about)
+    facts = {
+        "parameters": f"{counted:,}, of which {trained:,} are trained ({trained / counted:.2%})",
+        "a step": f"{sizes.total:,} rows = {rows}: {about}{plan.tokens:,.0f} tokens",
+        "computes in": f"{plan.case.cfg.train.precision.value}, dist={answer.choice('dist')}",
+    }
+    return settings_table(facts.items(), "plan")
+
+
+def _memory(of: Outcome) -> RenderableType:
+    memory = of.plan.memory
+    parts = sorted(memory.parts.items(), key=lambda item: -item[1])
+    rows: list[tuple[str, str]] = [(name, size_words(size)) for name, size in parts if size]
+    step = f"a step ({memory.where})"
+    peaks = [("loading", memory.loading), (step, memory.step), ("saving", memory.saving)]
+    rows += [(f"peak of {name}", size_words(size)) for name, size in peaks]
+    rows += [
+        (f"{name}, in the host's memory", size_words(size)) for name, size in memory.host.items() if size
+    ]
+    rows.append(("recomputed layers", described(of.plan.every)))
+    return settings_table(rows, f"memory of a rank: {of.plan.case.device.name}")
+
+
+def _devices(answer: Answer, width: int) -> RenderableType:
+    columns = ["device", "usable", "needed", "fits", "recomputes", "a step", "the run"]
+    rows = []
+    for outcome in answer.outcomes:
+        plan, seconds, run = outcome.plan, outcome.seconds, outcome.run_seconds
+        rows.append(
+            (
+                plan.case.device.shown,
+                *map(size_words, (plan.room, plan.memory.peak)),
+                "yes" if plan.fits else "no",
+                {0: "nothing", 1: "all"}.get(plan.every, f"1 of {plan.every}"),
+                "-" if seconds is None else duration(seconds),
+                "" if run is None else duration(run),
+            )
+        )
+    styles = ["green" if outcome.plan.fits else "red" for outcome in answer.outcomes]
+    fit = fitted(columns, rows, width, whole=columns[1:], spare=["the run", "recomputes"])
+    title = "fits, and how long it takes"
+    return table(title, fit.columns, fit.rows, fit.columns[1:], styles=styles, widths=fit.widths)
+
+
+def time_lines(answer: Answer) -> Iterator[str]:
+    """Yields the work of a step, and for each device what its time is computed from."""
+    work = {f"{outcome.plan.time.flops / 1e12:,.3g}" for outcome in answer.outcomes}
+    yield f"time: a step is {' or '.join(sorted(work))} TFLOP a rank; validating and saving come on top"
+    for outcome in answer.outcomes:
+        device = outcome.plan.case.device
+        unknown = "not told, since its speed is not known here; give plan.tflops=…"
+        yield f"  {device.shown}: {outcome.rate.words or unknown}"
+
+
+def _tasks(data: DataPlan) -> RenderableType:
+    columns = ["task", "samples", "epochs", "tokens", "trained", "steps"]
+    rows = [
+        (
+            task.name,
+            *(f"{task.samples:,.0f}", f"{task.epochs:.2f}", f"{task.tokens:,.0f}"),
+            *(f"{task.trained:,.0f}", f"{task.steps:,.1f}"),
+        )
+        for task in data.tasks
+    ]
+    samples = sum(task.samples for task in data.tasks)
+    total = (
+        *("all", f"{samples:,.0f}", "", f"{data.tokens:,.0f}"),
+        *(f"{data.trained:,.0f}", f"{data.steps:,}"),
+    )
+    title = f"{'about ' * data.about}what the run takes of its tasks ({data.source})"
+    return table(title, columns, rows, columns[1:], total=total if len(rows) > 1 else None)
+
+
+def _advice(answer: Answer, outcome: Outcome, width: int) -> Iterator[tuple[RenderableType, bool]]:
+    found, plan = outcome.advice or [], outcome.plan
+    best = next((advice for advice in found if advice.plan.fits), None)
+    columns = ["set", "needed", "fits", "time", "changes"]
+    rows = [
+        (
+            "\n".join(advice.overrides),
+            size_words(advice.plan.memory.peak),
+            "yes" if advice.plan.fits else "no",
+            f"x {advice.slower(plan):.2f}",
+            advice.effect or "nothing",
+        )
+        for advice in found[:ROWS]
+    ]
+    more = f"; {len(found) - ROWS} more in --json" if len(found) > ROWS else ""
+    title = f"what makes it smaller on {plan.case.device.shown}, and what a token then takes{more}"
+    styles = ["bold" if advice is best else None for advice in found]
+    if rows:
+        numbers = ["needed", "fits", "time"]
+        # an override is kept whole, so that it can be copied
+        longest = max(len(override) for advice in found[:ROWS] for override in advice.overrides)
+        others = longest + sum(max(len(row[place]) for row in rows) for place in (1, 2, 3))
+        widths = [longest, None, None, None, max(10, width - others - 3 * len(columns) - 1)]
+        yield table(title, columns, rows, numbers, styles=styles, widths=widths), False
+    yield conclusion(answer, outcome), True
+
+
+def conclusion(answer: Answer, outcome: Outcome) -> RenderableType:
+    """Returns which change is the first that fits, as a command; or that none does, and the smallest."""
+    found, plan = outcome.advice or [], outcome.plan
+    if best := next((advice for advice in found if advice.plan.fits), None):
+        return pasted([("the first that fits", command(answer, best.overrides))], "")
+    smallest = min(found, key=lambda advice: advice.plan.memory.peak, default=None)
+    needs = f"of the {size_words(plan.room)} that can be used on {plan.case.device.shown}"
+    if smallest is None:
+        return pasted([("nothing fits", f"it needs {size_words(plan.memory.peak)} {needs}")], "")
+    least = f"{size_words(smallest.plan.memory.peak)} {needs}"
+    rows = [
+        ("nothing fits", f"the smallest needs {least}"),
+        ("smallest", command(answer, smallest.overrides)),
+    ]
+    return pasted(rows, "")
+
+
+def command(answer: Answer, change: Sequence[str]) -> str:
+    """Returns the command line of a run with a change."""
+    return shlex.join(["mft", "train", *answer.options, *answer.overrides, *change])
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in words: 12 ms, 4.2 s, 3.4 min, 5.6 h, 2.1 days."""
+    if seconds < 1:
+        return f"{max(1, round(seconds * 1000)):,} ms"
+    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.2g} {unit}" if seconds / size < 10 else f"{seconds / size:,.0f} {unit}"
+    return f"{seconds / 86400:,.1f} days"

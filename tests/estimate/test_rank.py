@@ -1,0 +1,130 @@
+"""What a rank needs of memory: predicted from the config, and measured in real steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.memory import CELLS, compared, wrong
+from mft.config.compose import compose_resolved
+from mft.errors import UserError
+from mft.estimate.rank import PARTS, RankMemory, rank_memory
+from mft.estimate.step import moments
+from mft.model import step_trace
+from mft.model.causal_lm import CausalLM
+from mft.model.fake_model import Shortened
+from mft.model.meta_model import skeleton
+from mft.model.peft.full import Full
+from mft.model.peft.lora import Lora
+from mft.model.step_trace import Computing, Rows, trace_step
+from mft.model.tiny import Tiny
+from tests.estimate.models import made
+
+GIB = 2**30
+
+
+def every_layer(model: Any, classes: list[str]) -> Shortened:
+    layers = [part for part in model.modules() if type(part).__name__ in classes]
+    return Shortened(layers, list(range(len(layers))), layers)
+
+
+def peak(family: CausalLM, peft: Full, computing: Computing) -> dict[str, float]:
+    base = skeleton(family.config(), None, torch.float32)
+    model = peft.attach(base, family)
+    family.checkpoint(model)
+    trace = trace_step(model, family, Rows(2, 64, 2), computing)
+    _, _, parts = max(moments(trace), key=lambda moment: sum(moment[2].values()))
+    return {name: size for name, size in parts.items() if size}
+
+
+@pytest.mark.parametrize("recomputed", [False, True, 2])
+@pytest.mark.parametrize("peft", [Full(), Lora()])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # gemma 2 has layers of two kinds
+def test_a_short_model_tells_of_the_whole_one(
+    name: str, peft: Full, recomputed: Any, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = CausalLM(str(made(name, tmp_path_factory.getbasetemp())), gradient_checkpointing=recomputed)
+    computing = Computing("cpu", torch.bfloat16, None, None, "stay", adds_gradients=False)
+    from_short = peak(family, peft, computing)
+    monkeypatch.setattr(step_trace, "shorten", every_layer)
+    assert from_short == peak(family, peft, computing)
+
+
+def estimate(tmp_path: Path, cache_dir: Path, *overrides: str, world: int = 1, **options: Any) -> RankMemory:
+    given = ["debug=fast", f"cache_dir={cache_dir}", f"output_dir={tmp_path}", "data.paths=[/tmp/rows.jsonl]"]
+    return rank_memory(compose_resolved([*given, *overrides]), world, **options)
+
+
+def test_a_gpu_is_told_from_a_cpu(tiny: Tiny, cache_dir: Path, tmp_path: Path) -> None:
+    small = ("model.vocab_size=16384", "data.seq_length=2048", "peft=lora", "train.precision=bf16")
+    gpu, cpu = (estimate(tmp_path, cache_dir, *small, device=device) for device in ("cuda", "cpu"))
+    assert not gpu.notes and not cpu.notes
+    # the chunk of a GPU holds all tokens of the micro-batch
+    assert gpu.parts["logits"] > 2 * cpu.parts["logits"]
+    assert gpu.parts["weights"] == cpu.parts["weights"]
+    assert set(gpu.parts) <= set(PARTS) and gpu.step == sum(gpu.parts.values())
+    assert gpu.peak == max(gpu.loading, gpu.step, gpu.saving)
+
+
+def test_layers_are_recomputed_by_what_the_device_holds(tiny: Tiny, cache_dir: Path, tmp_path: Path) -> None:
+    long = ("data.seq_length=8192", "train.per_device_batch_size=64", "model.layers=8", "peft=lora")
+    long += ("train.precision=bf16", "model.gradient_checkpointing=auto")
+    large, small = (estimate(tmp_path, cache_dir, *long, total=gib * GIB) for gib in (80, 6))
+    assert (large.every, small.every) == (0, 1)
+    assert small.parts["activations"] < 0.5 * large.parts["activations"]
+
+
+@pytest.mark.parametrize(
+    ("dist", "moved"),
+    [
+        (("dist=fsdp", "dist.offload=true"), {"weights", "gradients", "optimizer"}),
+        (("dist=zero2", "dist.offload_optimizer=true"), {"gradients", "optimizer"}),
+    ],
+)
+def test_what_is_offloaded_is_on_the_host(
+    dist: tuple[str, ...], moved: set[str], tiny: Tiny, cache_dir: Path, tmp_path: Path
+) -> None:
+    one = estimate(tmp_path, cache_dir, "peft=full", *dist, world=2)
+    assert {name for name, size in one.host.items() if size} == moved
+    assert "optimizer" not in one.parts
+
+
+def test_a_step_that_cannot_be_watched_is_estimated_by_shapes(tmp_path: Path, cache_dir: Path) -> None:
+    import transformers
+
+    config = transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=512, state_size=8)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
+    given = ("model=auto", f"model.path={tmp_path / 'mamba'}", "peft=full", "data=pad")
+    one = estimate(tmp_path, cache_dir, *given)
+    assert one.parts["activations"] > 0
+    assert one.notes and "by formula" in one.notes[0]
+
+
+def test_code_of_a_checkpoint_is_not_run_for_an_estimate(tmp_path: Path, cache_dir: Path) -> None:
+    with pytest.raises(UserError, match="code of the checkpoint"):
+        estimate(tmp_path, cache_dir, "model=auto", "model.path=x", "model.trust_remote_code=true")
+
+
+FEW = ("llama full single checkpointed bf16", "gpt_neox qlora single", "tied lora ddp packed")
+FEW += (
+    "llama full zero2 checkpointed bf16",
+    "llama full zero3 checkpointed",
+    "llama full fsdp checkpointed bf16",
+)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(FEW, marks=pytest.mark.slow, id="few"),
+        pytest.param([name for name in CELLS if name not in FEW], marks=pytest.mark.long, id="all"),
+    ],
+)
+def test_a_real_step_holds_what_was_predicted(names: list[str], tmp_path: Path) -> None:
+    cells = {name: CELLS[name] for name in names if not CELLS[name].startswith("model=demo")}
+    faults = {name: wrong(one, other) for name, (one, other, _) in compared(cells, tmp_path).items()}
+    assert not any(faults.values()), faults
