@@ -101,7 +101,8 @@ def _during_zero2(model: Model, dist: Zero2, world: int, half: bool, phase: str,
         return {}
     filled = bucket * (2 if dist.overlap_comm and gpu and not one else 1)
     exchanged = phase == "exchange" or not one
-    return {"buckets": filled + bucket * exchanged, "gradients": own * (one and exchanged)}
+    # A GPU frees the copy later than a rank's own gradients are made of it; gloo may, too, at times.
+    return {"buckets": filled + bucket * exchanged, "gradients": own * (one and exchanged and gpu)}
 
 
 def _during_zero3(model: Model, dist: Zero3, world: int, half: bool, phase: str, layer: int) -> Parts:

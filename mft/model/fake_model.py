@@ -114,3 +114,27 @@ def quantised_linear(layer: Any, outputs: int, x: torch.Tensor) -> torch.Tensor:
     dtype = getattr(layer, "compute_dtype", None) or x.dtype
     y: torch.Tensor = Dequantised.apply(x.to(dtype), outputs)
     return (y if layer.bias is None else y + layer.bias.to(dtype)).to(x.dtype)
+
+
+class GroupedProduct(torch.autograd.Function):
+    """x [n, I], weights [E, I, O] → [n, O], of whatever values: torch's own takes no fake tensors of float32
+    on a CPU. Like it, this keeps x only where the weights are trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return x.new_empty(x.shape[0], weight.shape[-1])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        _, weight = ctx.saved_tensors
+        rows, columns = ctx.needs_input_grad
+        dx = gradient.new_empty(gradient.shape[0], weight.shape[1]) if rows else None
+        return dx, torch.empty_like(weight) if columns else None
+
+
+def grouped_product(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """Stands in for the product of groups of rows with a matrix each, in transformers; offs: where they end."""
+    product: torch.Tensor = GroupedProduct.apply(x.to(weight.dtype), weight)
+    return product

@@ -18,12 +18,12 @@ from torch import nn
 from mft.batch import IGNORE, Batch
 from mft.model import fast_attention
 from mft.model.cross_entropy import default_chunk_size
-from mft.model.fake_model import Shortened, make_fake, shorten
+from mft.model.fake_model import Shortened, grouped_product, make_fake, shorten
 from mft.model.introspect import base_of
 from mft.model.tensor_ledger import TEMPORARY, Ledger
 from mft.model.token_loss import TokenLoss, vocabulary
 from mft.model.torch_private import varlen
-from mft.model.transformers_private import experts_by_fallback
+from mft.model.transformers_private import experts_multiplied_by
 
 WEIGHTS, GRADIENTS, ACTIVATIONS, COPIES, LOGITS = "weights", "gradients", "activations", "copies", "logits"
 
@@ -217,7 +217,11 @@ def trace_step(model: Any, family: Any, rows: Rows, computing: Computing) -> Ste
     ledger = Ledger(naming)
     watch = _Watch(shortened.layers, ledger, computing.gradients == "unit")
     gpu = fast_attention.Machine("cuda", (9, 0), varlen()) if computing.device == "cuda" else None
-    with FakeTensorMode(allow_non_fake_inputs=True), fast_attention.standing_for(gpu), experts_by_fallback():
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        fast_attention.standing_for(gpu),
+        experts_multiplied_by(grouped_product),
+    ):
         make_fake(token_loss, computing.trained, computing.frozen)
         trained = [p for p in token_loss.parameters() if p.requires_grad]
         copied |= {p.untyped_storage()._cdata for p in token_loss.parameters()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,17 +67,16 @@ def kept_in_float32(model: PreTrainedModel) -> list[str]:
 
 
 @contextmanager
-def experts_by_fallback() -> Iterator[None]:
-    """Context in which experts are multiplied by transformers' own operation, which keeps what torch's keeps
-    and takes fake tensors of any dtype on a CPU."""
+def experts_multiplied_by(product: Callable[..., Any]) -> Iterator[None]:
+    """Context in which routed experts are multiplied by product(rows, weights, offs=where each expert ends)."""
     from transformers.integrations import moe
 
-    found = moe._can_use_grouped_mm
-    moe._can_use_grouped_mm = lambda *arguments: False
+    found = moe._grouped_mm
+    moe._grouped_mm = product
     try:
         yield
     finally:
-        moe._can_use_grouped_mm = found
+        moe._grouped_mm = found
 
 
 # ── loading and saving ──

@@ -11,6 +11,7 @@ import gc
 import os
 import resource
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,24 @@ def resizing(ledger: Ledger) -> Iterator[None]:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
 
+@contextmanager
+def settling() -> Iterator[None]:
+    """Waits after each sum over ranks until gloo's threads have let go of its tensors, which they do sooner
+    or later than the next ones are made."""
+    reduce = torch.distributed.all_reduce
+
+    def settled(*args: Any, **kwargs: Any) -> Any:
+        found = reduce(*args, **kwargs)
+        time.sleep(0.02)
+        return found
+
+    torch.distributed.all_reduce = settled
+    try:
+        yield
+    finally:
+        torch.distributed.all_reduce = reduce
+
+
 def one_step(engine: Engine, module: Any, batch: Any, accumulation: int, before_update: Any = None) -> None:
     for number in range(accumulation):
         with engine.accumulating(last=number == accumulation - 1):
@@ -136,7 +155,7 @@ def measured(overrides: list[str], rows: Rows) -> dict[str, Any]:
     ledger = Ledger(naming)
     batch = rows.batch()
     accumulation = int(cfg.train.gradient_accumulation_steps or 1)
-    with ledger, resizing(ledger):
+    with ledger, resizing(ledger), settling():
         quantised = peft.quantization(compute_dtype(precision), backend.casts_weights_to(precision))
         with engine.loading(quantised is not None) as device:
             model = family.model(
