@@ -34,19 +34,29 @@ CARDS = {
     "V100-16": Card(15.8, 125, 150, bf16=False),
     "V100-32": Card(31.7, 125, 150, bf16=False),
     "A10": Card(22.2, 125, 25),
+    "A10G": Card(22.2, 70, 25),
     "L4": Card(22.0, 121, 25),
     "3090": Card(23.6, 71, 25),
     "4090": Card(23.5, 165, 25),
     "5090": Card(31.4, 210, 50),
     "A6000": Card(47.4, 155, 25),
+    "L40": Card(44.4, 181, 25),
     "L40S": Card(44.4, 362, 25),
     "A100-40": Card(39.4, 312, 300),
     "A100-80": Card(79.2, 312, 300),
     "H100": Card(79.1, 989, 450),
+    "H100-PCIE": Card(79.1, 756, 50),
+    "H100-NVL": Card(93.1, 835, 300),
     "H200": Card(139.8, 989, 450),
     "B200": Card(178.4, 2250, 900),
 }
 """Name → data."""
+
+KINDS = {
+    frozenset(word for word in name.split("-") if word == name or not word.isdigit()): card
+    for name, card in CARDS.items()
+}
+"""Words of a name without the size of the memory → data, which but for that is the same."""
 
 COMMON = ("4090", "A100-40", "L40S", "H100", "H200")
 """What is compared where no GPU is visible and none is asked for."""
@@ -144,9 +154,9 @@ def visible() -> list[Device]:
 
 def card_of(name: str) -> Card | None:
     """Returns what is known of a GPU by the name that its driver has for it, e.g. NVIDIA A100-SXM4-80GB."""
-    kinds = {known.partition("-")[0]: card for known, card in CARDS.items()}
-    words = re.split(r"[^A-Z0-9]+", name.upper())
-    return next((card for kind, card in kinds.items() if kind in words), None)
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    found = [(len(kind), card) for kind, card in KINDS.items() if kind <= words]
+    return max(found, key=lambda each: each[0], default=(0, None))[1]
 
 
 def _refused(text: str, why: str, name: str = "") -> UserError:
