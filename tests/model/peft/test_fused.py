@@ -3,6 +3,7 @@ the exact result as that in bf16, in less memory; and peft's own path wherever i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,8 @@ def test_shapes_without_storage(tiny: Tiny) -> None:
 
 
 def test_an_adapter_of_an_embedding_and_of_experts_is_told(tiny: Tiny) -> None:
-    model = Lora(targets=["embed_tokens", "q_proj"]).attach(Tiny(tied=False).model(torch.float32), tiny)
+    untied = dataclasses.replace(tiny, tied=False).model(torch.float32)
+    model = Lora(targets=["embed_tokens", "q_proj"]).attach(untied, tiny)
     assert described(model) == "fused in 2 of 3 layers, peft's own path in 1 (embedding)"
     assert described(tiny.model(torch.float32)) == ""
 
