@@ -124,7 +124,8 @@ def scaled(case: Case, place: Place) -> Found:
     prepare = Engine.prepare
 
     def from_high(engine: Engine, module: Any, optimizer: Any) -> Any:
-        if place.device == "cpu":  # computes in fp32: its gradients are rounded to fp16, whose range they leave
+        if place.device == "cpu":
+            # it computes in fp32: gradients are rounded to fp16, whose range they leave
             engine.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**28)  # type: ignore[assignment]
             for parameter in module.parameters():
                 if parameter.requires_grad:
