@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mft.errors import UserError, check_choice
-from mft.model.fused_layers import spared
 from mft.model.introspect import base_of
 from mft.model.peft.targets import active_shares, roles, weights
 from mft.model.transformers_private import attention_name
@@ -70,6 +69,8 @@ class Layers:
     def of(cls, model: nn.Module, classes: list[str], half: bool, longest: int) -> Layers:
         """model: plain or peft, with its fused layers; classes: names of the layers' classes; half: whether the run
         computes in bf16 or fp16; longest: tokens of a sample, for eager attention."""
+        from mft.model.fused_layers import spared
+
         base: Any = base_of(model)
         config = base.config.get_text_config()
         layers = [part for part in model.modules() if type(part).__name__ in classes]
