@@ -90,7 +90,7 @@ VARIANTS = {
     "sdpa by sample": (),
     "full logits": (),
 }
-"""Name → overrides of a model of its own."""
+"""Name → config overrides of the model that the variant trains."""
 
 
 def peak_gib() -> float:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu [--minutes 5] [--only B2 …] [--device cpu --tiny]
 
-Each cell is a process of its own (tests/gpu/children.py) that prints a JSON line when it ends; a table follows.
+Each cell runs in its own process (tests/gpu/children.py) and prints a JSON line when it ends; a table follows.
 A variant is 3 steps that warm up and 8 that are timed, by CUDA events on a GPU: median, fastest, slowest. Ratios
 are of variants of one cell, so of one process on one card. docs/gpu.md has what is expected.
 """

@@ -1,5 +1,5 @@
 """The cells of speed, in the order in which minutes are best spent. What is held is a ratio of two variants of one
-cell, on a GPU alone; absolute speeds are told."""
+cell, on a GPU alone; absolute speeds are reported only."""
 
 from __future__ import annotations
 

@@ -207,6 +207,9 @@ def main() -> None:
     for peer in given.peers:
         if not (ENVIRONMENTS / peer / "bin" / "python").exists():
             parser.error(f"{ENVIRONMENTS / peer} is missing: make bench-peers makes it")
+    known = ["git", "-C", str(ROOT), "rev-parse", "--quiet", "--verify", f"{given.against}^{{commit}}"]
+    if given.against and subprocess.run(known, stdout=subprocess.DEVNULL).returncode:
+        parser.error(f"--against {given.against}: git knows no such commit here")
     results = {}
     with ExitStack() as stack:
         roots = {OWN: ROOT}

@@ -1,4 +1,4 @@
-"""Processes that take turns: each computes one step when it is told to, and reports what the step took.
+"""Processes that take turns: each computes one step when asked, and reports its CPU time and memory.
 
 The parent writes a line for each step to a worker's input; the worker answers with a line of JSON. Standard
 library alone: it runs in the environments of the peers, too.

@@ -95,7 +95,7 @@ def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: str) ->
         "gradient checkpointing": checkpointing,
     }
     if layers := fused_layers.described(model):
-        facts["computed as one"] = layers
+        facts["fused layers"] = layers
     if adapters := r.parts.peft.computation(model):
         facts["adapters"] = adapters
     r.progress.show(settings_table(facts.items(), "training"))

@@ -35,7 +35,7 @@ class RootMeanSquare(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, w_H = ctx.saved_tensors
-        normed = x.to(torch.float32).mul_(scale) if x.dtype != torch.float32 else x * scale
+        normed = x.to(torch.float32) * scale
         dx = dw_H = None
         if ctx.needs_input_grad[1]:
             dw_H = (dy * normed.to(x.dtype)).reshape(-1, len(w_H)).sum(0).to(w_H.dtype)
@@ -118,7 +118,7 @@ def described(model: nn.Module) -> str:
     return " and ".join(f"{n} {name}" for n, name in ((norms, "norms"), (mlps, "gated MLPs")) if n)
 
 
-def spared(layer: nn.Module, size: int) -> float:
+def spared(layer: nn.Module, size: int) -> int:
     """Returns the bytes of a token that the fused modules of a layer keep less than transformers' own.
 
     size: bytes of a number that is computed with.
@@ -140,14 +140,10 @@ def _fits(module: nn.Module, fused: type[nn.Module]) -> bool:
 @lru_cache(maxsize=1024)
 def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Returns a class like `kind` with the fused forward, None where its forward is another one."""
-    own = kind.__dict__.get("forward")
-    if (
-        own is None
-        or not kind.__module__.startswith("transformers.")
-        or issubclass(kind, FusedNorm | FusedMlp)
-    ):
+    of_transformers = kind.__module__.startswith("transformers.") and "forward" in vars(kind)
+    if not of_transformers or issubclass(kind, FusedNorm | FusedMlp):
         return None
-    body = _body(own)
+    body = _body(kind.forward)
     for text, fused in ((NORM, FusedNorm), (MLP, FusedMlp)):
         if body == ast.unparse(ast.parse(text)):
             # the same name: layers are found by the names of their classes

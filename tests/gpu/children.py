@@ -252,7 +252,10 @@ def main(
     given = parser.parse_args()
     wanted = [c for c in chosen(cells, given.only) if given.device == "cuda" or c.twin]
     if given.list or not wanted:
-        print("\n".join(cell.name for cell in wanted) or "no cell has such a name")
+        print(
+            "\n".join(cell.name for cell in wanted)
+            or "no cell has a name that begins so; --list alone names all"
+        )
         return 0 if wanted else 2
     if given.device == "cuda" and not has_gpu() and not shutil.which("nvidia-smi"):
         print("no GPU is here; --device cpu --small plays the twins")

@@ -183,7 +183,7 @@ def kernels(shape: Shape, precision: str, place: Place) -> Found:
 
 def fewer_key_heads(place: Place) -> Found:
     """torch's varlen attention given fewer heads of keys equals repeated ones; whether it takes them by itself
-    is told, not held."""
+    is reported and not required."""
     gpu = place.device == "cuda"
     ours = varlen() if gpu else Varlen(stand_in.varlen_2_13)
     assert ours is not None, "torch has no varlen attention"
