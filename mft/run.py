@@ -49,6 +49,13 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool], trace: Trace |
     return status
 
 
+def ask(answers: Answers, when: str, phases: Phases) -> None:
+    """Has the model answer, if there is anything to ask."""
+    if answers.prompts:
+        with phases.during(Phase.answers):
+            answers.ask(when)
+
+
 def restore_newest(r: Run, t: Trainer) -> None:
     """Restores the newest sound checkpoint; renames the damaged ones that are newer."""
     checkpoint, damaged = resume.newest_sound(r.folder, t.engine)
@@ -77,8 +84,7 @@ def train_and_record(
     engine, folder, phases = t.engine, r.folder, r.phases
     status, tested = RunStatus.failed, final_test.Tested()
     with engine.patient():  # one rank may answer for all, and open the trackers
-        with phases.during(Phase.answers):
-            answers.ask("before")
+        ask(answers, "before", phases)
         restore_newest(r, t)
         t.resume_time()
         tags = provenance.recorded(folder, run_tags(r)) if engine.is_main else {}
@@ -95,8 +101,8 @@ def train_and_record(
         if status is RunStatus.finished:
             with phases.during(Phase.saving):
                 write_final(folder, engine, export)
-            with engine.patient(), phases.during(Phase.answers):
-                answers.ask("after")
+            with engine.patient():
+                ask(answers, "after", phases)
             with phases.during(Phase.validation):
                 tested = final_test.evaluate(t, folder)  # last: it may load another checkpoint
         phases.enter(Phase.closing)

@@ -49,6 +49,7 @@ def start(cfg: DictConfig, folder: Path, phases: Phases) -> Run:
     require_unchanged(cfg, folder, parts, data.fingerprints)
     compute_deterministically(settings.deterministic)
     engine = parts.dist.start(settings.precision.value)
+    phases.measure(engine.device)
     progress = Terminal(data.names, quiet=not engine.is_main)
     return Run(cfg, folder, parts, settings, data_settings, data, engine, progress, first, phases)
 

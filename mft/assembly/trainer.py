@@ -43,6 +43,7 @@ def make_trainer(
     coming = 0.0 if loader.sizes.found else micro_batch.optimizer_to_come(r, model)
     module, optimizer = engine.prepare(token_loss, optimizer)
     if not loader.sizes.found:
+        r.phases.enter(r.phases.phase)  # keeps the peak so far: the trials begin it anew
         micro_batch.find(r, loader, module, coming)
 
     adapted = base_of(model) is not model  # the base below an adapter is not saved: it need not be gathered

@@ -8,12 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 from mft.console.tables import settings_table, table
 from mft.files.json_file import Values
+from mft.tracking.base import TOTAL
+from mft.training.memory import PEAKS
 from mft.training.phases import Phase
 from mft.training.speed import rates
 from mft.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+LOGGED_SPEEDS = (
+    "tokens_per_second",
+    "all_tokens_per_second",
+    "trained_tokens_per_second",
+    "mfu",
+    "hfu",
+    "data_wait_share",
+)
+"""What a tracker gets of the run's speed; the rest of summary.json follows from it and the totals."""
+
+LOGGED_PEAKS = (Phase.loading, Phase.training, Phase.validation, Phase.saving)
+"""Phases whose memory a tracker gets."""
 
 
 def of_run(t: Trainer) -> dict[str, Any]:
@@ -29,18 +44,18 @@ def of_run(t: Trainer) -> dict[str, Any]:
     largest = max((peak[0] for of in peaks.values() for peak in of.values()), default=0)
     by_phase = {}
     for phase in Phase:
+        if not any(phase in part["seconds"] for part in ranks):
+            continue  # such as answers where nothing is asked
         seconds = {rank: part["seconds"].get(phase, 0.0) for rank, part in enumerate(ranks)}
         slowest = max(seconds, key=lambda rank: seconds[rank])
         found: dict[str, Any] = {"seconds": round(seconds[slowest], 3), "slowest_rank": slowest}
         if peaks[phase] and all(part["resets"] for part in ranks):
             rank = max(peaks[phase], key=lambda rank: peaks[phase][rank][0])
-            names = ("peak_gib", "reserved_gib")
             found |= {
-                name: round(peak / 2**30, 3) for name, peak in zip(names, peaks[phase][rank], strict=False)
+                name: round(peak / 2**30, 3) for name, peak in zip(PEAKS, peaks[phase][rank], strict=False)
             }
             found["largest_rank"] = rank
-        if found["seconds"]:  # not, such as answers where nothing is asked
-            by_phase[str(phase)] = found
+        by_phase[str(phase)] = found
     return {"peak_memory_gib": round(largest / 2**30, 3), "speed": _speed(t), "phases": by_phase}
 
 
@@ -69,14 +84,17 @@ def _speed(t: Trainer) -> dict[str, Any]:
 
 
 def metrics(summary: dict[str, Any]) -> dict[str, float]:
-    """Returns the numbers of `of_run` as they are logged with the last row of a finished run."""
-    numbers = ("peak_tflops", "data_wait_rank", "peak_source")
-    row = {f"speed/run/{name}": value for name, value in summary["speed"].items() if name not in numbers}
-    for phase, found in summary["phases"].items():
-        row[f"total/seconds/{phase}"] = found["seconds"]
-        row |= {
-            f"memory/{phase}/{name}": found[name] for name in ("peak_gib", "reserved_gib") if name in found
-        }
+    """Returns the numbers of `of_run` as they are logged with the last row of a finished run.
+
+    A tracker shows names that differ in their last part side by side: here, the phases.
+    """
+    speed, phases = summary["speed"], summary["phases"]
+    row = {f"speed/run/{name}": speed[name] for name in LOGGED_SPEEDS if name in speed}
+    row[f"{TOTAL}peak_memory_gib"] = summary["peak_memory_gib"]
+    row |= {f"{TOTAL}seconds/{phase}": found["seconds"] for phase, found in phases.items()}
+    known = {phase: phases[phase] for phase in LOGGED_PEAKS if phase in phases}
+    for name in PEAKS:
+        row |= {f"memory/{name}/{phase}": found[name] for phase, found in known.items() if name in found}
     return row
 
 

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
+PEAKS = ("peak_gib", "reserved_gib")
+"""Names of the peaks where they are told in GiB, in the order in which they are read."""
+
 
 class Source(Protocol):
     """Where peaks are read."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mft.hardware import send
 from mft.loss.base import task_sums
+from mft.training.memory import PEAKS
 from mft.training.phases import Phase, Phases
 from mft.training.speed import Peak, Work, rates
 
@@ -21,11 +22,8 @@ if TYPE_CHECKING:
     from mft.batch import Batch, StepCounts
     from mft.distributed.engine import Engine
 
-CLOCKED = ("speed/", "memory/", "total/seconds")
+CLOCKED = ("speed/", "memory/", "total/seconds", "total/peak_memory_gib")
 """How the names of metrics begin that depend on the clock and the machine: equal runs differ in them."""
-
-PEAKS = ("memory/peak_gib", "memory/reserved_gib")
-"""Metrics of the peaks of memory, in the order in which they are read."""
 
 SAME = ("steps", "skipped", "processed", "positions", "trained", "grad_norm")
 """Attributes of a meter that are the same on every rank."""
@@ -68,8 +66,7 @@ class Meter:
         self.step_sums_2K = torch.zeros_like(self.sums_2K)
         self.step_losses_2 = torch.zeros_like(self.losses_2)
         self.work = Work(flops_per_token, recomputed_per_token, Peak.of(device, peak_tflops))
-        self.phases = phases or Phases(Phase.training)
-        self.phases.measure(torch.device(device))
+        self.phases = phases or Phases(Phase.training, torch.device(device))
         self.restart()
 
     def restart(self) -> None:
@@ -185,9 +182,8 @@ class Meter:
         speeds |= self.work.utilization(self.processed, engine.world * seconds)
         values |= {f"speed/{name}": value for name, value in speeds.items()}
         values["speed/seconds_per_step"] = seconds / steps
-        values["speed/data_wait_seconds"] = waited / steps
         values["speed/data_wait_share"] = waited / seconds
         values["data/fill"] = self.processed / max(1, self.positions)
-        values |= {name: peak / 2**30 for name, peak in zip(PEAKS, peaks, strict=False)}
+        values |= {f"memory/{name}": peak / 2**30 for name, peak in zip(PEAKS, peaks, strict=False)}
         self.restart()
         return values

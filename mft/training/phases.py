@@ -37,13 +37,14 @@ class Phase(StrEnum):
     answers = "answers"
     """To train.prompts."""
     closing = "closing"
-    """The pictures and the summary; what is sent to trackers after that is left out."""
+    """The pictures; the summary, which tells all this, and what is sent to trackers then are left out."""
 
 
 class Phases:
     """The clock and the peaks of one rank. It begins with the process's part of the run."""
 
-    def __init__(self, phase: Phase = Phase.data):
+    def __init__(self, phase: Phase = Phase.data, device: torch.device | None = None):
+        """device: whose peaks are read; None: not known yet, see `measure`."""
         self.phase = phase
         self.waited = 0.0
         """Seconds for which training waited for the batches of its next step."""
@@ -53,9 +54,11 @@ class Phases:
         self._began = self._started = time.perf_counter()
         # of the earlier parts of the run
         self._seconds_before = self._device_seconds_before = self._training_before = 0.0
+        if device is not None:
+            self.measure(device)
 
     def measure(self, device: torch.device) -> None:
-        """Reads the peaks of a GPU from now on, where the device is one."""
+        """Reads the peaks of a GPU from now on, where the device is one; before anything is allocated there."""
         if device.type == "cuda":
             self.memory = PeakMemory.of(device)
 

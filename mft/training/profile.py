@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,9 @@ class StepProfile:
             profiler.export_chrome_trace(str(trace))
             table.write_text(HEAD.format(first=first, last=last, trace=trace.name) + found, encoding="utf-8")
         except OSError as error:  # a full disk: the run goes on
+            for begun in (trace, table):
+                with suppress(OSError):
+                    begun.unlink(missing_ok=True)  # a part of it opens nowhere
             self.result = [("profile", f"not written: {error}")]
             return
         shown = [os.path.relpath(path) for path in (trace, table)]

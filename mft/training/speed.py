@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,8 @@ PEAK_BF16_TFLOPS = {
     "4090": 165,
     "V100": 125,
 }
-"""Dense tensor-core peak of known GPUs (vendors' data sheets), by a part of the device's name: the first that
-is in it."""
+"""Dense tensor-core peak of known GPUs (vendors' data sheets), by a part of the device's name that ends a word
+of it: the first that is in it."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ class Peak:
         if torch.device(device).type != "cuda":
             return cls(0.0, "unknown peak of a CPU: set train.peak_tflops")
         name = torch.cuda.get_device_name(device)
+        if " MIG " in name:
+            return cls(0.0, f"unknown peak of {name}, a part of a GPU: set train.peak_tflops")
         for part, peak in PEAK_BF16_TFLOPS.items():
-            if part in name:
+            if re.search(rf"{part}\b", name):  # an RTX A1000 is no A100
                 return cls(float(peak), f"{part}, bf16, dense, by its data sheet")
         return cls(0.0, f"unknown peak of {name}: set train.peak_tflops")
 

@@ -27,7 +27,7 @@ from mft.errors import UserError
         ("speed/run/all_tokens_per_second", True),
         ("speed/data_wait_share", False),
         ("total/seconds/training", False),
-        ("memory/loading/peak_gib", False),
+        ("memory/peak_gib/loading", False),
         ("memory/peak_gib", False),
         ("system/gpu_0_utilization_percentage", True),
         ("system/system_memory_usage_megabytes", False),

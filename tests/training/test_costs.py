@@ -60,8 +60,9 @@ def test_the_slowest_and_the_largest_rank_are_named() -> None:
     assert speed["mfu"] == pytest.approx(8000 * 6e9 / 40 / 1e12) and speed["hfu"] == pytest.approx(1.6)
     assert (speed["data_wait_share"], speed["data_wait_rank"]) == (0.01, 1)
     row = costs.metrics(summary)
-    assert row["total/seconds/training"] == 20 and row["memory/training/reserved_gib"] == 6
-    assert row["speed/run/data_wait_share"] == 0.01 and row["memory/loading/peak_gib"] == 1
+    assert row["total/seconds/training"] == 20 and row["memory/reserved_gib/training"] == 6
+    assert row["speed/run/data_wait_share"] == 0.01 and row["memory/peak_gib/loading"] == 1
+    assert row["total/peak_memory_gib"] == 4
     text = shown(summary)
     for words in (
         "400; 500 with padding; 200 with loss",
@@ -94,10 +95,11 @@ def test_a_run_reports_what_it_took_and_a_resumed_one_of_all_its_parts(tmp_path,
     for words in ("tokens/s", "MFU, HFU", "train.peak_tflops", "waiting for data", "validation", "closing"):
         assert words in printed
     phases = whole["phases"]
-    assert set(phases) - {"answers"} == {"data", "loading", "training", "validation", "saving", "closing"}
+    assert list(phases) == ["data", "loading", "training", "validation", "saving", "closing"], "no answers"
     took = sum(phase["seconds"] for phase in phases.values())
     assert took == pytest.approx(whole["seconds"], abs=0.2)
-    assert all(phase["seconds"] > 0 and phase["peak_gib"] > 0.1 for phase in phases.values())
+    assert all(phase["peak_gib"] > 0.1 for phase in phases.values())
+    assert all(phase["seconds"] > 0 for name, phase in phases.items() if name != "closing"), "no pictures"
     assert whole["speed"]["mfu"] > 0 and whole["all_tokens"] >= whole["tokens"] > whole["trained_tokens"] > 0
 
     with stopped_after(4):
