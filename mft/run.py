@@ -49,11 +49,12 @@ def run(cfg: DictConfig, run_dir: Path, stop: Callable[[], bool], trace: Trace |
     return status
 
 
-def ask(answers: Answers, when: str, phases: Phases) -> None:
+def ask(answers: Answers, when: str, t: Trainer) -> None:
     """Has the model answer, if there is anything to ask."""
     if answers.prompts:
-        with phases.during(Phase.answers):
+        with t.meter.phases.during(Phase.answers):
             answers.ask(when)
+            t.engine.barrier()  # one rank may answer for all: the wait of the others is no other phase's
 
 
 def restore_newest(r: Run, t: Trainer) -> None:
@@ -84,7 +85,7 @@ def train_and_record(
     engine, folder, phases = t.engine, r.folder, r.phases
     status, tested = RunStatus.failed, final_test.Tested()
     with engine.patient():  # one rank may answer for all, and open the trackers
-        ask(answers, "before", phases)
+        ask(answers, "before", t)
         restore_newest(r, t)
         t.resume_time()
         tags = provenance.recorded(folder, run_tags(r)) if engine.is_main else {}
@@ -102,7 +103,7 @@ def train_and_record(
             with phases.during(Phase.saving):
                 write_final(folder, engine, export)
             with engine.patient():
-                ask(answers, "after", phases)
+                ask(answers, "after", t)
             with phases.during(Phase.validation):
                 tested = final_test.evaluate(t, folder)  # last: it may load another checkpoint
         phases.enter(Phase.closing)

@@ -92,11 +92,13 @@ def make_trainer(
         test=Evaluator(engine, names, loader.test) if len(loader.test_samples) else None,
         sample_losses=by_sample if kept is not KeptLosses.none else None,
         profile=StepProfile(
-            r.folder if settings.profile and engine.is_main else None,
+            r.folder if settings.profile else None,
             r.phases,
             engine.device,
             loader.sizes.accumulation,
             (settings.eval_every, settings.save_every),
+            engine.is_main,
+            engine.barrier,
         ),
     )
     show_model(r, loader, model, words)

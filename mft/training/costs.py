@@ -62,7 +62,7 @@ def of_run(t: Trainer) -> dict[str, Any]:
 def _speed(t: Trainer) -> dict[str, Any]:
     """Returns means over the training steps of the run; {} where none was measured."""
     state, ranks = t.state, t.state.costs
-    seconds = max(part["seconds"].get(Phase.training, 0.0) for part in ranks)
+    seconds = ranks[0]["seconds"].get(Phase.training, 0.0)  # ranks go through steps together
     steps, tokens = state.step - state.unmeasured[0], state.tokens - state.unmeasured[1]
     if not steps:
         return {}
@@ -121,7 +121,7 @@ def _speed_rows(speed: Values, named: bool) -> list[tuple[str, str]]:
     waited, share = speed.number("data_wait_seconds"), speed.number("data_wait_share")
     if waited is not None and share is not None:
         rank = f", rank {speed.number('data_wait_rank') or 0:.0f}" if named else ""
-        rows.append(("waiting for data", f"{share:.2%} of the steps' time ({waited:.2f} s{rank})"))
+        rows.append(("waiting for data", f"{share:.2%} of the steps' time ({waited:,.3f} s{rank})"))
     return rows
 
 
@@ -141,10 +141,11 @@ def _phase_table(phases: Values, named: bool) -> Table:
         share = (part.number("seconds") or 0.0) / (total or 1.0)
         texts = {"share": f"{share:.0%}"} | {key: _shown(part.number(key), key) for key in part}
         rows.append([name, *(texts.get(key, "-") for key in columns)])
-    title = (
-        "Time and peak memory (GiB) by phase" if measured else "Time by phase (its memory is not known here)"
-    )
-    title += ", of the slowest and the largest rank" if named else ""
+    title = "Time by phase (its memory is not known here)"
+    if measured:
+        title = "Time and peak memory (GiB) by phase"
+    if measured and named:
+        title = "By phase: time of the slowest rank, peak GiB of the largest"
     return table(title, ["phase", *columns.values()], rows, columns.values())
 
 

@@ -7,7 +7,7 @@ checkpoint. The number of micro-batches is bounded, so that the trace is: about 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,12 +35,21 @@ OPERATIONS = 40
 HEAD = """\
 Operations of steps {first} to {last} on rank 0, those first that took most time by themselves.
 
-Self: without the operations that it calls; total: with them. CUDA: time on the GPU, which computes while the
-CPU goes on; where "Self CUDA" adds up to less than the steps took, the GPU waited for the CPU, for data or for
-other ranks (nccl). The order of events is in {trace}: open it at https://ui.perfetto.dev
-(Open trace file; it stays on your machine) or at chrome://tracing. A micro-batch begins with a row of
-ProfilerStep; python threads, autograd's thread and the streams of the GPU are rows of their own.
+Self: without the operations that it calls; total: with them. ProfilerStep is a micro-batch (the last one of a
+step with its update): its Self CPU is Python between the operations{waiting}.
+{gpu}
+Their order is in {trace}: open it at https://ui.perfetto.dev (Open trace file; it stays on your
+machine) or at chrome://tracing. Python's threads, autograd's and the GPU's streams are rows of their own.
 
+"""
+"""What stands above the table."""
+
+WAITING = ", and waiting for autograd's thread or the GPU"
+"""What a thread also does beside operations where there is a GPU."""
+
+GPU = """\
+CUDA: time on the GPU, which computes while the CPU goes on. Where "Self CUDA" adds up to less than the steps
+took, the GPU waited: for the CPU, for data or for other ranks (nccl).
 """
 
 
@@ -70,10 +79,14 @@ class StepProfile:
         device: torch.device | None = None,
         accumulation: int = 1,
         intervals: Sequence[int | None] = (),
+        records: bool = True,
+        barrier: Callable[[], None] = lambda: None,
     ):
-        """run_dir: None where this rank records nothing; phases: its clock; the others: see `window`."""
+        """run_dir: None where none is wanted; phases: the clock of this rank; accumulation, intervals: see
+        `window`; records: whether this rank does; barrier: where all of them meet."""
         self.run_dir, self.phases, self.device = run_dir, phases or Phases(), device
         self.accumulation, self.intervals = accumulation, intervals
+        self.records, self.barrier = records, barrier
         self.steps = range(0)
         self.result: list[tuple[str, str]] = []
         """What there is to say about it at the end of the run: names and values."""
@@ -93,7 +106,7 @@ class StepProfile:
 
     def before(self, step: int, micro_batch: int) -> None:
         """Is called before each micro-batch of a step; both count from 1."""
-        if not self.steps:
+        if not (self.steps and self.records):
             return
         if (step, micro_batch) == (self.steps[0] - 1, 1):
             self._start()  # a step early, since starting the profiler slows the operations after it
@@ -101,13 +114,15 @@ class StepProfile:
             self._profiler.step()
 
     def after(self, step: int) -> None:
-        """Is called when a step is done, before anything else is: writes what was recorded."""
+        """Is called when a step is done, before anything else is: writes what was recorded. All ranks call it."""
         if not self.steps or step != self.steps[-1]:
             return
         profiler, self._profiler = self._profiler, None
         with self.phases.during(Phase.saving):
-            profiler.stop()
-            self._write(profiler)
+            if profiler is not None:
+                profiler.stop()
+                self._write(profiler)
+            self.barrier()  # or the others would wait in the time of their training
 
     def close(self) -> None:
         """Ends a profile whose last step did not come."""
@@ -115,12 +130,15 @@ class StepProfile:
             self._profiler.stop()
             self._profiler = None
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device is not None and self.device.type == "cuda"
+
     def _start(self) -> None:
         from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
-        on_gpu = self.device is not None and self.device.type == "cuda"
         self._profiler = profile(
-            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])],
             schedule=lambda number: ProfilerAction.RECORD if number else ProfilerAction.WARMUP,
         )
         self._profiler.start()
@@ -130,12 +148,14 @@ class StepProfile:
         first, last = self.steps[0], self.steps[-1]
         trace = self.run_dir / FOLDER / f"steps-{first}-{last}.trace.json.gz"
         table = trace.with_name(f"steps-{first}-{last}.txt")
-        by = "self_device_time_total" if self.device and self.device.type == "cuda" else "self_cpu_time_total"
+        by = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"
         found = profiler.key_averages().table(sort_by=by, row_limit=OPERATIONS, max_name_column_width=60)
+        waiting, gpu = (WAITING, GPU) if self._on_gpu else ("", "")
+        head = HEAD.format(first=first, last=last, trace=trace.name, waiting=waiting, gpu=gpu)
         try:
             trace.parent.mkdir(exist_ok=True)
             profiler.export_chrome_trace(str(trace))
-            table.write_text(HEAD.format(first=first, last=last, trace=trace.name) + found, encoding="utf-8")
+            table.write_text(head + found, encoding="utf-8")
         except OSError as error:  # a full disk: the run goes on
             for begun in (trace, table):
                 with suppress(OSError):

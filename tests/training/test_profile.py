@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mft.training import profile
+from mft.training.phases import Phase, Phases
 from mft.training.profile import MICRO_BATCHES, SKIPPED, STEPS, StepProfile, window
 from tests.tiny_runs import logged, train
 
@@ -90,6 +92,42 @@ def test_a_profile_that_cannot_be_written_ends_no_run(
     monkeypatch.setattr(profile, "FOLDER", "config.yaml/profile")  # a file is no folder
     summary, _ = train(tmp_path, cache_dir, *SETTINGS, "train.profile=true")
     assert summary["status"] == "finished" and "not written: " in capsys.readouterr().out
+
+
+def test_of_a_profile_that_fills_the_disk_nothing_stays(tmp_path: Path) -> None:
+    """Its table goes to a device that is always full."""
+    (tmp_path / profile.FOLDER).mkdir()
+    (tmp_path / profile.FOLDER / "steps-6-6.txt").symlink_to("/dev/full")
+    watched = StepProfile(tmp_path)
+    assert not watched.choose(0, SKIPPED + 1)
+    for step in range(1, SKIPPED + 2):
+        watched.before(step, 1)
+        watched.after(step)
+    assert "No space left on device" in dict(watched.result)["profile"]
+    assert not list((tmp_path / profile.FOLDER).iterdir())
+
+
+def test_a_run_that_ends_early_leaves_no_profiler_behind(tmp_path: Path) -> None:
+    watched = StepProfile(tmp_path)
+    assert not watched.choose(0, 100)
+    for step in range(1, SKIPPED + 3):
+        watched.before(step, 1)
+        watched.after(step)
+    assert torch.autograd._profiler_enabled()
+    watched.close()
+    assert not torch.autograd._profiler_enabled()
+    assert watched.result == [("profile", f"none: the run ended before step {SKIPPED + STEPS}")]
+
+
+def test_other_ranks_wait_for_the_one_that_writes_in_no_step(tmp_path: Path) -> None:
+    phases, met = Phases(Phase.training), []
+    other = StepProfile(tmp_path, phases, records=False, barrier=lambda: met.append(phases.phase))
+    assert not other.choose(0, SKIPPED + 1)
+    for step in range(1, SKIPPED + 2):
+        other.before(step, 1)
+        assert not torch.autograd._profiler_enabled()
+        other.after(step)
+    assert met == [Phase.saving] and phases.phase is Phase.training and not list(tmp_path.iterdir())
 
 
 @pytest.mark.long
