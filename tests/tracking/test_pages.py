@@ -112,7 +112,7 @@ def test_every_run_of_a_sweep_is_in_the_table_and_in_the_charts(pages: Pages) ->
     runs = pages.client.search_runs([pages.experiment("small")])
     names = [run.info.run_name for run in runs]
     assert len(names) == 4
-    pages.open(f"runs?{CHARTS}", *names, "4 matching runs", experiment="small")
+    pages.open(f"runs?{CHARTS}", *names, "4 matching runs", experiment="small", height=4000)
     wanted = ["valid/loss", "valid/loss/docs", "valid/loss/code", "train/loss/docs", "lr"]
     lines = dict.fromkeys(wanted, len(names)) | {"train/weight/docs": 2}  # the runs of coba
     # charts are drawn where they can be seen, in a second each: of all of them these

@@ -62,6 +62,15 @@ def test_a_resumed_run_has_the_time_of_all_its_parts() -> None:
     assert 33 <= phases.total() < 34
 
 
+def test_memory_of_a_gpu_is_not_that_of_a_process() -> None:
+    phases = Phases(Phase.training)
+    on_gpu = part(10, 5) | {"peaks": {"training": [1 << 60, 1 << 61]}}
+    phases.resume([on_gpu], 33.0, rank())
+    (state,) = phases.state(rank())
+    assert len(state["peaks"]["training"]) == 1 and state["peaks"]["training"][0] < 1 << 50
+    assert state["seconds"]["training"] >= 10
+
+
 def test_on_another_number_of_ranks_each_has_the_most_of_all() -> None:
     phases = Phases(Phase.training)
     phases.resume([part(10, 5, 4.0, 30.0), part(20, 1 << 60, 3.0, 30.0)], 33.0, rank())
