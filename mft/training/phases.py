@@ -123,12 +123,9 @@ class Phases:
         for phase in Phase:
             self._seconds[phase] += max((part["seconds"].get(phase, 0.0) for part in parts), default=0.0)
         self.waited += max((part["waited"] for part in parts), default=0.0)
-        kinds = len(
-            self.memory.source.read()
-        )  # of memory; a part on a CPU has no peaks of a GPU, nor the reverse
-        for phase, peaks in (
-            item for part in parts for item in part["peaks"].items() if len(item[1]) == kinds
-        ):
-            self.memory.by_phase[phase] = larger(self.memory.by_phase.get(phase, ()), tuple(peaks))
+        kinds = len(self.memory.source.read())
+        for phase, peaks in (item for part in parts for item in part["peaks"].items()):
+            if len(peaks) == kinds:  # else of a part on a GPU, and this is a CPU, or the reverse
+                self.memory.by_phase[phase] = larger(self.memory.by_phase.get(phase, ()), tuple(peaks))
         self._seconds_before, self._training_before = seconds, self._seconds[Phase.training]
         self._device_seconds_before = saved[0]["device_seconds"] if saved else 0.0
