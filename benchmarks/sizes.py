@@ -113,11 +113,11 @@ def line(row: Row, outcome: Outcome) -> str:
     """Returns the line of a model on a kind of GPU."""
     plan = outcome.plan
     fits = "" if plan.fits else ", does not fit"
-    needed = f"{size_words(plan.memory.peak)} of {size_words(plan.room)}{fits}"
+    needed = f"{size_words(plan.peak)} of {size_words(plan.room)}{fits}"
     best = next((advice for advice in outcome.advice or () if advice.plan.fits), None)
     if best:
         change = (
-            f"`{' '.join(best.overrides)}`: {size_words(best.plan.memory.peak)}, x {best.slower(plan):.2f}"
+            f"`{' '.join(best.overrides)}`: {size_words(best.plan.peak)}, x {best.slower(plan):.2f}"
         )
     else:
         change = "–" if plan.fits else "nothing"

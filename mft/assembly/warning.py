@@ -54,7 +54,7 @@ def shortage_of(of: Case) -> str:
         return ""
     if made.fits:
         return ""
-    needed, usable = size_words(made.memory.peak), size_words(made.room)
+    needed, usable = size_words(made.peak), size_words(made.room)
     return f"a rank needs about {needed} of memory, and {of.device.name} has {usable} for it."
 
 
