@@ -10,7 +10,7 @@ from mft.assembly.start import Run
 from mft.config.repetition import plan_of
 from mft.estimate.memory import size_words
 from mft.hardware import machine_memory
-from mft.plan.case import Case
+from mft.plan.case import Case, case_on
 from mft.plan.gpus import CPU, Device
 from mft.plan.memory import room
 from mft.plan.plan import plan
@@ -32,7 +32,6 @@ def warn_of_memory(r: Run) -> None:
 
 def case_of(r: Run) -> Case:
     """Returns a run on the device of this rank, as `mft plan` has it."""
-    machines = int(r.cfg.launch.nnodes)
     if r.engine.device.type == "cuda":
         import torch
 
@@ -40,7 +39,7 @@ def case_of(r: Run) -> Case:
         device = Device(found.name, float(found.total_memory), visible=True)
     else:
         device = Device(CPU, float(machine_memory()))
-    return Case(r.cfg, r.parts, device, r.engine.world, min(machines, r.engine.world))
+    return case_on(r.cfg, r.parts, device, r.engine.world)
 
 
 def shortage_of(of: Case) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 from omegaconf import OmegaConf
@@ -48,12 +47,9 @@ def _choices(of: Case) -> Sequence[int | None]:
 
 
 def _with(of: Case, every: int | None) -> RankMemory:
-    cfg = of.cfg
-    if every is not None:
-        cfg = copy.deepcopy(cfg)
-        cfg.model.gradient_checkpointing = every or False
-    parts = [OmegaConf.to_yaml(cfg[name]) for name in ("model", "peft", "dist", "optimizer", "train", "data")]
-    key = "\0".join([*parts, str(of.world), of.device.kind])
+    names = ("model", "peft", "dist", "optimizer", "train", "data")
+    parts = [OmegaConf.to_yaml(of.cfg[name]) for name in names]
+    key = "\0".join([*parts, str(every), str(of.world), of.device.kind])
     if key not in _known:
-        _known[key] = rank_memory(cfg, of.world, of.device.kind)
+        _known[key] = rank_memory(of.cfg, of.world, of.device.kind, automatic=every)
     return _known[key]

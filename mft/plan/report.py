@@ -14,6 +14,7 @@ from mft.plan.answer import Answer, Outcome
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from mft.estimate.rank import RankMemory
     from mft.plan.data import DataPlan
 
 ROWS = 12
@@ -27,7 +28,7 @@ def parts_of(answer: Answer, width: int) -> Iterator[tuple[RenderableType, bool]
     """
     shown = answer.shown
     yield _facts(answer, shown), False
-    yield _memory(shown), False
+    yield memory_table(shown.plan.memory, shown.plan.case.device.name), False
     yield _devices(answer, width), False
     if answer.data:
         yield _tasks(answer.data), False
@@ -53,8 +54,8 @@ def _facts(answer: Answer, of: Outcome) -> RenderableType:
     return settings_table(facts.items(), "plan")
 
 
-def _memory(of: Outcome) -> RenderableType:
-    memory = of.plan.memory
+def memory_table(memory: RankMemory, device: str) -> RenderableType:
+    """Returns the table of a rank's memory; device: its name."""
     parts = sorted(memory.parts.items(), key=lambda item: -item[1])
     rows: list[tuple[str, str]] = [(name, size_words(size)) for name, size in parts if size]
     step = f"a step ({memory.where})"
@@ -63,8 +64,8 @@ def _memory(of: Outcome) -> RenderableType:
     rows += [
         (f"{name}, in the host's memory", size_words(size)) for name, size in memory.host.items() if size
     ]
-    rows.append(("recomputed layers", described(of.plan.every)))
-    return settings_table(rows, f"memory of a rank: {of.plan.case.device.name}")
+    rows.append(("recomputed layers", described(memory.every)))
+    return settings_table(rows, f"memory of a rank: {device}")
 
 
 def _devices(answer: Answer, width: int) -> RenderableType:
