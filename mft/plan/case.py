@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from mft.batch import BatchSizes
-from mft.config.build import Components
+from mft.config.build import Components, build_components
 from mft.config.compose import compose_resolved
 from mft.config.overrides import with_output_dir
 from mft.config.schema import Launch, LaunchMode, batch_sizes
@@ -86,6 +86,15 @@ def case(cfg: DictConfig, device: Device, host: float | None = None) -> Case:
     world = _ranks(launch, device) * launch.nnodes
     here = host if host is not None else float(machine_memory()) if device.visible else None
     return Case(cfg, check(cfg, world, elsewhere=True), device, world, launch.nnodes, here)
+
+
+def case_on(cfg: DictConfig, parts: Components, device: Device, world: int) -> Case:
+    """Returns a run's config, which is checked and resolved for its machine, on a device of that."""
+    if getattr(parts.peft, "path", None):
+        cfg = copy.deepcopy(cfg)
+        _describe_adapter(cfg)
+        parts = build_components(cfg)
+    return Case(cfg, parts, device, world, min(int(cfg.launch.nnodes), world))
 
 
 def changed(of: Case, cfg: DictConfig) -> Case:

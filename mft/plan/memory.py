@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -46,21 +45,35 @@ def on_host(of: Case, memory: RankMemory) -> float:
     return of.together * (sum(memory.host.values()) + PROCESS) + memory.host_saving
 
 
-def needed(of: Case, smallest: bool = False) -> tuple[Case, RankMemory]:
-    """Returns what a rank needs, and the case with the micro-batch that this is of.
+def needed(of: Case, smallest: bool = False) -> RankMemory:
+    """Returns what a rank needs, of one row where the micro-batch is to be found.
 
-    smallest: with all layers recomputed and one row where these settings are auto.
+    smallest: with all layers recomputed where model.gradient_checkpointing is auto.
     """
-    fewest = _with_rows(of, 1) if not of.sizes.found else of
-    every, memory = _with_layers(fewest, smallest)
-    if smallest or of.sizes.found or peak(fewest, memory) > (limit := _limit(of)):
-        return fewest, memory
-    # as a run has it: the layers are chosen for one row, then the rows are added
-    rows = fewest.sizes.accumulation
-    sizes, found = [size for size in range(2, rows + 1) if rows % size == 0], (fewest, memory)
-    while sizes:  # the larger half, or the smaller one
+    if not chooses(of):
+        return _with(of, None)
+    usable = room(of)
+    if not smallest and peak(of, memory := _with(of, EVERY[0])) <= usable:
+        return memory
+    least = _with(of, EVERY[-1])
+    if smallest or peak(of, least) > usable:  # nor do fewer fit
+        return least
+    return next((found for every in EVERY[1:-1] if peak(of, found := _with(of, every)) <= usable), least)
+
+
+def largest(of: Case) -> tuple[Case, RankMemory]:
+    """Returns a case whose micro-batch is to be found with the largest that fits, and what a rank needs then.
+
+    As in a run, the recomputed layers are those for one row.
+    """
+    memory = needed(of)
+    every = memory.every if chooses(of) else None
+    found = with_rows(of, 1), memory
+    rows, limit = of.sizes.accumulation, OF_A_HOST * of.memory if of.device.kind == "cpu" else room(of)
+    sizes = [size for size in range(2, rows + 1) if rows % size == 0] if peak(of, memory) <= limit else []
+    while sizes:  # the larger half of them, or the smaller one
         middle = len(sizes) // 2
-        more = _with_rows(of, sizes[middle])
+        more = with_rows(of, sizes[middle])
         if peak(more, memory := _with(more, every)) <= limit:
             found, sizes = (more, memory), sizes[middle + 1 :]
         else:
@@ -68,33 +81,11 @@ def needed(of: Case, smallest: bool = False) -> tuple[Case, RankMemory]:
     return found
 
 
-def _limit(of: Case) -> float:
-    """Returns what a search for the micro-batch lets a rank take."""
-    return OF_A_HOST * of.memory if of.device.kind == "cpu" else room(of)
-
-
-def _with_rows(of: Case, rows: int) -> Case:
+def with_rows(of: Case, rows: int) -> Case:
+    """Returns a case with so many rows in a micro-batch."""
     cfg = copy.deepcopy(of.cfg)
     cfg.train.per_device_batch_size = rows
     return replace(of, cfg=cfg)
-
-
-def _with_layers(of: Case, smallest: bool) -> tuple[int | None, RankMemory]:
-    """Returns of how many layers one is recomputed, None: as the setting has it; and what is needed then."""
-    if not chooses(of):
-        return None, _with(of, None)
-    most, usable = EVERY[-1], room(of)
-    if not smallest:
-        memory = _with(of, EVERY[0])
-        if peak(of, memory) <= usable:
-            return EVERY[0], memory
-    least = _with(of, most)
-    if smallest or peak(of, least) > usable:  # nor with any between them
-        return most, least
-    for every in EVERY[1:-1]:
-        if peak(of, memory := _with(of, every)) <= usable:
-            return every, memory
-    return most, least
 
 
 def chooses(of: Case) -> bool:
@@ -103,12 +94,9 @@ def chooses(of: Case) -> bool:
 
 
 def _with(of: Case, every: int | None) -> RankMemory:
-    cfg: Any = of.cfg
-    if every is not None:
-        cfg = copy.deepcopy(cfg)
-        cfg.model.gradient_checkpointing = every or False
-    parts = [OmegaConf.to_yaml(cfg[name]) for name in ("model", "peft", "dist", "optimizer", "train", "data")]
-    key = "\0".join([*parts, str(of.world), of.device.kind])
+    names = ("model", "peft", "dist", "optimizer", "train", "data")
+    parts = [OmegaConf.to_yaml(of.cfg[name]) for name in names]
+    key = "\0".join([*parts, str(every), str(of.world), of.device.kind])
     if key not in _known:
-        _known[key] = rank_memory(cfg, of.world, of.device.kind)
+        _known[key] = rank_memory(of.cfg, of.world, of.device.kind, automatic=every)
     return _known[key]

@@ -8,7 +8,7 @@ from mft.estimate.memory import USABLE
 from mft.estimate.rank import RankMemory
 from mft.plan.case import Case
 from mft.plan.data import DataPlan
-from mft.plan.memory import needed, on_host, peak, room
+from mft.plan.memory import largest, needed, on_host, peak, room, with_rows
 from mft.plan.rates import Rate
 from mft.plan.time import StepTime, step_time
 from mft.plan.weights import Weights, weights
@@ -74,7 +74,10 @@ def plan(of: Case, data: DataPlan | None, known: Weights | None = None, smallest
     data: what it takes of its tasks, None = full rows; known: its weights, where they were counted before;
     smallest: with all layers recomputed and one row in a micro-batch where these settings are auto.
     """
-    of, memory = needed(of, smallest)
+    if of.sizes.found:
+        memory = needed(of, smallest)
+    else:
+        of, memory = (with_rows(of, 1), needed(of, True)) if smallest else largest(of)
     counted = known or weights(of)
     full = float(of.sizes.total * of.cfg.data.seq_length)
     tokens = data.tokens / max(1, data.steps) if data else full

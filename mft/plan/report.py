@@ -15,6 +15,7 @@ from mft.plan.answer import Answer, Outcome
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from mft.estimate.rank import RankMemory
     from mft.plan.data import DataPlan
     from mft.plan.plan import Plan
 
@@ -29,7 +30,7 @@ def parts_of(answer: Answer, width: int) -> Iterator[tuple[RenderableType, bool]
     """
     shown = answer.shown
     yield _facts(answer, shown), False
-    yield _memory(shown), False
+    yield memory_table(shown.plan.memory, shown.plan.case.device.name, _host(shown.plan)), False
     yield _devices(answer, width), False
     if answer.data:
         yield _tasks(answer.data), False
@@ -55,8 +56,8 @@ def _facts(answer: Answer, of: Outcome) -> RenderableType:
     return settings_table(facts.items(), "plan")
 
 
-def _memory(of: Outcome) -> RenderableType:
-    memory = of.plan.memory
+def memory_table(memory: RankMemory, device: str, host: str = "") -> RenderableType:
+    """Returns the table of a rank's memory; device: its name; host: what a machine needs of its own, in words."""
     parts = sorted(memory.parts.items(), key=lambda item: -item[1])
     rows: list[tuple[str, str]] = [(name, size_words(size)) for name, size in parts if size]
     step = f"a step ({memory.where})"
@@ -65,19 +66,19 @@ def _memory(of: Outcome) -> RenderableType:
     rows += [
         (f"{name}, in the host's memory", size_words(size)) for name, size in memory.host.items() if size
     ]
-    if memory.host or memory.host_saving:
-        gathered = ("gathered for a checkpoint, in the host's memory", size_words(memory.host_saving))
-        rows += [gathered] if memory.host_saving else []
-        rows.append(("host's memory of a machine", _host(of.plan)))
-    rows.append(("recomputed layers", described(of.plan.every)))
-    return settings_table(rows, f"memory of a rank: {of.plan.case.device.name}")
+    if memory.host_saving:
+        rows.append(("gathered for a checkpoint, in the host's memory", size_words(memory.host_saving)))
+    if host:
+        rows.append(("host's memory of a machine", host))
+    rows.append(("recomputed layers", described(memory.every)))
+    return settings_table(rows, f"memory of a rank: {device}")
 
 
 def _host(plan: Plan) -> str:
-    """Returns what a machine needs of its memory beside what it has."""
-    if not plan.on_host:
-        return "the device's"
-    host = plan.case.host
+    """Returns what a machine needs of its memory beside what it has, "" where nothing much."""
+    memory, host = plan.memory, plan.case.host
+    if not plan.on_host or not (memory.host or memory.host_saving):
+        return ""
     there = "plan.host=… compares it" if host is None else f"of {size_words(USABLE * host)}"
     return f"{size_words(plan.on_host)}, {there}"
 

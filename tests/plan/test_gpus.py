@@ -17,7 +17,7 @@ from mft.training.speed import PEAK_BF16_TFLOPS
         ("H100", "H100", None, 79.1),
         ("h200", "H200", None, 139.8),
         ("8xA100-40", "A100-40", 8, 39.4),
-        ("4 x a100_80", "A100-80", 4, 79.2),
+        ("4 x a100_80", "A100-80", 4, 79.1),
         ("RTX 4090", "4090", None, 23.5),
         ("NVIDIA L40S", "L40S", None, 44.4),
         ("80GiB", "80GiB", None, 80),
