@@ -149,7 +149,6 @@ def _tried(
 ) -> tuple[float, float]:
     """Returns what this rank holds before a micro-batch of `size` rows, with the gradients of an earlier one
     where a step has several, and the peak in it; both with what the optimizer will hold."""
-
     engine, held = r.engine, [0.0]
 
     def share(rows: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ called assumed, what is not counted about: docs/plan.md says how all of it is co
 examples:
   mft plan model.path=… 'data.paths=[dir1,dir2]' peft=lora
   mft plan experiment=qlora_zero2 model.path=… plan.gpu=4xA100-40          also --gpu 4xA100-40
-  mft plan model.path=… peft=full dist=fsdp --gpu 8xH100,8x40GiB --json
+  mft plan model.path=… peft=full dist=fsdp dist.offload=true --gpu 8x40GiB,8xH100 --host 512GiB --json
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def as_flags(arguments: Sequence[str]) -> list[str]:
     """Returns the arguments with plan.gpu=H100, as it may be written beside overrides, as --gpu=H100."""
     keys, words = ("plan.gpu", "plan.tflops", "plan.host"), []
     for word in arguments:
+        if word in ("-m", "--multirun"):
+            raise UserError(f"{word}: a plan is of one run; plan the largest job of a sweep, without {word}.")
         key, equals, value = word.partition("=")
         if not (equals and re.fullmatch(r"\+{0,2}plan(\..*)?", key)):
             words.append(word)
