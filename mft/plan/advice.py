@@ -206,7 +206,7 @@ class Advisor:
                 OmegaConf.update(cfg, key, node, merge=False)
                 cfg.choices[key] = value
             else:
-                OmegaConf.update(cfg, key, value)
+                OmegaConf.update(cfg, key, OmegaConf.select(OmegaConf.from_dotlist([override]), key))
         return cfg
 
     def _option(self, override: str) -> DictConfig | None:
