@@ -95,10 +95,10 @@ def find(r: Run, loader: BatchLoader, module: torch.nn.Module, coming: float) ->
     states = f", with {size_words(coming)} for the optimizer's states" if coming else ""
     above = ", which it exceeds: memory may run out" if found.peak > found.limit else ""
     anew = f"; searched anew, since this run found {size} rows on {_each(earlier)}" if size else ""
-    seconds = f", found in {time.monotonic() - begun:.1f} s"
+    seconds = f"; searched for {time.monotonic() - begun:.1f} s"
     r.progress.show(
-        f"{SETTING}: {_words(loader)}{seconds}; {size_words(found.peak)} at the peak{states}, limit "
-        f"{size_words(found.limit)} ({room.words}){above}{anew}"
+        f"{SETTING}: {_words(loader)}; {size_words(found.peak)} at the peak{states}, limit "
+        f"{size_words(found.limit)} ({room.words}){above}{anew}{seconds}"
     )
 
 
