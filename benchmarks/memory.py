@@ -55,7 +55,7 @@ def settings(cell: str, root: Path) -> tuple[list[str], Any]:
     from mft.model.step_trace import Rows
     from tests.estimate.models import made
 
-    values = dict(word.split("=") for word in cell.split())
+    values = dict(word.split("=", 1) for word in cell.split())
     rows = Rows(*map(int, values["rows"].split("x")))
     demo = values["model"] == "demo"
     given = [
@@ -70,8 +70,9 @@ def settings(cell: str, root: Path) -> tuple[list[str], Any]:
         f"train.per_device_batch_size={rows.count}",
         f"train.gradient_accumulation_steps={values.get('accumulation', '1')}",
         f"train.precision={values.get('precision', 'fp32')}",
-        "optimizer=adamw",
+        f"optimizer={values.get('optimizer', 'adamw')}",
     ]
+    given += [f"{key}={value}" for key, value in values.items() if "." in key]
     given += [f"cache_dir={default_cache_dir()}"] if demo else [f"model.path={made(values['model'], root)}"]
     return given, rows
 

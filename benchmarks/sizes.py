@@ -113,12 +113,10 @@ def line(row: Row, outcome: Outcome) -> str:
     """Returns the line of a model on a kind of GPU."""
     plan = outcome.plan
     fits = "" if plan.fits else ", does not fit"
-    needed = f"{size_words(plan.memory.peak)} of {size_words(plan.room)}{fits}"
+    needed = f"{size_words(plan.peak)} of {size_words(plan.room)}{fits}"
     best = next((advice for advice in outcome.advice or () if advice.plan.fits), None)
     if best:
-        change = (
-            f"`{' '.join(best.overrides)}`: {size_words(best.plan.memory.peak)}, x {best.slower(plan):.2f}"
-        )
+        change = f"`{' '.join(best.overrides)}`: {size_words(best.plan.peak)}, x {best.slower(plan):.2f}"
     else:
         change = "–" if plan.fits else "nothing"
     recomputed = {0: "none", 1: "all"}.get(plan.every, f"1 of {plan.every}")

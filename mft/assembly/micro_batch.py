@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +21,7 @@ from mft.distributed import rng
 from mft.errors import UserError
 from mft.estimate import memory
 from mft.estimate.memory import size_words
-from mft.estimate.room import Gpu, Host, Room
+from mft.estimate.room import Gpu, Host, Room, ran_out
 from mft.files.json_file import read_json, write_json
 from mft.model.peft.summary import total_of
 from mft.run_folder import MICRO_BATCH
@@ -77,6 +78,7 @@ def find(r: Run, loader: BatchLoader, module: torch.nn.Module, coming: float) ->
         loader.sizes = loader.sizes.with_rows(size)
         r.progress.show(f"{SETTING}: {_words(loader)}, as this run found on these devices before")
         return
+    begun = time.monotonic()
     training, may_fail = module.training, engine.device.type == "cuda" and not _divided(r)
     module.train()
     with rng.kept():
@@ -93,9 +95,10 @@ def find(r: Run, loader: BatchLoader, module: torch.nn.Module, coming: float) ->
     states = f", with {size_words(coming)} for the optimizer's states" if coming else ""
     above = ", which it exceeds: memory may run out" if found.peak > found.limit else ""
     anew = f"; searched anew, since this run found {size} rows on {_each(earlier)}" if size else ""
+    seconds = f"; searched for {time.monotonic() - begun:.1f} s"
     r.progress.show(
         f"{SETTING}: {_words(loader)}; {size_words(found.peak)} at the peak{states}, limit "
-        f"{size_words(found.limit)} ({room.words}){above}{anew}"
+        f"{size_words(found.limit)} ({room.words}){above}{anew}{seconds}"
     )
 
 
@@ -146,8 +149,6 @@ def _tried(
 ) -> tuple[float, float]:
     """Returns what this rank holds before a micro-batch of `size` rows, with the gradients of an earlier one
     where a step has several, and the peak in it; both with what the optimizer will hold."""
-    import torch
-
     engine, held = r.engine, [0.0]
 
     def share(rows: int) -> torch.Tensor:
@@ -161,7 +162,9 @@ def _tried(
     try:
         engine.try_out([*([partial(share, 1)] if several else []), partial(share, size)])
         peak = room.peak() + coming
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
         if _divided(r):  # the other ranks wait in a collective for this one, and end with it
             raise _too_large(r, " ".join(str(error).split())[:200], size) from None
         peak = math.inf

@@ -36,7 +36,7 @@ def make_trainer(
 
     engine, names, loss, settings = r.engine, r.data.names, r.parts.loss, r.settings
     token_loss = TokenLoss(model, r.parts.model)
-    recomputed, words = checkpoint_layers(r, loader, model)
+    recomputed, words = checkpoint_layers(r, model)
     # before an engine divides the weights
     flops = token_flops(token_loss.model, token_loss.layer_classes(), recomputed)
     optimizer = r.parts.optimizer.build(token_loss.named_parameters(), r.parts.base_lr)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mft.assembly.start import Run
 from mft.config.repetition import plan_of
-from mft.estimate.memory import size_words
+from mft.estimate.memory import USABLE, size_words
 from mft.hardware import machine_memory
-from mft.plan.case import Case
+from mft.plan.case import Case, case_on
 from mft.plan.gpus import CPU, Device
-from mft.plan.memory import room
+from mft.plan.memory import PROCESS, room
 from mft.plan.plan import plan
 
 log = logging.getLogger(__name__)
@@ -25,14 +26,21 @@ PER_LOGIT, PER_UNIT = 16, 200
 
 
 def warn_of_memory(r: Run) -> None:
-    """Shows what rank 0 needs of memory where that is more than its device has; the run goes on."""
-    if r.engine.is_main and (shortage := shortage_of(case_of(r))):
+    """Shows what a rank needs of memory where that is more than the smallest of their devices has, or than
+    their machines have for what is offloaded; the run goes on. All ranks call it."""
+    of, host = case_of(r), float(machine_memory())
+    least = min(r.engine.gather((of.device.memory, of.device.name)))
+    host = min(r.engine.gather(host))
+    if not r.engine.is_main:
+        return
+    on_gpu = of.device.kind == "cuda"
+    smallest = replace(of.device, memory=least[0], name=least[1])
+    if shortage := shortage_of(replace(of, device=smallest, host=host if on_gpu else None)):
         r.progress.show(f"warning: {shortage} What to change: {plan_of(r.folder)}")
 
 
 def case_of(r: Run) -> Case:
     """Returns a run on the device of this rank, as `mft plan` has it."""
-    machines = int(r.cfg.launch.nnodes)
     if r.engine.device.type == "cuda":
         import torch
 
@@ -40,7 +48,7 @@ def case_of(r: Run) -> Case:
         device = Device(found.name, float(found.total_memory), visible=True)
     else:
         device = Device(CPU, float(machine_memory()))
-    return Case(r.cfg, r.parts, device, r.engine.world, min(machines, r.engine.world))
+    return case_on(r.cfg, r.parts, device, r.engine.world)
 
 
 def shortage_of(of: Case) -> str:
@@ -54,8 +62,14 @@ def shortage_of(of: Case) -> str:
         return ""
     if made.fits:
         return ""
-    needed, usable = size_words(made.memory.peak), size_words(made.room)
-    return f"a rank needs about {needed} of memory, and {of.device.name} has {usable} for it."
+    if made.peak > made.room:
+        needed, usable = size_words(made.peak), size_words(made.room)
+        return f"a rank needs about {needed} of memory, and {of.device.name} has {usable} for it."
+    needed, usable = size_words(made.on_host), size_words(USABLE * (of.host or 0))
+    return (
+        f"{of.together} rank{'s' * (of.together > 1)} of a machine need about {needed} of its memory for what "
+        f"is offloaded and saved, and it has {usable} for it."
+    )
 
 
 def surely_fits(of: Case) -> bool:
@@ -73,4 +87,8 @@ def surely_fits(of: Case) -> bool:
         return False
     weights = sum(file.stat().st_size for file in files) / 2  # of at least two bytes, or packed
     a_token = PER_LOGIT * text.vocab_size + PER_UNIT * text.num_hidden_layers * text.hidden_size
+    if of.host is not None and of.parts.dist.divided_parts():  # what is offloaded, or gathered
+        host = of.together * (TRAINED * weights + PROCESS)
+        if host > USABLE * of.host:
+            return False
     return bool(TRAINED * weights + a_token * of.tokens < room(of) / 2)

@@ -7,19 +7,17 @@ shapes of a layer's matrices (`mft.model.checkpointing`). What engines hold, gat
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from mft.batch import BatchSizes
 from mft.config.build import Components, build_components
 from mft.config.schema import batch_sizes
 from mft.distributed.ddp import Ddp
 from mft.distributed.fsdp import Fsdp
-from mft.errors import UserError
 from mft.estimate import memory
 from mft.estimate.engines import during, held, loading, saving
 from mft.estimate.sizes import experts, tell_experts, units
@@ -83,44 +81,40 @@ class RankMemory:
 
 
 def rows_of(cfg: DictConfig) -> Rows:
-    """Returns the largest micro-batch of a config: full rows, all of whose tokens carry loss."""
+    """Returns the largest micro-batch of a config: full rows, all of whose tokens carry loss. Where its size is
+    still to be found it is one row."""
     from mft.model.step_trace import Rows
 
     parts = build_components(cfg)
     # how many samples share a row is not known before the data is read
     samples = 4 if parts.rows.packs_samples else 1
-    return Rows(int(cfg.train.per_device_batch_size), int(cfg.data.seq_length), samples)
+    return Rows(_sizes(cfg, 1).per_device, int(cfg.data.seq_length), samples)
 
 
 def rank_memory(
     cfg: DictConfig,
     world: int,
     device: str = "cuda",
-    total: float | None = None,
     rows: Rows | None = None,
+    automatic: int | None = None,
 ) -> RankMemory:
     """Returns what each of `world` ranks of a resolved config needs.
 
-    device: kind of the device that it is for, cuda or cpu; total: bytes of that device, by which
-    gradient_checkpointing=auto decides (None = as if it fitted without); rows: the micro-batch, None = the
-    largest one. Raises UserError where code of the checkpoint's own builds the model.
+    device: kind of the device that it is for, cuda or cpu; rows: the micro-batch, None = the largest one;
+    automatic: of how many layers one is recomputed where model.gradient_checkpointing is auto, 0 = none,
+    None = as on a CPU, by the number of weights. Raises UserError where code of the checkpoint's own builds
+    the model.
     """
-    parts = build_components(cfg)
-    if parts.model.trust_remote_code:
-        raise UserError("memory is not known before loading: code of the checkpoint builds the model")
-    rows = rows or rows_of(cfg)
     precision = str(getattr(cfg.train.precision, "value", cfg.train.precision))
     if precision == "auto":  # of a config that is not frozen yet
         precision = "bf16" if device == "cuda" or computes_in_bf16() else "fp32"
-    accumulates = batch_sizes(OmegaConf.to_object(cfg.train), world).accumulation > 1  # type: ignore[arg-type]
-    one = _One(parts, world, device, precision, rows, accumulates)
-    found: RankMemory | None = None
-    for every in one.choices(total):
-        found = one.memory(every)
-        if total is None or found.peak <= memory.USABLE * total - memory.CONTEXT:
-            break
-    assert found is not None
-    return found
+    accumulates = _sizes(cfg, world).accumulation > 1
+    parts, rows = build_components(cfg), rows or rows_of(cfg)
+    return _One(parts, world, device, precision, rows, accumulates, automatic).memory()
+
+
+def _sizes(cfg: DictConfig, world: int) -> BatchSizes:
+    return batch_sizes(OmegaConf.to_object(cfg.train), world)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -133,52 +127,24 @@ class _One:
     precision: str
     rows: Rows
     accumulates: bool
+    automatic: int | None
 
     @property
     def half(self) -> bool:
         return self.precision != "fp32"
 
-    def choices(self, total: float | None) -> Iterable[int]:
-        """Returns of how many layers one may be recomputed, in the order in which they are tried."""
-        from mft.model import checkpointing
-
-        set_to = checkpointing.layers_between(self.parts.model.gradient_checkpointing)
-        if set_to is not None:
-            return [set_to]
-        if self.device == "cpu":
-            return [-1]  # by the number of weights
-        return checkpointing.EVERY if total else [0]
-
-    def model(self, every: int) -> tuple[Any, int]:
+    def model(self) -> tuple[Any, int]:
         """Returns the model on the meta device, with adapters, and of how many layers one is recomputed."""
-        import torch
+        from mft.model.prepared_skeleton import prepared_skeleton
 
-        from mft.model.meta_model import skeleton
-        from mft.model.peft.full import compute_dtype
-        from mft.model.special_tokens import add_new_tokens, widen_embeddings
+        family, automatic = self.parts.model, self.automatic
+        cast_to = self.parts.dist.casts_weights_to(self.precision)
+        model = prepared_skeleton(family, self.parts.peft, self.precision, cast_to)
+        return model, family.checkpoint(model, None if automatic is None else lambda: automatic)
 
-        family, peft, dist = self.parts.model, self.parts.peft, self.parts.dist
-        cast = dist.casts_weights_to(self.precision)
-        quantization = peft.quantization(compute_dtype(self.precision), cast)
-        base = skeleton(family.config(), quantization, peft.dtype(self.precision))
-        if family.attention == "eager":
-            base.set_attn_implementation("eager")
-        if family.new_tokens():
-            added = add_new_tokens(family.read_tokenizer(), family.add_tokens, family.add_special_tokens)
-            widen_embeddings(base, added, family.pad_to_multiple_of)
-        # an initialisation that computes with the weights trains as many as any other
-        plain: dict[str, Any] = {"init": True} if getattr(peft, "changes_base", False) else {}
-        plain |= {"path": None} if getattr(peft, "path", None) else {}
-        with torch.device("meta"):
-            model: Any = dataclasses.replace(peft, **plain).attach(base, family)
-        setting = every if every > 0 else False
-        if every < 0:
-            return model, family.checkpoint(model)
-        return model, dataclasses.replace(family, gradient_checkpointing=setting).checkpoint(model)
-
-    def memory(self, every: int) -> RankMemory:
-        """Returns what the rank needs where one of `every` layers is recomputed; -1 = by the model's size."""
-        model, every = self.model(every)
+    def memory(self) -> RankMemory:
+        """Returns what the rank needs."""
+        model, every = self.model()
         classes = self.parts.model.layer_classes(model)
         divided = units(model, classes, self._size, self._kept_whole)
         of_experts = experts(model, self._size)

@@ -17,6 +17,26 @@ OF_A_HOST = 0.5
 machine without memory swaps before it says that there is none."""
 
 
+SIGNS = (
+    "can't allocate memory",  # torch's CPU allocator
+    "not enough memory",
+    "out of memory",  # CUDA, where it is not raised as OutOfMemoryError
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""Texts of a RuntimeError that mean memory."""
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, means that a device or the machine has no more memory."""
+    while error is not None:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
+            return True
+        error = error.__cause__
+    return False
+
+
 @dataclass
 class Room:
     """Memory of one rank's device, in bytes."""

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 Parts = dict[str, float]
 """Bytes by part."""
 
+PER_LOGIT = 10
+"""Bytes of a logit in a chunk: float32, in half precision before that and as a gradient, with a margin."""
+
 
 def moments(trace: StepTrace) -> Iterator[tuple[str, int, Parts]]:
     """Yields, for each phase of a step of the whole model, its name, the number of its layer (-1 = none) and
@@ -65,7 +68,6 @@ def by_formula(
 
     model: before it is shortened; tokens: of a micro-batch.
     """
-    from mft.estimate.memory import PER_LOGIT
     from mft.model.cross_entropy import default_chunk_size
     from mft.model.introspect import base_of, full_shape
 

@@ -9,17 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft.config.repetition import plan_of
 from mft.errors import UserError
+from mft.estimate.room import ran_out
 from mft.files.json_file import read_json
 from mft.hardware import has_gpu
 from mft.run_folder import MICRO_BATCH
-
-SIGNS = (
-    "can't allocate memory",  # torch's CPU allocator
-    "not enough memory",
-    "out of memory",  # CUDA, where it is not raised as OutOfMemoryError
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-"""Texts of a RuntimeError that mean memory."""
 
 LOWER = ("train.per_device_batch_size", "train.per_device_eval_batch_size", "data.seq_length")
 """Numbers that lower memory, in the order worth trying."""
@@ -34,7 +27,7 @@ def explain(error: BaseException, cfg: DictConfig, run_dir: Path) -> UserError |
     cfg: the resolved config of the run in run_dir; the sentence names what to lower, with the present values,
     and the plan of the run.
     """
-    if not _is_out_of_memory(error):
+    if not ran_out(error):
         return None
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
     values = {path: OmegaConf.select(cfg, path) for path in LOWER}
@@ -55,14 +48,3 @@ def explain(error: BaseException, cfg: DictConfig, run_dir: Path) -> UserError |
 def planned(run_dir: Path) -> str:
     """Returns the sentence that leads to the plan of a run."""
     return f"What each of them saves: {plan_of(run_dir)}{'' if has_gpu() else ' plan.gpu=cpu'}"
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, means memory."""
-    while error is not None:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            return True
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
-            return True
-        error = error.__cause__
-    return False

@@ -6,7 +6,8 @@ A change is a few overrides that can be added to the command line.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,14 @@ OFFLOADING: tuple[Change, ...] = (
 RECOMPUTING = ((4, "4"), (2, "2"), (1, "true"))
 """Of so many layers one is recomputed, as the setting has it."""
 
+OF_A_STEP = ("activations", "logits")
+"""Parts that grow with the tokens of a micro-batch."""
+
 ENOUGH = 3
 """Changes together that fit, after which no more are tried."""
+
+LESS = 0.99
+"""Share of the memory that a change leaves at most, to be shown."""
 
 SHORTEST = 256
 """Tokens below which data.seq_length is not lowered."""
@@ -66,43 +73,82 @@ class Advisor:
         self, overrides: Sequence[str], config_dirs: Sequence[Path], of: Plan, data: DataPlan | None
     ):
         self.overrides, self.config_dirs, self.of, self.data = list(overrides), config_dirs, of, data
+        self._found: list[Advice] = []
+        self._plans: dict[Change, Plan] = {}
         self._nodes: dict[str, DictConfig | None] = {}
         self._weights: dict[str, Weights] = {_weights_key(of.case): of.weights}
 
     def advice(self) -> list[Advice]:
-        """Returns single changes and, where none of them fits, changes together.
+        """Returns changes: those that cost more, or change more, only where no others fit.
 
-        First those that leave the experiment what it is, then the others; of both the fastest first.
+        First come those that leave the experiment what it is, then the others; of both the fastest first.
         """
-        found = [advice for change in self._single() if (advice := self._tried(change))]
-        if not any(advice.plan.fits for advice in found):
-            tried = filter(None, map(self._tried, self._together()))
-            found += _until(tried, ENOUGH)
-        return sorted(found, key=lambda advice: (bool(advice.effect), advice.slower(self.of)))
+        self._try(
+            [*self._smaller_steps(), *self._dividing(), *((f"peft={name}",) for name in self._lighter())]
+        )
+        if not self._fits(keeping=True):
+            self._try(self._offloading())
+        if not self._fits(keeping=True):
+            self._try(self._together(), ENOUGH)
+        if not self._fits():
+            length = int(self.of.case.cfg.data.seq_length)
+            self._try((f"data.seq_length={n}",) for n in (length // 2, length // 4) if n >= SHORTEST)
+        if not self._fits():
+            self._try(self._lighter_together(), ENOUGH)
+        return sorted(self._found, key=lambda advice: (bool(advice.effect), advice.slower(self.of)))
 
-    def _single(self) -> Iterator[Change]:
+    def _try(self, changes: Iterable[Change], enough: float = math.inf) -> None:
+        """Plans changes that were not planned yet, until so many of them fit."""
+        for change in changes:
+            if enough <= 0:
+                return
+            if change and change not in self._plans and (made := self._planned(change)):
+                self._plans[change] = made
+                if self._helps(made):
+                    self._found.append(Advice(change, made, self._effect(change)))
+                enough -= made.fits
+
+    def _fits(self, keeping: bool = False) -> bool:
+        """Whether something was found that fits; keeping: and leaves the experiment what it is."""
+        return any(advice.plan.fits and not (keeping and advice.effect) for advice in self._found)
+
+    def _helps(self, made: Plan) -> bool:
+        """Whether a plan fits, or takes noticeably less of what is short."""
+        of = self.of
+        device = made.peak < LESS * of.peak and of.peak > of.room
+        return made.fits or device or (made.on_host < LESS * of.on_host and not of.host_fits)
+
+    def _smaller_steps(self) -> Iterator[Change]:
+        """Yields fewer layers that keep what they compute, then fewer rows at a time."""
         case, of = self.of.case, self.of
+        if _of_a_step(of) < (1 - LESS) * of.memory.step:
+            return  # these make nothing else smaller
         yield from ((f"{SETTING}={word}",) for every, word in RECOMPUTING if _less(every, of.every))
         rows = case.sizes.per_device
-        yield from (self._rows(fewer) for fewer in sorted({rows // 2, 1}, reverse=True) if 0 < fewer < rows)
-        yield from ((f"peft={name}",) for name in self._lighter())
-        yield from self._spread()
-        length = int(case.cfg.data.seq_length)
-        yield from ((f"data.seq_length={n}",) for n in (length // 2, length // 4) if n >= SHORTEST)
+        half = max((size for size in range(1, rows // 2 + 1) if rows % size == 0), default=rows)
+        yield from (self._rows(fewer) for fewer in sorted({half, 1}, reverse=True) if fewer < rows)
 
     def _together(self) -> Iterator[Change]:
-        """Yields more and more changes at once; those of the first keep the experiment what it is."""
-        case, of = self.of.case, self.of
-        least: Change = (f"{SETTING}=true",) if of.every != 1 else ()
-        least += self._rows(1) if case.sizes.per_device > 1 else ()
+        """Yields changes at once that keep the experiment what it is."""
+        if least := self._least():
+            for dist in ((), *self._dividing(), *self._offloading()):
+                alone = self._plans.get(dist, self.of)
+                if max(alone.peak - _of_a_step(alone), alone.memory.loading) < alone.room:
+                    yield (*least, *dist)
+
+    def _lighter_together(self) -> Iterator[Change]:
+        """Yields more and more changes at once that train something else."""
+        least, spread = self._least(), [*self._dividing(), *self._offloading()]
         lighter = [(f"peft={name}",) for name in self._lighter()]
         last: Change = lighter[-1] if lighter else ()
-        spread = list(self._spread())
-        changes = [(*least, *dist) for dist in spread] + [(*least, *peft) for peft in lighter]
-        changes += [(*least, *last, *dist) for dist in spread]
-        changes.append((*least, *last, *(spread[-1] if spread else ()), f"data.seq_length={SHORTEST}"))
-        single = set(self._single())
-        yield from (change for change in dict.fromkeys(changes) if change and change not in single)
+        yield from ((*least, *peft) for peft in lighter if least)
+        yield from ((*least, *last, *dist) for dist in spread if last)
+        yield (*least, *last, *(spread[-1] if spread else ()), f"data.seq_length={SHORTEST}")
+
+    def _least(self) -> Change:
+        """Returns what a step takes the least with: all layers recomputed, one row."""
+        least: Change = (f"{SETTING}=true",) if self.of.every != 1 else ()
+        return least + (self._rows(1) if self.of.case.sizes.per_device > 1 else ())
 
     def _rows(self, rows: int) -> Change:
         """Returns the overrides for micro-batches of so many rows at the same global batch."""
@@ -116,21 +162,28 @@ class Advisor:
         """Returns the peft modes that need less memory."""
         return {"full": ["lora", "qlora"], "lora": ["qlora"]}.get(_name(self.of.case, "peft"), [])
 
-    def _spread(self) -> Iterator[Change]:
-        """Yields what divides over ranks, then what moves to the host."""
-        case, now = self.of.case, f"dist={_name(self.of.case, 'dist')}"
-        if case.world > 1:
+    def _dividing(self) -> Iterator[Change]:
+        """Yields what divides over ranks."""
+        dist, now = self.of.case.parts.dist, f"dist={_name(self.of.case, 'dist')}"
+        if self.of.case.world > 1:
             yield from ((name,) for name in DIVIDING if name != now)
-            if now == "dist=fsdp" and not getattr(case.parts.dist, "reduce_every_micro_batch", True):
+            if now == "dist=fsdp" and not getattr(dist, "reduce_every_micro_batch", True):
                 yield (REDUCING,)
+
+    def _offloading(self) -> Iterator[Change]:
+        """Yields what moves to the host, or back where that has too little memory."""
+        case, now = self.of.case, f"dist={_name(self.of.case, 'dist')}"
+        if not self.of.host_fits:
+            moved = dict.fromkeys(key.partition("=")[0] for _, *keys in OFFLOADING for key in keys)
+            yield from ((f"{key}=false",) for key in moved if OmegaConf.select(case.cfg, key))
         for name, *keys in OFFLOADING:
             if name != now:
                 yield (name, *keys)
             elif off := tuple(key for key in keys if not OmegaConf.select(case.cfg, key.partition("=")[0])):
                 yield off
 
-    def _tried(self, change: Change) -> Advice | None:
-        """Returns what comes of a change, None where the config does not go together with it."""
+    def _planned(self, change: Change) -> Plan | None:
+        """Returns the plan of a changed config, None where it does not go together with the change."""
         try:
             if (cfg := self._changed(change)) is None:
                 return None
@@ -141,7 +194,7 @@ class Advisor:
         except UserError:  # e.g. an optimizer that this dist cannot divide
             return None
         self._weights[key] = made.weights
-        return Advice(change, made, self._effect(change)) if made.memory.peak < self.of.memory.peak else None
+        return made
 
     def _changed(self, change: Change) -> DictConfig | None:
         cfg = copy.deepcopy(self.of.case.cfg)
@@ -153,7 +206,7 @@ class Advisor:
                 OmegaConf.update(cfg, key, node, merge=False)
                 cfg.choices[key] = value
             else:
-                OmegaConf.update(cfg, key, value)
+                OmegaConf.update(cfg, key, OmegaConf.select(OmegaConf.from_dotlist([override]), key))
         return cfg
 
     def _option(self, override: str) -> DictConfig | None:
@@ -189,12 +242,9 @@ class Advisor:
         return f"{what} {'about ' * self.data.about}{self.data.longer(length):.1%} of the samples"
 
 
-def _until(found: Iterator[Advice], enough: int) -> Iterator[Advice]:
-    """Yields advice until so many of it fit."""
-    for advice in found:
-        yield advice
-        if (enough := enough - advice.plan.fits) <= 0:
-            return
+def _of_a_step(plan: Plan) -> float:
+    """Returns the bytes of a peak that grow with the tokens of a micro-batch."""
+    return sum(plan.memory.parts.get(name, 0.0) for name in OF_A_STEP)
 
 
 def _less(every: int, than: int) -> bool:

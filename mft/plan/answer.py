@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mft.distributed.ddp import Single
+from mft.hardware import quiet_libraries
 from mft.plan.advice import Advice, Advisor
 from mft.plan.case import Case, case, composed
 from mft.plan.data import DataPlan, data_plan
@@ -52,7 +53,7 @@ class Answer:
     @property
     def shown(self) -> Outcome:
         """The one whose parts are shown: the first that fits, else the one that comes nearest."""
-        ratio = [outcome.plan.memory.peak / max(1.0, outcome.plan.room) for outcome in self.outcomes]
+        ratio = [outcome.plan.peak / max(1.0, outcome.plan.room) for outcome in self.outcomes]
         fitting = next((outcome for outcome in self.outcomes if outcome.plan.fits), None)
         return fitting or self.outcomes[ratio.index(min(ratio))]
 
@@ -66,17 +67,20 @@ def answer(
     devices: Sequence[Device],
     asked: bool,
     tflops: float | None = None,
+    host: float | None = None,
     config_dirs: Sequence[Path] = (),
     plugins: Sequence[str] = (),
 ) -> Answer:
     """Returns the answer for a command line.
 
     devices: what it is planned for; asked: whether each of them has to fit, else they are a choice, and there
-    is advice, for the last, only where it fits on none; tflops: of a device, None = measured or assumed.
+    is advice, for the last, only where it fits on none; tflops: of a device, None = measured or assumed;
+    host: bytes of a machine's memory, None = not known.
     Raises UserError as `mft train` would.
     """
     cfg = composed(overrides, config_dirs)
-    cases = [case(cfg, device) for device in devices]
+    cases = [case(cfg, device, host) for device in devices]
+    quiet_libraries()  # not before: it imports transformers, and a mistake is told at once
     known: dict[str, Weights] = {}
     data_of: dict[int, DataPlan | None] = {}
     outcomes = []
@@ -98,7 +102,7 @@ def answer(
         ]
     options = [word for folder in config_dirs for word in ("--config-dir", str(folder))]
     options += [word for package in plugins for word in ("--plugin", package)]
-    return Answer(list(overrides), options, outcomes, outcomes[0].data, _notes(cases))
+    return Answer(list(overrides), options, outcomes, outcomes[0].data, _notes(cases, outcomes))
 
 
 def _advised(outcome: Outcome, overrides: Sequence[str], config_dirs: Sequence[Path]) -> Outcome:
@@ -106,8 +110,14 @@ def _advised(outcome: Outcome, overrides: Sequence[str], config_dirs: Sequence[P
     return Outcome(outcome.plan, outcome.rate, outcome.data, advisor.advice())
 
 
-def _notes(cases: Sequence[Case]) -> list[str]:
+def _notes(cases: Sequence[Case], outcomes: Sequence[Outcome]) -> list[str]:
     notes = []
+    if not cases[0].sizes.found:
+        rows = [f"{each.plan.case.sizes.per_device} on {each.plan.case.device.shown}" for each in outcomes]
+        notes.append(
+            "train.per_device_batch_size=auto: the most rows by this estimate, which a run measures: "
+            + ", ".join(rows)
+        )
     if not cases[0].parts.tasks:
         notes.append(
             "No task is chosen: full rows are counted; data.paths=[…] adds tokens, steps and the run's time."

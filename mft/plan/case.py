@@ -11,13 +11,14 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from mft.batch import BatchSizes
-from mft.config.build import Components
+from mft.config.build import Components, build_components
 from mft.config.compose import compose_resolved
 from mft.config.overrides import with_output_dir
 from mft.config.schema import Launch, LaunchMode, batch_sizes
 from mft.config.validate import check
 from mft.errors import UserError
 from mft.files.json_file import read_json
+from mft.hardware import machine_memory
 from mft.launch.placement import ranks
 from mft.plan.gpus import Device
 
@@ -34,6 +35,8 @@ class Case:
     """Ranks on all machines."""
     machines: int
     """Among which they are divided evenly."""
+    host: float | None = None
+    """Bytes of a machine's memory, None: not known."""
 
     @property
     def sizes(self) -> BatchSizes:
@@ -49,7 +52,12 @@ class Case:
     def memory(self) -> float:
         """Bytes of the device that are a rank's."""
         memory = self.device.memory
-        return memory / (self.world // self.machines) if self.device.kind == "cpu" else memory
+        return memory / self.together if self.device.kind == "cpu" else memory
+
+    @property
+    def together(self) -> int:
+        """Ranks of a machine."""
+        return max(1, self.world // self.machines)
 
 
 def composed(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
@@ -63,15 +71,30 @@ def composed(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Dict
     return cfg
 
 
-def case(cfg: DictConfig, device: Device) -> Case:
-    """Returns a composed config on a device; raises UserError for what is wrong with it there."""
+def case(cfg: DictConfig, device: Device, host: float | None = None) -> Case:
+    """Returns a composed config on a device; raises UserError for what is wrong with it there.
+
+    host: bytes of the memory of a machine with that device, None = not known, or this machine's.
+    """
     cfg = copy.deepcopy(cfg)
+    if host is not None and device.kind == "cpu":
+        device = replace(device, memory=host)
     cfg.train.precision = device.precision(cfg.train.precision)
     launch = OmegaConf.to_object(cfg.launch)
     assert isinstance(launch, Launch)
     launch.check()
     world = _ranks(launch, device) * launch.nnodes
-    return Case(cfg, check(cfg, world, elsewhere=True), device, world, launch.nnodes)
+    here = host if host is not None else float(machine_memory()) if device.visible else None
+    return Case(cfg, check(cfg, world, elsewhere=True), device, world, launch.nnodes, here)
+
+
+def case_on(cfg: DictConfig, parts: Components, device: Device, world: int) -> Case:
+    """Returns a run's config, which is checked and resolved for its machine, on a device of that."""
+    if getattr(parts.peft, "path", None):
+        cfg = copy.deepcopy(cfg)
+        _describe_adapter(cfg)
+        parts = build_components(cfg)
+    return Case(cfg, parts, device, world, min(int(cfg.launch.nnodes), world))
 
 
 def changed(of: Case, cfg: DictConfig) -> Case:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mft.estimate.memory import USABLE
 from mft.estimate.rank import RankMemory
 from mft.plan.case import Case
 from mft.plan.data import DataPlan
-from mft.plan.memory import needed, room
+from mft.plan.memory import largest, needed, on_host, peak, room, with_rows
 from mft.plan.rates import Rate
 from mft.plan.time import StepTime, step_time
 from mft.plan.weights import Weights, weights
@@ -18,6 +19,7 @@ class Plan:
     """What a case needs."""
 
     case: Case
+    """With a number of rows in a micro-batch, also where that is auto."""
     weights: Weights
     memory: RankMemory
     time: StepTime
@@ -36,9 +38,24 @@ class Plan:
         return room(self.case)
 
     @property
+    def peak(self) -> float:
+        """The most that a rank takes of its device."""
+        return peak(self.case, self.memory)
+
+    @property
+    def on_host(self) -> float:
+        """The most that the ranks of a machine take of its memory; 0 where that is their device."""
+        return on_host(self.case, self.memory)
+
+    @property
+    def host_fits(self) -> bool:
+        """Whether a machine has that; also where its memory is not known."""
+        return self.case.host is None or self.on_host <= USABLE * self.case.host
+
+    @property
     def fits(self) -> bool:
-        """Whether the largest of the peaks is within the room."""
-        return self.memory.peak <= self.room
+        """Whether the device and the machine have room for the most that is taken of them."""
+        return self.peak <= self.room and self.host_fits
 
     def seconds(self, rate: Rate, of: Plan | None = None) -> float | None:
         """Returns the seconds of a step at a rate, None where nothing is known of it.
@@ -55,9 +72,13 @@ def plan(of: Case, data: DataPlan | None, known: Weights | None = None, smallest
     """Returns the plan of a case.
 
     data: what it takes of its tasks, None = full rows; known: its weights, where they were counted before;
-    smallest: with all layers recomputed where model.gradient_checkpointing=auto chooses.
+    smallest: with all layers recomputed and one row in a micro-batch where these settings are auto.
     """
-    memory, counted = needed(of, smallest), known or weights(of)
+    if of.sizes.found:
+        memory = needed(of, smallest)
+    else:
+        of, memory = (with_rows(of, 1), needed(of, True)) if smallest else largest(of)
+    counted = known or weights(of)
     full = float(of.sizes.total * of.cfg.data.seq_length)
     tokens = data.tokens / max(1, data.steps) if data else full
     return Plan(of, counted, memory, step_time(of, counted, memory.every, tokens), tokens)

@@ -69,7 +69,11 @@ def _same(of: Case, device: str) -> bool:
         return device == device_name("cpu")
     if of.device.visible:
         return device == of.device.name
-    return not of.device.name.endswith("GiB") and card_of(device) is of.device.card is not None
+    return (
+        not of.device.name.endswith("GiB")
+        and (card := card_of(device)) is not None
+        and card == of.device.card
+    )
 
 
 def _speed(folder: Path) -> float:

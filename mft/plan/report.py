@@ -6,15 +6,18 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from mft.config.overrides import key_of
 from mft.console.tables import fitted, pasted, settings_table, table
-from mft.estimate.memory import size_words
+from mft.estimate.memory import USABLE, size_words
 from mft.model.checkpointing import described
 from mft.plan.answer import Answer, Outcome
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from mft.estimate.rank import RankMemory
     from mft.plan.data import DataPlan
+    from mft.plan.plan import Plan
 
 ROWS = 12
 """Changes that are shown at most; the JSON has all of them."""
@@ -27,7 +30,7 @@ def parts_of(answer: Answer, width: int) -> Iterator[tuple[RenderableType, bool]
     """
     shown = answer.shown
     yield _facts(answer, shown), False
-    yield _memory(shown), False
+    yield memory_table(shown.plan.memory, shown.plan.case.device.name, _host(shown.plan)), False
     yield _devices(answer, width), False
     if answer.data:
         yield _tasks(answer.data), False
@@ -53,8 +56,8 @@ def _facts(answer: Answer, of: Outcome) -> RenderableType:
     return settings_table(facts.items(), "plan")
 
 
-def _memory(of: Outcome) -> RenderableType:
-    memory = of.plan.memory
+def memory_table(memory: RankMemory, device: str, host: str = "") -> RenderableType:
+    """Returns the table of a rank's memory; device: its name; host: what a machine needs of its own, in words."""
     parts = sorted(memory.parts.items(), key=lambda item: -item[1])
     rows: list[tuple[str, str]] = [(name, size_words(size)) for name, size in parts if size]
     step = f"a step ({memory.where})"
@@ -63,8 +66,21 @@ def _memory(of: Outcome) -> RenderableType:
     rows += [
         (f"{name}, in the host's memory", size_words(size)) for name, size in memory.host.items() if size
     ]
-    rows.append(("recomputed layers", described(of.plan.every)))
-    return settings_table(rows, f"memory of a rank: {of.plan.case.device.name}")
+    if memory.host_saving:
+        rows.append(("gathered for a checkpoint, in the host's memory", size_words(memory.host_saving)))
+    if host:
+        rows.append(("host's memory of a machine", host))
+    rows.append(("recomputed layers", described(memory.every)))
+    return settings_table(rows, f"memory of a rank: {device}")
+
+
+def _host(plan: Plan) -> str:
+    """Returns what a machine needs of its memory beside what it has, "" where nothing much."""
+    memory, host = plan.memory, plan.case.host
+    if not plan.on_host or not (memory.host or memory.host_saving):
+        return ""
+    there = "plan.host=… compares it" if host is None else f"of {size_words(USABLE * host)}"
+    return f"{size_words(plan.on_host)}, {there}"
 
 
 def _devices(answer: Answer, width: int) -> RenderableType:
@@ -75,8 +91,8 @@ def _devices(answer: Answer, width: int) -> RenderableType:
         rows.append(
             (
                 plan.case.device.shown,
-                *map(size_words, (plan.room, plan.memory.peak)),
-                "yes" if plan.fits else "no",
+                *map(size_words, (plan.room, plan.peak)),
+                _fits(plan),
                 {0: "nothing", 1: "all"}.get(plan.every, f"1 of {plan.every}"),
                 "-" if seconds is None else duration(seconds),
                 "" if run is None else duration(run),
@@ -86,6 +102,10 @@ def _devices(answer: Answer, width: int) -> RenderableType:
     fit = fitted(columns, rows, width, whole=columns[1:], spare=["the run", "recomputes"])
     title = "fits, and how long it takes"
     return table(title, fit.columns, fit.rows, fit.columns[1:], styles=styles, widths=fit.widths)
+
+
+def _fits(plan: Plan) -> str:
+    return "yes" if plan.fits else "no" if plan.peak > plan.room else "no: host"
 
 
 def time_lines(answer: Answer) -> Iterator[str]:
@@ -124,8 +144,8 @@ def _advice(answer: Answer, outcome: Outcome, width: int) -> Iterator[tuple[Rend
     rows = [
         (
             "\n".join(advice.overrides),
-            size_words(advice.plan.memory.peak),
-            "yes" if advice.plan.fits else "no",
+            size_words(advice.plan.peak),
+            _fits(advice.plan),
             f"x {advice.slower(plan):.2f}",
             advice.effect or "nothing",
         )
@@ -149,11 +169,13 @@ def conclusion(answer: Answer, outcome: Outcome) -> RenderableType:
     found, plan = outcome.advice or [], outcome.plan
     if best := next((advice for advice in found if advice.plan.fits), None):
         return pasted([("the first that fits", command(answer, best.overrides))], "")
-    smallest = min(found, key=lambda advice: advice.plan.memory.peak, default=None)
+    smallest = min(found, key=lambda advice: advice.plan.peak, default=None)
     needs = f"of the {size_words(plan.room)} that can be used on {plan.case.device.shown}"
+    if not plan.host_fits:
+        needs += f", and a machine {size_words(plan.on_host)} of its {size_words(plan.case.host or 0)}"
     if smallest is None:
-        return pasted([("nothing fits", f"it needs {size_words(plan.memory.peak)} {needs}")], "")
-    least = f"{size_words(smallest.plan.memory.peak)} {needs}"
+        return pasted([("nothing fits", f"it needs {size_words(plan.peak)} {needs}")], "")
+    least = f"{size_words(smallest.plan.peak)} {needs}"
     rows = [
         ("nothing fits", f"the smallest needs {least}"),
         ("smallest", command(answer, smallest.overrides)),
@@ -163,7 +185,9 @@ def conclusion(answer: Answer, outcome: Outcome) -> RenderableType:
 
 def command(answer: Answer, change: Sequence[str]) -> str:
     """Returns the command line of a run with a change."""
-    return shlex.join(["mft", "train", *answer.options, *answer.overrides, *change])
+    anew = {key_of(override) for override in change}
+    kept = [override for override in answer.overrides if key_of(override) not in anew]
+    return shlex.join(["mft", "train", *answer.options, *kept, *change])
 
 
 def duration(seconds: float) -> str:

@@ -3,12 +3,10 @@ compute."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mft.errors import UserError
 from mft.estimate.memory import Sizes
 from mft.model.introspect import parameter_count
 from mft.plan.case import Case
@@ -46,26 +44,9 @@ class Weights:
 
 def weights(of: Case) -> Weights:
     """Returns the weights of a case; raises UserError for a model that only its own code can build."""
-    import torch
-
-    from mft.model.meta_model import skeleton
-    from mft.model.peft.full import compute_dtype
-    from mft.model.special_tokens import add_new_tokens, widen_embeddings
+    from mft.model.prepared_skeleton import prepared_skeleton
 
     family, peft, precision = of.parts.model, of.parts.peft, of.cfg.train.precision.value
-    if family.trust_remote_code:
-        raise UserError(
-            "model.trust_remote_code=true: code that comes with the checkpoint builds the model, and a plan "
-            "runs none of it; leave it out if transformers has this architecture itself"
-        )
-    quantization = peft.quantization(compute_dtype(precision))
-    base = skeleton(family.config(), quantization, peft.dtype(precision))
-    if family.new_tokens():
-        added = add_new_tokens(family.read_tokenizer(), family.add_tokens, family.add_special_tokens)
-        widen_embeddings(base, added, family.pad_to_multiple_of)
-    # an initialisation that computes with the weights trains as many as any other
-    plain = {"init": True} if getattr(peft, "changes_base", False) else {}
-    with torch.device("meta"):  # else peft fills each adapter with numbers
-        model: Any = dataclasses.replace(peft, **plain).attach(base, family)
+    model = prepared_skeleton(family, peft, precision, of.parts.dist.casts_weights_to(precision))
     sizes = Sizes.of(model, peft.audit(model))
     return Weights(model, family, sizes, parameter_count(model), getattr(peft, "bits", 0))

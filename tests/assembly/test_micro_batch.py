@@ -123,6 +123,7 @@ class PretendedGpu:
 
     def __init__(self, patch: pytest.MonkeyPatch, held: float, row: float):
         self.held, self.row, self.taken, self.shown, self.tried = held, row, held, "", 0
+        self.failing: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         self.sizes, self.training = BatchSizes(1, 64, 1, found=False), True
         given = {
             "mem_get_info": lambda device: (70 * GIB, 80 * GIB),
@@ -145,7 +146,7 @@ class PretendedGpu:
     def __call__(self, rows: int) -> tuple[torch.Tensor, float]:
         need = self.held + self.row * rows
         if need > 78:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise self.failing
         self.taken = max(self.taken, need)
         return torch.zeros(rows, 1), 0.0
 
@@ -182,6 +183,7 @@ def test_a_gpu_is_filled_to_nine_tenths_less_what_others_hold_and_the_optimizer_
     assert gpu.sizes == BatchSizes(32, 2, 1)
     assert "32 rows, 2 micro-batches of a step on each rank; 66.6 GiB at the peak" in gpu.shown
     assert "with 5.0 GiB for the optimizer's states, limit 70.0 GiB (90% of H100, 80.0 GiB" in gpu.shown
+    assert "; searched for " in gpu.shown
     again = PretendedGpu(monkeypatch, held=60.0, row=1.3)
     again.find(tmp_path)
     assert again.sizes == gpu.sizes and again.tried == 0, "it was measured again"
@@ -193,6 +195,10 @@ def test_memory_that_runs_out_is_a_smaller_size_or_a_sentence(
     gpu = PretendedGpu(monkeypatch, held=40.0, row=20.0)
     gpu.find(tmp_path)
     assert gpu.sizes.per_device == 1 and gpu.tried == 3, "two rows ran out, and what they left was dropped"
+    gpu = PretendedGpu(monkeypatch, held=40.0, row=20.0)
+    gpu.failing = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+    gpu.find(tmp_path / "cublas")
+    assert gpu.sizes.per_device == 1
     for divided, world in ((False, 1), (True, 2)):
         gpu = PretendedGpu(monkeypatch, held=60.0, row=20.0)
         with pytest.raises(UserError, match=r"not even one row of data\.seq_length=4096 tokens fits: "):

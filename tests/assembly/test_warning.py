@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from mft.assembly import warning
-from mft.assembly.warning import shortage_of, surely_fits
+from mft.assembly.warning import shortage_of, surely_fits, warn_of_memory
 from mft.estimate.memory import USABLE
-from mft.plan.case import Case, case, composed
+from mft.plan.case import Case, case, changed, composed
 from mft.plan.gpus import GIB, device
 from mft.plan.memory import PROCESS
 from tests.plan.configs import config_alone
@@ -30,6 +33,28 @@ def test_too_little_memory_is_told_with_both_numbers(planned: Case) -> None:
     assert shortage_of(small).startswith("a rank needs about ") and shortage_of(small).endswith(
         " GiB of memory, and small has 1.7 GiB for it."
     )
+
+
+def test_of_unequal_devices_the_smallest_is_told(planned: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with different GPUs are given by the test."""
+    shown: list[str] = []
+    ranks = [(80.0 * GIB, "large"), (3.0 * GIB, "small")]
+    engine = SimpleNamespace(
+        is_main=True, gather=lambda value: ranks if isinstance(value, tuple) else [value] * 2
+    )
+    run: Any = SimpleNamespace(engine=engine, folder=Path(), progress=SimpleNamespace(show=shown.append))
+    monkeypatch.setattr(warning, "case_of", lambda r: planned)
+    warn_of_memory(run)
+    assert len(shown) == 1 and "and small has 1.7 GiB for it" in shown[0]
+
+
+def test_a_host_without_room_for_what_is_offloaded_is_told(planned: Case) -> None:
+    cfg = copy.deepcopy(planned.cfg)
+    other = composed([f"model.path={planned.cfg.model.path}", "dist=zero3", "dist.offload_optimizer=true"])
+    cfg.dist = other.dist
+    of = changed(replace(planned, world=2), cfg)
+    assert shortage_of(replace(of, host=500.0 * GIB)) == ""
+    assert shortage_of(replace(of, host=4.0 * GIB)).startswith("2 ranks of a machine need about ")
 
 
 def test_an_estimate_that_fails_ends_no_run(

@@ -94,14 +94,14 @@ def settling() -> Iterator[None]:
         torch.distributed.all_reduce = reduce
 
 
-def one_step(engine: Engine, module: Any, batch: Any, accumulation: int, before_update: Any = None) -> None:
+def one_step(engine: Engine, module: Any, batch: Any, accumulation: int, watch: Any = None) -> None:
     for number in range(accumulation):
         with engine.accumulating(last=number == accumulation - 1):
             nll_BT, router = module(batch)
             engine.backward(nll_BT.sum() / nll_BT.numel() + router)
             del nll_BT, router
-    if before_update:
-        before_update()
+        if watch:
+            watch()  # also between micro-batches, when an engine may keep whole gradients
     engine.step(1.0)
 
 
@@ -130,7 +130,8 @@ def own(ledger: Ledger, engine: Engine, optimizer: Any) -> None:
 
 def own_gradients(ledger: Ledger, engine: Engine) -> None:
     zero = engine._optimizer
-    found = [local(p.grad) for p in engine.model.parameters() if p.grad is not None]
+    found = whole_gradients(engine.model)
+    found += [local(p.grad) for p in engine.model.parameters() if p.grad is not None]
     for group in getattr(zero, "averaged_gradients", {}).values():
         found += [g for g in (group or []) if torch.is_tensor(g)]
     flat = getattr(zero, "grad_partitions_flat_buffer", None)
@@ -139,6 +140,17 @@ def own_gradients(ledger: Ledger, engine: Engine) -> None:
     for bucket in getattr(zero, "ipg_buckets", {}).values():
         buffers = getattr(bucket, "buffer", None)
         ledger.own([buffers] if torch.is_tensor(buffers) else buffers or [], "buckets")
+
+
+def whole_gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Returns the gradients that fsdp keeps whole until the last micro-batch."""
+    found = []
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if hasattr(module, "_get_fsdp_state") else None
+        for each in group.fsdp_params if group else ():
+            found += [each.unsharded_accumulated_grad, getattr(each, "_unsharded_param", None)]
+    found = [getattr(each, "grad", None) if isinstance(each, torch.nn.Parameter) else each for each in found]
+    return [each for each in found if each is not None]
 
 
 def measured(overrides: list[str], rows: Rows) -> dict[str, Any]:

@@ -26,6 +26,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {"num_hidden_layers": 8}),
     "gemma2": ("Gemma2Config", {"tie_word_embeddings": True, "sliding_window": 64}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_hidden_layers": 4}),
+    "gemma": ("GemmaConfig", {"tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "num_hidden_layers": 4},
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 512,
+            "num_hidden_layers": 4,
+        },
+    ),
+    "mamba": ("MambaConfig", {"state_size": 8}),
+    "phi": ("PhiConfig", {"num_key_value_heads": 4}),
+    "olmo2": ("Olmo2Config", {}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256, "num_hidden_layers": 4},
+    ),
+    "granite": ("GraniteConfig", {}),
 }
 """Name → transformers' class of its config, and values that differ from WIDTHS."""
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from mft import cli
+from mft.batch import BatchSizes
 from mft.estimate.memory import CONTEXT, USABLE
 from mft.plan import gpus
 from mft.plan.answer import answer
 from mft.plan.gpus import GIB, device
+from mft.plan.report import command
 from tests.plan.configs import config_alone
 from tests.tiny_runs import write_task
 
@@ -70,6 +72,39 @@ def test_what_does_not_fit_is_told_what_to_change(model: str, capsys: pytest.Cap
     assert f"mft train {model} peft=full tracking=none data.seq_length=512 " in line
     again = told(capsys, *line.partition("mft train ")[2].split(), "plan.gpu=5GiB", "--json")
     assert json.loads(again)["devices"][0]["fits"] is True
+
+
+def test_what_is_offloaded_has_to_fit_into_the_host(model: str) -> None:
+    given = [model, "peft=full", "tracking=none", "dist=zero3", "data.seq_length=256"]
+    given += ["dist.offload_optimizer=true", "dist.offload_parameters=true"]
+    (unknown,) = answer(given, [device("2x40GiB")], asked=True).outcomes
+    plan = unknown.plan
+    assert plan.fits and plan.on_host > 2 * sum(plan.memory.host.values()) > 0
+    (small,) = answer(given, [device("2x40GiB")], asked=True, host=plan.on_host / 2).outcomes
+    assert not small.plan.fits and small.plan.peak <= small.plan.room
+    assert small.advice and small.advice[0].plan.fits
+    moved_back = {override for advice in small.advice for override in advice.overrides}
+    assert "dist.offload_optimizer=false" in moved_back
+
+
+def test_an_automatic_micro_batch_is_the_largest_that_fits(model: str) -> None:
+    given = [model, "tracking=none", "train.per_device_batch_size=auto", "train.global_batch_size=24"]
+    small, large = answer(given, [device("6GiB"), device("H200")], asked=True).outcomes
+    assert large.plan.case.sizes == BatchSizes(24, 1, 1)
+    sizes = small.plan.case.sizes
+    assert sizes.total == 24 and 1 <= sizes.per_device < 24 and small.plan.fits
+    more = min(n for n in range(sizes.per_device + 1, 25) if 24 % n == 0)
+    every = f"model.gradient_checkpointing={small.plan.every or 'false'}"
+    by_hand = [*given[:2], every, f"train.per_device_batch_size={more}", given[-1]]
+    (above,) = answer(by_hand, [device("6GiB")], asked=False).outcomes
+    assert above.plan.peak > above.plan.room
+
+
+def test_advice_replaces_what_was_given(model: str) -> None:
+    found = answer([model, "peft=full", "tracking=none"], [device("3GiB")], asked=True)
+    assert found.outcomes[0].advice
+    line = command(found, ("peft=lora",))
+    assert "peft=full" not in line and line.endswith("tracking=none peft=lora")
 
 
 def test_where_nothing_fits_the_smallest_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from mft.errors import UserError
 from mft.hardware import Gpu, machine_memory
 from mft.plan import gpus
-from mft.plan.gpus import COMMON, GIB, card_of, device, devices
+from mft.plan.gpus import COMMON, GIB, card_of, device, devices, host_memory
 from mft.training.speed import PEAK_BF16_TFLOPS
 
 
@@ -17,12 +17,18 @@ from mft.training.speed import PEAK_BF16_TFLOPS
         ("H100", "H100", None, 79.1),
         ("h200", "H200", None, 139.8),
         ("8xA100-40", "A100-40", 8, 39.4),
-        ("4 x a100_80", "A100-80", 4, 79.2),
+        ("4 x a100_80", "A100-80", 4, 79.1),
         ("RTX 4090", "4090", None, 23.5),
         ("NVIDIA L40S", "L40S", None, 44.4),
         ("80GiB", "80GiB", None, 80),
         ("2x24gb", "24GiB", 2, 24),
         ("23.5 GiB", "23.5GiB", None, 23.5),
+        ("A100-80GB", "A100-80", None, 79.1),
+        ("NVIDIA H100 80GB HBM3", "H100", None, 79.1),
+        ("h100 pcie", "H100-PCIE", None, 79.1),
+        ("NVIDIA RTX 6000 Ada Generation", "6000-ADA", None, 47.4),
+        ("H100 MIG 3g.40gb", "H100-3g.40gb", None, 38.0),
+        ("A100-1g.5gb", "A100-40-1g.5gb", None, 4.75),
     ],
 )
 def test_names_and_sizes_are_read_as_people_write_them(
@@ -41,6 +47,9 @@ def test_names_and_sizes_are_read_as_people_write_them(
         ("80", "plan.gpu=80: unknown GPU; did you mean 80GiB?"),
         ("0xH100", "plan.gpu=0xH100: a machine has 1 to 1,024 of them."),
         ("2xcpu", "plan.gpu=2xcpu: a machine has one; launch.nproc"),
+        ("H100-40", "plan.gpu=H100-40: unknown GPU;"),
+        ("A100-3g.200gb", "plan.gpu=A100-3g.200gb: unknown GPU;"),
+        ("4090 Laptop", "plan.gpu=4090 Laptop: unknown GPU"),
         ("0GiB", "plan.gpu=0GiB: 1 GiB to 1,048,576 GiB can be planned for."),
         ("", "plan.gpu=: unknown GPU."),
     ],
@@ -82,6 +91,18 @@ def test_gpus_without_bf16_compute_in_fp16() -> None:
         "fp16",
         "bf16",
     ]
+
+
+def test_a_slice_computes_its_part_of_the_whole() -> None:
+    slice_, whole = card_of("NVIDIA A100-SXM4-40GB MIG 3g.20gb"), card_of("NVIDIA A100-SXM4-40GB")
+    assert slice_ is not None and whole is not None
+    assert slice_.tflops == pytest.approx(whole.tflops * 3 / 7)
+
+
+def test_memory_of_a_host_is_a_size() -> None:
+    assert host_memory("512GiB") == 512 * GIB
+    with pytest.raises(UserError, match=r"plan.host=512: no size of memory; did you mean 512GiB\?"):
+        host_memory("512")
 
 
 def test_peaks_are_those_by_which_runs_report_their_utilisation() -> None:
