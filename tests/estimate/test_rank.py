@@ -107,7 +107,8 @@ def test_a_step_that_cannot_be_watched_is_estimated_by_shapes(tmp_path: Path, ca
         one = estimate(
             tmp_path, cache_dir, *given, f"peft={peft}", f"dist={dist}", world=2 - (dist == "single")
         )
-        assert one.parts["activations"] > 0
+        # the gradients of its large tables of hashes are the peak of full training
+        assert "activations" in one.parts or one.where == "exchange"
         assert one.notes and "by formula" in one.notes[0]
 
 
