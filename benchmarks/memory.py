@@ -46,8 +46,25 @@ CELLS = {
     "demo full zero2 checkpointed bf16": "model=demo peft=full dist=zero2 rows=1x512 ck=true precision=bf16",
     "demo qlora fsdp": "model=demo peft=qlora dist=fsdp rows=2x256 precision=bf16",
     "demo full single checkpointed": "model=demo peft=full dist=single rows=1x512 ck=true",
+    "llama full ddp accumulating": "model=llama peft=full dist=ddp rows=2x256 accumulation=2",
+    "llama full zero2 accumulating": "model=llama peft=full dist=zero2 rows=2x256 accumulation=2",
+    "llama full zero3 accumulating": "model=llama peft=full dist=zero3 rows=2x256 accumulation=2",
+    "llama full fsdp accumulating": "model=llama peft=full dist=fsdp rows=2x256 accumulation=2",
+    "llama full fsdp accumulating parts": "model=llama peft=full dist=fsdp rows=2x256 accumulation=2 "
+    "dist.reduce_every_micro_batch=true",
+    "llama full zero2 small buckets": "model=llama peft=full dist=zero2 rows=2x256 "
+    "dist.reduce_bucket_size=1000000",
+    "llama full single 8-bit AdamW": "model=llama peft=full dist=single rows=2x256 optimizer=adamw8bit",
+    "olmo2 lora single unfused": "model=olmo2 peft=lora dist=single rows=2x256 model.fused=false "
+    "peft.fused=false",
+    "gemma lora single packed bf16": "model=gemma peft=lora dist=single rows=2x512x4 precision=bf16",
+    "qwen2_moe qlora single": "model=qwen2_moe peft=qlora dist=single rows=2x256",
+    "qwen3_moe full single checkpointed bf16": "model=qwen3_moe peft=full dist=single rows=2x256 ck=true "
+    "precision=bf16",
+    "mamba lora single": "model=mamba peft=lora dist=single rows=2x64",
 }
-"""Name → model, peft, dist, rows (count x tokens x samples in each), precision, checkpointing, accumulation."""
+"""Name → model, peft, dist, rows (count x tokens x samples in each), precision, checkpointing, accumulation,
+optimizer, and other settings."""
 
 
 def settings(cell: str, root: Path) -> tuple[list[str], Any]:

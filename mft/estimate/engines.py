@@ -61,8 +61,8 @@ def held(
         _move(holding, ("weights", "frozen", "packed"))
     if isinstance(dist, Fsdp):
         del parts["gradients"]  # see `during`
-        if accumulates and not dist.reduce_every_micro_batch:
-            parts["gradients"] = 4.0 * trained
+        if accumulates and dist.reduce_every_micro_batch and not dist.offload:
+            parts["gradients"] = 4.0 * trained / world
         if dist.offload:
             holding.host["gradients"] = 4.0 * trained / world
             _move(holding, ("weights", "frozen", "packed", "optimizer"))
@@ -85,7 +85,19 @@ def during(
         return _during_zero3(model, dist, world, half, phase, layer)
     if isinstance(dist, Fsdp):
         return _during_fsdp(model, dist, world, half, phase, layer, accumulates)
+    if isinstance(dist, Ddp) and accumulates:
+        return _during_ddp(model, dist, half, phase, layer)
     return {}
+
+
+def _during_ddp(model: Model, dist: Ddp, half: bool, phase: str, layer: int) -> Parts:
+    """Sums of earlier micro-batches lie beside the buckets, which they are moved to in the last backward
+    pass."""
+    if phase in ("exchange", "update"):
+        return {}
+    first = {"backward": layer + 1, "after": 0}.get(phase, len(model.layers))
+    moved = sum(unit.trained for unit in model.layers[first:])
+    return {"gradients": float(dist.bytes_per_trained_weight(half)["gradients"] * (model.trained - moved))}
 
 
 def _during_zero2(model: Model, dist: Zero2, world: int, half: bool, phase: str, gpu: bool) -> Parts:
@@ -150,13 +162,11 @@ def _during_fsdp(
         phase == "exchange"
     ):  # what is in no layer comes last: its gradients once as they are sent, and the sum
         sent, work = 2 * 4.0 * model.outside.trained, float(size * model.outside.largest)
-    gradients = 0.0 if accumulates and not dist.reduce_every_micro_batch else 4.0 * arrived / world
-    return {
-        "gathers": gathers,
-        "buckets": sent,
-        "activations": work,
-        "gradients": 0.0 if dist.offload else gradients,
-    }
+    summed = accumulates and dist.reduce_every_micro_batch  # see `held`
+    gradients = 0.0 if summed or dist.offload else 4.0 * arrived / world
+    if accumulates and not summed:  # those of earlier micro-batches, whole until they are sent
+        gradients += 4.0 * (model.trained - arrived)
+    return {"gathers": gathers, "buckets": sent, "activations": work, "gradients": gradients}
 
 
 def _whole(unit: Unit, size: int) -> float:

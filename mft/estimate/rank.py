@@ -8,7 +8,7 @@ shapes of a layer's matrices (`mft.model.checkpointing`). What engines hold, gat
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +24,7 @@ from mft.estimate.sizes import experts, tell_experts, units
 from mft.hardware import computes_in_bf16
 
 if TYPE_CHECKING:
-    from mft.model.step_trace import Rows
+    from mft.model.step_trace import Computing, Rows
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,10 @@ PARTS = {
 }
 """Part of a rank's memory → what it is."""
 
+
+RECURRENT_TOKENS = 256
+"""Tokens of a row that is watched where layers go through them one by one, which takes seconds each hundred;
+what they keep grows with their number."""
 
 _watched: dict[tuple[Any, ...], list[tuple[str, int, Parts]]] = {}
 """What was held in the steps that were watched, by all that decides it: backends have many in common."""
@@ -204,10 +208,10 @@ class _One:
     def _moments(
         self, model: Any, classes: list[str], every: int, notes: list[str]
     ) -> list[tuple[str, int, Parts]]:
-        from mft.estimate.step import by_formula, moments
+        from mft.estimate.step import by_formula
         from mft.model.checkpointing import Layers
         from mft.model.peft.full import compute_dtype
-        from mft.model.step_trace import Computing, trace_step
+        from mft.model.step_trace import Computing
 
         dist = self.parts.dist
         half = compute_dtype(self.precision) if self.half else None
@@ -226,10 +230,29 @@ class _One:
         try:
             key = (repr(self.parts.model), repr(self.parts.peft), every, self.rows, computing)
             if key not in _watched:
-                _watched[key] = list(moments(trace_step(model, self.parts.model, self.rows, computing)))
+                _watched[key] = self._watched_moments(model, computing)
             return list(_watched[key])
         except Exception as error:  # a model may do anything
             log.debug("the step could not be watched", exc_info=True)
             reason = " ".join(str(error).split())[:200]
             notes.append(f"activations by formula, since the step could not be watched: {reason}")
             return by_shapes
+
+    def _watched_moments(self, model: Any, computing: Computing) -> list[tuple[str, int, Parts]]:
+        from mft.estimate.step import moments, widened
+        from mft.model.cross_entropy import default_chunk_size
+        from mft.model.introspect import base_of
+        from mft.model.step_trace import trace_step
+        from mft.model.token_loss import vocabulary
+        from mft.model.transformers_private import is_stateful
+
+        base, rows = base_of(model), self.rows
+        if not is_stateful(base) or rows.width <= RECURRENT_TOKENS:
+            return list(moments(trace_step(model, self.parts.model, rows, computing)))
+        head = base.get_output_embeddings()
+        trained = any(p.requires_grad for p in head.parameters())
+        chunk = default_chunk_size(vocabulary(head), self.device, trained)
+        few = replace(rows, width=RECURRENT_TOKENS)
+        of_few = moments(trace_step(model, self.parts.model, few, computing))
+        logits = min(rows.count * rows.width, chunk) / min(few.count * few.width, chunk)
+        return list(widened(of_few, rows.width / few.width, logits))

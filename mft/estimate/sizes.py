@@ -71,7 +71,12 @@ def units(
     """
     from mft.model.introspect import base_of, is_tied
 
-    layers = [part for part in model.modules() if type(part).__name__ in classes]
+    layers: list[Any] = []
+    nested: set[int] = set()
+    for part in model.modules():  # outer ones first
+        if type(part).__name__ in classes and id(part) not in nested:
+            layers.append(part)
+            nested |= {id(inner) for inner in part.modules()}
     inside = {id(p) for layer in layers for p in layer.parameters()}
     outside = [p for p in model.parameters() if id(p) not in inside]
     base = base_of(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,6 +53,18 @@ def moments(trace: StepTrace) -> Iterator[tuple[str, int, Parts]]:
     for number, i in reversed(list(enumerate(stands_in))):
         yield "backward", number, back(trace.backward[i], number, i)
     yield "after", -1, back(trace.after, 0, 0)
+
+
+def widened(
+    of_few: Iterable[tuple[str, int, Parts]], tokens: float, logits: float
+) -> Iterator[tuple[str, int, Parts]]:
+    """Yields the moments of a step whose rows have `tokens` times as many tokens, and whose chunk has `logits`
+    times as many logits."""
+    from mft.model.step_trace import ACTIVATIONS, LOGITS
+
+    times = {ACTIVATIONS: tokens, LOGITS: logits}
+    for name, layer, parts in of_few:
+        yield name, layer, {part: size * times.get(part, 1.0) for part, size in parts.items()}
 
 
 def _plus(held: Counter[str], later: Counter[str], earlier: Counter[str]) -> Parts:

@@ -1,7 +1,8 @@
-"""Gradient checkpointing: how many layers make their activations again in the backward pass, by memory.
+"""Gradient checkpointing: how many layers make their activations again in the backward pass.
 
-What is kept is estimated from the shapes of a layer's matrices. tests/model/test_checkpointing.py measures it
-with hooks on what autograd saves, for several families: the estimate lies above, by 55 % at most.
+Where no step can be watched (`step_trace`), what layers keep is estimated from the shapes of their matrices.
+tests/model/test_checkpointing.py measures it with hooks on what autograd saves, for several families: the
+estimate lies above, by 55 % at most.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def shorten(model: nn.Module, classes: list[str]) -> Shortened:
         for part in layer.modules():
             if isinstance(getattr(part, "layer_idx", None), int):
                 part.layer_idx = new  # type: ignore[assignment]
-    if types:
+    if types and not isinstance(getattr(type(config), "layer_types", None), property):  # which follows others
         config.layer_types = [types[number] for number in chosen]
     setattr(parent, name, nn.ModuleList(layers))
     return Shortened(layers, stands_in, list(every))

@@ -11,6 +11,7 @@ import torch
 from benchmarks.memory import CELLS, compared, wrong
 from mft.config.compose import compose_resolved
 from mft.errors import UserError
+from mft.estimate import rank
 from mft.estimate.rank import PARTS, RankMemory, rank_memory
 from mft.estimate.step import moments
 from mft.model import step_trace
@@ -94,14 +95,37 @@ def test_what_is_offloaded_is_on_the_host(
 
 
 def test_a_step_that_cannot_be_watched_is_estimated_by_shapes(tmp_path: Path, cache_dir: Path) -> None:
+    """BLT has layers in several lists, and no one width."""
     import transformers
 
-    config = transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=512, state_size=8)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
-    given = ("model=auto", f"model.path={tmp_path / 'mamba'}", "peft=full", "data=pad")
-    one = estimate(tmp_path, cache_dir, *given)
-    assert one.parts["activations"] > 0
-    assert one.notes and "by formula" in one.notes[0]
+    small = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
+    local = dict.fromkeys(("encoder_config", "decoder_config", "patcher_config"), small)
+    wide = {"global_config": small | {"hidden_size": 128}}
+    transformers.BltConfig(**local, **wide).save_pretrained(tmp_path / "blt")
+    given = ("model=auto", f"model.path={tmp_path / 'blt'}", "data=pad", "train.precision=fp32")
+    for peft, dist in (("full", "single"), ("lora", "zero3"), ("qlora", "fsdp")):
+        one = estimate(
+            tmp_path, cache_dir, *given, f"peft={peft}", f"dist={dist}", world=2 - (dist == "single")
+        )
+        # the gradients of its large tables of hashes are the peak of full training
+        assert "activations" in one.parts or one.where == "exchange"
+        assert one.notes and "by formula" in one.notes[0]
+
+
+def test_rows_of_recurrent_layers_are_watched_in_part(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    values = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 512, "state_size": 8}
+    transformers.MambaConfig(**values).save_pretrained(tmp_path / "mamba")
+    given = ("model=auto", f"model.path={tmp_path / 'mamba'}", "peft=full", "data=pad", "data.seq_length=64")
+    whole = estimate(tmp_path, cache_dir, *given, device="cpu")
+    monkeypatch.setattr(rank, "RECURRENT_TOKENS", 32)
+    monkeypatch.setattr(rank, "_watched", {})
+    part = estimate(tmp_path, cache_dir, *given, device="cpu")
+    assert not whole.notes and not part.notes
+    assert part.parts == pytest.approx(whole.parts, rel=0.03)
 
 
 def test_code_of_a_checkpoint_is_not_run_for_an_estimate(tmp_path: Path, cache_dir: Path) -> None:

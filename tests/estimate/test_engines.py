@@ -1,0 +1,60 @@
+"""What engines hold and exchange, by hand: 1,000 trained weights in two layers, 200 in none, 2 ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+from mft.distributed.ddp import Ddp, Single
+from mft.distributed.deepspeed import Zero2, Zero3
+from mft.distributed.engine import Backend
+from mft.distributed.fsdp import Fsdp
+from mft.estimate.engines import during, held
+from mft.estimate.sizes import Model, Unit
+
+MODEL = Model([Unit(400, 0, 0, 300, 40), Unit(400, 0, 0, 300, 40)], Unit(200, 60, 0, 200, 20))
+"""1,000 trained weights; of the layers 80 bytes are in weights that ZeRO-3 keeps whole, of the rest 20."""
+
+
+@pytest.mark.parametrize(
+    ("dist", "half", "expected"),
+    [
+        (Single(), True, {"weights": 4000, "optimizer": 8000}),  # gradients come and go
+        (Ddp(), True, {"weights": 4000, "gradients": 4000, "optimizer": 8000}),
+        # the copy in float32 that is updated is half a rank's, 2,000 bytes, in any precision
+        (Zero2(), True, {"weights": 2000, "optimizer": 2000 + 4000}),
+        (Zero2(), False, {"weights": 4000, "optimizer": 2000 + 4000}),
+        (Zero3(), True, {"weights": 1000 + 100, "gradients": 1000, "optimizer": 6000, "buckets": 2000}),
+        (Zero3(), False, {"weights": 2000 + 100, "gradients": 2000, "optimizer": 6000, "buckets": 4000}),
+        (Fsdp(), True, {"weights": 2000, "optimizer": 4000}),
+    ],
+)
+def test_what_is_held_throughout(dist: Backend, half: bool, expected: dict[str, float]) -> None:
+    parts = held(MODEL, dist, 2, half, states=8, gpu=True, accumulates=False).device
+    frozen = 30 if "weights" in dist.divided_parts() else 60
+    assert {name: size for name, size in parts.items() if size} == expected | {"frozen": frozen}
+
+
+def gradients(dist: Backend) -> list[float]:
+    """Returns the bytes of gradients at the turn, in the backward pass of both layers and while they are
+    exchanged, of a step with several micro-batches."""
+    always = held(MODEL, dist, 2, False, states=8, gpu=True, accumulates=True).device.get("gradients", 0.0)
+    phases = (("turn", -1), ("backward", 1), ("backward", 0), ("exchange", -1))
+    of = [during(MODEL, dist, 2, False, name, layer, True, True) for name, layer in phases]
+    return [always + parts.get("gradients", 0.0) for parts in of]
+
+
+@pytest.mark.parametrize(
+    ("dist", "expected"),
+    [
+        (Single(), [4000, 4000, 4000, 4000]),
+        (Ddp(), [8000, 8000, 6400, 4000]),  # moved into the buckets layer by layer
+        (Zero2(), [2000, 2000, 2000, 4000]),  # those of the last one beside the sum
+        (Zero3(), [2000, 2000, 2000, 2000]),
+        (Fsdp(), [4000, 4000, 2400 + 800, 2000]),  # sent layer by layer
+        (Fsdp(reduce_every_micro_batch=True), [2000, 2000, 2000, 2000]),
+        (Fsdp(offload=True), [4000, 4000, 2400, 0]),
+        (Fsdp(offload=True, reduce_every_micro_batch=True), [0, 0, 0, 0]),
+    ],
+)
+def test_gradients_of_several_micro_batches(dist: Backend, expected: list[float]) -> None:
+    assert gradients(dist) == expected
