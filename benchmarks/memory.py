@@ -3,14 +3,15 @@
     python -m benchmarks.memory [WORD ...]
 
 Cells whose names have all the words; none = all. tests/estimate/measured.py says what is measured: on the
-CPU, in two processes for an engine of two ranks. Printed is, for each part, predicted / measured in MiB, of
-the rank that holds most.
+CPU, in a process for each rank. Printed is, for each part, predicted / measured in MiB, of the rank that
+holds most; what is offloaded is counted with the rest.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,12 @@ CELLS = {
     "precision=bf16",
     "mamba lora single": "model=mamba peft=lora dist=single rows=2x64",
 }
-"""Name → model, peft, dist, rows (count x tokens x samples in each), precision, checkpointing, accumulation,
-optimizer, and other settings."""
+"""Name → model, peft, dist, rows (count x tokens x samples in each), ranks (of an engine, else 2), precision,
+checkpointing, accumulation, optimizer, and other settings."""
 
 
-def settings(cell: str, root: Path) -> tuple[list[str], Any]:
-    """Returns the overrides of a cell, and its micro-batch."""
+def settings(cell: str, root: Path) -> tuple[list[str], Any, int]:
+    """Returns the overrides of a cell, its micro-batch, and its number of ranks."""
     from mft.model.step_trace import Rows
     from tests.estimate.models import made
 
@@ -91,7 +92,7 @@ def settings(cell: str, root: Path) -> tuple[list[str], Any]:
     ]
     given += [f"{key}={value}" for key, value in values.items() if "." in key]
     given += [f"cache_dir={default_cache_dir()}"] if demo else [f"model.path={made(values['model'], root)}"]
-    return given, rows
+    return given, rows, 1 if values["dist"] == "single" else int(values.get("ranks", 2))
 
 
 def predicted(overrides: Sequence[str], rows: Any, world: int) -> Any:
@@ -121,9 +122,9 @@ def compared(cells: dict[str, str], root: Path) -> dict[str, tuple[dict[str, flo
 
     given = {name: settings(cell, root) for name, cell in cells.items()}
     found = {}
-    for world in (1, 2):
-        of_world = {name: v for name, v in given.items() if ("dist=single" in v[0]) == (world == 1)}
-        ranks = run_ranks(world, all_measured, of_world) if of_world else [{}]
+    for world in sorted({ranks for _, _, ranks in given.values()}):
+        of_world = {name: (overrides, rows) for name, (overrides, rows, n) in given.items() if n == world}
+        ranks = run_ranks(world, all_measured, of_world)
         for name, (overrides, rows) in of_world.items():
             here = [rank[name] for rank in ranks]
             if broken := [rank["error"] for rank in here if "error" in rank]:
@@ -131,7 +132,7 @@ def compared(cells: dict[str, str], root: Path) -> dict[str, tuple[dict[str, flo
             most = max(here, key=lambda rank: sum(rank["parts"].values()))
             one = predicted(overrides, rows, world)
             found[name] = (
-                joined(one.parts),
+                joined(Counter(one.parts) + Counter(one.host)),
                 joined(most["parts"]),
                 most | {"where": one.where, "notes": one.notes},
             )

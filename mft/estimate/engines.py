@@ -140,17 +140,18 @@ def _during_fsdp(
     model: Model, dist: Fsdp, world: int, half: bool, phase: str, layer: int, accumulates: bool
 ) -> Parts:
     """What is in no layer is whole from the beginning to the end, a layer while it computes, and the next one
-    is on its way; gradients of a layer are sent in float32."""
+    is on its way; gradients of a layer are sent in float32. Without `reshard` a layer is whole from its forward
+    to its backward pass."""
     size = 2 if half else 4
-    outside, units = _whole(model.outside, size), model.layers
-    last = len(units) - 1
-    gathers, sent, arrived = outside, 0.0, 0
+    units = model.layers
+    last, whole = len(units) - 1, [_whole(unit, size) for unit in model.layers]
+    gathers, sent, arrived = _whole(model.outside, size), 0.0, 0
     if phase == "forward":
-        gathers += _whole(units[layer], size) + _whole(units[min(layer + 1, last)], size) * (layer < last)
+        gathers += sum(whole[0 if not dist.reshard else layer : layer + 2])
     elif phase in ("head", "turn"):
-        gathers += _whole(units[last], size)
+        gathers += sum(whole[0 if not dist.reshard else last :])
     elif phase == "backward":
-        gathers += _whole(units[layer], size) + _whole(units[max(layer - 1, 0)], size) * (layer > 0)
+        gathers += sum(whole[0 if not dist.reshard else max(layer - 1, 0) : layer + 1])
         arrived = sum(unit.trained for unit in units[layer + 1 :])
         sent = 4.0 * units[layer + 1].trained if layer < last else 0.0
     elif phase == "after":
@@ -158,9 +159,8 @@ def _during_fsdp(
     elif phase in ("exchange", "update"):
         gathers, arrived = 0.0, model.trained
     work = 0.0
-    if (
-        phase == "exchange"
-    ):  # what is in no layer comes last: its gradients once as they are sent, and the sum
+    if phase == "exchange":
+        # what is in no layer comes last: its gradients once as they are sent, and the sum
         sent, work = 2 * 4.0 * model.outside.trained, float(size * model.outside.largest)
     summed = accumulates and dist.reduce_every_micro_batch  # see `held`
     gradients = 0.0 if summed or dist.offload else 4.0 * arrived / world

@@ -56,10 +56,20 @@ def shorten(model: nn.Module, classes: list[str]) -> Shortened:
         for part in layer.modules():
             if isinstance(getattr(part, "layer_idx", None), int):
                 part.layer_idx = new  # type: ignore[assignment]
-    if types and not isinstance(getattr(type(config), "layer_types", None), property):  # which follows others
-        config.layer_types = [types[number] for number in chosen]
+    if types:
+        _set_layer_types(config, [types[number] for number in chosen])
     setattr(parent, name, nn.ModuleList(layers))
     return Shortened(layers, stands_in, list(every))
+
+
+def _set_layer_types(config: Any, types: list[str]) -> None:
+    """Sets them also where the class computes them from other fields."""
+    kind = type(config)
+    name = kind.attribute_map.get("layer_types", "layer_types")
+    if isinstance(getattr(kind, name, None), property):
+        config.__class__ = type(kind.__name__, (kind,), {name: types})
+    else:
+        config.layer_types = types
 
 
 def _kind(layer: nn.Module, attention: str) -> tuple[Any, ...]:

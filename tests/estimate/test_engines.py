@@ -58,3 +58,16 @@ def gradients(dist: Backend) -> list[float]:
 )
 def test_gradients_of_several_micro_batches(dist: Backend, expected: list[float]) -> None:
     assert gradients(dist) == expected
+
+
+@pytest.mark.parametrize(
+    ("reshard", "expected"), [(True, [3200, 1600, 3200, 1600]), (False, [3200] * 3 + [1600])]
+)
+def test_layers_that_fsdp_has_gathered(reshard: bool, expected: list[float]) -> None:
+    phases = (("forward", 0), ("turn", -1), ("backward", 1), ("backward", 0))
+    of = [
+        during(MODEL, Fsdp(reshard=reshard), 2, False, name, n, False, True)["gathers"] for name, n in phases
+    ]
+    assert of == [
+        pytest.approx(860 + layers) for layers in expected
+    ]  # what is in none, and of 1,600 bytes each
