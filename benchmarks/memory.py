@@ -63,6 +63,23 @@ CELLS = {
     "qwen3_moe full single checkpointed bf16": "model=qwen3_moe peft=full dist=single rows=2x256 ck=true "
     "precision=bf16",
     "mamba lora single": "model=mamba peft=lora dist=single rows=2x64",
+    "llama qlora single long every 4th bf16": "model=llama peft=qlora dist=single rows=1x1024 ck=4 precision=bf16",
+    "llama qlora ddp every 2nd bf16": "model=llama peft=qlora dist=ddp rows=2x256 ck=2 precision=bf16",
+    "llama lora single DoRA": "model=llama peft=lora dist=single rows=2x256 peft.use_dora=true",
+    "llama lora single dropout": "model=llama peft=lora dist=single rows=2x256 peft.dropout=0.1",
+    "tied lora single saved modules": "model=tied peft=lora dist=single rows=2x256 "
+    "peft.modules_to_save=[embed_tokens,lm_head]",
+    "starcoder2 full single short": "model=starcoder2 peft=full dist=single rows=1x64",
+    "gpt_oss lora single": "model=gpt_oss peft=lora dist=single rows=2x256",
+    "llama full fsdp kept whole": "model=llama peft=full dist=fsdp rows=2x256 dist.reshard=false",
+    "llama full zero2 offloaded": "model=llama peft=full dist=zero2 rows=2x256 dist.offload_optimizer=true",
+    "llama full zero3 offloaded bf16": "model=llama peft=full dist=zero3 rows=2x256 precision=bf16 "
+    "dist.offload_optimizer=true dist.offload_parameters=true",
+    "llama full zero3 small buckets": "model=llama peft=full dist=zero3 rows=2x256 "
+    "dist.reduce_bucket_size=500000 dist.prefetch_bucket_size=500000 dist.max_live_parameters=1000000",
+    "llama full zero3 of 4": "model=llama peft=full dist=zero3 rows=2x256 ranks=4",
+    "llama full fsdp of 4": "model=llama peft=full dist=fsdp rows=2x256 ranks=4",
+    "phi3 lora zero2 of 4 bf16": "model=phi3 peft=lora dist=zero2 rows=3x256 ranks=4 precision=bf16",
 }
 """Name → model, peft, dist, rows (count x tokens x samples in each), ranks (of an engine, else 2), precision,
 checkpointing, accumulation, optimizer, and other settings."""

@@ -49,14 +49,20 @@ def held(
     if isinstance(dist, Zero):
         if not half:  # what is updated is a copy also where both are float32
             parts["optimizer"] += 4 * trained / world
-        if isinstance(dist, Zero2) and trained <= dist.reduce_bucket_size and not accumulates:
-            del parts["gradients"]  # made when the one bucket is exchanged
+        one = trained <= dist.reduce_bucket_size
+        if isinstance(dist, Zero2) and (one or dist.stage == 1) and not accumulates:
+            del parts["gradients"]  # made when buckets are exchanged
         if isinstance(dist, Zero3):
-            parts["weights"] += model.small
+            if world > 1:  # else they lie beside nothing: no rank gathers
+                parts["weights"] += model.small
             parts["buckets"] = each["gradients"] * min(dist.reduce_bucket_size, trained)
         if dist.offload_optimizer:
             holding.host["optimizer"] = parts.pop("optimizer")
-            holding.host["gradients"] = 4 * trained / world
+            as_sent = parts.pop("gradients", 0.0)
+            holding.host["gradients"] = 4 * trained / world + (as_sent if isinstance(dist, Zero3) else 0.0)
+        if isinstance(dist, Zero2) and dist.offload_optimizer:  # what comes back, and a gradient on its way
+            holding.host["weights"] = each["weights"] * trained / world
+            holding.host["buckets"] = parts["buckets"] = float(each["gradients"] * model.largest)
     if isinstance(dist, Zero3) and dist.offload_parameters:
         _move(holding, ("weights", "frozen", "packed"))
     if isinstance(dist, Fsdp):
@@ -80,7 +86,10 @@ def during(
 ) -> Parts:
     """Returns what is gathered and exchanged in a phase of a step (see `mft.estimate.step.moments`)."""
     if isinstance(dist, Zero2):
-        return _during_zero2(model, dist, world, half, phase, gpu)
+        parts = _during_zero2(model, dist, world, half, phase, gpu)
+        if dist.stage == 1 and not accumulates and model.trained > dist.reduce_bucket_size:
+            parts["gradients"] = parts.get("gradients", 0.0) + _summed_in_place(model, half, phase, layer)
+        return parts
     if isinstance(dist, Zero3):
         return _during_zero3(model, dist, world, half, phase, layer)
     if isinstance(dist, Fsdp):
@@ -117,23 +126,33 @@ def _during_zero2(model: Model, dist: Zero2, world: int, half: bool, phase: str,
     return {"buckets": filled + bucket * exchanged, "gradients": own * (one and exchanged and gpu)}
 
 
+def _summed_in_place(model: Model, half: bool, phase: str, layer: int) -> float:
+    """Returns the bytes of whole gradients that ZeRO-1 has exchanged bucket by bucket."""
+    if phase not in ("backward", "after", "exchange", "update"):
+        return 0.0
+    below = sum(unit.trained for unit in model.layers[: layer + 1]) if phase == "backward" else 0
+    return float((2 if half else 4) * (model.trained - below))
+
+
 def _during_zero3(model: Model, dist: Zero3, world: int, half: bool, phase: str, layer: int) -> Parts:
     """Weights stay gathered while they are needed again soon; what is gathered next comes in one tensor."""
     size = 2 if half else 4
     bucket = size * min(dist.reduce_bucket_size, model.trained)
     if phase == "update":
         return {"activations": 4 * min(REUSE, model.trained) / world}
-    limit = size * min(REUSE, dist.max_live_parameters)
+    limit = float(size * REUSE)
     layers = [_whole(unit, size) - unit.small for unit in model.layers]
     outside = _whole(model.outside, size) - model.outside.small
-    ahead = size * dist.prefetch_bucket_size
+    ahead = size * min(dist.prefetch_bucket_size, dist.max_live_parameters)
     if phase == "before" or (phase == "forward" and layer == 0):
-        return {"gathers": outside + min(sum(layers), limit) + min(sum(layers), max(ahead, max(layers)))}
+        first = min(sum(layers), max(ahead, max(layers)))
+        return {"gathers": (outside + 2.0 * first) * (world > 1)}
     needed = layers[: layer + 1] if phase == "backward" else [] if phase in ("after", "exchange") else layers
     several = model.trained > dist.reduce_bucket_size
     exchanged = phase == "exchange" or (several and phase == "backward")
     outside -= model.looked_up
-    return {"gathers": outside + min(sum(needed), limit), "buckets": 2.0 * bucket * exchanged}
+    gathers = (outside + min(sum(needed), limit)) * (world > 1)
+    return {"gathers": gathers, "buckets": 2.0 * bucket * exchanged}
 
 
 def _during_fsdp(

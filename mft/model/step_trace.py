@@ -188,6 +188,18 @@ class _Watch:
         )
 
 
+@contextmanager
+def _autocast_of_a_gpu(enabled: bool) -> Iterator[None]:
+    """Says that a GPU's autocast is on too: by that alone peft decides whether to cast what a quantised layer
+    reads."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", enabled)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
 def trace_step(model: Any, family: Any, rows: Rows, computing: Computing) -> StepTrace:
     """Returns what a step of a model on the meta device holds; the model is shortened and made fake in place.
 
@@ -239,10 +251,11 @@ def trace_step(model: Any, family: Any, rows: Rows, computing: Computing) -> Ste
 
         for weight in trained:
             weight.register_post_accumulate_grad_hook(arrived)
-        autocast = torch.autocast("cpu", computing.autocast, enabled=computing.autocast is not None)
+        half = computing.autocast is not None
+        autocast = torch.autocast("cpu", computing.autocast, enabled=half)
         with watch.marking(), ledger:
             watch.mark("before")
-            with autocast:
+            with autocast, _autocast_of_a_gpu(half and computing.device == "cuda"):
                 nll_BT, router = token_loss(batch)
             watch.mark("turn")
             share = nll_BT.sum() + router

@@ -114,18 +114,26 @@ def own(ledger: Ledger, engine: Engine, optimizer: Any) -> None:
     weights = [local(p.data) for p in whole]
     weights += [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
     weights += list(getattr(zero, "bit16_groups_flat", []))
+    weights += list(getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", []))
     ledger.own(weights, "weights")
     states: list[torch.Tensor] = []
     for kept in inner.state.values():
         states += [local(v) for v in kept.values() if torch.is_tensor(v)]
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
-        states += [p.data for p in getattr(zero, name, [])]
+    states += [p.data for p in updated(zero)]
     ledger.own(states, "optimizer")
+    offloading = ("temp_grad_buffer_for_cpu_offload", "temp_grad_buffer_for_gpu_offload")
+    ledger.own([getattr(zero, name) for name in offloading if hasattr(zero, name)], "buckets")
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         while state is not None:
             ledger.own([state.absmax, state.code], "weights")
             state = state.state2
+
+
+def updated(zero: Any) -> list[torch.Tensor]:
+    """Returns the float32 copies that DeepSpeed's optimizer updates."""
+    names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+    return [p for name in names for p in getattr(zero, name, [])]
 
 
 def own_gradients(ledger: Ledger, engine: Engine) -> None:
@@ -136,6 +144,7 @@ def own_gradients(ledger: Ledger, engine: Engine) -> None:
         found += [g for g in (group or []) if torch.is_tensor(g)]
     flat = getattr(zero, "grad_partitions_flat_buffer", None)
     found += [flat] if flat is not None else []
+    found += [p.grad for p in updated(zero) if p.grad is not None]
     ledger.own(found, "gradients")
     for bucket in getattr(zero, "ipg_buckets", {}).values():
         buffers = getattr(bucket, "buffer", None)

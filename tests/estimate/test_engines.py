@@ -71,3 +71,29 @@ def test_layers_that_fsdp_has_gathered(reshard: bool, expected: list[float]) -> 
     assert of == [
         pytest.approx(860 + layers) for layers in expected
     ]  # what is in none, and of 1,600 bytes each
+
+
+def test_what_deepspeed_offloads() -> None:
+    """In bf16, of 1,000 weights and 2 ranks; the largest matrix has 300."""
+    two, three = (
+        held(MODEL, dist(offload_optimizer=True), 2, True, 8, True, False) for dist in (Zero2, Zero3)
+    )
+    # what is updated goes back through a buffer, and a gradient out through one on either side
+    assert two.host == {"optimizer": 6000, "gradients": 2000, "weights": 1000, "buckets": 600}
+    assert two.device["buckets"] == 600 and "gradients" not in two.device
+    assert three.host == {"optimizer": 6000, "gradients": 2000 + 1000}
+    assert "gradients" not in three.device and "optimizer" not in three.device
+
+
+def test_one_rank_of_zero3_gathers_nothing() -> None:
+    assert held(MODEL, Zero3(), 1, True, 8, True, False).device["weights"] == 2000
+    assert not during(MODEL, Zero3(), 1, True, "turn", -1, False, True)["gathers"]
+
+
+def test_gradients_of_zero1_are_summed_in_place() -> None:
+    dist = Zero2(stage=1, reduce_bucket_size=100)
+    phases = (("turn", -1), ("backward", 1), ("backward", 0), ("exchange", -1))
+    of = [
+        during(MODEL, dist, 2, True, name, layer, False, True).get("gradients", 0.0) for name, layer in phases
+    ]
+    assert of == [0, 2 * 200, 2 * 600, 2 * 1000]
