@@ -64,6 +64,8 @@ CELLS = {
     "precision=bf16",
     "mamba lora single": "model=mamba peft=lora dist=single rows=2x64",
     "llama qlora single long every 4th bf16": "model=llama peft=qlora dist=single rows=1x1024 ck=4 precision=bf16",
+    "gpt_neox qlora single 8 bits bf16": "model=gpt_neox peft=qlora dist=single rows=2x256 peft.bits=8 "
+    "precision=bf16",
     "llama qlora ddp every 2nd bf16": "model=llama peft=qlora dist=ddp rows=2x256 ck=2 precision=bf16",
     "llama lora single DoRA": "model=llama peft=lora dist=single rows=2x256 peft.use_dora=true",
     "llama lora single dropout": "model=llama peft=lora dist=single rows=2x256 peft.dropout=0.1",

@@ -106,23 +106,26 @@ def make_fake(model: nn.Module, trained: torch.dtype | None, frozen: torch.dtype
 
 
 class Dequantised(torch.autograd.Function):
-    """x [..., I] → y [..., O] of a quantised weight, which is dequantised for each of the two passes."""
+    """x [..., I] → y [..., O] of a quantised weight, which is dequantised for each of the two passes.
+
+    keeps: whether x is kept for the backward pass, without need, as that of 8 bits does it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, outputs: int) -> torch.Tensor:
-        ctx.inputs = x.shape[-1]
+    def forward(ctx: Any, x: torch.Tensor, outputs: int, keeps: bool) -> torch.Tensor:
+        ctx.inputs, ctx.kept = x.shape[-1], x if keeps else None
         return F.linear(x, x.new_empty(outputs, x.shape[-1]))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient @ gradient.new_empty(gradient.shape[-1], ctx.inputs), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient @ gradient.new_empty(gradient.shape[-1], ctx.inputs), None, None
 
 
 def quantised_linear(layer: Any, outputs: int, x: torch.Tensor) -> torch.Tensor:
     """Computes a layer of bitsandbytes, of whatever values."""
     dtype = getattr(layer, "compute_dtype", None) or x.dtype
-    y: torch.Tensor = Dequantised.apply(x.to(dtype), outputs)
+    y: torch.Tensor = Dequantised.apply(x.to(dtype), outputs, type(layer).__name__ == "Linear8bitLt")
     return (y if layer.bias is None else y + layer.bias.to(dtype)).to(x.dtype)
 
 

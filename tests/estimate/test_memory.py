@@ -32,3 +32,12 @@ def test_a_model_without_weights_counts_the_bytes_of_a_loaded_one(peft: Full, ti
 def test_states_of_an_optimizer_are_measured() -> None:
     assert memory.optimizer_bytes(AdamW(), 1e-4) == 8
     assert 2 <= memory.optimizer_bytes(AdamW8bit(), 1e-4) < 2.2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_skeleton_has_the_adapters_of_a_run(bits: int, tiny: Tiny) -> None:
+    """peft has classes of its own for quantised layers, which keep other activations."""
+    peft = QLora(bits=bits)
+    model = peft.attach(skeleton(tiny.config(), peft.quantization(compute_dtype("bf16"))), tiny)
+    adapted = {type(part).__name__ for part in model.modules() if hasattr(part, "lora_A")}
+    assert adapted == {"Linear4bit" if bits == 4 else "Linear8bitLt"}

@@ -144,7 +144,11 @@ def test_code_of_a_checkpoint_is_not_run_for_an_estimate(tmp_path: Path, cache_d
         estimate(tmp_path, cache_dir, "model=auto", "model.path=x", "model.trust_remote_code=true")
 
 
-FEW = ("gpt_neox qlora single", "llama full zero3 checkpointed", "llama full fsdp checkpointed bf16")
+FEW = (
+    "gpt_neox qlora single 8 bits bf16",
+    "llama full zero3 checkpointed",
+    "llama full fsdp checkpointed bf16",
+)
 
 
 @pytest.mark.dist
