@@ -63,7 +63,23 @@ CELLS = {
     "qwen3_moe full single checkpointed bf16": "model=qwen3_moe peft=full dist=single rows=2x256 ck=true "
     "precision=bf16",
     "mamba lora single": "model=mamba peft=lora dist=single rows=2x64",
-    "llama qlora single long every 4th bf16": "model=llama peft=qlora dist=single rows=1x1024 ck=4 precision=bf16",
+    "mamba full single short": "model=mamba peft=full dist=single rows=1x64",
+    "llama full single unfused": "model=llama peft=full dist=single rows=2x256 model.fused=false",
+    "llama full single eager attention": "model=llama peft=full dist=single rows=2x256 model.attention=eager",
+    "llama full single 8-bit AdamW bf16": "model=llama peft=full dist=single rows=8x64 optimizer=adamw8bit "
+    "precision=bf16",
+    "gemma2 full single long": "model=gemma2 peft=full dist=single rows=1x1024",
+    "phi3 full single packed every 4th bf16": "model=phi3 peft=full dist=single rows=8x64x2 ck=4 precision=bf16",
+    "mixtral lora single experts": "model=mixtral peft=lora dist=single rows=2x256 peft.experts=true",
+    "mixtral full fsdp checkpointed bf16": "model=mixtral peft=full dist=fsdp rows=1x256 ck=true precision=bf16",
+    "gemma2 full fsdp accumulating parts bf16": "model=gemma2 peft=full dist=fsdp rows=2x256 accumulation=3 "
+    "precision=bf16 dist.reduce_every_micro_batch=true",
+    "tied full zero3 every 2nd bf16": "model=tied peft=full dist=zero3 rows=8x64 ck=2 precision=bf16",
+    "demo full single bf16": "model=demo peft=full dist=single rows=2x256 precision=bf16",
+    "demo lora single long": "model=demo peft=lora dist=single rows=1x1024",
+    "llama qlora single long bf16": "model=llama peft=qlora dist=single rows=1x1024 precision=bf16",
+    "llama qlora single plain scales": "model=llama peft=qlora dist=single rows=2x256 peft.double_quant=false",
+    "llama qlora zero2 bf16": "model=llama peft=qlora dist=zero2 rows=2x256 precision=bf16",
     "gpt_neox qlora single 8 bits bf16": "model=gpt_neox peft=qlora dist=single rows=2x256 peft.bits=8 "
     "precision=bf16",
     "llama qlora ddp every 2nd bf16": "model=llama peft=qlora dist=ddp rows=2x256 ck=2 precision=bf16",
@@ -78,7 +94,7 @@ CELLS = {
     "llama full zero3 offloaded bf16": "model=llama peft=full dist=zero3 rows=2x256 precision=bf16 "
     "dist.offload_optimizer=true dist.offload_parameters=true",
     "llama full zero3 small buckets": "model=llama peft=full dist=zero3 rows=2x256 "
-    "dist.reduce_bucket_size=500000 dist.prefetch_bucket_size=500000 dist.max_live_parameters=1000000",
+    "dist.reduce_bucket_size=500000",
     "llama full zero3 of 4": "model=llama peft=full dist=zero3 rows=2x256 ranks=4",
     "llama full fsdp of 4": "model=llama peft=full dist=fsdp rows=2x256 ranks=4",
     "phi3 lora zero2 of 4 bf16": "model=phi3 peft=lora dist=zero2 rows=3x256 ranks=4 precision=bf16",

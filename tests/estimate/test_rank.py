@@ -123,6 +123,7 @@ def test_a_step_that_cannot_be_watched_is_estimated_by_shapes(tmp_path: Path, ca
         assert one.notes and "by formula" in one.notes[0]
 
 
+@pytest.mark.long
 def test_rows_of_recurrent_layers_are_watched_in_part(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,11 +145,7 @@ def test_code_of_a_checkpoint_is_not_run_for_an_estimate(tmp_path: Path, cache_d
         estimate(tmp_path, cache_dir, "model=auto", "model.path=x", "model.trust_remote_code=true")
 
 
-FEW = (
-    "gpt_neox qlora single 8 bits bf16",
-    "llama full zero3 checkpointed",
-    "llama full fsdp checkpointed bf16",
-)
+FEW = ("gpt_neox qlora single 8 bits bf16", "llama full fsdp checkpointed bf16")
 
 
 @pytest.mark.dist
