@@ -127,3 +127,9 @@ def enable(base: Any, classes: list[str], every: int) -> bool:
     layers = [part for part in base.modules() if type(part).__name__ in classes]
     chosen = [getattr(layer, "gradient_checkpointing", None) for layer in layers]
     return chosen == [number % every == 0 for number in range(len(layers))]
+
+
+def disable(base: Any) -> None:
+    """Lets all layers keep their activations again."""
+    if base.is_activation_checkpointing:
+        base.activation_checkpointing_disable()
