@@ -32,3 +32,11 @@ def test_a_model_without_weights_counts_the_bytes_of_a_loaded_one(peft: Full, ti
 def test_states_of_an_optimizer_are_measured() -> None:
     assert memory.optimizer_bytes(AdamW(), 1e-4) == 8
     assert 2 <= memory.optimizer_bytes(AdamW8bit(), 1e-4) < 2.2
+
+
+@pytest.mark.parametrize(
+    ("mib", "words"),
+    [(0.5, "0.5 MiB"), (45.25, "45.2 MiB"), (1020, "1020 MiB"), (1023.6, "1.0 GiB"), (2**20, "1,024.0 GiB")],
+)
+def test_a_size_in_words_has_no_exponent(mib: float, words: str) -> None:
+    assert memory.size_words(mib * 2**20) == words
