@@ -33,8 +33,6 @@ WSL2 = Path("/dev/dxg")
 ROCM = Path("/opt/rocm/lib/libhsa-runtime64.so.1")
 """AMD's library, which ROCm under WSL2 needs from the system."""
 
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
-
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of /proc/cpuinfo (x86, x86, Arm). A CPU without them emulates bf16, 7 times slower than fp32 with
 AVX2."""

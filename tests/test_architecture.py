@@ -14,7 +14,9 @@ import mft
 
 ROOT = Path(mft.__file__).parent
 FLOOR = {
-    **dict.fromkeys(("errors", "batch", "hardware", "objective", "console", "files", "run_folder"), 0),
+    **dict.fromkeys(
+        ("errors", "batch", "cards", "hardware", "objective", "console", "files", "run_folder"), 0
+    ),
     **dict.fromkeys(("data", "model", "loss", "optim", "distributed", "tracking"), 1),
     "training": 2,
     **dict.fromkeys(("config", "estimate"), 3),

@@ -197,12 +197,11 @@ def loading(model: Model, dist: Backend, world: int, half: bool, holding: Holdin
     trained, and what the engine makes of it."""
     whole = 4.0 * model.trained + model.frozen + model.packed
     if isinstance(dist, Zero2):  # a flat copy of what is trained, and the part that is updated
-        return (
-            whole + dist.bytes_per_trained_weight(half)["weights"] * model.trained + 4 * model.trained / world
-        )
-    if isinstance(dist, Zero3 | Fsdp):  # a unit at a time is whole
+        updated = 0.0 if dist.offload_optimizer else 4 * model.trained / world
+        return whole + dist.bytes_per_trained_weight(half)["weights"] * model.trained + updated
+    if isinstance(dist, Zero3 | Fsdp):  # a unit at a time is whole, and its parts go where they are held
         largest = max(4.0 * unit.trained + unit.frozen + unit.packed for unit in model.units)
-        return whole / world + largest
+        return largest + (0.0 if "weights" in holding.host else whole / world)
     return whole
 
 

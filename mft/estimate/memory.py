@@ -52,4 +52,7 @@ def optimizer_bytes(optimizer: Any, lr: float) -> float:
 
 def size_words(size: float) -> str:
     """Returns bytes in words: 12.3 GiB, 45 MiB."""
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.3g} MiB"
+    mib = size / 2**20
+    if round(mib) >= 1024:
+        return f"{mib / 1024:,.1f} GiB"
+    return f"{mib:.0f} MiB" if mib >= 100 else f"{mib:.3g} MiB"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,7 +20,8 @@ from mft.distributed.ddp import Ddp
 from mft.distributed.fsdp import Fsdp
 from mft.estimate import memory
 from mft.estimate.engines import during, held, loading, saving
-from mft.estimate.sizes import experts, tell_experts, units
+from mft.estimate.sizes import tell_experts
+from mft.estimate.skeletons import Skeleton, Skeletons
 from mft.hardware import computes_in_bf16
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 Parts = dict[str, float]
 """Bytes by part."""
+
+Moment = tuple[str, int, Parts]
+"""A phase of a step, the number of its layer, and what is held then (see `mft.estimate.step.moments`)."""
 
 PARTS = {
     "weights": "trained weights, as they are computed with",
@@ -50,9 +54,6 @@ PARTS = {
 RECURRENT_TOKENS = 256
 """Tokens of a row that is watched where layers go through them one by one, which takes seconds each hundred;
 what they keep grows with their number."""
-
-_watched: dict[tuple[Any, ...], list[tuple[str, int, Parts]]] = {}
-"""What was held in the steps that were watched, by all that decides it: backends have many in common."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +102,22 @@ def rank_memory(
     device: str = "cuda",
     rows: Rows | None = None,
     automatic: int | None = None,
+    skeletons: Skeletons | None = None,
 ) -> RankMemory:
     """Returns what each of `world` ranks of a resolved config needs.
 
     device: kind of the device that it is for, cuda or cpu; rows: the micro-batch, None = the largest one;
     automatic: of how many layers one is recomputed where model.gradient_checkpointing is auto, 0 = none,
-    None = as on a CPU, by the number of weights. Raises UserError where code of the checkpoint's own builds
-    the model.
+    None = as on a CPU, by the number of weights; skeletons: those of earlier estimates. Raises UserError
+    where code of the checkpoint's own builds the model.
     """
     precision = str(getattr(cfg.train.precision, "value", cfg.train.precision))
     if precision == "auto":  # of a config that is not frozen yet
         precision = "bf16" if device == "cuda" or computes_in_bf16() else "fp32"
     accumulates = _sizes(cfg, world).accumulation > 1
     parts, rows = build_components(cfg), rows or rows_of(cfg)
-    return _One(parts, world, device, precision, rows, accumulates, automatic).memory()
+    skeleton = (skeletons or Skeletons()).of(parts, precision)
+    return _One(parts, skeleton, world, device, precision, rows, accumulates, automatic).memory()
 
 
 def _sizes(cfg: DictConfig, world: int) -> BatchSizes:
@@ -126,6 +129,7 @@ class _One:
     """One rank of a run."""
 
     parts: Components
+    skeleton: Skeleton
     world: int
     device: str
     precision: str
@@ -137,35 +141,25 @@ class _One:
     def half(self) -> bool:
         return self.precision != "fp32"
 
-    def model(self) -> tuple[Any, int]:
-        """Returns the model on the meta device, with adapters, and of how many layers one is recomputed."""
-        from mft.model.prepared_skeleton import prepared_skeleton
-
-        family, automatic = self.parts.model, self.automatic
-        cast_to = self.parts.dist.casts_weights_to(self.precision)
-        model = prepared_skeleton(family, self.parts.peft, self.precision, cast_to)
-        return model, family.checkpoint(model, None if automatic is None else lambda: automatic)
-
     def memory(self) -> RankMemory:
         """Returns what the rank needs."""
-        model, every = self.model()
-        classes = self.parts.model.layer_classes(model)
-        divided = units(model, classes, self._size, self._kept_whole)
-        of_experts = experts(model, self._size)
-        states = memory.optimizer_bytes(self.parts.optimizer, self.parts.base_lr)
         dist, gpu = self.parts.dist, self.device == "cuda"
+        threshold = getattr(dist, "persistence_threshold", 0)
+        divided, of_experts = self.skeleton.divided(self.half, dist.casts_weights, threshold)
+        states = memory.optimizer_bytes(self.parts.optimizer, self.parts.base_lr)
         always = held(divided, dist, self.world, self.half, states, gpu, self.accumulates)
         notes: list[str] = []
         if getattr(self.parts.peft, "path", None):
             notes.append("peft.path: a new adapter stands in for it")
-        moments = self._moments(model, classes, every, notes)
+        every, computed, note = self._step()
+        notes += [note] if note else []
         left = 0.0 if "gradients" in always.device or dist.divided_parts() else 4.0 * divided.trained
-        moments += [(name, -1, {"gradients": left}) for name in ("exchange", "update")]
+        moments = [*computed, *((name, -1, {"gradients": left}) for name in ("exchange", "update"))]
         where = ""
         parts: Parts = {}
-        for name, layer, computed in moments:
+        for name, layer, own in moments:
             extra = during(divided, dist, self.world, self.half, name, layer, self.accumulates, gpu)
-            both = {k: computed.get(k, 0.0) + extra.get(k, 0.0) for k in computed.keys() | extra.keys()}
+            both = {k: own.get(k, 0.0) + extra.get(k, 0.0) for k in own.keys() | extra.keys()}
             if sum(both.values()) > sum(parts.values()) or not parts:
                 where, parts = name, both
         whole = {
@@ -186,34 +180,14 @@ class _One:
             notes=notes,
         )
 
-    def _size(self, parameter: Any) -> int:
-        """Returns the bytes of a frozen weight on a rank that has all of it."""
-        from mft.model.peft.summary import bytes_of
-
-        size = bytes_of(parameter)
-        if self.parts.dist.casts_weights and self.half and parameter.is_floating_point():
-            size = min(size, 2 * parameter.numel())
-        return size
-
-    def _kept_whole(self, parameter: Any) -> int:
-        """Returns the bytes of a weight that ZeRO-3 does not divide, 0 of any other."""
-        threshold = getattr(self.parts.dist, "persistence_threshold", 0)
-        count, each = parameter.numel(), 2 if self.half else 4
-        storage = getattr(parameter, "quant_storage", None)
-        if storage is not None and getattr(parameter, "bnb_quantized", None) is False:
-            # packed two to a byte, and counted in elements of what holds them
-            count, each = -(-count // (2 * storage.itemsize)), storage.itemsize
-        return int(count * each) if count <= threshold else 0
-
-    def _moments(
-        self, model: Any, classes: list[str], every: int, notes: list[str]
-    ) -> list[tuple[str, int, Parts]]:
-        from mft.estimate.step import by_formula
-        from mft.model.checkpointing import Layers
+    def _step(self) -> tuple[int, list[Moment], str]:
+        """Returns of how many layers one is recomputed, the moments of a step, and a note on them, or ""."""
+        from mft.model import checkpointing
+        from mft.model.introspect import base_of
         from mft.model.peft.full import compute_dtype
         from mft.model.step_trace import Computing
 
-        dist = self.parts.dist
+        dist, model, automatic = self.parts.dist, self.skeleton.model, self.automatic
         half = compute_dtype(self.precision) if self.half else None
         casts, ddp = dist.casts_weights, dist.divided_parts() == set()
         computing = Computing(
@@ -224,21 +198,31 @@ class _One:
             gradients="stay" if ddp else "unit" if isinstance(dist, Fsdp) else "leave",
             adds_gradients=ddp and (self.accumulates or isinstance(dist, Ddp)),
         )
-        layers = Layers.of(model, classes, self.half, self.rows.width)
-        tokens = self.rows.count * self.rows.width
-        by_shapes = by_formula(model, layers, every, tokens, self.half and not casts)
         try:
-            key = (repr(self.parts.model), repr(self.parts.peft), every, self.rows, computing)
-            if key not in _watched:
-                _watched[key] = self._watched_moments(model, computing)
-            return list(_watched[key])
+            every = self.parts.model.checkpoint(model, None if automatic is None else lambda: automatic)
+            moments, note = self.skeleton.once(
+                ("step", every, self.rows, self.half, computing), lambda: self._moments(every, computing)
+            )
+        finally:
+            checkpointing.disable(base_of(model))
+        return every, moments, note
+
+    def _moments(self, every: int, computing: Computing) -> tuple[list[Moment], str]:
+        from mft.estimate.step import by_formula
+        from mft.model.checkpointing import Layers
+
+        try:
+            return self._watched_moments(computing), ""
         except Exception as error:  # a model may do anything
             log.debug("the step could not be watched", exc_info=True)
             reason = " ".join(str(error).split())[:200]
-            notes.append(f"activations by formula, since the step could not be watched: {reason}")
-            return by_shapes
+        skeleton, rows = self.skeleton, self.rows
+        layers = Layers.of(skeleton.model, skeleton.classes, self.half, rows.width)
+        autocast = computing.autocast is not None
+        by_shapes = by_formula(skeleton.model, layers, every, rows.count * rows.width, autocast)
+        return by_shapes, f"activations by formula, since the step could not be watched: {reason}"
 
-    def _watched_moments(self, model: Any, computing: Computing) -> list[tuple[str, int, Parts]]:
+    def _watched_moments(self, computing: Computing) -> list[Moment]:
         from mft.estimate.step import moments, widened
         from mft.model.cross_entropy import default_chunk_size
         from mft.model.introspect import base_of
@@ -246,13 +230,14 @@ class _One:
         from mft.model.token_loss import vocabulary
         from mft.model.transformers_private import is_stateful
 
-        base, rows = base_of(model), self.rows
+        model, family, rows = self.skeleton.model, self.parts.model, self.rows
+        base = base_of(model)
         if not is_stateful(base) or rows.width <= RECURRENT_TOKENS:
-            return list(moments(trace_step(model, self.parts.model, rows, computing)))
+            return list(moments(trace_step(model, family, rows, computing)))
         head = base.get_output_embeddings()
         trained = any(p.requires_grad for p in head.parameters())
         chunk = default_chunk_size(vocabulary(head), self.device, trained)
         few = replace(rows, width=RECURRENT_TOKENS)
-        of_few = moments(trace_step(model, self.parts.model, few, computing))
+        of_few = moments(trace_step(model, family, few, computing))
         logits = min(rows.count * rows.width, chunk) / min(few.count * few.width, chunk)
         return list(widened(of_few, rows.width / few.width, logits))

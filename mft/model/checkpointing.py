@@ -126,4 +126,14 @@ def enable(base: Any, classes: list[str], every: int) -> bool:
     # classes with the older hook ignore the number
     layers = [part for part in base.modules() if type(part).__name__ in classes]
     chosen = [getattr(layer, "gradient_checkpointing", None) for layer in layers]
-    return chosen == [number % every == 0 for number in range(len(layers))]
+    if chosen == [number % every == 0 for number in range(len(layers))]:
+        return True
+    disable(base)
+    return False
+
+
+def disable(base: Any) -> None:
+    """Lets all layers keep their activations again."""
+    if base.is_activation_checkpointing:
+        base.activation_checkpointing_disable()
+        base.disable_input_require_grads()  # which enabling has added, and disabling leaves

@@ -4,6 +4,7 @@ be watched in a moment, whatever the model's size.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,32 +19,32 @@ from mft.model.introspect import base_of, full_shape
 
 @dataclass(frozen=True)
 class Shortened:
-    """A model of which layers were left out."""
+    """A copy of a model in which layers are left out."""
 
+    model: nn.Module
     layers: list[nn.Module]
     """Those that stayed."""
     stands_in: list[int]
     """For each layer of the whole model the number of the one, of those that stayed, that is like it."""
-    left_out: list[nn.Module]
-    """For each layer of the whole model the layer itself."""
 
 
 def shorten(model: nn.Module, classes: list[str]) -> Shortened:
-    """Leaves the first layer, the last, and the first of each kind between them in a model, in place.
+    """Returns a copy of a model with its first layer, its last, and the first of each kind between them; the
+    weights are the model's own.
 
     classes: names of the layers' classes. A kind is a class with the same weights, of which the same are
     trained, with the same attention, and both or neither recomputed. Raises ValueError for a model whose
     layers are not in one list.
     """
     lists = [
-        (parent, name, part)
-        for parent in model.modules()
+        (f"{place}.{name}".lstrip("."), parent, name, part)
+        for place, parent in model.named_modules()
         for name, part in parent.named_children()
         if isinstance(part, nn.ModuleList) and len(part) and type(part[0]).__name__ in classes
     ]
     if len(lists) != 1:
         raise ValueError(f"the layers {classes} are in {len(lists)} lists")
-    (parent, name, every) = lists[0]
+    path, parent, name, every = lists[0]
     config = base_of(model).config.get_text_config()
     types = list(getattr(config, "layer_types", None) or [])
     kinds = [_kind(layer, types[i] if i < len(types) else "") for i, layer in enumerate(every)]
@@ -51,15 +52,21 @@ def shorten(model: nn.Module, classes: list[str]) -> Shortened:
     chosen = sorted({0, last} | {kinds.index(kind, 1) for kind in kinds[1:last]})
     place = {number: i for i, number in enumerate(chosen)}
     stands_in = [place[n] if n in (0, last) else place[kinds.index(kind, 1)] for n, kind in enumerate(kinds)]
-    layers = [every[number] for number in chosen]
+    of_weights = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
+    setattr(parent, name, nn.ModuleList(every[number] for number in chosen))
+    try:
+        short = copy.deepcopy(model, of_weights)
+    finally:
+        setattr(parent, name, every)
+    layers = list(short.get_submodule(path).children())
+    config = base_of(short).config.get_text_config()
     for new, layer in enumerate(layers):
         for part in layer.modules():
             if isinstance(getattr(part, "layer_idx", None), int):
                 part.layer_idx = new  # type: ignore[assignment]
     if types:
         _set_layer_types(config, [types[number] for number in chosen])
-    setattr(parent, name, nn.ModuleList(layers))
-    return Shortened(layers, stands_in, list(every))
+    return Shortened(short, layers, stands_in)
 
 
 def _set_layer_types(config: Any, types: list[str]) -> None:

@@ -201,17 +201,17 @@ def _autocast_of_a_gpu(enabled: bool) -> Iterator[None]:
 
 
 def trace_step(model: Any, family: Any, rows: Rows, computing: Computing) -> StepTrace:
-    """Returns what a step of a model on the meta device holds; the model is shortened and made fake in place.
+    """Returns what a step of a model on the meta device holds; a copy of it is watched.
 
     model: with adapters, and told which layers to recompute. Raises whatever a model raises that looks at
     values, or is built in another way than most.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    base = base_of(model)
-    token_loss = TokenLoss(model, family)
+    shortened = shorten(model, family.layer_classes(model))
+    base = base_of(shortened.model)
+    token_loss = TokenLoss(shortened.model, family)
     token_loss.apart = True  # not to be tried without values
-    shortened = shorten(model, token_loss.layer_classes())
     head = base.get_output_embeddings()
     trained_head = any(p.requires_grad for p in head.parameters())
     chunk = token_loss.chunk_size = default_chunk_size(vocabulary(head), computing.device, trained_head)

@@ -20,7 +20,6 @@ from mft.model.checkpointing import SETTING
 from mft.plan.case import Case, changed, composed
 from mft.plan.data import DataPlan
 from mft.plan.plan import Plan, plan
-from mft.plan.weights import Weights
 
 Change = tuple[str, ...]
 """Overrides."""
@@ -76,7 +75,6 @@ class Advisor:
         self._found: list[Advice] = []
         self._plans: dict[Change, Plan] = {}
         self._nodes: dict[str, DictConfig | None] = {}
-        self._weights: dict[str, Weights] = {_weights_key(of.case): of.weights}
 
     def advice(self) -> list[Advice]:
         """Returns changes: those that cost more, or change more, only where no others fit.
@@ -187,14 +185,10 @@ class Advisor:
         try:
             if (cfg := self._changed(change)) is None:
                 return None
-            case = changed(self.of.case, cfg)
-            key = _weights_key(case)
             # nothing fits as it is, so that auto recomputes all layers there; what fits may do with fewer
-            made = plan(case, self._data(cfg), self._weights.get(key), smallest=True)
+            return plan(changed(self.of.case, cfg), self._data(cfg), smallest=True)
         except UserError:  # e.g. an optimizer that this dist cannot divide
             return None
-        self._weights[key] = made.weights
-        return made
 
     def _changed(self, change: Change) -> DictConfig | None:
         cfg = copy.deepcopy(self.of.case.cfg)
@@ -255,10 +249,3 @@ def _less(every: int, than: int) -> bool:
 def _name(case: Case, group: str) -> str:
     component: Any = getattr(case.parts, group)
     return str(component.public_name)
-
-
-def _weights_key(case: Case) -> str:
-    """Returns what the weights of a case depend on."""
-    cfg = copy.deepcopy(case.cfg)
-    cfg.model.gradient_checkpointing = None
-    return f"{OmegaConf.to_yaml(cfg.model)}{OmegaConf.to_yaml(cfg.peft)}{cfg.train.precision}"

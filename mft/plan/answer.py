@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mft.distributed.ddp import Single
+from mft.estimate.skeletons import Skeletons
 from mft.hardware import quiet_libraries
 from mft.plan.advice import Advice, Advisor
 from mft.plan.case import Case, case, composed
@@ -14,7 +15,6 @@ from mft.plan.data import DataPlan, data_plan
 from mft.plan.gpus import Device
 from mft.plan.plan import Plan, plan
 from mft.plan.rates import Rate, rate
-from mft.plan.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,17 @@ def answer(
     Raises UserError as `mft train` would.
     """
     cfg = composed(overrides, config_dirs)
-    cases = [case(cfg, device, host) for device in devices]
+    skeletons = Skeletons()
+    cases = [case(cfg, device, host, skeletons) for device in devices]
     quiet_libraries()  # not before: it imports transformers, and a mistake is told at once
-    known: dict[str, Weights] = {}
     data_of: dict[int, DataPlan | None] = {}
     outcomes = []
     for each in cases:
-        precision = str(each.cfg.train.precision)
         total = each.sizes.total
         if total not in data_of:
             data_of[total] = data_plan(each)
-        made = plan(each, data_of[total], known.get(precision))
-        known[precision] = made.weights
-        speed = rate(each, tflops, made.weights.flops(0).model)
+        made = plan(each, data_of[total])
+        speed = rate(each, tflops, made.skeleton.flops(0).model)
         outcomes.append(Outcome(made, speed, data_of[total], None))
     if not (any(outcome.plan.fits for outcome in outcomes) and not asked):
         outcomes = [

@@ -17,7 +17,7 @@ def as_json(answer: Answer) -> str:
     first, data = answer.outcomes[0].plan, answer.data
     values: dict[str, Any] = {
         "format": FORMAT,
-        "parameters": {"total": first.weights.total, "trained": first.weights.sizes.trained},
+        "parameters": {"total": first.skeleton.total, "trained": first.skeleton.sizes.trained},
         "devices": [_device(answer, outcome) for outcome in answer.outcomes],
         "data": None,
     }

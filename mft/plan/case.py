@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +17,7 @@ from mft.config.overrides import with_output_dir
 from mft.config.schema import Launch, LaunchMode, batch_sizes
 from mft.config.validate import check
 from mft.errors import UserError
+from mft.estimate.skeletons import Skeleton, Skeletons
 from mft.files.json_file import read_json
 from mft.hardware import machine_memory
 from mft.launch.placement import ranks
@@ -37,6 +38,13 @@ class Case:
     """Among which they are divided evenly."""
     host: float | None = None
     """Bytes of a machine's memory, None: not known."""
+    skeletons: Skeletons = field(default_factory=Skeletons)
+    """Those of all cases that this one belongs to."""
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """Its model without weights; UserError for a model that only its own code can build."""
+        return self.skeletons.of(self.parts, self.cfg.train.precision.value)
 
     @property
     def sizes(self) -> BatchSizes:
@@ -71,10 +79,13 @@ def composed(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Dict
     return cfg
 
 
-def case(cfg: DictConfig, device: Device, host: float | None = None) -> Case:
+def case(
+    cfg: DictConfig, device: Device, host: float | None = None, skeletons: Skeletons | None = None
+) -> Case:
     """Returns a composed config on a device; raises UserError for what is wrong with it there.
 
-    host: bytes of the memory of a machine with that device, None = not known, or this machine's.
+    host: bytes of the memory of a machine with that device, None = not known, or this machine's; skeletons:
+    those of the other cases of a plan.
     """
     cfg = copy.deepcopy(cfg)
     if host is not None and device.kind == "cpu":
@@ -85,7 +96,8 @@ def case(cfg: DictConfig, device: Device, host: float | None = None) -> Case:
     launch.check()
     world = _ranks(launch, device) * launch.nnodes
     here = host if host is not None else float(machine_memory()) if device.visible else None
-    return Case(cfg, check(cfg, world, elsewhere=True), device, world, launch.nnodes, here)
+    parts = check(cfg, world, elsewhere=True)
+    return Case(cfg, parts, device, world, launch.nnodes, here, skeletons or Skeletons())
 
 
 def case_on(cfg: DictConfig, parts: Components, device: Device, world: int) -> Case:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-from omegaconf import OmegaConf
-
 from mft.estimate.memory import CONTEXT, USABLE
 from mft.estimate.rank import RankMemory, rank_memory
 from mft.estimate.room import OF_A_HOST
@@ -16,9 +14,6 @@ from mft.plan.case import Case
 
 PROCESS = 0.7 * 2**30
 """Bytes of a process on a CPU that has imported what a run imports."""
-
-_known: dict[str, RankMemory] = {}
-"""By all that decides it: several devices are asked for the same estimate."""
 
 
 def room(of: Case) -> float:
@@ -94,9 +89,4 @@ def chooses(of: Case) -> bool:
 
 
 def _with(of: Case, every: int | None) -> RankMemory:
-    names = ("model", "peft", "dist", "optimizer", "train", "data")
-    parts = [OmegaConf.to_yaml(of.cfg[name]) for name in names]
-    key = "\0".join([*parts, str(every), str(of.world), of.device.kind])
-    if key not in _known:
-        _known[key] = rank_memory(of.cfg, of.world, of.device.kind, automatic=every)
-    return _known[key]
+    return rank_memory(of.cfg, of.world, of.device.kind, automatic=every, skeletons=of.skeletons)

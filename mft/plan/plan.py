@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from mft.estimate.memory import USABLE
 from mft.estimate.rank import RankMemory
+from mft.estimate.skeletons import Skeleton
 from mft.plan.case import Case
 from mft.plan.data import DataPlan
 from mft.plan.memory import largest, needed, on_host, peak, room, with_rows
 from mft.plan.rates import Rate
 from mft.plan.time import StepTime, step_time
-from mft.plan.weights import Weights, weights
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Plan:
 
     case: Case
     """With a number of rows in a micro-batch, also where that is auto."""
-    weights: Weights
+    skeleton: Skeleton
     memory: RankMemory
     time: StepTime
     """As `step_time` has it; the config's own seconds are those of `seconds`."""
@@ -68,17 +68,16 @@ class Plan:
         return self.time.seconds if rate.words else None
 
 
-def plan(of: Case, data: DataPlan | None, known: Weights | None = None, smallest: bool = False) -> Plan:
+def plan(of: Case, data: DataPlan | None, smallest: bool = False) -> Plan:
     """Returns the plan of a case.
 
-    data: what it takes of its tasks, None = full rows; known: its weights, where they were counted before;
-    smallest: with all layers recomputed and one row in a micro-batch where these settings are auto.
+    data: what it takes of its tasks, None = full rows; smallest: with all layers recomputed and one row in a
+    micro-batch where these settings are auto.
     """
     if of.sizes.found:
         memory = needed(of, smallest)
     else:
         of, memory = (with_rows(of, 1), needed(of, True)) if smallest else largest(of)
-    counted = known or weights(of)
     full = float(of.sizes.total * of.cfg.data.seq_length)
     tokens = data.tokens / max(1, data.steps) if data else full
-    return Plan(of, counted, memory, step_time(of, counted, memory.every, tokens), tokens)
+    return Plan(of, of.skeleton, memory, step_time(of, memory.every, tokens), tokens)

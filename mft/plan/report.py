@@ -44,7 +44,7 @@ def parts_of(answer: Answer, width: int) -> Iterator[tuple[RenderableType, bool]
 
 def _facts(answer: Answer, of: Outcome) -> RenderableType:
     plan, sizes = of.plan, of.plan.case.sizes
-    counted, trained = plan.weights.total, plan.weights.sizes.trained
+    counted, trained = plan.skeleton.total, plan.skeleton.sizes.trained
     ranks = f"{plan.case.world} rank{'s' * (plan.case.world > 1)}"
     rows = f"{sizes.per_device} x {sizes.accumulation} micro-batches x {ranks}"
     about = "about " * bool(answer.data and answer.data.about)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mft.estimate.memory import Sizes
 from mft.plan.case import Case
 from mft.plan.gpus import CARDS, REFERENCE, Card
-from mft.plan.weights import Weights
 
 ASSUMED = 0.4
 """Share of a GPU's peak that matrix products reach in a step, recomputation counted as work."""
@@ -64,20 +64,20 @@ def card_for(of: Case) -> Card:
     return ON_CPU if of.device.kind == "cpu" else of.device.card or CARDS[REFERENCE]
 
 
-def step_time(of: Case, weights: Weights, every: int, tokens: float) -> StepTime:
+def step_time(of: Case, every: int, tokens: float) -> StepTime:
     """Returns the time of a step.
 
     every: of so many layers one is recomputed, 0 = none; tokens: of a step, over all ranks.
     """
-    card, half = card_for(of), of.cfg.train.precision.value != "fp32"
-    work = weights.flops(every)
+    card, half, skeleton = card_for(of), of.cfg.train.precision.value != "fp32", of.skeleton
+    work = skeleton.flops(every)
     flops = (work.model + work.recomputed) * tokens / of.world
     micro_batch = max(1.0, tokens / of.world / of.sizes.accumulation)
-    slower = UNPACKING[weights.packed] * (1 + SMALL / micro_batch)
+    slower = UNPACKING[skeleton.bits] * (1 + SMALL / micro_batch)
     compute = flops * slower / (card.tflops * 1e12 * ASSUMED * (1 if half else FLOAT32))
     link = card.link if of.machines == 1 else min(card.link, NETWORK)
-    exchange = EXPOSED * _exchanged(of, weights, 2 if half else 4) / (link * 1e9)
-    return StepTime(flops, compute, exchange, _offload(of, weights, 2 if half else 4))
+    exchange = EXPOSED * _exchanged(of, skeleton.sizes, 2 if half else 4) / (link * 1e9)
+    return StepTime(flops, compute, exchange, _offload(of, skeleton.sizes, 2 if half else 4))
 
 
 def _passes(dist: Any) -> int:
@@ -85,15 +85,15 @@ def _passes(dist: Any) -> int:
     return 2 if getattr(dist, "reshard", True) else 1
 
 
-def _exchanged(of: Case, weights: Weights, each: int) -> float:
+def _exchanged(of: Case, sizes: Sizes, each: int) -> float:
     """Returns the bytes that a rank exchanges in a step; each: of a weight in the run's precision."""
     dist: Any = of.parts.dist
-    divided, micro_batches, trained = dist.divided_parts(), of.sizes.accumulation, weights.sizes.trained
+    divided, micro_batches, trained = dist.divided_parts(), of.sizes.accumulation, sizes.trained
     if of.world == 1:
         return 0.0
     moved = 0.0
     if "weights" in divided:
-        held = trained * each + weights.sizes.frozen_bytes
+        held = trained * each + sizes.frozen_bytes
         moved += _passes(dist) * held * micro_batches
     if "gradients" in divided:
         often = micro_batches if getattr(dist, "reduce_every_micro_batch", True) else 1
@@ -103,14 +103,14 @@ def _exchanged(of: Case, weights: Weights, each: int) -> float:
     return moved * (of.world - 1) / of.world
 
 
-def _offload(of: Case, weights: Weights, each: int) -> float:
+def _offload(of: Case, sizes: Sizes, each: int) -> float:
     """Returns the seconds that offloading to the host takes in a step."""
     dist: Any = of.parts.dist
-    everything, own = getattr(dist, "offload", False), weights.sizes.trained / of.world
+    everything, own = getattr(dist, "offload", False), sizes.trained / of.world
     seconds = 0.0
     if everything or getattr(dist, "offload_optimizer", False):
         seconds += 2 * own * each / (BUS * 1e9) + own * UPDATE
     if everything or getattr(dist, "offload_parameters", False):
-        held = own * each + weights.sizes.frozen_bytes / of.world
+        held = own * each + sizes.frozen_bytes / of.world
         seconds += _passes(dist) * held * of.sizes.accumulation / (BUS * 1e9)
     return seconds

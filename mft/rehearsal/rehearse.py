@@ -28,7 +28,6 @@ from mft.plan.case import Case, case_on
 from mft.plan.gpus import Device
 from mft.plan.memory import needed, room
 from mft.plan.report import memory_table
-from mft.plan.weights import weights
 from mft.rehearsal.short_rows import TOKENS, short
 from mft.rehearsal.stand_in import stand_in
 from mft.tracking.base import Tracker
@@ -93,7 +92,7 @@ class Rehearsal:
         """Shows what is trained, and what a rank needs of memory and a checkpoint of disk."""
         of = case_on(r.cfg, r.parts, self.device, self.world)
         try:
-            counted = weights(of)
+            counted = of.skeleton
         except UserError as error:
             r.progress.show(f"memory: not known before loading: {error}")
             return

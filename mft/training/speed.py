@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mft.cards import known
+
 if TYPE_CHECKING:
     import torch
-
-PEAK_BF16_TFLOPS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "A10G": 70,
-    "A10": 125,
-    "4090": 165,
-    "V100": 125,
-}
-"""Dense tensor-core peak of known GPUs (vendors' data sheets), by a part of the device's name that ends a word
-of it: the first that is in it."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +30,10 @@ class Peak:
         if torch.device(device).type != "cuda":
             return cls(0.0, "unknown peak of a CPU: set train.peak_tflops")
         name = torch.cuda.get_device_name(device)
-        if " MIG " in name:
-            return cls(0.0, f"unknown peak of {name}, a part of a GPU: set train.peak_tflops")
-        for part, peak in PEAK_BF16_TFLOPS.items():
-            if re.search(rf"{part}\b", name):  # an RTX A1000 is no A100
-                return cls(float(peak), f"{part}, bf16, dense, by its data sheet")
-        return cls(0.0, f"unknown peak of {name}: set train.peak_tflops")
+        if not (found := known(name, any_size=True)):
+            return cls(0.0, f"unknown peak of {name}: set train.peak_tflops")
+        shown, card = found
+        return cls(card.tflops, f"{shown}, {'bf16' if card.bf16 else 'fp16'}, dense, by its data sheet")
 
 
 @dataclass(frozen=True)

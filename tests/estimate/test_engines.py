@@ -8,7 +8,7 @@ from mft.distributed.ddp import Ddp, Single
 from mft.distributed.deepspeed import Zero2, Zero3
 from mft.distributed.engine import Backend
 from mft.distributed.fsdp import Fsdp
-from mft.estimate.engines import during, held
+from mft.estimate.engines import during, held, loading
 from mft.estimate.sizes import Model, Unit
 
 MODEL = Model([Unit(400, 0, 0, 300, 40), Unit(400, 0, 0, 300, 40)], Unit(200, 60, 0, 200, 20))
@@ -97,3 +97,20 @@ def test_gradients_of_zero1_are_summed_in_place() -> None:
         during(MODEL, dist, 2, True, name, layer, False, True).get("gradients", 0.0) for name, layer in phases
     ]
     assert of == [0, 2 * 200, 2 * 600, 2 * 1000]
+
+
+@pytest.mark.parametrize(
+    ("dist", "expected"),
+    [
+        (Single(), 4060),
+        (Zero2(), 4060 + 2000 + 2000),
+        (Zero2(offload_optimizer=True), 4060 + 2000),  # what is updated is made on the host
+        (Zero3(), 2030 + 1600),
+        (Zero3(offload_optimizer=True, offload_parameters=True), 1600),  # one layer at a time
+        (Fsdp(), 2030 + 1600),
+        (Fsdp(offload=True), 1600),
+    ],
+)
+def test_the_device_holds_while_loading_what_stays_there(dist: Backend, expected: float) -> None:
+    always = held(MODEL, dist, 2, True, states=8, gpu=True, accumulates=False)
+    assert loading(MODEL, dist, 2, True, always) == expected

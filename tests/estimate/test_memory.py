@@ -41,3 +41,11 @@ def test_a_skeleton_has_the_adapters_of_a_run(bits: int, tiny: Tiny) -> None:
     model = peft.attach(skeleton(tiny.config(), peft.quantization(compute_dtype("bf16"))), tiny)
     adapted = {type(part).__name__ for part in model.modules() if hasattr(part, "lora_A")}
     assert adapted == {"Linear4bit" if bits == 4 else "Linear8bitLt"}
+
+
+@pytest.mark.parametrize(
+    ("mib", "words"),
+    [(0.5, "0.5 MiB"), (45.25, "45.2 MiB"), (1020, "1020 MiB"), (1023.6, "1.0 GiB"), (2**20, "1,024.0 GiB")],
+)
+def test_a_size_in_words_has_no_exponent(mib: float, words: str) -> None:
+    assert memory.size_words(mib * 2**20) == words

@@ -27,7 +27,7 @@ from tests.estimate.models import made
 
 def every_layer(model: Any, classes: list[str]) -> Shortened:
     layers = [part for part in model.modules() if type(part).__name__ in classes]
-    return Shortened(layers, list(range(len(layers))), layers)
+    return Shortened(model, layers, list(range(len(layers))))
 
 
 def peak(family: CausalLM, peft: Full, computing: Computing) -> dict[str, float]:
@@ -134,7 +134,6 @@ def test_rows_of_recurrent_layers_are_watched_in_part(
     given = ("model=auto", f"model.path={tmp_path / 'mamba'}", "peft=full", "data=pad", "data.seq_length=64")
     whole = estimate(tmp_path, cache_dir, *given, device="cpu")
     monkeypatch.setattr(rank, "RECURRENT_TOKENS", 32)
-    monkeypatch.setattr(rank, "_watched", {})
     part = estimate(tmp_path, cache_dir, *given, device="cpu")
     assert not whole.notes and not part.notes
     assert part.parts == pytest.approx(whole.parts, rel=0.03)

@@ -7,8 +7,7 @@ import pytest
 from mft.errors import UserError
 from mft.hardware import Gpu, machine_memory
 from mft.plan import gpus
-from mft.plan.gpus import COMMON, GIB, card_of, device, devices, host_memory
-from mft.training.speed import PEAK_BF16_TFLOPS
+from mft.plan.gpus import COMMON, GIB, device, devices, host_memory
 
 
 @pytest.mark.parametrize(
@@ -93,19 +92,7 @@ def test_gpus_without_bf16_compute_in_fp16() -> None:
     ]
 
 
-def test_a_slice_computes_its_part_of_the_whole() -> None:
-    slice_, whole = card_of("NVIDIA A100-SXM4-40GB MIG 3g.20gb"), card_of("NVIDIA A100-SXM4-40GB")
-    assert slice_ is not None and whole is not None
-    assert slice_.tflops == pytest.approx(whole.tflops * 3 / 7)
-
-
 def test_memory_of_a_host_is_a_size() -> None:
     assert host_memory("512GiB") == 512 * GIB
     with pytest.raises(UserError, match=r"plan.host=512: no size of memory; did you mean 512GiB\?"):
         host_memory("512")
-
-
-def test_peaks_are_those_by_which_runs_report_their_utilisation() -> None:
-    for part, peak in PEAK_BF16_TFLOPS.items():
-        card = card_of(f"NVIDIA {part}-80GB")
-        assert card is not None and card.tflops == peak, part

@@ -137,6 +137,6 @@ def test_a_peak_says_where_it_is_from(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, tflops in known.items():  # no such GPU is here
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert Peak.of("cuda").tflops == tflops and "data sheet" in Peak.of("cuda").source
-    for name in ("NVIDIA RTX A1000", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):
+    for name in ("NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert not Peak.of("cuda").tflops and name in Peak.of("cuda").source
