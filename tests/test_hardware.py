@@ -48,7 +48,9 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip("no compiler is here")
     (tmp_path / "driver.c").write_text(DRIVER)
     library = tmp_path / "libcuda.so.1"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True, timeout=120
+    )
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     monkeypatch.setenv("GENERATION", "9")
     monkeypatch.setenv("MAPS_MEMORY", "1")
@@ -110,7 +112,9 @@ def test_a_gpu_of_wsl2_counts_where_a_library_of_its_maker_is(
     code += "hardware.DRIVERS = (); hardware.growing_segments(); print(hardware.has_gpu())"
     if not cuda:
         monkeypatch.delenv("LD_LIBRARY_PATH")
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     assert told.stdout.strip() == str(cuda)
     if not cuda:
         monkeypatch.setattr(hardware, "DRIVERS", ())
@@ -163,7 +167,9 @@ def test_the_allocator_grows_its_segments_where_the_gpu_can_and_the_person_said_
 
 def test_the_allocator_is_set_before_torch_is_imported() -> None:
     code = "import sys, mft.launch.worker; print('torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     assert told.stdout.strip() == "False"
 
 

@@ -95,8 +95,7 @@ def summary(
     if work:
         found["tera_per_second"] = work / middle / 1e9
     if memory:
-        names = (name.split("/")[1] for name in PEAKS)
-        found |= {name: peak / 2**30 for name, peak in zip(names, memory.read(Phase.training), strict=False)}
+        found |= {name: peak / 2**30 for name, peak in zip(PEAKS, memory.read(Phase.training), strict=False)}
     return {name: round(value, 4) for name, value in found.items()}
 
 

@@ -148,6 +148,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("mft_cache", default_cache_dir, replace=True)
     interpolations.register()
     yaml_file.register()
+    if "schema.yaml" in ConfigStore.instance().repo:
+        return  # made once: it takes a tenth of a composition
     schema = OmegaConf.structured(Config)
     # A task's yaml may leave out fields that have defaults; without the flag Hydra would not let them be set
     # either. Wrong names are refused by the task's class.

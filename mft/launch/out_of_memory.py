@@ -4,15 +4,16 @@ much."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
-
-from mft.config.repetition import plan_of
 from mft.errors import UserError
 from mft.estimate.room import ran_out
 from mft.files.json_file import read_json
 from mft.hardware import has_gpu
 from mft.run_folder import MICRO_BATCH
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 LOWER = ("train.per_device_batch_size", "train.per_device_eval_batch_size", "data.seq_length")
 """Numbers that lower memory, in the order worth trying."""
@@ -29,6 +30,8 @@ def explain(error: BaseException, cfg: DictConfig, run_dir: Path) -> UserError |
     """
     if not ran_out(error):
         return None
+    from omegaconf import OmegaConf
+
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
     values = {path: OmegaConf.select(cfg, path) for path in LOWER}
     if found := read_json(run_dir / MICRO_BATCH).number("per_device_batch_size"):
@@ -47,4 +50,6 @@ def explain(error: BaseException, cfg: DictConfig, run_dir: Path) -> UserError |
 
 def planned(run_dir: Path) -> str:
     """Returns the sentence that leads to the plan of a run."""
+    from mft.config.repetition import plan_of  # it reads configs, which a parent that only launches need not
+
     return f"What each of them saves: {plan_of(run_dir)}{'' if has_gpu() else ' plan.gpu=cpu'}"

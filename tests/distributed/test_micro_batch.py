@@ -12,7 +12,8 @@ from mft.estimate.room import Host, Room
 from mft.files.json_file import read_json
 from mft.run_folder import MICRO_BATCH
 from tests.distributed.ranks import run_ranks
-from tests.distributed.runs import BACKENDS, Tree, logged, play, weights
+from tests.distributed.runs import Tree, logged, play, weights
+from tests.selection import long, selected
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
@@ -50,13 +51,13 @@ def play_with_little_room(run_dirs: Sequence[Path]) -> None:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+def tree(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tree:
     tree = Tree(tmp_path_factory.mktemp("micro-batch"))
     sizes = {"auto": "auto", "hand": "2"}
     folders = {
         case: [
             tree.frozen(backend, case, (*GIVEN, f"train.per_device_batch_size={size}"))
-            for backend in BACKENDS
+            for backend in sorted(selected(request, "backend"))
         ]
         for case, size in sizes.items()
     }
@@ -65,7 +66,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     return tree
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["ddp", long("zero2"), "zero3", long("fsdp")])
 def test_the_search_changes_no_bit_of_the_run_and_the_rank_with_less_room_decides(
     tree: Tree, backend: str
 ) -> None:

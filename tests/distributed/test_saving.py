@@ -34,7 +34,7 @@ CASES = {
 }
 SHARDED = [case for case in CASES if case != "head"]
 ALL = [(backend, case) for backend in ("zero3", "fsdp") for case in SHARDED] + [("zero2", "head")]
-LONG = [("zero3", "tied"), ("fsdp", "untied"), ("fsdp", "adapter")]
+LONG = [("zero3", "tied"), ("fsdp", "untied"), ("fsdp", "adapter"), ("zero3", "head_sharded")]
 """Each case is among the others, and each backend."""
 
 PAIRS = [long(*pair) if pair in LONG else pair for pair in ALL]

@@ -43,7 +43,7 @@ def test_the_limit_of_open_files() -> None:
     )
     for limit, state in ((100, "problem"), (1024, "note")):
         command = ["bash", "-c", f'ulimit -Sn {limit} && exec "$0" -c "$1"', sys.executable, code]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
         assert re.match(rf"{state}: at most {limit:,} \(ulimit -n\).*; ulimit -n \d+$", said)
 
 

@@ -106,7 +106,7 @@ def kept(family: CausalLM, peft: Full, half: bool, tokens: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("half", [True, pytest.param(False, marks=pytest.mark.long)], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(
     "peft", [Full(), Lora(), Lora(dropout=0.1), QLora(dropout=0.1)], ids=["full", "lora", "dropout", "qlora"]
 )

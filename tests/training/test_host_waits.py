@@ -28,6 +28,7 @@ from tests.loss.modes import MODES, made
 from tests.model.mixtures import family_of, mixture
 from tests.model.rows import batch
 from tests.pretend_gpu import GPU, OnGpu, Watch, move, watched
+from tests.selection import long
 
 ALWAYS = ["float() of the gradient's norm", "the logged row"]
 BESIDES = {
@@ -110,7 +111,9 @@ def test_the_host_waits_in_no_micro_batch(stages: dict[str, Stage], mode: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("peft", "layout"), [("full", "packed"), ("lora", "padded"), ("full", "padded")])
+@pytest.mark.parametrize(
+    ("peft", "layout"), [long("full", "packed"), long("lora", "padded"), ("full", "padded")]
+)
 def test_nor_in_other_layouts(stages: dict[str, Stage], peft: str, layout: str) -> None:
     for mode in MODES:
         waits = waits_of_a_step(stages[layout], mode, peft)
