@@ -53,6 +53,6 @@ def optimizer_bytes(optimizer: Any, lr: float) -> float:
 def size_words(size: float) -> str:
     """Returns bytes in words: 12.3 GiB, 45 MiB."""
     mib = size / 2**20
-    if round(mib) >= 1024:
+    if mib >= 1023.5:
         return f"{mib / 1024:,.1f} GiB"
     return f"{mib:.0f} MiB" if mib >= 100 else f"{mib:.3g} MiB"

@@ -108,8 +108,11 @@ def make_fake(model: nn.Module, trained: torch.dtype | None, frozen: torch.dtype
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-        if getattr(module, "rope_type", "default") != "default":
-            module.rope_type = "default"  # the others look at the positions, and take as much
+        # the other kinds look at the positions, and take as much
+        if isinstance(rope := getattr(module, "rope_type", "default"), dict):
+            module.rope_type = dict.fromkeys(rope, "default")  # by kind of layer
+        elif rope != "default":
+            module.rope_type = "default"
 
 
 class Dequantised(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from mft.estimate import memory
@@ -45,7 +47,14 @@ def test_a_skeleton_has_the_adapters_of_a_run(bits: int, tiny: Tiny) -> None:
 
 @pytest.mark.parametrize(
     ("mib", "words"),
-    [(0.5, "0.5 MiB"), (45.25, "45.2 MiB"), (1020, "1020 MiB"), (1023.6, "1.0 GiB"), (2**20, "1,024.0 GiB")],
+    [
+        (0.5, "0.5 MiB"),
+        (45.25, "45.2 MiB"),
+        (1020, "1020 MiB"),
+        (1023.6, "1.0 GiB"),
+        (2**20, "1,024.0 GiB"),
+        (math.inf, "inf GiB"),
+    ],
 )
 def test_a_size_in_words_has_no_exponent(mib: float, words: str) -> None:
     assert memory.size_words(mib * 2**20) == words

@@ -139,6 +139,16 @@ def test_rows_of_recurrent_layers_are_watched_in_part(
     assert part.parts == pytest.approx(whole.parts, rel=0.03)
 
 
+def test_layers_that_turn_positions_in_ways_of_their_own_are_watched(tmp_path: Path, cache_dir: Path) -> None:
+    import transformers
+
+    values = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 512, "intermediate_size": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    transformers.Gemma3TextConfig(**values, **heads).save_pretrained(tmp_path / "gemma3")
+    given = ("model=auto", f"model.path={tmp_path / 'gemma3'}", "peft=lora")
+    assert not estimate(tmp_path, cache_dir, *given).notes
+
+
 def test_code_of_a_checkpoint_is_not_run_for_an_estimate(tmp_path: Path, cache_dir: Path) -> None:
     with pytest.raises(UserError, match="code of the checkpoint"):
         estimate(tmp_path, cache_dir, "model=auto", "model.path=x", "model.trust_remote_code=true")

@@ -134,7 +134,7 @@ def notes(rows: Sequence[AuditRow]) -> list[str]:
     if experts and any(row.packed for row in rows):
         size, every = total_of(experts, "bytes") / GIB, total_of(rows, "bytes") / GIB
         reason = "bitsandbytes quantises linear layers only"
-        remarks.append(f"experts are not quantised ({reason}): they take {size:.3g} of {every:.3g} GiB")
+        remarks.append(f"experts are not quantised ({reason}): they take {size:.4g} of {every:.4g} GiB")
     return remarks
 
 
