@@ -14,6 +14,7 @@ from mft.data import datasets
 from mft.data.settings import DataSettings
 from mft.distributed.determinism import compute_deterministically
 from mft.distributed.engine import Engine
+from mft.estimate.skeletons import Skeletons
 from mft.training.phases import Phases
 from mft.training.progress import Terminal
 from mft.training.settings import TrainSettings
@@ -34,6 +35,8 @@ class Run:
     first_here: bool
     """Whether this is the first rank of its machine: it tokenises and checks for all."""
     phases: Phases = field(default_factory=Phases)
+    skeletons: Skeletons = field(default_factory=Skeletons)
+    """Models without weights, of which its memory is estimated."""
 
 
 def start(cfg: DictConfig, folder: Path, phases: Phases) -> Run:

@@ -48,7 +48,7 @@ def case_of(r: Run) -> Case:
         device = Device(found.name, float(found.total_memory), visible=True)
     else:
         device = Device(CPU, float(machine_memory()))
-    return case_on(r.cfg, r.parts, device, r.engine.world)
+    return case_on(r.cfg, r.parts, device, r.engine.world, r.skeletons)
 
 
 def shortage_of(of: Case) -> str:

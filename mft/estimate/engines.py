@@ -49,9 +49,8 @@ def held(
     if isinstance(dist, Zero):
         if not half:  # what is updated is a copy also where both are float32
             parts["optimizer"] += 4 * trained / world
-        one = trained <= dist.reduce_bucket_size
-        if isinstance(dist, Zero2) and (one or dist.stage == 1) and not accumulates:
-            del parts["gradients"]  # made when buckets are exchanged
+        if isinstance(dist, Zero2) and not accumulates:
+            del parts["gradients"]  # made when buckets are exchanged, see `during`
         if isinstance(dist, Zero3):
             if world > 1:  # else they lie beside nothing: no rank gathers
                 parts["weights"] += model.small
@@ -87,8 +86,11 @@ def during(
     """Returns what is gathered and exchanged in a phase of a step (see `mft.estimate.step.moments`)."""
     if isinstance(dist, Zero2):
         parts = _during_zero2(model, dist, world, half, phase, gpu)
-        if dist.stage == 1 and not accumulates and model.trained > dist.reduce_bucket_size:
-            parts["gradients"] = parts.get("gradients", 0.0) + _summed_in_place(model, half, phase, layer)
+        kept = dist.stage == 1 or not dist.offload_optimizer
+        if kept and not accumulates and model.trained > dist.reduce_bucket_size:
+            # a rank's own part, or, as ZeRO-1 adds them up in place, all of them
+            arrived = _arrived(model, half, phase, layer) / (1 if dist.stage == 1 else world)
+            parts["gradients"] = parts.get("gradients", 0.0) + arrived
         return parts
     if isinstance(dist, Zero3):
         return _during_zero3(model, dist, world, half, phase, layer)
@@ -126,8 +128,8 @@ def _during_zero2(model: Model, dist: Zero2, world: int, half: bool, phase: str,
     return {"buckets": filled + bucket * exchanged, "gradients": own * (one and exchanged and gpu)}
 
 
-def _summed_in_place(model: Model, half: bool, phase: str, layer: int) -> float:
-    """Returns the bytes of whole gradients that ZeRO-1 has exchanged bucket by bucket."""
+def _arrived(model: Model, half: bool, phase: str, layer: int) -> float:
+    """Returns the bytes of whole gradients that ZeRO-1 or 2 has exchanged bucket by bucket."""
     if phase not in ("backward", "after", "exchange", "update"):
         return 0.0
     below = sum(unit.trained for unit in model.layers[: layer + 1]) if phase == "backward" else 0

@@ -100,13 +100,16 @@ def case(
     return Case(cfg, parts, device, world, launch.nnodes, here, skeletons or Skeletons())
 
 
-def case_on(cfg: DictConfig, parts: Components, device: Device, world: int) -> Case:
+def case_on(
+    cfg: DictConfig, parts: Components, device: Device, world: int, skeletons: Skeletons | None = None
+) -> Case:
     """Returns a run's config, which is checked and resolved for its machine, on a device of that."""
     if getattr(parts.peft, "path", None):
         cfg = copy.deepcopy(cfg)
         _describe_adapter(cfg)
         parts = build_components(cfg)
-    return Case(cfg, parts, device, world, min(int(cfg.launch.nnodes), world))
+    nodes = min(int(cfg.launch.nnodes), world)
+    return Case(cfg, parts, device, world, nodes, skeletons=skeletons or Skeletons())
 
 
 def changed(of: Case, cfg: DictConfig) -> Case:

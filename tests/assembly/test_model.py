@@ -28,7 +28,8 @@ def chosen(root: Path, cache_dir: Path, gib: float, others: list[Any]) -> tuple[
     model = of.parts.peft.attach(of.parts.model.model(torch.float32), of.parts.model)
     gpu = torch.device("cuda", 0)
     engine = SimpleNamespace(device=gpu, world=2, gather=lambda own: [own, *others])
-    every, told = checkpoint_layers(SimpleNamespace(engine=engine, parts=of.parts, cfg=of.cfg), model)  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(engine=engine, parts=of.parts, cfg=of.cfg, skeletons=of.skeletons)
+    every, told = checkpoint_layers(run, model)
     classes = of.parts.model.layer_classes(model)
     layers: list[Any] = [part for part in model.modules() if type(part).__name__ in classes]
     if not others:

@@ -90,13 +90,16 @@ def test_one_rank_of_zero3_gathers_nothing() -> None:
     assert not during(MODEL, Zero3(), 1, True, "turn", -1, False, True)["gathers"]
 
 
-def test_gradients_of_zero1_are_summed_in_place() -> None:
-    dist = Zero2(stage=1, reduce_bucket_size=100)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_keeps_gradients_as_they_arrive_bucket_by_bucket(stage: int) -> None:
+    """Stage 1 adds all of them up in place, stage 2 keeps the part of one of two ranks."""
+    dist = Zero2(stage=stage, reduce_bucket_size=100)
     phases = (("turn", -1), ("backward", 1), ("backward", 0), ("exchange", -1))
     of = [
         during(MODEL, dist, 2, True, name, layer, False, True).get("gradients", 0.0) for name, layer in phases
     ]
-    assert of == [0, 2 * 200, 2 * 600, 2 * 1000]
+    assert of == [2 * arrived / stage for arrived in (0, 200, 600, 1000)]
+    assert "gradients" not in held(MODEL, dist, 2, True, 8, True, False).device
 
 
 @pytest.mark.parametrize(
