@@ -97,6 +97,7 @@ def train_and_record(
         if too_short := t.profile.choose(t.state.step, t.total_steps):
             t.progress.show(too_short)
         t.progress.start(t.state.step, t.total_steps)
+        phases.enter(Phase.closing)  # what comes between the phases below: loading is over
         status = fit(t)
         t.progress.close()
         if status is RunStatus.finished:
@@ -106,7 +107,6 @@ def train_and_record(
                 ask(answers, "after", t)
             with phases.during(Phase.validation):
                 tested = final_test.evaluate(t, folder)  # last: it may load another checkpoint
-        phases.enter(Phase.closing)
         with engine.patient():  # at its end: other ranks exit with the code that the summary's status means
             if engine.is_main and (no_pictures := summary.draw(folder)):
                 t.progress.show(no_pictures)

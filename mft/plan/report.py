@@ -110,7 +110,8 @@ def _fits(plan: Plan) -> str:
 
 def time_lines(answer: Answer) -> Iterator[str]:
     """Yields the work of a step, and for each device what its time is computed from."""
-    work = {f"{outcome.plan.time.flops / 1e12:,.3g}" for outcome in answer.outcomes}
+    found = {outcome.plan.time.flops / 1e12 for outcome in answer.outcomes}
+    work = {f"{flops:,.0f}" if flops >= 100 else f"{flops:.3g}" for flops in found}
     yield f"time: a step is {' or '.join(sorted(work))} TFLOP a rank; validating and saving come on top"
     for outcome in answer.outcomes:
         device = outcome.plan.case.device

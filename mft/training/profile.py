@@ -1,7 +1,8 @@
 """A profile of a few steps (train.profile): what each operation took, written by torch's profiler.
 
 Rank 0 records steps after the first ones, which are slower than all others, and none over a validation or a
-checkpoint. The number of micro-batches is bounded, so that the trace is: about 1 MB for each.
+checkpoint. The number of micro-batches is bounded, so that the trace is: 1 to 3 MB for each, and some
+10 s to write it where a model does very many operations.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FOLDER = "profile"
 SKIPPED = 5
 """Steps of a process that are not recorded: memory is reserved in them, and kernels are chosen."""
 
-STEPS, MICRO_BATCHES = 3, 16
+STEPS, MICRO_BATCHES = 3, 4
 """Steps that are recorded, and their micro-batches, at most; of a longer step the last ones are."""
 
 SEARCHED = 10_000

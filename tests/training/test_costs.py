@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mft import run
 from mft.files.json_file import Values
 from mft.training import costs
 from mft.training.speed import Peak, Work
@@ -112,6 +113,20 @@ def test_a_run_reports_what_it_took_and_a_resumed_one_of_all_its_parts(tmp_path,
     assert both < resumed["phases"]["training"]["seconds"] < 2 * both + 5
     assert resumed["seconds"] > first["seconds"] - first["phases"]["closing"]["seconds"] - 1
     assert logged(folder)[-1].items() >= {"total/all_tokens": whole["all_tokens"]}.items()
+
+
+@pytest.mark.slow
+def test_what_training_leaves_in_memory_is_not_the_peak_of_loading(tmp_path, cache_dir, monkeypatch) -> None:
+    kept: list[bytes] = []
+
+    def fit_and_keep(t: Any) -> Any:
+        kept.append(b"x" * (GIB // 2))
+        return fit(t)
+
+    fit = run.fit
+    monkeypatch.setattr(run, "fit", fit_and_keep)
+    phases = train(tmp_path, cache_dir, "train.max_steps=1")[0]["phases"]
+    assert phases["closing"]["peak_gib"] > phases["loading"]["peak_gib"] + 0.4
 
 
 @pytest.mark.long
