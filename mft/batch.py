@@ -196,6 +196,13 @@ class StepCounts:
     """Ranks that were asked to stop."""
     processed: float = 0.0
     """All tokens, trained or not, without padding."""
+    positions: float = 0.0
+    """The same with padding."""
+
+    @property
+    def trained(self) -> float:
+        """Trained tokens of all tasks."""
+        return float(self.tokens_K.sum())
 
     @classmethod
     def of(cls, batches: Iterable[Batch], tasks: int, stop: bool = False) -> StepCounts:
@@ -204,26 +211,29 @@ class StepCounts:
 
         tokens_K = torch.zeros(tasks, dtype=torch.float64)
         samples_K = torch.zeros(tasks, dtype=torch.float64)
-        micro_batches = processed = 0
-        for layout in (batch.layout for batch in batches):
+        micro_batches = processed = positions = 0
+        for batch in batches:
+            layout = batch.layout
             tokens_K[: len(layout.tokens_K)] += torch.from_numpy(layout.tokens_K)
             samples_K[: len(layout.samples_K)] += torch.from_numpy(layout.samples_K)
             micro_batches += len(layout.trained_n) > 0
             processed += layout.tokens
-        return cls(tokens_K, samples_K, float(micro_batches), float(stop), float(processed))
+            positions += batch.ids_BT.numel()
+        counts = (float(count) for count in (micro_batches, stop, processed, positions))
+        return cls(tokens_K, samples_K, *counts)
 
     def tensor(self) -> torch.Tensor:
-        """Returns the float64 vector [2K + 3] that one all-reduce sums over the ranks."""
+        """Returns the float64 vector [2K + 4] that one all-reduce sums over the ranks."""
         import torch
 
-        tail = torch.tensor([self.micro_batches, self.stop, self.processed], dtype=torch.float64)
-        return torch.cat([self.tokens_K, self.samples_K, tail])
+        tail = [self.micro_batches, self.stop, self.processed, self.positions]
+        return torch.cat([self.tokens_K, self.samples_K, torch.tensor(tail, dtype=torch.float64)])
 
     @classmethod
     def from_tensor(cls, vector: torch.Tensor) -> StepCounts:
         """Inverse of `tensor`."""
-        tasks = (vector.numel() - 3) // 2
-        return cls(vector[:tasks], vector[tasks : 2 * tasks], *vector[-3:].tolist())
+        tasks = (vector.numel() - 4) // 2
+        return cls(vector[:tasks], vector[tasks : 2 * tasks], *vector[-4:].tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +259,16 @@ class BatchSizes:
     """Micro-batches of one step on each rank."""
     world: int
     """Ranks on all machines."""
+    found: bool = True
+    """False while the rows of a micro-batch are still to be found, by memory."""
 
     @property
     def total(self) -> int:
         """The global batch."""
         return self.per_device * self.accumulation * self.world
+
+    def with_rows(self, per_device: int) -> BatchSizes:
+        """Returns the same step in micro-batches of so many rows, a divisor of a rank's."""
+        rows = self.per_device * self.accumulation
+        assert rows % per_device == 0, f"{rows} rows in micro-batches of {per_device}"
+        return BatchSizes(per_device, rows // per_device, self.world)

@@ -2,6 +2,7 @@
 
 commands:
   mft train [KEY=VALUE …]         compose a run from conf/, check it, run it   (-m sweeps, --cfg job prints)
+  mft plan [KEY=VALUE …]          memory, time, and what to change where it does not fit (--gpu 8xH100)
   mft data report [KEY=VALUE …]   what becomes of every task's rows (also: show, prepare)
   mft sweep resume DIR            resume an interrupted sweep
   mft verify-resume [KEY=VALUE …] prove that a stopped and resumed run is the uninterrupted one, to the bit
@@ -39,6 +40,7 @@ HELP = __doc__ or ""
 
 COMMANDS = {
     "train": "mft.commands.train:command",
+    "plan": "mft.commands.plan:command",
     "data": "mft.commands.data:command",
     "sweep": "mft.commands.sweep:command",
     "verify-resume": "mft.commands.verify_resume:command",

@@ -1,5 +1,5 @@
-"""GPUs and bf16 support of this machine, what CUDA reads from the environment, copies to a device, and
-silencing of library warnings about hardware that is not here.
+"""GPUs, bf16 support and limits of this machine, what CUDA reads from the environment, copies to a device,
+and silencing of library warnings about hardware that is not here.
 
 Imports torch only on machines with a GPU.
 """
@@ -40,6 +40,9 @@ AVX2."""
 AMPERE = (8, 0)
 """Compute capability from which NVIDIA GPUs have bf16 arithmetic and the kernels of flash attention."""
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+"""Where control groups of version 2 are mounted."""
+
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Variables with settings of torch's CUDA allocator. Every version obeys the first, of which some warn that
 it is deprecated."""
@@ -60,10 +63,14 @@ found = []
 for number in range(ask("cuDeviceGetCount")):
     device = ask("cuDeviceGet", number)
     found.append([ask("cuDeviceGetAttribute", attribute, device) for attribute in (75, 76, 102)])
+    memory, name = ctypes.c_size_t(), ctypes.create_string_buffer(256)
+    assert cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device) == 0
+    assert cuda.cuDeviceGetName(name, 256, device) == 0
+    found[-1] += [memory.value, name.value.decode(errors="replace")]
 print(json.dumps(found))
 """
-"""Prints attributes of each GPU that CUDA's driver shows, without torch (50 ms). 75, 76 and 102 of cuda.h:
-CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR and _VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED."""
+"""Prints attributes, memory and name of each GPU that CUDA's driver shows, without torch (50 ms). 75, 76 and
+102 of cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR and _VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED."""
 
 
 class Gpu(NamedTuple):
@@ -74,6 +81,12 @@ class Gpu(NamedTuple):
 
     maps_memory: bool = False
     """Whether CUDA's driver says that memory can be mapped to addresses later; some virtual GPUs cannot."""
+
+    memory: int = 0
+    """Bytes."""
+
+    name: str = ""
+    """As its driver calls it."""
 
 
 def has_gpu() -> bool:
@@ -136,11 +149,13 @@ def gpus() -> tuple[Gpu, ...]:
         return ()
     import torch
 
-    if torch.version.hip:
-        return (Gpu((0, 0)),) * torch.cuda.device_count()
-    if torch.cuda.is_initialized():
-        capability, count = torch.cuda.get_device_capability, torch.cuda.device_count()
-        return tuple(Gpu(capability(number)) for number in range(count))
+    if torch.version.hip or torch.cuda.is_initialized():
+        shown = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        amd = torch.version.hip is not None
+        return tuple(
+            Gpu((0, 0) if amd else (gpu.major, gpu.minor), memory=gpu.total_memory, name=gpu.name)
+            for gpu in shown
+        )
     return _shown_by_driver(visible) if torch.version.cuda else ()
 
 
@@ -150,7 +165,10 @@ def _shown_by_driver(visible: str | None) -> tuple[Gpu, ...]:
     asked = subprocess.run([sys.executable, "-I", "-c", ASK_CUDA], capture_output=True, text=True)
     if asked.returncode:  # no driver, or one without a GPU: torch finds none either
         return ()
-    return tuple(Gpu((major, minor), bool(maps)) for major, minor, maps in json.loads(asked.stdout))
+    return tuple(
+        Gpu((major, minor), bool(maps), memory, name)
+        for major, minor, maps, memory, name in json.loads(asked.stdout)
+    )
 
 
 def visible_gpus() -> int:
@@ -175,6 +193,36 @@ def cpu_computes_in_bf16() -> bool:
     except OSError:
         return False
     return bool(BF16_FLAGS & set(text.split("\n\n", 1)[0].split()))
+
+
+def machine_memory() -> int:
+    """Returns the bytes of memory that the processes of this machine, or of its control group, may use."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    limit = control_group("memory.max")
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def control_group(name: str, root: Path = CONTROL_GROUPS) -> str:
+    """Returns the first word of a file of this process's control group (version 2), or of the nearest one
+    above it that has the file; "" where there is none.
+
+    name: e.g. memory.max; root: where control groups are mounted.
+    """
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    own = next((line.rpartition(":")[2].lstrip("/") for line in lines if line.startswith("0::")), "")
+    folder = root / own
+    for place in (folder, *folder.parents):
+        if place.is_relative_to(root) and (place / name).is_file():
+            try:
+                return (place / name).read_text(encoding="utf-8").strip()
+            except OSError:
+                return ""
+    return ""
 
 
 def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The run folder: the names in it, the status of its run, its metrics, and the lock of who writes it.
 
-config.yaml · identity.json · overrides.json · plan.json · provenance.json · metrics.jsonl · summary.json ·
-checkpoints/step-N/ · final/ · sample_losses/ · log/ · report/
+config.yaml · identity.json · overrides.json · plan.json · micro_batch.json · provenance.json · metrics.jsonl ·
+summary.json · checkpoints/step-N/ · final/ · sample_losses/ · log/ · report/
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from mft.errors import UserError, writable
 from mft.files.json_file import read_json
 
 LOCK = ".lock"
+
+MICRO_BATCH = "micro_batch.json"
+"""The rows of a micro-batch that train.per_device_batch_size=auto has found, and on which devices."""
 
 
 class RunStatus(StrEnum):

@@ -138,4 +138,4 @@ def page(profile: Path) -> Iterator[Page]:
             browser.wait(20)
         except subprocess.TimeoutExpired:
             browser.kill()
-            browser.wait()
+            browser.wait(20)

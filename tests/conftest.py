@@ -88,7 +88,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
                 ["init", "-q"],
                 ["commit", "-q", "--allow-empty", "-m", "What the runs are tagged with"],
             ):
-                subprocess.run([*git, *words], cwd=work, check=True)
+                subprocess.run([*git, *words], cwd=work, check=True, timeout=300)
             axes = ["loss=task_token_mean,coba", "train.seed=1,2", "optimizer.lr=2e-3", "train.eval_every=2"]
             trackers = ["tracking=[mlflow,tensorboard]", "tracking.tensorboard.dir=tb"]
             given = [*sweeping.FAST, *axes, *trackers, "tracking.mlflow.system_metrics=true", "launch.jobs=2"]

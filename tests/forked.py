@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,20 @@ def start_server() -> None:
 class Command:
     """A command in a working folder, with the methods of subprocess.Popen; output and errors are one text."""
 
-    def __init__(self, work: Path, args: Sequence[str], env: Mapping[str, str], path: Sequence[str] = ()):
-        """path: goes to the front of sys.path, as PYTHONPATH would."""
+    def __init__(
+        self,
+        work: Path,
+        args: Sequence[str],
+        env: Mapping[str, str],
+        path: Sequence[str] = (),
+        main: Callable[[list[str]], None] | None = None,
+    ):
+        """path: goes to the front of sys.path, as PYTHONPATH would; main: what is called with args in place of
+        `mft`."""
         start_server()
         self.args = args
         self._output = tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace")  # noqa: SIM115
-        given = (list(args), str(work), dict(env), list(path), self._output.name)
+        given = (list(args), str(work), dict(env), list(path), self._output.name, main)
         self._process = CONTEXT.Process(target=_main, args=given)
         self._process.start()
         self.pid = self._process.pid
@@ -87,7 +95,14 @@ def as_started_by_hand() -> None:
     server.ensure_running = server._forkserver.ensure_running = lambda: None
 
 
-def _main(args: list[str], work: str, env: dict[str, str], path: list[str], output: str) -> None:
+def _main(
+    args: list[str],
+    work: str,
+    env: dict[str, str],
+    path: list[str],
+    output: str,
+    main: Callable[[list[str]], None] | None,
+) -> None:
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
@@ -101,7 +116,7 @@ def _main(args: list[str], work: str, env: dict[str, str], path: list[str], outp
 
     sys.argv = [cli.__file__, *args]
     try:
-        cli.main(args)
+        (main or cli.main)(args)
     except Exception:  # multiprocessing would print it itself, past mft's hook
         sys.excepthook(*sys.exc_info())
         sys.exit(1)

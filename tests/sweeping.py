@@ -64,7 +64,7 @@ def until(true: Callable[[], bool], process: forked.Command, seconds: float = 30
     while not true():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            raise AssertionError(process.communicate()[0])
+            raise AssertionError(process.communicate(timeout=60)[0])
         time.sleep(0.1)
 
 

@@ -14,11 +14,13 @@ import mft
 
 ROOT = Path(mft.__file__).parent
 FLOOR = {
-    **dict.fromkeys(("errors", "batch", "hardware", "objective", "console", "files", "run_folder"), 0),
+    **dict.fromkeys(
+        ("errors", "batch", "cards", "hardware", "objective", "console", "files", "run_folder"), 0
+    ),
     **dict.fromkeys(("data", "model", "loss", "optim", "distributed", "tracking"), 1),
     "training": 2,
     **dict.fromkeys(("config", "estimate"), 3),
-    **dict.fromkeys(("assembly", "run", "launch", "doctor", "rehearsal", "runs", "comparison"), 4),
+    **dict.fromkeys(("assembly", "run", "launch", "doctor", "plan", "rehearsal", "runs", "comparison"), 4),
     **dict.fromkeys(("sweep", "verify"), 5),
     **dict.fromkeys(("commands", "demo", "cli"), 6),
 }

@@ -15,6 +15,7 @@ import torch
 
 from mft import hardware
 from mft.config.schema import resolve_precision
+from mft.hardware import control_group
 from mft.launch.placement import ranks
 
 DRIVER = """
@@ -32,6 +33,11 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     *value = attribute == 76 ? 0 : atoi(getenv(attribute == 75 ? "GENERATION" : "MAPS_MEMORY"));
     return 0;
 }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = (size_t)(80 - device) << 30; return 0; }
+int cuDeviceGetName(char *name, int room, int device) {
+    strncpy(name, "NVIDIA A100-SXM4-80GB", room);
+    return 0;
+}
 """
 MIG = "MIG-4a3c1c2e-0000-5b2a-9b1c-000000000001"
 
@@ -42,7 +48,9 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip("no compiler is here")
     (tmp_path / "driver.c").write_text(DRIVER)
     library = tmp_path / "libcuda.so.1"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.c"], check=True, timeout=120
+    )
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     monkeypatch.setenv("GENERATION", "9")
     monkeypatch.setenv("MAPS_MEMORY", "1")
@@ -104,7 +112,9 @@ def test_a_gpu_of_wsl2_counts_where_a_library_of_its_maker_is(
     code += "hardware.DRIVERS = (); hardware.growing_segments(); print(hardware.has_gpu())"
     if not cuda:
         monkeypatch.delenv("LD_LIBRARY_PATH")
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     assert told.stdout.strip() == str(cuda)
     if not cuda:
         monkeypatch.setattr(hardware, "DRIVERS", ())
@@ -157,5 +167,13 @@ def test_the_allocator_grows_its_segments_where_the_gpu_can_and_the_person_said_
 
 def test_the_allocator_is_set_before_torch_is_imported() -> None:
     code = "import sys, mft.launch.worker; print('torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     assert told.stdout.strip() == "False"
+
+
+def test_the_limit_of_a_control_group_is_that_of_the_nearest_one(tmp_path: Path) -> None:
+    assert control_group("memory.max", tmp_path) == ""
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    assert control_group("memory.max", tmp_path) == "1073741824"

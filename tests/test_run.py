@@ -63,9 +63,9 @@ def test_run_folder_holds_what_it_promises(tmp_path: Path, cache_dir: Path) -> N
 @pytest.mark.parametrize(
     ("peft", "data"),
     [
-        ("full", "pad"),
+        long("full", "pad"),
         ("lora", "pack"),
-        ("qlora", "pad"),
+        long("qlora", "pad"),
         long("full", "pack"),
         long("lora", "pad"),
         long("qlora", "pack"),
@@ -124,12 +124,12 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     folder.mkdir()
 
     def mount(options: str) -> Path:
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder]).returncode:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], timeout=300).returncode:
             pytest.skip("a disk may be mounted by root only")
         return folder
 
     yield mount
-    subprocess.run(["umount", folder], capture_output=True)
+    subprocess.run(["umount", folder], capture_output=True, timeout=300)
 
 
 def test_a_disk_without_room_is_told_of_before_a_checkpoint_is_written(

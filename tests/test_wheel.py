@@ -26,7 +26,7 @@ def test_wheel_composes_as_the_checkout_does(tmp_path: Path) -> None:
         "-w",
         str(tmp_path),
     ]
-    subprocess.run([*build, str(ROOT)], check=True)
+    subprocess.run([*build, str(ROOT)], check=True, timeout=300)
     (wheel,) = tmp_path.glob("mft-*.whl")
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
@@ -38,7 +38,8 @@ cfg = compose_resolved(["model=tiny", "debug=fast", "loss=case1"])
 assert cfg.loss._target_ == "mft.loss.means.TokenMean" and cfg.train.max_steps == 3
 """
     env = os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(site / "mft" / "conf")
     names = zipfile.ZipFile(wheel).namelist()

@@ -11,7 +11,7 @@ from typing import Any
 from mft.files.checksums import MODEL, damage
 from mft.training.metrics import CLOCKED
 
-MEASURED = ("seconds", "peak_memory_gib")
+MEASURED = ("seconds", "peak_memory_gib", "speed", "phases")
 """What depends on the clock and the machine in summary.json."""
 
 

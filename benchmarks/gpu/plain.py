@@ -55,7 +55,7 @@ class Plain:
             warm_up, count = number_of_steps(self.place)
             for number in range(count):
                 if number == warm_up:
-                    memory.close(training=False)
+                    memory.close("warming up")
                 clock.mark()
                 self._step(batches[number % 4], padded)
             clock.mark()

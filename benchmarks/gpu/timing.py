@@ -13,6 +13,8 @@ import torch
 
 from mft.batch import StepBatches
 from mft.training.memory import PeakMemory
+from mft.training.metrics import PEAKS
+from mft.training.phases import Phase
 from mft.training.trainer import StepSource
 from tests.gpu.children import Place
 
@@ -64,7 +66,7 @@ class Marked:
         """See `StepSource`."""
         for number, data in enumerate(self.source.steps(epoch, rows_consumed, count)):
             if number == self.warm_up:
-                self.memory.close(training=False)
+                self.memory.close("warming up")
             self.clock.mark()
             self.tokens = sum(batch.layout.tokens for batch in data.batches)
             yield data
@@ -93,7 +95,7 @@ def summary(
     if work:
         found["tera_per_second"] = work / middle / 1e9
     if memory:
-        found |= {name.split("/")[1]: value for name, value in memory.read_steps().items()}
+        found |= {name: peak / 2**30 for name, peak in zip(PEAKS, memory.read(Phase.training), strict=False)}
     return {name: round(value, 4) for name, value in found.items()}
 
 

@@ -2,5 +2,5 @@
 
 `start` reads the data and starts the engine; they and the config are the `Run` that all else is given.
 `loader` makes the micro-batches, `model` loads the model and decides which layers it recomputes, `trainer`
-connects what the loop works on. `tags` says what a tracker keeps of it.
+connects what the loop works on; `micro_batch` finds the largest one that fits. `tags` says what a tracker keeps of it.
 """

@@ -42,6 +42,8 @@ def plan(parts: build.Components, loader: BatchLoader) -> dict[str, str]:
     """Returns how long the run is and what a step of it is made of, in words."""
     sizes = loader.sizes
     micro_batches = f"{sizes.per_device} x {sizes.accumulation} micro-batches x {sizes.world} ranks"
+    if not sizes.found:
+        micro_batches = f"{sizes.accumulation} x {sizes.world} ranks, in micro-batches that fit there"
     return {
         "steps": f"{loader.total_steps():,}",
         "a step": f"{sizes.total} rows = {micro_batches}",

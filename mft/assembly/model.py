@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from mft.assembly.loader import plan
 from mft.assembly.start import Run, require_unchanged
+from mft.assembly.warning import case_of
 from mft.console.tables import settings_table
 from mft.data.loader import BatchLoader
 from mft.data.prompts import read_prompts
 from mft.distributed.rng import seed_everything
+from mft.estimate.memory import size_words
 from mft.files.checksums import require_sound
 from mft.files.json_file import write_json
+from mft.model.causal_lm import CHECKPOINTING_ABOVE
+from mft.model.introspect import parameter_count
+from mft.plan.memory import needed, room
 from mft.training.sample_answers import Answers
 
 if TYPE_CHECKING:
@@ -40,40 +45,39 @@ def load_model(r: Run) -> Model:
     return model  # type: ignore[no-any-return]
 
 
-def checkpoint_layers(r: Run, loader: BatchLoader, model: Model) -> tuple[int, str]:
+def checkpoint_layers(r: Run, model: Model) -> tuple[int, str]:
     """Turns gradient checkpointing on as model.gradient_checkpointing says; returns of how many layers one is
     recomputed, 0 = none, and that in words, with the reason where it is auto.
 
-    On a GPU auto chooses by memory. All ranks do what the one chooses that has to recompute most: they
-    exchange weights layer by layer where these are divided.
+    On a GPU auto chooses by memory, as `mft plan` does. All ranks do what the one chooses that has to
+    recompute most: they exchange weights layer by layer where these are divided.
     """
-    from mft.estimate import memory
     from mft.model import checkpointing
 
-    family, longest = r.parts.model, r.data_settings.seq_length
-    chosen, reason = 0, ""
+    reason = ""
 
     def by_memory() -> int:
-        nonlocal chosen, reason
-        import torch
-
-        half, dist, world = r.settings.precision.value != "fp32", r.parts.dist, r.engine.world
-        tokens = loader.sizes.per_device * longest
-        layers = checkpointing.Layers.of(model, family.layer_classes(model), half, longest)
-        sizes = memory.Sizes.of(model, r.parts.peft.audit(model))
-        states = memory.optimizer_bytes(r.parts.optimizer, r.parts.base_lr)
-        held = memory.by_part(sizes, dist, world, half, states)
-        divided, copied = "weights" in dist.divided_parts(), sizes.trained if half else 0
-        beside = memory.beside_activations(model, held, layers, tokens, divided, copied)
-        total = torch.cuda.get_device_properties(r.engine.device).total_memory
-        of_ranks = r.engine.gather(memory.recomputed(layers, tokens, beside, total))
-        chosen, reason = min(of_ranks, key=lambda found: found[0] or math.inf)
+        nonlocal reason
+        chosen, reason = min(r.engine.gather(_recomputed(r, model)), key=lambda found: found[0] or math.inf)
         return chosen
 
-    every = family.checkpoint(model, by_memory if r.engine.device.type == "cuda" else None)
-    if reason and every != chosen:
-        reason += f" with {checkpointing.described(chosen)}, which this class of model cannot do"
+    every = r.parts.model.checkpoint(model, by_memory if r.engine.device.type == "cuda" else None)
     return every, checkpointing.described(every) + reason
+
+
+def _recomputed(r: Run, model: Model) -> tuple[int, str]:
+    """Returns of how many layers one is recomputed on this rank's GPU, 0 = none, and why."""
+    of = case_of(r)
+    try:
+        found = needed(of)
+    except Exception as error:  # a class of model may object to having no weights
+        why = " ".join(str(error).split())
+        every = int(parameter_count(model) > CHECKPOINTING_ABOVE)
+        return every, f"; auto: by the number of weights, since memory is not estimated: {why}"
+    return (
+        found.every,
+        f"; auto: about {size_words(found.peak)} of the {size_words(room(of))} that a GPU has for it",
+    )
 
 
 def show_model(r: Run, loader: BatchLoader, model: Model, checkpointing: str) -> None:

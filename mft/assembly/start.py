@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +14,8 @@ from mft.data import datasets
 from mft.data.settings import DataSettings
 from mft.distributed.determinism import compute_deterministically
 from mft.distributed.engine import Engine
+from mft.estimate.skeletons import Skeletons
+from mft.training.phases import Phases
 from mft.training.progress import Terminal
 from mft.training.settings import TrainSettings
 
@@ -32,9 +34,12 @@ class Run:
     progress: Terminal
     first_here: bool
     """Whether this is the first rank of its machine: it tokenises and checks for all."""
+    phases: Phases = field(default_factory=Phases)
+    skeletons: Skeletons = field(default_factory=Skeletons)
+    """Models without weights, of which its memory is estimated."""
 
 
-def start(cfg: DictConfig, folder: Path) -> Run:
+def start(cfg: DictConfig, folder: Path, phases: Phases) -> Run:
     """Reads, or tokenises, the data, then starts the engine; UserError where the data has changed.
 
     In this order: the ranks that wait for the tokens would wait in a collective otherwise, and time out.
@@ -47,8 +52,9 @@ def start(cfg: DictConfig, folder: Path) -> Run:
     require_unchanged(cfg, folder, parts, data.fingerprints)
     compute_deterministically(settings.deterministic)
     engine = parts.dist.start(settings.precision.value)
+    phases.measure(engine.device)
     progress = Terminal(data.names, quiet=not engine.is_main)
-    return Run(cfg, folder, parts, settings, data_settings, data, engine, progress, first)
+    return Run(cfg, folder, parts, settings, data_settings, data, engine, progress, first, phases)
 
 
 def settings_of(cfg: DictConfig) -> tuple[TrainSettings, DataSettings]:

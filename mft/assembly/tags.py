@@ -7,6 +7,7 @@ import json
 from mft.assembly.start import Run
 from mft.config import identity, repetition
 from mft.files.json_file import read_json
+from mft.run_folder import MICRO_BATCH
 from mft.training import provenance
 
 
@@ -27,6 +28,8 @@ def run_tags(r: Run) -> dict[str, str]:
         "data_fingerprint": record.text("data"),
         "run_folder": str(run_dir),
     }
+    if found := read_json(run_dir / MICRO_BATCH).number("per_device_batch_size"):
+        tags["per_device_batch_size"] = str(int(found))  # the config says auto
     if recorded:
         tags["tasks"] = json.dumps(recorded.tasks)
         for name in recorded.fingerprints.keys() & set(identity.CONTENTS):

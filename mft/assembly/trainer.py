@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mft.assembly import micro_batch
 from mft.assembly.model import checkpoint_layers, show_model
 from mft.assembly.start import Run
 from mft.data.loader import BatchLoader
@@ -13,6 +14,7 @@ from mft.tracking.base import FanOut, Jsonl, Tracker
 from mft.training import metrics, sample_losses
 from mft.training.checkpoint import Checkpoints, ModelExport
 from mft.training.prefetch import Prefetched
+from mft.training.profile import StepProfile
 from mft.training.settings import KeptLosses
 from mft.training.trainer import Trainer
 from mft.training.validate import Evaluator
@@ -34,11 +36,15 @@ def make_trainer(
 
     engine, names, loss, settings = r.engine, r.data.names, r.parts.loss, r.settings
     token_loss = TokenLoss(model, r.parts.model)
-    recomputed, words = checkpoint_layers(r, loader, model)
+    recomputed, words = checkpoint_layers(r, model)
     # before an engine divides the weights
     flops = token_flops(token_loss.model, token_loss.layer_classes(), recomputed)
     optimizer = r.parts.optimizer.build(token_loss.named_parameters(), r.parts.base_lr)
+    coming = 0.0 if loader.sizes.found else micro_batch.optimizer_to_come(r, model)
     module, optimizer = engine.prepare(token_loss, optimizer)
+    if not loader.sizes.found:
+        r.phases.enter(r.phases.phase)  # keeps the peak so far: the trials begin it anew
+        micro_batch.find(r, loader, module, coming)
 
     adapted = base_of(model) is not model  # the base below an adapter is not saved: it need not be gathered
 
@@ -74,7 +80,9 @@ def make_trainer(
         evaluator=Evaluator(engine, names, loader.validation),
         probe=probe,
         save=checkpoints.save,
-        meter=metrics.Meter(names, engine.device, flops.model, settings.peak_tflops, flops.recomputed),
+        meter=metrics.Meter(
+            names, engine.device, flops.model, settings.peak_tflops, flops.recomputed, r.phases
+        ),
         tracker=FanOut([Jsonl(), *r.parts.trackers]) if engine.is_main else Tracker(),
         progress=r.progress,
         settings=settings,
@@ -83,6 +91,15 @@ def make_trainer(
         origin=lambda sample: stores[sample[0]].origin(sample[1]),
         test=Evaluator(engine, names, loader.test) if len(loader.test_samples) else None,
         sample_losses=by_sample if kept is not KeptLosses.none else None,
+        profile=StepProfile(
+            r.folder if settings.profile else None,
+            r.phases,
+            engine.device,
+            loader.sizes.accumulation,
+            (settings.eval_every, settings.save_every),
+            engine.is_main,
+            engine.barrier,
+        ),
     )
     show_model(r, loader, model, words)
     return trainer, checkpoints, export

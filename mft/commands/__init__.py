@@ -6,7 +6,7 @@ with its default and a sentence, which `mft VERB --help` prints and `mft complet
 was typed, so that help and mistakes are answered within a second: torch, transformers, MLflow and Hydra are
 imported inside functions, after the command line was understood.
 
-Overrides of the config (key=value) are words of `train`, `data`, `verify-resume`, `sweep resume` and
+Overrides of the config (key=value) are words of `train`, `plan`, `data`, `verify-resume`, `sweep resume` and
 `convert`; everything else is a flag. `arguments` is the parser that all of them share; `trained_model` finds
 the model of a run for `merge` and `generate`.
 """

@@ -80,7 +80,7 @@ def offered(verb: str, line: Parser) -> list[str]:
     from mft.commands.train import group_table
 
     # Options of conf/ alone: no folder of --config-dir is known when the script is written.
-    groups = group_table() if verb in ("train", "data", "verify-resume") else {}
+    groups = group_table() if verb in ("train", "plan", "data", "verify-resume") else {}
     choices = [f"{group}={option}" for group, options in groups.items() for option in options]
     return [*line.actions, *(flag for flag in line.flags if flag.startswith("--")), *choices]
 

@@ -25,6 +25,7 @@ FILES = {
     "model": "final",
     "checkpoints": "checkpoints",
     "pictures": "report",
+    "profile": "profile",
     "output": "log/output.txt",
     "traceback": "log/traceback.txt",
 }
@@ -47,6 +48,7 @@ def command(arguments: Sequence[str]) -> None:
     from rich.text import Text
 
     from mft.console.tables import pasted, settings_table
+    from mft.training import costs
     from mft.training.progress import losses_table
 
     run, summary = read_run(folder), read_json(folder / "summary.json")
@@ -61,6 +63,8 @@ def command(arguments: Sequence[str]) -> None:
     if last or test:
         steps_of = [int(summary.part(part).number("step") or 0) for part in ("best", "test")]
         terminal.print(losses_table(first, last, best, steps_of[0], test, steps_of[1]))
+    for cost in costs.tables(summary):
+        terminal.print(cost)
     files = [(name, folder / file) for name, file in FILES.items()]
     shown = [(name, path) for name, path in files if path.exists()]
     error = [("error", summary.text("error"))] if summary.text("error") else []

@@ -12,8 +12,8 @@ LOSSES = ("mean", "worst", "weighted")
 
 OURS = {
     r"(train|valid|test|best/valid)/loss(/.*)?|valid/(worst|weighted|perplexity/.*)|train/router": "lower",
-    r"memory/.*|speed/seconds_per_step|total/.*": "lower",
-    r"speed/(tokens_per_second|[mh]fu)|data/fill": "higher",
+    r"memory/.*|speed/(seconds_per_step|(run/)?data_wait_share)|total/.*": "lower",
+    r"speed/(run/)?(\w*tokens_per_second|[mh]fu)|data/fill": "higher",
     r"system/gpu_\d+_utilization_percentage": "higher",
     r"system/.*_usage_\w+": "lower",
 }

@@ -81,7 +81,8 @@ class Components:
     named_tasks: dict[str, Task]
     """Those of the config group `task`, by key."""
     tasks: list[Task]
-    """All tasks in the order of their numbers: the named ones, then one for each of data.paths."""
+    """All tasks in the order of their numbers: the named ones, then one for each of data.paths; [] where a
+    config has none yet."""
     rows: RowBuilder
     """How samples become rows of a batch: data.rows."""
     model: CausalLM
@@ -105,13 +106,12 @@ class Components:
 
 
 def build_components(cfg: DictConfig) -> Components:
-    """Makes all components of a config. Raises UserError where two tasks have one name or there is no
-    task."""
+    """Makes all components of a config; raises UserError where two tasks have one name."""
     by_path = {path: component(cfg, path) for path in component_paths(cfg)}
     named_tasks = {str(name): by_path[f"task.{name}"] for name in cfg.task}
     return Components(
         named_tasks=named_tasks,
-        tasks=all_tasks(named_tasks, list(cfg.data.paths)),
+        tasks=all_tasks(named_tasks, list(cfg.data.paths)) if named_tasks or cfg.data.paths else [],
         rows=by_path["data.rows"],
         model=by_path["model"],
         peft=by_path["peft"],

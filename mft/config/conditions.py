@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mft.errors import shortened
 from mft.hardware import visible_gpus
+from mft.training.profile import SKIPPED
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ def ends_before(key: str) -> Reason:
         return f"train.max_steps={last} ends the run first" if last and interval and interval > last else ""
 
     return reason
+
+
+def ends_before_a_profile(run: Run) -> bool:
+    last = run.cfg.train.max_steps
+    return last is not None and last <= SKIPPED
 
 
 def validates(run: Run) -> bool:

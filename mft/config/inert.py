@@ -25,6 +25,7 @@ from mft.config.conditions import (
     Run,
     adds_no_tokens,
     ends_before,
+    ends_before_a_profile,
     in_length_groups,
     keeps_one_checkpoint,
     one_micro_batch,
@@ -37,6 +38,7 @@ from mft.config.conditions import (
 )
 from mft.config.given_keys import is_default
 from mft.config.inputs import under
+from mft.training.profile import SKIPPED
 
 RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
     ("train.early_stopping_stall_num", (unless("train.early_stopping", True),)),
@@ -52,6 +54,7 @@ RULES: tuple[tuple[str, tuple[Reason, ...]], ...] = (
     ("train.save_state", (where(keeps_one_checkpoint, "train.keep=1 keeps one checkpoint"),)),
     ("train.save_every", (ends_before("train.save_every"),)),
     ("train.log_every", (ends_before("train.log_every"),)),
+    ("train.profile", (where(ends_before_a_profile, f"the first {SKIPPED} steps are not recorded"),)),
     ("launch.jobs", (OUTSIDE_A_SWEEP, INLINE)),
     ("launch.shutdown_seconds", (INLINE,)),
     ("launch.main_address launch.node_rank launch.rdzv_endpoint launch.local_addr", (ONE_MACHINE,)),

@@ -42,6 +42,7 @@ _WHY_LEFT_OUT = {
     "saving draws no random number": "train.save_every",
     "answered without random numbers": "train.prompts train.prompts_max_new_tokens",
     "a speed is divided by it": "train.peak_tflops",
+    "it watches steps": "train.profile",
     "it chooses between kernels that agree to rounding, as machines do": "train.deterministic "
     "model.fused peft.fused",
     "enters as the global batch": "train.per_device_batch_size train.gradient_accumulation_steps "

@@ -48,7 +48,7 @@ THEIR_NAMES = {
     "train.epochs": "num_train_epochs num_epochs",
     "train.max_steps": "max_train_steps",
     "train.per_device_batch_size": "per_device_train_batch_size per_gpu_train_batch_size batch_size "
-    "micro_batch_size",
+    "micro_batch_size auto_find_batch_size",
     "train.global_batch_size": "train_batch_size",
     "train.gradient_accumulation_steps": "grad_accum gradient_accumulation",
     "train.log_every": "log_interval logging_steps",

@@ -8,6 +8,7 @@ from mft.errors import nearest
 
 REFUSALS = (
     (r"could not be converted to Integer", "must be an integer"),
+    (r"type hint 'Union\[int, str\]'", "must be an integer, or a word such as auto"),
     (r"could not be converted to Float", "must be a number"),
     (r"is not a valid bool", "must be true or false"),
     (r"Cannot convert '\w+' to string|converted to String|is not a subclass of str", "must be a string"),

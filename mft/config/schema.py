@@ -20,7 +20,7 @@ from mft.errors import UserError, check_ranges, ranged
 from mft.files.atomic import write_text
 from mft.files.cache_folder import default_cache_dir
 from mft.hardware import computes_in_bf16, visible_gpus
-from mft.training.settings import Precision, TrainSettings
+from mft.training.settings import AUTO, Precision, TrainSettings
 
 LONGEST = 10_000_000
 """Seconds that a setting may ask to wait, four months; timers of the system end not far beyond."""
@@ -148,6 +148,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("mft_cache", default_cache_dir, replace=True)
     interpolations.register()
     yaml_file.register()
+    if "schema.yaml" in ConfigStore.instance().repo:
+        return  # made once: it takes a tenth of a composition
     schema = OmegaConf.structured(Config)
     # A task's yaml may leave out fields that have defaults; without the flag Hydra would not let them be set
     # either. Wrong names are refused by the task's class.
@@ -205,20 +207,23 @@ def resolve_precision(precision: Precision | str) -> Precision:
 
 
 def batch_sizes(train: TrainSettings | DictConfig, world: int) -> BatchSizes:
-    """Derives accumulation from the global batch or the other way round.
+    """Derives accumulation from the global batch or the other way round; of micro-batches whose size is still
+    to be found one row each.
 
-    Raises UserError when both are given or when the global batch does not divide.
+    Raises UserError when both are given, the global batch does not divide, or auto has none to divide.
     """
     per_device, total = train.per_device_batch_size, train.global_batch_size
     accumulation = train.gradient_accumulation_steps
+    if per_device == AUTO:
+        return _of_auto(total, accumulation, world)
     if total is None:
-        return BatchSizes(per_device, accumulation or 1, world)
+        return BatchSizes(int(per_device), accumulation or 1, world)
     if accumulation is not None:
         raise UserError(
             f"train.global_batch_size={total} and train.gradient_accumulation_steps={accumulation} exclude "
             "each other; set one of them, the other is derived."
         )
-    unit = per_device * world
+    unit = (per_device := int(per_device)) * world
     if total % unit:
         below, above = total // unit * unit, (total // unit + 1) * unit
         raise UserError(
@@ -226,3 +231,22 @@ def batch_sizes(train: TrainSettings | DictConfig, world: int) -> BatchSizes:
             f"x {world} ranks. Nearest values: {f'{below} or ' if below else ''}{above}."
         )
     return BatchSizes(per_device, total // unit, world)
+
+
+def _of_auto(total: int | None, accumulation: int | None, world: int) -> BatchSizes:
+    if accumulation is not None:
+        raise UserError(
+            f"train.gradient_accumulation_steps={accumulation} and train.per_device_batch_size=auto exclude each "
+            "other: the accumulation follows from the size that is found. Give train.global_batch_size instead."
+        )
+    if total is None:
+        raise UserError(
+            "train.per_device_batch_size=auto needs train.global_batch_size, the rows of a step over all ranks, "
+            f"since a step must be the same on every device. Allowed: a multiple of the ranks, here {world}."
+        )
+    if total % world:
+        near = " or ".join(str(n) for n in (total // world * world, (total // world + 1) * world) if n)
+        raise UserError(
+            f"train.global_batch_size={total} must be a multiple of {world} ranks. Nearest values: {near}."
+        )
+    return BatchSizes(1, total // world, world, found=False)

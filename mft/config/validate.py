@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from mft.training.settings import TrainSettings
 
 
-def check(cfg: DictConfig, world: int) -> build.Components:
+def check(cfg: DictConfig, world: int, elsewhere: bool = False) -> build.Components:
     """Judges a resolved, typed config before any process starts or model loads, and returns its components.
 
-    Raises UserError with a sentence for the first thing that is wrong.
+    elsewhere: it will run on another machine, so that neither weights nor tasks have to be here yet, and what
+    this machine computes in does not matter. Raises UserError with a sentence for the first thing that is
+    wrong.
 
     Field names and types of every component come first, then what a component itself can tell (`check`
     methods: missing paths, an attention that cannot run here), then what only the whole can tell.
@@ -50,7 +52,7 @@ def check(cfg: DictConfig, world: int) -> build.Components:
         for key in map(str, node):
             if OmegaConf.is_missing(node, key):
                 raise UserError(f"{path}.{key} is missing; write {path}.{key}=…, or set it in a yaml.")
-    if not cfg.task and not cfg.data.paths:
+    if not cfg.task and not cfg.data.paths and not elsewhere:
         raise UserError(
             "No task is chosen. Choose from conf/task with task=[completion,docstring] (`mft demo` makes "
             "the demo's five), or name folders of JSONL files: data.paths=[dir1,dir2]."
@@ -64,13 +66,16 @@ def check(cfg: DictConfig, world: int) -> build.Components:
     for path, component in components.by_path.items():
         if dataclasses.is_dataclass(component):
             check_ranges(component, path)
-        if hasattr(component, "check"):
+        if elsewhere and component is components.model:
+            components.model.check_without_weights()
+        elif hasattr(component, "check"):
             component.check()
     for task in components.tasks:
         task.files()  # a missing folder, a folder without rows
         task.splits()  # files for validation and test alone
         task.check_rows(stops=cfg.data.bad_rows is BadRows.error)
-    _check_something_trains(components.tasks, cfg.data.mixture)
+    if components.tasks:
+        _check_something_trains(components.tasks, cfg.data.mixture)
     names = [task.name for task in components.tasks]
     if (best := cfg.train.best) not in (allowed := [*BEST, *names]):
         hint = nearest(best, allowed) or "."
@@ -80,9 +85,10 @@ def check(cfg: DictConfig, world: int) -> build.Components:
     may_validate = {
         task.name: int(cfg.data.split[1] > 0 or "valid" in task.splits()) for task in components.tasks
     }
-    check_validation(cfg.train, components.loss, may_validate)
+    if components.tasks:
+        check_validation(cfg.train, components.loss, may_validate)
     components.dist.check_ranks(world)
-    _check_together(cfg, components)
+    _check_together(cfg, components, cpu=not elsewhere and not visible_gpus())
     return components
 
 
@@ -162,8 +168,8 @@ def check_validation(train: TrainSettings, loss: TaskLoss, counts: Mapping[str, 
     )
 
 
-def _check_together(cfg: DictConfig, c: build.Components) -> None:
-    """Cross-component checks: what no single component can judge."""
+def _check_together(cfg: DictConfig, c: build.Components, cpu: bool) -> None:
+    """Cross-component checks: what no single component can judge. cpu: whether it will run on a CPU."""
     c.scheduler.lr(1, 2, c.base_lr)  # a min_lr above the learning rate is refused here
     reads_all_of = "model.add_tokens" if c.model.new_tokens() else c.peft.full_weights_reason
     if reads_all_of and c.dist.divides_on_load:
@@ -175,7 +181,7 @@ def _check_together(cfg: DictConfig, c: build.Components) -> None:
     _check_dist(c, precision)
     _check_rows(c.rows, c.loss, cfg.data.long_samples)
     c.model.check_rows(c.rows.packs_samples)
-    refuse_fp16(precision, cpu=not visible_gpus())
+    refuse_fp16(precision, cpu=cpu)
     c.peft.check_against(c.model, precision)
     c.model.check_precision(precision)
     for name, task in c.named_tasks.items():

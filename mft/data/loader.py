@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from itertools import islice
+from dataclasses import replace
+from itertools import cycle, islice
 from typing import Protocol
 
 import numpy as np
 
-from mft.batch import Batch, BatchSizes, Row, StepBatches
+from mft.batch import Batch, BatchSizes, Row, Sample, StepBatches
 from mft.data.cache.store import Samples, Store
 from mft.data.mixture import account, counts_per_epoch
 from mft.data.packing import RowBuilder
@@ -104,6 +105,21 @@ class BatchLoader:
         """Yields this rank's micro-batches of a probe: validation samples drawn anew for every step."""
         chosen = draw(self.valid_samples, per_task, self.settings.seed, step)
         return self._evaluation(self.valid_samples, chosen)
+
+    def largest(self, rows: int) -> Batch:
+        """Returns a micro-batch of so many rows that takes as much memory as any of the run: each as long as
+        rows get, every token with loss."""
+        samples, longest = self.train_samples, np.argsort(-self.train_samples.lengths_N, kind="stable")
+        row: list[Sample] = []
+        free = self.data.seq_length
+        for number in cycle(longest.tolist()):
+            sample = samples.sample(number)
+            ids_S = sample.ids_S[:free]
+            row.append(replace(sample, ids_S=ids_S, trained_S=np.ones(len(ids_S), bool)))
+            free -= len(ids_S)
+            if not (free and self.rows.packs_samples):
+                break
+        return self.rows.collate([row] * rows, self.pad_id, self.data.seq_length)
 
     def _evaluation(self, samples: Samples, numbers: np.ndarray) -> Iterator[Batch]:
         per_device, seq_length = self.settings.per_device_eval_batch_size, self.data.seq_length

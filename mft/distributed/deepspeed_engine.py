@@ -8,6 +8,7 @@ All that is private of DeepSpeed is here (read in 0.19); tests/distributed/test_
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -142,6 +143,16 @@ class DeepSpeedEngine(Engine):
         overflow = bool(self._optimizer.overflow)
         self.skipped = overflow and self.accelerator.mixed_precision == "fp16"
         return float("nan") if overflow else float(self._module.get_global_grad_norm())
+
+    def _drop_gradients(self) -> None:
+        scaler = self._scaler_state()
+        logging.disable(logging.WARNING)  # of an overflow
+        try:
+            self._module.step()  # not finite, so that it updates nothing and clears everything
+        finally:
+            logging.disable(logging.NOTSET)
+        assert self._optimizer.overflow
+        self._load_scaler(scaler)
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """Of what is trained it takes the fp32 master weight, also where half precision is computed with."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -167,6 +167,21 @@ class Engine(EngineState):
     def backward(self, share: torch.Tensor) -> None:
         """Adds the gradient of a micro-batch's share (a scalar), times `world`: DDP's mean becomes a sum."""
         self.accelerator.backward(share * self.world)
+
+    def try_out(self, shares: Sequence[Callable[[], torch.Tensor]]) -> None:
+        """Computes forward and backward of a step's micro-batches and drops their gradients; updates nothing.
+
+        shares: each makes the forward of one. Where a rank holds the whole model, none waits for another
+        here, so that one may run out of memory; `try_out([])` then drops what is there.
+        """
+        for number, share in enumerate(shares, start=1):
+            with self.accumulating(last=self.divided and number == len(shares)):
+                # never a step's: DeepSpeed clears what it has added up where that is not finite
+                self.backward(share() * float("nan"))
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        self._optimizer.zero_grad()
 
     def step(self, max_norm: float | None = None) -> float:
         """Clips to `max_norm` (None: not), updates, zeroes the gradients; returns the norm before clipping.

@@ -6,12 +6,11 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 from mft.doctor.finding import Finding, Part
+from mft.hardware import control_group
 
 GIB = 2**30
-CONTROL_GROUPS = Path("/sys/fs/cgroup")
 FILES_WANTED = 4096
 """File handles that many tasks, their caches and a loader of shards may have open together."""
 FILES_LEAST = 256
@@ -29,27 +28,6 @@ def findings() -> Iterator[Finding]:
         yield part.ok("git", "installed: a run records the commit of its folder")
     else:
         yield part.note("git", "not installed: a run cannot record its commit", "install git")
-
-
-def control_group(name: str, root: Path = CONTROL_GROUPS) -> str:
-    """Returns the first word of a file of this process's control group (version 2), or of the nearest one
-    above it that has the file; "" where there is none.
-
-    name: e.g. memory.max; root: where control groups are mounted.
-    """
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    own = next((line.rpartition(":")[2].lstrip("/") for line in lines if line.startswith("0::")), "")
-    folder = root / own
-    for place in (folder, *folder.parents):
-        if place.is_relative_to(root) and (place / name).is_file():
-            try:
-                return (place / name).read_text(encoding="utf-8").strip()
-            except OSError:
-                return ""
-    return ""
 
 
 def _cores() -> Finding:

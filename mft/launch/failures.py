@@ -19,6 +19,7 @@ from mft.distributed.stalled import TIMED_OUT, Stalled
 from mft.errors import UserError
 from mft.files.disk import free_bytes
 from mft.files.json_file import Values, read_json, write_json
+from mft.launch.out_of_memory import planned
 
 FULL = 2**16
 """Bytes free on a disk below which a rank without a report is assumed to have found the disk full."""
@@ -167,7 +168,7 @@ def _silent_death(log: Path, rank: int, code: int | None, ranks: int) -> Excepti
         return UserError(
             f"Rank {rank} was killed from outside, probably because the machine's memory ran out. Lower "
             "train.per_device_batch_size or data.seq_length, or start fewer ranks (launch.nproc, now "
-            f"{ranks})."
+            f"{ranks}). {planned(log.parent)}"
         )
     if code > 0 and (free := free_bytes(log)) < FULL:
         return UserError(

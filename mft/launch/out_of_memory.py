@@ -1,18 +1,19 @@
-"""When memory runs out: which settings to lower, and their current values."""
+"""When memory runs out: which settings to lower, their current values, and the command that says by how
+much."""
 
 from __future__ import annotations
 
-from omegaconf import DictConfig, OmegaConf
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mft.errors import UserError
+from mft.estimate.room import ran_out
+from mft.files.json_file import read_json
+from mft.hardware import has_gpu
+from mft.run_folder import MICRO_BATCH
 
-SIGNS = (
-    "can't allocate memory",  # torch's CPU allocator
-    "not enough memory",
-    "out of memory",  # CUDA, where it is not raised as OutOfMemoryError
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-"""Texts of a RuntimeError that mean memory."""
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 LOWER = ("train.per_device_batch_size", "train.per_device_eval_batch_size", "data.seq_length")
 """Numbers that lower memory, in the order worth trying."""
@@ -21,15 +22,20 @@ SWITCHES = {"model.gradient_checkpointing": "true", "peft": "qlora", "dist": "ze
 """Choices that lower memory, in the order worth trying."""
 
 
-def explain(error: BaseException, cfg: DictConfig) -> UserError | None:
+def explain(error: BaseException, cfg: DictConfig, run_dir: Path) -> UserError | None:
     """Returns the sentence for memory of the machine or a GPU that ran out, None for any other error.
 
-    cfg: the resolved config; the sentence names what to lower, with the present values.
+    cfg: the resolved config of the run in run_dir; the sentence names what to lower, with the present values,
+    and the plan of the run.
     """
-    if not _is_out_of_memory(error):
+    if not ran_out(error):
         return None
+    from omegaconf import OmegaConf
+
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
     values = {path: OmegaConf.select(cfg, path) for path in LOWER}
+    if found := read_json(run_dir / MICRO_BATCH).number("per_device_batch_size"):
+        values[LOWER[0]] = f"auto, which found {found:g}"
     lower = [path if value is None else f"{path} (now {value})" for path, value in values.items()]
     switch = []
     for key, better in SWITCHES.items():
@@ -39,15 +45,11 @@ def explain(error: BaseException, cfg: DictConfig) -> UserError | None:
             switch.append(f"{key}={better} (now {now})")
     or_set = f"; or set {', '.join(switch)}" if switch else ""
     lowered = f"Lower {', '.join(lower[:-1])} or {lower[-1]}{or_set}."
-    return UserError(f"Memory ran out ({first_line[:200]}). {lowered}")
+    return UserError(f"Memory ran out ({first_line[:200]}). {lowered} {planned(run_dir)}")
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, means memory."""
-    while error is not None:
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            return True
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
-            return True
-        error = error.__cause__
-    return False
+def planned(run_dir: Path) -> str:
+    """Returns the sentence that leads to the plan of a run."""
+    from mft.config.repetition import plan_of  # it reads configs, which a parent that only launches need not
+
+    return f"What each of them saves: {plan_of(run_dir)}{'' if has_gpu() else ' plan.gpu=cpu'}"

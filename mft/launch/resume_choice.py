@@ -11,10 +11,12 @@ from typing import Any
 from mft.config import yaml_file
 from mft.config.identity import VERSION, Identity, differences, identity_of
 from mft.errors import UserError, nearest
-from mft.run_folder import LOCK, RunStatus, is_locked, status
+from mft.run_folder import LOCK, MICRO_BATCH, RunStatus, is_locked, status
 from mft.training.checkpoint import newest
 
-BEFORE_A_RUN = ("config.yaml", "identity.json", "overrides.json", "plan.json", "provenance.json")
+BEFORE_A_RUN = (
+    *("config.yaml", "identity.json", "overrides.json", "plan.json", MICRO_BATCH, "provenance.json"),
+)
 """Files left by a run that was killed, or found its disk full, before its first step."""
 
 PARTIAL = (LOCK, "log", *BEFORE_A_RUN, *(f"{name.rpartition('.')[0]}.tmp" for name in BEFORE_A_RUN))

@@ -67,7 +67,7 @@ def run_job(run_dir: str, trace: Trace | None = None) -> None:
     try:
         run(cfg, folder, stop, trace)
     except Exception as error:
-        causes = (heartbeat.explained(error), explain(error, cfg), determinism.explain(error))
+        causes = (heartbeat.explained(error), explain(error, cfg, folder), determinism.explain(error))
         if explained := next(filter(None, causes), None) or refused_by_system(error, folder):
             raise explained from error
         raise

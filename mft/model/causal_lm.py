@@ -82,6 +82,19 @@ class CausalLM(CheckpointSource):
 
     def check(self) -> None:
         """Raises UserError for what can be known without loading: settings, path, headers of weights."""
+        self._check_settings()
+        self._check_path()
+
+    def check_without_weights(self) -> None:
+        """The same; a folder needs no more than its config.json."""
+        if not model_folder.is_config_alone(self.path):
+            self.check()
+            return
+        self._check_settings()
+        model_folder.check_path(self.path, self.hint, weights=False)
+        self._check_type()
+
+    def _check_settings(self) -> None:
         checkpointing.layers_between(self.gradient_checkpointing)
         check_choice("model.attention", self.attention, Attention.__members__)
         check_ranges(self, "model")
@@ -89,12 +102,14 @@ class CausalLM(CheckpointSource):
         refuse_flash(self.attention)
         if self.trust_remote_code:
             log.warning(self.code_notice, self.path)
-        self._check_path()
+
+    def _check_type(self) -> None:
+        if type(self) is CausalLM:  # subclasses read model types that transformers does not have
+            model_folder.check_type(self.path, self.trust_remote_code)
 
     def _check_path(self) -> None:
         model_folder.check_path(self.path, self.hint)
-        if type(self) is CausalLM:  # subclasses read model types that transformers does not have
-            model_folder.check_type(self.path, self.trust_remote_code)
+        self._check_type()
         folder = Path(self.location())
         if folder.is_dir():
             self.weight_format()

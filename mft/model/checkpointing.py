@@ -1,7 +1,8 @@
-"""Gradient checkpointing: how many layers make their activations again in the backward pass, by memory.
+"""Gradient checkpointing: how many layers make their activations again in the backward pass.
 
-What is kept is estimated from the shapes of a layer's matrices. tests/model/test_checkpointing.py measures it
-with hooks on what autograd saves, for several families: the estimate lies above, by 55 % at most.
+Where no step can be watched (`step_trace`), what layers keep is estimated from the shapes of their matrices.
+tests/model/test_checkpointing.py measures it with hooks on what autograd saves, for several families: the
+estimate lies above, by 55 % at most.
 """
 
 from __future__ import annotations
@@ -62,8 +63,6 @@ class Layers:
     """Bytes of a token in a layer that keeps its activations."""
     boundary: float
     """Bytes of a token in one that is recomputed: its input."""
-    weights: int
-    """Of the largest layer."""
 
     @classmethod
     def of(cls, model: nn.Module, classes: list[str], half: bool, longest: int) -> Layers:
@@ -75,7 +74,7 @@ class Layers:
         config = base.config.get_text_config()
         layers = [part for part in model.modules() if type(part).__name__ in classes]
         frozen = not all(p.requires_grad for p in model.parameters())
-        by_layer, sizes = [], []
+        by_layer = []
         for layer in layers:
             matrices = [(path, shape) for path, _, shape in weights(layer) if len(shape) > 1]
             role, active = roles(dict(matrices)), active_shares(dict(matrices), config)
@@ -85,11 +84,10 @@ class Layers:
             features = sum(copies[path] * sum(shape[-2:]) for path, shape in own)
             kept = PER_FEATURE[half, frozen] * features + PER_DROPPED * _dropped(layer)
             by_layer.append(kept - spared(layer, 2 if half else 4))
-            sizes.append(sum(math.prod(shape) for _, shape in matrices))
         kept = max(by_layer, default=0.0)
         if "eager" in attention_name(base):
             kept += PER_SCORE[half] * longest * (getattr(config, "num_attention_heads", 0) or 0)
-        return cls(len(layers), kept, 4.0 * config.hidden_size, max(sizes, default=0))
+        return cls(len(layers), kept, 4.0 * _width(config))
 
     def bytes(self, every: int, tokens: int) -> float:
         """Returns what is kept of a micro-batch, with the layer that is being recomputed."""
@@ -98,21 +96,17 @@ class Layers:
         return tokens * (whole * self.kept + again * self.boundary)
 
 
+def _width(config: Any) -> int:
+    """Returns the width of the hidden states; of a model of several parts (BLT) that of the widest."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    return max(getattr(part, "hidden_size", 0) or 0 for part in parts)
+
+
 def _dropped(layer: nn.Module) -> int:
     """Returns the inputs of a layer's adapters that have dropout."""
     adapted: list[Any] = [part for part in layer.modules() if hasattr(part, "lora_dropout")]
     drops = [(part.in_features, each) for part in adapted for each in part.lora_dropout.values()]
     return sum(width for width, each in drops if getattr(each, "p", 0))  # an Identity without dropout
-
-
-def choose(layers: Layers, tokens: int, held: float, room: float) -> int:
-    """Returns of how many layers one is to be recomputed: as few as possible for what fits.
-
-    tokens: of a micro-batch; held: bytes of weights, gradients, optimizer and all else that is not kept for
-    the backward pass; room: bytes of the device that may be used.
-    """
-    fitting = (every for every in EVERY if held + layers.bytes(every, tokens) <= room)
-    return next(fitting, EVERY[-1])
 
 
 def described(every: int) -> str:
@@ -132,4 +126,14 @@ def enable(base: Any, classes: list[str], every: int) -> bool:
     # classes with the older hook ignore the number
     layers = [part for part in base.modules() if type(part).__name__ in classes]
     chosen = [getattr(layer, "gradient_checkpointing", None) for layer in layers]
-    return chosen == [number % every == 0 for number in range(len(layers))]
+    if chosen == [number % every == 0 for number in range(len(layers))]:
+        return True
+    disable(base)
+    return False
+
+
+def disable(base: Any) -> None:
+    """Lets all layers keep their activations again."""
+    if base.is_activation_checkpointing:
+        base.activation_checkpointing_disable()
+        base.disable_input_require_grads()  # which enabling has added, and disabling leaves

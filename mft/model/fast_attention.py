@@ -7,6 +7,9 @@ blocks of matrix products on a CPU, else torch's sdpa sample by sample.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -41,9 +44,26 @@ class Machine(NamedTuple):
     """Whether a CPU multiplies in bf16."""
 
 
-@functools.cache
+_stands_for: ContextVar[Machine | None] = ContextVar("stands_for", default=None)
+
+
+@contextmanager
+def standing_for(other: Machine | None) -> Iterator[None]:
+    """Context in which attention is that of another machine, None = this one; fake tensors alone can tell."""
+    token = _stands_for.set(other)
+    try:
+        yield
+    finally:
+        _stands_for.reset(token)
+
+
 def machine(device: torch.device) -> Machine:
-    """Returns what there is of a device."""
+    """Returns what decides on the kernel for tensors of a device."""
+    return _stands_for.get() or _this_machine(device)
+
+
+@functools.cache
+def _this_machine(device: torch.device) -> Machine:
     if device.type != "cuda" or torch.version.cuda is None:
         return Machine(device.type, native_bf16=device.type == "cpu" and cpu_computes_in_bf16())
     return Machine("cuda", torch.cuda.get_device_capability(device), varlen())
@@ -118,7 +138,7 @@ def sdpa(
 ) -> tuple[Tensor, Any]:
     """transformers' attention by torch's sdpa, kept off the math kernel."""
     heads, key_heads = query.shape[1], key.shape[1]
-    if repeats_keys(query.device.type, computing_dtype(query), heads, key_heads):
+    if repeats_keys(machine(query.device).device, computing_dtype(query), heads, key_heads):
         key, value = (repeat_kv(tensor, heads // key_heads) for tensor in (key, value))
         # A module without num_key_value_groups, by which transformers would repeat them again.
         module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))

@@ -55,6 +55,9 @@ def skeleton(
     if quantization:
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model, device_map=None, use_kernels=False)
+        # which loading sets, and by which peft tells its kinds of adapters
+        model.is_loaded_in_4bit = bool(quantization.load_in_4bit)
+        model.is_loaded_in_8bit = bool(quantization.load_in_8bit)
     return model
 
 

@@ -18,16 +18,18 @@ if TYPE_CHECKING:
     import xxhash
 
 
-def check_path(path: str, hint: str = "") -> None:
-    """Raises UserError unless `path` is a model folder or may be a hub name; hint: what to do when a folder
-    is missing."""
+def check_path(path: str, hint: str = "", weights: bool = True) -> None:
+    """Raises UserError unless `path` is a model folder or may be a hub name.
+
+    hint: what to do when a folder is missing; weights: whether the folder has to hold them.
+    """
     if not path:
         raise UserError("model.path is empty; give a folder or a hub name such as owner/name.")
     folder, who = Path(path).expanduser(), f"model.path={path}"
     # Meant as a folder, not a hub name: anchored, deeper than owner/name, or inside an existing folder.
     local = path.startswith(("/", "./", "../", "~", "\\")) or path.count("/") > 1
     if folder.is_dir():
-        _check_folder(who, folder)
+        _check_folder(who, folder, weights)
     elif folder.exists():
         raise UserError(f"{who} is a file; give the folder that holds config.json")
     elif local or ("/" in path and Path(path).parent.is_dir()):
@@ -49,7 +51,13 @@ def check_reachable(path: str, revision: str | None) -> None:
         )
 
 
-def _check_folder(who: str, folder: Path) -> None:
+def is_config_alone(path: str) -> bool:
+    """Whether a path is a folder with a config.json and without weights that could be loaded."""
+    folder = Path(path).expanduser()
+    return bool(path) and (folder / "config.json").is_file() and not any(folder.glob("*.safetensors"))
+
+
+def _check_folder(who: str, folder: Path, weights: bool) -> None:
     config, adapter = ((folder / name).exists() for name in ("config.json", "adapter_config.json"))
     if adapter and not config:
         raise UserError(f"{who} holds an adapter; give its base model, and the adapter as peft.path")
@@ -61,6 +69,8 @@ def _check_folder(who: str, folder: Path) -> None:
             "another base; move the adapter's files elsewhere, and give that folder as peft.path"
         )
     read_config(folder)
+    if not weights:
+        return
     if not any(folder.glob("*.safetensors")):
         pickled = f"; pickled weights are not loaded: run mft convert {folder}"
         raise UserError(f"{who} has no *.safetensors file{pickled if any(folder.glob('*.bin')) else ''}")

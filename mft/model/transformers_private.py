@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,19 @@ def recorded_outputs(decoder: Any) -> Any:
 def kept_in_float32(model: PreTrainedModel) -> list[str]:
     """Returns parts of the names of weights that stay in float32 in a model of any dtype."""
     return [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+
+
+@contextmanager
+def experts_multiplied_by(product: Callable[..., Any]) -> Iterator[None]:
+    """Context in which routed experts are multiplied by product(rows, weights, offs=where each expert ends)."""
+    from transformers.integrations import moe
+
+    found = moe._grouped_mm
+    moe._grouped_mm = product
+    try:
+        yield
+    finally:
+        moe._grouped_mm = found
 
 
 # ── loading and saving ──

@@ -22,6 +22,7 @@ from mft.errors import UserError
 from mft.launch import spawn
 from mft.launch.job import Job
 from mft.launch.signals import let_through
+from mft.plan.gpus import CPU, Device, device, visible
 
 
 def rehearse(job: Job) -> None:
@@ -31,7 +32,8 @@ def rehearse(job: Job) -> None:
     receiving, sending = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="mft-rehearsal-") as folder:
         freeze(job.cfg, Path(folder) / "config.yaml")
-        given = (folder, str(job.cfg.output_dir), job.world, job.plugins, spawn.environment(), sending)
+        seen = (visible() or [device(CPU)])[0]  # here, since the rehearsal sees no GPU
+        given = (folder, str(job.cfg.output_dir), job.world, seen, job.plugins, spawn.environment(), sending)
         process = context.Process(target=_main, args=given, daemon=True)
         process.start()
         sending.close()  # so that the end of the process is the end of what can be received
@@ -51,6 +53,7 @@ def _main(
     folder: str,
     output_dir: str,
     world: int,
+    seen: Device,
     packages: Sequence[str],
     variables: dict[str, str],
     answer: Connection,
@@ -68,7 +71,7 @@ def _main(
     from mft.errors import full_disk
     from mft.rehearsal.rehearse import Rehearsal
 
-    rehearsal, problem = Rehearsal(Path(folder), Path(output_dir), world), ""
+    rehearsal, problem = Rehearsal(Path(folder), Path(output_dir), world, seen), ""
     try:
         plugins.name(packages)
         cfg = read(Path(folder) / "config.yaml")

@@ -19,13 +19,15 @@ from mft.console.tables import settings_table
 from mft.data.loader import BatchLoader
 from mft.distributed.ddp import Single
 from mft.errors import UserError
-from mft.estimate import checkpoints, memory
+from mft.estimate import checkpoints
+from mft.estimate.memory import optimizer_bytes, size_words
 from mft.hardware import quiet_libraries
 from mft.model.introspect import base_of, parameter_count
-from mft.model.meta_model import skeleton
 from mft.model.peft import summary as trained_weights
-from mft.model.peft.full import compute_dtype
-from mft.model.special_tokens import add_new_tokens, widen_embeddings
+from mft.plan.case import Case, case_on
+from mft.plan.gpus import Device
+from mft.plan.memory import needed, room
+from mft.plan.report import memory_table
 from mft.rehearsal.short_rows import TOKENS, short
 from mft.rehearsal.stand_in import stand_in
 from mft.tracking.base import Tracker
@@ -51,11 +53,12 @@ class Measured(Tracker):
 class Rehearsal:
     """Rehearses a run in a temporary folder, of which nothing is kept but the token cache.
 
-    folder: the temporary one; output_dir: of the run; world: its ranks on all machines.
+    folder: the temporary one; output_dir: of the run; world: its ranks on all machines; device: what its first
+    rank computes on.
     """
 
-    def __init__(self, folder: Path, output_dir: Path, world: int):
-        self.folder, self.output_dir, self.world = folder, output_dir, world
+    def __init__(self, folder: Path, output_dir: Path, world: int, device: Device):
+        self.folder, self.output_dir, self.world, self.device = folder, output_dir, world, device
         self.doing = "at its start"
         """What is being done, for the sentence that reports a failure."""
         self._count: int | None = None
@@ -87,40 +90,37 @@ class Rehearsal:
 
     def _weights(self, r: Run, loader: BatchLoader) -> None:
         """Shows what is trained, and what a rank needs of memory and a checkpoint of disk."""
-        family, peft, precision = r.parts.model, r.parts.peft, r.settings.precision.value
-        if family.trust_remote_code:
-            r.progress.show("memory: not known before loading, since code of the checkpoint builds the model")
+        of = case_on(r.cfg, r.parts, self.device, self.world)
+        try:
+            counted = of.skeleton
+        except UserError as error:
+            r.progress.show(f"memory: not known before loading: {error}")
             return
-        quantization = peft.quantization(compute_dtype(precision))
-        base = skeleton(family.config(), quantization, peft.dtype(precision))
-        if family.new_tokens():
-            added = add_new_tokens(family.read_tokenizer(), family.add_tokens, family.add_special_tokens)
-            widen_embeddings(base, added, family.pad_to_multiple_of)
-        if adapter := getattr(peft, "path", None):
-            r.progress.show(f"memory: decided by the adapter at peft.path={adapter}")
-            return
-        # an initialisation that computes with the weights trains as many as any other
-        plain = {"init": True} if getattr(peft, "changes_base", False) else {}
-        model: Any = dataclasses.replace(peft, **plain).attach(base, family)
-        rows = peft.audit(model)
-        r.progress.show(trained_weights.table(rows))
-        self._count = parameter_count(base_of(model))
-        sizes = memory.Sizes.of(model, rows)
-        states = memory.optimizer_bytes(r.parts.optimizer, r.parts.base_lr)
-        held = memory.by_part(sizes, r.parts.dist, self.world, precision != "fp32", states)
-        offloads = any(getattr(r.parts.dist, name, False) for name in vars(r.parts.dist) if "offload" in name)
+        r.progress.show(trained_weights.table(of.parts.peft.audit(counted.model)))
+        self._count = parameter_count(base_of(counted.model))
+        self._memory(r, of)
+        states = optimizer_bytes(r.parts.optimizer, r.parts.base_lr)
         settings, total = r.settings, loader.total_steps()
         gathers = getattr(r.parts.dist, "gather_on_save", True)
-        newest = checkpoints.size(sizes, states, gathers)
+        newest = checkpoints.size(counted.sizes, states, gathers)
         kept_states = 0.0 if settings.save_state is KeptState.last else states
-        older = checkpoints.size(sizes, kept_states, gathers)
-        keep = settings.keep if settings.keep is not None else peft.default_checkpoint_limit
+        older = checkpoints.size(counted.sizes, kept_states, gathers)
+        keep = settings.keep if settings.keep is not None else r.parts.peft.default_checkpoint_limit
         written = -(-total // settings.save_every) if settings.save_every else 1
-        facts = {
-            "memory": memory.words(held, self.world, offloads),
-            "checkpoints": checkpoints.words(newest, older, keep, written, self.output_dir),
-        }
-        r.progress.show(settings_table(facts.items(), "needs"))
+        told = checkpoints.words(newest, older, keep, written, self.output_dir)
+        r.progress.show(settings_table([("checkpoints", told)], "needs"))
+
+    def _memory(self, r: Run, of: Case) -> None:
+        """Shows what a rank needs of memory, as `mft plan` does."""
+        try:
+            need = needed(of)
+        except Exception as error:  # a class of model may object to having no weights, which a run gives it
+            r.progress.show(f"memory: not known before loading: {' '.join(str(error).split())}")
+            return
+        usable = f"{size_words(need.peak)} of the {size_words(room(of))} that are counted on"
+        r.progress.show(memory_table(need, f"{of.device.name}, {usable}"))
+        for note in need.notes:
+            r.progress.show(note)
 
     def _step(self, r: Run) -> None:
         """Trains a stand-in for one step, validates and saves it, as a run does it."""

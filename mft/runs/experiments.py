@@ -89,7 +89,7 @@ def _result(run: MlflowRun, rows: list[dict[str, Any]], called: Mapping[str, str
         rows=rows,
         state=STATES.get(info.status, info.status.lower()),
         seconds=last.get("total/seconds", took),
-        memory=last.get("memory/peak_gib"),
+        memory=last.get("total/peak_memory_gib", last.get("memory/peak_gib")),
         command=_command(tags),
         where=where,
         folder=_folder(tags),

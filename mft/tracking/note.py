@@ -22,6 +22,7 @@ FILES = {
     "checkpoints": "checkpoints",
     "metrics": "metrics.jsonl",
     "pictures": "report",
+    "profile": "profile",
     "output": "log/output.txt",
     "traceback": "log/traceback.txt",
 }
@@ -71,6 +72,8 @@ def _state(summary: Values, outcome: str) -> str:
         state += f", took {seconds:,.0f} s"
     if (memory := summary.number("peak_memory_gib")) is not None:
         state += f" and {memory:.1f} GiB at most"
+    if (speed := summary.part("speed").number("tokens_per_second")) is not None:
+        state += f", {speed:,.0f} tokens/s"
     return state
 
 

@@ -12,6 +12,7 @@ from contextlib import closing
 from mft.batch import StepBatches
 from mft.run_folder import RunStatus
 from mft.training.nonfinite import propagate_nonfinite, update_applied
+from mft.training.phases import Phase
 from mft.training.trainer import Trainer
 from mft.training.validate import forward
 
@@ -26,9 +27,11 @@ def fit(t: Trainer) -> RunStatus:
         return RunStatus.finished
     t.module.train()
     t.meter.resume(state.meter, t.engine)
-    # closed however it ends: a thread may be making the next step ready
-    with closing(t.loader.steps(state.epoch, state.rows_consumed, t.total_steps - state.step)) as steps:
-        return train_on(t, steps)
+    phases, left = t.meter.phases, t.total_steps - state.step
+    steps = t.loader.steps(state.epoch, state.rows_consumed, left)
+    # closed however it ends: a thread may be making the next step ready, and a profile may be on
+    with closing(steps), closing(t.profile), phases.during(Phase.training):
+        return train_on(t, phases.awaited(steps))
 
 
 def train_on(t: Trainer, steps: Iterable[StepBatches]) -> RunStatus:
@@ -54,6 +57,7 @@ def train_on(t: Trainer, steps: Iterable[StepBatches]) -> RunStatus:
         t.meter.begin_step()
         nll = []
         for number, batch in enumerate(batches, start=1):
+            t.profile.before(step, number)
             with t.engine.accumulating(last=number == len(batches)):
                 nll_BT, router = forward(t.module, batch)
                 share = t.loss.share(nll_BT, batch, counts, statistics)
@@ -64,12 +68,13 @@ def train_on(t: Trainer, steps: Iterable[StepBatches]) -> RunStatus:
             t.meter.add(batch, nll[-1], share, router)
         grad_norm = t.engine.step(settings.max_grad_norm)
         if update_applied(t, step, grad_norm, batches, nll):
-            t.meter.commit(counts, grad_norm, data.batches)
+            t.meter.commit(counts, grad_norm)
             t.learn_after(step, batches)  # never from a step that changed nothing
         else:
-            t.meter.skip(data.batches)
-        state.advance(data, int(counts.processed))
+            t.meter.skip(counts)
+        state.advance(data, counts)
         t.progress.advance(step)
+        t.profile.after(step)
         # counts.stop is a sum over ranks: all of them end after the same step, whichever was asked to stop
         complete, stopping = step == t.total_steps, bool(counts.stop)
         if complete or every(step, settings.log_every):  # a stopped run logs what it has when it is resumed

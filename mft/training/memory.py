@@ -1,19 +1,24 @@
-"""Peak memory of a run: of its training steps, and of all it did."""
+"""Peak memory of a process, by phase of its run."""
 
 from __future__ import annotations
 
 import resource
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
 
-NAMES = ("memory/peak_gib", "memory/reserved_gib")
-"""Metrics, in the order of what a source reads."""
+PEAKS = ("peak_gib", "reserved_gib")
+"""Names of the peaks where they are told in GiB, in the order in which they are read."""
 
 
 class Source(Protocol):
     """Where peaks are read."""
+
+    resets: bool
+    """Whether `reset` works, so that peaks are those of one phase."""
 
     def read(self) -> tuple[int, ...]:
         """Returns the peaks since the last reset, in bytes: of what was used and, where known, reserved."""
@@ -23,17 +28,29 @@ class Source(Protocol):
 
 
 class Resident:
-    """The process on a CPU. The system's peak of its memory cannot be reset: it is that of the process."""
+    """The process on a CPU: the most of it that was in the machine's memory."""
+
+    def __init__(self) -> None:
+        self.resets = False
+        self.reset()
 
     def read(self) -> tuple[int, ...]:
+        if self.resets:
+            status = Path("/proc/self/status").read_text(encoding="ascii", errors="ignore")
+            return (int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) * 1024,)
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,)
 
     def reset(self) -> None:
-        pass
+        # 10 microseconds; some containers refuse it, and then the peak is that of the process so far
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self.resets = True
 
 
 class Cuda:
     """torch's allocator on a GPU."""
+
+    resets = True
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -50,12 +67,13 @@ class Cuda:
 
 
 class PeakMemory:
-    """The peaks of a process, with those of its training steps apart from loading, validating and saving."""
+    """The peaks of a process by phase of its run (`phases.Phase`)."""
 
     def __init__(self, source: Source):
         self.source = source
-        self._steps: tuple[int, ...] = ()
-        self._overall: tuple[int, ...] = ()
+        self.by_phase: dict[str, tuple[int, ...]] = {}
+        """Bytes used and, where known, reserved, at most."""
+        self._unread: dict[str, tuple[int, ...]] = {}
 
     @classmethod
     def of(cls, device: torch.device | str) -> PeakMemory:
@@ -65,25 +83,19 @@ class PeakMemory:
         device = torch.device(device)
         return cls(Cuda(device) if device.type == "cuda" else Resident())
 
-    def close(self, training: bool) -> None:
-        """Ends a stretch of the run, which was of training steps or not."""
+    def close(self, phase: str) -> None:
+        """Ends a stretch of the run, which was of this phase."""
         peaks = self.source.read()
-        self._overall = _larger(self._overall, peaks)
-        if training:
-            self._steps = _larger(self._steps, peaks)
+        for of in (self.by_phase, self._unread):
+            of[phase] = larger(of.get(phase, ()), peaks)
         self.source.reset()
 
-    def read_steps(self) -> dict[str, float]:
-        """Returns the peaks of the training steps since the last read, in GiB, by metric."""
-        self.close(training=True)
-        steps, self._steps = self._steps, ()
-        return {name: peak / 2**30 for name, peak in zip(NAMES, steps, strict=False)}
-
-    def overall_gib(self) -> float:
-        """Returns the largest memory that the process has used so far, in GiB."""
-        self.close(training=False)
-        return self._overall[0] / 2**30
+    def read(self, phase: str) -> tuple[int, ...]:
+        """Returns the peaks of a phase, which this is, since the last read."""
+        self.close(phase)
+        return self._unread.pop(phase)
 
 
-def _larger(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(map(max, one, other)) if one else other
+def larger(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the larger of each two peaks; () is none."""
+    return tuple(map(max, one, other)) if one and other else one or other

@@ -7,14 +7,14 @@ task, `losses_2` [objective, router's loss], both summed over steps.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mft.hardware import send
 from mft.loss.base import task_sums
-from mft.training.memory import PeakMemory
+from mft.training.memory import PEAKS
+from mft.training.phases import Phase, Phases
+from mft.training.speed import Peak, Work, rates
 
 if TYPE_CHECKING:
     import torch
@@ -22,20 +22,11 @@ if TYPE_CHECKING:
     from mft.batch import Batch, StepCounts
     from mft.distributed.engine import Engine
 
-CLOCKED = ("speed/", "memory/", "total/seconds")
+CLOCKED = ("speed/", "memory/", "total/seconds", "total/peak_memory_gib")
 """How the names of metrics begin that depend on the clock and the machine: equal runs differ in them."""
 
-PEAK_BF16_TFLOPS = {
-    "H200": 989,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10": 125,
-    "4090": 165,
-    "V100": 125,
-}
-"""Dense tensor-core peak of known GPUs (vendors' data sheets), by a part of the device's name."""
+SAME = ("steps", "skipped", "processed", "positions", "trained", "grad_norm")
+"""Attributes of a meter that are the same on every rank."""
 
 
 def task_means(sums_2K: torch.Tensor) -> torch.Tensor:
@@ -61,9 +52,11 @@ class Meter:
         flops_per_token: float = 0.0,
         peak_tflops: float | None = None,
         recomputed_per_token: float = 0.0,
+        phases: Phases | None = None,
     ):
         """flops_per_token, recomputed_per_token: matrix work of a token in a step, and what gradient
-        checkpointing adds to it; peak_tflops: of one device, None = that of a known GPU."""
+        checkpointing adds to it; peak_tflops: of one device, None = that of a known GPU; phases: of the run,
+        None = one that trains from now on."""
         import torch
 
         self.names = list(names)
@@ -72,19 +65,19 @@ class Meter:
         self.losses_2 = torch.zeros(2, dtype=torch.float64, device=device)
         self.step_sums_2K = torch.zeros_like(self.sums_2K)
         self.step_losses_2 = torch.zeros_like(self.losses_2)
-        self.flops_per_token, self.recomputed_per_token = flops_per_token, recomputed_per_token
-        self.peak_flops = (peak_tflops or known_peak(device) or 0.0) * 1e12
-        self.memory = PeakMemory.of(device)
+        self.work = Work(flops_per_token, recomputed_per_token, Peak.of(device, peak_tflops))
+        self.phases = phases or Phases(Phase.training, torch.device(device))
         self.restart()
 
     def restart(self) -> None:
         """Forgets what was summed; the time counts from now on."""
         self.sums_2K.zero_()
         self.losses_2.zero_()
-        self.steps, self.skipped, self.tokens, self.padding = 0, 0, 0, 0
+        self.steps = self.skipped = self.processed = self.positions = self.trained = 0
         self.grad_norm = math.nan
         self.samples_K = [0.0] * len(self.names)
-        self.started = time.perf_counter()
+        self._training_before = self.phases.seconds(Phase.training)
+        self._waited_before = self.phases.waited
 
     def resume(self, saved: Sequence[Mapping[str, Any]], engine: Engine) -> None:
         """Takes up what `state` returned before the checkpoint; the time counts from now on.
@@ -92,38 +85,32 @@ class Meter:
         On another number of ranks the first one takes the sums of all: what is read is a sum over ranks.
         """
         self.restart()
-        self.memory.close(training=False)  # loading and the first validation
         if not saved:
             return
         all_ranks = saved if engine.is_main else []
-        for part in [saved[engine.rank]] if len(saved) == engine.world else all_ranks:
+        same_ranks = len(saved) == engine.world
+        for part in [saved[engine.rank]] if same_ranks else all_ranks:
             self.sums_2K += self.sums_2K.new_tensor(part["sums"])
             self.losses_2 += self.losses_2.new_tensor(part["losses"])
-            self.tokens, self.padding = self.tokens + part["tokens"], self.padding + part["padding"]
-        # the same on every rank
-        for name in ("steps", "skipped", "grad_norm"):
-            setattr(self, name, saved[0][name])
+        for name in SAME:  # an earlier version wrote others
+            setattr(self, name, saved[0].get(name, 0))
         self.samples_K = list(saved[0]["samples"])
+        self._training_before -= saved[0].get("seconds", 0.0)
+        self._waited_before -= saved[engine.rank if same_ranks else 0].get("waited", 0.0)
 
     def state(self, engine: Engine) -> list[dict[str, Any]]:
         """Returns plain values of every rank from which `resume` continues, [] where nothing is summed.
 
-        All ranks call it. The time is left out: speeds are those of the process that logs them.
+        All ranks call it.
         """
         if not self.steps + self.skipped:
             return []
-        names = ("steps", "skipped", "tokens", "padding", "grad_norm")
-        own = {name: getattr(self, name) for name in names} | {"samples": self.samples_K}
+        own = {name: getattr(self, name) for name in SAME} | {"samples": self.samples_K}
+        own |= {"seconds": self._seconds(), "waited": self.phases.waited - self._waited_before}
         return engine.gather(own | {"sums": self.sums_2K.tolist(), "losses": self.losses_2.tolist()})
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Context whose time and memory do not count: validating and saving are no part of a step."""
-        began = time.perf_counter()
-        self.memory.close(training=True)
-        yield
-        self.memory.close(training=False)
-        self.started += time.perf_counter() - began
+    def _seconds(self) -> float:
+        return self.phases.seconds(Phase.training) - self._training_before
 
     def add(self, batch: Batch, nll_BT: torch.Tensor, share: torch.Tensor, router: torch.Tensor) -> None:
         """Collects a micro-batch of the present step, on the device.
@@ -136,29 +123,29 @@ class Meter:
         self.step_losses_2[0] += share.detach()
         self.step_losses_2[1] += router.detach()
 
-    def commit(self, counts: StepCounts, grad_norm: float, batches: Sequence[Batch]) -> None:
-        """Counts a step that was applied. counts: of all ranks; batches: of this one."""
+    def commit(self, counts: StepCounts, grad_norm: float) -> None:
+        """Counts a step that was applied. counts: of all ranks."""
         self.steps += 1
         self.grad_norm = grad_norm
         self.samples_K = [a + b for a, b in zip(self.samples_K, counts.samples_K.tolist(), strict=True)]
         self.losses_2 += self.step_losses_2
         self.sums_2K += self.step_sums_2K
-        self._count(batches)
+        self._count(counts)
 
     def begin_step(self) -> None:
         """Forgets what was collected of the step before."""
         self.step_sums_2K.zero_()
         self.step_losses_2.zero_()
 
-    def skip(self, batches: Sequence[Batch]) -> None:
+    def skip(self, counts: StepCounts) -> None:
         """Counts the present step, which was not applied: its time and tokens, not its losses."""
         self.skipped += 1
-        self._count(batches)
+        self._count(counts)
 
-    def _count(self, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            self.tokens += batch.layout.tokens
-            self.padding += batch.sample_BT.numel() - batch.layout.tokens
+    def _count(self, counts: StepCounts) -> None:
+        self.processed += int(counts.processed)
+        self.positions += int(counts.positions)
+        self.trained += int(counts.trained)
 
     def read(self, engine: Engine) -> dict[str, float]:
         """Returns the metrics since the last read, summed over ranks, and starts again. All ranks call it."""
@@ -167,12 +154,17 @@ class Meter:
         steps = self.steps + self.skipped
         if not steps:
             return {}
-        seconds = time.perf_counter() - self.started
-        local = send(torch.tensor([self.tokens, self.padding], dtype=torch.float64), self.sums_2K.device)
+        seconds = self._seconds()
+        own = [self.phases.waited - self._waited_before, *self.phases.memory.read(Phase.training)]
+        # a place for each rank, so that a sum over ranks keeps the values of all
+        local_RM = torch.zeros(engine.world, len(own), dtype=torch.float64)
+        local_RM[engine.rank] = torch.tensor(own, dtype=torch.float64)
         # one all-reduce for everything, which the host waits for once
+        local = send(local_RM.flatten(), self.sums_2K.device)
         summed = engine.sum(torch.cat([self.sums_2K.flatten(), self.losses_2, local]))
-        sums_2K = summed[:-4].reshape(2, -1)
-        objective, router, tokens, padding = summed[-4:].tolist()
+        sums, losses, of_ranks = summed.split([self.sums_2K.numel(), 2, local_RM.numel()])
+        sums_2K, (objective, router) = sums.reshape(2, -1), losses.tolist()
+        waited, *peaks = of_ranks.reshape(engine.world, -1).amax(0).tolist()
         values = {"train/loss": math.nan, "grad_norm": self.grad_norm}
         if self.steps:
             values["train/loss"] = objective / self.steps
@@ -186,24 +178,12 @@ class Meter:
                 values[f"train/loss/{name}"] = mean
             values[f"train/tokens/{name}"] = trained
             values[f"train/samples/{name}"] = samples
-        values["speed/tokens_per_second"] = tokens / seconds
+        speeds = rates(self.processed, self.positions, self.trained, seconds)
+        speeds |= self.work.utilization(self.processed, engine.world * seconds)
+        values |= {f"speed/{name}": value for name, value in speeds.items()}
         values["speed/seconds_per_step"] = seconds / steps
-        values["data/fill"] = tokens / max(1.0, tokens + padding)
-        if self.peak_flops and self.flops_per_token:
-            tokens_per_peak = tokens / seconds / (self.peak_flops * engine.world)
-            values["speed/mfu"] = tokens_per_peak * self.flops_per_token
-            if self.recomputed_per_token:
-                values["speed/hfu"] = tokens_per_peak * (self.flops_per_token + self.recomputed_per_token)
-        values |= self.memory.read_steps()
+        values["speed/data_wait_share"] = waited / seconds
+        values["data/fill"] = self.processed / max(1, self.positions)
+        values |= {f"memory/{name}": peak / 2**30 for name, peak in zip(PEAKS, peaks, strict=False)}
         self.restart()
         return values
-
-
-def known_peak(device: torch.device | str) -> float | None:
-    """Returns the bf16 peak of this rank's GPU in TFLOP/s, or None for a CPU or an unknown GPU."""
-    import torch
-
-    if torch.device(device).type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((float(peak) for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)

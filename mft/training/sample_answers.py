@@ -29,8 +29,7 @@ class Answers:
 
     def ask(self, when: str) -> None:
         """Remembers the model's present answers as `before` or `after`."""
-        if self.prompts:
-            self.answers[when] = self.answer([prompt.messages for prompt in self.prompts])
+        self.answers[when] = self.answer([prompt.messages for prompt in self.prompts])
 
     def table(self) -> Table:
         """Returns a rich table, a row per prompt: the question's end, the answers, the expected one."""

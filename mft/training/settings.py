@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from mft.errors import check_ranges, ranged
+from mft.errors import check_choice, check_ranges, ranged
+
+AUTO = "auto"
+"""Of train.per_device_batch_size: what fits into memory."""
 
 
 class Precision(StrEnum):
@@ -43,8 +46,8 @@ class TrainSettings:
     """Passes over the training data."""
     max_steps: int | None = ranged(None, min=1)
     """Optimizer steps; ends the run earlier than `epochs` would."""
-    per_device_batch_size: int = ranged(4, min=1)
-    """Rows (data=pack, concat) or samples (data=pad) of one micro-batch on one rank."""
+    per_device_batch_size: int | str = ranged(4, min=1)
+    """Rows (data=pack, concat) or samples (data=pad) of one micro-batch on one rank; auto: as many as fit."""
     per_device_eval_batch_size: int = ranged(4, min=1)
     """The same for validation."""
     global_batch_size: int | None = ranged(None, min=1)
@@ -94,8 +97,14 @@ class TrainSettings:
     prompts_max_new_tokens: int = ranged(64, min=1)
     """Length limit of those answers, in tokens."""
     peak_tflops: float | None = ranged(None, above=0)
-    """Peak of one device in TFLOP/s, for speed/mfu; null: known GPUs only."""
+    """Peak of one device in TFLOP/s, for speed/mfu and hfu; null: known GPUs only."""
+    profile: bool = False
+    """Record a few steps with torch's profiler, into profile/ of the run folder (`mft.training.profile`)."""
 
     def check(self) -> None:
-        """Raises UserError for a number out of its range."""
+        """Raises UserError for a number out of its range, and for a word that stands for none."""
+        if str(size := self.per_device_batch_size).isdigit():  # of an environment variable it is a text
+            self.per_device_batch_size = int(size)
+        elif isinstance(size, str):
+            check_choice("train.per_device_batch_size", size, (AUTO, "a whole number from 1 on"))
         check_ranges(self, "train")

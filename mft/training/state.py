@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from mft.batch import StepBatches
+from mft.batch import StepBatches, StepCounts
 from mft.training.best import BestTracker
 
 T = TypeVar("T", BestTracker, "State")
@@ -28,6 +28,12 @@ class State:
     tokens: int = 0
     """Tokens of the steps done, without padding, over all ranks; a checkpoint of an earlier version counts as
     0."""
+    positions: int = 0
+    """The same with padding."""
+    trained: int = 0
+    """Those of them that carry loss."""
+    unmeasured: list[int] = field(default_factory=lambda: [0, 0])
+    """Steps, and their tokens, that a version took which did not count the two, nor the time by phase."""
     seconds: float = 0.0
     """What these steps took since the start of each process, without what a kill undid."""
     stalled_of: int = 0
@@ -37,11 +43,15 @@ class State:
     """What the loss mode has reported since the last logged row."""
     meter: list[dict[str, Any]] = field(default_factory=list)
     """What each rank has summed since the last logged row (`Meter.state`)."""
+    costs: list[dict[str, Any]] = field(default_factory=list)
+    """Time and memory of each rank by phase (`Phases.state`)."""
 
-    def advance(self, data: StepBatches, tokens: int) -> None:
-        """Counts a step as done. tokens: of all ranks, without padding."""
+    def advance(self, data: StepBatches, counts: StepCounts) -> None:
+        """Counts a step as done. counts: of all ranks."""
         self.step += 1
-        self.tokens += tokens
+        self.tokens += int(counts.processed)
+        self.positions += int(counts.positions)
+        self.trained += int(counts.trained)
         self.epoch, self.rows_consumed, self.epochs_done = data.epoch, data.rows_consumed, data.epochs_done
 
     def as_dict(self) -> dict[str, Any]:

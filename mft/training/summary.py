@@ -11,10 +11,10 @@ from typing import Any
 
 from mft import run_folder
 from mft.console.credentials import hidden
-from mft.files.json_file import write_json
+from mft.files.json_file import Values, write_json
 from mft.objective import mean_of_tasks
 from mft.tracking.base import TOTAL
-from mft.training import plots
+from mft.training import costs, plots
 from mft.training.final_test import Tested
 from mft.training.panels import cannot_draw
 from mft.training.progress import losses_table
@@ -22,7 +22,7 @@ from mft.training.trainer import Trainer
 
 
 def summarise(t: Trainer, status: str, run_dir: Path, tested: Tested) -> dict[str, Any]:
-    """Returns the content of summary.json. All ranks call it (peak memory is the largest of all)."""
+    """Returns the content of summary.json. All ranks call it."""
     t.count_time()
     # the named steps may have been pruned since: a path is given only if it is there
     best, checkpoints = t.state.best, run_dir / "checkpoints"
@@ -39,9 +39,12 @@ def summarise(t: Trainer, status: str, run_dir: Path, tested: Tested) -> dict[st
         "total_steps": t.total_steps,
         "epochs": round(t.state.epochs_done, 4),
         "seconds": round(t.state.seconds, 1),
+        "ranks": t.engine.world,
         "tokens": t.state.tokens,
-        "flops": t.state.tokens * t.meter.flops_per_token,
-        "peak_memory_gib": round(max(t.engine.gather(t.meter.memory.overall_gib())), 3),
+        "all_tokens": None if t.state.unmeasured[0] else t.state.positions,
+        "trained_tokens": None if t.state.unmeasured[0] else t.state.trained,
+        "flops": t.state.tokens * t.meter.work.model,
+        **costs.of_run(t),
         "first": _losses(best.first),
         "last": _losses(best.last),
         "best": _losses(best.losses) | judged,
@@ -58,17 +61,17 @@ def last_row(summary: dict[str, Any]) -> dict[str, float]:
     """Returns what is logged once, when a run has finished: its best validation, its test and its cost."""
     row = {f"best/{name}": value for name, value in summary["best"].items() if name not in ("by", "value")}
     row |= {"test/step" if name == "step" else name: value for name, value in summary["test"].items()}
-    row |= {f"{TOTAL}{name}": summary[name] for name in ("tokens", "flops", "seconds")}
+    totals = ("tokens", "all_tokens", "trained_tokens", "flops", "seconds")
+    row |= {f"{TOTAL}{name}": summary[name] for name in totals} | costs.metrics(summary)
     return {name: math.nan if value is None else value for name, value in row.items()}
 
 
-def write(summary: dict[str, Any], run_dir: Path) -> str:
-    """Writes summary.json and the pictures of report/; returns why there are none, "" where they are."""
+def draw(run_dir: Path) -> str:
+    """Draws the pictures of report/; returns why there are none, "" where they are."""
     if not (why := cannot_draw()):
         rows = run_folder.metric_rows(run_dir / "metrics.jsonl")[0]
         plots.loss_curves(rows, run_dir / "report")
         plots.task_weights(rows, run_dir / "report")
-    write_json(run_dir / "summary.json", summary, durable=True)
     return why
 
 
@@ -79,11 +82,14 @@ def failed(run_dir: Path, error: BaseException, steps: int) -> None:
 
 
 def show(summary: dict[str, Any], t: Trainer, run_dir: Path, tested: Tested) -> None:
-    """Prints the losses of every task, where the model is, how to load it and how to look at the tracker."""
+    """Prints the losses of every task, what the run took, where the model is, how to load it and how to look
+    at the tracker."""
     state, progress = t.state, t.progress
     if state.best.last or tested.losses:
         best = state.best
         progress.show(losses_table(best.first, best.last, best.losses, best.step, tested.losses, tested.step))
+    for cost in costs.tables(Values(summary)):
+        progress.show(cost)
     folder = _shown(run_dir)
     rows = [("run folder", folder)]
     if summary["final"]:
@@ -94,6 +100,7 @@ def show(summary: dict[str, Any], t: Trainer, run_dir: Path, tested: Tested) -> 
             rows.append(("merge it", f"mft merge {shlex.quote(folder)}"))
     if summary["best_checkpoint"]:
         rows.append(("best checkpoint", _shown(Path(summary["best_checkpoint"]))))
+    rows += t.profile.result
     if summary["status"] == "stopped":
         rows.append(("resume", "the same command again (train.resume=auto)"))
     if where := t.tracker.where():

@@ -7,7 +7,6 @@ trained tokens] of each task, S the sums that a loss asks for.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -21,6 +20,8 @@ from mft.loss.base import TaskLoss, task_sums
 from mft.objective import criterion, mean_of_tasks, perplexity
 from mft.tracking.base import Tracker
 from mft.training.metrics import Meter, task_means
+from mft.training.phases import Phase
+from mft.training.profile import StepProfile
 from mft.training.progress import Terminal
 from mft.training.sample_losses import SampleLosses, SampleSums
 from mft.training.settings import TrainSettings
@@ -76,9 +77,8 @@ class Trainer:
     """Evaluates the test split; None: no row is in it."""
     sample_losses: SampleLosses | None = None
     """Keeps the losses of single rows; None: they are not kept."""
+    profile: StepProfile = field(default_factory=StepProfile)
     state: State = field(default_factory=State)
-    counted_until: float = field(default_factory=time.perf_counter)
-    """Until when `state.seconds` holds the time of this process (`time.perf_counter`)."""
 
     def count(self, data: StepBatches) -> StepCounts:
         """Returns the denominators of a step's losses over all ranks, and how many ranks were asked to stop.
@@ -167,7 +167,7 @@ class Trainer:
 
     def evaluate(self, evaluator: Evaluator, split: str, step: int) -> dict[str, float]:
         """Returns the losses by task of the split valid or test; those of its rows are kept as of `step`."""
-        with self.meter.paused(), self.progress.evaluating(split):
+        with self.meter.phases.during(Phase.validation), self.progress.evaluating(split):
             sums = SampleSums() if self.sample_losses else None
             losses = evaluator.by_name(self.module, sums)
             if self.sample_losses and sums and losses:
@@ -183,7 +183,7 @@ class Trainer:
         """Saves a checkpoint of the current step; its time does not count as training."""
         # first: the state in the checkpoint says that this step has one
         self.state.best.mark_saved(self.state.step)
-        with self.meter.paused():
+        with self.meter.phases.during(Phase.saving):
             self.state.meter = self.meter.state(self.engine)
             self.count_time()
             self.save(self.state)
@@ -192,7 +192,14 @@ class Trainer:
             self.engine.barrier()
 
     def count_time(self) -> None:
-        """Adds the time since the last call to that of the run."""
-        now = time.perf_counter()
-        self.state.seconds += now - self.counted_until
-        self.counted_until = now
+        """Brings the time and memory of the run in its state up to date; all ranks call it."""
+        phases = self.meter.phases
+        self.state.costs = phases.state(self.engine)
+        self.state.seconds = phases.total()
+
+    def resume_time(self) -> None:
+        """Goes on from the time and memory in the state of a checkpoint."""
+        state = self.state
+        if state.step and not state.costs:  # of a version that did not measure them
+            state.unmeasured = [state.step, state.tokens]
+        self.meter.phases.resume(state.costs, state.seconds, self.engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from mft.files.json_file import read_json
 from mft.hardware import visible_gpus
 from mft.launch.job import Job
 from mft.launch.signals import INTERRUPTED, UNSAVED, Stopped
-from mft.run_folder import RunStatus
+from mft.run_folder import MICRO_BATCH, RunStatus
 from mft.sweep import pool
 from mft.sweep.pool import SweepJob
 from mft.training.trace import Trace, read
@@ -63,6 +64,9 @@ def judged(job: Job, folder: Path, at: int, steps: int) -> tuple[Verdict, str]:
         return (Verdict.refused if users and not trained else Verdict.failed), ran.error or str(ran.state)
     if (last := max(trained, default=0)) <= at or ran.total_steps < steps:
         return Verdict.refused, too_short(last, ran.total_steps, at, steps)
+    if (found := straight / MICRO_BATCH).exists():  # another moment's memory may ask for another size
+        interrupted.mkdir(parents=True, exist_ok=True)
+        shutil.copy(found, interrupted)
     stopped = run(job, interrupted, Trace(stop_at=at))
     if stopped.state is not RunStatus.stopped:
         return Verdict.failed, f"the run did not stop after step {at}: {stopped.error or stopped.state}"

@@ -16,6 +16,7 @@ from benchmarks.faults.case import Case
 from benchmarks.faults.kinds import KINDS, Kind
 from benchmarks.faults.processes import prepare_server
 from benchmarks.faults.setups import STEPS, Bench, Setup, dealt
+from tests.selection import long
 
 pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
@@ -30,17 +31,18 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 TEN = [
-    ("kill launcher", PAIR),
+    long("kill launcher", PAIR),
     ("kill rank", PAIR),
-    ("kill group", ALONE),
+    long("kill group", ALONE),
     ("signal launcher", ALONE),
-    ("signal rank", PAIR),
+    long("signal rank", PAIR),
     ("damage newest checkpoint", ALONE),
-    ("damage all checkpoints", ALONE),
-    ("damage metrics", ALONE),
-    ("few file handles", ALONE),
+    long("damage all checkpoints", ALONE),
+    long("damage metrics", ALONE),
+    long("few file handles", ALONE),
     ("read-only folder", ALONE),
 ]
+"""One of each way of striking is played by every `make test`."""
 
 
 @pytest.mark.parametrize(("name", "setup"), TEN)
@@ -157,7 +159,7 @@ def test_the_judge_sees_what_went_wrong(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, strike: Callable[[Case], None], outcome: str
 ) -> None:
     if outcome in ("HUNG", "LEFT A PROCESS"):
-        monkeypatch.setattr(case, "HANG_SECONDS", 5.0)
+        monkeypatch.setattr(case, "HANG_SECONDS", 2.0)
         monkeypatch.setattr(case, "LEAVE_SECONDS", 1.0)
     result = campaign.play(bench, 1, 1, Kind("control", strike), setup=ALONE)
     assert result.outcome == outcome, result.detail

@@ -37,7 +37,7 @@ def test_the_script_holds_verbs_flags_and_options(shell: str, scripts: dict[str,
     assert all(verb in text for verb in cli.COMMANDS)
     assert all(word in text for word in ("peft=lora", "loss=coba", "dry-run", "max-new-tokens", "group-by"))
     if shutil.which(shell):
-        subprocess.run([shell, "-n", str(scripts[shell])], check=True)
+        subprocess.run([shell, "-n", str(scripts[shell])], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("shell", ASK)
@@ -58,7 +58,9 @@ def test_what_the_shell_offers(
     if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed")
     command = ASK[shell].format(script=scripts[shell], line=line)
-    done = subprocess.run([shell, "-c", command], capture_output=True, text=True, cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [shell, "-c", command], capture_output=True, text=True, cwd=tmp_path, check=True, timeout=60
+    )
     words = {line.split("\t")[0] for line in done.stdout.splitlines()}  # fish explains behind a tab
     if shell == "bash":  # which itself keeps what stands before the =
         offered = {word.rpartition("=")[2] for word in offered}

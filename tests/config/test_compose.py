@@ -112,6 +112,8 @@ def test_batch_sizes_that_do_not_divide_name_the_nearest_that_do(tmp_path: Path)
     base = ["model=tiny", f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]"]
     text = message(*base, *sizes, world=2)
     assert "16 or 24" in text
+    auto = ["train.per_device_batch_size=auto", "train.global_batch_size=18"]
+    assert "18 must be a multiple of 4 ranks. Nearest values: 16 or 20" in message(*base, *auto, world=4)
     both = message(*base, "train.global_batch_size=8", "train.gradient_accumulation_steps=2")
     assert "train.global_batch_size=8" in both and "train.gradient_accumulation_steps=2" in both
 

@@ -3,7 +3,9 @@ introduced."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import importlib
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import DictConfig
 
 from mft.config.build import build
 from mft.config.compose import compose, compose_resolved
@@ -34,16 +37,28 @@ def rows(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides that give a run its data."""
+    root = tmp_path_factory.mktemp("conf")
+    return f"cache_dir={root}", f"data.paths=[{rows(root / 'task')}]"
+
+
+@functools.cache
+def composed(given: tuple[str, ...], group: str, option: str) -> DictConfig:
+    """A config of an option, which several tests look at."""
+    return compose_resolved([*([] if group == "model" else ["model=tiny"]), *given, f"{group}={option}"])
+
+
 @pytest.mark.usefixtures("hub_may_be_asked")
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_composes_and_passes_the_check(group: str, option: str, tmp_path: Path) -> None:
-    overrides = [f"cache_dir={tmp_path}", f"data.paths=[{rows(tmp_path / 'task')}]"]
+def test_every_option_composes_and_passes_the_check(group: str, option: str, given: tuple[str, ...]) -> None:
     needs_input = {
         ("experiment", "demo"),
         ("experiment", "loss_study"),
         ("model", "demo"),
     }  # made by `mft demo`
-    cfg = compose_resolved([*([] if group == "model" else ["model=tiny"]), *overrides, f"{group}={option}"])
+    cfg = copy.deepcopy(composed(given, group, option))
     if (group, option) in needs_input:
         return
     if option == "auto":
@@ -71,14 +86,18 @@ CHOICES = [(group, option) for group in COMPONENTS for option in group_options(g
 
 
 @pytest.mark.parametrize("group, option", CHOICES, ids="/".join)
-def test_every_component_is_composed_with_every_field_of_its_class(group: str, option: str) -> None:
+def test_every_component_is_composed_with_every_field_of_its_class(
+    group: str, option: str, given: tuple[str, ...]
+) -> None:
     place = {"data": "data.rows", "format": "task.docstring.format"}.get(group, group)
-    overrides = [f"{group}={option}"]
-    if group in ("tracking", "task"):
-        overrides, place = [f"{group}=[{option}]"], f"{group}.{option}"
+    if group == "tracking":
+        place = f"{group}.{option}"
+    if group == "task":
+        node, place = compose([f"{group}=[{option}]"]), f"{group}.{option}"
     elif group == "format":
-        overrides = ["task=[docstring]", f"format@{place}={option}"]
-    node = compose(overrides)
+        node = compose(["task=[docstring]", f"format@{place}={option}"])
+    else:
+        node = composed(given, group, option)
     for part in place.split("."):
         node = node._get_node(part)
     module, _, name = node._get_node("_target_")._value().rpartition(".")
@@ -159,4 +178,4 @@ check(compose_resolved(["model=tiny", "cache_dir={tmp_path}", "data.paths=[{rows
 heavy = sorted({{"torch", "transformers", "peft", "accelerate", "mlflow", "deepspeed"}} & set(sys.modules))
 assert not heavy, heavy
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

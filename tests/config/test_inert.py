@@ -32,6 +32,7 @@ def inert(*overrides: str, world: int = 1, sweep: bool = False) -> list[str]:
             "train.keep=1 keeps one checkpoint",
         ),
         (["train.save_every=50", "train.max_steps=20"], "train.max_steps=20 ends the run first"),
+        (["train.profile=true", "train.max_steps=5"], "the first 5 steps are not recorded"),
         (["launch.main_port=29400"], "launch.nnodes is 1"),
         (["launch.shutdown_seconds=5", "launch=inline"], "launch.mode is inline"),
         (["data.pad_to=seq_length"], "it is read by data=pad"),
@@ -69,6 +70,7 @@ def test_a_setting_with_an_effect_is_not_reported() -> None:
     assert not inert("launch.prune=true", "launch.prune_after=3", "launch.jobs=2", sweep=True)
     assert not inert("train.save_state=last", "train.keep=1")
     assert not inert("data=pad", "data.length_group=8", "data.pad_to=longest")
+    assert not inert("train.profile=true", "train.max_steps=6")
     assert not inert("peft.fused=false")
     assert not inert("peft.fused=false", "peft=qlora", "peft.skip_modules=[o_proj]")
     assert not inert("dist=ddp", "dist.find_unused_parameters=true", world=2)

@@ -203,7 +203,11 @@ def mft(*args: str, shell: str = "", prefix: str = "", **variables: str) -> subp
     command = f'{prefix} "{sys.executable}" -c "from mft.cli import main; main()" {" ".join(args)} {shell}'
     environment = os.environ | variables
     return subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, env=environment
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
 
 

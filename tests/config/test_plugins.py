@@ -18,6 +18,7 @@ from mft.config.schema import load
 from mft.config.validate import check
 from mft.errors import UserError
 from tests import forked, sweeping
+from tests.selection import long
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin"
 
@@ -92,6 +93,13 @@ def refusal(work: Path, *overrides: str, yaml: str = "") -> str:
 )
 def test_a_target_must_be_a_component_of_its_group(target: str, part: str, work: Path) -> None:
     assert part in refusal(work, f"loss._target_={target}")
+
+
+@pytest.mark.parametrize(
+    "target, part",
+    [("mft.cli.main", "is a function"), ("os.system", "--plugin os"), ("mft..TokenMean", "expected package")],
+)
+def test_so_must_one_of_a_yaml(target: str, part: str, work: Path) -> None:
     assert part in refusal(work, yaml=f"loss: {{_target_: {target}}}")
 
 
@@ -292,7 +300,8 @@ def test_hydras_own_nodes_fall_under_the_rule(yaml: str, part: str, work: Path) 
 
 
 @pytest.mark.parametrize(
-    "flags", [["-m", "train.seed=1,2"], ["--cfg", "job"], ["--check"], ["--dry-run"], ["-m", "--dry-run"]]
+    "flags",
+    [["-m", "train.seed=1,2"], ["--cfg", "job"], ["--check"], long(["--dry-run"]), long(["-m", "--dry-run"])],
 )
 def test_no_way_in_runs_what_a_yaml_brings(flags: list[str], work: Path) -> None:
     (work / "yaml" / "experiment").mkdir(parents=True)
@@ -378,7 +387,7 @@ def test_a_named_plugin_trains_resumes_merges_and_answers(work: Path) -> None:
     assert json.loads((work / "run" / "summary.json").read_text())["status"] == "finished"
     assert "merged into" in mft(work, None, "merge", "run")
     assert mft(work, None, "generate", "run", "how many 3?", "max_new_tokens=2") is not None
-    report = typed(work, EXAMPLE, "data", "report", *given, "--plugin=mft_example")
+    report = mft(work, EXAMPLE, "data", "report", *given, "--plugin=mft_example")
     assert "faq" in report
 
 

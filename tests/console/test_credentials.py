@@ -208,7 +208,7 @@ def test_no_file_and_no_line_of_a_run_has_the_password(
     monkeypatch.setenv("MFT_T_USER", "someone")
     monkeypatch.setenv("MFT_T_PW", S)
     work = sweeping.two_tasks(tmp_path / "work")
-    code, said = sweeping.typed(work, "train", *sweeping.FAST, *ENV, "output_dir=run")
+    code, said = sweeping.mft(work, "train", *sweeping.FAST, *ENV, "output_dir=run")
     assert code == 0 and S not in said, said
     texts = {path: path.read_bytes() for path in (work / "run").rglob("*") if path.is_file()}
     assert not [path for path, data in texts.items() if S.encode() in data]

@@ -88,7 +88,7 @@ def test_what_is_planted_is_nowhere_afterwards(tmp_path: Path, monkeypatch: pyte
         ["remote", "add", "origin", remote],
         ["commit", "-qm", "x", "--allow-empty"],
     ):
-        subprocess.run(["git", *who, *words], cwd=work, check=True)
+        subprocess.run(["git", *who, *words], cwd=work, check=True, timeout=300)
     proxy = f"http://someone:{quote(PLANTED['proxy'], safe='')}@127.0.0.1:9"
     address = f"http://{quote(PLANTED['user'], safe='')}:{quote(PLANTED['password'], safe='')}@127.0.0.1:9"
     for name, value in {

@@ -23,7 +23,7 @@ from mft.data.task import Task
 from mft.errors import UserError
 from tests.data.conftest import chat, write
 
-CASES = int(os.environ.get("MFT_FUZZ_CASES", 40))
+CASES = int(os.environ.get("MFT_FUZZ_CASES", 25))
 BOM = b"\xef\xbb\xbf"
 
 words = st.text(max_size=12) | st.sampled_from(

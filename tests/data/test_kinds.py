@@ -89,7 +89,7 @@ def test_the_command_given_for_a_table_makes_rows(tmp_path):
     with pytest.raises(UserError) as raised:
         read(tmp_path / "x.csv")
     command = str(raised.value).partition("To convert it: ")[2].replace("python ", f"{sys.executable} ", 1)
-    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True, timeout=300)
     assert read(tmp_path / "x.jsonl") == [{"prompt": "a, b", "answer": "c"}]
 
 

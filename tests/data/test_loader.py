@@ -7,7 +7,7 @@ import pytest
 from mft.batch import BatchSizes
 from mft.data.cache.store import Samples
 from mft.data.loader import BatchLoader
-from mft.data.packing import Pad
+from mft.data.packing import Pack, Pad
 from mft.data.settings import DataSettings
 from mft.training.settings import TrainSettings
 from tests.data.conftest import chat
@@ -80,3 +80,15 @@ def test_steps_go_on_from_any_place(store):
         assert [b.samples for s in rest for b in s.batches] == [
             b.samples for s in whole[done : done + 2] for b in s.batches
         ]
+
+
+def test_the_largest_micro_batch_has_full_packed_rows_or_the_longest_sample_and_every_token_trained(store):
+    padded = loader(store).largest(3)
+    longest = int(store.lengths_N.max())
+    assert padded.ids_BT.shape == (3, longest) and padded.layout.tokens == 3 * longest
+    assert len(padded.layout.trained_n) == 3 * (longest - 1)
+    given = loader(store)
+    given.rows, given.data = Pack(), DataSettings(seq_length=2 * longest + 1)
+    packed = given.largest(2)
+    assert packed.ids_BT.shape == (2, 2 * longest + 1) and packed.layout.tokens == 2 * (2 * longest + 1)
+    assert packed.layout.packed

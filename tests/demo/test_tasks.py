@@ -53,6 +53,7 @@ def test_the_same_in_every_process():
             capture_output=True,
             text=True,
             check=True,
+            timeout=300,
         ).stdout
         for seed in ("1", "2")
     }

@@ -61,7 +61,7 @@ class Watch:
 
     def __exit__(self, *error: Any) -> None:
         gc.collect()
-        out, _ = self._process.communicate("end\n")
+        out, _ = self._process.communicate("end\n", timeout=60)
         self.peak, self.files, self.kept = map(float, out.split())
 
 

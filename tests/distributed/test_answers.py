@@ -8,12 +8,13 @@ import pytest
 
 from tests.distributed.equality import differences, play_beside_single
 from tests.distributed.runs import LAYOUTS, Tree
+from tests.selection import long, selected
 
-CASES = ("full", "qlora")
+PAIRS = [("zero3", "full"), ("fsdp", "qlora"), long("zero3", "qlora"), long("fsdp", "full")]
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+def tree(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tree:
     tree = Tree(tmp_path_factory.mktemp("answers"))
     prompts = tree.root / "prompts.jsonl"
     asked = ["return value", "names for import in range and some more words to be padded to"]
@@ -25,15 +26,17 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
         "train.max_steps=3",
         *LAYOUTS["pack"],
     )
-    cases = {peft: (*asking, f"peft={peft}", "train.eval_every=3") for peft in CASES}
-    play_beside_single(tree, cases, dict.fromkeys(CASES, ("zero3", "fsdp")))
+    backends: dict[str, list[str]] = {}
+    for backend, peft in sorted(selected(request, "backend", "peft")):
+        backends.setdefault(peft, []).append(backend)
+    cases = {peft: (*asking, f"peft={peft}", "train.eval_every=3") for peft in backends}
+    play_beside_single(tree, cases, backends)
     return tree
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("peft", CASES)
-@pytest.mark.parametrize("backend", ["zero3", "fsdp"])
+@pytest.mark.parametrize(("backend", "peft"), PAIRS)
 def test_a_divided_model_answers_as_a_whole_one(tree: Tree, backend: str, peft: str) -> None:
     one, two = tree.folder("single", peft), tree.folder(backend, peft)
     expected = (one / "report" / "answers.md").read_text()

@@ -180,9 +180,11 @@ def test_the_store_does_not_grow_with_the_rounds() -> None:
     other.start()
     for _ in range(20):
         beats[0].wait_for_all()
-    other.join()
+    other.join(60)
+    assert not other.is_alive()
     assert not any(server.check([f"{key}/{n}"]) for n in range(1, 20) for key in ("arrived", "all"))
     other = threading.Thread(target=beats[1].leave)
     other.start()
     beats[0].leave()
-    other.join()
+    other.join(60)
+    assert not other.is_alive()

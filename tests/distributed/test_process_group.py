@@ -10,7 +10,7 @@ from mft.distributed import process_group
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_engines import backend
 
-BACKENDS = ("ddp", "zero2", "zero3")
+BACKENDS = ("ddp", "zero3")
 
 
 def numbers(visible: int) -> dict[str, tuple[int, str]]:

@@ -34,8 +34,14 @@ CASES = {
 }
 SHARDED = [case for case in CASES if case != "head"]
 ALL = [(backend, case) for backend in ("zero3", "fsdp") for case in SHARDED] + [("zero2", "head")]
-LONG = [("zero3", "tied"), ("fsdp", "untied"), ("fsdp", "adapter")]
-"""Each case is among the others, and each backend."""
+LONG = [
+    ("zero3", "tied"),
+    ("zero3", "adapter"),
+    ("zero3", "head_sharded"),
+    ("fsdp", "untied"),
+    ("fsdp", "adapter"),
+]
+"""Each backend is among the others, and each way of holding weights: the adapter's of head_sharded, too."""
 
 PAIRS = [long(*pair) if pair in LONG else pair for pair in ALL]
 

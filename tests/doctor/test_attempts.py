@@ -80,8 +80,9 @@ def test_ctrl_c_ends_a_library_that_hangs(shadows: Path) -> None:
     )
     command = [sys.executable, "-c", "\n".join(lines)]
     doctor = subprocess.Popen(command, cwd=shadows, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
     while not (shadows / "pid").exists() or not (pid := (shadows / "pid").read_text()):
-        assert doctor.poll() is None
+        assert doctor.poll() is None and time.monotonic() < until, "the library was never imported"
         time.sleep(0.05)
     doctor.send_signal(signal.SIGINT)
     doctor.wait(timeout=20)

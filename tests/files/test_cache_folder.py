@@ -29,7 +29,7 @@ def test_all_who_ask_get_the_folder_that_one_of_them_made(tmp_path: Path) -> Non
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert len(made) == 1 and (tmp_path / "cache" / "a" / "file").read_text() == "complete"
 
 

@@ -72,7 +72,7 @@ class Command:
         folder = place.folder / "commands" / f"{abs(hash(self.words))}"
         words = [*overrides(place), *words, *([] if "-m" in words else [f"output_dir={folder}"])]
         process = started(place, [verb, *words], self.variables)
-        said = process.communicate()[0]
+        said = process.communicate(timeout=600)[0]
         found = Found({"code": process.returncode, "seconds": round(time.perf_counter() - began, 1)})
         found.holds(process.returncode == self.code, f"exit code {self.code} was expected")
         found.holds(self.said in said, f"{self.said!r} was not said")
@@ -97,7 +97,9 @@ COMMANDS = {
 
 def by_uuid(place: Place) -> Found:
     """A GPU that is named by its UUID is used."""
-    told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=300
+    ).stdout
     uuid = told.split("UUID: ")[1].split(")")[0]
     return Command(SHORT, variables={"CUDA_VISIBLE_DEVICES": uuid}).run(place)
 
@@ -117,12 +119,12 @@ def signalled(place: Place) -> Found:
     while process.poll() is None and not (folder / "metrics.jsonl").exists():
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate()[0]
+    said = process.communicate(timeout=600)[0]
     found = Found({"code": process.returncode})
     found.holds(process.returncode == SAVED, f"exit code {SAVED} was expected: {said[-500:]}")
     at = len(logged(folder, "train/loss"))
     again = started(place, [*words, f"train.max_steps={at + 1}"])
-    said = again.communicate()[0]
+    said = again.communicate(timeout=600)[0]
     found.values |= {"stopped after": at, "code of the second": again.returncode}
     found.holds(again.returncode == 0 and "resuming from step-" in said, f"not resumed: {said[-500:]}")
     found.values["left on the GPU"] = left = sorted(on_gpu(place) - before)
@@ -135,7 +137,7 @@ def on_gpu(place: Place) -> set[str]:
     if place.device != "cuda":
         return set()
     command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
-    return set(subprocess.run(command, capture_output=True, text=True).stdout.split())
+    return set(subprocess.run(command, capture_output=True, text=True, timeout=300).stdout.split())
 
 
 def out_of_memory(place: Place) -> Found:
@@ -166,7 +168,7 @@ def resumed(deterministic: bool, place: Place) -> Found:
         "6",
     ]
     process = started(place, words)
-    said = process.communicate()[0]
+    said = process.communicate(timeout=600)[0]
     found = Found({"code": process.returncode, "said": said[-400:]})
     found.holds(process.returncode == 0 or not deterministic, "not equal to the bit")
     found.holds("2 passed" in said or "failed" in said, f"not verified: {said[-800:]}")
@@ -202,7 +204,7 @@ def generated(place: Place) -> Found:
     said: list[Any] = []
     for variables in ({}, {"CUDA_VISIBLE_DEVICES": ""}):
         process = started(place, words, variables)
-        said.append(process.communicate()[0])
+        said.append(process.communicate(timeout=600)[0])
     found = Found({"code": process.returncode, "said": said[0][-300:]})
     found.holds(process.returncode == 0, "it failed")
     lines = [line for line in said[0].splitlines() if line.strip() and not line.startswith("──")]

@@ -35,11 +35,14 @@ def facts(place: Place) -> dict[str, Any]:
             found[name] = importlib.metadata.version(name)
     with suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True)
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
         found["commit"] = commit.stdout.strip()
     if place.device == "cuda":
         told = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader"], capture_output=True, text=True
+            ["nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         found["nvidia-smi"] = told.stdout.strip()
         found |= {"cuda": torch.version.cuda, "capability": torch.cuda.get_device_capability()}

@@ -44,7 +44,7 @@ def twins(cells: Iterable[Cell]) -> list[Any]:
 def lines_of(module: str, *arguments: str) -> dict[str, dict[str, Any]]:
     """Returns the line of each cell that a call of the script has played."""
     command = [sys.executable, "-m", module, "--minutes", "60", *arguments]
-    told = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    told = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=3700)
     found = [json.loads(line) for line in told.stdout.splitlines() if line.startswith("{")]
     assert found, told.stdout + told.stderr
     return {line["cell"]: line for line in found}
@@ -101,7 +101,7 @@ def test_what_ends_a_child_is_its_line_and_leaves_the_others(tmp_path: Path) -> 
         "for line in play(cells, Place('cpu', True, Path(sys.argv[1]))): print(json.dumps(line))\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     lines = {line["cell"]: line for line in map(json.loads, told.stdout.splitlines())}
     assert [line["passed"] for line in lines.values()] == [False, False, False, False, True]
     assert lines["good"]["found"] == {"x": 1, "y": ["nan", "inf"]}  # JSON has no such numbers

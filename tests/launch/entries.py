@@ -123,7 +123,7 @@ def save_slowly(run_dir: str, seconds: float = 3600.0) -> None:
 
 def save_for_a_while(run_dir: str) -> None:
     """The same, but longer than a collective may take."""
-    save_slowly(run_dir, 10.0)
+    save_slowly(run_dir, 8.0)
 
 
 def deadlock(run_dir: str) -> None:

@@ -16,6 +16,8 @@ import subprocess
 import sys
 
 TASKS = 2
+SECONDS = 600.0
+"""How long a step may take."""
 
 
 def environment(task: int) -> dict[str, str]:
@@ -43,7 +45,7 @@ def main(arguments: list[str]) -> int:
     command = arguments[next(i for i, word in enumerate(arguments) if not word.startswith("-")) :]
     tasks = [subprocess.Popen(command, env=os.environ | environment(task)) for task in range(TASKS)]
     signal.signal(signal.SIGTERM, lambda *_: [task.send_signal(signal.SIGTERM) for task in tasks])
-    return max(task.wait() % 256 for task in tasks)
+    return max(task.wait(SECONDS) % 256 for task in tasks)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tests.distributed.runs import LAYOUTS, SETTINGS, logged, write_tasks
 from tests.selection import long
 
 REPOSITORY = Path(__file__).parents[2]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 COMMON = """\
 compute_environment: LOCAL_MACHINE
 downcast_bf16: 'no'
@@ -77,7 +78,7 @@ def launched(launcher: list[str], overrides: list[str]) -> subprocess.CompletedP
 @pytest.mark.parametrize("how", ["torchrun", long("accelerate ds"), long("accelerate fsdp")])
 def test_placed_ranks_share_one_run_and_conf_dist_decides(tmp_path: Path, how: str) -> None:
     if how == "torchrun":
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        launcher = TORCHRUN
     else:
         file = tmp_path / "accelerate.yaml"
         file.write_text(DS_CONFIG if how == "accelerate ds" else FSDP_CONFIG)
@@ -92,14 +93,19 @@ def test_placed_ranks_share_one_run_and_conf_dist_decides(tmp_path: Path, how: s
         len(logged(folder, "train/loss")) == 3 and (folder / "final" / "adapter_model.safetensors").exists()
     )
     assert (folder / "log" / "rank1.log").exists()
-    if how == "torchrun":
-        refused = launched(launcher, ["-m", *overrides])
-        assert (
-            refused.returncode != 0 and "A sweep (-m) starts the ranks of its jobs itself" in refused.stderr
-        )
-        # rank 0 alone composes and checks: it says once what is wrong, and the others do not wait for it
-        refused = launched(launcher, [*overrides, "optimizer.lr=-1"])
-        assert refused.returncode != 0 and refused.stderr.count("optimizer.lr=-1 must be greater than 0") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.long
+def test_placed_ranks_are_refused_once(tmp_path: Path) -> None:
+    """Rank 0 alone composes and checks: it says once what is wrong, and the others do not wait for it."""
+    data = f"data.paths=[{','.join(map(str, write_tasks(tmp_path / 'tasks')))}]"
+    overrides = [*SETTINGS, *LAYOUTS["pad"], data, f"cache_dir={tmp_path / 'cache'}"]
+    refused = launched(TORCHRUN, ["-m", *overrides])
+    assert refused.returncode != 0 and "A sweep (-m) starts the ranks of its jobs itself" in refused.stderr
+    refused = launched(TORCHRUN, [*overrides, "optimizer.lr=-1"])
+    assert refused.returncode != 0 and refused.stderr.count("optimizer.lr=-1 must be greater than 0") == 1
 
 
 @pytest.mark.slow
@@ -138,7 +144,9 @@ def test_the_slurm_script_trains_saves_in_time_and_is_put_back_into_the_queue(tm
     )
     end = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or len(logged(folder, "train/loss")) < 2:
-        assert script.poll() is None and time.monotonic() < end, script.communicate()[0]
+        if script.poll() is not None or time.monotonic() > end:
+            script.kill()
+            raise AssertionError(script.communicate(timeout=60)[0])
         time.sleep(0.1)
     (srun,) = psutil.Process(script.pid).children()
     srun.send_signal(signal.SIGTERM)  # what `#SBATCH --signal` does before the time is over

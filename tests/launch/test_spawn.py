@@ -16,8 +16,11 @@ import pytest
 
 from mft.errors import UserError
 from mft.launch.failures import WorkerError
+from mft.launch.signals import Stopped, exit_code
 from mft.launch.spawn import loopback, spawn
+from tests import forked
 from tests.launch import entries
+from tests.selection import long
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("not_placed")
@@ -76,26 +79,44 @@ def test_a_killed_rank_is_distinguished_from_the_ranks_that_lost_it(tmp_path: Pa
         run(tmp_path, entries.be_killed)
 
 
-def in_a_process(tmp_path: Path, entry: str, nproc: int = 2, options: str = "") -> subprocess.Popen[str]:
-    """Starts a launching process of its own and waits until its ranks are at work."""
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom mft.launch.signals import Stopped, exit_code\n"
-        "from mft.launch.spawn import spawn, start_fork_server\nfrom tests.launch import entries\n"
-        "start_fork_server(('mft.launch.worker', 'torch'))\n"
-        f"folder = Path({str(tmp_path)!r})\n"
-        f"try:\n    spawn(entries.{entry}, (str(folder),), {nproc}, folder / 'log'{options})\n"
-        "except Stopped as stopped:\n    sys.exit(exit_code(folder, stopped.signum))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def launching(args: list[str]) -> None:
+    """Launches ranks of an entry, as the job of a sweep does. args: its folder, entry, number of ranks, seconds."""
+    path, entry, nproc, seconds = args
+    folder = Path(path)
+    try:
+        spawn(getattr(entries, entry), (path,), int(nproc), folder / "log", int(seconds))
+    except Stopped as stopped:
+        sys.exit(exit_code(folder, stopped.signum))
+
+
+TYPED = """
+import sys
+from mft.launch.spawn import start_fork_server
+from tests.launch.test_spawn import launching
+start_fork_server(('mft.launch.worker', 'torch'))
+launching(sys.argv[1:])
+"""
+
+
+def in_a_process(
+    tmp_path: Path, entry: str, nproc: int = 2, seconds: int = 600, typed: bool = False
+) -> subprocess.Popen[str] | forked.Command:
+    """Starts a launching process and waits until its ranks are at work.
+
+    typed: one of its own, with a fork server; else it comes from a server and forks its ranks from itself.
+    """
+    args = [str(tmp_path), entry, str(nproc), str(seconds)]
+    process: subprocess.Popen[str] | forked.Command
+    if typed:
+        command, pipe = [sys.executable, "-c", TYPED, *args], subprocess.PIPE
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    else:
+        process = forked.Command(REPOSITORY, args, os.environ, main=launching)
     end = time.monotonic() + 60
     while sum(1 for _ in tmp_path.glob("ready*")) < nproc:
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(process.communicate(timeout=60)[0])
         time.sleep(0.05)
     return process
 
@@ -107,18 +128,19 @@ def workers(tmp_path: Path) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("entry", "signum", "code"),
+    ("entry", "signum", "code", "typed"),
     [
-        ("until_stopped", signal.SIGTERM, 75),
-        ("until_stopped", signal.SIGINT, 130),
-        ("signalled_at_its_end", signal.SIGTERM, 0),
-        ("uneven", signal.SIGTERM, 143),
+        ("until_stopped", signal.SIGTERM, 75, True),
+        ("until_stopped", signal.SIGINT, 130, False),
+        ("signalled_at_its_end", signal.SIGTERM, 0, False),
+        ("uneven", signal.SIGTERM, 143, False),
+        long("until_stopped", signal.SIGINT, 130, True),
     ],
 )
 def test_a_signal_lets_workers_save_and_says_so_in_the_exit_code(
-    tmp_path: Path, entry: str, signum: int, code: int
+    tmp_path: Path, entry: str, signum: int, code: int, typed: bool
 ) -> None:
-    process = in_a_process(tmp_path, entry)
+    process = in_a_process(tmp_path, entry, typed=typed)
     process.send_signal(signum)
     output, _ = process.communicate(timeout=20)
     assert process.returncode == code, output
@@ -148,7 +170,7 @@ def test_a_signal_is_not_lost_that_comes_while_ranks_are_forked(tmp_path: Path) 
 
         process = multiprocessing.get_context("fork").Process(target=supervise)
         process.start()
-        process.join()
+        process.join(60)
         raise SystemExit(process.exitcode)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=90)
     assert done.returncode == signal.SIGTERM
@@ -158,7 +180,7 @@ def test_a_signal_is_not_lost_that_comes_while_ranks_are_forked(tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.dist
 def test_workers_that_do_not_listen_are_ended_after_shutdown_seconds(tmp_path: Path) -> None:
-    process = in_a_process(tmp_path, "deaf", options=", shutdown_seconds=1")
+    process = in_a_process(tmp_path, "deaf", seconds=1)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 143
@@ -167,9 +189,9 @@ def test_workers_that_do_not_listen_are_ended_after_shutdown_seconds(tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("how", ["kill -9", "second Ctrl-C"])
+@pytest.mark.parametrize("how", ["kill -9", long("second Ctrl-C")])
 def test_no_worker_outlives_the_process_that_launched_it(tmp_path: Path, how: str) -> None:
-    process = in_a_process(tmp_path, "deaf")
+    process = in_a_process(tmp_path, "deaf", typed=True)
     server = workers(tmp_path)[0].parent()
     if how == "kill -9":
         process.kill()
@@ -196,6 +218,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.long  # tests/launch/test_placed.py starts a whole run so
 def test_placed_ranks_receive_what_rank_0_broadcasts(tmp_path: Path) -> None:
     code = (
         "import os, sys\nfrom mft.distributed.ddp import Ddp\n"
@@ -223,7 +246,7 @@ def test_launching_is_importable_without_torch() -> None:
         "import sys, mft.launch.spawn, mft.launch.worker\nassert 'omegaconf' not in sys.modules\n"
         "import mft.launch.launch\nsys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=60).returncode == 0
 
 
 def test_the_store_of_the_ranks_is_reached_over_loopback_alone() -> None:
@@ -245,6 +268,7 @@ def test_a_signal_to_the_whole_group_does_not_reach_the_fork_server(tmp_path: Pa
         f"spawn(entries.blocked_signals, ({str(tmp_path)!r},), 2, Path({str(tmp_path)!r}) / 'log')\n"
         "print(signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "set()", "")
     assert [path.read_text() for path in tmp_path.glob("blocked*")] == ["set()", "set()"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -26,6 +27,9 @@ LIMIT = 6.0
 
 AGENT = 30.0
 """Seconds that elastic's agent gives a rank to end, before it kills one that is stopped."""
+
+PATIENCE = 120.0
+"""Seconds until a test is given up."""
 
 pytestmark = [pytest.mark.usefixtures("not_placed"), pytest.mark.slow, pytest.mark.dist]
 
@@ -54,7 +58,9 @@ class Act(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        until = time.monotonic() + PATIENCE
         while not self.ready(self.run_dir):
+            assert time.monotonic() < until, f"{self.run_dir} never came so far"
             time.sleep(0.05)
         self.pids = {rank: int((self.run_dir / f"ready{rank}").read_text()) for rank in (0, 1)}
         self.at = time.monotonic()
@@ -71,24 +77,35 @@ def ended(run_dir: Path, entry: Callable[[str], None], acting: Act) -> tuple[str
     return str(caught.value), seconds
 
 
+def stop_until_the_other_has_ended(pids: dict[int, int]) -> None:
+    """Kills the stopped rank in the end, as the agent would half a minute later: see AGENT."""
+    other, until = psutil.Process(pids[0]), time.monotonic() + PATIENCE
+    os.kill(pids[1], signal.SIGSTOP)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while other.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
+            time.sleep(0.05)
+    time.sleep(2.0)  # so that the agent sees the other one's end first
+    os.kill(pids[1], signal.SIGKILL)
+
+
 def stop_a_rank(root: Path, sending: Connection) -> None:
     forked.as_started_by_hand()
     run_dir = run_of(root, "train.max_steps=100000")
-    acting = Act(run_dir, logged, lambda pids: os.kill(pids[1], signal.SIGSTOP))
+    acting = Act(run_dir, logged, stop_until_the_other_has_ended)
     sending.send((run_dir, *ended(run_dir, entries.train, acting)))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def stopped_in_a_step(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
-    """Tells how a run ended of which a rank was stopped in a step: beside the other tests, since elastic's agent
-    waits for half a minute until it kills that rank."""
+    """Tells how a run ended of which a rank was stopped in a step: beside the other tests, since all of them
+    wait."""
     receiving, sending = forked.CONTEXT.Pipe(duplex=False)
     process = forked.CONTEXT.Process(target=stop_a_rank, args=(tmp_path_factory.mktemp("stopped"), sending))
     process.start()
     sending.close()  # so that the end of the process is the end of what can be received
     yield receiving
     process.kill()
-    process.join()
+    process.join(PATIENCE)
 
 
 @pytest.mark.long
@@ -122,10 +139,11 @@ def test_ctrl_c_while_a_rank_waits_for_a_slow_save(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_is_stopped_in_a_step(stopped_in_a_step: Connection) -> None:
+    assert stopped_in_a_step.poll(PATIENCE), "the run did not end"
     run_dir, sentence, seconds = stopped_in_a_step.recv()
     assert "rank 1 has stalled: no sign of life since 20" in sentence
     assert "longer than dist.timeout_minutes=0.1" in sentence and "log/rank<r>.log" in sentence
-    assert seconds < LIMIT + AGENT + 15
+    assert seconds < LIMIT + 15
     log = (run_dir / "log" / "rank0.log").read_text()
     assert "Stacks of this rank, since rank 1 has stalled" in log and "Timed out waiting" in log
     assert read_json(run_dir / "summary.json").text("status") == "failed"

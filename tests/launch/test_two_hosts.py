@@ -36,7 +36,7 @@ RUN = (
 
 
 def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +70,20 @@ def hosts() -> Iterator[list[str]]:
                 ip("-n", name, "link", "set", device, "up")
     except subprocess.CalledProcessError as error:
         for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=300)
         pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
     yield names
     for name in names:
         assert wait_until_empty(name) == "", "processes were left behind"
-        subprocess.run(["ip", "netns", "del", name], check=True)
+        subprocess.run(["ip", "netns", "del", name], check=True, timeout=300)
 
 
 def wait_until_empty(host: str) -> str:
     """Returns the pids that are left on a host after some seconds."""
     for _ in range(100):
-        left = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True).stdout.strip()
+        left = subprocess.run(
+            ["ip", "netns", "pids", host], capture_output=True, text=True, timeout=300
+        ).stdout.strip()
         if not left:
             return ""
         time.sleep(0.1)

@@ -44,6 +44,7 @@ def test_a_wrong_number_is_told_by_the_command(tmp_path: Path) -> None:
         str(FIXTURES / "famo_k3.json"),
         str(tmp_path / "coba_wrong.json"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
     wrong = [line.split()[:2] for line in done.stdout.splitlines() if line.endswith("BEYOND")]
     assert done.returncode == 1 and wrong == [["coba_wrong", "weights"]], done.stderr

@@ -192,7 +192,7 @@ def test_components_import_nothing_heavy() -> None:
     )
     assert (
         subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
         ).stdout.strip()
         == "[]"
     )

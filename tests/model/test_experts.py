@@ -147,7 +147,7 @@ def test_experts_beside_4_bits(name: str, tokenizer, tmp_path: Path) -> None:
     assert all(row.adapted == row.total and not row.packed for row in experts)
     assert rows["model.layers.*.self_attn.q_proj"].packed
     whole, size = sum(row.bytes for row in rows.values()), sum(row.bytes for row in experts)
-    gib = f"{size / 2**30:.3g} of {whole / 2**30:.3g} GiB"
+    gib = f"{size / 2**30:.4g} of {whole / 2**30:.4g} GiB"
     said = f"experts are not quantised (bitsandbytes quantises linear layers only): they take {gib}"
     assert said in notes(list(rows.values()))
     assert size > sum(row.parameters - row.trainable for row in experts) * 4  # float32, and the adapters

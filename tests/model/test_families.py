@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from mft.config.build import build
 from mft.config.compose import compose_resolved
 from mft.config.overrides import group_options
+from mft.config.schema import config_dir
 from mft.model.token_loss import TokenLoss
 from tests.model.families import FAMILIES, OTHERS, measure, tiny_model
 
@@ -30,12 +32,15 @@ def test_family(name: str, tmp_path: Path) -> None:
 
 def test_every_family_is_held_to_this() -> None:
     """The others: original formats (test_legacy), any folder, and the models made here."""
-    native = {n for n in group_options("model") if build_target(n) == "mft.model.causal_lm.CausalLM"}
+    native = {n for n in group_options("model") if target(n) == "mft.model.causal_lm.CausalLM"}
     assert native - {"auto", "demo"} == set(FAMILIES)
 
 
-def build_target(name: str) -> str:
-    return str(compose_resolved([f"model={name}"]).model._target_)
+def target(name: str) -> str:
+    """Returns the class of a yaml, or of those that it is made of."""
+    values = yaml.safe_load((config_dir() / "model" / f"{name}.yaml").read_text())
+    bases = [base for base in values.get("defaults", ()) if base != "_self_"]
+    return values.get("_target_") or next(target(base) for base in reversed(bases))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -108,10 +108,10 @@ def test_what_experts_take_beside_4_bits_is_told_before_loading(
         assert not caplog.text
         QLora().check_against(CausalLM(str(folders["mixture"])), "bf16")
     assert (
-        f"the routed experts, 96% of all weights, stay in bfloat16 and take {EXPERTS_GIB:.3g} GiB"
+        f"the routed experts, 96% of all weights, stay in bfloat16 and take {EXPERTS_GIB:.4g} GiB"
         in caplog.text
     )
-    assert f"{EXPERTS_GIB:.3g}" == "54"
+    assert f"{EXPERTS_GIB:.4g}" == "54"
 
 
 def test_experts_are_found_also_inside_a_model_that_sees(folders: dict[str, Path], tmp_path: Path) -> None:

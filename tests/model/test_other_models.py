@@ -57,9 +57,11 @@ def test_all_linear_leaves_out_what_mambas_kernels_read() -> None:
 
     rows = audit(Lora(rank=2, targets="all-linear").attach(model(), AUTO))
     adapted = {row.kind.rpartition(".")[2] for row in rows if row.adapted}
-    assert "in_proj" in adapted and "out_proj" not in adapted
-    with pytest.raises(UserError, match=r"mixer\.out_proj cannot have an adapter: kernels of mamba read it"):
-        Lora(targets=["out_proj"]).attach(model(), AUTO)
+    assert adapted & {"in_proj", "x_proj", "dt_proj", "out_proj"} == {"in_proj", "x_proj"}
+    for name in ("out_proj", "dt_proj"):
+        refused = rf"mixer\.{name} cannot have an adapter: kernels of mamba read it"
+        with pytest.raises(UserError, match=refused):
+            Lora(targets=[name]).attach(model(), AUTO)
 
 
 def test_gradient_checkpointing_that_a_class_cannot_is_told(

@@ -33,7 +33,7 @@ def test_attributes_of_a_model_class(name: str) -> None:
 
 def test_functions() -> None:
     from transformers import conversion_mapping, core_model_loading
-    from transformers.integrations import deepspeed, sdpa_attention
+    from transformers.integrations import deepspeed, moe, sdpa_attention
     from transformers.models.auto import configuration_auto
     from transformers.models.mixtral import modeling_mixtral
 
@@ -45,6 +45,7 @@ def test_functions() -> None:
         (deepspeed, "is_deepspeed_zero3_enabled"),
         (sdpa_attention, "sdpa_attention_forward"),
         (sdpa_attention, "repeat_kv"),
+        (moe, "_grouped_mm"),
         (transformers.masking_utils, "sdpa_mask"),
         (transformers.masking_utils, "eager_mask"),
         (configuration_auto, "CONFIG_MAPPING_NAMES"),

@@ -232,6 +232,7 @@ def test_a_long_command_that_a_store_has_cut_is_not_shown_as_one(uri: str) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.long  # test_a_store_tells_of_a_run_what_its_folder_tells asks by the same client
 def test_a_server_tells_what_its_database_tells(uri: str, tmp_path: Path) -> None:
     send(leave(Path("runs/a")), uri)
     send(leave(Path("runs/b"), seed=3), uri)

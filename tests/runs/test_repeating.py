@@ -33,7 +33,9 @@ def repeat(run: Run, work: Path, elsewhere: Path) -> Path:
     env["PYTHONPATH"] = f"{work}{os.pathsep}{os.getcwd()}"
     # other tests count the runs of the sweep's store
     env["MLFLOW_TRACKING_URI"] = f"sqlite:///{elsewhere}/mlflow.db"
-    done = subprocess.run(line, shell=True, cwd=elsewhere, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        line, shell=True, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     (new,) = set(run_folder.runs_under(work / "outputs")) - before
     return new

@@ -48,7 +48,7 @@ def test_six_trials_then_more_by_the_same_command(tmp_path: Path) -> None:
     search = start(work, *wider)
     until(lambda: len(runs(work)) > 4, search)
     search.kill()  # in the middle of the fifth or sixth
-    search.communicate()
+    search.communicate(timeout=60)
     until_nothing_runs(work)
     code, said = mft(work, *wider)
     assert code == 0, said

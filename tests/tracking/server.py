@@ -59,4 +59,4 @@ def start_server(
 def kill_server(process: subprocess.Popen[bytes]) -> None:
     """Ends it and its workers at once."""
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.wait(60)

@@ -85,6 +85,7 @@ def test_a_wrong_password_is_a_sentence_and_loses_nothing(server, tmp_path, monk
         assert password.encode() not in written(run_dir) + written(store) + said_at_all
 
 
+@pytest.mark.long  # the test above logs in with it in the end
 def test_the_right_password_is_used_and_kept_nowhere(server, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     uri, store = server

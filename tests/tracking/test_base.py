@@ -73,7 +73,7 @@ def test_rows_that_find_a_full_disk_are_written_when_there_is_room(tmp_path, cap
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16k", "none", disk], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "none", disk], capture_output=True, timeout=300
     ).returncode:
         pytest.skip("a disk may be mounted by root only")
     try:
@@ -92,7 +92,7 @@ def test_rows_that_find_a_full_disk_are_written_when_there_is_room(tmp_path, cap
         assert [row["step"] for row in lines(disk)] == list(range(1, 200))
         assert len(caplog.records) == 1 and "No space left" in caplog.text
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", disk], check=True, timeout=300)
 
 
 def test_a_tracker_that_cannot_be_opened_stops_nobody_unless_it_is_a_mistake(tmp_path, caplog):

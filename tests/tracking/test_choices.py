@@ -61,5 +61,7 @@ def test_an_address_that_cannot_be_one(tmp_path):
 def test_looking_at_the_classes_imports_nothing_heavy():
     code = "import sys, mft.tracking.mlflow, mft.tracking.tensorboard, mft.training.plots\n"
     code += "print(sorted({'torch', 'mlflow', 'matplotlib', 'hydra', 'omegaconf'} & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
     assert out.strip() == "[]"

@@ -380,14 +380,17 @@ tracker.open(Path(sys.argv[2]), {}, {})
 for step in range(1, 51):
     tracker.log(step, {"train/loss": float(step)})
     time.sleep(0.02)
+until = time.monotonic() + 120
 while '"metrics.jsonl"' not in (Path(sys.argv[2]) / "mlflow.json").read_text():
+    assert time.monotonic() < until, "nothing was sent"
     time.sleep(0.02)
 os._exit(9)
 """
 
 
 def test_a_run_killed_by_force_is_marked_and_taken_up_again(store, run_dir, capsys):
-    subprocess.run([sys.executable, "-c", KILLED, str(store), str(run_dir)], check=False)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(store), str(run_dir)], timeout=150)
+    assert killed.returncode == 9
     assert recorded(run_dir)[0].info.status == "RUNNING"
     write_json(run_dir / "identity.json", Identity("a", "b").as_json())
     cli.main(["tracking", "sync", str(run_dir)])

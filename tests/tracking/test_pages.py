@@ -26,6 +26,13 @@ LINES = """Object.fromEntries([...document.querySelectorAll('[data-testid="exper
 """Of every chart of MLflow's page: its metric, and the number of runs with a line in it (as logged, and
 smoothed)."""
 
+SEARCH = """(() => {
+  const box = document.querySelector('[placeholder="Search metric charts"]');
+  Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(box, %s);
+  box.dispatchEvent(new Event('input', {bubbles: true}));
+})()"""
+"""Leaves the charts whose metric matches a regular expression, as a person does who types it."""
+
 HOSTILE = "<img src=x onerror='window.hacked=1'>|`b`"
 """Name of a task and of a run."""
 
@@ -105,13 +112,22 @@ def test_every_run_of_a_sweep_is_in_the_table_and_in_the_charts(pages: Pages) ->
     runs = pages.client.search_runs([pages.experiment("small")])
     names = [run.info.run_name for run in runs]
     assert len(names) == 4
-    # charts are drawn where they can be seen
-    pages.open(f"runs?{CHARTS}", *names, "4 matching runs", experiment="small", height=12000)
+    pages.open(f"runs?{CHARTS}", *names, "4 matching runs", experiment="small", height=4000)
     wanted = ["valid/loss", "valid/loss/docs", "valid/loss/code", "train/loss/docs", "lr"]
-    every = " && ".join(f"(({LINES})['{name}'] == {len(names)})" for name in wanted)
-    pages.browser.until(every, seconds=300)
-    lines = pages.browser.js(LINES)
-    assert lines["train/weight/docs"] == 2, "the runs of coba"
+    lines = dict.fromkeys(wanted, len(names)) | {"train/weight/docs": 2}  # the runs of coba
+    # charts are drawn where they can be seen, in a second each: of all of them these
+    pages.browser.js(SEARCH % json.dumps(f"^({'|'.join(lines)})$"))
+    pages.browser.until(" && ".join(f"(({LINES})['{name}'] == {lines[name]})" for name in lines), seconds=300)
+    pages.picture()
+
+
+def test_the_charts_are_in_few_sections_in_which_phases_stand_side_by_side(pages: Pages) -> None:
+    """The page has a section for each beginning of names up to the last slash."""
+    (run, *_) = pages.client.search_runs([pages.experiment("small")])
+    names = [name for name in run.data.metrics if not name.startswith("system/")]
+    sections = [name.rpartition("/")[0] for name in names]
+    assert len(set(sections)) <= 20 and len(names) <= 60
+    assert sections.count("memory/peak_gib") == 4 and sections.count("total/seconds") >= 5
 
 
 def test_the_table_has_short_names_and_the_best_run_first(pages: Pages) -> None:

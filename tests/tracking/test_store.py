@@ -74,7 +74,8 @@ def test_a_run_trains_on_with_an_old_database_and_is_sent_to_another(unusable, t
 
 def test_a_database_deleted_in_mid_run_is_a_sentence_and_loses_nothing(tmp_path):
     (tmp_path / "run").mkdir()
-    run = subprocess.run([sys.executable, "-c", DELETED, tmp_path], capture_output=True, text=True)
+    command = [sys.executable, "-c", DELETED, tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert "was deleted or moved. Training continues" in run.stderr and "mft tracking sync" in run.stderr
     assert len(run.stderr.splitlines()) == 2, run.stderr
     assert sync(tmp_path / "run")[0] == 5
@@ -92,7 +93,9 @@ work = Path(sys.argv[1])
 tracks = FanOut([Jsonl(), Mlflow(store=str(work))])
 tracks.open(work / "run", {}, {})
 tracks.log(1, {"train/loss": 1.0})
+until = time.monotonic() + 120
 while not json.loads((work / "run" / "mlflow.json").read_text())["places"]:
+    assert time.monotonic() < until, "nothing was sent"
     time.sleep(0.1)
 (work / "mlflow.db").unlink()
 for step in range(2, 6):

@@ -6,8 +6,9 @@ import json
 import math
 
 import pytest
+import torch
 
-from mft.batch import StepBatches
+from mft.batch import StepBatches, StepCounts
 from mft.training.best import BestTracker
 from mft.training.state import State
 
@@ -42,10 +43,13 @@ def test_a_loss_that_is_not_finite_is_never_the_best() -> None:
 
 def test_a_state_comes_back_from_its_file() -> None:
     state = State(learned={"train/weight/a": 0.5})
-    state.advance(StepBatches([], epoch=1, rows_consumed=8, epochs_done=1.25), tokens=12)
+    trained_K = torch.tensor([3.0, 4.0])
+    counts = StepCounts(trained_K, trained_K, 2.0, processed=12.0, positions=16.0)
+    state.advance(StepBatches([], epoch=1, rows_consumed=8, epochs_done=1.25), counts)
     state.best.update(1, {"a": 2.0}, 2.0)
     again = State.from_dict(json.loads(json.dumps(state.as_dict())))
-    assert again == state and (again.step, again.rows_consumed, again.epochs_done) == (1, 8, 1.25)
+    assert again == state and (again.tokens, again.positions, again.trained) == (12, 16, 7)
+    assert (again.step, again.rows_consumed, again.epochs_done) == (1, 8, 1.25)
 
 
 @pytest.mark.parametrize(

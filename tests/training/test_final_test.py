@@ -70,7 +70,7 @@ def test_the_last_row_and_the_summary_say_what_was_the_best_what_was_tested_and_
     assert row == rows[-1] and row["step"] == 8
     best = {f"best/{name}": value for name, value in summary["best"].items() if name not in ("by", "value")}
     test = {"test/step" if name == "step" else name: value for name, value in summary["test"].items()}
-    total = {f"total/{name}": summary[name] for name in ("tokens", "flops")}
+    total = {f"total/{name}": summary[name] for name in ("tokens", "all_tokens", "trained_tokens", "flops")}
     assert row == {"step": 8} | best | test | total
     assert set(test) == {"test/step", "test/loss", "test/loss/adding", "test/loss/naming"}
     # trained tokens are a part of those that were processed

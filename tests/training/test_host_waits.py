@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,12 +21,14 @@ from mft.model.peft.lora import Lora
 from mft.model.token_loss import TokenLoss
 from mft.training.loop import fit
 from mft.training.metrics import Meter
+from mft.training.profile import StepProfile
 from mft.training.trainer import Trainer
 from tests.loss.loop import Layout, Recorder, Stage, write_tasks
 from tests.loss.modes import MODES, made
 from tests.model.mixtures import family_of, mixture
 from tests.model.rows import batch
 from tests.pretend_gpu import GPU, OnGpu, Watch, move, watched
+from tests.selection import long
 
 ALWAYS = ["float() of the gradient's norm", "the logged row"]
 BESIDES = {
@@ -88,11 +91,14 @@ def on_gpu(stage: Stage, mode: str, peft: str = "full") -> Iterator[tuple[Traine
         yield t, watch
 
 
-def waits_of_a_step(stage: Stage, mode: str, peft: str, world: int = 1) -> list[str]:
+def waits_of_a_step(
+    stage: Stage, mode: str, peft: str, world: int = 1, profile: StepProfile | None = None
+) -> list[str]:
     with pytest.MonkeyPatch.context() as patch, on_gpu(stage, mode, peft) as (t, watch):
         patch.setattr(t.engine, "world", world)
         patch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
         source = t.loader = Source(t.loader, watch)
+        t.profile = profile or t.profile
         with pytest.raises(Enough):
             fit(t)
     return source.waits
@@ -105,7 +111,9 @@ def test_the_host_waits_in_no_micro_batch(stages: dict[str, Stage], mode: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("peft", "layout"), [("full", "packed"), ("lora", "padded"), ("full", "padded")])
+@pytest.mark.parametrize(
+    ("peft", "layout"), [long("full", "packed"), long("lora", "padded"), ("full", "padded")]
+)
 def test_nor_in_other_layouts(stages: dict[str, Stage], peft: str, layout: str) -> None:
     for mode in MODES:
         waits = waits_of_a_step(stages[layout], mode, peft)
@@ -115,6 +123,12 @@ def test_nor_in_other_layouts(stages: dict[str, Stage], peft: str, layout: str) 
 def test_several_ranks_wait_once_more_for_the_counts(stages: dict[str, Stage]) -> None:
     """The exchange itself is not there: two ranks are told to this one."""
     assert len(waits_of_a_step(stages["packed"], "task_token_mean", "lora", world=2)) == 3
+
+
+def test_a_profile_of_later_steps_adds_no_wait(stages: dict[str, Stage], tmp_path: Path) -> None:
+    profile = StepProfile(tmp_path)
+    assert not profile.choose(0, 100) and profile.steps[0] > 3
+    assert len(waits_of_a_step(stages["packed"], "task_token_mean", "lora", profile=profile)) == len(ALWAYS)
 
 
 def test_a_validation_waits_once(stages: dict[str, Stage]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mft.batch import Batch, StepBatches
+from mft.batch import Batch, StepBatches, StepCounts
 from mft.data.cache.store import Samples
 from mft.errors import UserError
 from mft.files.json_file import read_json
@@ -127,7 +127,7 @@ def test_a_trace_tells_of_the_step_that_is_trained(tmp_path: Path) -> None:
     with handlers(stop.request), closing(steps.steps(0, 0, 9)) as coming:
         for step in coming:
             assert stop() == (state.step == 2)
-            state.advance(step, 1)
+            state.advance(step, StepCounts.of(step.batches, 2))
             if stop():
                 break
     assert stop.signal == signal.SIGTERM and (state.step, state.rows_consumed) == (3, 3) and not names()

@@ -37,8 +37,8 @@ LOSSES = {
     "famo": (),
     "dwa": ("loss.window=3",),
 }
-LONG = ("coba", "dwa")
-"""A mode without a memory is among the others, and the one that is stopped after its last step."""
+LONG = ("task_token_mean", "coba", "dwa")
+"""The other is stopped after its last step."""
 
 MOMENTS = (
     "before the first checkpoint",

@@ -303,14 +303,23 @@ WRONG = {
 }
 
 
+QUICK = ["null", "{}", '{"status"', "\udcff"]
+"""Another kind of value, one without keys, half a file, no UTF-8."""
+
+
 @pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(
+    "shapes",
+    [QUICK, pytest.param([shape for shape in SHAPES if shape not in QUICK], marks=pytest.mark.long)],
+    ids=["quick", "others"],
+)
 def test_our_own_files_of_another_shape_are_as_if_absent(
-    finished: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    finished: Path, tmp_path: Path, name: str, shapes: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(
         finished, tmp_path / "runs" / "one", ignore=shutil.ignore_patterns("checkpoints", "final")
     )
-    for text in (*SHAPES, WRONG[name]):
+    for text in (*shapes, WRONG[name]):
         (folder / name).write_bytes(text.encode(errors="surrogateescape"))
         runs.command([str(tmp_path / "runs")])
         show.command([str(folder)])

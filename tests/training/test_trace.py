@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mft.batch import Batch, StepBatches
+from mft.batch import Batch, StepBatches, StepCounts
 from mft.launch.signals import Stop, handlers
 from mft.training.state import State
 from mft.training.trace import Trace, digest, read
@@ -47,7 +47,7 @@ def test_a_stop_comes_in_its_step_and_a_resume_appends(tmp_path: Path) -> None:
     with handlers(stop.request):
         for data in Trace(stop_at=3).steps_of(Source(), state, tmp_path, rank=1).steps(0, 0, 9):
             assert stop() == (state.step == 2)
-            state.advance(data, 1)
+            state.advance(data, StepCounts.of(data.batches, 9))
             if stop():
                 break
     assert stop.signal == signal.SIGTERM and state.step == 3

@@ -1,6 +1,7 @@
 """Backends × peft modes × rows × loss modes: stopped and resumed, each is the uninterrupted run to the bit.
 
-`make test` takes a slice in which every value occurs, `make check-all` all 240 cells.
+`make test` takes a slice in which every backend, peft mode and kind of rows occurs, `make check-all` all 240 cells.
+Every loss mode is interrupted in tests/loss/test_resume.py.
 """
 
 from __future__ import annotations
@@ -20,13 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.dist]
 
 SLICE: list[Key] = [
     ("single", "lora", "pack", "coba"),
-    ("single", "qlora", "pack", "uncertainty"),
     ("ddp", "lora", "pad", "famo"),
     ("zero2", "full", "pack", "famo_valid"),
-    ("zero2", "qlora", "pad", "dwa"),
-    ("zero3", "full", "pad", "lbtw"),
-    ("fsdp", "lora", "pack", "self_paced"),
-    ("fsdp", "full", "pad", "task_token_mean"),
+    ("zero3", "full", "pad", "dwa"),
+    ("fsdp", "qlora", "pack", "self_paced"),
 ]
 
 
@@ -64,7 +62,7 @@ def test_stopped_and_resumed_is_uninterrupted(
     assert read_json(whole / "summary.json").text("status") == "finished"
 
 
-def test_every_value_occurs_in_the_slice() -> None:
+def test_every_value_but_of_the_losses_occurs_in_the_slice() -> None:
     assert len(ALL) == 240 and set(LOSSES) == {loss for *_, loss in ALL}
-    for axis in range(4):
+    for axis in range(3):
         assert {key[axis] for key in SLICE} == {key[axis] for key in ALL}

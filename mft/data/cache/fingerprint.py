@@ -55,6 +55,12 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
     return digests
 
 
+def are_remembered(files: Sequence[Path], cache_dir: Path) -> bool:
+    """Whether the hashes of all files were made before, of whatever content they then had."""
+    memo = read_json(cache_dir / "fingerprints.json")
+    return all(str(file.absolute()) in memo for file in files)
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, xxhash.xxh3_128).hexdigest()

@@ -188,6 +188,14 @@ class Samples:
         return self.stores[self.task_N[i]].origin(int(self.index_N[i]))
 
 
+def is_prepared(
+    task: Task, encoder: Encoder, settings: DataSettings, cache_dir: str | os.PathLike[str]
+) -> bool:
+    """Whether the cache has the store of a task."""
+    fingerprint = _store_fingerprint(task, task.fingerprint(cache_dir), encoder, settings)
+    return writer.damage(Path(cache_dir) / "tokens" / fingerprint) is None
+
+
 def prepare(
     task: Task,
     encoder: Encoder,

@@ -161,7 +161,7 @@ def _warn_of_experts(model: nn.Module, dtype: torch.dtype) -> None:
     if experts:
         log.warning(
             "peft=qlora: bitsandbytes quantises linear layers only, so the routed experts, %.0f%% of all "
-            "weights, stay in %s and take %.3g GiB",
+            "weights, stay in %s and take %.4g GiB",
             100 * experts / sum(parameter.numel() for _, parameter, _ in every),
             *(str(dtype).removeprefix("torch."), experts * dtype.itemsize / 2**30),
         )

@@ -67,7 +67,7 @@ def audit(model: nn.Module) -> list[AuditRow]:
         count = math.prod(full_shape(parameter))
         row.trainable += count * parameter.requires_grad
         row.parameters += count
-        row.bytes += _bytes(parameter)
+        row.bytes += bytes_of(parameter)
         row.role = row.role or kinds.get(path, "")
         row.packed |= hasattr(parameter, "quant_state") or hasattr(parameter, "SCB")
         if kinds.get(path) == "experts" and shape:
@@ -91,7 +91,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[int, .
         yield path, parameter, () if adapter else shape
 
 
-def _bytes(parameter: Any) -> int:
+def bytes_of(parameter: Any) -> int:
     """Returns the bytes of a parameter in memory, as if it were not divided over ranks, with the scales of 4
     bits; of a model on the meta device what it will take once it is loaded."""
     if parameter.is_meta and getattr(parameter, "bnb_quantized", None) is False:
@@ -134,7 +134,7 @@ def notes(rows: Sequence[AuditRow]) -> list[str]:
     if experts and any(row.packed for row in rows):
         size, every = total_of(experts, "bytes") / GIB, total_of(rows, "bytes") / GIB
         reason = "bitsandbytes quantises linear layers only"
-        remarks.append(f"experts are not quantised ({reason}): they take {size:.3g} of {every:.3g} GiB")
+        remarks.append(f"experts are not quantised ({reason}): they take {size:.4g} of {every:.4g} GiB")
     return remarks
 
 

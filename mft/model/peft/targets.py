@@ -25,8 +25,10 @@ log = logging.getLogger(__name__)
 
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-"""Model types whose out_proj peft refuses: their kernels read its weight, so an adapter would not be
-computed."""
+"""Model types whose kernels read the weight of IN_KERNEL, so an adapter would not be computed."""
+
+IN_KERNEL = ("out_proj", "dt_proj")
+"""The former peft itself refuses."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def select(model: nn.Module, targets: str | list[str], experts: bool, router: bo
     """
     sites = adapter_sites(model)
     kind: str = base_of(model).config.model_type
-    in_kernel = {site for site in sites if site.name == "out_proj" and kind in MAMBA}
+    in_kernel = {site for site in sites if site.name in IN_KERNEL and kind in MAMBA}
     frozen = {site for site in sites if site.parameter and site.packed}
     if targets == "all-linear":
         if names := sorted({site.name for site in frozen if site.kind == "linear"}):

@@ -92,7 +92,7 @@ def test_processes_that_ask_at_once_get_one_folder(tmp_path: Path) -> None:
     originals.sharded(folder)
     words = [sys.executable, "-c", CONVERT, str(folder), str(cache)]
     processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    sources = [process.communicate()[0].splitlines()[-1] for process in processes]
+    sources = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
     (made,) = folders(cache)
     assert sources == [str(made)] * 2
     assert sorted(file.name for file in made.glob("*.safetensors*")) == [

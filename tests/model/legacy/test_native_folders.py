@@ -100,6 +100,7 @@ def test_adapters_work_on_the_native_folder_without_mft(written: Path) -> None:
         [sys.executable, "-c", ELSEWHERE, str(written), json.dumps([plain, ALIBI])],
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -193,7 +194,7 @@ def test_convert_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
     words = [sys.executable, "-m", "mft.cli", "convert", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout == f"{folder / 'model.safetensors'}\n"
     written = load_file(folder / "model.safetensors")
     assert written.keys() == weights.keys() and all(
