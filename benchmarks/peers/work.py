@@ -89,12 +89,12 @@ def checked_job(overrides: Sequence[str]) -> Any:
 
 def rows(overrides: Sequence[str], steps: int) -> tuple[list[Row], Path]:
     """Returns the rows that a run of these overrides takes in its first steps, one in each, and its model."""
-    from mft.assembly.start import read_data, settings_of
+    from mft.assembly.start import read_data
     from mft.config import build, schema
     from mft.data.loader import BatchLoader
 
     cfg = schema.typed(checked_job(overrides).cfg)
-    parts, (train, settings) = build.build_components(cfg), settings_of(cfg)
+    parts, (train, settings) = build.build_components(cfg), schema.settings_of(cfg)
     data = read_data(cfg, parts, settings)
     sizes, shares = schema.batch_sizes(train, 1), [task.share for task in data.tasks]
     pad_id: Any = data.tokenizer.pad_token_id

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mft.config import build, identity, inputs, schema
 from mft.data import datasets
@@ -46,7 +46,7 @@ def start(cfg: DictConfig, folder: Path, phases: Phases) -> Run:
     """
     parts = build.build_components(cfg)
     parts.dist.meet()
-    settings, data_settings = settings_of(cfg)
+    settings, data_settings = schema.settings_of(cfg)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine; no process group says it yet
     data = read_data(cfg, parts, data_settings, first)
     require_unchanged(cfg, folder, parts, data.fingerprints)
@@ -55,13 +55,6 @@ def start(cfg: DictConfig, folder: Path, phases: Phases) -> Run:
     phases.measure(engine.device)
     progress = Terminal(data.names, quiet=not engine.is_main)
     return Run(cfg, folder, parts, settings, data_settings, data, engine, progress, first, phases)
-
-
-def settings_of(cfg: DictConfig) -> tuple[TrainSettings, DataSettings]:
-    """Returns `train` and `data` of a typed config as objects."""
-    settings, data_settings = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)
-    assert isinstance(settings, TrainSettings) and isinstance(data_settings, DataSettings)
-    return settings, data_settings
 
 
 def read_data(

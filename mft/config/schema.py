@@ -206,6 +206,13 @@ def resolve_precision(precision: Precision | str) -> Precision:
     return Precision.fp16 if visible_gpus() else Precision.fp32
 
 
+def settings_of(cfg: DictConfig) -> tuple[TrainSettings, DataSettings]:
+    """Returns `train` and `data` of a typed config as objects."""
+    settings, data_settings = OmegaConf.to_object(cfg.train), OmegaConf.to_object(cfg.data)
+    assert isinstance(settings, TrainSettings) and isinstance(data_settings, DataSettings)
+    return settings, data_settings
+
+
 def batch_sizes(train: TrainSettings | DictConfig, world: int) -> BatchSizes:
     """Derives accumulation from the global batch or the other way round; of micro-batches whose size is still
     to be found one row each.
@@ -223,14 +230,9 @@ def batch_sizes(train: TrainSettings | DictConfig, world: int) -> BatchSizes:
             f"train.global_batch_size={total} and train.gradient_accumulation_steps={accumulation} exclude "
             "each other; set one of them, the other is derived."
         )
-    unit = (per_device := int(per_device)) * world
-    if total % unit:
-        below, above = total // unit * unit, (total // unit + 1) * unit
-        raise UserError(
-            f"train.global_batch_size={total} must be a multiple of train.per_device_batch_size={per_device} "
-            f"x {world} ranks. Nearest values: {f'{below} or ' if below else ''}{above}."
-        )
-    return BatchSizes(per_device, total // unit, world)
+    per_device = int(per_device)
+    ranks = f"train.per_device_batch_size={per_device} x {world} ranks"
+    return BatchSizes(per_device, _times(per_device * world, total, ranks), world)
 
 
 def _of_auto(total: int | None, accumulation: int | None, world: int) -> BatchSizes:
@@ -244,9 +246,15 @@ def _of_auto(total: int | None, accumulation: int | None, world: int) -> BatchSi
             "train.per_device_batch_size=auto needs train.global_batch_size, the rows of a step over all ranks, "
             f"since a step must be the same on every device. Allowed: a multiple of the ranks, here {world}."
         )
-    if total % world:
-        near = " or ".join(str(n) for n in (total // world * world, (total // world + 1) * world) if n)
+    return BatchSizes(1, _times(world, total, f"{world} ranks"), world, found=False)
+
+
+def _times(unit: int, total: int, words: str) -> int:
+    """Returns how many units make the global batch; UserError where none do. words: what a unit is."""
+    if total % unit:
+        below, above = total // unit * unit, (total // unit + 1) * unit
         raise UserError(
-            f"train.global_batch_size={total} must be a multiple of {world} ranks. Nearest values: {near}."
+            f"train.global_batch_size={total} must be a multiple of {words}. Nearest values: "
+            f"{f'{below} or ' if below else ''}{above}."
         )
-    return BatchSizes(1, total // world, world, found=False)
+    return total // unit

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mft.assembly.start import settings_of
+from mft.config.schema import settings_of
 from mft.data import hub
 from mft.data.cache.fingerprint import are_remembered
 from mft.data.cache.store import is_prepared
@@ -210,10 +210,10 @@ def _sampled(
             except RowError:
                 continue
             if fitted is None:
-                told = [math.ceil(len(message.content) / CHARACTERS) for message in messages]
-                lengths.append(sum(told))
+                counts = [math.ceil(len(message.content) / CHARACTERS) for message in messages]
+                lengths.append(sum(counts))
                 carry = [m.train and m.role in ("assistant", "text") for m in messages]
-                trained += sum(count for count, learned in zip(told, carry, strict=True) if learned)
+                trained += sum(count for count, learned in zip(counts, carry, strict=True) if learned)
                 continue
             lengths += [len(ids_S) for ids_S, _ in fitted.parts]
             trained += sum(int(trained_S[1:].sum()) for _, trained_S in fitted.parts)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from mft.assembly.loader import make_loader, plan
 from mft.assembly.model import load_model
-from mft.assembly.start import Run, read_data, settings_of
+from mft.assembly.start import Run, read_data
 from mft.assembly.trainer import make_trainer
 from mft.batch import BatchSizes
 from mft.config import build, schema
@@ -79,7 +79,7 @@ class Rehearsal:
 
     def _data(self, cfg: DictConfig) -> Run:
         parts = build.build_components(cfg)
-        settings, data_settings = settings_of(cfg)
+        settings, data_settings = schema.settings_of(cfg)
         self.doing = "while tokenising"
         data = read_data(cfg, parts, data_settings)
         cpu = Precision.fp32 if settings.precision is Precision.fp16 else settings.precision
