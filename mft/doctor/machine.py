@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 
 from mft.doctor.finding import Finding, Part
-from mft.hardware import control_group
+from mft.hardware import control_group, machine_memory
 
 GIB = 2**30
 FILES_WANTED = 4096
@@ -46,9 +46,8 @@ def _memory() -> Finding:
 
     memory = psutil.virtual_memory()
     found = f"{memory.available / GIB:,.1f} of {memory.total / GIB:,.1f} GiB are free"
-    limit = control_group("memory.max")
-    if limit.isdigit() and int(limit) < memory.total:
-        return part.note("memory", f"{found}; the control group allows {int(limit) / GIB:,.1f} GiB")
+    if (allowed := machine_memory()) < memory.total:
+        return part.note("memory", f"{found}; the control group allows {allowed / GIB:,.1f} GiB")
     return part.ok("memory", found)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mft.errors import UserError
 from mft.estimate.memory import USABLE
 from mft.hardware import control_group
+from mft.training.memory import Resident, resident
 
 if TYPE_CHECKING:
     import torch
@@ -101,11 +102,21 @@ class Gpu(Room):
 class Host(Room):
     """What this process may take of the machine's memory."""
 
+    source: Resident = field(kw_only=True)
+
     @classmethod
     def of(cls, processes: int) -> Host:
-        """Returns the room beside `processes - 1` others that train on this machine."""
+        """Returns the room beside `processes - 1` others that train on this machine.
+
+        Raises UserError where the system keeps no peak that could be reset.
+        """
         import psutil
 
+        if not (source := Resident()).resets:
+            raise UserError(
+                "train.per_device_batch_size=auto: the peak of this process cannot be measured here, since "
+                "/proc/self/clear_refs may not be written. Allowed: a whole number from 1 on."
+            )
         memory = psutil.virtual_memory()
         total, free = memory.total, memory.available
         allowed, used = control_group("memory.max"), control_group("memory.current")
@@ -117,20 +128,13 @@ class Host(Room):
         own, part = resident("VmRSS"), max(0, free) / processes
         words = f"{OF_A_HOST:.0%} of the machine's free memory"
         words += f", for {processes} processes" if processes > 1 else ""
-        return cls(own + OF_A_HOST * part, own + part, words, f"CPU, {total / 2**30:.1f} GiB")
+        return cls(own + OF_A_HOST * part, own + part, words, f"CPU, {total / 2**30:.1f} GiB", source=source)
 
     def reset(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+        self.source.reset()
 
     def used(self) -> float:
         return resident("VmRSS")
 
     def peak(self) -> float:
-        return resident("VmHWM")
-
-
-def resident(name: str) -> float:
-    """Returns a number of /proc/self/status in bytes: VmRSS, the memory of this process now, or VmHWM, the
-    most since it was reset."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+        return self.source.read()[0]

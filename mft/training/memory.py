@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 PEAKS = ("peak_gib", "reserved_gib")
-"""Names of the peaks where they are told in GiB, in the order in which they are read."""
+"""Names of the peaks where they are reported in GiB, in the order in which they are read."""
 
 
 class Source(Protocol):
@@ -36,8 +36,7 @@ class Resident:
 
     def read(self) -> tuple[int, ...]:
         if self.resets:
-            status = Path("/proc/self/status").read_text(encoding="ascii", errors="ignore")
-            return (int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) * 1024,)
+            return (resident("VmHWM"),)
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,)
 
     def reset(self) -> None:
@@ -45,6 +44,13 @@ class Resident:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             self.resets = True
+
+
+def resident(name: str) -> int:
+    """Returns a number of /proc/self/status in bytes: VmRSS, the memory of this process now, or VmHWM, the
+    most since it was reset."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="ignore")
+    return int(status.partition(f"{name}:")[2].split(maxsplit=1)[0]) * 1024
 
 
 class Cuda:

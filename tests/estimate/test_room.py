@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
+from mft.errors import UserError
 from mft.estimate import room
 from mft.estimate.room import Host
 
@@ -45,3 +47,10 @@ def test_a_peak_is_that_since_the_reset() -> None:
     del held
     host.reset()
     assert host.peak() - before < 2**27
+
+
+def test_where_no_peak_can_be_measured_a_number_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that refuses to write /proc/self/clear_refs, which root of this machine may."""
+    monkeypatch.setattr(room, "Resident", lambda: SimpleNamespace(resets=False))
+    with pytest.raises(UserError, match=r"per_device_batch_size=auto: the peak .* cannot be measured here"):
+        Host.of(1)
