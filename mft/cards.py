@@ -122,7 +122,7 @@ def known(text: str, any_size: bool = False) -> tuple[str, Card] | None:
 
 def _kind(name: str) -> list[Card]:
     """Returns the GPUs that a name stands for but for the size of the memory."""
-    return [card for known, card in CARDS.items() if known.partition("-")[0] == name.partition("-")[0]]
+    return [card for each, card in CARDS.items() if each.partition("-")[0] == name.partition("-")[0]]
 
 
 def words_of(name: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""What a run will need, computed before it runs. A rehearsal tells it, a run decides by it.
+"""What a run will need, computed before it runs. A rehearsal reports it, a run decides by it.
 
 `rank` says what one rank needs of memory, by part: a step of a short model of fake tensors is watched
 (`mft.model.step_trace`), put together to that of the whole model (`step`), and what engines hold, gather and

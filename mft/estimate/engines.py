@@ -106,8 +106,7 @@ def _during_ddp(model: Model, dist: Ddp, half: bool, phase: str, layer: int) -> 
     pass."""
     if phase in ("exchange", "update"):
         return {}
-    first = {"backward": layer + 1, "after": 0}.get(phase, len(model.layers))
-    moved = sum(unit.trained for unit in model.layers[first:])
+    moved = _above(model, layer) if phase in ("backward", "after") else 0
     return {"gradients": float(dist.bytes_per_trained_weight(half)["gradients"] * (model.trained - moved))}
 
 
@@ -132,8 +131,13 @@ def _arrived(model: Model, half: bool, phase: str, layer: int) -> float:
     """Returns the bytes of whole gradients that ZeRO-1 or 2 has exchanged bucket by bucket."""
     if phase not in ("backward", "after", "exchange", "update"):
         return 0.0
-    below = sum(unit.trained for unit in model.layers[: layer + 1]) if phase == "backward" else 0
-    return float((2 if half else 4) * (model.trained - below))
+    arrived = model.outside.trained + _above(model, layer) if phase == "backward" else model.trained
+    return float((2 if half else 4) * arrived)
+
+
+def _above(model: Model, layer: int) -> int:
+    """Returns the trained weights of the layers above one, -1 = of all: their backward pass is done."""
+    return sum(unit.trained for unit in model.layers[layer + 1 :])
 
 
 def _during_zero3(model: Model, dist: Zero3, world: int, half: bool, phase: str, layer: int) -> Parts:
@@ -173,10 +177,10 @@ def _during_fsdp(
         gathers += sum(whole[0 if not dist.reshard else last :])
     elif phase == "backward":
         gathers += sum(whole[0 if not dist.reshard else max(layer - 1, 0) : layer + 1])
-        arrived = sum(unit.trained for unit in units[layer + 1 :])
+        arrived = _above(model, layer)
         sent = 4.0 * units[layer + 1].trained if layer < last else 0.0
     elif phase == "after":
-        arrived, sent = sum(unit.trained for unit in units), 4.0 * units[0].trained
+        arrived, sent = _above(model, -1), 4.0 * units[0].trained
     elif phase in ("exchange", "update"):
         gathers, arrived = 0.0, model.trained
     work = 0.0
@@ -207,15 +211,10 @@ def loading(model: Model, dist: Backend, world: int, half: bool, holding: Holdin
     return whole
 
 
-def saving(model: Model, dist: Backend, holding: Holding, half: bool) -> tuple[float, float]:
+def saving(model: Model, dist: Backend, holding: Holding) -> tuple[float, float]:
     """Returns the peaks while a checkpoint is written, of the device and of the first rank's host: an engine
     that divides gathers one weight at a time there."""
     here = sum(holding.device.values())
     if not dist.divided_parts():
         return here, 0.0
-    gathered = model.frozen if not model.packed and not _adapts(model) else 0.0
-    return here + 2 * 4.0 * model.largest, 4.0 * model.trained + gathered
-
-
-def _adapts(model: Model) -> bool:
-    return model.frozen + model.packed > 0
+    return here + 2 * 4.0 * model.largest, 4.0 * model.trained

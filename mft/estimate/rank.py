@@ -20,7 +20,7 @@ from mft.distributed.ddp import Ddp
 from mft.distributed.fsdp import Fsdp
 from mft.estimate import memory
 from mft.estimate.engines import during, held, loading, saving
-from mft.estimate.sizes import tell_experts
+from mft.estimate.sizes import set_experts_apart
 from mft.estimate.skeletons import Skeleton, Skeletons
 from mft.hardware import computes_in_bf16
 
@@ -165,9 +165,9 @@ class _One:
         whole = {
             k: always.device.get(k, 0.0) + parts.get(k, 0.0) for k in always.device.keys() | parts.keys()
         }
-        tell_experts(whole, of_experts, divided)
+        set_experts_apart(whole, of_experts, divided)
         whole = {name: whole[name] for name in PARTS if whole.get(name, 0) > 0}
-        device_saving, host_saving = saving(divided, dist, always, self.half)
+        device_saving, host_saving = saving(divided, dist, always)
         return RankMemory(
             parts=whole,
             host=always.host,

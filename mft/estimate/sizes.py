@@ -117,7 +117,7 @@ def experts(model: Any, size: Callable[[Any], int]) -> tuple[int, int]:
     return trained, sum(size(p) for p in experts if not p.requires_grad)
 
 
-def tell_experts(parts: Parts, experts: tuple[int, int], model: Model) -> None:
+def set_experts_apart(parts: Parts, experts: tuple[int, int], model: Model) -> None:
     """Moves the experts' part of weights to a part of their own."""
     for name, of_experts, every in (
         ("weights", experts[0], model.trained),

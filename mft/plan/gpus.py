@@ -15,7 +15,6 @@ from mft.training.settings import Precision
 
 GIB = 2**30
 
-
 COMMON = ("4090", "A100-40", "L40S", "H100", "H200")
 """What is compared where no GPU is visible and none is asked for."""
 
@@ -98,7 +97,7 @@ def device(text: str) -> Device:
     if (
         known(name, any_size=True)
         and (words := words_of(name) - BESIDE)
-        and (sizes := [known for known in CARDS if words < words_of(known)])
+        and (sizes := [card for card in CARDS if words < words_of(card)])
     ):
         raise _refused(text, f"it is made with several sizes of memory; choose {' or '.join(sizes)}")
     meant = f"{name}GiB" if name.isdigit() else ""
