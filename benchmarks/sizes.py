@@ -104,8 +104,8 @@ def lines(rows: tuple[Row, ...], assumed: tuple[str, ...], folder: Path) -> Iter
     yield "|--|--|--|--|--|--|--|"
     for row in rows:
         overrides = [f"model.path={write_config(row.model, folder)}", *assumed, *row.overrides]
-        told = answer([*overrides, "tracking=none"], [device(name) for name in row.gpus], asked=True)
-        for outcome in told.outcomes:
+        planned = answer([*overrides, "tracking=none"], [device(name) for name in row.gpus], asked=True)
+        for outcome in planned.outcomes:
             yield line(row, outcome)
 
 

@@ -52,7 +52,7 @@ def case_of(r: Run) -> Case:
 
 
 def shortage_of(of: Case) -> str:
-    """Returns the sentence for a device with too little memory, "" where it is enough or cannot be told."""
+    """Returns the warning for a device with too little memory, "" where it is enough or unknown."""
     if surely_fits(of):
         return ""
     try:

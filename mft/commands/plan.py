@@ -1,4 +1,4 @@
-"""Tell before a run starts whether it fits, how long it takes, and what to change where it does not fit.
+"""Predict whether a run fits, how long it takes, and what to change where it does not fit.
 
 The overrides are those of `mft train`. Of the model a config.json is enough: a folder, or what the hub's
 cache has; no weights are read, no GPU is used. Without data.paths or task=… full rows are counted.
@@ -55,12 +55,12 @@ def command(arguments: Sequence[str]) -> None:
         from mft.plan.as_json import as_json
         from mft.plan.report import parts_of
 
-        told = answer(overrides, planned_for, asked, parsed.tflops, host, config_dirs, parsed.plugin or ())
+        result = answer(overrides, planned_for, asked, parsed.tflops, host, config_dirs, parsed.plugin or ())
     if parsed.json:
-        say(as_json(told))
+        say(as_json(result))
         return
     terminal = console()
-    for part, unfolded in parts_of(told, terminal.width):
+    for part, unfolded in parts_of(result, terminal.width):
         terminal.print(part, soft_wrap=unfolded)
 
 

@@ -216,7 +216,7 @@ class Advisor:
         return copy.deepcopy(self._nodes[override])
 
     def _data(self, cfg: DictConfig) -> DataPlan | None:
-        """Tokens of a step are as before: what a shorter data.seq_length drops is told beside it."""
+        """Tokens of a step are as before: what a shorter data.seq_length drops is reported separately."""
         return self.data if cfg.data.seq_length == self.of.case.cfg.data.seq_length else None
 
     def _effect(self, change: Change) -> str:

@@ -40,7 +40,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Answer:
-    """What `mft plan` tells."""
+    """The result of `mft plan`."""
 
     overrides: list[str]
     options: list[str]
@@ -81,7 +81,7 @@ def answer(
     cfg = composed(overrides, config_dirs)
     skeletons = Skeletons()
     cases = [case(cfg, device, host, skeletons) for device in devices]
-    quiet_libraries()  # not before: it imports transformers, and a mistake is told at once
+    quiet_libraries()  # not before: it imports transformers, and a mistake is to be reported at once
     data_of: dict[int, DataPlan | None] = {}
     outcomes = []
     for each in cases:

@@ -25,7 +25,7 @@ class Rate:
     tflops: float | None
     """None: what `step_time` assumes."""
     words: str
-    """For the line that shows a time; "" where nothing is known, so that no time can be told."""
+    """For the line that shows a time; "" where nothing is known, so that no time is reported."""
 
 
 def rate(of: Case, given: float | None, flops_per_token: float) -> Rate:

@@ -115,7 +115,7 @@ def time_lines(answer: Answer) -> Iterator[str]:
     yield f"time: a step is {' or '.join(sorted(work))} TFLOP a rank; validating and saving come on top"
     for outcome in answer.outcomes:
         device = outcome.plan.case.device
-        unknown = "not told, since its speed is not known here; give plan.tflops=…"
+        unknown = "unknown speed, so no time is given; set plan.tflops=…"
         yield f"  {device.shown}: {outcome.rate.words or unknown}"
 
 

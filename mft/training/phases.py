@@ -37,7 +37,8 @@ class Phase(StrEnum):
     answers = "answers"
     """To train.prompts."""
     closing = "closing"
-    """The pictures; the summary, which tells all this, and what is sent to trackers then are left out."""
+    """The pictures, and what lies between the phases above once training has begun; writing the summary, and
+    sending to trackers after it, are left out."""
 
 
 class Phases:
